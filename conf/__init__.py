@@ -1,0 +1,1 @@
+"""Hydra configuration groups; from another project: ``hydra.searchpath: [pkg://gspo_lightning.conf]``."""

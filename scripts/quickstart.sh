@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: set up, train SmolLM2-135M-Instruct with GSPO, print the result.
+#
+#   bash scripts/quickstart.sh [Hydra overrides, such as seed=1]
+#
+# The environment variables of scripts/setup.sh hold here too.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${GSPO_VENV:-$root/.venv}/bin/python"
+
+bash "$root/scripts/setup.sh"
+cores="$("$python" -m gspo_lightning.threads)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
+cd "$root"
+exec "$python" train.py "$@"

@@ -1,0 +1,120 @@
+"""Checkpoints that are written whole or not at all, and a graceful end on SIGINT and SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+
+def atomic_checkpoint(trainer: L.Trainer, path: Path) -> None:
+    """Saves under a temporary name, flushes to disk, then renames: a kill at any moment leaves a good file.
+
+    Sharded checkpoints are folders; they are renamed after all ranks have written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    trainer.save_checkpoint(temporary)
+    if trainer.is_global_zero:
+        if temporary.is_file():
+            _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    trainer.strategy.barrier("checkpoint")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RolloutCheckpoint(L.Callback):
+    """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays as ``previous.ckpt``."""
+
+    def __init__(self, folder: str | Path, every_n_rollouts: int) -> None:
+        self.folder, self.every_n_rollouts = Path(folder), every_n_rollouts
+        self.saved_at: int | None = None
+
+    @property
+    def last(self) -> Path:
+        """Where the newest checkpoint is."""
+        return self.folder / "last.ckpt"
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves when it is time."""
+        if pl_module.rollouts_done % self.every_n_rollouts == 0 or pl_module.rollouts_done >= pl_module.max_rollouts:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Saves now, unless this rollout is saved already."""
+        if self.saved_at == pl_module.rollouts_done:
+            return
+        if trainer.is_global_zero and self.last.exists():
+            os.replace(self.last, self.folder / "previous.ckpt")
+        atomic_checkpoint(trainer, self.last)
+        self.saved_at = pl_module.rollouts_done
+
+
+class GracefulStop(L.Callback):
+    """On SIGINT or SIGTERM: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
+
+    A second signal stops at once. After ``grace_s`` the process ends with code 143, and the last boundary's checkpoint
+    stands.
+    """
+
+    def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float) -> None:
+        self.checkpoint, self.grace_s = checkpoint, grace_s
+        self.received: int | None = None
+        self._timer: threading.Timer | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the two signals (Lightning has installed its own handlers before)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The boundary: save and leave."""
+        if self.received is None:
+            return
+        self.checkpoint.save(trainer, pl_module)
+        self._cancel()
+        print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
+        trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the signals back."""
+        self._cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._give_up()
+        self.received = number
+        print(f"{signal.Signals(number).name}: finishing the rollout in hand (at most {self.grace_s:g} s)", flush=True)
+        self._timer = threading.Timer(self.grace_s, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _give_up(self) -> None:
+        stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
+        print(f"Stopped without the rollout in hand; {stands}", flush=True)
+        # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
+        os._exit(128 + (self.received or signal.SIGTERM))
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,60 @@
+"""Collecting a rollout: sample, score, compare within the group."""
+
+from __future__ import annotations
+
+import torch
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.timing import Stopwatch
+from gspo_lightning.types import Metrics, Prompt, SamplingParams, ScoredRollout
+
+
+def collect_rollout(
+    policy: Policy,
+    engine: RolloutEngine,
+    rewards: RewardSet,
+    advantages: AdvantageEstimator,
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    stopwatch: Stopwatch,
+) -> ScoredRollout:
+    """Samples ``sampling.num_generations`` completions per prompt and gives each a reward and an advantage."""
+    with stopwatch("rollout"):
+        rollout = engine.generate(policy, prompts, sampling, seed)
+    with stopwatch("reward"):
+        by_function = rewards(rollout.prompts, rollout.completions)
+    combined = rewards.combine(by_function)
+    return ScoredRollout(
+        prompts=rollout.prompts,
+        completions=rollout.completions,
+        reward_names=rewards.names,
+        rewards_by_function=by_function,
+        rewards=combined,
+        advantages=advantages(combined),
+    )
+
+
+def rollout_metrics(scored: ScoredRollout) -> Metrics:
+    """Rewards, lengths and signal of a rollout, as (sum, count)."""
+    lengths = torch.tensor([[len(c.token_ids) for c in group] for group in scored.completions], dtype=torch.float64)
+    cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in scored.completions])
+    groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
+    flat = scored.rewards.amax(dim=1) == scored.rewards.amin(dim=1)
+    metrics: Metrics = {
+        "reward/mean": (scored.rewards.sum(), sequences),
+        "reward/std": (scored.rewards.std(dim=1).sum(), groups),
+        "completion/mean_tokens": (lengths.sum(), sequences),
+        "completion/truncated_frac": (cut.double().sum(), sequences),
+        "frac_zero_std_groups": (flat.double().sum(), groups),
+        "advantage_std": (scored.advantages.std(dim=1).sum(), groups),
+    }
+    for number, name in enumerate(scored.reward_names):
+        values = scored.rewards_by_function[..., number]
+        applies = ~values.isnan()
+        metrics[f"reward/{name}"] = (values[applies].sum(), applies.double().sum())
+    return metrics

@@ -1,0 +1,59 @@
+"""Sums over ranks: every mean and every normaliser of this project is global."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_lightning.types import Metrics
+
+
+def world_size() -> int:
+    """Processes that train together; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def global_sum(values: Tensor) -> Tensor:
+    """Elementwise sum over ranks."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def global_max(value: int, device: torch.device) -> int:
+    """Largest value of any rank."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
+    """Means over everything all ranks saw: sums over ranks divided by counts over ranks, NaN where nothing was seen.
+
+    Ranks may hold different names (a rank without a surviving group has no ratios), so the names are gathered first.
+    """
+    names = sorted(metrics)
+    if world_size() > 1:
+        gathered: list[list[str]] = [[] for _ in range(world_size())]
+        dist.all_gather_object(gathered, names)
+        names = sorted(set().union(*gathered))
+    if not names:
+        return {}
+    zero = torch.zeros((), dtype=torch.float64)
+    pairs = [metrics.get(name, (zero, zero)) for name in names]
+    table = torch.stack([torch.stack([x.detach().double().cpu() for x in pair]) for pair in pairs]).to(device)
+    sums, counts = global_sum(table).cpu().unbind(dim=1)
+    return {name: (s / c).item() if c else float("nan") for name, s, c in zip(names, sums, counts, strict=True)}
+
+
+def add_metrics(total: Metrics, more: Metrics) -> None:
+    """Adds sums and counts of ``more`` into ``total``, in float64."""
+    for name, (value, count) in more.items():
+        value, count = value.detach().double().cpu(), count.detach().double().cpu()
+        if name in total:
+            value, count = total[name][0] + value, total[name][1] + count
+        total[name] = (value, count)

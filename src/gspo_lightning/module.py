@@ -1,0 +1,335 @@
+"""The LightningModule: collect a rollout, then update the policy on it, minibatch by minibatch.
+
+One batch of prompts is one rollout and ``num_iterations x num_minibatches`` optimizer steps. Optimization is manual, so
+a checkpoint can only fall between rollouts and a run resumes exactly. Everything that draws random numbers derives
+them from (seed, rollout, prompt, generation); there is no generator state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.collect import collect_rollout, rollout_metrics
+from gspo_lightning.distributed import add_metrics, global_max, global_means, global_sum, world_size
+from gspo_lightning.objective import Objective
+from gspo_lightning.packing import GroupSlice
+from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.schedule import Schedule
+from gspo_lightning.timing import Stopwatch, peak_rss_gb
+from gspo_lightning.types import Metrics, PromptBatch, SamplingParams, ScoredRollout
+from gspo_lightning.update import (
+    MicroBatch,
+    Minibatch,
+    UpdateSettings,
+    build_micro_batch,
+    sampler_mismatch,
+    split_minibatches,
+)
+from gspo_lightning.validation import ValidationSettings, Validator
+
+OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Too many optimizer steps in a row had a non-finite gradient; none of them reached the weights."""
+
+
+class GSPOModule(L.LightningModule):
+    """Trains a policy by GSPO, GRPO or any other `Objective`.
+
+    Args:
+        policy_loader: builds the policy when the Trainer asks for it (`configure_model`).
+        engine: samples completions.
+        rewards: scores them.
+        objective: the loss.
+        advantages: rewards ``(B, G)`` -> advantages ``(B, G)``.
+        sampling: how training completions are drawn.
+        optimizer: called with parameter groups, such as ``functools.partial(torch.optim.AdamW, lr=1e-5)``.
+        schedule: learning rate over the optimizer steps.
+        update: minibatches, micro-batches and clipping.
+        validation: what is measured on held-out prompts.
+        max_rollouts: the run ends after this many rollouts.
+        seed: of sampling and of the order of minibatches.
+    """
+
+    def __init__(
+        self,
+        policy_loader: PolicyLoader,
+        engine: RolloutEngine,
+        rewards: RewardSet,
+        objective: Objective,
+        advantages: AdvantageEstimator,
+        sampling: SamplingParams,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        update: UpdateSettings,
+        validation: ValidationSettings,
+        max_rollouts: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.policy_loader, self.engine, self.rewards = policy_loader, engine, rewards
+        self.objective, self.advantages, self.sampling = objective, advantages, sampling
+        self.optimizer_factory, self.schedule, self.update_settings = optimizer, schedule, update
+        self.validator = Validator(validation, rewards, sampling, seed)
+        self.max_rollouts, self.seed = max_rollouts, seed
+        self.policy: Policy | None = None
+        self._frozen: list[nn.Module] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
+        self.rollouts_done = 0
+        self.counts = {"optimizer_steps": 0, "skipped_steps": 0, "nonfinite_steps": 0, "rollout_tokens": 0, "train_tokens": 0}
+        self._nonfinite_in_a_row = 0
+        self.stopwatch = Stopwatch()
+        self.last_metrics: dict[str, float] = {}
+        self.last_validation: dict[str, float] = {}
+        self.validation_samples: list[dict[str, Any]] = []
+
+    # ---------------------------------------------------------------- set-up
+
+    def configure_model(self) -> None:
+        """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""
+        if self.policy is not None:
+            return
+        self.policy = self.policy_loader.load()
+        if self.objective.needs_ref and not self.policy.has_adapter:
+            self._frozen = [Policy(self.policy_loader.load_model(), self.policy.tokenizer, has_adapter=False)]
+            self._frozen[0].requires_grad_(False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
+        assert self.policy is not None
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim >= 2]}]
+        vectors = [p for p in trained if p.ndim < 2]
+        if vectors:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        optimizer = self.optimizer_factory(groups)
+        steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
+        return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
+
+    # ---------------------------------------------------------------- collect
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
+        """Samples completions for the prompts and scores them."""
+        assert self.policy is not None
+        self.stopwatch.reset()
+        with self.trainer.precision_plugin.forward_context():
+            self.last_scored = collect_rollout(
+                self.policy, self.engine, self.rewards, self.advantages, batch.prompts, self.sampling,
+                seed=self.seed * 1_000_003 + self.rollouts_done, stopwatch=self.stopwatch,
+            )  # fmt: skip
+        torch.clear_autocast_cache()
+        return None
+
+    # ---------------------------------------------------------------- update
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """All optimizer steps on the rollout in hand."""
+        scored, metrics = self.last_scored, rollout_metrics(self.last_scored)
+        minibatches = self._minibatches(scored)
+        old, reference = self._passes_before_update(scored, minibatches)
+        with self.stopwatch("update"):
+            for iteration in range(self.update_settings.num_iterations):
+                for number, minibatch in enumerate(minibatches):
+                    fresh = iteration == 0 and number == 0
+                    old[number] = self._step(scored, minibatch, old[number], reference[number], fresh, metrics)
+        self._finish_rollout(scored, metrics, batch)
+
+    def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollouts_done)
+        return split_minibatches(
+            scored,
+            self.update_settings,
+            zero_advantage_is_free=self.objective.zero_advantage_is_free,
+            mask_truncated=self.objective.mask_truncated_completions,
+            order=torch.randperm(len(scored.prompts), generator=generator).tolist(),
+        )
+
+    def _passes_before_update(
+        self, scored: ScoredRollout, minibatches: list[Minibatch]
+    ) -> tuple[list[list[Tensor] | None], list[list[Tensor] | None]]:
+        """Old log-probabilities of all minibatches but the first, and those of the reference if there is one.
+
+        The first minibatch is updated from the very weights that sampled it: there, old is new.
+        """
+        with self.stopwatch("old_logprobs"), torch.no_grad():
+            old = [self._logprobs_of(self._policy_forward, scored, m) if n else None for n, m in enumerate(minibatches)]
+        with self.stopwatch("ref_logprobs"), torch.no_grad():
+            needed = self.objective.needs_ref
+            reference = [self._logprobs_of(self._reference_forward, scored, m) if needed else None for m in minibatches]
+        # Casts made without gradient must not serve a forward with gradient.
+        torch.clear_autocast_cache()
+        return old, reference
+
+    def _logprobs_of(
+        self, forward: Callable[[MicroBatch], Tensor], scored: ScoredRollout, minibatch: Minibatch
+    ) -> list[Tensor]:
+        micro_batches = (build_micro_batch(scored, plan, self.device) for plan in minibatch.plan)
+        return [forward(micro) for micro in micro_batches]
+
+    def _policy_forward(self, micro: MicroBatch) -> Tensor:
+        return self.policy(micro.packed, self._temperature)[0]  # type: ignore[misc, no-any-return]
+
+    def _reference_forward(self, micro: MicroBatch) -> Tensor:
+        assert self.policy is not None
+        if self.policy.has_adapter:
+            with self.policy.adapter_disabled():
+                return self._policy_forward(micro)
+        return self._frozen[0].to(self.device)(micro.packed, self._temperature)[0]  # type: ignore[no-any-return]
+
+    @property
+    def _temperature(self) -> float:
+        return self.sampling.temperature
+
+    def _step(
+        self,
+        scored: ScoredRollout,
+        minibatch: Minibatch,
+        old: list[Tensor] | None,
+        reference: list[Tensor] | None,
+        fresh: bool,
+        metrics: Metrics,
+    ) -> list[Tensor]:
+        """One optimizer step on one minibatch; returns the log-probabilities that are its old ones from now on."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        counts = torch.tensor([minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=self.device)
+        num_sequences, num_tokens = (int(x) for x in global_sum(counts).tolist())
+        rounds = global_max(len(minibatch.plan), self.device)
+        seen: list[Tensor] = []
+        for index in range(rounds):
+            with self.trainer.strategy.block_backward_sync() if index + 1 < rounds else nullcontext():
+                if index < len(minibatch.plan):
+                    micro = build_micro_batch(scored, minibatch.plan[index], self.device)
+                    logprobs, loss = self._micro_loss(micro, old and old[index], reference and reference[index], metrics)
+                    if fresh:
+                        add_metrics(metrics, sampler_mismatch(logprobs, micro))
+                    seen.append(logprobs.detach())
+                else:
+                    loss = self._empty_loss(scored)
+                self.manual_backward(loss * (world_size() / self.objective.denominator(num_sequences, num_tokens)))
+        if rounds:
+            self._apply(optimizer, metrics)  # type: ignore[arg-type]
+        else:
+            self.counts["skipped_steps"] += 1
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        return seen if old is None else old
+
+    def _micro_loss(
+        self, micro: MicroBatch, old: Tensor | None, reference: Tensor | None, metrics: Metrics
+    ) -> tuple[Tensor, Tensor]:
+        with_entropy = self.objective.needs_entropy or self.update_settings.log_entropy
+        logprobs, entropy = self.policy(micro.packed, self._temperature, with_entropy)  # type: ignore[misc]
+        self.counts["train_tokens"] += micro.packed.num_tokens
+        result = self.objective(
+            logprobs,
+            logprobs.detach() if old is None else old,
+            micro.advantages.to(logprobs.dtype),
+            micro.packed.sequence_index,
+            micro.packed.lengths,
+            ref_logprobs=reference,
+            entropy=entropy if with_entropy else None,
+        )
+        add_metrics(metrics, result.metrics)
+        return logprobs, result.loss
+
+    def _empty_loss(self, scored: ScoredRollout) -> Tensor:
+        """A zero attached to the graph, so that every rank runs the same number of forwards and backwards."""
+        micro = build_micro_batch(scored, (GroupSlice(0, (0,)),), self.device)
+        return self.policy(micro.packed, self._temperature)[0].sum() * 0.0  # type: ignore[misc, no-any-return]
+
+    def _apply(self, optimizer: Optimizer, metrics: Metrics) -> None:
+        """Clips and steps; a non-finite gradient is thrown away, and too many in a row end the run."""
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]  # type: ignore[union-attr]
+        norm = nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
+        one = torch.ones(())
+        if torch.isfinite(norm):
+            optimizer.step()
+            self.counts["optimizer_steps"] += 1
+            self._nonfinite_in_a_row = 0
+            add_metrics(metrics, {"grad_norm": (norm, one)})
+        else:
+            self.counts["nonfinite_steps"] += 1
+            self._nonfinite_in_a_row += 1
+        optimizer.zero_grad()
+        # The weights have changed, and training_step is one autocast region: its cached casts are stale.
+        torch.clear_autocast_cache()
+        if self._nonfinite_in_a_row >= self.update_settings.max_nonfinite_steps:
+            raise NonFiniteGradientError(
+                f"{self._nonfinite_in_a_row} optimizer steps in a row had a non-finite gradient (rollout "
+                f"{self.rollouts_done + 1}); the weights are untouched by them. Lower optimizer.lr or check the rewards."
+            )
+
+    # ---------------------------------------------------------------- book-keeping
+
+    def _finish_rollout(self, scored: ScoredRollout, metrics: Metrics, batch: PromptBatch) -> None:
+        self.rollouts_done += 1
+        self.counts["rollout_tokens"] += sum(len(c.token_ids) for group in scored.completions for c in group)
+        values = global_means(metrics, self.device)
+        if "gspo/ratio_noise_var" in values:
+            values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
+        values["lr"] = self.lr_schedulers().get_last_lr()[0]  # type: ignore[union-attr]
+        values |= {f"count/{name}": float(count) for name, count in self.counts.items()}
+        values |= self.stopwatch.metrics(values, self.last_metrics)
+        values["perf/peak_rss_gb"] = peak_rss_gb()
+        self.last_metrics = values
+        self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(batch))
+        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            datamodule.cursor = batch.cursor
+        if self.rollouts_done >= self.max_rollouts:
+            self.trainer.should_stop = True
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the validation counters anew."""
+        self.validator.reset()
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Greedy and sampled completions of held-out prompts."""
+        assert self.policy is not None
+        self.validator.update(self.policy, self.engine, batch.prompts)
+        torch.clear_autocast_cache()
+
+    def on_validation_epoch_end(self) -> None:
+        """Publishes ``last_validation`` and ``validation_samples``, and logs the former."""
+        self.last_validation, self.validation_samples = self.validator.compute(self.device), self.validator.samples
+        self.log_dict({**self.last_validation, "step": float(self.rollouts_done)}, rank_zero_only=True)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trained parameters alone: a frozen base comes from where it was loaded."""
+        state = super().state_dict(*args, **kwargs)
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters of the run."""
+        from gspo_lightning import __version__
+
+        checkpoint["gspo_lightning"] = {
+            "version": __version__,
+            "rollouts_done": self.rollouts_done,
+            "counts": dict(self.counts),
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the counters and refuses a checkpoint that lacks a trained parameter."""
+        own = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if missing := sorted(own - checkpoint["state_dict"].keys()):
+            raise RuntimeError(f"the checkpoint lacks {len(missing)} trained parameters, the first is {missing[0]}")
+        state = checkpoint["gspo_lightning"]
+        self.rollouts_done, self.counts = state["rollouts_done"], dict(state["counts"])
+        self._nonfinite_in_a_row = state["nonfinite_in_a_row"]

@@ -1,0 +1,90 @@
+"""From prompts and completions to the one packed row that the model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.packing.layout import GroupLayout, SharedPrefixLayout
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch without padding."""
+
+    input_ids: Tensor
+    """``(1, T)``: every prompt once, then its completions without their last tokens."""
+    position_ids: Tensor
+    """``(1, T)``, or ``(axes, 1, T)`` for models with several position axes."""
+    layout: SharedPrefixLayout
+    predictor_index: Tensor
+    """``(L,)``: the row position whose hidden state predicts each completion token."""
+    target_ids: Tensor
+    """``(L,)``: the completion tokens, sequence after sequence."""
+    sequence_index: Tensor
+    """``(L,)`` in ``[0, S)``: the sequence of each completion token."""
+    lengths: Tensor
+    """``(S,)``: completion tokens per sequence."""
+    mm_inputs: dict[str, Tensor]
+    """Vision inputs, once per prompt, keyed by the model's forward arguments."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[1])
+
+
+def pack(
+    groups: Sequence[tuple[Tensor, Sequence[Tensor]]],
+    device: torch.device,
+    *,
+    mm_inputs: dict[str, Tensor] | None = None,
+    position_ids: Tensor | None = None,
+) -> PackedBatch:
+    """Packs groups of ``(prompt ids (P,), [completion ids (C_i,), ...])``.
+
+    The last token of a completion is a target but never an input: nothing is predicted from it, so leaving it
+    out changes no log-probability and no gradient.
+
+    Args:
+        groups: at least one; every prompt and every completion holds at least one token.
+        device: where the tensors go.
+        mm_inputs: vision inputs of these prompts in this order.
+        position_ids: for models with several position axes; by default positions count from 0 in every sequence.
+    """
+    tokens: list[Tensor] = []
+    predictors: list[Tensor] = []
+    targets: list[Tensor] = []
+    lengths: list[int] = []
+    layouts: list[GroupLayout] = []
+    start = 0
+    for prompt, completions in groups:
+        inputs = [completion[:-1] for completion in completions]
+        layouts.append(GroupLayout(len(prompt), tuple(len(x) for x in inputs)))
+        tokens.extend([prompt, *inputs])
+        last_of_prompt, cursor = start + len(prompt) - 1, start + len(prompt)
+        for completion, forwarded in zip(completions, inputs, strict=True):
+            predictors.append(torch.tensor([last_of_prompt]))
+            predictors.append(torch.arange(cursor, cursor + len(forwarded)))
+            targets.append(completion)
+            lengths.append(len(completion))
+            cursor += len(forwarded)
+        start = cursor
+    layout = SharedPrefixLayout(tuple(layouts), device)
+    counts = torch.tensor(lengths, dtype=torch.long)
+    return PackedBatch(
+        input_ids=torch.cat([x.cpu() for x in tokens]).unsqueeze(0).to(device),
+        position_ids=layout.positions.unsqueeze(0) if position_ids is None else position_ids.to(device),
+        layout=layout,
+        predictor_index=_concatenate(predictors).to(device),
+        target_ids=_concatenate(targets).to(device),
+        sequence_index=torch.repeat_interleave(torch.arange(len(lengths)), counts).to(device),
+        lengths=counts.to(device),
+        mm_inputs=mm_inputs or {},
+    )
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    return torch.cat([x.cpu() for x in parts]) if parts else torch.empty(0, dtype=torch.long)

@@ -1,0 +1,130 @@
+"""The shared-prefix layout: one row that holds each prompt once, followed by its completions.
+
+A micro-batch is the row ``[prompt_1, c_11 ... c_1G, prompt_2, c_21 ...]`` without padding. Everything in a
+transformer but attention works token by token, so only attention has to know the layout:
+
+* prompt tokens attend causally to their own prompt;
+* completion tokens attend to their whole prompt and causally to their own completion.
+
+Masks are derived from lengths alone, never from token values, and are built once per row, not per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+WHOLE_GROUP_TOKENS = 256
+"""Groups up to this many tokens are attended to in one call; a quadratic mask is cheaper than many calls there."""
+
+TILE_QUERIES = 128
+"""Longer groups are cut into tiles of whole completions with at least this many queries where they have them."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """One prompt and the completions that share it, as token counts."""
+
+    prompt_length: int
+    completion_lengths: tuple[int, ...]
+    """Forwarded tokens per completion. The last token of a completion predicts nothing and is not among them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_length + sum(self.completion_lengths)
+
+    def local_positions(self) -> list[int]:
+        """Position of every token of the group inside its own sequence."""
+        positions = list(range(self.prompt_length))
+        for length in self.completion_lengths:
+            positions.extend(range(self.prompt_length, self.prompt_length + length))
+        return positions
+
+    def segments(self) -> list[int]:
+        """0 for prompt tokens, 1..G for the tokens of each completion."""
+        ids = [0] * self.prompt_length
+        for number, length in enumerate(self.completion_lengths, start=1):
+            ids.extend([number] * length)
+        return ids
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention call: the queries ``query`` of the row against the keys ``key_spans`` of the row."""
+
+    query: tuple[int, int]
+    key_spans: tuple[tuple[int, int], ...]
+    """Half-open spans; several are concatenated."""
+    causal: bool
+    """True for a plain causal prompt, which needs no mask."""
+
+
+@dataclass
+class SharedPrefixLayout:
+    """The attention blocks of one packed row and, made on first use, their masks."""
+
+    groups: tuple[GroupLayout, ...]
+    device: torch.device
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.blocks = tuple(self._blocks())
+        self._positions = torch.tensor([p for g in self.groups for p in g.local_positions()], device=self.device)
+        self._segments = torch.tensor([s for g in self.groups for s in g.segments()], device=self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(group.num_tokens for group in self.groups)
+
+    @property
+    def positions(self) -> Tensor:
+        """``(T,)`` position of every token inside its own sequence; completions restart right after their prompt."""
+        return self._positions
+
+    def _blocks(self) -> Iterator[AttentionBlock]:
+        start = 0
+        for group in self.groups:
+            end = start + group.num_tokens
+            prompt = (start, start + group.prompt_length)
+            if group.num_tokens == group.prompt_length:
+                yield AttentionBlock(prompt, (prompt,), causal=True)
+            elif group.num_tokens <= WHOLE_GROUP_TOKENS:
+                yield AttentionBlock((start, end), ((start, end),), causal=False)
+            else:
+                yield AttentionBlock(prompt, (prompt,), causal=True)
+                for tile in _tiles(prompt[1], group.completion_lengths):
+                    yield AttentionBlock(tile, (prompt, tile), causal=False)
+            start = end
+
+    def mask(self, number: int, window: int | None = None) -> Tensor:
+        """Boolean ``(queries, keys)`` mask of block ``number``, True where a query may look.
+
+        ``window`` keeps only keys less than that many positions behind their query (sliding-window attention).
+        """
+        if (number, window) not in self._masks:
+            self._masks[number, window] = self._build_mask(self.blocks[number], window)
+        return self._masks[number, window]
+
+    def _build_mask(self, block: AttentionBlock, window: int | None) -> Tensor:
+        keys = torch.cat([torch.arange(*span, device=self.device) for span in block.key_spans])
+        queries = torch.arange(*block.query, device=self.device)
+        segment_q, segment_k = self._segments[queries, None], self._segments[None, keys]
+        distance = self._positions[queries, None] - self._positions[None, keys]
+        allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
+        return allowed if window is None else allowed & (distance < window)
+
+
+def _tiles(start: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Spans of whole consecutive completions, each closed once it holds ``TILE_QUERIES`` tokens."""
+    tile_start = start
+    for end in accumulate(lengths, initial=start):
+        if end - tile_start >= TILE_QUERIES:
+            yield tile_start, end
+            tile_start = end
+    end = start + sum(lengths)
+    if end > tile_start:
+        yield tile_start, end

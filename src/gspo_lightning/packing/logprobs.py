@@ -1,0 +1,117 @@
+"""Log-probabilities and entropies straight from hidden states, without ever holding all logits.
+
+``log p(y | h) = (h . w_y) / tau - logsumexp_v((h . w_v) / tau)``. The vocabulary product and the log-softmax of the
+forward are in float32 whatever the body ran in: a clip width of 3e-4 on a sequence's mean log-ratio would drown
+in bfloat16 logits. The backward recomputes the products chunk by chunk, in the dtype of the autocast region (its
+rounding reaches the gradient as it does in every other layer, but no ratio).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 64 * 2**20
+"""Logits held at a time, in bytes of float32."""
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of ``targets`` and entropy of the distribution, row by row.
+
+    Args:
+        hidden: ``(L, H)`` last hidden states.
+        weight: ``(V, H)`` of the output embedding.
+        targets: ``(L,)`` int64.
+        temperature: logits are divided by it, in sampling and training alike.
+        with_entropy: False returns zeros in place of the entropy and saves two passes over the logits.
+
+    Returns:
+        ``(L,)`` log-probabilities and ``(L,)`` entropies in nats, float32 (float64 for float64 input), both with
+        gradient to ``hidden`` and ``weight``.
+    """
+    backward_dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        backward_dtype = torch.get_autocast_dtype(hidden.device.type)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)  # type: ignore[no-any-return]
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(16, CHUNK_BYTES // (4 * vocabulary))
+    count = max(1, -(-rows // size))
+    size = -(-rows // count) if rows else 1
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        backward_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        wide = _wide(hidden)
+        weight_t = weight.to(wide.dtype).t()
+        logprobs = wide.new_empty(len(hidden))
+        entropy = wide.new_zeros(len(hidden))
+        for rows in _chunks(len(hidden), weight.shape[0]):
+            logits = wide[rows] @ weight_t
+            if temperature != 1.0:
+                logits.div_(temperature)
+            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            logprobs[rows] = (logits.gather(1, targets[rows, None]) - normaliser).squeeze(1)
+            if with_entropy:
+                log_p = logits.sub_(normaliser)
+                entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.temperature, ctx.with_entropy, ctx.backward_dtype = temperature, with_entropy, backward_dtype
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        dtype, needs_hidden, needs_weight = ctx.backward_dtype, *ctx.needs_input_grad[:2]
+        with torch.autocast(hidden.device.type, enabled=False):
+            narrow, narrow_weight = hidden.to(dtype), weight.to(dtype)
+            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight) if needs_weight else None
+            for rows in _chunks(len(hidden), weight.shape[0]):
+                logits = _wide(narrow[rows] @ narrow_weight.t())
+                if ctx.temperature != 1.0:
+                    logits.div_(ctx.temperature)
+                # d log p(y) / d logits = onehot(y) - p;  d entropy / d logits = -p (log p + entropy). The softmax is
+                # taken anew: a saved normaliser would not fit logits that were recomputed in a narrower dtype.
+                if ctx.with_entropy:
+                    log_p = torch.log_softmax(logits, dim=-1)
+                    factor = grad_logprobs[rows, None] + grad_entropy[rows, None] * (log_p + entropy[rows, None])
+                    grad_logits = log_p.exp_().mul_(factor).neg_()
+                else:
+                    grad_logits = torch.softmax(logits, dim=-1).mul_(-grad_logprobs[rows, None])
+                grad_logits.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None].to(grad_logits.dtype))
+                if ctx.temperature != 1.0:
+                    grad_logits.div_(ctx.temperature)
+                narrow_grad = grad_logits.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = (narrow_grad @ narrow_weight).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += narrow_grad.t() @ narrow[rows]
+        return grad_hidden, grad_weight, None, None, None, None

@@ -1,0 +1,74 @@
+"""Registers the project's attention with transformers, under one name for packed rows, decoding and plain batches.
+
+A forward that packs or decodes passes ``layout=`` (an object with an ``attend`` method) and a 4-d placeholder as
+attention mask, which transformers hands through untouched. A forward without a layout is ordinary causal
+attention, so ``generate`` and padded batches of the same model keep working.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gspo_lightning.packing.attention import shared_prefix_attention
+from gspo_lightning.packing.layout import SharedPrefixLayout
+
+ATTENTION_NAME = "gspo_shared_prefix"
+
+
+class AttentionLayout(Protocol):
+    """Anything that knows how the tokens of a forward may look at each other."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
+    ) -> Tensor:
+        """``(rows, heads, tokens, D)`` in and out; keys and values with ``kv_heads``."""
+        ...
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: SharedPrefixLayout | AttentionLayout | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function transformers calls; returns ``(rows, tokens, heads, D)`` and no weights."""
+    if layout is None:
+        if s_aux is not None or softcap is not None:
+            raise NotImplementedError("attention sinks and soft caps need a packed forward or attn_implementation=eager")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or softcap is not None:
+        raise NotImplementedError("dropout and soft-capped scores are not part of the shared-prefix attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layout, SharedPrefixLayout):
+        out = shared_prefix_attention(query, key, value, layout, scaling=scale, window=sliding_window, sinks=s_aux)
+    else:
+        out = layout.attend(query, key, value, scaling=scale, window=sliding_window, sinks=s_aux)
+    return out.transpose(1, 2), None
+
+
+def register() -> None:
+    """Makes ``attn_implementation=ATTENTION_NAME`` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def layout_mask(device: torch.device) -> Tensor:
+    """The 4-d placeholder that stops transformers from building a mask of its own."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)

@@ -1,0 +1,26 @@
+"""Saving the policy so that plain transformers and peft load it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from gspo_lightning.policy.model import Policy
+
+
+def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
+    """Writes weights (safetensors), config and tokenizer into ``folder``.
+
+    A LoRA policy is saved as its adapter, or, with ``merge_lora``, folded into a copy of the weights: the policy
+    itself is never merged, because merging and unmerging drifts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = policy.model
+    if policy.has_adapter and merge_lora:
+        with torch.no_grad():
+            model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    model.save_pretrained(folder)  # type: ignore[operator]
+    policy.tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,34 @@
+"""Learning-rate schedules as one function of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up over ``warmup_ratio`` of all steps, then cosine or linear decay to ``min_ratio``, or constant."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.0
+    min_ratio: float = 0.0
+
+    def factor(self, step: int, total: int) -> float:
+        """Multiplier of the base rate in step ``step`` (counted from 0) of ``total``."""
+        warmup = math.ceil(self.warmup_ratio * total)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.name == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        shape = 0.5 * (1.0 + math.cos(math.pi * done)) if self.name == "cosine" else 1.0 - done
+        return self.min_ratio + (1.0 - self.min_ratio) * shape
+
+    def build(self, optimizer: Optimizer, total: int) -> LambdaLR:
+        """The torch scheduler over ``total`` optimizer steps."""
+        return LambdaLR(optimizer, lambda step: self.factor(step, total))

@@ -1,0 +1,51 @@
+"""Seconds by phase and memory of the process. Nothing here is reproducible; the names say so (``time/``, ``perf/``)."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """Adds up wall seconds per phase since the last reset."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything; the step starts now."""
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self, now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update.
+
+        Args:
+            now: counters ``count/rollout_tokens`` and ``count/train_tokens`` after this rollout.
+            before: the same after the rollout before; empty for the first.
+        """
+        times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        times["time/step_s"] = time.perf_counter() - self._start
+        rates = {}
+        for phase, counter in (("rollout", "rollout_tokens"), ("update", "train_tokens")):
+            tokens = now[f"count/{counter}"] - before.get(f"count/{counter}", 0.0)
+            name = {"rollout": "rollout", "update": "train"}[phase]
+            rates[f"perf/{name}_tokens_per_s"] = tokens / max(self.seconds.get(phase, 0.0), 1e-9)
+        return {**times, **rates}
+
+
+def peak_rss_gb() -> float:
+    """Peak resident memory of this process in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

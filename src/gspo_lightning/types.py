@@ -1,0 +1,123 @@
+"""What flows through the program: one frozen type per phase, complete when it exists.
+
+Shape legend, used in every docstring of this package:
+
+====== ======================================================================
+B      prompts per rank in one rollout
+G      completions per prompt (``num_generations``)
+K      reward functions
+P      tokens of one prompt
+C      tokens of one completion, the end-of-sequence token included if sampled
+S      sequences (completions) in a minibatch or micro-batch
+T      tokens of one packed row
+L      completion tokens whose log-probability is asked for
+V      vocabulary size
+====== ======================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Messages = list[dict[str, Any]]
+"""A conversation in the chat format of transformers: ``{"role": ..., "content": ...}`` per turn."""
+
+FinishReason = Literal["stop", "length"]
+"""``stop``: an end-of-sequence token or a stop string; ``length``: cut at ``max_completion_length``."""
+
+
+@dataclass
+class Prompt:
+    """One prompt, tokenised and unpadded. Mutable: Lightning moves tensors between devices in place."""
+
+    uid: str
+    """Names the row for ever (task and index); sampling seeds are derived from it."""
+    prompt: str | Messages
+    """What the dataset row holds; reward functions receive it unchanged."""
+    input_ids: Tensor
+    """``(P,)`` int64 token ids, chat template applied."""
+    sample: dict[str, Any]
+    """The dataset row: its columns become keyword arguments of reward functions."""
+    mm_inputs: dict[str, Tensor] = field(default_factory=dict)
+    """Images and the like, keyed by the keyword argument of the model's forward. Empty for text."""
+
+
+@dataclass
+class PromptBatch:
+    """The prompts of one rollout on one rank."""
+
+    prompts: list[Prompt]
+    cursor: int
+    """Where the prompt stream stands after this batch: a run resumes from here."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. ``temperature=0`` is greedy."""
+
+    num_generations: int
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Stop strings: a completion ends with the token that completes one of them."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt."""
+
+    token_ids: Tensor
+    """``(C,)`` int64 on the CPU, C >= 1; the end-of-sequence token is part of it when it was sampled."""
+    text: str
+    """Decoded without special tokens."""
+    sampler_logprobs: Tensor
+    """``(C,)`` float32: log-probability of each token under the distribution it was drawn from."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """G completions for each prompt, before any reward is known."""
+
+    prompts: list[Prompt]
+    completions: list[list[Completion]]
+    """B lists of G."""
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with everything the update needs but the log-probabilities of the policy."""
+
+    prompts: list[Prompt]
+    completions: list[list[Completion]]
+    reward_names: tuple[str, ...]
+    rewards_by_function: Tensor
+    """``(B, G, K)`` float64; NaN where a function said it does not apply."""
+    rewards: Tensor
+    """``(B, G)`` float64: the combined reward."""
+    advantages: Tensor
+    """``(B, G)`` float64."""
+
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), so that micro-batches and ranks add up to exact means."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The objective on one micro-batch, as a sum: divide by the global denominator of the minibatch."""
+
+    loss: Tensor
+    """Scalar with gradient: sum over the sequences of the micro-batch."""
+    metrics: Metrics

@@ -1,0 +1,128 @@
+"""From a scored rollout to gradients: minibatches, what can be left out, micro-batches, and the passes over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
+from gspo_lightning.types import Completion, ScoredRollout
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How one rollout becomes optimizer steps."""
+
+    num_iterations: int = 1
+    """Passes over each rollout (mu)."""
+    num_minibatches: int = 4
+    """Optimizer steps per pass; must divide the prompts per rank."""
+    max_tokens_per_microbatch: int = 4096
+    """Forwarded tokens at a time. Changes memory and speed, never the gradient."""
+    max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = 3
+    """Stop after this many steps in a row with a non-finite gradient; each of them is skipped."""
+    keep_zero_advantage: bool = False
+    """Forward sequences even if they cannot change the gradient (for debugging)."""
+    log_entropy: bool = False
+    """Measure the exact entropy even if the objective does not need it (two more passes over the logits)."""
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The prompts of one optimizer step and the plan by which their surviving completions are forwarded."""
+
+    groups: tuple[int, ...]
+    """Rollout indices of the prompts."""
+    plan: tuple[MicroBatchPlan, ...]
+    """Micro-batches; group numbers are rollout indices. Empty if nothing survives."""
+    num_sequences: int
+    """Completions in the normaliser: all but those masked as truncated."""
+    num_tokens: int
+    """Their tokens."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward: the packed row and what belongs to each of its completion tokens."""
+
+    packed: PackedBatch
+    advantages: Tensor
+    """``(L,)`` float32."""
+    sampler_logprobs: Tensor
+    """``(L,)`` float32."""
+
+
+def split_minibatches(
+    scored: ScoredRollout,
+    settings: UpdateSettings,
+    *,
+    zero_advantage_is_free: bool,
+    mask_truncated: bool,
+    order: list[int],
+) -> list[Minibatch]:
+    """Cuts the rollout into ``num_minibatches`` sets of whole groups, taken in ``order``, and plans each.
+
+    A completion is left out of the forward when it cannot change the gradient: masked as truncated, or of
+    advantage zero under an objective without another term. The former leave the normaliser too, the latter stay.
+    """
+    size = len(order) // settings.num_minibatches
+    drop_zero = zero_advantage_is_free and not settings.keep_zero_advantage
+    return [
+        _minibatch(scored, tuple(order[start : start + size]), settings, drop_zero, mask_truncated)
+        for start in range(0, size * settings.num_minibatches, size)
+    ]
+
+
+def _minibatch(
+    scored: ScoredRollout, groups: tuple[int, ...], settings: UpdateSettings, drop_zero: bool, mask_truncated: bool
+) -> Minibatch:
+    survivors: list[list[tuple[int, int]]] = []
+    num_sequences = num_tokens = 0
+    for group in groups:
+        kept = []
+        for number, completion in enumerate(scored.completions[group]):
+            if mask_truncated and completion.finish_reason == "length":
+                continue
+            num_sequences += 1
+            num_tokens += len(completion.token_ids)
+            if not (drop_zero and scored.advantages[group, number] == 0.0):
+                kept.append((number, len(completion.token_ids) - 1))
+        survivors.append(kept)
+    lengths = [len(scored.prompts[group].input_ids) for group in groups]
+    local = plan_micro_batches(lengths, survivors, settings.max_tokens_per_microbatch)
+    plan = tuple(tuple(type(part)(groups[part.group], part.completions) for part in micro) for micro in local)
+    return Minibatch(groups, plan, num_sequences, num_tokens)
+
+
+def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> MicroBatch:
+    """Packs the completions of one micro-batch."""
+    rows: list[tuple[Completion, float]] = []
+    groups = []
+    for part in plan:
+        completions = [scored.completions[part.group][number] for number in part.completions]
+        advantages = scored.advantages[part.group, list(part.completions)].tolist()
+        rows.extend(zip(completions, advantages, strict=True))
+        groups.append((scored.prompts[part.group].input_ids, [completion.token_ids for completion in completions]))
+    packed = pack(groups, device)
+    advantage = torch.tensor([advantage for _, advantage in rows], dtype=torch.float32, device=device)
+    sampler = torch.cat([completion.sampler_logprobs for completion, _ in rows]).to(device)
+    return MicroBatch(packed, advantage[packed.sequence_index], sampler)
+
+
+def sampler_mismatch(logprobs: Tensor, micro: MicroBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the sampler's log-probabilities are from the trainer's for the same weights, as (sum, count).
+
+    ``sampler_mismatch/abs_mean`` averages ``|difference|`` over tokens. ``gspo/ratio_noise_var`` averages the square of
+    a sequence's mean difference: rounding alone moves ``log s_i`` by its root, the noise floor of the sequence ratio.
+    """
+    difference = logprobs.detach().double() - micro.sampler_logprobs.double()
+    lengths = micro.packed.lengths.double()
+    sequence = torch.zeros_like(lengths).index_add_(0, micro.packed.sequence_index, difference) / lengths
+    tokens, sequences = torch.tensor(len(difference)), torch.tensor(len(lengths))
+    return {
+        "sampler_mismatch/abs_mean": (difference.abs().sum(), tokens),
+        "gspo/ratio_noise_var": (sequence.square().sum(), sequences),
+    }

@@ -1,0 +1,84 @@
+"""What held-out prompts say about the policy: greedy and sampled accuracy, pass@k, mean reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.types import Prompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """How held-out prompts are judged."""
+
+    num_generations: int = 2
+    """Sampled completions per prompt, at the training temperature; k of pass@k."""
+    reward: str | None = None
+    """The reward function that decides what is right; by default the first."""
+    threshold: float = 1.0
+    """A completion is right if that reward is at least this."""
+    num_samples: int = 10
+    """Greedy completions kept for the report."""
+
+
+class Validator:
+    """Accumulates validation over batches and ranks with torchmetrics.
+
+    Sampling seeds depend on (seed, prompt, generation) alone, so the same prompts get the same random numbers before
+    and after training and the difference is the policy's.
+    """
+
+    def __init__(self, settings: ValidationSettings, rewards: RewardSet, sampling: SamplingParams, seed: int) -> None:
+        self.settings, self.rewards = settings, rewards
+        self.judge = rewards.names.index(settings.reward) if settings.reward else 0
+        self.greedy = replace(sampling, num_generations=1, temperature=0.0)
+        self.sampled = replace(sampling, num_generations=settings.num_generations)
+        self.seed = seed
+        self.names = ("val/accuracy", "val/sampled_accuracy", f"val/pass@{settings.num_generations}", "val/reward", "val/mean_tokens")
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew."""
+        self.means = {name: MeanMetric().set_dtype(torch.float64) for name in self.names}
+        self.samples: list[dict[str, Any]] = []
+
+    def update(self, policy: Policy, engine: RolloutEngine, prompts: list[Prompt]) -> None:
+        """Adds one batch of prompts."""
+        greedy = engine.generate(policy, prompts, self.greedy, self.seed)
+        right, rewards = self._judge(greedy.prompts, greedy.completions)
+        self.means["val/accuracy"].update(right)
+        for row, (prompt, (completion,)) in enumerate(zip(prompts, greedy.completions, strict=True)):
+            if len(self.samples) < self.settings.num_samples:
+                answer = prompt.sample.get("answer")
+                self.samples.append(
+                    {
+                        "prompt": prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"],
+                        "completion": completion.text,
+                        "reward": rewards[row, 0].item(),
+                        "answer": None if answer is None else str(answer),
+                    }
+                )
+        sampled = engine.generate(policy, prompts, self.sampled, self.seed)
+        right, rewards = self._judge(sampled.prompts, sampled.completions)
+        self.means["val/sampled_accuracy"].update(right)
+        self.means[self.names[2]].update(right.amax(dim=1))
+        self.means["val/reward"].update(rewards)
+        lengths = [float(len(c.token_ids)) for group in sampled.completions for c in group]
+        self.means["val/mean_tokens"].update(torch.tensor(lengths, dtype=torch.float64))
+
+    def _judge(self, prompts: list[Prompt], completions: list[Any]) -> tuple[Tensor, Tensor]:
+        by_function = self.rewards(prompts, completions)
+        right = (by_function[..., self.judge] >= self.settings.threshold).double()
+        return right, self.rewards.combine(by_function)
+
+    def compute(self, device: torch.device) -> dict[str, float]:
+        """Means over all prompts of all ranks."""
+        return {name: metric.to(device).compute().item() for name, metric in self.means.items()}

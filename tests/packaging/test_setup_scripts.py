@@ -1,0 +1,185 @@
+"""The shell scripts, run for real against stand-ins for Python and pip: no network, nothing installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TORCH = "torch==2.13.0"
+
+# Answers what the scripts ask of the environment's Python, and writes down what they tell it to do.
+FAKE_VENV_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m pip") echo "$@" >> "$CALLS" ;;
+  "-m pytest") echo "$@" >> "$CALLS"; exit "${PYTEST_RC:-0}" ;;
+  "-m gspo_lightning.policy.bundled") echo "$@" >> "$CALLS"; echo /the/model ;;
+  "-m gspo_lightning.threads") echo 3 ;;
+  "train.py "*) echo "$@ OMP=$OMP_NUM_THREADS SPIN=$GOMP_SPINCOUNT" >> "$CALLS" ;;
+  *) exec {real} "$@" ;;
+esac
+"""
+
+
+class Sandbox:
+    """A copy of the scripts with a stand-in environment; ``calls`` is what they asked it to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a project"
+        for name in ("scripts", ".ci"):
+            shutil.copytree(ROOT / name, self.root / name)
+        for name in ("pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.root / name)
+        self.log = folder / "calls"
+        write_program(self.root / ".venv/bin/python", FAKE_VENV_PYTHON.replace("{real}", sys.executable))
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.log.unlink(missing_ok=True)
+        return subprocess.run(
+            ["bash", str(self.root / script), *arguments],
+            env={**kept, "CALLS": str(self.log), **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    @property
+    def installs(self) -> list[str]:
+        return [call for call in self.calls if call.startswith("-m pip install")]
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+def test_torch_is_installed_first_and_alone_then_the_pinned_package(sandbox: Sandbox) -> None:
+    result = sandbox.run("scripts/setup.sh")
+    assert result.returncode == 0, result.stderr
+    torch, package = sandbox.installs
+    assert torch.split()[-1] == TORCH and "--index-url" not in torch
+    assert f"-c {sandbox.root}/constraints.txt -e {sandbox.root}" in package
+    assert sandbox.calls[-1] == "-m gspo_lightning.policy.bundled smollm2-135m-instruct"
+
+
+def test_a_second_run_installs_nothing_and_a_changed_pin_installs_again(sandbox: Sandbox) -> None:
+    sandbox.run("scripts/setup.sh", "--test")
+    sandbox.run("scripts/setup.sh", "--no-model")
+    assert sandbox.calls == []
+    with (sandbox.root / "constraints.txt").open("a") as constraints:
+        constraints.write("something==1.0\n")
+    sandbox.run("scripts/setup.sh", "--no-model")
+    assert len(sandbox.installs) == 2
+    # The extra of the first run is kept: it was installed, and its pins may have changed too.
+    assert sandbox.installs[1].endswith("[test]")
+
+
+def test_extras_add_up(sandbox: Sandbox) -> None:
+    sandbox.run("scripts/setup.sh", "--test")
+    sandbox.run("scripts/setup.sh", "--sweep")
+    assert sandbox.installs[1].endswith("[sweep,test]")
+    sandbox.run("scripts/setup.sh", "--test", "--sweep", "--no-model")
+    assert sandbox.calls == []
+
+
+def test_torch_index_applies_to_torch_only_and_is_remembered(sandbox: Sandbox) -> None:
+    index = "https://example.invalid/cu130"
+    sandbox.run("scripts/setup.sh", TORCH_INDEX_URL=index)
+    torch, package = sandbox.installs
+    assert f"--index-url {index}" in torch and "--index-url" not in package
+    sandbox.run("scripts/setup.sh", "--no-model")
+    assert sandbox.calls == []
+    sandbox.run("scripts/setup.sh", TORCH_INDEX_URL="https://example.invalid/cpu")
+    assert "--force-reinstall" in sandbox.installs[0]
+
+
+def test_a_failed_install_is_one_clear_line_and_is_tried_again(sandbox: Sandbox) -> None:
+    python = sandbox.root / ".venv/bin/python"
+    working = python.read_text()
+    python.write_text(working.replace('"-m pip") echo "$@" >> "$CALLS" ;;', '"-m pip") exit 1 ;;'))
+    result = sandbox.run("scripts/setup.sh")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"setup: error: pip could not install {TORCH}")
+    python.write_text(working)
+    sandbox.run("scripts/setup.sh")
+    assert len(sandbox.installs) == 2
+
+
+def test_an_old_python_is_refused_with_one_line_and_no_venv(sandbox: Sandbox, tmp_path: Path) -> None:
+    shutil.rmtree(sandbox.root / ".venv")
+    for name in ("python", "python3", "python3.11", "python3.12", "python3.13"):
+        # Says it is 3.10 in the way the script asks: the version test fails.
+        write_program(tmp_path / "bin" / name, "#!/bin/sh\nexit 1\n")
+    result = sandbox.run("scripts/setup.sh", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "Python 3.11 or newer" in line and "GSPO_PYTHON" in line
+    assert not (sandbox.root / ".venv").exists()
+
+
+def test_a_venv_of_an_old_python_is_refused(sandbox: Sandbox) -> None:
+    write_program(sandbox.root / ".venv/bin/python", "#!/bin/sh\nexit 1\n")
+    result = sandbox.run("scripts/setup.sh")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "older than 3.11; remove it" in line
+
+
+def test_an_unknown_option_is_refused_before_anything_happens(sandbox: Sandbox) -> None:
+    result = sandbox.run("scripts/setup.sh", "--tset")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "--tset" in line and "--test" in line
+    assert sandbox.calls == []
+
+
+@pytest.mark.parametrize(
+    ("options", "marks"),
+    [
+        ([], "not slow and not gpu and not vllm"),
+        (["--slow"], "not gpu and not vllm"),
+        (["--gpu", "--slow"], "not vllm"),
+    ],
+)
+def test_test_script_selects_tiers_and_passes_the_rest_to_pytest(
+    sandbox: Sandbox, options: list[str], marks: str
+) -> None:
+    sandbox.run("scripts/test.sh", *options, "-k", "a b")
+    assert sandbox.installs[1].endswith("[test]")
+    assert sandbox.calls[-1] == f"-m pytest -m {marks} -k a b"
+
+
+@pytest.mark.parametrize("outcome", [0, 1, 5])
+def test_ci_runs_the_test_script_in_an_environment_of_its_own(sandbox: Sandbox, outcome: int) -> None:
+    write_program(
+        sandbox.root / "scripts/test.sh",
+        f'#!/bin/sh\nmkdir -p "$GSPO_VENV"; echo "$GSPO_VENV $GSPO_CACHE $*" >> "$CALLS"; exit {outcome}\n',
+    )
+    result = sandbox.run(".ci/run", "--slow", GSPO_VENV="/somewhere", GSPO_CACHE="/else")
+    assert result.returncode == outcome
+    venv, cache, argument = sandbox.calls[0].split()
+    assert argument == "--slow"
+    assert Path(venv).parent == Path(cache).parent
+    assert not Path(venv).parent.exists(), "the scratch folder must be removed"
+
+
+def test_quickstart_trains_with_the_thread_settings_and_the_overrides(sandbox: Sandbox) -> None:
+    sandbox.run("scripts/quickstart.sh", "seed=3")
+    assert sandbox.calls[-1] == "train.py seed=3 OMP=3 SPIN=1000"
+    sandbox.run("scripts/quickstart.sh", "seed=3", OMP_NUM_THREADS="1")
+    assert sandbox.calls[-1] == "train.py seed=3 OMP=1 SPIN=1000"

@@ -1,0 +1,71 @@
+"""Log-probabilities and entropies from hidden states: values, gradients, chunks, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.packing import linear_logprobs, logprobs
+from tests.support import relative_distance
+
+
+def case(rows=13, hidden=6, vocabulary=31, dtype=torch.float64):
+    h = torch.randn(rows, hidden, dtype=dtype, requires_grad=True)
+    w = torch.randn(vocabulary, hidden, dtype=dtype, requires_grad=True)
+    return h, w, torch.randint(0, vocabulary, (rows,))
+
+
+@pytest.mark.parametrize("chunk_rows", [1000, 16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_equals_log_softmax_of_all_logits(chunk_rows, temperature, with_entropy, monkeypatch):
+    h, w, targets = case(rows=40)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk_rows * 4 * len(w))
+    ours, entropy = linear_logprobs(h, w, targets, temperature=temperature, with_entropy=with_entropy)
+    log_p = torch.log_softmax(h @ w.t() / temperature, dim=-1)
+    expected = log_p.gather(1, targets[:, None]).squeeze(1)
+    expected_entropy = -(log_p.exp() * log_p).sum(dim=-1) if with_entropy else torch.zeros_like(expected)
+    g1, g2 = torch.randn(2, len(ours), dtype=torch.float64)
+    gradients = torch.autograd.grad((ours * g1 + entropy * g2).sum(), [h, w])
+    expected_gradients = torch.autograd.grad((expected * g1 + expected_entropy * g2).sum(), [h, w])
+    assert relative_distance(ours, expected) < 1e-12
+    assert (entropy - expected_entropy).abs().max() < 1e-12
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert relative_distance(a, b) < 1e-12
+
+
+def test_a_frozen_head_gets_no_gradient():
+    h, w, targets = case()
+    frozen = w.detach()
+    (ours,) = torch.autograd.grad(linear_logprobs(h, frozen, targets)[0].sum(), [h])
+    expected = torch.autograd.grad(torch.log_softmax(h @ w.t(), -1).gather(1, targets[:, None]).sum(), [h])[0]
+    assert relative_distance(ours, expected) < 1e-12
+
+
+def test_under_bfloat16_autocast_the_forward_is_that_of_float32():
+    h, w, targets = case(rows=50, hidden=64, vocabulary=300, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, _ = linear_logprobs(h, w, targets)
+    expected, _ = linear_logprobs(h, w, targets)
+    assert torch.equal(ours, expected)
+
+
+def test_under_bfloat16_autocast_the_gradient_of_a_confident_token_keeps_its_size():
+    # With a normaliser from float32 and logits from bfloat16, 1 - p of a confident token would be wrong several times over.
+    torch.manual_seed(3)
+    w = torch.randn(300, 64)
+    h = (w[7] * 0.35)[None].repeat(20, 1).requires_grad_()
+    targets = torch.full((20,), 7)
+    expected = torch.autograd.grad(linear_logprobs(h, w, targets)[0].sum(), [h])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = linear_logprobs(h, w, targets)
+    ours = torch.autograd.grad(value.sum(), [h])[0]
+    assert value.exp().min() > 0.99
+    assert relative_distance(ours, expected) < 0.1
+
+
+def test_no_rows_give_no_logprobs_and_zero_gradient():
+    h, w, _ = case(rows=0)
+    ours, _ = linear_logprobs(h, w, torch.empty(0, dtype=torch.long))
+    assert ours.shape == (0,)
+    assert torch.autograd.grad(ours.sum(), [w])[0].abs().sum() == 0

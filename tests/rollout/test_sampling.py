@@ -1,0 +1,93 @@
+"""Drawing tokens: the distribution is right, filters keep what they say, and draws depend on their row alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gspo_lightning.rollout.sampling import invert_cdf, row_uniforms, sample
+from gspo_lightning.types import SamplingParams
+
+
+def params(**changes):
+    return SamplingParams(**{"num_generations": 2, "max_completion_length": 4, **changes})
+
+
+def test_the_smallest_index_whose_cumulative_probability_exceeds_the_uniform():
+    probabilities = torch.tensor([[0.1, 0.0, 0.2, 0.7]]).repeat(6, 1)
+    uniforms = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.99999], dtype=torch.float64)
+    assert invert_cdf(probabilities, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("size", [5, 192, 193, 49152])
+def test_inverting_equals_a_plain_scan_in_float64(size):
+    probabilities = torch.softmax(torch.randn(64, size) * 3, dim=-1)
+    uniforms = torch.rand(64, dtype=torch.float64)
+    cdf = probabilities.double().cumsum(-1)
+    expected = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    drawn = invert_cdf(probabilities, uniforms)
+    # Block sums are in float32: a uniform within 1e-6 of a boundary may fall on its other side.
+    off = drawn != expected
+    assert ((cdf.gather(1, expected[:, None]).squeeze(1) - uniforms)[off].abs() < 1e-5).all() or not off.any()
+    assert off.sum() <= 1
+
+
+def test_tokens_of_probability_zero_are_never_drawn():
+    probabilities = torch.zeros(200, 1000)
+    probabilities[:, 400:410] = 0.1
+    uniforms = torch.linspace(0, 1 - 1e-12, 200, dtype=torch.float64)
+    drawn = invert_cdf(probabilities, uniforms)
+    assert drawn.min() >= 400 and drawn.max() < 410
+
+
+def test_frequencies_and_logprobs_follow_the_tempered_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(40_000, 1)
+    tokens, logprobs = sample(logits, torch.rand(40_000, dtype=torch.float64), params(temperature=0.5))
+    expected = torch.softmax(torch.tensor([4.0, 2.0, 0.0, -2.0]), 0)
+    frequencies = torch.bincount(tokens, minlength=4) / 40_000
+    assert (frequencies - expected).abs().max() < 4 * math.sqrt(0.25 / 40_000)
+    assert torch.allclose(logprobs, expected.log()[tokens], atol=1e-6)
+
+
+def test_temperature_zero_is_greedy_with_plain_logprobs():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    tokens, logprobs = sample(logits, torch.zeros(1, dtype=torch.float64), params(temperature=0.0))
+    assert tokens.item() == 1
+    assert logprobs.item() == pytest.approx(torch.log_softmax(logits[0], 0)[1].item())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.7}, {0, 1}),  # 0.6439 alone is below 0.7, so the second is needed
+        ({"top_p": 0.6}, {0}),
+        ({"min_p": 0.2}, {0, 1}),  # 0.6439 * 0.2 = 0.129; the second has 0.2369, the third 0.0871
+        ({"top_k": 3, "top_p": 0.99}, {0, 1, 2}),
+    ],
+)
+def test_filters_keep_exactly_these_tokens_and_renormalise(changes, kept):
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).repeat(4000, 1)
+    tokens, logprobs = sample(logits, torch.rand(4000, dtype=torch.float64), params(**changes))
+    assert set(tokens.tolist()) == kept
+    raw = torch.softmax(logits[0], 0)
+    expected = (raw / raw[sorted(kept)].sum()).log()
+    assert torch.allclose(logprobs, expected[tokens], atol=1e-6)
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = torch.tensor([[2.0, -1.0, 1.5]])
+    seen = torch.tensor([[True, True, False]])
+    tokens, logprobs = sample(logits, torch.zeros(1, dtype=torch.float64), params(temperature=0.0, repetition_penalty=2.0), seen)
+    assert tokens.item() == 2
+    assert logprobs.item() == pytest.approx(torch.log_softmax(torch.tensor([1.0, -2.0, 1.5]), 0)[2].item())
+
+
+def test_uniforms_belong_to_seed_prompt_and_generation():
+    base = row_uniforms(1, "task:3", 0, 8)
+    assert torch.equal(base, row_uniforms(1, "task:3", 0, 8))
+    assert torch.equal(base[:5], row_uniforms(1, "task:3", 0, 5))
+    for other in (row_uniforms(2, "task:3", 0, 8), row_uniforms(1, "task:4", 0, 8), row_uniforms(1, "task:3", 1, 8)):
+        assert not torch.equal(base, other)

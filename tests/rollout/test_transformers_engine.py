@@ -1,0 +1,110 @@
+"""The in-process engine: what it samples, what it reports, what it repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.packing import pack
+from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.types import SamplingParams
+from tests.support import make_prompt, micro_policy
+
+SAMPLING = SamplingParams(num_generations=4, max_completion_length=12, temperature=0.8)
+
+
+@pytest.fixture(scope="module")
+def policy(micro_model_dir):
+    return micro_policy(micro_model_dir)
+
+
+@pytest.fixture()
+def prompts():
+    return [make_prompt(torch.arange(5, 5 + n), uid=f"t:{n}") for n in (3, 9, 1, 6)]
+
+
+def trained_logprobs(policy, rollout, temperature):
+    groups = [(p.input_ids, [c.token_ids for c in g]) for p, g in zip(rollout.prompts, rollout.completions, strict=True)]
+    with torch.no_grad():
+        return policy(pack(groups, torch.device("cpu")), temperature)[0]
+
+
+def test_sampler_logprobs_equal_those_of_the_training_forward(policy, prompts):
+    rollout = TransformersEngine().generate(policy, prompts, SAMPLING, seed=1)
+    sampler = torch.cat([c.sampler_logprobs for group in rollout.completions for c in group])
+    assert (sampler - trained_logprobs(policy, rollout, 0.8)).abs().max() < 1e-5
+
+
+def test_greedy_equals_generate_of_transformers(policy, prompts):
+    greedy = SamplingParams(num_generations=1, max_completion_length=12, temperature=0.0)
+    rollout = TransformersEngine().generate(policy, prompts, greedy, seed=0)
+    for prompt, (completion,) in zip(prompts, rollout.completions, strict=True):
+        ids = policy.base_model.generate(prompt.input_ids[None], max_new_tokens=12, do_sample=False)
+        assert completion.token_ids.tolist() == ids[0, len(prompt.input_ids) :].tolist()
+
+
+def test_completions_do_not_depend_on_the_other_prompts_or_their_order(policy, prompts):
+    whole = TransformersEngine().generate(policy, prompts, SAMPLING, seed=7)
+    turned = TransformersEngine().generate(policy, prompts[::-1], SAMPLING, seed=7)
+    by_turns = TransformersEngine(max_concurrent=4).generate(policy, prompts, SAMPLING, seed=7)
+    for group, other, third in zip(whole.completions, turned.completions[::-1], by_turns.completions, strict=True):
+        for a, b, c in zip(group, other, third, strict=True):
+            assert torch.equal(a.token_ids, b.token_ids)
+            assert torch.equal(a.token_ids, c.token_ids)
+
+
+def test_the_same_seed_repeats_and_another_differs(policy, prompts):
+    first, again, other = (TransformersEngine().generate(policy, prompts, SAMPLING, seed=s) for s in (3, 3, 4))
+    texts = [[c.text for group in r.completions for c in group] for r in (first, again, other)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    for a, b in zip(first.completions[0], again.completions[0], strict=True):
+        assert torch.equal(a.sampler_logprobs, b.sampler_logprobs)
+
+
+def test_each_of_several_eos_ids_ends_a_completion_and_belongs_to_it(policy, prompts):
+    original = policy.base_model.generation_config.eos_token_id
+    policy.base_model.generation_config.eos_token_id = [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]
+    try:
+        assert set(policy.eos_token_ids) == {*range(20, 30), policy.tokenizer.eos_token_id}
+        rollout = TransformersEngine().generate(policy, prompts, SAMPLING, seed=5)
+        ends = set(policy.eos_token_ids)
+    finally:
+        policy.base_model.generation_config.eos_token_id = original
+    completions = [c for group in rollout.completions for c in group]
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    assert len({c.token_ids[-1].item() for c in stopped}) > 1
+    for completion in completions:
+        assert not ends & set(completion.token_ids[:-1].tolist())
+        assert (completion.token_ids[-1].item() in ends) == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == 12
+
+
+def test_a_stop_string_ends_with_the_token_that_completes_it(policy, prompts):
+    free = TransformersEngine().generate(policy, prompts, SAMPLING, seed=9).completions
+    stop = next(c.text[4:6] for group in free for c in group if len(c.text) >= 8)
+    sampling = SamplingParams(num_generations=4, max_completion_length=12, temperature=0.8, stop=(stop,))
+    stopped = TransformersEngine().generate(policy, prompts, sampling, seed=9).completions
+    hits = 0
+    for before, after in zip((c for g in free for c in g), (c for g in stopped for c in g), strict=True):
+        if stop in before.text:
+            hits += 1
+            assert after.text == before.text[: before.text.index(stop) + len(stop)]
+            assert after.finish_reason == "stop"
+        else:
+            assert after.text == before.text
+    assert hits
+
+
+def test_each_unique_prompt_is_forwarded_once(policy, prompts, monkeypatch):
+    widths = []
+    original = type(policy).hidden_states
+
+    def spy(self, input_ids, *args, **kwargs):
+        widths.append(tuple(input_ids.shape))
+        return original(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(policy), "hidden_states", spy)
+    TransformersEngine().generate(policy, prompts, SAMPLING, seed=1)
+    assert widths[0] == (1, 3 + 9 + 1 + 6)
+    assert widths[1][0] <= 16 and all(width == 1 for _, width in widths[1:])

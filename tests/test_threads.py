@@ -1,0 +1,102 @@
+"""Thread settings are in the environment before torch reads it, and never override the user's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gspo_lightning import threads
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of two cores with two hyper-threads each (0 and 2, 1 and 3), no quota, no settings."""
+    for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(siblings + "\n")
+    monkeypatch.setattr(threads, "_CPU_FOLDER", tmp_path)
+    monkeypatch.setattr(threads, "_QUOTA_FILE", tmp_path / "cpu.max")
+    monkeypatch.setattr(threads, "_affinity", lambda: {0, 1, 2, 3})
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE"):
+        # Set, then delete: so that what configure_threads writes is taken back at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def test_hyper_threads_of_a_core_count_once(machine: Path) -> None:
+    assert threads.available_cores() == 2
+
+
+def test_affinity_limits_the_count(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_affinity", lambda: {1, 3})
+    assert threads.available_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 2), ("150000 100000", 2), ("100000 100000", 1), ("5000 100000", 1)]
+)
+def test_a_container_quota_limits_the_count(machine: Path, quota: str, cores: int) -> None:
+    (machine / "cpu.max").write_text(quota + "\n")
+    assert threads.available_cores() == cores
+
+
+def test_without_topology_every_cpu_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_CPU_FOLDER", machine / "missing")
+    assert threads.available_cores() == 4
+
+
+@pytest.mark.filterwarnings("ignore:configure_threads:RuntimeWarning")
+def test_defaults_are_set_and_shared_among_ranks(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads.configure_threads() == 2
+    assert threads.os.environ["OMP_NUM_THREADS"] == "2"
+    assert threads.os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert threads.configure_threads() == 1
+
+
+def test_the_users_values_stand(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7,2")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert threads.configure_threads() == 7
+    assert threads.os.environ["OMP_NUM_THREADS"] == "7,2"
+    assert threads.os.environ["GOMP_SPINCOUNT"] == "5"
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["many", "0", "-1"])
+def test_a_setting_that_is_no_count_is_named(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}='{value}' is not a positive whole number"):
+        threads.configure_threads()
+
+
+def test_a_call_after_torch_was_imported_warns(machine: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="after torch was imported"):
+        threads.configure_threads()
+
+
+def test_torch_obeys_when_configured_before_its_import() -> None:
+    code = (
+        "import os, sys; os.environ.pop('OMP_NUM_THREADS', None)\n"
+        "from gspo_lightning import threads; assert 'torch' not in sys.modules\n"
+        "threads.available_cores = lambda: 1; threads.configure_threads()\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    source = Path(threads.__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(source)},
+    )
+    assert result.stdout.strip() == "1"

@@ -1,0 +1,20 @@
+"""`python train.py experiment=... key=value`: trains a policy. See conf/train.yaml for every setting."""
+
+from gspo_lightning.threads import configure_threads
+
+configure_threads()
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from gspo_lightning import cli  # noqa: E402
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """One run; returns the held-out sampled accuracy, for sweeps."""
+    return cli.train(cfg)
+
+
+if __name__ == "__main__":
+    cli.run(main)
