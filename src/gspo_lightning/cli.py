@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
+import torch
+import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -20,10 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gspo_lightning import config
+from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule, NonFiniteGradientError
 from gspo_lightning.policy.export import export_policy
+from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
+from gspo_lightning.timing import peak_rss_gb
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -41,11 +46,110 @@ def run(main: Callable[[], Any]) -> None:
 def train(cfg: DictConfig) -> float | None:
     """One training run; returns the held-out sampled accuracy after it, for sweeps."""
     _quieten()
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    plain = config.resolve(cfg)
+    config.check(plain)
+    run_dir = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
+    datamodule = config.build_data(plain)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    L.seed_everything(plain["seed"], workers=True, verbose=False)
+    job = TrainingRun(plain, run_dir, config.build_module(plain), datamodule)
+    return job.execute()
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Measures a policy on the held-out prompts of a data config, with the same settings as training."""
+    _quieten()
     plain = config.resolve(cfg)
     config.check(plain)
     datamodule = config.build_data(plain)
-    _write_config(plain, run_dir)
-    L.seed_everything(plain["seed"], workers=True, verbose=False)
-    job = _Run(plain, run_dir, config.build_module(plain), datamodule)
-    return job.execute()
+    module = config.build_module(plain)
+    trainer = config.build_trainer(plain, [])
+    trainer.validate(module, datamodule=datamodule, verbose=False)
+    print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
+    return module.last_validation
+
+
+class TrainingRun:
+    """Validate, train, validate, export, report."""
+
+    def __init__(self, plain: dict[str, Any], run_dir: Path, module: GSPOModule, datamodule: Any) -> None:
+        self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
+        self.ckpt_path = checkpoint_file(plain["ckpt_path"])
+        self.checkpoint = RolloutCheckpoint(run_dir / "checkpoints", plain["checkpoint"]["every_n_rollouts"])
+        resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
+        # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
+        self.recorder = RunRecorder(run_dir, resume_dir=resume_dir)
+        stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
+        callbacks = [self.recorder, *config.build_callbacks(plain), self.checkpoint, stop]
+        self.trainer = config.build_trainer(plain, callbacks)
+
+    def execute(self) -> float | None:
+        """Runs all of it; returns the held-out sampled accuracy at the end."""
+        if self.ckpt_path is None:
+            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+        start = time.perf_counter()
+        ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
+        self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        wall_s = time.perf_counter() - start
+        if self.module.rollouts_done < self.module.max_rollouts:
+            return None
+        self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+        self._finish(wall_s)
+        return self.module.last_validation.get("val/sampled_accuracy")
+
+    def _finish(self, wall_s: float) -> None:
+        assert self.module.policy is not None
+        export_dir = None
+        if self.plain["export"]["enabled"] and self.trainer.is_global_zero:
+            merge = self.plain["export"]["merge_lora"]
+            export_dir = export_policy(self.module.policy, self.run_dir / "model", merge_lora=merge)
+        if self.trainer.is_global_zero:
+            write_summary(self.run_dir, self._facts(wall_s, export_dir))
+            report = render_report(self.run_dir)
+            print_result_table(Console(), self.run_dir, report)
+
+    def _facts(self, wall_s: float, export_dir: Path | None) -> dict[str, Any]:
+        counts = self.module.counts
+        return {
+            "seed": self.plain["seed"],
+            "steps": self.module.rollouts_done,
+            "optimizer_steps": counts["optimizer_steps"],
+            "wall_s": wall_s,
+            "train_tokens": counts["train_tokens"],
+            "rollout_tokens": counts["rollout_tokens"],
+            "tokens_per_s": (counts["train_tokens"] + counts["rollout_tokens"]) / wall_s,
+            "peak_rss_gb": peak_rss_gb(),
+            "model": self.plain["model"]["path"],
+            "precision": self.plain["trainer"]["precision"],
+            "threads": torch.get_num_threads(),
+            "export_dir": None if export_dir is None else str(export_dir),
+        }
+
+
+def checkpoint_file(path: str | None) -> Path | None:
+    """The checkpoint a user named, which must exist."""
+    if path is None:
+        return None
+    file = Path(path)
+    if not file.exists():
+        raise UserError(f"ckpt_path={path}: there is no such checkpoint")
+    return file
+
+
+def _make_run_dir(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"hydra.run.dir={folder}: cannot write there ({error.strerror}); choose another folder") from error
+    return folder
+
+
+def _quieten() -> None:
+    """Keeps the screen for what matters: no tips of libraries, no progress bars of file loading."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -192,6 +192,11 @@ def build_data(plain: dict[str, Any]) -> Any:
     return datamodule
 
 
+def build_callbacks(plain: dict[str, Any]) -> list[Any]:
+    """The callbacks of the config's ``callbacks`` group, in order."""
+    return [_build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]
+
+
 def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
     """The Lightning Trainer with what manual optimization and a prompt stream need."""
     every = plain["validation"]["every_n_rollouts"]

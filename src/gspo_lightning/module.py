@@ -221,7 +221,7 @@ class GSPOModule(L.LightningModule):
                     loss = self._empty_loss(scored)
                 self.manual_backward(loss * (world_size() / self.objective.denominator(num_sequences, num_tokens)))
         if rounds:
-            self._apply(optimizer, metrics)  # type: ignore[arg-type]
+            self._clip_and_step(optimizer, metrics)  # type: ignore[arg-type]
         else:
             self.counts["skipped_steps"] += 1
         scheduler.step()  # type: ignore[union-attr, call-arg]
@@ -250,7 +250,7 @@ class GSPOModule(L.LightningModule):
         micro = build_micro_batch(scored, (GroupSlice(0, (0,)),), self.device)
         return self.policy(micro.packed, self._temperature)[0].sum() * 0.0  # type: ignore[misc, no-any-return]
 
-    def _apply(self, optimizer: Optimizer, metrics: Metrics) -> None:
+    def _clip_and_step(self, optimizer: Optimizer, metrics: Metrics) -> None:
         """Clips and steps; a non-finite gradient is thrown away, and too many in a row end the run."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]  # type: ignore[union-attr]
         norm = nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)

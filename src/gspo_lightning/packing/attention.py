@@ -7,11 +7,17 @@ sliding windows are covered because models that have them would be wrong without
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from gspo_lightning.packing.layout import SharedPrefixLayout
+
+DENSE_SCORES = 512 * 512
+"""Blocks of up to this many scores per head take the dense backward on CPUs."""
 
 
 def shared_prefix_attention(
@@ -38,6 +44,7 @@ def shared_prefix_attention(
     Returns:
         ``(1, heads, T, D)``.
     """
+    query, key, value = (autocast_dtype(x) for x in (query, key, value))
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     boundaries = _boundaries(layout)
     sizes = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
@@ -58,6 +65,8 @@ def attend(
 ) -> Tensor:
     """One attention call with equal head counts; ``mask=None`` means causal. All ``(..., heads, tokens, D)``."""
     if sinks is None:
+        if mask is not None and query.device.type == "cpu" and torch.is_grad_enabled() and mask.numel() <= DENSE_SCORES:
+            return _DenseBackward.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     assert mask is not None
     scores = (query @ key.transpose(-1, -2)) * scaling
@@ -65,6 +74,44 @@ def attend(
     column = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat([scores, column], dim=-1).to(torch.promote_types(scores.dtype, torch.float32)), -1)
     return weights[..., :-1].to(value.dtype) @ value
+
+
+class _DenseBackward(torch.autograd.Function):
+    """The fused forward, and a backward of plain batched products.
+
+    The backward of the fused CPU kernel runs small blocks at a tenth of the matrix-product rate (166 queries of 9
+    heads in bfloat16: 4.0 ms against 1.4 ms). The forward stays fused because it keeps its scores in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scaling = scaling
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (query * ctx.scaling) @ key.transpose(-1, -2)
+            weights = torch.softmax(scores.masked_fill_(~mask, -torch.inf), dim=-1)
+            grad_weights = grad @ value.transpose(-1, -2)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores.mul_(ctx.scaling)
+            return (
+                grad_scores @ key,
+                grad_scores.transpose(-1, -2) @ query,
+                weights.transpose(-1, -2) @ grad,
+                None,
+                None,
+            )
+
+
+def autocast_dtype(x: Tensor) -> Tensor:
+    """Casts to the autocast dtype where autocast is on: once per row, not once per block."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -81,37 +81,63 @@ class _LinearLogprobs(torch.autograd.Function):
             if with_entropy:
                 log_p = logits.sub_(normaliser)
                 entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
-        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.save_for_backward(hidden, weight, targets, logprobs, entropy)
         ctx.temperature, ctx.with_entropy, ctx.backward_dtype = temperature, with_entropy, backward_dtype
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, entropy = ctx.saved_tensors
-        dtype, needs_hidden, needs_weight = ctx.backward_dtype, *ctx.needs_input_grad[:2]
+        hidden, weight, targets, logprobs, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        narrow, narrow_weight = hidden.to(ctx.backward_dtype), weight.to(ctx.backward_dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
-            narrow, narrow_weight = hidden.to(dtype), weight.to(dtype)
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight) if needs_weight else None
             for rows in _chunks(len(hidden), weight.shape[0]):
-                logits = _wide(narrow[rows] @ narrow_weight.t())
-                if ctx.temperature != 1.0:
-                    logits.div_(ctx.temperature)
-                # d log p(y) / d logits = onehot(y) - p;  d entropy / d logits = -p (log p + entropy). The softmax is
-                # taken anew: a saved normaliser would not fit logits that were recomputed in a narrower dtype.
-                if ctx.with_entropy:
-                    log_p = torch.log_softmax(logits, dim=-1)
-                    factor = grad_logprobs[rows, None] + grad_entropy[rows, None] * (log_p + entropy[rows, None])
-                    grad_logits = log_p.exp_().mul_(factor).neg_()
-                else:
-                    grad_logits = torch.softmax(logits, dim=-1).mul_(-grad_logprobs[rows, None])
-                grad_logits.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None].to(grad_logits.dtype))
-                if ctx.temperature != 1.0:
-                    grad_logits.div_(ctx.temperature)
-                narrow_grad = grad_logits.to(dtype)
+                g, h = grad_logprobs[rows, None], (grad_entropy[rows, None], entropy[rows, None])
+                grad_logits = _grad_logits(
+                    narrow[rows] @ narrow_weight.t(), targets[rows, None], logprobs[rows, None], g,
+                    h if ctx.with_entropy else None, ctx.temperature,
+                )  # fmt: skip
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (narrow_grad @ narrow_weight).to(hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += narrow_grad.t() @ narrow[rows]
+                    grad_hidden[rows] = (grad_logits @ narrow_weight).to(hidden.dtype)
+                if needs_weight:
+                    part = grad_logits.t() @ narrow[rows]
+                    grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _grad_logits(
+    logits: Tensor,
+    targets: Tensor,
+    logprobs: Tensor,
+    grad_logprobs: Tensor,
+    entropy: tuple[Tensor, Tensor] | None,
+    temperature: float,
+) -> Tensor:
+    """Gradient with respect to the raw logits of some rows, in their dtype; overwrites ``logits``.
+
+    ``d log p(y) / d logits = onehot(y) - p`` and ``d entropy / d logits = -p (log p + entropy)``. In a narrow dtype
+    ``p(y) - 1`` would lose the gradient of every confident token, so the target's entry is set from the forward's
+    log-probability instead.
+
+    Args:
+        logits: ``(rows, V)``; all others ``(rows, 1)``.
+        entropy: incoming gradient and value of the entropy, if it takes part.
+    """
+    if temperature != 1.0:
+        logits.div_(temperature)
+    if entropy is None:
+        grad = torch.softmax(logits, dim=-1).mul_(-grad_logprobs.to(logits.dtype))
+        target = -torch.expm1(logprobs) * grad_logprobs
+    else:
+        grad_entropy, value = entropy
+        log_p = torch.log_softmax(_wide(logits), dim=-1)
+        factor = grad_logprobs + grad_entropy * (log_p + value)
+        grad = log_p.exp_().mul_(factor).neg_().to(logits.dtype)
+        target = -torch.expm1(logprobs) * grad_logprobs - logprobs.exp() * grad_entropy * (logprobs + value)
+    grad.scatter_(1, targets, target.to(grad.dtype))
+    return grad.div_(temperature) if temperature != 1.0 else grad

@@ -44,7 +44,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to build one bundled model; raise ``version`` when the result changes, to leave old caches behind."""
+    """How to build one bundled model; a new ``version`` leaves caches of another result behind."""
 
     version: int
     build: Callable[[Path], None]
@@ -56,8 +56,8 @@ class _Recipe:
 def resolve_model(path: str) -> str:
     """Turn the model a user named into something ``from_pretrained`` takes, building it if it is bundled.
 
-    ``bundled:NAME`` gives the cached folder, an existing model folder its own path. What looks like a hub id
-    (``name`` or ``owner/name``, no such folder) is returned unchanged, and whether it exists is the hub's to say.
+    ``bundled:NAME`` gives the cached folder, an existing model folder its own path. What looks like a
+    hub id (``name`` or ``owner/name``, no such folder) is returned unchanged: the hub says whether it exists.
 
     Raises:
         UserError: an unknown bundled name, a folder without ``config.json`` or weights, a path that does
@@ -79,7 +79,7 @@ def resolve_model(path: str) -> str:
 
 
 def cache_dir() -> Path:
-    """The folder of everything that is fetched or built once: ``GSPO_CACHE`` or ``~/.cache/gspo_lightning``."""
+    """Where fetched and built models are kept: ``GSPO_CACHE``, else ``~/.cache/gspo_lightning``."""
     return Path(os.environ.get("GSPO_CACHE") or "~/.cache/gspo_lightning").expanduser().absolute()
 
 

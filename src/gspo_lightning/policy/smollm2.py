@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from a Python package, so that a first run needs nothing but a package index.
 
-The package carries a 4-bit GGUF file (Q4_1). Its weights are dequantised to float32 once: they behave like the
-released ones but are not bit-equal to them.
+The package carries a 4-bit GGUF file (Q4_1). Its weights are dequantised to float32 once: they behave like
+the released ones but are not bit-equal to them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
-    # A model loaded from GGUF calls itself quantised, and save_pretrained refuses: move its weights to one that is not.
+    # A model loaded from GGUF calls itself quantised, and save_pretrained refuses it: move its weights to one
+    # that does not.
     del config.quantization_config
     with torch.device("meta"):
         model = type(loaded)(config)

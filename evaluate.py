@@ -1,0 +1,20 @@
+"""`python evaluate.py model=path model.path=FOLDER`: measures a policy on held-out prompts. See conf/train.yaml for every setting."""
+
+from gspo_lightning.threads import configure_threads
+
+configure_threads()
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from gspo_lightning import cli  # noqa: E402
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Prints accuracies and sample completions."""
+    cli.evaluate(cfg)
+
+
+if __name__ == "__main__":
+    cli.run(main)
