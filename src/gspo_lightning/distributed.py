@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number among them; 0 outside a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def global_sum(values: Tensor) -> Tensor:
     """Elementwise sum over ranks."""
     if world_size() > 1:

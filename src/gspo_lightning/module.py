@@ -287,7 +287,7 @@ class GSPOModule(L.LightningModule):
         self.last_metrics = values
         self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(batch))
         if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
-            datamodule.cursor = batch.cursor
+            datamodule.finish(batch)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
 

@@ -52,6 +52,8 @@ class PromptBatch:
     prompts: list[Prompt]
     cursor: int
     """Where the prompt stream stands after this batch: a run resumes from here."""
+    dropped: int = 0
+    """Prompts left out on the way because they are too long, over all ranks."""
 
     def __len__(self) -> int:
         return len(self.prompts)

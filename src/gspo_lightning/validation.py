@@ -77,7 +77,7 @@ class Validator:
     def _judge(self, prompts: list[Prompt], completions: list[Any]) -> tuple[Tensor, Tensor]:
         by_function = self.rewards(prompts, completions)
         right = (by_function[..., self.judge] >= self.settings.threshold).double()
-        return right, self.rewards.combine(by_function)
+        return right, self.rewards.weighted_sum(by_function)
 
     def compute(self, device: torch.device) -> dict[str, float]:
         """Means over all prompts of all ranks."""

@@ -1,0 +1,66 @@
+"""Group-relative advantages: how much better a completion is than the others of its prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-4
+"""Added to the standard deviation, as TRL does, so that recipes carry over."""
+
+
+@dataclass(frozen=True)
+class AdvantageEstimator:
+    """``(r - baseline) / scale`` within groups (GRPO, arXiv 2402.03300, section 4.1.2).
+
+    A group whose rewards are all equal gets exactly zero: rewards are compared, not rounded differences.
+    """
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide by the unbiased standard deviation of the group, of the whole batch, or not at all (Dr. GRPO)."""
+    baseline: Literal["mean", "rloo"] = "mean"
+    """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """``(B, G)`` rewards to ``(B, G)`` advantages. G must be at least 2."""
+        count = rewards.shape[1]
+        if count < 2:
+            raise ValueError("a group needs at least two completions to be compared")
+        centred = rewards - rewards.mean(dim=1, keepdim=True)
+        if self.baseline == "rloo":
+            centred = centred * (count / (count - 1))
+        if self.scale_rewards == "group":
+            centred = centred / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
+        elif self.scale_rewards == "batch":
+            centred = centred / (rewards.std() + STD_EPSILON)
+        equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+        return torch.where(equal, torch.zeros_like(centred), centred)
+
+
+def combine_rewards(
+    by_function: Tensor, weights: Tensor, how: Literal["weighted_sum", "normalize_then_sum"] = "weighted_sum"
+) -> Tensor:
+    """One reward per completion from several functions.
+
+    Args:
+        by_function: ``(B, G, K)``; NaN where a function does not apply, which leaves it out of the sum.
+        weights: ``(K,)``.
+        how: ``weighted_sum``, or each function's rewards made zero-mean and unit-variance within the group first
+            (GDPO, arXiv 2601.05242), so that no function's scale drowns another's.
+
+    Raises:
+        ValueError: if no function applies to some completion.
+    """
+    nothing = by_function.isnan().all(dim=-1)
+    if nothing.any():
+        row, generation = (int(x) for x in nothing.nonzero()[0])
+        raise ValueError(f"no reward function applies to completion {generation} of prompt {row} of the rollout")
+    if how == "normalize_then_sum":
+        mean = by_function.nanmean(dim=1, keepdim=True)
+        valid = (~by_function.isnan()).sum(dim=1, keepdim=True)
+        variance = (by_function - mean).square().nansum(dim=1, keepdim=True) / (valid - 1).clamp(min=1)
+        by_function = (by_function - mean) / (variance.sqrt() + STD_EPSILON)
+    return (by_function * weights).nansum(dim=-1)

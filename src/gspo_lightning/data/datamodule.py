@@ -1,0 +1,174 @@
+"""The LightningDataModule of prompts: each batch is one rollout, and a run resumes from a single integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import lightning as L
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gspo_lightning.data.stream import PromptStream
+from gspo_lightning.data.tasks import Row, Task
+from gspo_lightning.data.templating import encode_prompt
+from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.bundled import resolve_model
+from gspo_lightning.types import Prompt, PromptBatch
+
+OverlongPrompts = Literal["error", "drop"]
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Prompts of a task, split over ranks.
+
+    ``cursor`` is the position of the prompt stream behind the last finished rollout. It moves when the module says a
+    rollout is finished, never when a batch is fetched: Lightning may fetch ahead.
+
+    Args:
+        task: where rows come from.
+        model_path: whose tokenizer and chat template are used.
+        prompts_per_rollout: over all ranks; must be divisible by their number.
+        max_prompt_length: in tokens. A longer prompt is an error or left out, never cut.
+        overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row and counts.
+        validation_batch_size: held-out prompts decoded at a time, per rank.
+        seed: of the order of rows.
+        chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model_path: str,
+        prompts_per_rollout: int,
+        max_prompt_length: int,
+        overlong_prompts: OverlongPrompts = "error",
+        validation_batch_size: int = 64,
+        seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task, self.model_path = task, model_path
+        self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
+        self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.stream = PromptStream(task, seed)
+        self.cursor = 0
+        self.dropped_prompts = 0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded once."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model_path))
+        return self._tokenizer
+
+    def check(self) -> None:
+        """Looks at the first rows and all held-out rows, before any model is loaded."""
+        size = self.task.num_train_rows
+        if size is not None and size < self.prompts_per_rollout:
+            raise UserError(
+                f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows there are"
+            )
+        self._batch(0, 0, 1)
+        for number in range(len(self._validation_rows())):
+            self._validation_prompt(number)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint holds of the data."""
+        return {"cursor": self.cursor, "dropped_prompts": self.dropped_prompts}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues where the checkpoint stood."""
+        self.cursor, self.dropped_prompts = state_dict["cursor"], state_dict["dropped_prompts"]
+
+    def train_dataloader(self) -> DataLoader[PromptBatch]:
+        """An endless loader of rollout batches, beginning at ``cursor``."""
+        if self.prompts_per_rollout % world_size():
+            raise UserError(
+                f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the {world_size()} ranks"
+            )
+        return DataLoader(_Batches(self), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[PromptBatch]:
+        """Every held-out prompt once, spread over the ranks."""
+        mine = range(rank(), len(self._validation_rows()), world_size())
+        size = self.validation_batch_size
+        batches = [
+            PromptBatch([self._validation_prompt(i) for i in mine[start : start + size]], cursor=0)
+            for start in range(0, len(mine), size)
+        ]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def finish(self, batch: PromptBatch) -> None:
+        """The rollout on this batch is finished; a checkpoint taken now resumes behind it."""
+        self.cursor = batch.cursor
+        self.dropped_prompts += batch.dropped
+
+    def batch_at(self, cursor: int) -> PromptBatch:
+        """This rank's share of the rollout that begins at ``cursor``."""
+        return self._batch(cursor, rank(), world_size())
+
+    def _batch(self, cursor: int, my_rank: int, ranks: int) -> PromptBatch:
+        prompts: list[Prompt] = []
+        dropped = 0
+        while len(prompts) < self.prompts_per_rollout:
+            uid, row = self.stream.row_at(cursor)
+            cursor += 1
+            if (prompt := self._prompt(uid, row)) is None:
+                dropped += 1
+                self._refuse_endless_drops(dropped)
+            else:
+                prompts.append(prompt)
+        share = self.prompts_per_rollout // ranks
+        return PromptBatch(prompts[my_rank * share : (my_rank + 1) * share], cursor, dropped)
+
+    def _refuse_endless_drops(self, dropped: int) -> None:
+        size = self.task.num_train_rows
+        if dropped >= (size if size is not None else 1000):
+            raise UserError(
+                f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts in a row are longer; raise it"
+            )
+
+    def _prompt(self, uid: str, row: Row) -> Prompt | None:
+        ids = encode_prompt(row["prompt"], self.tokenizer, self.chat_template_kwargs)
+        if not len(ids):
+            raise UserError(f"row {uid}: the prompt has no tokens")
+        if len(ids) > self.max_prompt_length:
+            if self.overlong_prompts == "drop":
+                return None
+            raise UserError(
+                f"row {uid}: the prompt has {len(ids)} tokens, data.max_prompt_length is {self.max_prompt_length}; "
+                "raise it, or set data.overlong_prompts=drop to leave such rows out"
+            )
+        return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row)
+
+    def _validation_rows(self) -> list[Row]:
+        if not hasattr(self, "_held_out"):
+            self._held_out = self.task.validation_rows()
+        return self._held_out
+
+    def _validation_prompt(self, number: int) -> Prompt:
+        uid = f"{self.task.name}:validation:{number}"
+        prompt = self._prompt(uid, self._validation_rows()[number])
+        if prompt is None:
+            raise UserError(
+                f"row {uid}: the held-out prompt is longer than data.max_prompt_length={self.max_prompt_length}; raise it"
+            )
+        return prompt
+
+
+class _Batches(IterableDataset[PromptBatch]):
+    """The rollout batches of this rank from the cursor on."""
+
+    def __init__(self, datamodule: PromptDataModule) -> None:
+        self.datamodule = datamodule
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        cursor = self.datamodule.cursor
+        while True:
+            batch = self.datamodule.batch_at(cursor)
+            cursor = batch.cursor
+            yield batch

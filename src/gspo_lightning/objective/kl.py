@@ -1,0 +1,23 @@
+"""Estimators of the divergence from the reference, per token, from samples of the policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
+    """``KL(pi || pi_ref)`` estimated at each sampled token (Schulman, "Approximating KL divergence", 2020).
+
+    With ``d = log pi_ref - log pi``: k1 is ``-d`` (unbiased, may be negative), k2 is ``d^2 / 2`` (biased, its gradient
+    is that of the KL), k3 is ``exp(d) - 1 - d`` (unbiased value, never negative).
+    """
+    d = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    return d.expm1() - d

@@ -1,0 +1,111 @@
+"""The losses. Each is one function of flat tensors: it returns the loss of every token, before any averaging.
+
+A loss sees a `LossInputs` and returns ``(L,)`` values whose gradient is the loss's; `aggregation.py` weighs and adds
+them. To add one: write the function, put it in ``LOSSES`` with its aggregation, and add one YAML to
+``conf/objective``; or keep it in your own package and name it by ``loss_type: {_target_: hydra.utils.get_method,
+path: ...}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.objective.ratios import sequence_mean
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss may look at; all tensors ``(L,)`` but ``lengths`` ``(S,)``."""
+
+    logprobs: Tensor
+    """With gradient."""
+    log_ratio: Tensor
+    """``logprobs - old_logprobs``, with gradient."""
+    ratio: Tensor
+    """Importance ratio of the chosen level, with gradient."""
+    advantages: Tensor
+    sequence_index: Tensor
+    lengths: Tensor
+    epsilon: float
+    epsilon_high: float
+    delta: float | None
+    tau_positive: float
+    tau_negative: float
+
+
+LossFunction = Callable[[LossInputs], Tensor]
+
+
+def clipped_surrogate(x: LossInputs) -> Tensor:
+    """``-min(w A, clip(w, 1 - eps, 1 + eps_high) A)`` (PPO, arXiv 1707.06347, Eq. 7; GSPO, Eq. 5).
+
+    With ``delta`` the ratio is first capped from above (two-sided clip, INTELLECT-2, arXiv 2505.07291), which bounds
+    the loss of negative advantages.
+    """
+    ratio = x.ratio if x.delta is None else x.ratio.clamp(max=x.delta)
+    clipped = x.ratio.clamp(1 - x.epsilon, 1 + x.epsilon_high)
+    return -torch.minimum(ratio * x.advantages, clipped * x.advantages)
+
+
+def cispo(x: LossInputs) -> Tensor:
+    """``-sg[min(w, eps_high)] A log pi`` (MiniMax-M1, arXiv 2506.13585): clips the weight, never drops a token."""
+    return -x.ratio.detach().clamp(max=x.epsilon_high) * x.advantages * x.logprobs
+
+
+def sapo(x: LossInputs) -> Tensor:
+    """``-A sigmoid(tau (w - 1)) 4 / tau`` (SAPO, arXiv 2511.20347): a soft gate in place of the clip.
+
+    ``tau`` is ``tau_positive`` for positive advantages and ``tau_negative`` for the others.
+    """
+    positive = x.advantages > 0
+    tau = torch.where(positive, x.tau_positive, x.tau_negative).to(x.ratio.dtype)
+    return -x.advantages * torch.sigmoid(tau * (x.ratio - 1)) * 4 / tau
+
+
+def gmpo(x: LossInputs) -> Tensor:
+    """Geometric mean of one-sidedly clipped token ratios times A (GMPO, arXiv 2507.20673).
+
+    Log-ratios are clipped by the sign of the advantage (from above for A > 0, from below for A < 0), averaged over
+    the sequence and exponentiated; the value is the same for all tokens of a sequence.
+    """
+    high = x.log_ratio.clamp(max=x.epsilon_high)
+    low = x.log_ratio.clamp(min=-x.epsilon)
+    clipped = torch.where(x.advantages > 0, high, low)
+    return -sequence_mean(clipped, x.sequence_index, x.lengths).exp()[x.sequence_index] * x.advantages
+
+
+def reinforce(x: LossInputs) -> Tensor:
+    """``-A log pi`` (Williams 1992): no ratio, no clip; meant for one optimizer step per rollout."""
+    return -x.advantages * x.logprobs
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss, how its tokens are averaged, and what it uses."""
+
+    function: LossFunction
+    aggregation: str
+    """Name in `aggregation.AGGREGATIONS`."""
+    levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
+    """Ratio levels it is defined for; empty if it uses no ratio of a level."""
+    epsilons: tuple[float, float] | None = None
+    """Own default clip widths; None takes those of the level."""
+    uses_clip: bool = True
+
+
+LOSSES: dict[str, LossSpec] = {
+    "grpo": LossSpec(clipped_surrogate, "sequence_mean"),
+    "dr_grpo": LossSpec(clipped_surrogate, "max_tokens"),
+    "bnpo": LossSpec(clipped_surrogate, "tokens"),
+    "dapo": LossSpec(clipped_surrogate, "tokens"),
+    "luspo": LossSpec(clipped_surrogate, "sequence_sum"),
+    "cispo": LossSpec(cispo, "tokens", levels=("token",), epsilons=(0.0, 5.0)),
+    "sapo": LossSpec(sapo, "sequence_mean", levels=("token", "sequence"), uses_clip=False),
+    "gmpo": LossSpec(gmpo, "sequence_mean", levels=("token",), epsilons=(0.4, 0.4)),
+    "reinforce": LossSpec(reinforce, "tokens", uses_clip=False),
+}
+"""The registry behind ``objective.loss_type``."""

@@ -1,0 +1,157 @@
+"""The objective: ratio, loss, KL and entropy terms put together, as a sum over one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
+from gspo_lightning.objective.kl import Estimator, kl_estimate
+from gspo_lightning.objective.losses import LOSSES, LossInputs, LossSpec
+from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
+from gspo_lightning.types import Metrics, PolicyLoss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``sum_t weight_t (loss_t + beta KL_t - entropy_coef H_t)`` over the tokens of a micro-batch.
+
+    Divide by ``denominator`` of the whole minibatch to get the loss. Raises ValueError for an unknown loss.
+    """
+
+    max_completion_length: int
+    """The constant in the denominator of ``dr_grpo``."""
+    importance_sampling_level: Level = "sequence"
+    loss_type: str | Callable[..., Tensor] = "grpo"
+    """A name in `losses.LOSSES`, or a function of `LossInputs` (aggregated as ``sequence_mean``)."""
+    epsilon: float | None = None
+    """Lower clip width; None takes the default of the ratio level."""
+    epsilon_high: float | None = None
+    """Upper clip width; None takes the default of the level, or ``epsilon`` if only that is given."""
+    delta: float | None = None
+    """Cap of the ratio from above (two-sided clip); None for none."""
+    beta: float = 0.0
+    """Weight of the KL term against the reference; 0 needs no reference."""
+    kl_estimator: Estimator = "k3"
+    kl_importance_weighted: bool = False
+    """Weigh each KL term by its token ratio: unbiased when the policy has moved off the sampler."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    mask_truncated_completions: bool = False
+    """Leave completions cut at the length limit out of loss and denominator."""
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    """Temperatures of ``sapo``."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str) and self.loss_type not in LOSSES:
+            raise ValueError(f"objective.loss_type={self.loss_type}: there is no such loss; choose {', '.join(LOSSES)}")
+
+    @property
+    def spec(self) -> LossSpec:
+        """The loss, its aggregation and its defaults."""
+        if isinstance(self.loss_type, str):
+            return LOSSES[self.loss_type]
+        return LossSpec(self.loss_type, "sequence_mean")
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How tokens are averaged."""
+        return AGGREGATIONS[self.spec.aggregation]
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """(epsilon, epsilon_high) in force."""
+        low, high = self.spec.epsilons or CLIP_WIDTHS[self.importance_sampling_level]
+        if self.epsilon is not None:
+            low = high = self.epsilon
+        return low, high if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether log-probabilities of the reference are needed."""
+        return self.beta != 0.0
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether entropies are needed."""
+        return self.entropy_coef != 0.0
+
+    @property
+    def zero_advantage_is_free(self) -> bool:
+        """Whether a completion with advantage 0 adds nothing to the gradient, so that it need not be forwarded."""
+        return not self.needs_ref and not self.needs_entropy
+
+    def denominator(self, num_sequences: int, num_tokens: int) -> float:
+        """What the sum over the minibatch is divided by; counts over all ranks. At least a tiny one, never 0."""
+        return self.aggregation.denominator(num_sequences, num_tokens, self.max_completion_length) or 1.0
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        sequence_index: Tensor,
+        lengths: Tensor,
+        *,
+        ref_logprobs: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> PolicyLoss:
+        """Loss sum and metrics of one micro-batch of S whole sequences with L tokens.
+
+        Args:
+            logprobs: ``(L,)`` of the policy, with gradient.
+            old_logprobs: ``(L,)`` of the weights that sampled.
+            advantages: ``(L,)``.
+            sequence_index: ``(L,)`` in [0, S).
+            lengths: ``(S,)`` tokens per sequence.
+            ref_logprobs: ``(L,)``; required if ``needs_ref``.
+            entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
+        """
+        log_ratio = logprobs - old_logprobs
+        ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
+        low, high = self.clip
+        inputs = LossInputs(
+            logprobs, log_ratio, ratio, advantages, sequence_index, lengths,
+            low, high, self.delta, self.tau_positive, self.tau_negative,
+        )  # fmt: skip
+        per_token = policy = self.spec.function(inputs)
+        metrics = self._metrics(inputs)
+        if self.needs_ref:
+            assert ref_logprobs is not None
+            kl = kl_estimate(logprobs, ref_logprobs, self.kl_estimator)
+            per_token = per_token + self.beta * (kl * log_ratio.exp() if self.kl_importance_weighted else kl)
+            metrics["kl/ref"] = _mean(kl_estimate(logprobs, ref_logprobs, "k3"))
+        if entropy is not None:
+            per_token = per_token - self.entropy_coef * entropy
+            metrics["entropy"] = _mean(entropy)
+        weights = self.aggregation.token_weight(lengths.to(logprobs.dtype)[sequence_index])
+        metrics["loss/policy"] = _mean(policy)
+        return PolicyLoss((weights * per_token).sum(), metrics)
+
+    def _metrics(self, x: LossInputs) -> Metrics:
+        """Ratios and clipping per token at token level, per sequence at the sequence levels."""
+        by_token = self.importance_sampling_level == "token"
+
+        def per_unit(values: Tensor) -> Tensor:
+            return values if by_token else sequence_mean(values.to(x.ratio.dtype), x.sequence_index, x.lengths)
+
+        ratio, advantage = per_unit(x.ratio.detach()), per_unit(x.advantages)
+        metrics = {
+            "ratio/mean": _mean(ratio),
+            "log_ratio/abs_mean": _mean(ratio.log().abs()),
+            "kl/old": _mean(-x.log_ratio),
+        }
+        if self.spec.uses_clip:
+            metrics["clip_frac_low"] = _mean((ratio < 1 - x.epsilon) & (advantage < 0))
+            metrics["clip_frac_high"] = _mean((ratio > 1 + x.epsilon_high) & (advantage > 0))
+        return metrics
+
+
+def _mean(values: Tensor) -> tuple[Tensor, Any]:
+    values = values.detach()
+    return values.double().sum(), torch.tensor(float(values.numel()), dtype=torch.float64)
