@@ -1,8 +1,9 @@
 """`python train.py experiment=... key=value`: trains a policy. See conf/train.yaml for every setting."""
 
-from gspo_lightning.threads import configure_threads
+from gspo_lightning.threads import configure_threads, keep_freed_memory
 
 configure_threads()
+keep_freed_memory()
 
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402

@@ -75,7 +75,9 @@ class TrainingRun:
     def __init__(self, plain: dict[str, Any], run_dir: Path, module: GSPOModule, datamodule: Any) -> None:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
         self.ckpt_path = checkpoint_file(plain["ckpt_path"])
-        self.checkpoint = RolloutCheckpoint(run_dir / "checkpoints", plain["checkpoint"]["every_n_rollouts"])
+        self.checkpoint = RolloutCheckpoint(
+            run_dir / "checkpoints", plain["checkpoint"]["every_n_rollouts"], plain["validation"]["every_n_rollouts"]
+        )
         resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
         self.recorder = RunRecorder(run_dir, resume_dir=resume_dir)
@@ -93,7 +95,7 @@ class TrainingRun:
         wall_s = time.perf_counter() - start
         if self.module.rollouts_done < self.module.max_rollouts:
             return None
-        self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+        # Lightning has validated when it stopped: `last_validation` is that of the trained policy.
         self._finish(wall_s)
         return self.module.last_validation.get("val/sampled_accuracy")
 

@@ -13,6 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective.refusals import check_objective
@@ -205,6 +206,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
         plain["trainer"],
         callbacks=callbacks,
         logger=loggers or False,
+        plugins=[StreamingCheckpointIO()],
         max_epochs=-1,
         # A batch count no run reaches: validation inside the run is off, validation before and after is not.
         val_check_interval=every or 10**12,

@@ -10,6 +10,16 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+
+class StreamingCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight into its file; Lightning's own holds a second copy of it in memory first."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:  # type: ignore[override]
+        """Saves to a local path."""
+        torch.save(checkpoint, path)
 
 
 def atomic_checkpoint(trainer: L.Trainer, path: Path) -> None:
@@ -38,10 +48,15 @@ def _flush(path: Path) -> None:
 
 
 class RolloutCheckpoint(L.Callback):
-    """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays as ``previous.ckpt``."""
+    """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays as ``previous.ckpt``.
 
-    def __init__(self, folder: str | Path, every_n_rollouts: int) -> None:
+    Where a validation follows the rollout, the checkpoint is taken behind it, because a resumed run would not repeat it.
+    """
+
+    def __init__(self, folder: str | Path, every_n_rollouts: int, validate_every_n_rollouts: int | None = None) -> None:
         self.folder, self.every_n_rollouts = Path(folder), every_n_rollouts
+        self.validate_every_n_rollouts = validate_every_n_rollouts
+        self.wanted = False
         self.saved_at: int | None = None
 
     @property
@@ -51,17 +66,28 @@ class RolloutCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves when it is time."""
-        if pl_module.rollouts_done % self.every_n_rollouts == 0 or pl_module.rollouts_done >= pl_module.max_rollouts:
+        done = pl_module.rollouts_done
+        if done % self.every_n_rollouts == 0 or done >= pl_module.max_rollouts:
             self.save(trainer, pl_module)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Saves what waited for the validation."""
+        if self.wanted:
+            self._write(trainer, pl_module)
+
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Saves now, unless this rollout is saved already."""
-        if self.saved_at == pl_module.rollouts_done:
-            return
+        """Saves now, or behind the validation that is due; not twice for a rollout."""
+        every = self.validate_every_n_rollouts
+        if every and pl_module.rollouts_done % every == 0:
+            self.wanted = True
+        elif self.saved_at != pl_module.rollouts_done:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and self.last.exists():
             os.replace(self.last, self.folder / "previous.ckpt")
         atomic_checkpoint(trainer, self.last)
-        self.saved_at = pl_module.rollouts_done
+        self.saved_at, self.wanted = pl_module.rollouts_done, False
 
 
 class GracefulStop(L.Callback):
@@ -91,6 +117,7 @@ class GracefulStop(L.Callback):
         self._cancel()
         print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
         trainer.should_stop = True
+        trainer.limit_val_batches = 0  # Lightning validates before it stops; here there is no time for that
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""

@@ -2,6 +2,14 @@
 
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.data.rows import RowsTask
-from gspo_lightning.data.tasks import LargestOfFour, MicroLetters, Task
+from gspo_lightning.data.tasks import Arithmetic, LargestOfFour, MicroDigit, MicroLetters, Task
 
-__all__ = ["LargestOfFour", "MicroLetters", "PromptDataModule", "RowsTask", "Task"]
+__all__ = [
+    "Arithmetic",
+    "LargestOfFour",
+    "MicroDigit",
+    "MicroLetters",
+    "PromptDataModule",
+    "RowsTask",
+    "Task",
+]

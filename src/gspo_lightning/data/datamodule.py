@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.data.tasks import Row, Task
-from gspo_lightning.data.templating import encode_prompt
+from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
 from gspo_lightning.distributed import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
@@ -19,12 +19,17 @@ from gspo_lightning.types import Prompt, PromptBatch
 
 OverlongPrompts = Literal["error", "drop"]
 
+ROWS_CHECKED = 5_000
+"""So many rows of a finite task, evenly spaced, are made into tokens before a run begins: a few seconds."""
+
+_DROPS_IN_A_ROW = 1_000
+
 
 class PromptDataModule(L.LightningDataModule):
     """Prompts of a task, split over ranks.
 
-    ``cursor`` is the position of the prompt stream behind the last finished rollout. It moves when the module says a
-    rollout is finished, never when a batch is fetched: Lightning may fetch ahead.
+    ``cursor`` is the position of the prompt stream behind the last finished rollout. It moves when the module
+    says a rollout is finished, never when a batch is fetched: Lightning may fetch ahead.
 
     Args:
         task: where rows come from.
@@ -65,16 +70,45 @@ class PromptDataModule(L.LightningDataModule):
             self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model_path))
         return self._tokenizer
 
-    def check(self) -> None:
-        """Looks at the first rows and all held-out rows, before any model is loaded."""
+    @property
+    def rollouts_per_epoch(self) -> int | None:
+        """Rollouts in one pass over a finite task, if no prompt is dropped; None for an endless one."""
+        size = self.task.num_train_rows
+        return None if size is None else size // self.prompts_per_rollout
+
+    def check(self, required_columns: Mapping[str, str] | None = None) -> None:
+        """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.
+
+        Args:
+            required_columns: column -> who needs it, such as ``{"answer": "reward function last_integer"}``.
+
+        Raises:
+            UserError: a row lacks a column, is too long or does not fit the template; there are too few rows;
+            an
+                option of the template has no effect. Names the row or the key.
+        """
         size = self.task.num_train_rows
         if size is not None and size < self.prompts_per_rollout:
             raise UserError(
-                f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows there are"
+                f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; "
+                "lower it"
             )
-        self._batch(0, 0, 1)
-        for number in range(len(self._validation_rows())):
-            self._validation_prompt(number)
+        check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
+        first = self._batch(0, 0, 1).prompts
+        if self.chat_template_kwargs and isinstance(first[0].prompt, str):
+            raise UserError(
+                "data.chat_template_kwargs has no effect on prompts that are plain strings; remove it"
+            )
+        seen = [*first, *(self._validation_prompt(number) for number in range(len(self._validation_rows())))]
+        for index in range(0, size or 0, -(-(size or 1) // ROWS_CHECKED)):
+            seen.append(
+                self._prompt(f"{self.task.name}:train:{index}", self.task.train_row(index)) or first[0]
+            )
+        for column, who in (required_columns or {}).items():
+            for prompt in seen:
+                if prompt.sample.get(column) is None:
+                    raise UserError(f"row {prompt.uid}: there is no column {column!r}, which {who} needs; "
+                                    f"the row has {', '.join(prompt.sample)}")  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint holds of the data."""
@@ -88,7 +122,8 @@ class PromptDataModule(L.LightningDataModule):
         """An endless loader of rollout batches, beginning at ``cursor``."""
         if self.prompts_per_rollout % world_size():
             raise UserError(
-                f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the {world_size()} ranks"
+                f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the number of ranks, "
+                f"{world_size()}"
             )
         return DataLoader(_Batches(self), batch_size=None)
 
@@ -113,35 +148,44 @@ class PromptDataModule(L.LightningDataModule):
 
     def _batch(self, cursor: int, my_rank: int, ranks: int) -> PromptBatch:
         prompts: list[Prompt] = []
-        dropped = 0
+        dropped = drops_in_a_row = epochs_begun = 0
         while len(prompts) < self.prompts_per_rollout:
+            if self._begins_epoch(cursor):
+                # The rows left over at the end of an epoch are passed over: no prompt comes twice in a
+                # rollout.
+                prompts, epochs_begun = [], epochs_begun + 1
+            if epochs_begun > 1 or drops_in_a_row >= _DROPS_IN_A_ROW:
+                self._refuse_endless_drops(dropped)
             uid, row = self.stream.row_at(cursor)
             cursor += 1
             if (prompt := self._prompt(uid, row)) is None:
-                dropped += 1
-                self._refuse_endless_drops(dropped)
+                dropped, drops_in_a_row = dropped + 1, drops_in_a_row + 1
             else:
                 prompts.append(prompt)
+                drops_in_a_row = 0
         share = self.prompts_per_rollout // ranks
         return PromptBatch(prompts[my_rank * share : (my_rank + 1) * share], cursor, dropped)
 
-    def _refuse_endless_drops(self, dropped: int) -> None:
+    def _begins_epoch(self, cursor: int) -> bool:
         size = self.task.num_train_rows
-        if dropped >= (size if size is not None else 1000):
-            raise UserError(
-                f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts in a row are longer; raise it"
-            )
+        return size is not None and cursor % size == 0
+
+    def _refuse_endless_drops(self, dropped: int) -> None:
+        raise UserError(
+            f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts are longer: too few are left for "
+            f"data.prompts_per_rollout={self.prompts_per_rollout}; raise the first or lower the second"
+        )
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
-        ids = encode_prompt(row["prompt"], self.tokenizer, self.chat_template_kwargs)
+        ids = encode_prompt(row["prompt"], self.tokenizer, self.chat_template_kwargs, f"row {uid}")
         if not len(ids):
             raise UserError(f"row {uid}: the prompt has no tokens")
         if len(ids) > self.max_prompt_length:
             if self.overlong_prompts == "drop":
                 return None
             raise UserError(
-                f"row {uid}: the prompt has {len(ids)} tokens, data.max_prompt_length is {self.max_prompt_length}; "
-                "raise it, or set data.overlong_prompts=drop to leave such rows out"
+                f"row {uid}: the prompt has {len(ids)} tokens, more than data.max_prompt_length="
+                f"{self.max_prompt_length}; raise it, or leave such rows out with data.overlong_prompts=drop"
             )
         return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row)
 
@@ -155,7 +199,8 @@ class PromptDataModule(L.LightningDataModule):
         prompt = self._prompt(uid, self._validation_rows()[number])
         if prompt is None:
             raise UserError(
-                f"row {uid}: the held-out prompt is longer than data.max_prompt_length={self.max_prompt_length}; raise it"
+                f"row {uid}: longer than data.max_prompt_length={self.max_prompt_length}; "
+                "raise it: held-out prompts are never left out"
             )
         return prompt
 

@@ -1,44 +1,61 @@
-"""A task from rows that exist: a file, a dataset of the hub, or a Python list."""
+"""A task from rows that exist: a file, a dataset of the hub, or a Python iterable."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from gspo_lightning.data.columns import (
+    as_mapping,
+    checked_messages,
+    column_of,
+    extract,
+    fill_template,
+    template_columns,
+)
+from gspo_lightning.data.files import is_file, read_file, read_hub
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
-
-_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from gspo_lightning.types import Messages
 
 
 @dataclass(frozen=True)
 class RowsTask:
-    """Rows of a file (JSON, JSONL, CSV, Parquet), of a dataset of the hub, or given as a list.
+    """Rows of a file (JSON, JSONL, CSV, Parquet), of a dataset of the hub, or of a Python iterable.
 
-    Each row becomes a prompt by ``prompt_column`` (a string, or a list of messages) or by ``template``, a format string
-    over the columns. ``num_validation`` rows are held out, chosen by a fixed shuffle that does not depend on the run's
-    seed, unless ``validation_split`` names a split or file of their own.
+    Each row becomes a prompt by ``prompt_column`` (a string, or a list of messages) or by ``template``, a
+    format string over the columns. ``num_validation`` rows are held out, chosen by a fixed shuffle that does
+    not depend on the run's seed; a training row whose prompt equals a held-out one is left out, with a
+    warning that counts them.
+
+    Mistakes raise ``UserError`` when rows are first asked for: constructing the task reads nothing.
     """
 
-    source: str | Sequence[Row]
+    source: str | Iterable[Row]
     """A path, a hub name, or the rows themselves."""
     name: str = "rows"
+    """Part of every uid."""
     split: str = "train"
     config_name: str | None = None
+    """Of a hub dataset, such as ``main``."""
     validation_split: str | None = None
-    """A split of the same source, or a path; held-out rows then come from there."""
-    num_validation: int = 64
+    """A split of the same hub dataset, or a file: where held-out rows come from instead of ``source``."""
+    num_validation: int | None = 64
+    """Held-out rows; None takes all of ``validation_split``."""
     prompt_column: str = "prompt"
     template: str | None = None
+    """Such as ``"{question} Answer with just the number."``; takes the place of ``prompt_column``."""
     system_prompt: str | None = None
     conversational: bool = True
-    """Turn a string prompt into a user message, so that the chat template applies."""
+    """Make a user message of a string prompt, so that the chat template applies."""
     columns: dict[str, str] = field(default_factory=dict)
     """New name -> column of the dataset, such as ``answer: solution``."""
+    patterns: dict[str, str] = field(default_factory=dict)
+    """Column -> regular expression; its first group replaces the value: ``answer: '####\\s*(\\S+)'``."""
 
     @property
     def num_train_rows(self) -> int:
@@ -51,11 +68,12 @@ class RowsTask:
         return self._prompt_row(self._rows[number], f"{self._label} row {number}")
 
     def validation_rows(self) -> list[Row]:
-        """The held-out rows."""
-        if self.validation_split is not None:
-            rows = self._load(self.validation_split)[: self.num_validation]
-            return [self._prompt_row(row, f"{self.validation_split} row {i}") for i, row in enumerate(rows)]
-        return [self._prompt_row(self._rows[i], f"{self._label} row {i}") for i in self._held_out]
+        """The held-out rows as prompts."""
+        label = self._label if self.validation_split is None else self.validation_split
+        rows = self._validation_source
+        return [self._prompt_row(rows[i], f"{label} row {i}") for i in self._held_out]
+
+    # ---------------------------------------------------------------- which rows
 
     @property
     def _label(self) -> str:
@@ -63,68 +81,117 @@ class RowsTask:
 
     @cached_property
     def _rows(self) -> Sequence[Row]:
-        rows = self._load(self.split) if isinstance(self.source, str) else self.source
-        if not len(rows):
-            raise UserError(f"data.task.source={self._label}: the dataset is empty")
-        return rows
+        if isinstance(self.source, str):
+            self._refuse_ignored_settings()
+            if is_file(self.source):
+                return read_file(self.source)
+            return read_hub(self.source, self.config_name, self.split)
+        rows = self.source if hasattr(self.source, "__getitem__") else list(self.source)
+        if not len(rows):  # type: ignore[arg-type]
+            raise UserError(f"data.task.source of task {self.name}: the dataset is empty")
+        return rows  # type: ignore[return-value]
+
+    def _refuse_ignored_settings(self) -> None:
+        if is_file(str(self.source)) and self.config_name is not None:
+            raise UserError(f"data.task.config_name={self.config_name} has no effect on a file; make it null")
+        if is_file(str(self.source)) and self.split != "train":
+            raise UserError(f"data.task.split={self.split} has no effect on a file; leave it out")
 
     @cached_property
-    def _order(self) -> list[int]:
-        order = list(range(len(self._rows)))
-        random.Random("held-out rows").shuffle(order)
-        return order
+    def _validation_source(self) -> Sequence[Row]:
+        split = self.validation_split
+        if split is None:
+            return self._rows
+        if is_file(split):
+            return read_file(split)
+        if not isinstance(self.source, str) or is_file(self.source):
+            raise UserError(f"data.task.validation_split={split}: the source has no splits; name a file")
+        return read_hub(self.source, self.config_name, split)
 
     @cached_property
     def _held_out(self) -> list[int]:
-        if self.num_validation >= len(self._rows):
-            raise UserError(
-                f"data.task.num_validation={self.num_validation} leaves nothing of {len(self._rows)} rows to train on"
-            )
-        return self._order[: self.num_validation]
+        """Row numbers in ``_validation_source``, by a fixed shuffle: files are often sorted."""
+        size, wanted = len(self._validation_source), self.num_validation
+        if self.validation_split is None and (wanted is None or wanted >= size):
+            raise UserError(f"data.task.num_validation={wanted} must be less than the {size} rows there are")
+        order = list(range(size))
+        random.Random("held-out rows").shuffle(order)
+        return order[:wanted]
 
     @cached_property
     def _train(self) -> list[int]:
-        if self.validation_split is not None:
-            return list(range(len(self._rows)))
-        return sorted(set(range(len(self._rows))) - set(self._held_out))
+        held_out = {self._held_out_key(i) for i in self._held_out}
+        mine = set(self._held_out) if self.validation_split is None else set()
+        rest = [i for i in range(len(self._rows)) if i not in mine]
+        keys = _keys(self._rows, self._prompt_columns)
+        train = [i for i in rest if keys[i] not in held_out]
+        if not train:
+            raise UserError(
+                f"data.task.source={self._label}: every row has a held-out prompt; nothing is left"
+            )
+        if len(train) < len(rest):
+            warnings.warn(
+                f"{len(rest) - len(train)} training rows of {self._label} are left out: "
+                "their prompts are held out",
+                stacklevel=2,
+            )
+        return train
 
-    def _load(self, split: str) -> Sequence[Row]:
-        import datasets
+    def _held_out_key(self, number: int) -> str:
+        where = f"{self.validation_split or self._label} row {number}"
+        row = as_mapping(self._validation_source[number], where)
+        setting = "data.task.prompt_column" if self.template is None else "data.task.template"
+        for name in self._prompt_columns:
+            column_of(row, name, where, setting)
+        return _key(row, self._prompt_columns)
 
-        source = split if Path(split).suffix in _LOADERS else str(self.source)
-        path = Path(source)
-        if path.suffix not in _LOADERS:
-            return datasets.load_dataset(source, self.config_name, split=split)  # type: ignore[no-any-return]
-        if not path.exists():
-            raise UserError(f"data.task.source={source}: there is no such file")
-        if not path.stat().st_size:
-            raise UserError(f"data.task.source={source}: the file is empty")
-        return datasets.load_dataset(_LOADERS[path.suffix], data_files=source, split="train")  # type: ignore[no-any-return]
+    @cached_property
+    def _prompt_columns(self) -> list[str]:
+        """The dataset's columns that the prompt is made of."""
+        names = [self.prompt_column] if self.template is None else template_columns(self.template)
+        return [self.columns.get(name, name) for name in names]
+
+    # ---------------------------------------------------------------- from row to prompt
 
     def _prompt_row(self, row: Row, where: str) -> Row:
-        out = dict(row)
+        out = dict(as_mapping(row, where))
         for new, old in self.columns.items():
-            out[new] = _column(row, old, where, f"data.task.columns.{new}")
-        if self.template is not None:
-            try:
-                prompt: Any = self.template.format(**out)
-            except KeyError as error:
-                raise UserError(f"{where}: data.task.template needs column {error}; the row has {', '.join(row)}") from error
+            out[new] = column_of(row, old, where, f"data.task.columns.{new}")
+        for column, pattern in self.patterns.items():
+            text = str(column_of(out, column, where, "data.task.patterns"))
+            out[column] = extract(pattern, text, column, where)
+        if self.template is None:
+            prompt = column_of(out, self.prompt_column, where, "data.task.prompt_column")
         else:
-            prompt = _column(row, self.prompt_column, where, "data.task.prompt_column")
+            prompt = fill_template(self.template, out, where)
         out["prompt"] = self._conversation(prompt, where)
         return out
 
-    def _conversation(self, prompt: Any, where: str) -> Any:
-        if not prompt:
-            raise UserError(f"{where}: the prompt is empty")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and self.conversational else prompt
-        if isinstance(messages, list) and self.system_prompt:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        return messages
+    def _conversation(self, prompt: Any, where: str) -> str | Messages:
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise UserError(f"{where}: the prompt is empty")
+            if not self.conversational:
+                if self.system_prompt:
+                    raise UserError(
+                        "data.task.system_prompt has no effect with data.task.conversational=false"
+                    )
+                return prompt
+            messages: Messages = [{"role": "user", "content": prompt}]
+        else:
+            messages = checked_messages(prompt, where)
+        if not self.system_prompt:
+            return messages
+        if messages[0]["role"] == "system":
+            raise UserError(f"{where}: the row has its own system message; remove data.task.system_prompt")
+        return [{"role": "system", "content": self.system_prompt}, *messages]
 
 
-def _column(row: Row, column: str, where: str, key: str) -> Any:
-    if column not in row:
-        raise UserError(f"{where}: there is no column {column!r} ({key}); the row has {', '.join(row)}")
-    return row[column]
+def _keys(rows: Any, columns: list[str]) -> list[str]:
+    if hasattr(rows, "select_columns"):  # a hub dataset: do not decode the images of a million rows
+        rows = rows.select_columns([name for name in columns if name in rows.column_names])
+    return [_key(rows[i], columns) for i in range(len(rows))]
+
+
+def _key(row: Any, columns: list[str]) -> str:
+    return repr([row.get(name) for name in columns]) if isinstance(row, Mapping) else repr(row)

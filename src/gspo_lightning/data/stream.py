@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,23 +11,26 @@ from gspo_lightning.data.tasks import Row, Task
 
 @dataclass(frozen=True)
 class PromptStream:
-    """Rows in training order. A finite task is shuffled anew each epoch by a function of (seed, epoch)."""
+    """Rows in training order. A finite task is shuffled anew each epoch, by (seed, epoch) alone."""
 
     task: Task
     seed: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_permutation", lru_cache(maxsize=2)(self._shuffle))
+    _orders: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def row_at(self, cursor: int) -> tuple[str, Row]:
-        """The name and the row at a position of the stream."""
+        """The uid and the row at a position of the stream."""
         size = self.task.num_train_rows
-        if size is None:
-            return f"{self.task.name}:train:{cursor}", self.task.train_row(cursor)
-        epoch, place = divmod(cursor, size)
-        index = self._permutation(epoch)[place]  # type: ignore[attr-defined]
+        index = cursor if size is None else self._order(self.epoch(cursor))[cursor % size]
         return f"{self.task.name}:train:{index}", self.task.train_row(index)
 
-    def _shuffle(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.task.num_train_rows, generator=generator).tolist()  # type: ignore[no-any-return]
+    def epoch(self, cursor: int) -> int:
+        """Passes over a finite task completed before this position; 0 for a task that never runs out."""
+        size = self.task.num_train_rows
+        return 0 if size is None else cursor // size
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            self._orders.clear()
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._orders[epoch] = torch.randperm(self.task.num_train_rows or 0, generator=generator).tolist()
+        return self._orders[epoch]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from gspo_lightning.errors import UserError
 
 Row = dict[str, Any]
 
 
 class Task(Protocol):
-    """Rows with at least ``prompt`` (a string or a list of messages); other columns go to the reward functions."""
+    """Rows with at least ``prompt`` (a string or a list of messages); other columns go to rewards."""
 
     name: str
 
@@ -33,9 +35,9 @@ class Task(Protocol):
 class LargestOfFour:
     """Which of four distinct two-digit numbers is the largest?
 
-    Row i is a function of (seed, i) alone. The held-out rows do not depend on ``seed``, so that runs with different
-    seeds are measured on the same prompts; a training row with the numbers of a held-out one, in whatever order, is
-    drawn again.
+    Row i is a function of (seed, i) alone. The held-out rows do not depend on ``seed``, so that runs with
+    different seeds are measured on the same prompts; a training row with the numbers of a held-out one, in
+    whatever order, is drawn again.
     """
 
     seed: int = 0
@@ -62,6 +64,8 @@ class LargestOfFour:
 
     @cached_property
     def _held_out(self) -> list[list[int]]:
+        if not 0 <= self.num_validation <= 100_000:
+            raise UserError(f"data.task.num_validation={self.num_validation} must be between 0 and 100000")
         rows: dict[frozenset[int], list[int]] = {}
         draw = 0
         while len(rows) < self.num_validation:
@@ -86,8 +90,76 @@ def _row(numbers: list[int]) -> Row:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """Sum, difference or product of two whole numbers of ``digits`` digits.
+
+    Like ``LargestOfFour`` an endless stream with a held-out set that no seed changes. Where the order of the
+    numbers does not matter to the answer it makes no new problem: 3 + 4 is not trained on if 4 + 3 is held
+    out.
+    """
+
+    op: Literal["+", "-", "*"] = "+"
+    digits: int = 1
+    seed: int = 0
+    num_validation: int = 20
+    name: str = "arithmetic"
+
+    @property
+    def num_train_rows(self) -> None:
+        """Never runs out."""
+        return None
+
+    def train_row(self, index: int) -> Row:
+        """A problem that is not held out."""
+        attempt = 0
+        while True:
+            pair = self._draw_pair(f"arithmetic|train|{self.seed}|{index}|{attempt}")
+            if self._problem(pair) not in self._held_out:
+                return self._row(pair)
+            attempt += 1
+
+    def validation_rows(self) -> list[Row]:
+        """``num_validation`` different problems."""
+        return [self._row(pair) for pair in self._held_out.values()]
+
+    def _draw_pair(self, key: str) -> tuple[int, int]:
+        generator = random.Random(key)
+        numbers = range(0 if self.digits == 1 else 10 ** (self.digits - 1), 10**self.digits)
+        return generator.choice(numbers), generator.choice(numbers)
+
+    def _problem(self, pair: tuple[int, int]) -> tuple[int, int]:
+        return pair if self.op == "-" else (min(pair), max(pair))
+
+    def _row(self, pair: tuple[int, int]) -> Row:
+        a, b = pair
+        answer = {"+": a + b, "-": a - b, "*": a * b}[self.op]
+        question = f"What is {a} {self.op} {b}? Answer with just the number."
+        return {"prompt": [{"role": "user", "content": question}], "answer": str(answer)}
+
+    @cached_property
+    def _held_out(self) -> dict[tuple[int, int], tuple[int, int]]:
+        if not 1 <= self.digits <= 9:
+            raise UserError(f"data.task.digits={self.digits} must be between 1 and 9")
+        count = 10 if self.digits == 1 else 9 * 10 ** (self.digits - 1)
+        problems = count * count if self.op == "-" else count * (count + 1) // 2
+        most = min(problems // 2, 100_000)
+        if not 0 <= self.num_validation <= most:
+            raise UserError(
+                f"data.task.num_validation={self.num_validation} must be between 0 and {most}: there are "
+                f"{problems} problems of {self.digits} digits, and half are kept for training"
+            )
+        held_out: dict[tuple[int, int], tuple[int, int]] = {}
+        draw = 0
+        while len(held_out) < self.num_validation:
+            pair = self._draw_pair(f"arithmetic|validation|{draw}")
+            held_out.setdefault(self._problem(pair), pair)
+            draw += 1
+        return held_out
+
+
+@dataclass(frozen=True)
 class MicroLetters:
-    """Write one letter again and again: learnable by a random character model in seconds, for tests and demos."""
+    """Write one letter again and again. A random character model learns it in seconds."""
 
     letters: str = "abcd"
     num_validation: int = 8
@@ -99,7 +171,7 @@ class MicroLetters:
         return None
 
     def train_row(self, index: int) -> Row:
-        """Asks for the letters in turn, with a counter that makes the prompts differ in length and content."""
+        """Asks for the letters in turn, with a counter that makes prompts differ in length."""
         letter = self.letters[index % len(self.letters)]
         return {"prompt": f"{index % 1000}{letter}:", "letter": letter}
 
@@ -107,3 +179,34 @@ class MicroLetters:
         """The same questions with a marker no training row has."""
         letters = (self.letters[i % len(self.letters)] for i in range(self.num_validation))
         return [{"prompt": f"v{i}{letter}:", "letter": letter} for i, letter in enumerate(letters)]
+
+
+@dataclass(frozen=True)
+class MicroDigit:
+    """Copy the digit that ends the prompt, and nothing else: exact answers for the micro model.
+
+    Training prompts begin with two small letters, held-out ones with two capitals.
+    """
+
+    digits: str = "0123"
+    num_validation: int = 8
+    name: str = "micro_digit"
+
+    @property
+    def num_train_rows(self) -> None:
+        """Never runs out; the prompts repeat after 676 rounds of the digits."""
+        return None
+
+    def train_row(self, index: int) -> Row:
+        """Asks for the digits in turn behind a counter in letters."""
+        return self._row(index, ord("a"))
+
+    def validation_rows(self) -> list[Row]:
+        """The same questions behind a counter in capitals."""
+        return [self._row(index, ord("A")) for index in range(self.num_validation)]
+
+    def _row(self, index: int, first_letter: int) -> Row:
+        turn, place = divmod(index, len(self.digits))
+        digit = self.digits[place]
+        counter = chr(first_letter + turn // 26 % 26) + chr(first_letter + turn % 26)
+        return {"prompt": f"{counter}{digit}=", "answer": digit}

@@ -1,0 +1,84 @@
+"""Reading columns of a row, and what a prompt must look like; every mistake names the row and the setting."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from gspo_lightning.data.tasks import Row
+from gspo_lightning.errors import UserError
+from gspo_lightning.types import Messages
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns a format string reads.
+
+    Raises:
+        UserError: it is malformed, has no field, or has a field without a name.
+    """
+    hint = "name a column in each pair of braces, and double braces that are meant literally"
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"data.task.template={template!r}: {error}; {hint}") from error
+    names = [re.split(r"[.\[]", name)[0] for name in fields]
+    if not names or any(not name or name.isdigit() for name in names):
+        raise UserError(f"data.task.template={template!r}: {hint}")
+    return names
+
+
+def fill_template(template: str, row: Row, where: str) -> str:
+    """The template with the row's columns in it; a null is an error and never the word None."""
+    for name in template_columns(template):
+        column_of(row, name, where, "data.task.template")
+    try:
+        return template.format(**row)
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        raise UserError(f"{where}: data.task.template does not fit the row: {error!r}") from error
+
+
+def checked_messages(prompt: Any, where: str) -> Messages:
+    """A conversation that a model can go on with, without the nulls that Arrow adds to messages."""
+    well_formed = isinstance(prompt, list) and all(isinstance(m, Mapping) and m.get("role") for m in prompt)
+    if not prompt or not well_formed:
+        raise UserError(f"{where}: the prompt must be a string or a list of messages with role and content")
+    # Arrow gives every message the keys of all of them.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    last = messages[-1]
+    if last["role"] == "assistant":
+        raise UserError(f"{where}: the last message is the assistant's; end the prompt before it")
+    if not last.get("content") or (isinstance(last["content"], str) and not last["content"].strip()):
+        raise UserError(f"{where}: the prompt is empty")
+    return messages
+
+
+def as_mapping(row: Any, where: str) -> Row:
+    """The row, if it is one."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected a row with columns, found {type(row).__name__}")
+    return row  # type: ignore[return-value]
+
+
+def column_of(row: Row, column: str, where: str, key: str) -> Any:
+    """The value of a column, which must be there and not be null; ``key`` is the setting that asks for it."""
+    if row.get(column) is None:
+        problem = "is null" if column in row else "is missing"
+        known = ", ".join(map(str, row))
+        raise UserError(f"{where}: column {column!r} {problem} ({key}); the row has {known}")
+    return row[column]
+
+
+def extract(pattern: str, text: str, column: str, where: str) -> str:
+    """What the first group of ``pattern`` finds in ``text``."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"data.task.patterns.{column}={pattern!r}: not a pattern ({error})") from error
+    if not compiled.groups:
+        raise UserError(f"data.task.patterns.{column}={pattern!r}: put parentheses around what is to be kept")
+    found = compiled.search(text)
+    if found is None or found[1] is None:
+        raise UserError(f"{where}: column {column!r} does not match data.task.patterns.{column}={pattern!r}")
+    return found[1]

@@ -1,0 +1,117 @@
+"""Rows of local files and of hub datasets.
+
+JSON and CSV are read by the standard library and not by ``datasets``, which guesses types (7 for "007", a date for
+"2020-01-01"), fills a missing key with None, and names no line when it fails.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from gspo_lightning.data.tasks import Row
+from gspo_lightning.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def is_file(source: str) -> bool:
+    """Whether ``source`` means a file rather than a dataset of the hub."""
+    return Path(source).suffix.lower() in SUFFIXES or Path(source).expanduser().is_file()
+
+
+def read_file(source: str) -> Sequence[Row]:
+    """All rows of a JSON (a list of objects), JSONL, CSV (values stay strings) or Parquet file.
+
+    Raises:
+        UserError: the file is missing, of another kind, empty or malformed; names the file and the line.
+    """
+    path = Path(source).expanduser()
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        raise UserError(f"{source}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+    try:
+        with path.open("rb") as probe:
+            empty = not probe.read(1)
+        rows = [] if empty else _read_parquet(path) if kind == ".parquet" else _read_text(path, kind, source)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{source}: cannot read the file ({error.strerror or error})") from error
+    if not len(rows):
+        raise UserError(f"{source}: the dataset is empty")
+    return rows
+
+
+def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
+    """A split of a dataset of the Hugging Face hub, or of a local folder that ``datasets`` understands.
+
+    Raises:
+        UserError: it cannot be found, reached or read, or is empty; names dataset, split and cause.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, config_name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"data.task.source={source}, split {split}: cannot load it: {cause[0]}") from error
+    if not len(rows):
+        raise UserError(f"data.task.source={source}, split {split}: the dataset is empty")
+    return rows
+
+
+def _read_text(path: Path, kind: str, source: str) -> Sequence[Row]:
+    reader = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}[kind]
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return list(reader(stream, source))
+
+
+def _read_jsonl(stream: TextIO, source: str) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield _object(_parse(line, f"{source} line {number}"), f"{source} line {number}")
+
+
+def _read_json(stream: TextIO, source: str) -> Iterator[Row]:
+    content = _parse(stream.read(), source)
+    if not isinstance(content, list):
+        raise UserError(f"{source}: expected a list of objects, found one {type(content).__name__}")
+    for number, item in enumerate(content):
+        yield _object(item, f"{source} row {number}")
+
+
+def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:
+    reader = csv.DictReader(stream, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{source} line {reader.line_num}: not as many fields as the header has")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{source} line {reader.line_num}: {error}") from error
+
+
+def _read_parquet(path: Path) -> Sequence[Row]:
+    import datasets
+
+    try:
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(f"{path}: not a Parquet file that can be read") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+
+
+def _object(item: Any, where: str) -> Row:
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: expected an object with columns, found {type(item).__name__}")
+    return item
