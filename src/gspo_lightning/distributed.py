@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
 from gspo_lightning.types import Metrics
@@ -62,3 +65,10 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
         if name in total:
             value, count = total[name][0] + value, total[name][1] + count
         total[name] = (value, count)
+
+
+def gradient_sync(strategy: Strategy, last: bool) -> AbstractContextManager[None]:
+    """Around a backward: gradients of a minibatch travel between ranks once, with its last micro-batch."""
+    if last or not isinstance(strategy, ParallelStrategy):
+        return nullcontext()
+    return strategy.block_backward_sync()

@@ -8,7 +8,6 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, rollout_metrics
-from gspo_lightning.distributed import add_metrics, global_max, global_means, global_sum, world_size
+from gspo_lightning.distributed import add_metrics, global_max, global_means, global_sum, gradient_sync, world_size
 from gspo_lightning.objective import Objective
 from gspo_lightning.packing import GroupSlice
 from gspo_lightning.policy.load import PolicyLoader
@@ -210,7 +209,7 @@ class GSPOModule(L.LightningModule):
         rounds = global_max(len(minibatch.plan), self.device)
         seen: list[Tensor] = []
         for index in range(rounds):
-            with self.trainer.strategy.block_backward_sync() if index + 1 < rounds else nullcontext():
+            with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(scored, minibatch.plan[index], self.device)
                     logprobs, loss = self._micro_loss(micro, old and old[index], reference and reference[index], metrics)

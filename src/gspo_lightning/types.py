@@ -29,9 +29,9 @@ FinishReason = Literal["stop", "length"]
 """``stop``: an end-of-sequence token or a stop string; ``length``: cut at ``max_completion_length``."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prompt:
-    """One prompt, tokenised and unpadded. Mutable: Lightning moves tensors between devices in place."""
+    """One prompt, tokenised and unpadded."""
 
     uid: str
     """Names the row for ever (task and index); sampling seeds are derived from it."""
@@ -45,15 +45,20 @@ class Prompt:
     """Images and the like, keyed by the keyword argument of the model's forward. Empty for text."""
 
 
-@dataclass
 class PromptBatch:
-    """The prompts of one rollout on one rank."""
+    """The prompts of one rollout on one rank.
 
-    prompts: list[Prompt]
-    cursor: int
-    """Where the prompt stream stands after this batch: a run resumes from here."""
-    dropped: int = 0
-    """Prompts left out on the way because they are too long, over all ranks."""
+    Not a dataclass on purpose: Lightning walks into those, and would move, cast or refuse what users keep in their
+    dataset rows. Tensors go to the device when they are packed.
+
+    Args:
+        prompts: as many as this rank has of the rollout.
+        cursor: where the prompt stream stands after this batch; a run resumes from here.
+        dropped: prompts left out on the way because they are too long, over all ranks.
+    """
+
+    def __init__(self, prompts: list[Prompt], cursor: int, dropped: int = 0) -> None:
+        self.prompts, self.cursor, self.dropped = prompts, cursor, dropped
 
     def __len__(self) -> int:
         return len(self.prompts)

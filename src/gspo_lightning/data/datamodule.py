@@ -62,6 +62,7 @@ class PromptDataModule(L.LightningDataModule):
         self.cursor = 0
         self.dropped_prompts = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._held_out: list[Row] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -83,9 +84,9 @@ class PromptDataModule(L.LightningDataModule):
             required_columns: column -> who needs it, such as ``{"answer": "reward function last_integer"}``.
 
         Raises:
-            UserError: a row lacks a column, is too long or does not fit the template; there are too few rows;
-            an
-                option of the template has no effect. Names the row or the key.
+            UserError: there are too few rows, an option of the template has no effect, or a row lacks a
+            column, is
+                too long or does not fit the template. Names the row or the key.
         """
         size = self.task.num_train_rows
         if size is not None and size < self.prompts_per_rollout:
@@ -94,21 +95,25 @@ class PromptDataModule(L.LightningDataModule):
                 "lower it"
             )
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
-        first = self._batch(0, 0, 1).prompts
-        if self.chat_template_kwargs and isinstance(first[0].prompt, str):
-            raise UserError(
-                "data.chat_template_kwargs has no effect on prompts that are plain strings; remove it"
-            )
-        seen = [*first, *(self._validation_prompt(number) for number in range(len(self._validation_rows())))]
-        for index in range(0, size or 0, -(-(size or 1) // ROWS_CHECKED)):
-            seen.append(
-                self._prompt(f"{self.task.name}:train:{index}", self.task.train_row(index)) or first[0]
-            )
-        for column, who in (required_columns or {}).items():
-            for prompt in seen:
+        for prompt in self._prompts_to_check():
+            if self.chat_template_kwargs and isinstance(prompt.prompt, str):
+                raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
+            for column, who in (required_columns or {}).items():
                 if prompt.sample.get(column) is None:
-                    raise UserError(f"row {prompt.uid}: there is no column {column!r}, which {who} needs; "
-                                    f"the row has {', '.join(prompt.sample)}")  # fmt: skip
+                    raise UserError(
+                        f"row {prompt.uid}: there is no column {column!r}, which {who} needs; "
+                        f"the row has {', '.join(prompt.sample)}"
+                    )
+
+    def _prompts_to_check(self) -> Iterator[Prompt]:
+        yield from self._batch(0, 0, 1).prompts
+        for number in range(len(self._validation_rows())):
+            yield self._validation_prompt(number)
+        size = self.task.num_train_rows or 0
+        for index in range(0, size, -(-size // ROWS_CHECKED) or 1):
+            prompt = self._prompt(f"{self.task.name}:train:{index}", self.task.train_row(index))
+            if prompt is not None:
+                yield prompt
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint holds of the data."""
@@ -122,8 +127,8 @@ class PromptDataModule(L.LightningDataModule):
         """An endless loader of rollout batches, beginning at ``cursor``."""
         if self.prompts_per_rollout % world_size():
             raise UserError(
-                f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the number of ranks, "
-                f"{world_size()}"
+                f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the number of "
+                f"ranks, {world_size()}"
             )
         return DataLoader(_Batches(self), batch_size=None)
 
@@ -151,8 +156,7 @@ class PromptDataModule(L.LightningDataModule):
         dropped = drops_in_a_row = epochs_begun = 0
         while len(prompts) < self.prompts_per_rollout:
             if self._begins_epoch(cursor):
-                # The rows left over at the end of an epoch are passed over: no prompt comes twice in a
-                # rollout.
+                # Rows left over at the end of an epoch are passed over: no prompt twice in one rollout.
                 prompts, epochs_begun = [], epochs_begun + 1
             if epochs_begun > 1 or drops_in_a_row >= _DROPS_IN_A_ROW:
                 self._refuse_endless_drops(dropped)
@@ -172,11 +176,13 @@ class PromptDataModule(L.LightningDataModule):
 
     def _refuse_endless_drops(self, dropped: int) -> None:
         raise UserError(
-            f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts are longer: too few are left for "
-            f"data.prompts_per_rollout={self.prompts_per_rollout}; raise the first or lower the second"
+            f"data.max_prompt_length={self.max_prompt_length}: {dropped} are longer; too few remain "
+            f"for data.prompts_per_rollout={self.prompts_per_rollout}; raise the first or lower the second"
         )
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
+        if "prompt" not in row:
+            raise UserError(f"row {uid}: task {self.task.name} gave a row without a prompt")
         ids = encode_prompt(row["prompt"], self.tokenizer, self.chat_template_kwargs, f"row {uid}")
         if not len(ids):
             raise UserError(f"row {uid}: the prompt has no tokens")
@@ -190,7 +196,7 @@ class PromptDataModule(L.LightningDataModule):
         return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row)
 
     def _validation_rows(self) -> list[Row]:
-        if not hasattr(self, "_held_out"):
+        if self._held_out is None:
             self._held_out = self.task.validation_rows()
         return self._held_out
 

@@ -1,7 +1,7 @@
 """Rows of local files and of hub datasets.
 
-JSON and CSV are read by the standard library and not by ``datasets``, which guesses types (7 for "007", a date for
-"2020-01-01"), fills a missing key with None, and names no line when it fails.
+JSON and CSV are read by the standard library, not by ``datasets``, which guesses types (7 for "007", a date
+for "2020-01-01"), fills a missing key with None, and names no line when it fails.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _read_parquet(path: Path) -> Sequence[Row]:
 
     try:
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except datasets.exceptions.DatasetsError as error:
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read") from error
 
 

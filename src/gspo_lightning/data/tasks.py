@@ -111,10 +111,10 @@ class Arithmetic:
 
     def train_row(self, index: int) -> Row:
         """A problem that is not held out."""
-        attempt = 0
+        held_out, attempt = self._held_out, 0
         while True:
             pair = self._draw_pair(f"arithmetic|train|{self.seed}|{index}|{attempt}")
-            if self._problem(pair) not in self._held_out:
+            if self._problem(pair) not in held_out:
                 return self._row(pair)
             attempt += 1
 

@@ -61,8 +61,8 @@ def sapo(x: LossInputs) -> Tensor:
 
     ``tau`` is ``tau_positive`` for positive advantages and ``tau_negative`` for the others.
     """
-    positive = x.advantages > 0
-    tau = torch.where(positive, x.tau_positive, x.tau_negative).to(x.ratio.dtype)
+    # new_full keeps the dtype: torch.where of two Python floats would round the temperatures to float32.
+    tau = torch.where(x.advantages > 0, x.ratio.new_full((), x.tau_positive), x.ratio.new_full((), x.tau_negative))
     return -x.advantages * torch.sigmoid(tau * (x.ratio - 1)) * 4 / tau
 
 

@@ -1,0 +1,93 @@
+"""Shows the first prompts exactly as the model sees them: `python -m gspo_lightning.data.preview data=gsm8k`.
+
+Takes the overrides of ``train.py``; needs the model's tokenizer and not its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from gspo_lightning.data.datamodule import PromptDataModule
+from gspo_lightning.types import Prompt
+
+
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> None:
+    """Prints prompts of the data config; ``arguments`` as on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo_lightning.data.preview",
+        description="Shows the first prompts as the model sees them.",
+    )
+    parser.add_argument("--num", type=int, default=3, help="how many prompts (default: 3)")
+    parser.add_argument(
+        "--validation", action="store_true", help="held-out prompts instead of training prompts"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="as for train.py, such as data=largest_of_four model=micro"
+    )
+    options = parser.parse_args(arguments)
+    show(build_datamodule(options.overrides), options.num, options.validation, console or Console())
+
+
+def build_datamodule(overrides: Sequence[str]) -> PromptDataModule:
+    """The data module of the training config under these overrides."""
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides))
+    # Resolved in place: the data group refers to keys of its siblings, such as model.path.
+    OmegaConf.resolve(cfg.data)
+    return instantiate(cfg.data, _convert_="all")
+
+
+def show(datamodule: PromptDataModule, num: int, validation: bool, console: Console) -> None:
+    """Prints ``num`` prompts with uid, token count, text behind the chat template, and the other columns."""
+    prompts = first_prompts(datamodule, num, validation)
+    for prompt in prompts:
+        console.print(_panel(prompt, datamodule.tokenizer))
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    rows, held_out = datamodule.task.num_train_rows, len(datamodule.task.validation_rows())
+    console.print(
+        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens "
+        f"(max_prompt_length {datamodule.max_prompt_length}); "
+        f"training rows: {'endless' if rows is None else rows}; held-out rows: {held_out}",
+        highlight=False,
+    )
+
+
+def first_prompts(datamodule: PromptDataModule, num: int, validation: bool) -> list[Prompt]:
+    """Up to ``num`` prompts in the order in which a run sees them (training order, or the held-out set's)."""
+    loader = datamodule.val_dataloader() if validation else datamodule.train_dataloader()
+    prompts: list[Prompt] = []
+    for batch in loader:
+        prompts += batch.prompts
+        if len(prompts) >= num:
+            break
+    return prompts[:num]
+
+
+def _panel(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    seen = Text(str(tokenizer.decode(prompt.input_ids)))
+    columns = {name: value for name, value in prompt.sample.items() if name != "prompt"}
+    rest = Text("\n".join(f"{name}: {_short(value)}" for name, value in columns.items()), style="dim")
+    body: Any = Group(seen, Text(), rest) if columns else seen
+    return Panel(body, title=Text(prompt.uid), subtitle=f"{len(prompt.input_ids)} tokens", title_align="left")
+
+
+def _short(value: Any, width: int = 300) -> str:
+    text = str(value)
+    return text if len(text) <= width else f"{text[:width]}… ({len(text)} characters)"
+
+
+if __name__ == "__main__":
+    from gspo_lightning.cli import run
+
+    run(main)

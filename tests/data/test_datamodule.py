@@ -1,0 +1,204 @@
+"""The prompt stream: every row once per epoch, the same rows for any number of ranks, exact resume, no silent cut."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from gspo_lightning.data import LargestOfFour, MicroLetters, PromptDataModule, RowsTask
+from gspo_lightning.data import datamodule as datamodule_module
+from gspo_lightning.data.stream import PromptStream
+from gspo_lightning.errors import UserError
+from gspo_lightning.types import PromptBatch
+
+
+def _finite(lengths: list[int], **settings: Any) -> RowsTask:
+    """Plain prompts of these many characters, which are as many tokens."""
+    rows = [{"prompt": chr(ord("a") + i) * length, "answer": str(i)} for i, length in enumerate(lengths)]
+    return RowsTask(rows, **{"num_validation": 0, "conversational": False, **settings})
+
+
+def _data(task: Any, folder: str, prompts: int = 4, longest: int = 16, **settings: Any) -> PromptDataModule:
+    return PromptDataModule(task, folder, prompts_per_rollout=prompts, max_prompt_length=longest, **settings)
+
+
+def _uids(batches: list[PromptBatch]) -> list[str]:
+    return [prompt.uid for batch in batches for prompt in batch.prompts]
+
+
+def _as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
+    monkeypatch.setattr(datamodule_module, "rank", lambda: rank)
+    monkeypatch.setattr(datamodule_module, "world_size", lambda: ranks)
+
+
+def test_an_epoch_of_a_finite_task_holds_each_row_once_in_an_order_of_seed_and_epoch() -> None:
+    task = _finite([1] * 10)
+    order = [uid for uid, _ in map(PromptStream(task, 3).row_at, range(20))]
+    every = {f"rows:train:{i}" for i in range(10)}
+    assert set(order[:10]) == every and set(order[10:]) == every and order[:10] != order[10:]
+    assert [PromptStream(task, 3).row_at(cursor)[0] for cursor in reversed(range(20))] == order[::-1]
+    assert [uid for uid, _ in map(PromptStream(task, 4).row_at, range(10))] != order[:10]
+
+
+def test_a_batch_carries_row_ids_text_and_the_position_behind_it(tokenizer_dir: str) -> None:
+    batch = next(iter(_data(MicroLetters(), tokenizer_dir, prompts=2).train_dataloader()))
+    assert isinstance(batch, PromptBatch) and batch.cursor == 2 and batch.dropped == 0
+    first, second = batch.prompts
+    assert (first.uid, first.prompt, first.sample["letter"]) == ("micro_letters:train:0", "0a:", "a")
+    assert (second.uid, second.prompt) == ("micro_letters:train:1", "1b:")
+    # The vocabulary is three special tokens, newline, then ASCII from the space on: "0" is 4 + 48 - 32.
+    assert first.input_ids.tolist() == [4 + ord(c) - 32 for c in "0a:"] and first.input_ids.dtype == torch.int64
+
+
+def test_no_prompt_comes_twice_in_a_rollout_and_epochs_roll_on(tokenizer_dir: str) -> None:
+    data = _data(_finite([1] * 10), tokenizer_dir, prompts=4)
+    batches = list(islice(data.train_dataloader(), 6))
+    assert data.rollouts_per_epoch == 2
+    assert [batch.cursor for batch in batches] == [4, 8, 14, 18, 24, 28]
+    for first in (0, 2, 4):
+        assert len(set(_uids(batches[first : first + 2]))) == 8
+
+
+def test_ranks_together_see_what_one_rank_sees(tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [1, 9, 1, 1, 9, 1, 1, 1, 9, 1, 1, 1]
+    data = _data(_finite(lengths), tokenizer_dir, prompts=6, longest=5, overlong_prompts="drop")
+    alone = list(islice(data.train_dataloader(), 4))
+    shares = []
+    for rank in range(3):
+        _as_rank(monkeypatch, rank, 3)
+        shares.append(list(islice(data.train_dataloader(), 4)))
+    for number, whole in enumerate(alone):
+        assert _uids([share[number] for share in shares]) == _uids([whole])
+        assert {(share[number].cursor, share[number].dropped) for share in shares} == {(whole.cursor, whole.dropped)}
+
+
+def test_ranks_share_the_held_out_prompts_without_repeats(
+    tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _data(MicroLetters(num_validation=11), tokenizer_dir, validation_batch_size=2)
+    seen: list[str] = []
+    for rank in range(3):
+        _as_rank(monkeypatch, rank, 3)
+        batches = list(data.val_dataloader())
+        assert all(len(batch) <= 2 for batch in batches)
+        seen += _uids(batches)
+    assert sorted(seen) == sorted(f"micro_letters:validation:{i}" for i in range(11))
+
+
+def test_prompts_per_rollout_must_be_divisible_by_the_ranks(
+    tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_rank(monkeypatch, 0, 3)
+    with pytest.raises(UserError, match=r"data\.prompts_per_rollout=4 must be divisible by the number of ranks, 3"):
+        _data(MicroLetters(), tokenizer_dir).train_dataloader()
+
+
+def test_a_prompt_of_exactly_the_maximum_passes_and_one_token_more_does_not(tokenizer_dir: str) -> None:
+    _data(_finite([5, 5]), tokenizer_dir, prompts=2, longest=5).check()
+    with pytest.raises(UserError, match=r"row rows:train:1: the prompt has 6 tokens, more than data\.max_prompt_length=5"):
+        _data(_finite([5, 6]), tokenizer_dir, prompts=2, longest=5).check()
+
+
+def test_dropped_prompts_are_replaced_and_counted_when_their_rollout_is_finished(tokenizer_dir: str) -> None:
+    data = _data(_finite([1, 9, 1, 9, 1, 1, 1, 1]), tokenizer_dir, prompts=3, longest=5, overlong_prompts="drop")
+    data.check()
+    first, second = islice(data.train_dataloader(), 2)
+    assert len(first) == len(second) == 3
+    assert {"rows:train:1", "rows:train:3"}.isdisjoint(_uids([first, second]))
+    # Six rows fit; how many long ones lie among them depends on the order, which the cursor shows.
+    assert first.dropped == first.cursor - 3 and second.dropped == second.cursor - first.cursor - 3
+    assert data.dropped_prompts == 0
+    data.finish(first)
+    data.finish(second)
+    assert data.dropped_prompts == second.cursor - 6 and data.cursor == second.cursor
+
+
+def test_dropping_everything_is_an_error_and_not_an_endless_loop(tokenizer_dir: str) -> None:
+    with pytest.raises(UserError, match=r"data\.max_prompt_length=5: \d+ are longer; too few remain for data\.prompts"):
+        _data(_finite([1, 9, 9, 9]), tokenizer_dir, prompts=2, longest=5, overlong_prompts="drop").check()
+    with pytest.raises(UserError, match=r"data\.max_prompt_length=2: 1000 are longer"):
+        _data(MicroLetters(), tokenizer_dir, longest=2, overlong_prompts="drop").check()
+
+
+def test_a_held_out_prompt_is_never_dropped(tokenizer_dir: str) -> None:
+    task = MicroLetters(num_validation=11)  # "v10c:" is one longer than all others
+    with pytest.raises(UserError, match=r"row micro_letters:validation:10: longer than data\.max_prompt_length=4"):
+        _data(task, tokenizer_dir, longest=4, overlong_prompts="drop").check()
+
+
+def test_a_mistake_deep_in_a_dataset_is_found_before_the_run(tokenizer_dir: str) -> None:
+    rows = [{"prompt": f"q{i}"} for i in range(300)]
+    rows[217] = {"question": "q"}
+    with pytest.raises(UserError, match=r"rows row 217: column 'prompt' is missing"):
+        _data(RowsTask(rows, num_validation=0), tokenizer_dir, longest=64).check()
+
+
+def test_columns_that_rewards_need_are_checked_in_every_row(tokenizer_dir: str) -> None:
+    data = _data(_finite([1] * 5), tokenizer_dir)
+    data.check({"answer": "reward function exact_match"})
+    with pytest.raises(UserError, match=r"row rows:train:\d: there is no column 'letter', which reward function f needs"):
+        data.check({"letter": "reward function f"})
+
+
+def test_fewer_rows_than_a_rollout_are_refused(tokenizer_dir: str) -> None:
+    with pytest.raises(UserError, match=r"data\.prompts_per_rollout=4 is more than the 3 training rows"):
+        _data(_finite([1] * 3), tokenizer_dir).check()
+
+
+def test_template_options_without_effect_are_refused(tokenizer_dir: str) -> None:
+    with pytest.raises(UserError, match=r"chat_template_kwargs\.enable_thinking has no effect"):
+        _data(LargestOfFour(), tokenizer_dir, longest=200, chat_template_kwargs={"enable_thinking": True}).check()
+    with pytest.raises(UserError, match=r"chat_template_kwargs has no effect on plain string prompts"):
+        _data(MicroLetters(), tokenizer_dir, chat_template_kwargs={"messages": []}).check()
+
+
+def test_a_data_module_survives_pickling_for_spawned_ranks(tokenizer_dir: str) -> None:
+    data = _data(_finite([1] * 8), tokenizer_dir)
+    wanted = _uids([data.batch_at(4)])
+    assert _uids([pickle.loads(pickle.dumps(data)).batch_at(4)]) == wanted
+
+
+class _Reader(L.LightningModule):
+    """Notes the prompts it is given and says when a rollout is finished, as the real module does."""
+
+    def __init__(self, stop_after: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.stop_after, self.seen = stop_after, []
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.seen += [prompt.uid for prompt in batch.prompts]
+        self.trainer.datamodule.finish(batch)
+        self.trainer.should_stop = self.trainer.should_stop or len(self.seen) >= self.stop_after
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def _fit(folder: str, stop_after: int, ckpt_path: str | None = None) -> tuple[list[str], L.Trainer]:
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, barebones=False,
+    )  # fmt: skip
+    task = _finite([1, 1, 9, 1, 1, 1, 9, 1, 1, 1])
+    data = _data(task, folder, prompts=2, longest=5, overlong_prompts="drop", seed=1)
+    module = _Reader(stop_after)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return module.seen, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_resumed_in_lightning_sees_the_prompts_an_unbroken_one_sees(tokenizer_dir: str, tmp_path: Path) -> None:
+    unbroken, _ = _fit(tokenizer_dir, 24)
+    head, trainer = _fit(tokenizer_dir, 10)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    tail, resumed = _fit(tokenizer_dir, 14, str(tmp_path / "last.ckpt"))
+    assert head + tail == unbroken and len(unbroken) == 24
+    assert resumed.datamodule.dropped_prompts > trainer.datamodule.dropped_prompts > 0

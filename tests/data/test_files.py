@@ -1,0 +1,73 @@
+"""Local files: values stay what the file says, and a mistake names its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gspo_lightning.data.files import is_file, read_file, read_hub
+from gspo_lightning.errors import UserError
+
+
+def _write(folder: Path, name: str, text: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def test_values_are_not_reinterpreted(tmp_path: Path) -> None:
+    jsonl = _write(tmp_path, "a.jsonl", '{"answer": "007", "day": "2020-01-01"}\n\n{"answer": 7}\n')
+    assert read_file(jsonl) == [{"answer": "007", "day": "2020-01-01"}, {"answer": 7}]
+    table = _write(tmp_path, "a.csv", '\ufeffquestion,answer\n"two\nlines, and a comma",007\n')
+    assert read_file(table) == [{"question": "two\nlines, and a comma", "answer": "007"}]
+    assert read_file(_write(tmp_path, "a.json", '[{"answer": "1,234"}]')) == [{"answer": "1,234"}]
+
+
+def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]).to_parquet(path)
+    rows = read_file(str(path))
+    assert [rows[i] for i in range(len(rows))] == [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]
+    with pytest.raises(UserError, match="not a Parquet file"):
+        read_file(_write(tmp_path, "b.parquet", "no"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl line 2: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n["a"]\n', r"a\.jsonl line 2: expected an object with columns, found list"),
+        ("a.json", '{"a": 1}', r"a\.json: expected a list of objects, found one dict"),
+        ("a.json", '[{"a": 1}, 5]', r"a\.json row 1: expected an object with columns, found int"),
+        ("a.json", "[]", r"a\.json: the dataset is empty"),
+        ("a.jsonl", "", r"a\.jsonl: the dataset is empty"),
+        ("a.parquet", "", r"a\.parquet: the dataset is empty"),
+        ("a.csv", "a,b\n", r"a\.csv: the dataset is empty"),
+        ("a.csv", "a,b\n1,2\n3\n", r"a\.csv line 3: not as many fields"),
+        ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: not as many fields"),
+        ("a.csv", b"a\n\xff\n", r"a\.csv: not UTF-8 text"),
+        ("a.txt", "a", r"a\.txt: unknown kind of file; use one of \.json, \.jsonl, \.csv, \.parquet"),
+    ],
+)
+def test_a_broken_file_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_file(_write(tmp_path, name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named_and_is_no_hub_dataset(tmp_path: Path) -> None:
+    assert is_file("nowhere/rows.jsonl") and not is_file("openai/gsm8k")
+    with pytest.raises(UserError, match=r"nowhere/rows\.jsonl: cannot read the file \(No such file"):
+        read_file("nowhere/rows.jsonl")
+
+
+def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"data\.task\.source=no-one/nothing, split train: cannot load it") as caught:
+        read_hub("no-one/nothing", None, "train")
+    assert "\n" not in str(caught.value)

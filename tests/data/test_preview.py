@@ -1,0 +1,57 @@
+"""The preview shows what the model sees, to the last special token, and every data config composes."""
+
+from __future__ import annotations
+
+import io
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gspo_lightning.data import PromptDataModule
+from gspo_lightning.data.preview import build_datamodule, main
+
+CONFIGS = sorted(path.name.removesuffix(".yaml") for path in files("gspo_lightning.conf").joinpath("data").iterdir())
+
+
+def _preview(*arguments: str) -> str:
+    screen = io.StringIO()
+    main(arguments, Console(file=screen, width=100))
+    return screen.getvalue()
+
+
+def test_the_preview_shows_template_tokens_counts_and_columns(tokenizer_dir: str) -> None:
+    text = _preview("data=arithmetic", "model=path", f"model.path={tokenizer_dir}", "--num", "1")
+    assert "arithmetic:train:0" in text and "<|im_start|>user" in text and "<|im_start|>assistant" in text
+    # One token per character: 2 + 5 for "<|im_start|>user\n" and "<|im_end|>\n", the question, 11 for the assistant.
+    (question,) = (line.strip("│ ").removesuffix("<|im_end|>") for line in text.splitlines() if "What is" in line)
+    assert f" {6 + len(question) + 2 + 11} tokens " in text
+    a, _, b = question.removeprefix("What is ").split("?")[0].split()
+    assert f"answer: {int(a) + int(b)}" in text and "training rows: endless; held-out rows: 20" in text
+
+
+def test_the_preview_of_the_held_out_rows_shows_them(tokenizer_dir: str) -> None:
+    text = _preview("data=micro_letters", "model=path", f"model.path={tokenizer_dir}", "--validation", "--num", "9")
+    assert "micro_letters:validation:7" in text and "train" not in text.replace("training rows", "")
+    assert "8 prompts of 4 to 4 tokens (max_prompt_length 128)" in text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_data_config_becomes_a_data_module(name: str, tokenizer_dir: str) -> None:
+    overrides = [f"data={name}", "model=path", f"model.path={tokenizer_dir}", "seed=7"]
+    data = build_datamodule([*overrides, *(["data.task.source=x.jsonl"] if name == "rows" else [])])
+    assert isinstance(data, PromptDataModule)
+    assert (data.model_path, data.stream.seed) == (tokenizer_dir, 7)
+
+
+def test_gsm8k_takes_the_answer_behind_the_hashes(tokenizer_dir: str, tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text('{"question": "How many?", "answer": "First 600.\\nThen twice that.\\n#### 1,200"}\n' * 1)
+    data = build_datamodule(
+        ["data=gsm8k", "model=path", f"model.path={tokenizer_dir}", f"data.task.source={path}",
+         "data.task.config_name=null", "data.task.validation_split=null", "data.task.num_validation=0"]
+    )  # fmt: skip
+    row = data.task.train_row(0)
+    assert row["answer"] == "1,200"
+    assert row["prompt"][0]["content"].startswith("How many?\nWork it out")

@@ -1,0 +1,151 @@
+"""Rows of files and lists: columns, templates, held-out rows, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gspo_lightning.data import RowsTask
+from gspo_lightning.errors import UserError
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {i}", "answer": str(i)} for i in range(count)]
+
+
+def _answers(task: RowsTask) -> tuple[set[str], set[str]]:
+    train = {task.train_row(i)["answer"] for i in range(task.num_train_rows)}
+    return train, {row["answer"] for row in task.validation_rows()}
+
+
+def test_every_row_is_either_trained_on_or_held_out() -> None:
+    train, held_out = _answers(RowsTask(_rows(50), num_validation=12))
+    assert len(held_out) == 12 and train | held_out == {str(i) for i in range(50)} and not train & held_out
+    assert held_out != {str(i) for i in range(12)}  # not the head of a file that may be sorted
+    assert _answers(RowsTask(_rows(50), num_validation=12))[1] == held_out
+
+
+def test_a_training_row_with_a_held_out_prompt_is_left_out_and_said() -> None:
+    doubled = [*_rows(20), *_rows(20)]
+    task = RowsTask(doubled, num_validation=4)
+    with pytest.warns(UserWarning, match=r"4 training rows of rows are left out"):
+        train, held_out = _answers(task)
+    assert len(held_out) == 4 and not train & held_out and task.num_train_rows == 2 * 16
+
+
+def test_without_duplicates_nothing_is_said() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RowsTask(_rows(9), num_validation=3).num_train_rows == 6
+
+
+def test_held_out_rows_can_come_from_a_file_of_their_own(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in _rows(5)))
+    test.write_text("".join(json.dumps({"prompt": f"new {i}", "answer": f"n{i}"}) + "\n" for i in range(30)))
+    task = RowsTask(str(train), validation_split=str(test), num_validation=None)
+    assert _answers(task) == ({str(i) for i in range(5)}, {f"n{i}" for i in range(30)})
+    assert len(RowsTask(str(train), validation_split=str(test), num_validation=7).validation_rows()) == 7
+
+
+def test_a_datasets_object_serves_as_source_and_as_validation_rows() -> None:
+    import datasets
+
+    task = RowsTask(datasets.Dataset.from_list(_rows(10)), num_validation=3)
+    train, held_out = _answers(task)
+    assert len(held_out) == 3 and train | held_out == {str(i) for i in range(10)}
+
+
+def test_a_generator_serves_as_source_and_is_read_once() -> None:
+    task = RowsTask((row for row in _rows(10)), num_validation=3)
+    assert task.num_train_rows == 7
+    assert [task.train_row(i) for i in range(7)] == [task.train_row(i) for i in range(7)]
+
+
+def test_columns_patterns_template_and_system_prompt_make_the_prompt() -> None:
+    source = [{"q": f"What is {i} + 1?", "solution": f"Add one.\n#### {i + 1}"} for i in range(3)]
+    task = RowsTask(
+        source,
+        num_validation=0,
+        template="{q}\nNumber {{only}}.",
+        columns={"answer": "solution"},
+        patterns={"answer": r"####\s*(\S+)"},
+        system_prompt="Be brief.",
+    )
+    row = task.train_row(1)
+    assert row["prompt"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 1 + 1?\nNumber {only}."},
+    ]
+    assert row["answer"] == "2" and row["solution"] == "Add one.\n#### 2"
+
+
+def test_plain_prompts_stay_strings_and_conversations_lose_their_nulls() -> None:
+    plain = RowsTask([{"prompt": "a:"}], num_validation=0, conversational=False)
+    assert plain.train_row(0)["prompt"] == "a:"
+    talk = [{"role": "user", "content": "hello", "name": None}]
+    assert RowsTask([{"prompt": talk}], num_validation=0).train_row(0)["prompt"] == [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ([], {}, r"data\.task\.source of task rows: the dataset is empty"),
+        ([{"question": "q"}], {}, r"rows row 0: column 'prompt' is missing \(data\.task\.prompt_column\); the row has question"),
+        ([{"prompt": None}], {}, r"rows row 0: column 'prompt' is null"),
+        ([{"prompt": " \n"}], {}, r"rows row 0: the prompt is empty"),
+        ([{"prompt": []}], {}, r"rows row 0: the prompt must be a string or a list of messages"),
+        ([{"prompt": 5}], {}, r"rows row 0: the prompt must be a string or a list of messages"),
+        ([{"prompt": [{"role": "user", "content": ""}]}], {}, r"rows row 0: the prompt is empty"),
+        (
+            [{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the answer"}]}],
+            {},
+            r"rows row 0: the last message is the assistant's",
+        ),
+        ([{"prompt": "p"}], {"columns": {"answer": "solution"}}, r"column 'solution' is missing \(data\.task\.columns\.answer\)"),
+        ([{"prompt": "p", "a": "none"}], {"patterns": {"a": "#(.*)"}}, r"rows row 0: column 'a' does not match"),
+        ([{"prompt": "p", "a": "none"}], {"patterns": {"a": "#.*"}}, r"put parentheses around what is to be kept"),
+        ([{"prompt": "p", "a": "none"}], {"patterns": {"a": "(#"}}, r"data\.task\.patterns\.a='\(#': not a pattern"),
+        ([{"q": None}], {"template": "{q}?"}, r"column 'q' is null \(data\.task\.template\)"),
+        ([{"q": "x"}], {"template": "{q} in \\boxed{}"}, r"double braces that are meant literally"),
+        ([{"q": "x"}], {"template": "{q"}, r"data\.task\.template='\{q'"),
+        ([{"q": "x"}], {"template": "no column"}, r"name a column in each pair of braces"),
+        ([{"q": "x"}], {"template": "{q.b}"}, r"rows row 0: data\.task\.template does not fit the row"),
+        ([{"prompt": "p"}], {"system_prompt": "s", "conversational": False}, r"system_prompt has no effect"),
+        ([{"prompt": "p"}], {"num_validation": 1}, r"num_validation=1 must be less than the 1 rows"),
+        ([{"prompt": "p"}], {"num_validation": None}, r"num_validation=None must be less"),
+        ([{"prompt": "p"}], {"validation_split": "test"}, r"validation_split=test: the source has no splits"),
+        (["p"], {}, r"rows row 0: expected a row with columns, found str"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_row_or_the_key(
+    source: list[Any], settings: dict[str, Any], message: str
+) -> None:
+    task = RowsTask(source, **{"num_validation": 0, **settings})
+    with pytest.raises(UserError, match=message) as caught:
+        task.train_row(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_system_message_is_refused() -> None:
+    talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(UserError, match=r"the row has its own system message"):
+        RowsTask([{"prompt": talk}], num_validation=0, system_prompt="c").train_row(0)
+
+
+@pytest.mark.parametrize("settings", [{"config_name": "main"}, {"split": "test"}])
+def test_settings_of_hub_datasets_are_refused_for_a_file(tmp_path: Path, settings: dict[str, str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "p"}\n')
+    (key,) = settings
+    with pytest.raises(UserError, match=rf"data\.task\.{key}=\w+ has no effect on a file"):
+        RowsTask(str(path), num_validation=0, **settings).train_row(0)
+
+
+def test_a_misspelt_prompt_column_is_not_mistaken_for_duplicates() -> None:
+    with pytest.raises(UserError, match=r"column 'promt' is missing"):
+        RowsTask(_rows(10), num_validation=3, prompt_column="promt").train_row(0)

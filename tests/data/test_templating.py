@@ -1,0 +1,61 @@
+"""Token ids of a prompt are those of the model's own template, and options it would ignore are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
+from gspo_lightning.errors import UserError
+
+TALK = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: str) -> Any:
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def test_messages_end_where_the_assistant_begins(tokenizer: Any) -> None:
+    ids = encode_prompt(TALK, tokenizer)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    # <|im_start|> u s e r \n h i <|im_end|> \n <|im_start|> and the ten of "assistant\n".
+    assert ids.tolist()[8] == tokenizer.eos_token_id and len(ids) == 11 + 10
+
+
+def test_a_plain_string_is_itself(tokenizer: Any) -> None:
+    assert tokenizer.decode(encode_prompt("3a:", tokenizer)) == "3a:"
+    assert len(encode_prompt("3a:", tokenizer)) == 3
+
+
+def test_options_reach_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if enable_thinking %}think {% endif %}{{ messages[0]['content'] }}"
+    assert tokenizer.decode(encode_prompt(TALK, tokenizer, {"enable_thinking": True})) == "think hi"
+    assert tokenizer.decode(encode_prompt(TALK, tokenizer)) == "hi"
+    check_template_kwargs(tokenizer, {"enable_thinking": False})
+
+
+def test_an_option_the_template_never_reads_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.chat_template_kwargs\.enable_thinking has no effect"):
+        check_template_kwargs(tokenizer, {"enable_thinking": True})
+    with pytest.raises(UserError, match=r"data\.chat_template_kwargs\.tokenize is set by the program"):
+        check_template_kwargs(tokenizer, {"tokenize": False})
+
+
+def test_what_the_template_refuses_is_said_with_the_row(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match=r"row x:train:3: the model's chat template refuses the prompt: no system role"):
+        encode_prompt(TALK, tokenizer, where="row x:train:3")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"row y: the prompt is a conversation, but the tokenizer has no chat template"):
+        encode_prompt(TALK, tokenizer, where="row y")
+
+
+def test_the_default_system_prompt_of_smollm2_stays(smollm2_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    text = tokenizer.decode(encode_prompt(TALK, tokenizer))
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")

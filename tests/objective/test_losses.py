@@ -1,0 +1,285 @@
+"""Every loss at every ratio level: value and gradient against forms written by hand in NumPy, sequence by sequence."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gspo_lightning.objective import LOSSES, Objective
+
+LENGTHS = [3, 1, 5, 2, 4, 2]
+ADVANTAGES = [1.5, -0.7, -1.2, 0.9, 0.4, -0.3]
+MAX_TOKENS = 8
+
+
+def make(lengths=LENGTHS, advantages=ADVANTAGES, scale=0.3, seed=0):
+    """Ragged sequences whose ratios fall on both sides of every clip edge."""
+    rng = np.random.default_rng(seed)
+    old = [-rng.uniform(0.1, 3.0, n) for n in lengths]
+    new = [o + rng.normal(0, scale, len(o)) for o in old]
+    return old, new, list(advantages)
+
+
+def flat(sequences):
+    return torch.tensor(np.concatenate(sequences), dtype=torch.float64)
+
+
+def call(objective, old, new, advantages, **extra):
+    lengths = torch.tensor([len(x) for x in new])
+    index = torch.repeat_interleave(torch.arange(len(new)), lengths)
+    logprobs = flat(new).requires_grad_()
+    result = objective(
+        logprobs, flat(old), torch.tensor(advantages, dtype=torch.float64)[index], index, lengths, **extra
+    )
+    total = objective.denominator(len(new), int(lengths.sum()))
+    (gradient,) = torch.autograd.grad(result.loss / total, [logprobs])
+    return (result.loss / total).item(), gradient.numpy(), result.metrics
+
+
+# ------------------------------------------------------------ by hand
+
+
+def hand_ratio(d, level):
+    """(ratio of each token, d ratio_t / d logp_u as a matrix)."""
+    n = len(d)
+    if level == "token":
+        return np.exp(d), np.diag(np.exp(d))
+    s = math.exp(d.mean())
+    if level == "sequence":
+        return np.full(n, s), np.full((n, n), s / n)
+    return np.full(n, s), np.diag(np.full(n, s))
+
+
+def hand_loss(kind, d, new, a, level, low, high, delta):
+    """(loss of each token, its Jacobian with respect to logp)."""
+    w, jacobian = hand_ratio(d, level)
+    n = len(d)
+    if kind == "reinforce":
+        return -a * new, np.diag(np.full(n, -a))
+    if kind == "cispo":
+        weight = np.minimum(w, high)
+        return -weight * a * new, np.diag(-weight * a)
+    if kind == "sapo":
+        tau = 1.0 if a > 0 else 1.05
+        gate = 1 / (1 + np.exp(-tau * (w - 1)))
+        slope = -a * gate * (1 - gate) * 4
+        return -a * gate * 4 / tau, slope[:, None] * jacobian
+    if kind == "gmpo":
+        clipped = np.minimum(d, high) if a > 0 else np.maximum(d, -low)
+        inside = d < high if a > 0 else d > -low
+        g = math.exp(clipped.mean())
+        return np.full(n, -g * a), np.tile(-g * a * inside / n, (n, 1))
+    capped = w if delta is None else np.minimum(w, delta)
+    unclipped, bounded = capped * a, np.clip(w, 1 - low, 1 + high) * a
+    use = unclipped <= bounded
+    slope = np.where(use, a * ((w < delta) if delta is not None else 1.0), a * ((w > 1 - low) & (w < 1 + high)))
+    return -np.minimum(unclipped, bounded), -slope[:, None] * jacobian
+
+
+def hand(kind, old, new, advantages, level, low, high, delta=None):
+    how = LOSSES[kind].aggregation
+    count, tokens = len(new), sum(map(len, new))
+    value, gradients = 0.0, []
+    for o, n, a in zip(old, new, advantages, strict=True):
+        loss, jacobian = hand_loss(kind, n - o, n, a, level, low, high, delta)
+        weight = {
+            "sequence_mean": 1 / len(n) / count,
+            "sequence_sum": 1 / count,
+            "tokens": 1 / tokens,
+            "max_tokens": 1 / (count * MAX_TOKENS),
+        }[how]
+        value += weight * loss.sum()
+        gradients.append(weight * jacobian.sum(axis=0))
+    return value, np.concatenate(gradients)
+
+
+CASES = [(kind, level) for kind, spec in LOSSES.items() for level in spec.levels]
+
+
+@pytest.mark.parametrize(("kind", "level"), CASES)
+@pytest.mark.parametrize("delta", [None, 1.5])
+def test_value_and_gradient_equal_the_form_written_by_hand(kind, level, delta):
+    low, high = {"cispo": (0.0, 1.1), "gmpo": (0.2, 0.15)}.get(kind, (0.12, 0.15))
+    old, new, advantages = make()
+    objective = Objective(
+        max_completion_length=MAX_TOKENS, importance_sampling_level=level, loss_type=kind,
+        epsilon=low, epsilon_high=high, delta=delta,
+    )  # fmt: skip
+    value, gradient, _ = call(objective, old, new, advantages)
+    expected, expected_gradient = hand(kind, old, new, advantages, level, low, high, delta)
+    assert value == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_gspo_equals_equations_5_7_and_10_of_the_paper_at_both_clip_edges():
+    # One sequence just inside and one just outside each edge, for both signs of the advantage.
+    edges = [-4e-4, -2e-4, 3e-4, 5e-4]
+    lengths = [4, 7, 2, 5] * 2
+    advantages = [1.0] * 4 + [-1.0] * 4
+    rng = np.random.default_rng(1)
+    old, new = [], []
+    for n, shift in zip(lengths, edges * 2, strict=True):
+        noise = rng.normal(0, 0.01, n)
+        o = -rng.uniform(0.5, 2, n)
+        old.append(o)
+        new.append(o + noise - noise.mean() + math.log1p(shift))
+    value, gradient, metrics = call(Objective(max_completion_length=MAX_TOKENS), old, new, advantages)
+    s = np.array([math.exp((n - o).mean()) for o, n in zip(old, new, strict=True)])  # Eq. 7
+    a = np.array(advantages)
+    expected = -np.minimum(s * a, np.clip(s, 1 - 3e-4, 1 + 4e-4) * a).mean()  # Eq. 5
+    assert value == pytest.approx(expected, rel=1e-12)
+    active = [True, True, True, False, False, True, True, True]  # A > 0 above the edge and A < 0 below it are cut
+    expected_gradient = np.concatenate(
+        [np.full(n, -s_i * a_i / n / 8 * on) for n, s_i, a_i, on in zip(lengths, s, a, active, strict=True)]  # Eq. 10
+    )
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-16)
+    assert metrics["clip_frac_high"] == (1, 8)
+    assert metrics["clip_frac_low"] == (1, 8)
+
+
+def test_sequence_token_equals_sequence_for_equal_advantages():
+    old, new, advantages = make(scale=2e-4)
+    results = [
+        call(Objective(max_completion_length=MAX_TOKENS, importance_sampling_level=level), old, new, advantages)
+        for level in ("sequence", "sequence_token")
+    ]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-10)
+
+
+def test_grpo_equals_gspo_when_every_completion_is_one_token():
+    old, new, advantages = make(lengths=[1] * 6)
+    results = [
+        call(
+            Objective(max_completion_length=MAX_TOKENS, importance_sampling_level=level, epsilon=0.1, epsilon_high=0.2),
+            old, new, advantages,
+        )
+        for level in ("token", "sequence")
+    ]  # fmt: skip
+    assert results[0][0] == results[1][0]
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(("kind", "level"), CASES)
+def test_on_policy_the_gradient_is_the_policy_gradient(kind, level):
+    """At ratio 1 every loss is -A/|y| (or its own normaliser) times the gradient of log pi, whatever the clip."""
+    old, _, advantages = make()
+    objective = Objective(max_completion_length=MAX_TOKENS, importance_sampling_level=level, loss_type=kind)
+    _, gradient, _ = call(objective, old, old, advantages)
+    tokens = sum(LENGTHS)
+    weight = {
+        "sequence_mean": lambda n: 1 / n / 6,
+        "sequence_sum": lambda n: 1 / 6,
+        "tokens": lambda n: 1 / tokens,
+        "max_tokens": lambda n: 1 / (6 * MAX_TOKENS),
+    }[LOSSES[kind].aggregation]
+    expected = np.concatenate([np.full(n, -a * weight(n)) for n, a in zip(LENGTHS, ADVANTAGES, strict=True)])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_kl_is_weighted_per_token_also_under_a_sequence_ratio(estimator, weighted, level):
+    old, new, advantages = make()
+    reference = [x + 0.1 * np.cos(np.arange(len(x))) for x in new]
+    common = {"max_completion_length": MAX_TOKENS, "importance_sampling_level": level}
+    with_kl = Objective(**common, beta=0.3, kl_estimator=estimator, kl_importance_weighted=weighted)
+    value, gradient, metrics = call(with_kl, old, new, advantages, ref_logprobs=flat(reference))
+    plain_value, plain_gradient, _ = call(Objective(**common), old, new, advantages)
+    extra, extra_gradient = 0.0, []
+    for o, n, r in zip(old, new, reference, strict=True):
+        d = r - n
+        kl = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}[estimator]
+        slope = {"k1": np.ones_like(d), "k2": -d, "k3": 1 - np.exp(d)}[estimator]
+        w = np.exp(n - o) if weighted else np.ones_like(d)
+        extra += 0.3 * (w * kl).mean() / 6
+        extra_gradient.append(0.3 * w * (slope + (kl if weighted else 0)) / len(n) / 6)
+    assert value - plain_value == pytest.approx(extra, rel=1e-9)
+    np.testing.assert_allclose(gradient - plain_gradient, np.concatenate(extra_gradient), rtol=1e-8, atol=1e-14)
+    k3 = np.concatenate([np.exp(r - n) - 1 - (r - n) for n, r in zip(new, reference, strict=True)])
+    assert metrics["kl/ref"][0].item() / metrics["kl/ref"][1].item() == pytest.approx(k3.mean(), rel=1e-12)
+
+
+def test_entropy_bonus_is_subtracted_per_token():
+    old, new, advantages = make()
+    entropy = torch.linspace(0.5, 2.0, sum(LENGTHS), dtype=torch.float64)
+    bonus = Objective(max_completion_length=MAX_TOKENS, entropy_coef=0.01, loss_type="dapo")
+    plain = Objective(max_completion_length=MAX_TOKENS, loss_type="dapo")
+    value, _, metrics = call(bonus, old, new, advantages, entropy=entropy)
+    assert value == pytest.approx(call(plain, old, new, advantages)[0] - 0.01 * 1.25, rel=1e-10)
+    assert metrics["entropy"][0].item() / metrics["entropy"][1].item() == pytest.approx(1.25)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(CASES),
+    st.lists(st.tuples(st.integers(1, 6), st.floats(-2, 2)), min_size=2, max_size=8),
+    st.randoms(use_true_random=False),
+)
+def test_the_loss_is_a_sum_over_sequences_however_they_are_split_and_ordered(case, sequences, random):
+    kind, level = case
+    objective = Objective(max_completion_length=MAX_TOKENS, importance_sampling_level=level, loss_type=kind)
+    old, new, advantages = make([n for n, _ in sequences], [a for _, a in sequences])
+    order = list(range(len(new)))
+    random.shuffle(order)
+    cut = random.randrange(1, len(new))
+    whole = call_sum(objective, old, new, advantages, range(len(new)))
+    parts = [call_sum(objective, old, new, advantages, part) for part in (order[:cut], order[cut:])]
+    assert math.isclose(parts[0] + parts[1], whole, rel_tol=1e-10, abs_tol=1e-12)
+
+
+def call_sum(objective, old, new, advantages, members):
+    pick = [list(x[m] for m in members) for x in (old, new, advantages)]
+    lengths = torch.tensor([len(x) for x in pick[1]])
+    index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    advantage = torch.tensor(pick[2], dtype=torch.float64)[index]
+    return objective(flat(pick[1]), flat(pick[0]), advantage, index, lengths).loss.item()
+
+
+def test_metrics_of_a_two_by_three_example_by_hand():
+    # Sequence log-ratios: mean(0.1, 0.3) = 0.2 and mean(-0.3, 0.0, 0.0) = -0.1; clip 0.05 / 0.1.
+    old = [np.array([-1.0, -1.0]), np.array([-1.0, -1.0, -1.0])]
+    new = [np.array([-0.9, -0.7]), np.array([-1.3, -1.0, -1.0])]
+    sequence = Objective(max_completion_length=4, epsilon=0.05, epsilon_high=0.1)
+    _, _, metrics = call(sequence, old, new, [1.0, -1.0])
+    means = {name: (s / c).item() for name, (s, c) in metrics.items()}
+    assert means["ratio/mean"] == pytest.approx((math.exp(0.2) + math.exp(-0.1)) / 2)
+    assert means["log_ratio/abs_mean"] == pytest.approx(0.15)
+    assert means["clip_frac_low"] == 0.5
+    assert means["clip_frac_high"] == 0.5
+    assert means["kl/old"] == pytest.approx(-(0.1 + 0.3 - 0.3) / 5)
+    token = Objective(max_completion_length=4, importance_sampling_level="token", epsilon=0.05, epsilon_high=0.1)
+    _, _, metrics = call(token, old, new, [1.0, -1.0])
+    means = {name: (s / c).item() for name, (s, c) in metrics.items()}
+    assert means["clip_frac_high"] == pytest.approx(2 / 5)  # exp(0.1) = 1.105 and exp(0.3) are above 1.1
+    assert means["clip_frac_low"] == pytest.approx(1 / 5)
+
+
+def test_clip_widths_belong_to_the_ratio_level():
+    def clip(**settings):
+        return Objective(max_completion_length=4, **settings).clip
+
+    assert clip(importance_sampling_level="token") == (0.2, 0.27)
+    assert clip(importance_sampling_level="sequence") == (3e-4, 4e-4)
+    assert clip(importance_sampling_level="sequence_token") == (3e-4, 4e-4)
+    assert clip(epsilon=0.1) == (0.1, 0.1)
+    assert clip(epsilon_high=0.1) == (3e-4, 0.1)
+    assert clip(importance_sampling_level="token", loss_type="cispo") == (0.0, 5.0)
+
+
+def test_a_loss_of_ones_own_is_a_function_of_flat_tensors():
+    objective = Objective(max_completion_length=4, loss_type=lambda x: x.ratio * x.advantages)
+    old, new, advantages = make()
+    s = [math.exp((n - o).mean()) for o, n in zip(old, new, strict=True)]
+    assert call(objective, old, new, advantages)[0] == pytest.approx(np.mean(np.array(s) * np.array(advantages)), rel=1e-12)
+
+
+def test_an_unknown_loss_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="loss_type=gppo: there is no such loss; choose grpo, dr_grpo"):
+        Objective(max_completion_length=4, loss_type="gppo")

@@ -1,0 +1,45 @@
+"""Settings that contradict each other or cannot act are found, each with a line that names key and fix."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_lightning.objective import Objective, check_objective
+
+
+def findings(objective=None, **changes):
+    objective = Objective(max_completion_length=8, **(objective or {}))
+    facts = {"num_iterations": 1, "num_minibatches": 4, "num_generations": 8, "prompts_per_rollout": 8, "has_reference": True}
+    return [(f.kind, f.message) for f in check_objective(objective, **{**facts, **changes})]
+
+
+CASES = {
+    "a clip with one optimizer step": ({"epsilon": 0.1}, {"num_minibatches": 1}, "no_effect", "objective.epsilon cannot act"),
+    "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
+                                     {"num_minibatches": 1}, "no_effect", "has no effect on loss_type=reinforce"),
+    "a wide clip at sequence level": ({"epsilon": 0.2}, {}, "warning", "will hardly ever act"),
+    "a negative width": ({"epsilon": -0.1}, {}, "contradiction", "must not be negative"),
+    "delta below the upper clip": ({"importance_sampling_level": "token", "delta": 1.2}, {}, "contradiction", "objective.delta=1.2 is below"),
+    "cispo at sequence level": ({"loss_type": "cispo"}, {}, "contradiction", "use token"),
+    "gmpo at sequence level": ({"loss_type": "gmpo"}, {}, "contradiction", "use token"),
+    "reinforce off policy": ({"loss_type": "reinforce"}, {}, "warning", "update.num_minibatches=1"),
+    "beta without a reference": ({"beta": 0.1}, {"has_reference": False}, "contradiction", "set objective.beta=0"),
+    "negative beta": ({"beta": -0.1}, {}, "contradiction", "must be 0 or more"),
+    "a KL option without KL": ({"kl_importance_weighted": True}, {}, "no_effect", "no effect with objective.beta=0"),
+    "a group of one": ({}, {"num_generations": 1}, "contradiction", "rollout.num_generations=1"),
+    "minibatches that do not divide": ({}, {"num_minibatches": 3}, "contradiction", "does not divide data.prompts_per_rollout=8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "changes", "kind", "text"), CASES.values(), ids=CASES.keys())
+def test_found_with_its_kind_key_and_fix(settings, changes, kind, text):
+    found = findings(settings, **changes)
+    assert any(k == kind and text in message for k, message in found), found
+    assert all("\n" not in message for _, message in found)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"importance_sampling_level": "token"}, {"beta": 0.1}, {"epsilon": 0.03, "epsilon_high": 0.04}]
+)
+def test_sound_settings_find_nothing(settings):
+    assert findings(settings) == []

@@ -1,0 +1,259 @@
+"""One optimizer step is the equation, whatever the micro-batches, splits and shortcuts."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gspo_lightning.module import NonFiniteGradientError
+from gspo_lightning.objective import LOSSES
+from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.types import Completion
+from gspo_lightning.update import UpdateSettings, split_minibatches
+from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
+from tests.training import Settings, scripted_prompts, trainer, update_of, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def by_hand(folder, prompts, settings):
+    """The gradient of the first step from padded rows and the policy-gradient form (ratio 1, nothing clipped)."""
+    policy = micro_policy(folder)
+    groups = [(p.input_ids, [c.token_ids for c in p.sample["completions"]]) for p in prompts]
+    logprobs, _ = padded_logprobs(policy.base_model, groups)
+    loss, start = torch.zeros((), dtype=torch.float64), 0
+    count = sum(len(completions) for _, completions in groups)
+    for prompt, (_, completions) in zip(prompts, groups, strict=True):
+        rewards = torch.tensor([r for _, r in prompt.sample["scripted"]], dtype=torch.float64)
+        spread = rewards.std() + 1e-4
+        for reward, completion in zip(rewards, completions, strict=True):
+            advantage = 0.0 if rewards.max() == rewards.min() else (reward - rewards.mean()) / spread
+            end = start + len(completion)
+            loss = loss - advantage * logprobs[start:end].mean() / count
+            start = end
+    loss.backward()
+    return flat_gradient(policy)
+
+
+def test_the_first_step_equals_the_policy_gradient_computed_from_padded_rows(micro_model_dir):
+    ours, _ = update_of(micro_model_dir, Settings())
+    assert relative_distance(ours, by_hand(micro_model_dir, scripted_prompts(), Settings())) < 1e-6
+
+
+@pytest.mark.parametrize("budget", [1, 14, 25, 40, 10_000])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo", "luspo"])
+def test_the_update_is_the_same_for_every_token_budget(budget, kind, micro_model_dir):
+    """A budget of 1 puts every sequence into a micro-batch of its own, 14 and 25 split groups."""
+    whole, _ = update_of(micro_model_dir, Settings(objective={"loss_type": kind}))
+    ours, _ = update_of(
+        micro_model_dir, Settings(objective={"loss_type": kind}, update={"max_tokens_per_microbatch": budget})
+    )
+    assert relative_distance(ours, whole) < 1e-7
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo"])
+def test_groups_of_zero_advantage_may_be_dropped_or_kept(kind, micro_model_dir):
+    dropped, lean = update_of(micro_model_dir, Settings(objective={"loss_type": kind}))
+    kept, full = update_of(micro_model_dir, Settings(objective={"loss_type": kind}, update={"keep_zero_advantage": True}))
+    assert relative_distance(dropped, kept) < 1e-7
+    assert lean.counts["train_tokens"] < full.counts["train_tokens"]
+
+
+def test_with_a_kl_term_no_group_is_dropped(micro_model_dir):
+    _, module = update_of(micro_model_dir, Settings(objective={"beta": 0.1}))
+    _, without = update_of(micro_model_dir, Settings())
+    assert module.counts["train_tokens"] > without.counts["train_tokens"]
+
+
+def test_the_ratio_is_bit_equal_to_one_through_a_real_pass_of_old_logprobs(micro_model_dir, monkeypatch):
+    """With a learning rate of zero the second minibatch sees old log-probabilities from a pass of its own."""
+    from gspo_lightning.objective import Objective
+
+    seen = []
+    original = Objective.__call__
+
+    def spy(self, logprobs, old_logprobs, *args, **kwargs):
+        seen.append((logprobs.detach().clone(), old_logprobs.clone()))
+        return original(self, logprobs, old_logprobs, *args, **kwargs)
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    frozen = functools.partial(torch.optim.SGD, lr=0.0)
+    for dtype in ("float64", "float32"):
+        seen.clear()
+        update_of(micro_model_dir, Settings(optimizer=frozen, dtype=dtype, update={"num_minibatches": 2, "num_iterations": 2}))
+        assert len(seen) == 4
+        assert all(torch.equal(new, old) for new, old in seen)
+
+
+def test_old_logprobs_are_those_of_the_weights_that_sampled(micro_model_dir, monkeypatch):
+    """In every minibatch and iteration, however often the weights have moved since."""
+    from gspo_lightning.objective import Objective
+
+    seen = {}
+    original = Objective.__call__
+
+    def spy(self, logprobs, old_logprobs, advantages, sequence_index, lengths, **kwargs):
+        seen.setdefault(tuple(lengths.tolist()), []).append(old_logprobs.clone())
+        return original(self, logprobs, old_logprobs, advantages, sequence_index, lengths, **kwargs)
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    prompts = scripted_prompts()
+    update_of(micro_model_dir, Settings(update={"num_minibatches": 4, "num_iterations": 3}), prompts)
+    policy = micro_policy(micro_model_dir)
+    expected = {}
+    for prompt in prompts:
+        completions = [c.token_ids for c in prompt.sample["completions"]]
+        with torch.no_grad():
+            expected[tuple(map(len, completions))] = padded_logprobs(policy.base_model, [(prompt.input_ids, completions)])[0]
+    assert len(seen) == 3  # four prompts, one without signal
+    for lengths, values in seen.items():
+        assert len(values) == 3
+        for value in values:
+            assert relative_distance(value, expected[lengths]) < 1e-7
+
+
+def test_lora_reference_is_the_model_without_its_adapter(micro_model_dir, monkeypatch):
+    from gspo_lightning.objective import Objective
+
+    seen = []
+    original = Objective.__call__
+
+    def spy(self, logprobs, old_logprobs, *args, ref_logprobs=None, **kwargs):
+        seen.append((logprobs.detach(), ref_logprobs))
+        return original(self, logprobs, old_logprobs, *args, ref_logprobs=ref_logprobs, **kwargs)
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    settings = Settings(
+        objective={"beta": 0.1}, lora=LoraSettings(r=4), rollouts=2, optimizer=functools.partial(torch.optim.SGD, lr=50.0)
+    )
+    _, module = update_of(micro_model_dir, settings)
+    (first, ref_first), (second, ref_second) = seen
+    assert relative_distance(first, ref_first) < 1e-12  # a fresh adapter is the identity
+    # Training the adapter leaves the reference alone (the order of the prompts differs from rollout to rollout).
+    assert relative_distance(ref_first.sort().values, ref_second.sort().values) < 1e-12
+    assert relative_distance(second, ref_second) > 1e-6
+    base = {n: p for n, p in module.policy.named_parameters() if not p.requires_grad}
+    fresh = dict(micro_policy(micro_model_dir).named_parameters())
+    for name, parameter in base.items():
+        assert torch.equal(parameter, fresh[name.replace("model.base_model.model.", "model.").replace(".base_layer", "")])
+
+
+def test_full_reference_is_a_frozen_copy_outside_the_checkpoint(micro_model_dir):
+    settings = Settings(objective={"beta": 0.1})
+    _, module = update_of(micro_model_dir, settings)
+    assert module._frozen and all(not p.requires_grad for p in module._frozen[0].parameters())
+    assert len(module.state_dict()) == len(micro_policy(micro_model_dir).state_dict())
+    assert torch.equal(
+        torch.cat([p.flatten() for p in module._frozen[0].parameters()]),
+        torch.cat([p.flatten() for p in micro_policy(micro_model_dir).parameters()]),
+    )
+
+
+def test_truncated_completions_leave_numerator_and_denominator(micro_model_dir):
+    prompts = scripted_prompts()
+    for prompt in prompts:
+        c = prompt.sample["completions"][0]
+        prompt.sample["completions"][0] = Completion(c.token_ids, c.text, c.sampler_logprobs, "length")
+    masked, _ = update_of(micro_model_dir, Settings(objective={"mask_truncated_completions": True}), prompts)
+    plain, _ = update_of(micro_model_dir, Settings(), prompts)
+    policy = micro_policy(micro_model_dir)
+    groups = [(p.input_ids, [c.token_ids for c in p.sample["completions"]]) for p in prompts]
+    logprobs, _ = padded_logprobs(policy.base_model, groups)
+    loss, start = 0.0, 0
+    for number, (prompt, (_, completions)) in enumerate(zip(prompts, groups, strict=True)):
+        rewards = torch.tensor([r for _, r in prompt.sample["scripted"]], dtype=torch.float64)
+        for g, completion in enumerate(completions):
+            end = start + len(completion)
+            if g > 0 and number != 1:
+                advantage = (rewards[g] - rewards.mean()) / (rewards.std() + 1e-4)
+                loss = loss - advantage * logprobs[start:end].mean() / 8  # 4 prompts x 2 whole completions
+            start = end
+    loss.backward()
+    assert relative_distance(masked, flat_gradient(policy)) < 1e-6
+    assert relative_distance(masked, plain) > 1e-2
+
+
+def test_a_rollout_without_signal_takes_no_optimizer_step(micro_model_dir):
+    prompts = scripted_prompts()
+    for prompt in prompts:
+        prompt.sample["scripted"] = [(i, 0.3) for i, _ in prompt.sample["scripted"]]
+    adam = functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    change, module = update_of(micro_model_dir, Settings(optimizer=adam, update={"num_minibatches": 2}), prompts)
+    assert change.abs().max() == 0
+    assert module.counts["skipped_steps"] == 2
+    assert module.counts["optimizer_steps"] == 0
+    assert module.counts["train_tokens"] == 0
+
+
+def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while(micro_model_dir, monkeypatch):
+    from gspo_lightning.objective import Objective
+
+    original = Objective.__call__
+
+    def poison(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return replace(result, loss=result.loss * float("nan"))
+
+    monkeypatch.setattr(Objective, "__call__", poison)
+    change, module = update_of(micro_model_dir, Settings(update={"num_minibatches": 2}))
+    assert change.abs().max() == 0
+    assert module.counts["nonfinite_steps"] == 2
+    with pytest.raises(NonFiniteGradientError, match=r"3 optimizer steps in a row .* Lower optimizer.lr"):
+        update_of(micro_model_dir, Settings(update={"num_minibatches": 2}, rollouts=2))
+
+
+def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir):
+    """training_step is one autocast region; its cached casts must not outlive an optimizer step."""
+    from gspo_lightning.objective import Objective
+    from tests.training import Batches, build_module
+
+    ratios = []
+    original = Objective.__call__
+
+    def spy(self, logprobs, old_logprobs, *args, **kwargs):
+        ratios.append((logprobs - old_logprobs).detach().abs().max().item())
+        return original(self, logprobs, old_logprobs, *args, **kwargs)
+
+    settings = Settings(dtype="float32", update={"num_iterations": 2}, optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+    module = build_module(micro_model_dir, settings)
+    module.configure_model()
+    before = weights(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "__call__", spy)
+        trainer(precision="bf16-mixed").fit(module, Batches(scripted_prompts()).loader())
+    assert (before - weights(module)).abs().max() > 0
+    assert ratios[0] == 0
+    assert ratios[1] > 1e-3
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_every_loss_takes_a_finite_step_that_raises_good_and_lowers_bad_completions(kind, micro_model_dir):
+    level = LOSSES[kind].levels[0]
+    settings = Settings(objective={"loss_type": kind, "importance_sampling_level": level}, optimizer=functools.partial(torch.optim.SGD, lr=0.05))
+    prompts = scripted_prompts()
+    change, module = update_of(micro_model_dir, settings, prompts)
+    assert torch.isfinite(change).all() and change.abs().max() > 0
+    groups = [(p.input_ids, [c.token_ids for c in p.sample["completions"]]) for p in prompts]
+    with torch.no_grad():
+        new, _ = padded_logprobs(module.policy.base_model, groups)
+        old, _ = padded_logprobs(micro_policy(micro_model_dir).base_model, groups)
+    gain, start = 0.0, 0
+    for b, (_, completions) in enumerate(groups):
+        for g, completion in enumerate(completions):
+            end = start + len(completion)
+            gain += (module.last_scored.advantages[b, g] * (new - old)[start:end].mean()).item()
+            start = end
+    assert gain > 0
+
+
+def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):
+    _, module = update_of(micro_model_dir, Settings())
+    minibatches = split_minibatches(
+        module.last_scored, UpdateSettings(num_minibatches=2), zero_advantage_is_free=True, mask_truncated=False, order=[2, 0, 3, 1]
+    )
+    assert [m.groups for m in minibatches] == [(2, 0), (3, 1)]
+    assert {part.group for m in minibatches for plan in m.plan for part in plan} == {0, 2, 3}
+    assert [m.num_sequences for m in minibatches] == [6, 6]
