@@ -10,13 +10,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -31,33 +32,58 @@ from gspo_lightning.report import print_evaluation, print_result_table, render_r
 from gspo_lightning.timing import peak_rss_gb
 
 
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing lines of its own
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException, NonFiniteGradientError) as error:
-        if "debug=true" in sys.argv:
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2 if not isinstance(error, NonFiniteGradientError) else 3)
+    except USER_ERRORS as error:
+        _exit_with_line(error, debug="debug=true" in sys.argv)
 
 
 def train(cfg: DictConfig) -> float | None:
     """One training run; returns the held-out sampled accuracy after it, for sweeps."""
+    return _job(_train, cfg)  # type: ignore[no-any-return]
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measures a policy on the held-out prompts of a data config, with the same settings as training."""
+    _job(_evaluate, cfg)
+
+
+def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """In a single run a user's mistake ends the program here; in a sweep it must not take the other jobs along."""
+    try:
+        return work(cfg)
+    except (*USER_ERRORS, NonFiniteGradientError) as error:
+        if HydraConfig.get().mode != RunMode.RUN:
+            raise
+        _exit_with_line(error, debug=bool(cfg.debug))
+
+
+def _exit_with_line(error: Exception, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(3 if isinstance(error, NonFiniteGradientError) else 2)
+
+
+def _train(cfg: DictConfig) -> float | None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain)
+    ckpt_path = checkpoint_file(plain["ckpt_path"])
     run_dir = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     datamodule = config.build_data(plain)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    job = TrainingRun(plain, run_dir, config.build_module(plain), datamodule)
-    return job.execute()
+    return TrainingRun(plain, run_dir, ckpt_path, config.build_module(plain), datamodule).execute()
 
 
-def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Measures a policy on the held-out prompts of a data config, with the same settings as training."""
+def _evaluate(cfg: DictConfig) -> None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain)
@@ -66,15 +92,16 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     trainer = config.build_trainer(plain, [])
     trainer.validate(module, datamodule=datamodule, verbose=False)
     print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
-    return module.last_validation
 
 
 class TrainingRun:
     """Validate, train, validate, export, report."""
 
-    def __init__(self, plain: dict[str, Any], run_dir: Path, module: GSPOModule, datamodule: Any) -> None:
+    def __init__(
+        self, plain: dict[str, Any], run_dir: Path, ckpt_path: Path | None, module: GSPOModule, datamodule: Any
+    ) -> None:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
-        self.ckpt_path = checkpoint_file(plain["ckpt_path"])
+        self.ckpt_path = ckpt_path
         self.checkpoint = RolloutCheckpoint(
             run_dir / "checkpoints", plain["checkpoint"]["every_n_rollouts"], plain["validation"]["every_n_rollouts"]
         )

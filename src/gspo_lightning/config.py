@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -71,7 +72,7 @@ def _check_roots(plain: dict[str, Any]) -> None:
 
 
 def _report(plain: dict[str, Any]) -> None:
-    objective = instantiate(plain["objective"], _convert_="all")
+    objective = _build(plain["objective"])
     findings = check_objective(
         objective,
         num_iterations=plain["update"]["num_iterations"],
@@ -183,13 +184,17 @@ def build_module(plain: dict[str, Any]) -> GSPOModule:
 
 
 def _build(node: Any) -> Any:
-    return instantiate(node, _convert_="all")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        # What the constructor said is the message; Hydra's wrapping around it is not the user's business.
+        raise UserError(str(error.__cause__ or error)) from error
 
 
 def build_data(plain: dict[str, Any]) -> Any:
     """The data module, with its dataset and templates checked."""
     datamodule = _build(plain["data"])
-    datamodule.check()
+    datamodule.check(_build(plain["reward"]).required_columns())
     return datamodule
 
 

@@ -11,8 +11,11 @@ from rich.console import Console
 
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.data.preview import build_datamodule, main
+from gspo_lightning.errors import UserError
 
-CONFIGS = sorted(path.name.removesuffix(".yaml") for path in files("gspo_lightning.conf").joinpath("data").iterdir())
+CONFIGS = sorted(
+    path.name.removesuffix(".yaml") for path in files("gspo_lightning.conf").joinpath("data").iterdir()
+)
 
 
 def _preview(*arguments: str) -> str:
@@ -24,17 +27,33 @@ def _preview(*arguments: str) -> str:
 def test_the_preview_shows_template_tokens_counts_and_columns(tokenizer_dir: str) -> None:
     text = _preview("data=arithmetic", "model=path", f"model.path={tokenizer_dir}", "--num", "1")
     assert "arithmetic:train:0" in text and "<|im_start|>user" in text and "<|im_start|>assistant" in text
-    # One token per character: 2 + 5 for "<|im_start|>user\n" and "<|im_end|>\n", the question, 11 for the assistant.
-    (question,) = (line.strip("│ ").removesuffix("<|im_end|>") for line in text.splitlines() if "What is" in line)
+    # A token per character: 6 for "<|im_start|>user\n", 2 for "<|im_end|>\n", 11 where the assistant begins.
+    (question,) = (
+        line.strip("│ ").removesuffix("<|im_end|>") for line in text.splitlines() if "What is" in line
+    )
     assert f" {6 + len(question) + 2 + 11} tokens " in text
     a, _, b = question.removeprefix("What is ").split("?")[0].split()
     assert f"answer: {int(a) + int(b)}" in text and "training rows: endless; held-out rows: 20" in text
 
 
 def test_the_preview_of_the_held_out_rows_shows_them(tokenizer_dir: str) -> None:
-    text = _preview("data=micro_letters", "model=path", f"model.path={tokenizer_dir}", "--validation", "--num", "9")
+    text = _preview(
+        "data=micro_letters", "model=path", f"model.path={tokenizer_dir}", "--validation", "--num", "9"
+    )
     assert "micro_letters:validation:7" in text and "train" not in text.replace("training rows", "")
     assert "8 prompts of 4 to 4 tokens (max_prompt_length 128)" in text
+
+
+def test_the_preview_of_a_small_file_shows_each_row_once_and_finds_its_mistakes(
+    tokenizer_dir: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(5)))
+    overrides = ["data=rows", "model=path", f"model.path={tokenizer_dir}", f"data.task.source={path}"]
+    text = _preview(*overrides, "data.task.num_validation=1", "data.prompts_per_rollout=2", "--num", "9")
+    assert text.count("question ") == 4 and "4 prompts of" in text
+    with pytest.raises(UserError, match=r"data\.prompts_per_rollout=8 is more than the 4 training rows"):
+        _preview(*overrides, "data.task.num_validation=1")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,7 +66,7 @@ def test_every_data_config_becomes_a_data_module(name: str, tokenizer_dir: str) 
 
 def test_gsm8k_takes_the_answer_behind_the_hashes(tokenizer_dir: str, tmp_path: Path) -> None:
     path = tmp_path / "gsm8k.jsonl"
-    path.write_text('{"question": "How many?", "answer": "First 600.\\nThen twice that.\\n#### 1,200"}\n' * 1)
+    path.write_text('{"question": "How many?", "answer": "First 600.\\nThen twice that.\\n#### 1,200"}\n')
     data = build_datamodule(
         ["data=gsm8k", "model=path", f"model.path={tokenizer_dir}", f"data.task.source={path}",
          "data.task.config_name=null", "data.task.validation_split=null", "data.task.num_validation=0"]

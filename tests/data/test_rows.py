@@ -88,14 +88,20 @@ def test_plain_prompts_stay_strings_and_conversations_lose_their_nulls() -> None
     plain = RowsTask([{"prompt": "a:"}], num_validation=0, conversational=False)
     assert plain.train_row(0)["prompt"] == "a:"
     talk = [{"role": "user", "content": "hello", "name": None}]
-    assert RowsTask([{"prompt": talk}], num_validation=0).train_row(0)["prompt"] == [{"role": "user", "content": "hello"}]
+    assert RowsTask([{"prompt": talk}], num_validation=0).train_row(0)["prompt"] == [
+        {"role": "user", "content": "hello"}
+    ]
 
 
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
         ([], {}, r"data\.task\.source of task rows: the dataset is empty"),
-        ([{"question": "q"}], {}, r"rows row 0: column 'prompt' is missing \(data\.task\.prompt_column\); the row has question"),
+        (
+            [{"question": "q"}],
+            {},
+            r"rows row 0: column 'prompt' is missing \(data\.task\.prompt_column\); the row has question",
+        ),
         ([{"prompt": None}], {}, r"rows row 0: column 'prompt' is null"),
         ([{"prompt": " \n"}], {}, r"rows row 0: the prompt is empty"),
         ([{"prompt": []}], {}, r"rows row 0: the prompt must be a string or a list of messages"),
@@ -106,10 +112,26 @@ def test_plain_prompts_stay_strings_and_conversations_lose_their_nulls() -> None
             {},
             r"rows row 0: the last message is the assistant's",
         ),
-        ([{"prompt": "p"}], {"columns": {"answer": "solution"}}, r"column 'solution' is missing \(data\.task\.columns\.answer\)"),
-        ([{"prompt": "p", "a": "none"}], {"patterns": {"a": "#(.*)"}}, r"rows row 0: column 'a' does not match"),
-        ([{"prompt": "p", "a": "none"}], {"patterns": {"a": "#.*"}}, r"put parentheses around what is to be kept"),
-        ([{"prompt": "p", "a": "none"}], {"patterns": {"a": "(#"}}, r"data\.task\.patterns\.a='\(#': not a pattern"),
+        (
+            [{"prompt": "p"}],
+            {"columns": {"answer": "solution"}},
+            r"column 'solution' is missing \(data\.task\.columns\.answer\)",
+        ),
+        (
+            [{"prompt": "p", "a": "none"}],
+            {"patterns": {"a": "#(.*)"}},
+            r"rows row 0: column 'a' does not match",
+        ),
+        (
+            [{"prompt": "p", "a": "none"}],
+            {"patterns": {"a": "#.*"}},
+            r"put parentheses around what is to be kept",
+        ),
+        (
+            [{"prompt": "p", "a": "none"}],
+            {"patterns": {"a": "(#"}},
+            r"data\.task\.patterns\.a='\(#': not a pattern",
+        ),
         ([{"q": None}], {"template": "{q}?"}, r"column 'q' is null \(data\.task\.template\)"),
         ([{"q": "x"}], {"template": "{q} in \\boxed{}"}, r"double braces that are meant literally"),
         ([{"q": "x"}], {"template": "{q"}, r"data\.task\.template='\{q'"),

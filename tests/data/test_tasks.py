@@ -1,4 +1,4 @@
-"""Tasks that write their own rows: right answers, rows that are functions of their index, held-out sets that are."""
+"""Tasks that write their own rows: right answers, rows fixed by their index, held-out rows kept apart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_largest_of_four_row_depends_on_seed_and_index_alone() -> None:
 
 
 def test_largest_of_four_keeps_its_stream_over_releases() -> None:
-    # A checkpoint of an older release continues on the same prompts, and published numbers keep their held-out set.
+    # A checkpoint of an older release continues on the same prompts, and published numbers keep their
+    # held-out set.
     assert _numbers(LargestOfFour(seed=0).train_row(0)) == [53, 86, 25, 80]
     assert _numbers(LargestOfFour(seed=0).train_row(1)) == [42, 24, 55, 62]
 

@@ -22,18 +22,22 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, path)
 
 
-def atomic_checkpoint(trainer: L.Trainer, path: Path) -> None:
-    """Saves under a temporary name, flushes to disk, then renames: a kill at any moment leaves a good file.
+def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
+    """Saves under a temporary name, flushes to disk, then renames: a kill at any moment leaves a good ``path``.
 
-    Sharded checkpoints are folders; they are renamed after all ranks have written.
+    The file it replaces stays as ``previous``, by a second link to it, so that ``path`` is never missing.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(temporary)
     if trainer.is_global_zero:
-        if temporary.is_file():
-            _flush(temporary)
+        _flush(temporary)
+        if path.exists():
+            link = previous.with_name(f".{previous.name}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, previous)
         os.replace(temporary, path)
         _flush(path.parent)
     trainer.strategy.barrier("checkpoint")
@@ -84,9 +88,7 @@ class RolloutCheckpoint(L.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and self.last.exists():
-            os.replace(self.last, self.folder / "previous.ckpt")
-        atomic_checkpoint(trainer, self.last)
+        atomic_checkpoint(trainer, self.last, self.folder / "previous.ckpt")
         self.saved_at, self.wanted = pl_module.rollouts_done, False
 
 

@@ -176,8 +176,8 @@ class PromptDataModule(L.LightningDataModule):
 
     def _refuse_endless_drops(self, dropped: int) -> None:
         raise UserError(
-            f"data.max_prompt_length={self.max_prompt_length}: {dropped} are longer; too few remain "
-            f"for data.prompts_per_rollout={self.prompts_per_rollout}; raise the first or lower the second"
+            f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts are longer; too few "
+            f"remain for data.prompts_per_rollout={self.prompts_per_rollout}; raise one or lower the other"
         )
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:

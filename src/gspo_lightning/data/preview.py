@@ -49,7 +49,12 @@ def build_datamodule(overrides: Sequence[str]) -> PromptDataModule:
 
 
 def show(datamodule: PromptDataModule, num: int, validation: bool, console: Console) -> None:
-    """Prints ``num`` prompts with uid, token count, text behind the chat template, and the other columns."""
+    """Prints ``num`` prompts with uid, token count, text behind the chat template, and the other columns.
+
+    Raises:
+        UserError: what would stop a training run on this data.
+    """
+    datamodule.check()
     prompts = first_prompts(datamodule, num, validation)
     for prompt in prompts:
         console.print(_panel(prompt, datamodule.tokenizer))
@@ -65,6 +70,9 @@ def show(datamodule: PromptDataModule, num: int, validation: bool, console: Cons
 
 def first_prompts(datamodule: PromptDataModule, num: int, validation: bool) -> list[Prompt]:
     """Up to ``num`` prompts in the order in which a run sees them (training order, or the held-out set's)."""
+    rows = datamodule.task.num_train_rows
+    if rows is not None and not validation:
+        num = min(num, rows // datamodule.prompts_per_rollout * datamodule.prompts_per_rollout)
     loader = datamodule.val_dataloader() if validation else datamodule.train_dataloader()
     prompts: list[Prompt] = []
     for batch in loader:

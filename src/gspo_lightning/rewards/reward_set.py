@@ -73,6 +73,18 @@ class RewardSet:
         table = torch.tensor(columns, dtype=torch.float64).T
         return table.reshape(len(prompts), -1, len(columns))
 
+    def required_columns(self) -> dict[str, str]:
+        """Columns a row must have -> what needs them: parameters without a default of the reward functions."""
+        given = {"prompts", "completions", "completion_ids"}
+        return {
+            parameter.name: f"reward function {name}"
+            for name, spec in self.functions.items()
+            for parameter in inspect.signature(spec.function).parameters.values()
+            if parameter.default is inspect.Parameter.empty
+            and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            and parameter.name not in given
+        }
+
     def combine(self, by_function: Tensor) -> Tensor:
         """``(B, G, K)`` -> ``(B, G)`` as configured, for training."""
         return combine_rewards(by_function, self.weights, self.how)

@@ -1,0 +1,178 @@
+"""`python train.py` as users run it, on the micro model: learning, leaving records, stopping, resuming, exporting."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+MICRO = ["experiment=micro", "checkpoint.every_n_rollouts=1"]
+SHORT = [*MICRO, "max_rollouts=8", "validation.every_n_rollouts=3"]
+
+
+def run(*arguments, script="train.py", expect=0, **popen):
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120, **popen
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def run_and_stop(folder, after, how, *arguments):
+    """Starts a run and sends a signal once it has reported rollout ``after``."""
+    command = [sys.executable, "train.py", *SHORT, f"hydra.run.dir={folder}", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith(f"rollout {after}/"):
+            process.send_signal(how)
+    return process.wait(60), "".join(output)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that is never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(*SHORT, f"hydra.run.dir={folder}")
+    return folder
+
+
+def assert_same_run(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    assert (folder / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    ours, expected = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("after", [2, 3])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_and_resumed_run_is_bit_identical_to_one_never_stopped(after, how, whole, tmp_path):
+    code, output = run_and_stop(tmp_path / "cut", after, how)
+    assert code == 0, output
+    assert "Stopped after rollout" in output and "saved in" in output
+    run(*SHORT, f"hydra.run.dir={tmp_path / 'new'}", f"ckpt_path={tmp_path / 'cut' / 'checkpoints' / 'last.ckpt'}")
+    assert_same_run(tmp_path / "new", whole)
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_folder(whole, tmp_path):
+    code, output = run_and_stop(tmp_path, 5, signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    run(*SHORT, f"hydra.run.dir={tmp_path}", f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}")
+    assert_same_run(tmp_path, whole)
+
+
+def test_when_the_rollout_in_hand_does_not_fit_the_grace_period_the_last_checkpoint_stands(tmp_path):
+    code, output = run_and_stop(tmp_path, 2, signal.SIGTERM, "checkpoint.grace_s=0")
+    assert code in (0, 128 + signal.SIGTERM)
+    assert "Stopped" in output and str(tmp_path / "checkpoints" / "last.ckpt") in output
+
+
+def test_the_run_leaves_its_records(whole):
+    config = (whole / "config.yaml").read_text()
+    assert "max_rollouts: 8" in config and "${" not in config
+    rows = metrics(whole)
+    assert [int(row["step"]) for row in rows] == list(range(9))
+    assert [row["step"] for row in rows if row["val/accuracy"]] == ["0", "3", "6", "8"]
+    lines = [json.loads(line) for line in (whole / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 * 8 * 8
+    assert set(lines[0]) == {"step", "uid", "prompt", "completion", "rewards", "reward", "advantage", "finish_reason", "tokens"}
+    first = [line["reward"] for line in lines if line["step"] == 1]
+    assert float(rows[1]["reward/mean"]) == pytest.approx(sum(first) / len(first), rel=1e-12)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert {"seed", "steps", "wall_s", "train_tokens", "tokens_per_s", "peak_rss_gb", "val_accuracy_before", "export_dir",
+            "val_accuracy_after", "val_sampled_before", "val_sampled_after"} <= summary.keys()  # fmt: skip
+    assert summary["steps"] == 8
+    report = (whole / "report.html").read_text()
+    assert "<svg" in report and "http" not in report.replace("http://www.w3.org", "")
+
+
+def test_the_reward_rises_on_the_micro_model(tmp_path):
+    run("experiment=micro", "max_rollouts=50", f"hydra.run.dir={tmp_path}")
+    rewards = [float(row["reward/mean"]) for row in metrics(tmp_path) if row["reward/mean"]]
+    assert sum(rewards[:3]) / 3 < 0.1
+    assert sum(rewards[-3:]) / 3 > 0.5
+
+
+@pytest.mark.parametrize("merge", [None, "true", "false"], ids=["full", "lora merged", "lora adapter"])
+def test_the_exported_model_loads_plainly_and_writes_the_same_greedy_text(merge, tmp_path):
+    lora = [] if merge is None else ["lora=language", f"export.merge_lora={merge}", "optimizer.lr=0.02"]
+    run(*MICRO, "max_rollouts=10", f"hydra.run.dir={tmp_path}", *lora)
+    folder = tmp_path / "model"
+    if merge == "false":
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    samples = json.loads((tmp_path / "validation_after.json").read_text())["samples"]
+    before = json.loads((tmp_path / "validation_before.json").read_text())["samples"]
+    assert [s["completion"] for s in samples] != [s["completion"] for s in before]
+    for sample in samples:
+        ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+        written = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(written, skip_special_tokens=True) == sample["completion"]
+
+
+def test_a_saved_model_is_evaluated_as_it_was_in_training(whole):
+    done = run("experiment=micro", "model=path", f"model.path={whole / 'model'}", script="evaluate.py")
+    rows = metrics(whole)
+    assert f"{float(rows[-1]['val/reward']):.4f}" in done.stdout
+    assert "Greedy completions" in done.stdout
+
+
+def test_two_seeds_in_one_sweep(tmp_path):
+    run("-m", *MICRO, "max_rollouts=2", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+    seeds = [json.loads((tmp_path / str(n) / "summary.json").read_text())["seed"] for n in (0, 1)]
+    assert seeds == [1, 2]
+    assert (tmp_path / "0" / "completions.jsonl").read_bytes() != (tmp_path / "1" / "completions.jsonl").read_bytes()
+
+
+def test_bad_input_gets_one_line_and_exit_code_two(tmp_path):
+    """The table of bad input is in tests/test_bad_input.py; here is the way from one of each kind to the shell."""
+    for argument, text in (("rollout.temprature=1", "rollout.temprature"), ("seed=-1", "seed=-1 must be at least 0")):
+        done = run("experiment=micro", f"hydra.run.dir={tmp_path / 'run'}", argument, expect=2)
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert text in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_where_a_user_error_comes_from(tmp_path):
+    done = run("experiment=micro", f"hydra.run.dir={tmp_path}", "rollout.num_generations=1", "debug=true", expect=2)
+    assert "Traceback" in done.stderr
+
+
+def test_a_folder_without_write_permission_is_refused(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    done = run("experiment=micro", f"hydra.run.dir={blocker}/run", expect=2)
+    assert "cannot write there" in done.stderr or "Not a directory" in done.stderr
+
+
+def test_a_reward_function_that_fails_stops_the_run_with_its_name(tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def mine(completions, **kwargs):\n    return [1.0]\n")
+    spec = "{mine: {_target_: gspo_lightning.rewards.RewardSpec, function: {_target_: hydra.utils.get_method, path: my_rewards.mine}}}"
+    done = run(
+        "experiment=micro", f"hydra.run.dir={tmp_path / 'run'}", f"+reward.functions={spec}", expect=2,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert "reward function mine must return a list of" in done.stderr
+    assert "Traceback" not in done.stderr
