@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -42,6 +43,11 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except USER_ERRORS as error:
         _exit_with_line(error, debug="debug=true" in sys.argv)
+    except OSError as error:
+        # Hydra makes the run's folder before any of our code runs; any other OSError is not ours to explain.
+        if not any(frame.name == "run_job" and "mkdir" in str(frame.line) for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        _exit_with_line(_no_run_dir(error.filename, error), debug="debug=true" in sys.argv)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -61,6 +67,8 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     except (*USER_ERRORS, NonFiniteGradientError) as error:
         if HydraConfig.get().mode != RunMode.RUN:
             raise
+        with contextlib.suppress(OSError):  # Hydra has made the folder; it goes if nothing was written into it
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
         _exit_with_line(error, debug=bool(cfg.debug))
 
 
@@ -172,8 +180,12 @@ def _make_run_dir(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"hydra.run.dir={folder}: cannot write there ({error.strerror}); choose another folder") from error
+        raise _no_run_dir(folder, error) from error
     return folder
+
+
+def _no_run_dir(folder: str | Path, error: OSError) -> UserError:
+    return UserError(f"hydra.run.dir={folder}: cannot write there ({error.strerror}); choose another folder")
 
 
 def _quieten() -> None:
