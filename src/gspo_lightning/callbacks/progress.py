@@ -4,40 +4,74 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+WIDE = 100
+"""Columns of a terminal from which on the bar also says how many tokens were clipped."""
+
 
 class ProgressLine(L.Callback):
-    """A live bar on a terminal; elsewhere a plain line every ``every_n_rollouts`` rollouts."""
+    """A live bar on a terminal; elsewhere a plain line every ``every_n_rollouts`` rollouts.
 
-    def __init__(self, every_n_rollouts: int = 1) -> None:
-        self.every_n_rollouts = every_n_rollouts
+    Each validation adds one line with the accuracies on held-out prompts. Rank 0 alone prints.
+
+    Args:
+        every_n_rollouts: rollouts between lines where the output is no terminal; the last one has a line.
+        clock: seconds, for the time left.
+    """
+
+    def __init__(self, every_n_rollouts: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every_n_rollouts, self.clock = every_n_rollouts, clock
         self._progress: Progress | None = None
         self._start = 0.0
         self._done_at_start = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Starts the clock."""
-        self._start, self._done_at_start = time.monotonic(), pl_module.rollouts_done
-        if trainer.is_global_zero and sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("rollout {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
-                console=Console(),
-            )  # fmt: skip
-            self._task = self._progress.add_task("", total=pl_module.max_rollouts, completed=pl_module.rollouts_done)
+        """Starts the clock, and the bar if there is a terminal."""
+        self._start, self._done_at_start = self.clock(), pl_module.rollouts_done
+        console = Console()
+        if trainer.is_global_zero and sys.stdout.isatty() and not console.is_dumb_terminal:
+            columns = (
+                TextColumn("rollout {task.completed}/{task.total}"),
+                BarColumn(bar_width=12),
+                TextColumn("{task.description}"),
+            )
+            self._progress = Progress(*columns, console=console)
+            self._task = self._progress.add_task(
+                "", total=pl_module.max_rollouts, completed=pl_module.rollouts_done
+            )
             self._progress.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Moves the bar, or prints a line."""
-        text = self._describe(pl_module)
+        done, total = pl_module.rollouts_done, pl_module.max_rollouts
+        left_s = (self.clock() - self._start) / max(1, done - self._done_at_start) * (total - done)
         if self._progress is not None:
-            self._progress.update(self._task, completed=pl_module.rollouts_done, description=text)
-        elif trainer.is_global_zero and pl_module.rollouts_done % self.every_n_rollouts == 0:
-            print(f"rollout {pl_module.rollouts_done}/{pl_module.max_rollouts}  {text}", flush=True)
+            text = describe(pl_module.last_metrics, left_s, clipped=self._progress.console.width >= WIDE)
+            self._progress.update(self._task, completed=done, description=text)
+        elif trainer.is_global_zero and (done % self.every_n_rollouts == 0 or done >= total):
+            print(f"rollout {done}/{total}  {describe(pl_module.last_metrics, left_s)}", flush=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """One line with the accuracies."""
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        values = "  ".join(
+            f"{name.removeprefix('val/').replace('_', ' ')} {value:.3f}"
+            for name, value in pl_module.last_validation.items()
+        )
+        line = f"held-out after {pl_module.rollouts_done} rollouts  {values}"
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Closes the bar."""
@@ -52,13 +86,19 @@ class ProgressLine(L.Callback):
             self._progress.stop()
             self._progress = None
 
-    def _describe(self, pl_module: Any) -> str:
-        metrics = pl_module.last_metrics
-        done = pl_module.rollouts_done - self._done_at_start
-        left = (time.monotonic() - self._start) / max(1, done) * (pl_module.max_rollouts - pl_module.rollouts_done)
-        clip = metrics.get("clip_frac_low", 0.0) + metrics.get("clip_frac_high", 0.0)
-        return (
-            f"reward {metrics['reward/mean']:.3f}  length {metrics['completion/mean_tokens']:.1f}  clipped {clip:.0%}  "
-            f"{metrics['perf/rollout_tokens_per_s']:.0f} + {metrics['perf/train_tokens_per_s']:.0f} tokens/s  "
-            f"left {int(left // 60)}:{int(left % 60):02d}"
-        )
+
+def describe(metrics: dict[str, float], left_s: float, clipped: bool = True) -> str:
+    """The numbers of a rollout in one line; throughput is that of sampling and of the update."""
+    parts = [f"reward {metrics['reward/mean']:.3f}", f"length {metrics['completion/mean_tokens']:.1f}"]
+    if clipped:
+        share = metrics.get("clip_frac_low", 0.0) + metrics.get("clip_frac_high", 0.0)
+        parts.append(f"clipped {share:.0%}")
+    rollout, update = metrics["perf/rollout_tokens_per_s"], metrics["perf/train_tokens_per_s"]
+    return "  ".join([*parts, f"{rollout:.0f} + {update:.0f} tokens/s", f"left {format_time(left_s)}"])
+
+
+def format_time(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

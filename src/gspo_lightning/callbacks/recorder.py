@@ -1,88 +1,41 @@
 """The run's files: ``metrics.csv``, ``completions.jsonl`` and the validations before and after.
 
-The files are written and flushed before the checkpoint that counts them, so after a crash they may be ahead of it,
+The files are on the disk before the checkpoint that counts them, so after a crash they may be ahead of it,
 never behind. A resumed run takes over exactly the rows its checkpoint knows: no duplicate, none lost.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from gspo_lightning.callbacks.files import copy_prefix, flush_to_disk, replace_file
+from gspo_lightning.callbacks.metrics_table import MetricsTable
 from gspo_lightning.types import ScoredRollout
 
-
-class MetricsTable:
-    """A CSV file with one row per rollout; columns may appear later, the newest row may be completed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.columns: list[str] = []
-        self.rows = 0
-        self._last_offset = 0
-        self._last_row: dict[str, Any] = {}
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; one with the step of the newest row completes that instead."""
-        if self.rows and self._last_row["step"] == row["step"]:
-            row = {**self._last_row, **row}
-            os.truncate(self.path, self._last_offset)
-            self.rows -= 1
-        new = [name for name in row if name not in self.columns]
-        if new:
-            self._widen(new)
-        with self.path.open("a", newline="") as file:
-            self._last_offset = file.tell()
-            csv.writer(file).writerow([_cell(row.get(name)) for name in self.columns])
-            file.flush()
-        self.rows, self._last_row = self.rows + 1, row
-
-    def take_over(self, source: Path, rows: int) -> None:
-        """Begins with the first ``rows`` rows of ``source``."""
-        with source.open(newline="") as file:
-            lines = list(csv.reader(file))
-        self.columns, kept = lines[0], lines[1 : rows + 1]
-        self._replace(kept)
-        self.rows = len(kept)
-        if kept:
-            self._last_row = dict(zip(self.columns, kept[-1], strict=False))
-            self._last_row["step"] = int(self._last_row["step"])
-            self._last_offset = self.path.stat().st_size - len(_line(kept[-1]).encode())
-
-    def _widen(self, new: list[str]) -> None:
-        kept: list[list[str]] = []
-        if self.path.exists() and self.columns:
-            with self.path.open(newline="") as file:
-                kept = list(csv.reader(file))[1:]
-        self.columns += new
-        self._replace(kept)
-
-    def _replace(self, rows: list[list[str]]) -> None:
-        padded = (row + [""] * (len(self.columns) - len(row)) for row in rows)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(_line(self.columns) + "".join(map(_line, padded)))
-        os.replace(temporary, self.path)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else repr(value)
-
-
-def _line(cells: list[str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer).writerow(cells)
-    return buffer.getvalue()
+BEFORE, AFTER = "validation_before.json", "validation_after.json"
 
 
 class RunRecorder(L.Callback):
-    """Writes the run's files into ``run_dir``; on resume takes over those of ``resume_dir``. Rank 0 only."""
+    """Writes the run's files; rank 0 alone, which sees its own completions and the metrics of all ranks.
+
+    ``metrics.csv`` has a row per rollout (``step`` counts finished rollouts; 0 is the validation before
+    training), with the columns of a validation in the row of the rollout it follows. ``completions.jsonl``
+    has a line per completion. ``validation_before.json`` and ``validation_after.json`` hold the validation
+    before training and the newest one since.
+
+    Args:
+        run_dir: where to write; exists.
+        resume_dir: the folder of the run that a checkpoint comes from; by default ``run_dir``. Nothing is
+            recorded before that checkpoint is loaded.
+    """
 
     def __init__(self, run_dir: str | Path, resume_dir: str | Path | None = None) -> None:
         self.run_dir = Path(run_dir)
@@ -90,43 +43,86 @@ class RunRecorder(L.Callback):
         self.table = MetricsTable(self.run_dir / "metrics.csv")
         self.completions = self.run_dir / "completions.jsonl"
         self.completions_bytes = 0
+        self._loaded: dict[str, Any] | None = None
+        self._ready = False
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of the files belongs to the checkpoint."""
+        """How much of the files belongs to the checkpoint; that much is on the disk when this returns."""
+        if not self._ready and self._loaded is not None:
+            return self._loaded
+        if self._ready:
+            flush_to_disk(self.table.path, self.completions, self.run_dir)
         return {"rows": self.table.rows, "completions_bytes": self.completions_bytes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the rows of the run that wrote the checkpoint, and the validation before it."""
-        source = self.resume_dir or self.run_dir
-        try:
-            self.table.take_over(source / "metrics.csv", state_dict["rows"])
-            log = (source / "completions.jsonl").read_bytes()[: state_dict["completions_bytes"]]
-            before = (source / "validation_before.json").read_text()
-        except OSError as error:
-            warnings.warn(f"{error.filename} is missing: the records of this run begin at the checkpoint", stacklevel=2)
-            return
-        self.completions.write_bytes(log)
-        self.completions_bytes = len(log)
-        (self.run_dir / "validation_before.json").write_text(before)
+        """Notes what the checkpoint counts. The files follow in `on_train_start`, on rank 0 only."""
+        self._loaded, self._ready = dict(state_dict), False
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the records of the run that wrote the checkpoint, if there is one."""
+        if trainer.is_global_zero:
+            self._prepare()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """One row of metrics, one line per completion."""
         if trainer.is_global_zero:
-            self.table.write({"step": pl_module.rollouts_done, **pl_module.last_metrics})
+            self._prepare()
             self._log_completions(pl_module.rollouts_done, pl_module.last_scored)
+            self.table.write({"step": pl_module.rollouts_done, **pl_module.last_metrics})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Validation columns of the row of this rollout; before and after training, the samples too."""
-        if not trainer.is_global_zero:
+        """Validation columns of the row of this rollout; before training and after, the samples too."""
+        awaits_checkpoint = self.resume_dir is not None and self._loaded is None
+        if not trainer.is_global_zero or trainer.sanity_checking or awaits_checkpoint:
             return
-        step = pl_module.rollouts_done
-        self.table.write({"step": step, **pl_module.last_validation})
-        content = {"step": step, "metrics": pl_module.last_validation, "samples": pl_module.validation_samples}
-        name = "validation_before.json" if step == 0 else "validation_after.json"
-        (self.run_dir / name).write_text(json.dumps(content, ensure_ascii=False, indent=1))
+        self._prepare()
+        step, metrics = pl_module.rollouts_done, pl_module.last_validation
+        self.table.write({"step": step, **metrics})
+        content = {"step": step, "metrics": metrics, "samples": pl_module.validation_samples}
+        replace_file(self.run_dir / (AFTER if step else BEFORE), to_json(content, indent=1))
+
+    def _prepare(self) -> None:
+        if self._ready:
+            return
+        if self._loaded is None:
+            self._set_aside()
+        else:
+            self._take_over(self._loaded, self.resume_dir or self.run_dir)
+        self._ready = True
+
+    def _set_aside(self) -> None:
+        """A run from the start neither mixes with the records of another in its folder nor destroys them."""
+        paths = (self.table.path, self.completions, self.run_dir / BEFORE, self.run_dir / AFTER)
+        for path in filter(Path.exists, paths):
+            os.replace(path, path.with_name(f"{path.name}.old"))
+
+    def _take_over(self, counted: dict[str, Any], source: Path) -> None:
+        problems = []
+        try:
+            if (rows := self.table.take_over(source / "metrics.csv", counted["rows"])) < counted["rows"]:
+                problems.append(f"metrics.csv has {rows} of {counted['rows']} rows")
+        except FileNotFoundError:
+            problems.append("metrics.csv is missing")
+        try:
+            size = counted["completions_bytes"]
+            self.completions_bytes = copy_prefix(source / "completions.jsonl", self.completions, size)
+            if self.completions_bytes < size:
+                problems.append(f"completions.jsonl has {self.completions_bytes} of {size} bytes")
+        except FileNotFoundError:
+            if counted["completions_bytes"]:
+                problems.append("completions.jsonl is missing")
+        before = source / BEFORE
+        if before.exists() and source.resolve() != self.run_dir.resolve():
+            shutil.copyfile(before, self.run_dir / BEFORE)
+        if problems:
+            warnings.warn(
+                f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2
+            )
 
     def _log_completions(self, step: int, scored: ScoredRollout) -> None:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in completion_entries(step, scored))
+        lines = "".join(to_json(entry) + "\n" for entry in completion_entries(step, scored))
         with self.completions.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()
@@ -134,7 +130,7 @@ class RunRecorder(L.Callback):
 
 
 def completion_entries(step: int, scored: ScoredRollout) -> list[dict[str, Any]]:
-    """One flat record per completion of a rollout."""
+    """One flat record per completion of a rollout; a reward that does not apply is null."""
     entries = []
     for b, (prompt, group) in enumerate(zip(scored.prompts, scored.completions, strict=True)):
         for g, completion in enumerate(group):
@@ -145,7 +141,7 @@ def completion_entries(step: int, scored: ScoredRollout) -> list[dict[str, Any]]
                     "uid": prompt.uid,
                     "prompt": prompt.prompt,
                     "completion": completion.text,
-                    "rewards": {n: None if v != v else v for n, v in zip(scored.reward_names, values, strict=True)},
+                    "rewards": dict(zip(scored.reward_names, values, strict=True)),
                     "reward": scored.rewards[b, g].item(),
                     "advantage": scored.advantages[b, g].item(),
                     "finish_reason": completion.finish_reason,
@@ -153,3 +149,18 @@ def completion_entries(step: int, scored: ScoredRollout) -> list[dict[str, Any]]
                 }
             )
     return entries
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Strict JSON: what is not finite becomes null, and what JSON has no form for (an image) its type."""
+    return json.dumps(_plain(content), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else f"<{type(value).__name__}>"

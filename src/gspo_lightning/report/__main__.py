@@ -1,11 +1,26 @@
 """`python -m gspo_lightning.report RUN_DIR` draws report.html anew from the files of a run."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.report import render_report
 
+
+def main(arguments: list[str]) -> int:
+    """Prints the path of the report; 2 and one line on stderr if there is nothing to draw."""
+    if len(arguments) != 1 or not (Path(arguments[0]) / "metrics.csv").exists():
+        print("usage: python -m gspo_lightning.report RUN_DIR   (a folder with metrics.csv)", file=sys.stderr)
+        return 2
+    try:
+        print(render_report(Path(arguments[0])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.csv").exists():
-        sys.exit("usage: python -m gspo_lightning.report RUN_DIR   (a folder with metrics.csv)")
-    print(render_report(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+from gspo_lightning.errors import UserError
 
 Series = list[tuple[float, float]]
 
 
 def read_metrics(run_dir: Path) -> dict[str, Series]:
-    """Column -> (step, value) where the column has a value."""
+    """Column -> (step, value) where the column has a finite value; empty if there is no ``metrics.csv``.
+
+    Raises:
+        UserError: a cell is not a number.
+    """
+    path = run_dir / "metrics.csv"
     series: dict[str, Series] = {}
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            step = float(row["step"])
-            for name, cell in row.items():
-                if name != "step" and cell not in ("", "nan", "inf", "-inf", None):
-                    series.setdefault(name, []).append((step, float(cell)))
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for line, row in enumerate(csv.DictReader(file), start=2):
+            values = {
+                name: _number(cell, f"{path}:{line}: column {name}") for name, cell in row.items() if cell
+            }
+            step = values.pop("step")
+            for name, value in values.items():
+                if math.isfinite(value):
+                    series.setdefault(name, []).append((step, value))
     return series
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, empty if there is none."""
+    """The content of a JSON file, empty if there is none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
     if not path.exists():
         return {}
-    content = json.loads(path.read_text())
-    assert isinstance(content, dict)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON ({error}); remove it and draw the report again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; remove it and draw the report again")
     return content
+
+
+def _number(cell: str, where: str) -> float:
+    try:
+        return float(cell)
+    except ValueError as error:
+        raise UserError(f"{where} is {cell!r}, not a number; mend or remove that row") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gspo_lightning.report.files import read_json, read_metrics
+from gspo_lightning.report.files import Series, read_json, read_metrics
+from gspo_lightning.report.machine import machine_facts
 
 
 def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes ``facts`` and the accuracies before and after as flat keys into ``summary.json``, and returns them."""
+    """Writes ``summary.json`` with flat keys and returns it.
+
+    To ``facts`` it adds accuracies and rewards before and after, and what the run ran on (`machine_facts`). A
+    number that is not finite becomes null.
+    """
     summary = dict(facts)
     for when in ("before", "after"):
         metrics = read_json(run_dir / f"validation_{when}.json").get("metrics", {})
         summary[f"val_accuracy_{when}"] = metrics.get("val/accuracy")
         summary[f"val_sampled_{when}"] = metrics.get("val/sampled_accuracy")
         summary[f"val_reward_{when}"] = metrics.get("val/reward")
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    summary |= machine_facts()
+    for key, value in summary.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            summary[key] = None
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
 
@@ -29,21 +39,30 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
     """Held-out accuracy before and after, time, speed by phase, memory, and where everything is."""
     summary, metrics = read_json(run_dir / "summary.json"), read_metrics(run_dir)
     table = Table(title="What the run did", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    for key, label in (("val_accuracy", "held-out accuracy, greedy"), ("val_sampled", "held-out accuracy, sampled")):
-        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        table.add_row(label, f"{_number(before)} -> {_number(after)}")
-    minutes, seconds = divmod(summary["wall_s"], 60)
-    table.add_row("training time", f"{int(minutes)} min {seconds:.0f} s, {summary['steps']} rollouts")
-    table.add_row("speed", f"{_mean_rate(metrics, 'rollout')}, {_mean_rate(metrics, 'train')}")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, label in (
+        ("val_accuracy", "held-out accuracy, greedy"),
+        ("val_sampled", "held-out accuracy, sampled"),
+    ):
+        table.add_row(label, _change(summary[f"{key}_before"], summary[f"{key}_after"]))
+    minutes, seconds = divmod(round(summary["wall_s"]), 60)
+    table.add_row("training time", f"{minutes} min {seconds} s, {summary['steps']} rollouts")
+    table.add_row(
+        "speed",
+        f"rollout {_speed(metrics, 'rollout', 'rollout')}, update {_speed(metrics, 'train', 'update')}",
+    )
     table.add_row("peak memory", f"{summary['peak_rss_gb']:.2f} GiB")
-    table.add_row("trained model", str(summary["export_dir"] or "not exported (export.enabled=false)"))
-    table.add_row("report", str(report))
+    table.add_row(
+        "trained model", escape(str(summary["export_dir"] or "not exported (export.enabled=false)"))
+    )
+    table.add_row("report", escape(str(report)))
     console.print(table)
 
 
-def print_evaluation(console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+def print_evaluation(
+    console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]
+) -> None:
     """Accuracies of a model on held-out prompts, and some of its greedy completions."""
     table = Table(title=f"Held-out evaluation of {escape(model)}", title_justify="left")
     table.add_column("metric", style="bold")
@@ -55,17 +74,35 @@ def print_evaluation(console: Console, model: str, metrics: dict[str, float], sa
     for column in ("prompt", "completion", "answer", "reward"):
         examples.add_column(column)
     for sample in samples:
-        examples.add_row(
-            escape(str(sample["prompt"])), escape(sample["completion"]), escape(str(sample["answer"])), f"{sample['reward']:.2f}"
-        )
+        texts = (escape(str(sample[column])) for column in ("prompt", "completion", "answer"))
+        examples.add_row(*texts, f"{sample['reward']:.2f}")
     console.print(examples)
+
+
+def phase_speed(metrics: dict[str, Series], rate: str, phase: str) -> float | None:
+    """All tokens of a phase by all its seconds; None if it never ran.
+
+    Args:
+        metrics: columns of ``metrics.csv``.
+        rate: the column ``perf/<rate>_tokens_per_s``.
+        phase: the column ``time/<phase>_s``.
+    """
+    seconds = dict(metrics.get(f"time/{phase}_s", []))
+    rates = dict(metrics.get(f"perf/{rate}_tokens_per_s", []))
+    both = seconds.keys() & rates.keys()
+    tokens = math.fsum(seconds[step] * rates[step] for step in both)
+    return tokens / math.fsum(seconds[step] for step in both) if tokens > 0 else None
+
+
+def _speed(metrics: dict[str, Series], rate: str, phase: str) -> str:
+    value = phase_speed(metrics, rate, phase)
+    return "idle" if value is None else f"{value:.0f} tokens/s"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    gain = "" if before is None or after is None else f"  ({after - before:+.3f})"
+    return f"{_number(before)} -> {_number(after)}{gain}"
 
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
-
-
-def _mean_rate(metrics: dict[str, list[tuple[float, float]]], phase: str) -> str:
-    values = [value for _, value in metrics.get(f"perf/{phase}_tokens_per_s", []) if value > 0]
-    name = {"rollout": "rollout", "train": "update"}[phase]
-    return f"{name} {sum(values) / len(values):.0f} tokens/s" if values else f"{name} idle"

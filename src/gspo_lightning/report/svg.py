@@ -3,79 +3,159 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from html import escape
 
 from gspo_lightning.report.files import Series
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 48, 12, 14, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 236, 48, 16, 12, 40
+MAX_POINTS = 300
+SMOOTH_FROM = 60
+"""Points from which on the single values are pale, and a running mean is drawn over them."""
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that cover ``[low, high]``, about ``count`` of them."""
-    if high <= low:
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows."""
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    """Name of a line -> column of ``metrics.csv``."""
+    low: float | None = None
+    """The vertical axis reaches at least down to here."""
+    high: float | None = None
+    """The vertical axis reaches at least up to here."""
+
+
+def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0) -> list[float]:
+    """Round numbers that cover ``[low, high]``, about ``count`` steps of 1, 2, 2.5 or 5 by a power of ten."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)) + 1e-30:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw)
+    step = max(
+        least_step, next((m * magnitude for m in (1, 2, 2.5, 5) if m * magnitude >= raw), 10 * magnitude)
+    )
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
 
 
-def line_chart(title: str, lines: dict[str, Series], unit: str = "") -> str:
-    """One chart of up to a few named lines over the rollouts; an empty string if there is nothing to draw."""
-    lines = {name: series for name, series in lines.items() if series}
-    points = [point for series in lines.values() for point in series]
-    if not points:
+def thin_out(series: Series, most: int = MAX_POINTS) -> Series:
+    """At most ``most`` points: means of neighbours, so that a long run stays a small page."""
+    size = math.ceil(len(series) / most)
+    if size <= 1:
+        return series
+    return [_mean(series[start : start + size]) for start in range(0, len(series), size)]
+
+
+def running_mean(series: Series) -> Series:
+    """Means of a window around each point, a twentieth of the series wide and narrower at the ends."""
+    half = max(1, len(series) // 40)
+    smooth = []
+    for index, (x, _) in enumerate(series):
+        reach = min(half, index, len(series) - 1 - index)
+        smooth.append((x, _mean(series[index - reach : index + reach + 1])[1]))
+    return smooth
+
+
+def line_chart(chart: Chart, metrics: dict[str, Series], span: tuple[float, float]) -> str:
+    """One figure of up to two lines over the rollouts of ``span``; an empty string if there is no data."""
+    lines = {name: metrics[column] for name, column in chart.lines.items() if metrics.get(column)}
+    if not lines:
         return ""
-    ticks_x = nice_ticks(min(x for x, _ in points), max(x for x, _ in points))
-    ticks_y = nice_ticks(min(y for _, y in points), max(y for _, y in points))
-    parts = [
-        f'<figure><figcaption>{escape(title)}{f" <small>{escape(unit)}</small>" if unit else ""}</figcaption>',
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_in_words(title, lines))}">',
-    ]
-    scale = _Scale(ticks_x[0], ticks_x[-1], ticks_y[0], ticks_y[-1])
-    for tick in ticks_y:
-        y = scale.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
-    for tick in ticks_x:
-        parts.append(f'<text class="tick" x="{scale.x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{_label(tick)}</text>')
-    for number, (name, series) in enumerate(lines.items()):
-        parts.append(_line(name, series, scale, number))
-    parts.append("</svg>")
-    if len(lines) > 1:
-        names = "".join(f'<span class="key s{n}">{escape(name)}</span>' for n, name in enumerate(lines))
-        parts.append(f'<p class="keys">{names}</p>')
-    return "".join([*parts, "</figure>"])
+    words = escape(_in_words(chart.title, lines))
+    scale = _Scale.around(chart, span, [y for series in lines.values() for _, y in series])
+    return "".join(
+        [
+            f"<figure><figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>",
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">',
+            *_axes(scale),
+            *(_line(name, thin_out(series), scale, n) for n, (name, series) in enumerate(lines.items())),
+            "</svg>",
+            _legend(lines),
+            "</figure>",
+        ]
+    )
 
 
 class _Scale:
-    def __init__(self, x0: float, x1: float, y0: float, y1: float) -> None:
-        self.x0, self.dx = x0, (WIDTH - LEFT - RIGHT) / (x1 - x0)
-        self.y0, self.dy = y0, (HEIGHT - TOP - BOTTOM) / (y1 - y0)
+    """Data to pixels. The horizontal axis ends with the data, the vertical one at round numbers."""
+
+    def __init__(self, x_low: float, x_high: float, ticks_y: list[float]) -> None:
+        self.x_low, self.dx = x_low, (WIDTH - LEFT - RIGHT) / (x_high - x_low)
+        self.y_low, self.dy = ticks_y[0], (HEIGHT - TOP - BOTTOM) / (ticks_y[-1] - ticks_y[0])
+        ticks_x = nice_ticks(x_low, x_high, count=5, least_step=1.0)
+        self.ticks_x, self.ticks_y = [x for x in ticks_x if x_low <= x <= x_high], ticks_y
+
+    @classmethod
+    def around(cls, chart: Chart, span: tuple[float, float], values: list[float]) -> _Scale:
+        ys = values + [bound for bound in (chart.low, chart.high) if bound is not None]
+        x_low, x_high = span
+        if x_low == x_high:
+            x_low, x_high = x_low - 1, x_high + 1
+        return cls(x_low, x_high, nice_ticks(min(ys), max(ys)))
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) * self.dx
+        return LEFT + (value - self.x_low) * self.dx
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y0) * self.dy
+        return HEIGHT - BOTTOM - (value - self.y_low) * self.dy
+
+
+def _axes(scale: _Scale) -> list[str]:
+    parts = []
+    for tick in scale.ticks_y:
+        y, label = scale.y(tick), format_number(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick in scale.ticks_x:
+        x, y, label = scale.x(tick), HEIGHT - BOTTOM + 16, format_number(tick)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{label}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">rollout</text>')
+    return parts
 
 
 def _line(name: str, series: Series, scale: _Scale, number: int) -> str:
-    path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in series)
-    dots = "".join(
-        f'<circle class="s{number}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="{2.5 if len(series) <= 60 else 1}">'
-        f"<title>{escape(name)}, rollout {x:g}: {y:.4g}</title></circle>"
-        for x, y in series
-    )
-    return f'<polyline class="s{number}" points="{path}"/>{dots}'
+    noisy = len(series) >= SMOOTH_FROM
+    parts = [_path(series, scale, f"s{number} pale" if noisy else f"s{number}")]
+    if noisy:
+        parts.append(_path(running_mean(series), scale, f"s{number}"))
+    for x, y in series:
+        # The dots of a long series are invisible, but still show their value under a pointer.
+        dot = f'class="hit" r="{5}"' if noisy else f'class="s{number}" r="2.6"'
+        words = f"{escape(name)}, rollout {x:.6g}: {y:.4g}"
+        parts.append(
+            f'<circle {dot} cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}"><title>{words}</title></circle>'
+        )
+    return "".join(parts)
+
+
+def _path(series: Series, scale: _Scale, style: str) -> str:
+    points = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in series)
+    return f'<polyline class="{style}" points="{points}"/>'
+
+
+def _legend(lines: dict[str, Series]) -> str:
+    names = [name + (" (bold: running mean)" if len(s) >= SMOOTH_FROM else "") for name, s in lines.items()]
+    keys = "".join(f'<span class="key s{number}">{escape(name)}</span>' for number, name in enumerate(names))
+    return f'<p class="keys">{keys}</p>'
 
 
 def _in_words(title: str, lines: dict[str, Series]) -> str:
     return f"{title}: " + "; ".join(f"{n} from {s[0][1]:.4g} to {s[-1][1]:.4g}" for n, s in lines.items())
 
 
-def _label(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:.4g}k"
+def _mean(series: Series) -> tuple[float, float]:
+    return (math.fsum(x for x, _ in series) / len(series), math.fsum(y for _, y in series) / len(series))
+
+
+def format_number(value: float) -> str:
+    """Four digits, with ``k`` and ``M`` for what is large."""
+    for size, suffix in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if suffix == 'k' else 1e6):.4g}{suffix}"
+    return f"{value:.4g}"

@@ -1,0 +1,49 @@
+"""Files that are whole at every moment, whatever kills the process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Puts ``content`` (UTF-8) in place of ``path`` in one step.
+
+    A lone surrogate, which byte-level tokenizers can decode to, is written as a backslash escape.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
+    os.replace(temporary, path)
+
+
+def copy_prefix(source: Path, target: Path, size: int) -> int:
+    """Makes ``target`` the first ``size`` bytes of ``source``, which may be the same file.
+
+    Returns the bytes kept: fewer than ``size`` if the source is shorter.
+
+    Raises:
+        FileNotFoundError: there is no source.
+    """
+    kept = min(size, source.stat().st_size)
+    if target.exists() and source.samefile(target):
+        os.truncate(target, kept)
+        return kept
+    temporary = target.with_name(f".{target.name}.tmp")
+    with source.open("rb") as old, temporary.open("wb") as new:
+        shutil.copyfileobj(old, new)
+        new.truncate(kept)
+    os.replace(temporary, target)
+    return kept
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Waits until the files (or folders) are on the disk; those that do not exist are left out."""
+    for path in paths:
+        if not path.exists():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

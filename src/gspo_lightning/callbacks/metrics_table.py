@@ -1,0 +1,80 @@
+"""``metrics.csv``: one row per rollout, columns that may appear late, and exactly n rows on demand."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from gspo_lightning.callbacks.files import replace_file
+
+
+class MetricsTable:
+    """A CSV file whose first column is ``step``.
+
+    Numbers are written in the shortest form that reads back as the same float, so equal runs give equal text.
+    The file is only ever appended to or replaced as a whole: it never holds fewer rows than were written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        self.rows = 0
+        self._newest: dict[str, str] = {}
+
+    def write(self, row: Mapping[str, float | None]) -> None:
+        """Appends a row; one with the step of the newest row completes that row instead."""
+        cells = {name: _cell(value) for name, value in row.items()}
+        completes = self.rows > 0 and self._newest["step"] == cells["step"]
+        if completes:
+            cells = {**self._newest, **cells}
+        new = [name for name in cells if name not in self.columns]
+        if new or completes or not self.rows:
+            kept = read_table(self.path)[1][: self.rows - completes] if self.rows else []
+            self.columns += new
+            self._replace([*kept, self._in_order(cells)])
+        else:
+            with self.path.open("ab") as file:
+                file.write(_line(self._in_order(cells)).encode())
+        self.rows += not completes
+        self._newest = cells
+
+    def take_over(self, source: Path, rows: int) -> int:
+        """Becomes the first ``rows`` rows of ``source``, which may be the same file; returns how many it had.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        self.columns, lines = read_table(source)
+        kept = lines[:rows]
+        self.rows = len(kept)
+        self._replace(kept)
+        self._newest = dict(zip(self.columns, kept[-1], strict=False)) if kept else {}
+        return self.rows
+
+    def _in_order(self, cells: Mapping[str, str]) -> list[str]:
+        return [cells.get(name, "") for name in self.columns]
+
+    def _replace(self, rows: Iterable[list[str]]) -> None:
+        padded = (row + [""] * (len(self.columns) - len(row)) for row in rows)
+        replace_file(self.path, _line(self.columns) + "".join(map(_line, padded)))
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV file, both empty if it is empty."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        lines = list(csv.reader(file))
+    return (lines[0], lines[1:]) if lines else ([], [])
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, int) else repr(float(value))
+
+
+def _line(cells: list[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue()

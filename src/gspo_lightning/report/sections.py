@@ -1,0 +1,180 @@
+"""The parts of the report. Whatever a model, a dataset or a user wrote passes through ``html.escape``."""
+
+from __future__ import annotations
+
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from gspo_lightning.report.files import Series
+from gspo_lightning.report.svg import Chart, format_number, line_chart
+
+CHARTS = (
+    Chart("Reward", "mean of the rollout", {"reward": "reward/mean"}),
+    Chart(
+        "Held-out accuracy", "share", {"greedy": "val/accuracy", "sampled": "val/sampled_accuracy"}, 0.0, 1.0
+    ),
+    Chart("Completion length", "tokens", {"mean": "completion/mean_tokens"}),
+    Chart("Clipped", "share of the loss", {"below": "clip_frac_low", "above": "clip_frac_high"}, 0.0),
+    Chart("Divergence", "KL, nats", {"from the sampling weights": "kl/old", "from the reference": "kl/ref"}),
+    Chart(
+        "Throughput",
+        "tokens per second",
+        {"rollout": "perf/rollout_tokens_per_s", "update": "perf/train_tokens_per_s"},
+        0.0,
+    ),
+    Chart("Entropy", "nats per token", {"entropy": "entropy"}),
+    Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, 0.0),
+    Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, 0.0, 1.0),
+    Chart("Cut completions", "share", {"at the length limit": "completion/truncated_frac"}, 0.0, 1.0),
+    Chart("Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, 0.0),
+)
+CONFIG_KEYS = {
+    "model": "model.path",
+    "precision": "trainer.precision",
+    "importance sampling": "objective.importance_sampling_level",
+    "loss": "objective.loss_type",
+    "clip below": "objective.epsilon",
+    "clip above": "objective.epsilon_high",
+    "KL weight": "objective.beta",
+    "learning rate": "optimizer.lr",
+    "prompts per rollout": "data.prompts_per_rollout",
+    "completions per prompt": "rollout.num_generations",
+    "longest completion": "rollout.max_completion_length",
+    "temperature": "rollout.temperature",
+    "minibatches": "update.num_minibatches",
+    "iterations": "update.num_iterations",
+    "seed": "seed",
+}
+MACHINE_KEYS = {
+    "processor": "cpu",
+    "cores": "cpu_count",
+    "threads": "threads",
+    "memory, GiB": "memory_gb",
+    "GPU": "gpu",
+    "system": "os",
+    "Python": "python",
+    "torch": "torch",
+}
+
+
+def head(summary: dict[str, Any]) -> str:
+    """Title and the numbers that matter."""
+    title = escape(str(summary.get("model", "A run")))
+    if not summary:
+        return f'<h1>{title}</h1><p class="soft">This run has not finished: there is no summary.json yet.</p>'
+    cards = [
+        _card("held-out accuracy, sampled", _change(summary, "val_sampled"), main=True),
+        _card("held-out accuracy, greedy", _change(summary, "val_accuracy"), main=True),
+        _card("training time", _minutes(summary.get("wall_s"))),
+        _card("rollouts", _value(summary.get("steps"))),
+        _card("tokens per second", _value(summary.get("tokens_per_s"), ".0f")),
+        _card("peak memory, GiB", _value(summary.get("peak_rss_gb"), ".2f")),
+    ]
+    seed, precision = (escape(str(summary.get(key, "?"))) for key in ("seed", "precision"))
+    facts = f'<p class="soft">seed {seed}, {precision}</p>'
+    return f'<h1>{title}</h1>{facts}<div class="cards">{"".join(cards)}</div>'
+
+
+def curves(metrics: dict[str, Series]) -> str:
+    """All charts that have data."""
+    steps = [step for series in metrics.values() for step, _ in series]
+    span = (min(steps, default=0.0), max(steps, default=0.0))
+    drawn = "".join(line_chart(chart, metrics, span) for chart in CHARTS)
+    return f'<h2>Curves</h2><div class="charts">{drawn}</div>' if drawn else ""
+
+
+def phases(metrics: dict[str, Series]) -> str:
+    """Where the time of the rollouts went, as bars."""
+    totals = {
+        name.removeprefix("time/").removesuffix("_s").replace("_", " "): sum(value for _, value in series)
+        for name, series in metrics.items()
+        if name.startswith("time/")
+    }
+    whole = totals.pop("step", 0.0)
+    if whole <= 0.0:
+        return ""
+    totals["other"] = max(0.0, whole - sum(totals.values()))
+    rows = "".join(
+        f"<span>{escape(name)}</span>"
+        f'<div><div class="bar" style="width:{100 * seconds / whole:.1f}%"></div></div>'
+        f'<span class="num">{seconds:.1f} s, {seconds / whole:.0%}</span>'
+        for name, seconds in sorted(totals.items(), key=lambda item: -item[1])
+        if seconds >= 0.001 * whole
+    )
+    return f'<h2>Where the time went</h2><div class="phases">{rows}</div>'
+
+
+def completions(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Greedy completions of the same held-out prompts, before and after training side by side."""
+    old, new = before.get("samples", []), after.get("samples", [])
+    if not old and not new:
+        return ""
+    pairs = []
+    for first, second in zip_longest(old, new):
+        if first and second and first["prompt"] != second["prompt"]:
+            pairs += [_pair(first, None), _pair(None, second)]
+        else:
+            pairs.append(_pair(first, second))
+    return f"<h2>Held-out prompts, greedy, before and after</h2>{''.join(pairs)}"
+
+
+def settings(config: Path, summary: dict[str, Any]) -> str:
+    """The settings that matter and the whole ``config.yaml`` folded away; the machine."""
+    parts = []
+    if config.exists():
+        text = config.read_text(encoding="utf-8")
+        tree = OmegaConf.create(text)
+        values = {label: OmegaConf.select(tree, key) for label, key in CONFIG_KEYS.items()}
+        details = f"<details><summary>The whole configuration</summary><pre>{escape(text)}</pre></details>"
+        parts.append(f"<h2>Configuration</h2>{_facts(values)}{details}")
+    machine = {label: summary.get(key) for label, key in MACHINE_KEYS.items()}
+    if any(value is not None for value in machine.values()):
+        parts.append(f"<h2>Machine</h2>{_facts(machine)}")
+    return "".join(parts)
+
+
+def _facts(values: dict[str, Any]) -> str:
+    known = {label: value for label, value in values.items() if value is not None}
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(str(value))}</dd>" for label, value in known.items())
+    return f"<dl>{rows}</dl>"
+
+
+def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    sample = after or before or {}
+    answer = sample.get("answer")
+    expected = "" if answer is None else f'<span class="tag">&ensp;expected: {escape(str(answer))}</span>'
+    prompt = escape(str(sample["prompt"]))
+    ask = f'<div class="ask"><span class="text" dir="auto">{prompt}</span>{expected}</div>'
+    return f'<div class="pair">{ask}{_side("before", before)}{_side("after", after)}</div>'
+
+
+def _side(when: str, sample: dict[str, Any] | None) -> str:
+    if sample is None:
+        return f'<div><div class="tag">{when}: not sampled</div></div>'
+    reward = sample["reward"]
+    style = "tag right" if reward is not None and reward >= 1 else "tag"
+    tag = f'<div class="{style}">{when}, reward {_value(reward)}</div>'
+    return f'<div>{tag}<div class="text" dir="auto">{escape(str(sample["completion"]))}</div></div>'
+
+
+def _card(label: str, value: str, main: bool = False) -> str:
+    return f'<div class="card{" main" if main else ""}"><span class="soft">{label}</span><b>{value}</b></div>'
+
+
+def _change(summary: dict[str, Any], key: str) -> str:
+    before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
+    return f"{_value(before, '.3f')} → {_value(after, '.3f')}"
+
+
+def _minutes(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+
+
+def _value(value: float | None, spec: str = "") -> str:
+    if value is None:
+        return "?"
+    return format(value, spec) if spec else format_number(value)

@@ -1,0 +1,81 @@
+"""summary.json and the table at the end of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+
+import pytest
+from rich.console import Console
+
+from gspo_lightning.report import print_evaluation, print_result_table, write_summary
+from gspo_lightning.report.summary import phase_speed
+
+FACTS = {"seed": 3, "steps": 30, "wall_s": 169.7, "train_tokens": 14054, "tokens_per_s": 195.25,
+         "peak_rss_gb": 3.9, "export_dir": "/tmp/[bold]run/model"}  # fmt: skip
+
+
+def write_validation(folder, when, greedy, sampled):
+    metrics = {"val/accuracy": greedy, "val/sampled_accuracy": sampled, "val/reward": sampled}
+    (folder / f"validation_{when}.json").write_text(
+        json.dumps({"step": 0, "metrics": metrics, "samples": []})
+    )
+
+
+def screen(width=100):
+    return Console(file=io.StringIO(), width=width, color_system=None)
+
+
+def test_the_summary_is_flat_strict_json_with_accuracies_and_machine(tmp_path):
+    write_validation(tmp_path, "before", 0.25, 0.125)
+    write_validation(tmp_path, "after", 0.75, 0.5)
+    returned = write_summary(tmp_path, {**FACTS, "odd": float("nan")})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == returned
+    assert {**FACTS, "odd": None}.items() <= summary.items()
+    accuracies = {k: v for k, v in summary.items() if k.startswith("val_")}
+    assert accuracies == {
+        "val_accuracy_before": 0.25, "val_sampled_before": 0.125, "val_reward_before": 0.125,
+        "val_accuracy_after": 0.75, "val_sampled_after": 0.5, "val_reward_after": 0.5,
+    }  # fmt: skip
+    assert not [value for value in summary.values() if isinstance(value, dict | list)]
+    assert summary["cpu"] and summary["python"] and 1 <= summary["cpu_count"] <= (os.cpu_count() or 1)
+
+
+def test_without_validations_the_accuracies_are_null(tmp_path):
+    summary = write_summary(tmp_path, FACTS)
+    assert summary["val_accuracy_before"] is None and summary["val_sampled_after"] is None
+
+
+def test_the_table_says_what_changed_how_fast_and_where_everything_is(tmp_path):
+    write_validation(tmp_path, "before", 0.25, 0.125)
+    write_validation(tmp_path, "after", 0.75, 0.5)
+    write_summary(tmp_path, FACTS)
+    header = "step,time/rollout_s,perf/rollout_tokens_per_s,time/update_s,perf/train_tokens_per_s"
+    (tmp_path / "metrics.csv").write_text(f"{header}\n1,1.0,100.0,0.0,0.0\n2,3.0,500.0,0.0,0.0\n")
+    console = screen()
+    print_result_table(console, tmp_path, tmp_path / "report.html")
+    text = console.file.getvalue()
+    assert "0.250 -> 0.750  (+0.500)" in text and "0.125 -> 0.500  (+0.375)" in text
+    assert "2 min 50 s, 30 rollouts" in text and "3.90 GiB" in text
+    assert "rollout 400 tokens/s, update idle" in text
+    assert "/tmp/[bold]run/model" in text
+    assert "report.html" in text.replace("\n", "").replace("│", "").replace(" ", "")
+
+
+def test_speed_is_all_tokens_by_all_seconds_and_not_a_mean_of_rates():
+    metrics = {
+        "time/update_s": [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0)],
+        "perf/train_tokens_per_s": [(1.0, 100.0), (2.0, 500.0)],
+    }
+    assert phase_speed(metrics, "train", "update") == pytest.approx((100 + 1500) / 4)
+    assert phase_speed({}, "train", "update") is None
+
+
+def test_an_evaluation_shows_completions_as_they_are(tmp_path):
+    console = screen()
+    sample = {"prompt": "[red]2+2", "completion": "[/b] 4", "answer": None, "reward": 1.0}
+    print_evaluation(console, "my/[model]", {"val/accuracy": 0.12345}, [sample])
+    text = console.file.getvalue()
+    assert "[red]2+2" in text and "[/b] 4" in text and "0.1235" in text and "my/[model]" in text

@@ -1,0 +1,118 @@
+"""Reward functions are called as TRL calls them, and what they return is checked."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+
+import pytest
+import torch
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.types import Completion, Prompt
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def batch():
+    prompts = [
+        Prompt("t:0", CHAT, torch.tensor([1]), {"answer": "x", "prompt": CHAT}),
+        Prompt("t:1", "plain", torch.tensor([1]), {"answer": "y", "extra": 5}),
+    ]
+    completions = [
+        [Completion(torch.tensor([10 * p + g]), f"c{p}{g}", torch.zeros(1), "stop") for g in range(2)] for p in range(2)
+    ]
+    return prompts, completions
+
+
+def score(**functions):
+    specs = {name: f if isinstance(f, RewardSpec) else RewardSpec(f) for name, f in functions.items()}
+    return RewardSet(specs)(*batch())
+
+
+def test_arguments_are_those_of_trl():
+    seen = {}
+
+    def spy(prompts, completions, completion_ids, answer, extra, **kwargs):
+        seen.update(locals())
+        return [1, 2, 3, 4]
+
+    table = score(spy=spy)
+    assert seen["prompts"] == [CHAT, CHAT, "plain", "plain"]
+    assert seen["completions"] == [[{"role": "assistant", "content": "c00"}], [{"role": "assistant", "content": "c01"}], "c10", "c11"]
+    assert seen["completion_ids"] == [[0], [1], [10], [11]]
+    assert seen["answer"] == ["x", "x", "y", "y"]
+    assert seen["extra"] == [None, None, 5, 5]
+    assert seen["kwargs"] == {}
+    assert table.tolist() == [[[1.0], [2.0]], [[3.0], [4.0]]]
+
+
+def test_only_arguments_a_function_takes_are_passed():
+    assert score(f=lambda completions: [0.5] * len(completions)).flatten().tolist() == [0.5] * 4
+
+
+def test_none_becomes_nan_and_bools_and_tensors_become_numbers():
+    values = score(f=lambda completions: [None, True, torch.tensor(2.5), 3]).flatten().tolist()
+    assert math.isnan(values[0]) and values[1:] == [1.0, 2.5, 3.0]
+
+
+def test_asynchronous_and_plain_functions_run_side_by_side():
+    met = threading.Barrier(2, timeout=5)
+
+    async def one(completions):
+        await asyncio.to_thread(met.wait)
+        return [1.0] * 4
+
+    def two(completions):
+        met.wait()
+        return [2.0] * 4
+
+    assert score(one=one, two=two)[..., 0].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda completions: [1.0], "reward function f must return a list of 4 numbers or None, not 1 values"),
+        (lambda completions: 1.0, "not float"),
+        (lambda completions: "good", "not 4 values"),
+        (lambda completions: [1.0, float("nan"), 1.0, 1.0], "reward function f returned nan for row t:0"),
+        (lambda completions: [1.0, 1.0, 1.0, float("inf")], "reward function f returned inf for row t:1"),
+        (lambda completions: [1.0, 1.0, "1", 1.0], "reward function f returned '1' for row t:1"),
+        (lambda completions: 1 / 0, "reward function f raised ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_reward_is_refused_with_function_and_row(function, text):
+    with pytest.raises(UserError) as caught:
+        score(f=function)
+    assert text in str(caught.value)
+
+
+def test_a_function_that_takes_too_long_ends_the_wait():
+    release = threading.Event()
+    try:
+        with pytest.raises(UserError, match=r"slow took longer than its timeout_s=0\.05"):
+            threading.Timer(1.0, release.set).start()
+            score(slow=RewardSpec(lambda completions: release.wait(5) and [1.0] * 4, timeout_s=0.05))
+    finally:
+        release.set()
+
+
+def test_columns_that_functions_need_are_known_before_the_run():
+    def needs(completions, answer, scale=1.0, **kwargs):
+        return []
+
+    rewards = RewardSet({"a": RewardSpec(needs), "b": RewardSpec(lambda completions, prompts: [])})
+    assert rewards.required_columns() == {"answer": "reward function a"}
+
+
+def test_combination_by_weight():
+    rewards = RewardSet({"a": RewardSpec(lambda completions: [1, 2, 3, None], 2.0), "b": RewardSpec(lambda completions: [10] * 4, 0.5)})
+    assert rewards.combine(rewards(*batch())).tolist() == [[7.0, 9.0], [11.0, 5.0]]
+
+
+def test_no_function_at_all_is_refused():
+    with pytest.raises(UserError, match="reward.functions is empty"):
+        RewardSet({})
