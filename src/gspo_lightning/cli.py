@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 import lightning as L
 import torch
 import transformers
@@ -48,6 +49,16 @@ def run(main: Callable[[], Any]) -> None:
         if not any(frame.name == "run_job" and "mkdir" in str(frame.line) for frame in traceback.extract_tb(error.__traceback__)):
             raise
         _exit_with_line(_no_run_dir(error.filename, error), debug="debug=true" in sys.argv)
+
+
+def train_main() -> None:
+    """The console command ``gspo-train``: `train.py` for an installed package."""
+    run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(train))
+
+
+def evaluate_main() -> None:
+    """The console command ``gspo-eval``: `evaluate.py` for an installed package."""
+    run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(evaluate))
 
 
 def train(cfg: DictConfig) -> float | None:

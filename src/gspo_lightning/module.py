@@ -21,6 +21,7 @@ from gspo_lightning.collect import collect_rollout, rollout_metrics
 from gspo_lightning.distributed import add_metrics, global_max, global_means, global_sum, gradient_sync, world_size
 from gspo_lightning.objective import Objective
 from gspo_lightning.packing import GroupSlice
+from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
@@ -118,6 +119,11 @@ class GSPOModule(L.LightningModule):
         optimizer = self.optimizer_factory(groups)
         steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
+
+    def on_fit_start(self) -> None:
+        """Refuses an architecture whose packed forward is not its padded forward."""
+        assert self.policy is not None
+        check_packing(self.policy)
 
     # ---------------------------------------------------------------- collect
 

@@ -1,0 +1,68 @@
+"""Is the packed forward of this model the padded forward? Asked once, before training on any architecture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.packing import pack
+from gspo_lightning.policy.model import Policy
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Relative L2 distance of the log-probabilities. Float32 has measured distances near 1e-6; a layout bug gives 1e-1."""
+
+NARROW_FACTOR = 4.0
+"""In narrower dtypes: this many times the distance between two padded forwards that differ in padding alone."""
+
+
+class PackingMismatchError(RuntimeError):
+    """The packed forward of this architecture is not its padded forward; training on it would be wrong."""
+
+
+@torch.no_grad()
+def check_packing(policy: Policy) -> float:
+    """Compares one small group of random tokens, packed and padded; returns the relative distance.
+
+    Raises:
+        PackingMismatchError: beyond the bound of the model's dtype.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(policy.output_weight.shape[0], 1000)
+    prompt, *completions = (torch.randint(3, vocabulary, (n,), generator=generator) for n in (11, 5, 9, 2))
+    packed, _ = policy(pack([(prompt, completions)], policy.device))
+    plain = padded_logprobs(policy, prompt, completions, extra_padding=0)
+    distance = _relative(packed, plain)
+    dtype = policy.output_weight.dtype
+    bound = TOLERANCE.get(dtype)
+    if bound is None:
+        bound = NARROW_FACTOR * _relative(padded_logprobs(policy, prompt, completions, extra_padding=7), plain) + 1e-3
+    if not distance <= bound:
+        raise PackingMismatchError(
+            f"{type(policy.base_model).__name__}: packed log-probabilities are {distance:.1e} away from padded ones (bound "
+            f"{bound:.1e}); this architecture does something in attention that shared-prefix packing does not know"
+        )
+    return distance
+
+
+def padded_logprobs(policy: Policy, prompt: Tensor, completions: list[Tensor], extra_padding: int) -> Tensor:
+    """Log-probabilities of the completions from one right-padded row each, through the model's own head."""
+    width = len(prompt) + max(map(len, completions)) + extra_padding
+    ids = torch.zeros(len(completions), width, dtype=torch.long, device=policy.device)
+    mask = torch.zeros_like(ids)
+    for row, completion in enumerate(completions):
+        length = len(prompt) + len(completion)
+        ids[row, :length] = torch.cat([prompt, completion])
+        mask[row, :length] = 1
+    logits = policy.base_model(input_ids=ids, attention_mask=mask).logits
+    log_p = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    start = len(prompt) - 1
+    return torch.cat(
+        [
+            log_p[row, start : start + len(completion)].gather(1, completion[:, None].to(ids.device)).squeeze(1)
+            for row, completion in enumerate(completions)
+        ]
+    )
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()

@@ -1,0 +1,34 @@
+"""An architecture that packing does not understand is refused before it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.packing import attention
+from gspo_lightning.policy.check import PackingMismatchError, check_packing
+from tests.support import micro_policy
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_known_architecture_passes(dtype, bound, micro_model_dir):
+    assert check_packing(micro_policy(micro_model_dir, dtype)) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_attention_to_the_wrong_tokens_is_refused(dtype, micro_model_dir, monkeypatch):
+    def blind(query, key, value, mask, **kwargs):
+        return original(query, key, value, torch.ones_like(mask).tril(), **kwargs)  # completions see each other
+
+    original = attention.attend
+    monkeypatch.setattr(attention, "attend", blind)
+    with pytest.raises(PackingMismatchError, match="LlamaForCausalLM: packed log-probabilities are .* away"):
+        check_packing(micro_policy(micro_model_dir, dtype))
+
+
+def test_a_head_that_scales_its_logits_is_refused(micro_model_dir):
+    policy = micro_policy(micro_model_dir, torch.float32)
+    original = policy.base_model.lm_head.forward
+    policy.base_model.lm_head.forward = lambda hidden: 2 * original(hidden)
+    with pytest.raises(PackingMismatchError):
+        check_packing(policy)
