@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Make the virtual environment, install everything pinned, fetch the bundled model. Run again, it does nothing.
 #
-#   bash scripts/setup.sh [--test] [--sweep] [--no-model]
+#   bash scripts/setup.sh [--test] [--sweep] [--peers] [--no-model]
 #
 # GSPO_VENV        where the environment goes (default: .venv in this folder)
 # GSPO_PYTHON      the Python to make it from (default: the first of python3, python, python3.1x that is >= 3.11)
 # GSPO_CACHE       where the bundled model goes (default: ~/.cache/gspo_lightning)
+# GSPO_PEERS_VENV  where --peers puts the environment of the benchmark's competitors (default: .venv-peers)
 # TORCH_INDEX_URL  the package index for torch alone, to choose a CPU or a CUDA build
 set -euo pipefail
 
@@ -20,13 +21,15 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
 extras=()
 model=yes
+peers=no
 for option in "$@"; do
   case "$option" in
     --test) extras+=(test) ;;
     --sweep) extras+=(sweep) ;;
+    --peers) peers=yes ;;
     --no-model) model=no ;;
     -h | --help) usage; exit 0 ;;
-    *) die "unknown option $option; known are --test, --sweep, --no-model" ;;
+    *) die "unknown option $option; known are --test, --sweep, --peers, --no-model" ;;
   esac
 done
 
@@ -120,4 +123,11 @@ if [ "$model" = yes ]; then
   say "ready: $venv, model in $folder"
 else
   say "ready: $venv"
+fi
+if [ "$peers" = yes ]; then
+  # The same packages as ours, and TRL without its dependencies: both sides run on the same torch and transformers.
+  peers_venv="${GSPO_PEERS_VENV:-$root/.venv-peers}"
+  GSPO_VENV="$peers_venv" bash "${BASH_SOURCE[0]}" --no-model
+  "$peers_venv/bin/python" -m pip install -qq --no-deps trl==1.16.0 || die "pip could not install trl==1.16.0"
+  say "ready: $peers_venv with TRL 1.16.0"
 fi

@@ -1,235 +1,104 @@
-"""The recorder: what it writes, and that a resumed run leaves the records of one that was never stopped."""
+"""The run's files: every row once, whatever was written behind the checkpoint."""
 
 from __future__ import annotations
 
+import csv
 import json
-import os
-from dataclasses import replace
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from gspo_lightning.callbacks import RunRecorder, files
-from gspo_lightning.callbacks.recorder import completion_entries, to_json
-from tests.callbacks.fakes import OTHER_RANK, TRAINER, FakeModule, contents, play, scored_rollout, start
+from gspo_lightning.callbacks import RunRecorder
+from gspo_lightning.types import Completion, Prompt, ScoredRollout
 
-
-def test_a_completion_is_recorded_with_its_rewards_by_name_advantage_and_length():
-    first, second = completion_entries(3, scored_rollout(3))
-    assert first == {
-        "step": 3,
-        "uid": "task:3",
-        "prompt": "Yes or no?",
-        "completion": "yes 3",
-        "rewards": {"right": 1.0, "short": 0.5},
-        "reward": 1.5,
-        "advantage": 0.75,
-        "finish_reason": "stop",
-        "tokens": 3,
-    }
-    assert (second["finish_reason"], second["tokens"], second["advantage"]) == ("length", 4, -0.75)
-    assert json.loads(to_json(second))["rewards"] == {"right": 0.25, "short": None}
+TRAINER = SimpleNamespace(is_global_zero=True)
 
 
-def test_a_row_per_rollout_with_validation_columns_where_a_validation_followed(tmp_path):
-    play(start(tmp_path), 1, 3)
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
-        "step,val/accuracy,reward/mean,completion/mean_tokens,late",
-        "0,0.0,,,",
-        f"1,,{1 / 3!r},3.0,",
-        f"2,0.2,{2 / 3!r},4.0,",
-        "3,,1.0,5.0,0.001",
-    ]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
-    assert steps == [1, 1, 2, 2, 3, 3]
-    before, after = (
-        json.loads((tmp_path / f"validation_{when}.json").read_text()) for when in ("before", "after")
+def module(step, **metrics):
+    completion = Completion(torch.tensor([1, 2]), f"text {step} <b> é", torch.zeros(2), "stop")
+    scored = ScoredRollout(
+        prompts=[Prompt("t:0", "ask", torch.tensor([1]), {})],
+        completions=[[completion, completion]],
+        reward_names=("a", "b"),
+        rewards_by_function=torch.tensor([[[1.0, float("nan")], [0.5, 2.0]]], dtype=torch.float64),
+        rewards=torch.tensor([[1.0, 2.5]], dtype=torch.float64),
+        advantages=torch.tensor([[-0.75, 0.75]], dtype=torch.float64),
     )
-    assert (before["step"], before["samples"][0]["completion"]) == (0, "c0")
-    assert (after["step"], after["metrics"]) == (2, {"val/accuracy": 0.2})
+    return SimpleNamespace(
+        rollouts_done=step, last_metrics={"reward/mean": 0.1 * step, **metrics}, last_scored=scored,
+        last_validation={"val/accuracy": step / 10}, validation_samples=[{"prompt": "p"}],
+    )  # fmt: skip
+
+
+def rollout(recorder, step, **metrics):
+    recorder.on_train_batch_end(TRAINER, module(step, **metrics), None, None, 0)
+
+
+def validate(recorder, step):
+    recorder.on_validation_end(TRAINER, module(step))
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_row_per_rollout_with_validation_in_it_and_floats_that_read_back_exactly(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    validate(recorder, 0)
+    rollout(recorder, 1, grad_norm=0.1 + 0.2)
+    validate(recorder, 1)
+    rollout(recorder, 2, late=7.0)
+    table = rows(tmp_path)
+    assert [row["step"] for row in table] == ["0", "1", "2"]
+    assert [row["val/accuracy"] for row in table] == ["0.0", "0.1", ""]
+    assert float(table[1]["grad_norm"]) == 0.1 + 0.2
+    assert table[0]["late"] == "" and table[2]["late"] == "7.0"
+
+
+def test_completions_are_one_json_line_each(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    rollout(recorder, 3)
+    first, second = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert first == {
+        "step": 3, "uid": "t:0", "prompt": "ask", "completion": "text 3 <b> é", "rewards": {"a": 1.0, "b": None},
+        "reward": 1.0, "advantage": -0.75, "finish_reason": "stop", "tokens": 2,
+    }  # fmt: skip
+    assert second["rewards"] == {"a": 0.5, "b": 2.0}
 
 
 @pytest.mark.parametrize("same_folder", [True, False])
-@pytest.mark.parametrize("checkpoint", [1, 2, 3, 5])
-def test_a_resumed_run_leaves_the_bytes_of_one_never_stopped(checkpoint, same_folder, tmp_path):
-    play(start(tmp_path / "whole"), 1, 6)
-    states = play(start(tmp_path / "cut"), 1, 5)
-    target = tmp_path / ("cut" if same_folder else "new")
-    target.mkdir(exist_ok=True)
-    resumed = RunRecorder(target, resume_dir=tmp_path / "cut")
-    resumed.load_state_dict(states[checkpoint])
-    play(resumed, checkpoint + 1, 6)
-    assert contents(target) == contents(tmp_path / "whole")
+@pytest.mark.parametrize("ahead", [0, 1, 3], ids="{} rollouts behind the checkpoint are lost".format)
+def test_a_resumed_record_equals_one_never_interrupted(same_folder, ahead, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    new = cut if same_folder else tmp_path / "new"
+    for folder in {whole, cut, new}:
+        folder.mkdir()
+
+    def play(recorder, steps):
+        for step in steps:
+            rollout(recorder, step, **({"late": 1.5} if step >= 4 else {}))
+            if step % 2 == 0:
+                validate(recorder, step)
+
+    recorder = RunRecorder(whole)
+    validate(recorder, 0)
+    play(recorder, range(1, 7))
+    first = RunRecorder(cut)
+    validate(first, 0)
+    play(first, range(1, 3))
+    state = first.state_dict()
+    play(first, range(3, 3 + ahead))
+    second = RunRecorder(new, resume_dir=cut)
+    second.load_state_dict(state)
+    play(second, range(3, 7))
+    for name in ("completions.jsonl", "validation_before.json", "validation_after.json"):
+        assert (new / name).read_bytes() == (whole / name).read_bytes()
+    assert rows(new) == rows(whole)
 
 
-def test_the_files_never_hold_less_than_the_state_says(tmp_path):
-    recorder = start(tmp_path)
-    for step in range(1, 7):
-        state = play(recorder, step, step)[step]
-        assert len((tmp_path / "metrics.csv").read_text().splitlines()) - 1 == state["rows"] == step + 1
-        assert (tmp_path / "completions.jsonl").stat().st_size == state["completions_bytes"]
-
-
-def test_a_checkpoint_written_right_after_a_resume_counts_what_was_taken_over(tmp_path):
-    states = play(start(tmp_path), 1, 4)
-    resumed = RunRecorder(tmp_path)
-    resumed.load_state_dict(states[2])
-    assert resumed.state_dict() == states[2]
-    resumed.on_train_start(TRAINER, FakeModule())
-    assert resumed.state_dict() == states[2]
-
-
-def test_resuming_without_the_old_records_warns_in_one_line_and_goes_on(tmp_path):
-    states = play(start(tmp_path / "old"), 1, 3)
-    (tmp_path / "old" / "metrics.csv").unlink()
-    (tmp_path / "old" / "completions.jsonl").write_text("short")
-    (tmp_path / "new").mkdir()
-    resumed = RunRecorder(tmp_path / "new", resume_dir=tmp_path / "old")
-    resumed.load_state_dict(states[3])
-    with pytest.warns(UserWarning) as caught:
-        play(resumed, 4, 4)
-    (message,) = (str(warning.message) for warning in caught)
-    assert (
-        "metrics.csv is missing" in message
-        and "completions.jsonl has 5 of" in message
-        and "\n" not in message
-    )
-    assert [line.split(",")[0] for line in (tmp_path / "new" / "metrics.csv").read_text().splitlines()] == [
-        "step",
-        "4",
-    ]
-
-
-def test_another_rank_writes_nothing_and_leaves_the_old_records_alone(tmp_path):
-    states = play(start(tmp_path), 1, 4)
-    before = contents(tmp_path)
-    other = RunRecorder(tmp_path)
-    other.load_state_dict(states[1])
-    other.on_train_start(OTHER_RANK, FakeModule())
-    other.on_train_batch_end(OTHER_RANK, FakeModule().at(2), None, None, 0)
-    other.on_validation_end(OTHER_RANK, FakeModule().at(2))
-    assert contents(tmp_path) == before
-
-
-def test_a_new_run_in_a_used_folder_keeps_the_old_records_aside(tmp_path):
-    play(start(tmp_path), 1, 4)
-    old = contents(tmp_path)
-    play(start(tmp_path), 1, 1)
-    play(start(tmp_path / "fresh"), 1, 1)
-    assert contents(tmp_path) == contents(tmp_path / "fresh")
-    assert {name: (tmp_path / f"{name}.old").read_bytes() for name in old} == old
-
-
-def test_nothing_is_recorded_before_the_checkpoint_of_a_resumed_run_is_loaded(tmp_path):
-    play(start(tmp_path), 1, 2)
-    before = contents(tmp_path)
-    RunRecorder(tmp_path, resume_dir=tmp_path).on_validation_end(TRAINER, FakeModule())
-    assert contents(tmp_path) == before
-
-
-def test_a_sanity_check_of_the_trainer_is_not_the_validation_before(tmp_path):
-    RunRecorder(tmp_path).on_validation_end(
-        SimpleNamespace(is_global_zero=True, sanity_checking=True), FakeModule()
-    )
-    assert contents(tmp_path) == {}
-
-
-def test_the_records_are_on_the_disk_before_a_checkpoint_can_count_them(tmp_path, monkeypatch):
-    recorder, synced = start(tmp_path), []
-    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
-    play(recorder, 1, 1)
-    names = (tmp_path / "metrics.csv", tmp_path / "completions.jsonl", tmp_path)
-    assert synced == [path.stat().st_ino for path in names]
-
-
-def test_lone_surrogates_line_breaks_images_and_infinities_stay_valid_json_on_one_line(tmp_path):
-    recorder, module = start(tmp_path), FakeModule().at(1)
-    scored = scored_rollout(1, text="a\udc80\nb\u2028ü")
-    image = [{"role": "user", "content": [{"type": "image", "image": object()}]}]
-    module.last_scored = replace(scored, prompts=[replace(scored.prompts[0], prompt=image)])
-    scored.rewards[0, 0] = float("inf")
-    module.validation_samples = [{"completion": "\udc80"}]
-    recorder.on_train_batch_end(TRAINER, module, None, None, 0)
-    recorder.on_validation_end(TRAINER, module)
-    first, _, end = (tmp_path / "completions.jsonl").read_bytes().split(b"\n")
-    entry = json.loads(first)
-    assert entry["completion"] == "a\udc80\nb\u2028ü 1" and entry["reward"] is None and end == b""
-    assert entry["prompt"][0]["content"][0]["image"] == "<object>"
-    assert json.loads((tmp_path / "validation_after.json").read_text())["samples"] == [
-        {"completion": "\udc80"}
-    ]
-
-
-class Tiny(L.LightningModule):
-    """Counts rollouts under a real Trainer; the counter travels with the checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.layer = torch.nn.Linear(1, 1)
-        self.fake, self.rollouts_done = FakeModule(), 0
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["fake"], name)
-
-    def training_step(self, batch, index):
-        self.optimizers().step()
-        self.rollouts_done += 1
-        self.fake.at(self.rollouts_done)
-
-    def validation_step(self, batch, index):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["done"] = self.rollouts_done
-
-    def on_load_checkpoint(self, checkpoint):
-        self.rollouts_done = checkpoint["done"]
-
-    def train_dataloader(self):
-        return DataLoader(torch.zeros(6, 1))
-
-    def val_dataloader(self):
-        return DataLoader(torch.zeros(1, 1))
-
-
-def lightning_run(folder, steps, resume_dir=None):
-    folder.mkdir(exist_ok=True)
-    recorder = RunRecorder(folder, resume_dir=resume_dir)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        val_check_interval=2,
-        callbacks=[recorder],
-        logger=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=1,
-    )
-    module = Tiny()
-    if resume_dir is None:
-        trainer.validate(module, verbose=False)
-    trainer.fit(module, ckpt_path=resume_dir and resume_dir / "last.ckpt", weights_only=True)
-    return trainer
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_under_a_real_trainer_a_resumed_run_leaves_the_bytes_of_one_never_stopped(tmp_path):
-    lightning_run(tmp_path / "whole", 5)
-    lightning_run(tmp_path / "cut", 3).save_checkpoint(tmp_path / "cut" / "last.ckpt")
-    with (tmp_path / "cut" / "completions.jsonl").open("a") as file:
-        file.write('{"step": 4, "half a l')
-    lightning_run(tmp_path / "new", 5, resume_dir=tmp_path / "cut")
-    assert contents(tmp_path / "new") == contents(tmp_path / "whole")
-    rows = (tmp_path / "new" / "metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3", "4", "5"]
+def test_missing_records_of_the_run_before_are_said(tmp_path):
+    recorder = RunRecorder(tmp_path, resume_dir=tmp_path / "gone")
+    with pytest.warns(UserWarning, match="gone/metrics.csv is missing: the records of this run begin at the checkpoint"):
+        recorder.load_state_dict({"rows": 3, "completions_bytes": 10})

@@ -82,9 +82,9 @@ def test_a_checkpoint_written_right_after_a_resume_counts_what_was_taken_over(tm
     assert resumed.state_dict() == states[2]
 
 
-def test_resuming_without_the_old_records_warns_in_one_line_and_goes_on(tmp_path):
+def test_damaged_records_of_the_run_before_are_said_in_one_line_and_the_rest_is_kept(tmp_path):
     states = play(start(tmp_path / "old"), 1, 3)
-    (tmp_path / "old" / "metrics.csv").unlink()
+    (tmp_path / "old" / "metrics.csv").write_text("step,reward/mean\n0,\n1,0.5\n")
     (tmp_path / "old" / "completions.jsonl").write_text("short")
     (tmp_path / "new").mkdir()
     resumed = RunRecorder(tmp_path / "new", resume_dir=tmp_path / "old")
@@ -93,14 +93,12 @@ def test_resuming_without_the_old_records_warns_in_one_line_and_goes_on(tmp_path
         play(resumed, 4, 4)
     (message,) = (str(warning.message) for warning in caught)
     assert (
-        "metrics.csv is missing" in message
+        "metrics.csv has 2 of 4 rows" in message
         and "completions.jsonl has 5 of" in message
         and "\n" not in message
     )
-    assert [line.split(",")[0] for line in (tmp_path / "new" / "metrics.csv").read_text().splitlines()] == [
-        "step",
-        "4",
-    ]
+    rows = (tmp_path / "new" / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "4"]
 
 
 def test_another_rank_writes_nothing_and_leaves_the_old_records_alone(tmp_path):

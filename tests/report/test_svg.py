@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo_lightning.report.svg import Chart, format_number, line_chart, nice_ticks, running_mean, thin_out
+from gspo_lightning.report.svg import format_number, line_chart, nice_ticks, running_mean, thin_out
 
 NUMBERS = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -58,13 +58,12 @@ def test_the_running_mean_is_centred_and_keeps_a_straight_line():
     assert [y for _, y in running_mean(bump)[46:55]] == pytest.approx([0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0])
 
 
-def draw(chart, metrics, span=(0.0, 10.0)):
-    return ElementTree.fromstring(line_chart(chart, metrics, span))
+def draw(lines, span=(0.0, 10.0), **kwargs):
+    return ElementTree.fromstring(line_chart("Clipped", lines, "share", span, **kwargs))
 
 
 def test_points_land_where_the_axes_say():
-    chart = Chart("Accuracy", "share", {"greedy": "val/accuracy"}, 0.0, 1.0)
-    figure = draw(chart, {"val/accuracy": [(0.0, 0.0), (5.0, 0.25), (10.0, 1.0)]})
+    figure = draw({"greedy": [(0.0, 0.0), (5.0, 0.25), (10.0, 1.0)]})
     ticks = {
         t.text: (float(t.get("x")), float(t.get("y")) - 4)
         for t in figure.iter("text")
@@ -81,8 +80,7 @@ def test_points_land_where_the_axes_say():
 
 
 def test_a_chart_tells_its_values_to_a_pointer_and_to_a_screen_reader():
-    chart = Chart("Clipped", "share", {"below": "low", "above": "high", "gone": "none"})
-    figure = draw(chart, {"low": [(1.0, 0.5), (2.0, 0.125)], "high": [(1.0, 0.0), (2.0, 0.25)]})
+    figure = draw({"below": [(1.0, 0.5), (2.0, 0.125)], "above": [(1.0, 0.0), (2.0, 0.25)], "gone": []})
     svg = next(figure.iter("svg"))
     assert svg.get("role") == "img"
     assert svg.get("aria-label") == "Clipped: below from 0.5 to 0.125; above from 0 to 0.25"
@@ -91,14 +89,24 @@ def test_a_chart_tells_its_values_to_a_pointer_and_to_a_screen_reader():
 
 
 def test_no_data_draws_nothing_and_one_point_draws_a_chart():
-    chart = Chart("Reward", "", {"reward": "reward/mean"})
-    assert line_chart(chart, {}, (0.0, 0.0)) == ""
-    assert len(list(draw(chart, {"reward/mean": [(3.0, 0.5)]}, span=(3.0, 3.0)).iter("circle"))) == 1
+    assert line_chart("Reward", {"reward": []}) == ""
+    assert len(list(draw({"reward": [(3.0, 0.5)]}, span=None).iter("circle"))) == 1
+
+
+def test_the_axis_of_a_share_reaches_from_zero_to_one():
+    figure = draw({"greedy": [(0.0, 0.4), (10.0, 0.6)]}, reach=(0.0, 1.0))
+    assert [t.text for t in figure.iter("text") if t.get("text-anchor") == "end"] == [
+        "0",
+        "0.25",
+        "0.5",
+        "0.75",
+        "1",
+    ]
 
 
 def test_a_noisy_series_has_a_running_mean_over_pale_values():
     series = [(float(n), float(n % 2)) for n in range(1, 101)]
-    figure = draw(Chart("Reward", "", {"reward": "r"}), {"r": series}, span=(1.0, 100.0))
+    figure = draw({"reward": series}, span=(1.0, 100.0))
     assert [line.get("class") for line in figure.iter("polyline")] == ["s0 pale", "s0"]
     assert "running mean" in next(figure.iter("span")).text
 

@@ -112,14 +112,23 @@ class GracefulStop(L.Callback):
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The boundary: save and leave."""
+        """The boundary: save and leave, behind the validation if one is due."""
         if self.received is None:
             return
+        trainer.should_stop = True
         self.checkpoint.save(trainer, pl_module)
+        if not self.checkpoint.wanted:
+            trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
+            self._leave(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The boundary of a rollout with a validation."""
+        if self.received is not None and self.checkpoint.saved_at == pl_module.rollouts_done:
+            self._leave(pl_module)
+
+    def _leave(self, pl_module: Any) -> None:
         self._cancel()
         print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
-        trainer.should_stop = True
-        trainer.limit_val_batches = 0  # Lightning validates before it stops; here there is no time for that
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from gspo_lightning.callbacks.files import copy_prefix, flush_to_disk, replace_file
 from gspo_lightning.callbacks.metrics_table import MetricsTable
@@ -57,6 +58,9 @@ class RunRecorder(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Notes what the checkpoint counts. The files follow in `on_train_start`, on rank 0 only."""
         self._loaded, self._ready = dict(state_dict), False
+        source = (self.resume_dir or self.run_dir) / "metrics.csv"
+        if state_dict["rows"] and not source.exists():
+            rank_zero_warn(f"{source} is missing: the records of this run begin at the checkpoint")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the records of the run that wrote the checkpoint, if there is one."""
@@ -75,7 +79,7 @@ class RunRecorder(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Validation columns of the row of this rollout; before training and after, the samples too."""
         awaits_checkpoint = self.resume_dir is not None and self._loaded is None
-        if not trainer.is_global_zero or trainer.sanity_checking or awaits_checkpoint:
+        if not trainer.is_global_zero or getattr(trainer, "sanity_checking", False) or awaits_checkpoint:
             return
         self._prepare()
         step, metrics = pl_module.rollouts_done, pl_module.last_validation
@@ -104,7 +108,7 @@ class RunRecorder(L.Callback):
             if (rows := self.table.take_over(source / "metrics.csv", counted["rows"])) < counted["rows"]:
                 problems.append(f"metrics.csv has {rows} of {counted['rows']} rows")
         except FileNotFoundError:
-            problems.append("metrics.csv is missing")
+            pass  # `load_state_dict` has said so
         try:
             size = counted["completions_bytes"]
             self.completions_bytes = copy_prefix(source / "completions.jsonl", self.completions, size)

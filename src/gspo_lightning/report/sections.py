@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -10,27 +11,45 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gspo_lightning.report.files import Series
-from gspo_lightning.report.svg import Chart, format_number, line_chart
+from gspo_lightning.report.svg import format_number, line_chart
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows."""
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    """Name of a line -> column of ``metrics.csv``."""
+    reach: tuple[float, ...] = ()
+    """Values that the vertical axis reaches in any case."""
+
 
 CHARTS = (
     Chart("Reward", "mean of the rollout", {"reward": "reward/mean"}),
     Chart(
-        "Held-out accuracy", "share", {"greedy": "val/accuracy", "sampled": "val/sampled_accuracy"}, 0.0, 1.0
+        "Held-out accuracy",
+        "share",
+        {"greedy": "val/accuracy", "sampled": "val/sampled_accuracy"},
+        (0.0, 1.0),
     ),
     Chart("Completion length", "tokens", {"mean": "completion/mean_tokens"}),
-    Chart("Clipped", "share of the loss", {"below": "clip_frac_low", "above": "clip_frac_high"}, 0.0),
+    Chart("Clipped", "share of the loss", {"below": "clip_frac_low", "above": "clip_frac_high"}, (0.0,)),
     Chart("Divergence", "KL, nats", {"from the sampling weights": "kl/old", "from the reference": "kl/ref"}),
     Chart(
         "Throughput",
         "tokens per second",
         {"rollout": "perf/rollout_tokens_per_s", "update": "perf/train_tokens_per_s"},
-        0.0,
+        (0.0,),
     ),
     Chart("Entropy", "nats per token", {"entropy": "entropy"}),
-    Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, 0.0),
-    Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, 0.0, 1.0),
-    Chart("Cut completions", "share", {"at the length limit": "completion/truncated_frac"}, 0.0, 1.0),
-    Chart("Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, 0.0),
+    Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, (0.0,)),
+    Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, (0.0, 1.0)),
+    Chart("Cut completions", "share", {"at the length limit": "completion/truncated_frac"}, (0.0, 1.0)),
+    Chart(
+        "Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, (0.0,)
+    ),
 )
 CONFIG_KEYS = {
     "model": "model.path",
@@ -83,7 +102,16 @@ def curves(metrics: dict[str, Series]) -> str:
     """All charts that have data."""
     steps = [step for series in metrics.values() for step, _ in series]
     span = (min(steps, default=0.0), max(steps, default=0.0))
-    drawn = "".join(line_chart(chart, metrics, span) for chart in CHARTS)
+    drawn = "".join(
+        line_chart(
+            chart.title,
+            {name: metrics.get(column, []) for name, column in chart.lines.items()},
+            chart.unit,
+            span,
+            chart.reach,
+        )
+        for chart in CHARTS
+    )
     return f'<h2>Curves</h2><div class="charts">{drawn}</div>' if drawn else ""
 
 

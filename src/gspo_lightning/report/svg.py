@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from html import escape
 
 from gspo_lightning.report.files import Series
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 236, 48, 16, 12, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 48, 12, 14, 40
 MAX_POINTS = 300
 SMOOTH_FROM = 60
 """Points from which on the single values are pale, and a running mean is drawn over them."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """What a chart shows."""
-
-    title: str
-    unit: str
-    lines: dict[str, str]
-    """Name of a line -> column of ``metrics.csv``."""
-    low: float | None = None
-    """The vertical axis reaches at least down to here."""
-    high: float | None = None
-    """The vertical axis reaches at least up to here."""
 
 
 def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0) -> list[float]:
@@ -61,16 +46,32 @@ def running_mean(series: Series) -> Series:
     return smooth
 
 
-def line_chart(chart: Chart, metrics: dict[str, Series], span: tuple[float, float]) -> str:
-    """One figure of up to two lines over the rollouts of ``span``; an empty string if there is no data."""
-    lines = {name: metrics[column] for name, column in chart.lines.items() if metrics.get(column)}
+def line_chart(
+    title: str,
+    lines: dict[str, Series],
+    unit: str = "",
+    span: tuple[float, float] | None = None,
+    reach: tuple[float, ...] = (),
+) -> str:
+    """One figure of one or two named lines over the rollouts; an empty string if there is nothing to draw.
+
+    Args:
+        title: of the figure.
+        lines: name -> points.
+        unit: of the values.
+        span: first and last rollout of the horizontal axis; by default those of the points.
+        reach: values that the vertical axis reaches in any case, such as 0 and 1 for a share.
+    """
+    lines = {name: series for name, series in lines.items() if series}
     if not lines:
         return ""
-    words = escape(_in_words(chart.title, lines))
-    scale = _Scale.around(chart, span, [y for series in lines.values() for _, y in series])
+    points = [point for series in lines.values() for point in series]
+    steps = span or (min(x for x, _ in points), max(x for x, _ in points))
+    scale = _Scale(*steps, [y for _, y in points] + list(reach))
+    words = escape(_in_words(title, lines))
     return "".join(
         [
-            f"<figure><figcaption>{escape(chart.title)} <small>{escape(chart.unit)}</small></figcaption>",
+            f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>",
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">',
             *_axes(scale),
             *(_line(name, thin_out(series), scale, n) for n, (name, series) in enumerate(lines.items())),
@@ -84,19 +85,17 @@ def line_chart(chart: Chart, metrics: dict[str, Series], span: tuple[float, floa
 class _Scale:
     """Data to pixels. The horizontal axis ends with the data, the vertical one at round numbers."""
 
-    def __init__(self, x_low: float, x_high: float, ticks_y: list[float]) -> None:
-        self.x_low, self.dx = x_low, (WIDTH - LEFT - RIGHT) / (x_high - x_low)
-        self.y_low, self.dy = ticks_y[0], (HEIGHT - TOP - BOTTOM) / (ticks_y[-1] - ticks_y[0])
-        ticks_x = nice_ticks(x_low, x_high, count=5, least_step=1.0)
-        self.ticks_x, self.ticks_y = [x for x in ticks_x if x_low <= x <= x_high], ticks_y
-
-    @classmethod
-    def around(cls, chart: Chart, span: tuple[float, float], values: list[float]) -> _Scale:
-        ys = values + [bound for bound in (chart.low, chart.high) if bound is not None]
-        x_low, x_high = span
+    def __init__(self, x_low: float, x_high: float, values: list[float]) -> None:
         if x_low == x_high:
             x_low, x_high = x_low - 1, x_high + 1
-        return cls(x_low, x_high, nice_ticks(min(ys), max(ys)))
+        ticks_x = nice_ticks(x_low, x_high, count=5, least_step=1.0)
+        self.ticks_x, self.ticks_y = (
+            [x for x in ticks_x if x_low <= x <= x_high],
+            nice_ticks(min(values), max(values)),
+        )
+        self.x_low, self.dx = x_low, (WIDTH - LEFT - RIGHT) / (x_high - x_low)
+        self.y_low = self.ticks_y[0]
+        self.dy = (HEIGHT - TOP - BOTTOM) / (self.ticks_y[-1] - self.ticks_y[0])
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x_low) * self.dx

@@ -1,0 +1,101 @@
+"""The work that both sides do, and the floating-point operations it cannot do without."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of training step. Rewards are a function of the completion, so every group has signal unless said."""
+
+    name: str
+    prompts: int
+    generations: int
+    prompt_tokens: int
+    completion_tokens: int
+    precision: str
+    """``bf16`` (autocast over float32 weights) or ``fp32``."""
+    natural_stops: bool = False
+    """End at the end-of-sequence token; otherwise every completion has exactly ``completion_tokens``."""
+    minibatches: int = 1
+    beta: float = 0.0
+    silent_groups: int = 0
+    """Groups whose rewards are all equal."""
+    bars: tuple[float, float] | None = None
+    """What TRL / ours must reach: (time, memory)."""
+
+    def rows(self, tokenizer: Any, steps: int) -> list[dict[str, Any]]:
+        """``steps * prompts`` dataset rows with prompts of exactly ``prompt_tokens`` tokens after the template."""
+        return [self._row(tokenizer, index) for index in range(steps * self.prompts)]
+
+    def _row(self, tokenizer: Any, index: int) -> dict[str, Any]:
+        rng = random.Random(index)
+        numbers = rng.sample(range(10, 100), 4)
+        question = f"Which is the largest of these numbers: {', '.join(map(str, numbers))}? Answer with just the number."
+        message = question
+        while len(template(tokenizer, message)) < self.prompt_tokens:
+            message = f"{rng.choice(WORDS)} {message}"
+        return {
+            "prompt": [{"role": "user", "content": message}],
+            "silent": index % self.prompts < self.silent_groups,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the worker processes."""
+        return asdict(self)
+
+
+WORDS = "red blue green stone river cloud tree light paper glass iron salt wind fire sand snow".split()
+
+
+def template(tokenizer: Any, message: str) -> list[int]:
+    """Token ids of a user message with the chat template."""
+    return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False
+    )
+
+
+def reward(completion_ids: list[list[int]], silent: list[bool], **_: Any) -> list[float]:
+    """A number in [0, 1) that depends on every token; 0.5 in silent groups."""
+    return [
+        0.5 if quiet else (sum((n + 1) * t for n, t in enumerate(ids)) * 2_654_435_761 % 9973) / 9973
+        for ids, quiet in zip(completion_ids, silent, strict=True)
+    ]
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("quickstart", 8, 8, 45, 16, "bf16", natural_stops=True, bars=(6, 3)),
+        Scenario("long_prompt", 2, 8, 256, 64, "fp32", bars=(6, 4)),
+        Scenario("long_completion", 2, 8, 64, 256, "bf16", bars=(2.5, 2)),
+        Scenario("paper", 8, 8, 45, 16, "bf16", minibatches=4, bars=(5, 3)),
+        Scenario("reference", 8, 8, 45, 16, "bf16", beta=0.04, bars=(5, 3)),
+        Scenario("half_silent", 8, 8, 45, 16, "bf16", silent_groups=4, bars=(7.5, 3)),
+    )
+}
+
+
+def unique_flops(scenario: Scenario, body: int, head: int, completion_tokens: int) -> dict[str, float]:
+    """Operations of one step when every token is computed once.
+
+    A parameter costs 2 operations per token forward and 4 backward. The head is needed where a completion token is
+    predicted, the body at every token but the last of a completion. Attention scores are left out on both sides.
+
+    Args:
+        body: parameters of all layers without embeddings.
+        head: parameters of the output embedding.
+        completion_tokens: sampled in the step.
+    """
+    prompt = scenario.prompts * scenario.prompt_tokens
+    sequences = scenario.prompts * scenario.generations
+    live = 1 - scenario.silent_groups / scenario.prompts
+    forwarded = prompt + completion_tokens - sequences
+    rollout = 2 * body * forwarded + 2 * head * completion_tokens
+    old = (scenario.minibatches - 1) / scenario.minibatches
+    passes = 3 + old + (1 if scenario.beta else 0)
+    update = live * passes * 2 * (body * forwarded + head * completion_tokens)
+    return {"rollout": rollout, "update": update}

@@ -1,0 +1,86 @@
+"""Runs a scenario with gspo_lightning."""
+
+from __future__ import annotations
+
+from gspo_lightning.threads import keep_freed_memory
+
+keep_freed_memory()
+
+import functools  # noqa: E402
+from typing import Any  # noqa: E402
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from benchmarks.scenarios import reward, template  # noqa: E402
+from benchmarks.worker import Clock, job, report  # noqa: E402
+from gspo_lightning.advantages import AdvantageEstimator  # noqa: E402
+from gspo_lightning.module import GSPOModule  # noqa: E402
+from gspo_lightning.objective import Objective  # noqa: E402
+from gspo_lightning.policy.load import PolicyLoader  # noqa: E402
+from gspo_lightning.policy.model import Policy  # noqa: E402
+from gspo_lightning.rewards import RewardSet, RewardSpec  # noqa: E402
+from gspo_lightning.rollout import TransformersEngine  # noqa: E402
+from gspo_lightning.schedule import Schedule  # noqa: E402
+from gspo_lightning.types import Prompt, PromptBatch, SamplingParams  # noqa: E402
+from gspo_lightning.update import UpdateSettings  # noqa: E402
+from gspo_lightning.validation import ValidationSettings  # noqa: E402
+
+
+class TimedModule(GSPOModule):
+    """The module as it is, with a clock around its two phases."""
+
+    clock = Clock()
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
+        with self.clock("rollout"):
+            return super().on_train_batch_start(batch, batch_idx)
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        before = dict(self.counts)
+        with self.clock("update"):
+            super().training_step(batch, batch_idx)
+        self.clock.end_step(
+            completion_tokens=self.counts["rollout_tokens"] - before["rollout_tokens"],
+            processed_tokens=self.counts["train_tokens"] - before["train_tokens"],
+        )
+
+
+def main() -> None:
+    scenario, model, steps = job()
+    if not scenario.natural_stops:
+        Policy.eos_token_ids = ()  # type: ignore[assignment, misc]
+    loader = PolicyLoader(model)
+    tokenizer = loader.load_tokenizer()
+    prompts = [
+        Prompt(str(i), row["prompt"], torch.tensor(template(tokenizer, row["prompt"][0]["content"])), row)
+        for i, row in enumerate(scenario.rows(tokenizer, steps))
+    ]
+    size = scenario.prompts
+    batches = [PromptBatch(prompts[s : s + size], cursor=0) for s in range(0, len(prompts), size)]
+    module = TimedModule(
+        policy_loader=loader,
+        engine=TransformersEngine(),
+        rewards=RewardSet({"reward": RewardSpec(reward)}),
+        objective=Objective(max_completion_length=scenario.completion_tokens, importance_sampling_level="token", beta=scenario.beta),
+        advantages=AdvantageEstimator(),
+        sampling=SamplingParams(scenario.generations, scenario.completion_tokens, temperature=0.9),
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0, fused=True),
+        schedule=Schedule("constant"),
+        update=UpdateSettings(num_minibatches=scenario.minibatches),
+        validation=ValidationSettings(1),
+        max_rollouts=steps,
+    )
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    precision = "bf16-mixed" if scenario.precision == "bf16" else "32-true"
+    trainer = L.Trainer(accelerator="cpu", devices=1, precision=precision, max_epochs=1, limit_val_batches=0, **options)
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert module.policy is not None
+    head = module.policy.output_weight.numel()
+    body = sum(p.numel() for p in module.policy.parameters()) - head
+    report(TimedModule.clock, body_parameters=body, head_parameters=head)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Runs a scenario with TRL's GRPOTrainer, set up as its documentation suggests."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.scenarios import reward
+from benchmarks.worker import Clock, job, report
+
+
+class TimedTrainer(GRPOTrainer):
+    """The trainer as it is, with a clock around generation and around everything else of a step."""
+
+    clock = Clock()
+    completion_tokens = 0
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self.clock("rollout"):
+            result = super()._generate(prompts)
+        TimedTrainer.completion_tokens = sum(len(ids) for ids in result[1])
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.clock("step"):
+            return super().training_step(*args, **kwargs)
+
+
+def main() -> None:
+    scenario, folder, steps = job()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = scenario.rows(tokenizer, steps)
+    per_forward = scenario.prompts * scenario.generations // scenario.minibatches
+    extra = {} if scenario.natural_stops else {"generation_kwargs": {"min_new_tokens": scenario.completion_tokens}}
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out, use_cpu=True, bf16=scenario.precision == "bf16", report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=1e-6, weight_decay=0.0,
+            lr_scheduler_type="constant", per_device_train_batch_size=per_forward, gradient_accumulation_steps=1,
+            steps_per_generation=scenario.minibatches, num_generations=scenario.generations, gradient_checkpointing=False,
+            max_completion_length=scenario.completion_tokens, temperature=0.9, beta=scenario.beta, loss_type="grpo",
+            epsilon=0.2, epsilon_high=0.27, max_steps=steps * scenario.minibatches, shuffle_dataset=False, **extra,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        trainer = TimedTrainer(
+            model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+        _close_steps(trainer, scenario.minibatches)
+        trainer.train()
+    report(TimedTrainer.clock)
+
+
+def _close_steps(trainer: TimedTrainer, minibatches: int) -> None:
+    """A step of the benchmark is a rollout: it ends with the last optimizer step on it."""
+    from transformers import TrainerCallback
+
+    class Close(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.whole = TimedTrainer.clock("whole")
+            self.whole.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.whole.__exit__(None, None, None)
+            if state.global_step % minibatches == 0:
+                now = TimedTrainer.clock.now
+                for kind in ("wall_s", "cpu_s"):
+                    now[f"update_{kind}"] = now.pop(f"whole_{kind}") - now[f"rollout_{kind}"]
+                    now.pop(f"step_{kind}", None)
+                TimedTrainer.clock.end_step(completion_tokens=TimedTrainer.completion_tokens)
+
+    trainer.add_callback(Close())
+
+
+if __name__ == "__main__":
+    main()

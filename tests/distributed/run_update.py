@@ -1,0 +1,75 @@
+"""One update on 1 or 2 ranks; writes weights, metrics and counters. Run as a script by test_ranks.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from gspo_lightning.distributed import rank, world_size  # noqa: E402
+from gspo_lightning.policy.load import LoraSettings  # noqa: E402
+from gspo_lightning.types import PromptBatch  # noqa: E402
+from tests.training import Settings, build_module, scripted_prompts, trainer, weights  # noqa: E402
+
+
+def prompts(case: str):
+    rows = scripted_prompts(count=4)
+    if case == "one rank without signal":
+        for row in rows[2:]:
+            row.sample["scripted"] = [(number, 0.25) for number, _ in row.sample["scripted"]]
+    if case == "no signal at all":
+        for row in rows:
+            row.sample["scripted"] = [(number, 0.25) for number, _ in row.sample["scripted"]]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--case", default="plain")
+    parser.add_argument("--loss", default="grpo")
+    parser.add_argument("--dtype", default="float64")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--budget", type=int, default=30)
+    a = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    level = "token" if a.loss in ("cispo", "gmpo") else "sequence"
+    settings = Settings(
+        objective={"loss_type": a.loss, "importance_sampling_level": level},
+        update={"max_tokens_per_microbatch": a.budget},
+        dtype=a.dtype,
+        lora=LoraSettings(r=2) if a.lora else None,
+    )
+    torch.manual_seed(0)  # of the adapter
+    module = build_module(a.model, settings)
+
+    class Loader:
+        def __iter__(self):
+            rows = prompts(a.case)
+            share = len(rows) // world_size()
+            yield PromptBatch(rows[rank() * share : (rank() + 1) * share], cursor=0)
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Loader())
+
+    runner = trainer(devices=a.devices, strategy="ddp" if a.devices > 1 else "auto", max_epochs=1)
+    runner.fit(module, DataLoader(Rows(), batch_size=None))
+    if runner.is_global_zero:
+        torch.save(weights(module), a.out)
+        metrics = {k: v for k, v in module.last_metrics.items() if not k.startswith(("time/", "perf/", "count/"))}
+        a.out.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "counts": module.counts}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The update on two ranks is the update on one rank over all their prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import relative_distance
+
+SCRIPT = Path(__file__).parent / "run_update.py"
+
+
+def update(folder, out, devices, *arguments):
+    command = [sys.executable, str(SCRIPT), str(folder), str(out), "--devices", str(devices), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**environment, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True), json.loads(out.with_suffix(".json").read_text())
+
+
+CASES = {
+    "ragged": [],
+    "one rank without signal": ["--case", "one rank without signal"],
+    "no signal at all": ["--case", "no signal at all"],
+    "token mean": ["--loss", "dapo"],
+    "constant length": ["--loss", "dr_grpo"],
+    "LoRA": ["--lora"],
+}
+
+
+@pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
+def test_two_ranks_give_the_update_of_one(arguments, micro_model_dir, tmp_path):
+    from tests.support import micro_policy
+
+    one, facts_one = update(micro_model_dir, tmp_path / "one.pt", 1, *arguments)
+    two, facts_two = update(micro_model_dir, tmp_path / "two.pt", 2, *arguments)
+    if arguments == ["--case", "no signal at all"]:
+        assert torch.equal(one, two)
+        assert facts_one["counts"]["skipped_steps"] == facts_two["counts"]["skipped_steps"] == 1
+    elif "--lora" not in arguments:
+        start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir).parameters()])
+        assert relative_distance(two - start, one - start) < 1e-7
+    assert relative_distance(two, one) < 1e-7
+    assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True)
