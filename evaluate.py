@@ -1,14 +1,14 @@
-"""`python evaluate.py model=path model.path=FOLDER`: measures a policy on held-out prompts. See conf/train.yaml for every setting."""
+"""`python evaluate.py model=path model.path=FOLDER`: measures a policy on held-out prompts; settings as in training."""
 
 from gspo_lightning.threads import configure_threads, keep_freed_memory
 
 configure_threads()
 keep_freed_memory()
 
-import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+import hydra
+from omegaconf import DictConfig
 
-from gspo_lightning import cli  # noqa: E402
+from gspo_lightning import cli
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

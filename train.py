@@ -5,10 +5,10 @@ from gspo_lightning.threads import configure_threads, keep_freed_memory
 configure_threads()
 keep_freed_memory()
 
-import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+import hydra
+from omegaconf import DictConfig
 
-from gspo_lightning import cli  # noqa: E402
+from gspo_lightning import cli
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

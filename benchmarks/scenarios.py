@@ -34,7 +34,9 @@ class Scenario:
     def _row(self, tokenizer: Any, index: int) -> dict[str, Any]:
         rng = random.Random(index)
         numbers = rng.sample(range(10, 100), 4)
-        question = f"Which is the largest of these numbers: {', '.join(map(str, numbers))}? Answer with just the number."
+        question = (
+            f"Which is the largest of these numbers: {', '.join(map(str, numbers))}? Answer with just the number."
+        )
         message = question
         while len(template(tokenizer, message)) < self.prompt_tokens:
             message = f"{rng.choice(WORDS)} {message}"
@@ -48,7 +50,24 @@ class Scenario:
         return asdict(self)
 
 
-WORDS = "red blue green stone river cloud tree light paper glass iron salt wind fire sand snow".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "stone",
+    "river",
+    "cloud",
+    "tree",
+    "light",
+    "paper",
+    "glass",
+    "iron",
+    "salt",
+    "wind",
+    "fire",
+    "sand",
+    "snow",
+]
 
 
 def template(tokenizer: Any, message: str) -> list[int]:

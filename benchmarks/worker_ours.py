@@ -63,7 +63,9 @@ def main() -> None:
         policy_loader=loader,
         engine=TransformersEngine(),
         rewards=RewardSet({"reward": RewardSpec(reward)}),
-        objective=Objective(max_completion_length=scenario.completion_tokens, importance_sampling_level="token", beta=scenario.beta),
+        objective=Objective(
+            max_completion_length=scenario.completion_tokens, importance_sampling_level="token", beta=scenario.beta
+        ),
         advantages=AdvantageEstimator(),
         sampling=SamplingParams(scenario.generations, scenario.completion_tokens, temperature=0.9),
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0, fused=True),
@@ -72,7 +74,12 @@ def main() -> None:
         validation=ValidationSettings(1),
         max_rollouts=steps,
     )
-    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     precision = "bf16-mixed" if scenario.precision == "bf16" else "32-true"
     trainer = L.Trainer(accelerator="cpu", devices=1, precision=precision, max_epochs=1, limit_val_batches=0, **options)
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]

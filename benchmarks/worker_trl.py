@@ -42,13 +42,18 @@ def main() -> None:
             output_dir=out, use_cpu=True, bf16=scenario.precision == "bf16", report_to="none", save_strategy="no",
             logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=1e-6, weight_decay=0.0,
             lr_scheduler_type="constant", per_device_train_batch_size=per_forward, gradient_accumulation_steps=1,
-            steps_per_generation=scenario.minibatches, num_generations=scenario.generations, gradient_checkpointing=False,
-            max_completion_length=scenario.completion_tokens, temperature=0.9, beta=scenario.beta, loss_type="grpo",
+            steps_per_generation=scenario.minibatches, num_generations=scenario.generations,
+            gradient_checkpointing=False, max_completion_length=scenario.completion_tokens, temperature=0.9,
+            beta=scenario.beta, loss_type="grpo",
             epsilon=0.2, epsilon_high=0.27, max_steps=steps * scenario.minibatches, shuffle_dataset=False, **extra,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         trainer = TimedTrainer(
-            model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
         )
         _close_steps(trainer, scenario.minibatches)
         trainer.train()

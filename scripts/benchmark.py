@@ -1,7 +1,7 @@
 """Ours against TRL on the same work, in turn, in fresh processes. See docs/performance.md.
 
-    bash scripts/setup.sh --peers
-    python scripts/benchmark.py [--quick] [--scenarios NAME ...] [--rounds N] [--steps N] [--out benchmarks/results.json]
+bash scripts/setup.sh --peers
+python scripts/benchmark.py [--quick] [--scenarios NAME ...] [--rounds N] [--steps N] [--out benchmarks/results.json]
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def main() -> None:
     else:
         print("TRL is not installed (bash scripts/setup.sh --peers): measuring ours alone", file=sys.stderr)
     model = subprocess.run(
-        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     results = {}
     for name in arguments.scenarios:
@@ -143,9 +146,11 @@ def show(scenario: Scenario, result: Result) -> str:
     ]
     for side, m in result["sides"].items():
         lines.append(
-            f"   {side:5} step {m['step_wall_s']:6.2f} s ({m['step_cpu_s']:6.2f} CPU-s) = rollout {m['rollout_wall_s']:5.2f} + update "
-            f"{m['update_wall_s']:6.2f}; peak {m['peak_rss_gb']:5.2f} GiB; efficiency rollout {m['rollout_efficiency']:.0%}, "
-            f"update {m['update_efficiency']:.0%}; {m['completion_tokens']:.0f} completion tokens"
+            f"   {side:5} step {m['step_wall_s']:6.2f} s ({m['step_cpu_s']:6.2f} CPU-s) "
+            f"= rollout {m['rollout_wall_s']:5.2f} + update {m['update_wall_s']:6.2f}; "
+            f"peak {m['peak_rss_gb']:5.2f} GiB; "
+            f"efficiency rollout {m['rollout_efficiency']:.0%}, update {m['update_efficiency']:.0%}; "
+            f"{m['completion_tokens']:.0f} completion tokens"
         )
     if "ratios" in result:
         text = ", ".join(f"{k} {v[1]:.2f} ({v[0]:.2f}-{v[2]:.2f})" for k, v in result["ratios"].items())

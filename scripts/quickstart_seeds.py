@@ -1,6 +1,6 @@
 """Runs the quickstart for several seeds, one process each, and prints the table of docs/quickstart.md.
 
-    python scripts/quickstart_seeds.py [--seeds 0 1 2 3 4] [--out outputs/seeds] [overrides ...]
+python scripts/quickstart_seeds.py [--seeds 0 1 2 3 4] [--out outputs/seeds] [overrides ...]
 """
 
 from __future__ import annotations

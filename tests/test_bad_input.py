@@ -19,7 +19,10 @@ BAD = {
     "an unknown key": (["rollout.temprature=1"], "rollout.temprature"),
     "an unknown choice of a group": (["objective=gpso"], "objective"),
     "a wrong type": (["update.num_minibatches=two"], "update.num_minibatches='two' has the wrong type"),
-    "a wrong type in a model": (["model.gradient_checkpointing=7"], "model.gradient_checkpointing=7 has the wrong type"),
+    "a wrong type in a model": (
+        ["model.gradient_checkpointing=7"],
+        "model.gradient_checkpointing=7 has the wrong type",
+    ),
     "a wrong choice": (["objective.importance_sampling_level=word"], "one of token, sequence, sequence_token"),
     "an unknown loss": (["objective.loss_type=gppo"], "there is no such loss; choose grpo"),
     "a group of one": (["rollout.num_generations=1"], "rollout.num_generations=1 must be at least 2"),
@@ -35,11 +38,11 @@ BAD = {
     "a missing mandatory value": (["data=rows"], "data.task.source"),
     "LoRA dropout": (["lora=language", "+model.lora.dropout=0.1"], "model.lora.dropout must be 0"),
     "a dataset option misspelt": (["+data.max_prompt_len=3"], "data.max_prompt_len"),
+    "full fine-tuning in bfloat16": (["trainer.precision=bf16-true"], "rounds the updates of full fine-tuning away"),
+    "bfloat16 weights without an adapter": (["model.dtype=bfloat16"], "model.dtype=bfloat16 rounds the updates"),
     "a negative seed": (["seed=-1"], "seed=-1 must be at least 0"),
     "no rollouts": (["max_rollouts=0"], "max_rollouts=0 must be at least 1"),
 }
-
-
 
 
 def start(*arguments):
@@ -94,5 +97,11 @@ def test_a_row_with_a_mistake_is_named(content, arguments, text, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(content)
     with pytest.raises(UserError) as caught:
-        start("data=rows", f"data.task.source={file}", "data.task.num_validation=1", "data.task.conversational=false", *arguments)
+        start(
+            "data=rows",
+            f"data.task.source={file}",
+            "data.task.num_validation=1",
+            "data.task.conversational=false",
+            *arguments,
+        )
     assert text in str(caught.value)

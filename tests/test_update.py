@@ -57,7 +57,9 @@ def test_the_update_is_the_same_for_every_token_budget(budget, kind, micro_model
 @pytest.mark.parametrize("kind", ["grpo", "dapo"])
 def test_groups_of_zero_advantage_may_be_dropped_or_kept(kind, micro_model_dir):
     dropped, lean = update_of(micro_model_dir, Settings(objective={"loss_type": kind}))
-    kept, full = update_of(micro_model_dir, Settings(objective={"loss_type": kind}, update={"keep_zero_advantage": True}))
+    kept, full = update_of(
+        micro_model_dir, Settings(objective={"loss_type": kind}, update={"keep_zero_advantage": True})
+    )
     assert relative_distance(dropped, kept) < 1e-7
     assert lean.counts["train_tokens"] < full.counts["train_tokens"]
 
@@ -83,7 +85,9 @@ def test_the_ratio_is_bit_equal_to_one_through_a_real_pass_of_old_logprobs(micro
     frozen = functools.partial(torch.optim.SGD, lr=0.0)
     for dtype in ("float64", "float32"):
         seen.clear()
-        update_of(micro_model_dir, Settings(optimizer=frozen, dtype=dtype, update={"num_minibatches": 2, "num_iterations": 2}))
+        update_of(
+            micro_model_dir, Settings(optimizer=frozen, dtype=dtype, update={"num_minibatches": 2, "num_iterations": 2})
+        )
         assert len(seen) == 4
         assert all(torch.equal(new, old) for new, old in seen)
 
@@ -107,7 +111,9 @@ def test_old_logprobs_are_those_of_the_weights_that_sampled(micro_model_dir, mon
     for prompt in prompts:
         completions = [c.token_ids for c in prompt.sample["completions"]]
         with torch.no_grad():
-            expected[tuple(map(len, completions))] = padded_logprobs(policy.base_model, [(prompt.input_ids, completions)])[0]
+            expected[tuple(map(len, completions))] = padded_logprobs(
+                policy.base_model, [(prompt.input_ids, completions)]
+            )[0]
     assert len(seen) == 3  # four prompts, one without signal
     for lengths, values in seen.items():
         assert len(values) == 3
@@ -127,7 +133,10 @@ def test_lora_reference_is_the_model_without_its_adapter(micro_model_dir, monkey
 
     monkeypatch.setattr(Objective, "__call__", spy)
     settings = Settings(
-        objective={"beta": 0.1}, lora=LoraSettings(r=4), rollouts=2, optimizer=functools.partial(torch.optim.SGD, lr=50.0)
+        objective={"beta": 0.1},
+        lora=LoraSettings(r=4),
+        rollouts=2,
+        optimizer=functools.partial(torch.optim.SGD, lr=50.0),
     )
     _, module = update_of(micro_model_dir, settings)
     (first, ref_first), (second, ref_second) = seen
@@ -138,7 +147,9 @@ def test_lora_reference_is_the_model_without_its_adapter(micro_model_dir, monkey
     base = {n: p for n, p in module.policy.named_parameters() if not p.requires_grad}
     fresh = dict(micro_policy(micro_model_dir).named_parameters())
     for name, parameter in base.items():
-        assert torch.equal(parameter, fresh[name.replace("model.base_model.model.", "model.").replace(".base_layer", "")])
+        assert torch.equal(
+            parameter, fresh[name.replace("model.base_model.model.", "model.").replace(".base_layer", "")]
+        )
 
 
 def test_full_reference_is_a_frozen_copy_outside_the_checkpoint(micro_model_dir):
@@ -217,7 +228,9 @@ def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir
         ratios.append((logprobs - old_logprobs).detach().abs().max().item())
         return original(self, logprobs, old_logprobs, *args, **kwargs)
 
-    settings = Settings(dtype="float32", update={"num_iterations": 2}, optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+    settings = Settings(
+        dtype="float32", update={"num_iterations": 2}, optimizer=functools.partial(torch.optim.SGD, lr=0.5)
+    )
     module = build_module(micro_model_dir, settings)
     module.configure_model()
     before = weights(module)
@@ -232,7 +245,10 @@ def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir
 @pytest.mark.parametrize("kind", list(LOSSES))
 def test_every_loss_takes_a_finite_step_that_raises_good_and_lowers_bad_completions(kind, micro_model_dir):
     level = LOSSES[kind].levels[0]
-    settings = Settings(objective={"loss_type": kind, "importance_sampling_level": level}, optimizer=functools.partial(torch.optim.SGD, lr=0.05))
+    settings = Settings(
+        objective={"loss_type": kind, "importance_sampling_level": level},
+        optimizer=functools.partial(torch.optim.SGD, lr=0.05),
+    )
     prompts = scripted_prompts()
     change, module = update_of(micro_model_dir, settings, prompts)
     assert torch.isfinite(change).all() and change.abs().max() > 0
@@ -252,7 +268,11 @@ def test_every_loss_takes_a_finite_step_that_raises_good_and_lowers_bad_completi
 def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):
     _, module = update_of(micro_model_dir, Settings())
     minibatches = split_minibatches(
-        module.last_scored, UpdateSettings(num_minibatches=2), zero_advantage_is_free=True, mask_truncated=False, order=[2, 0, 3, 1]
+        module.last_scored,
+        UpdateSettings(num_minibatches=2),
+        zero_advantage_is_free=True,
+        mask_truncated=False,
+        order=[2, 0, 3, 1],
     )
     assert [m.groups for m in minibatches] == [(2, 0), (3, 1)]
     assert {part.group for m in minibatches for plan in m.plan for part in plan} == {0, 2, 3}

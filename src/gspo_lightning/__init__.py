@@ -34,7 +34,7 @@ _PUBLIC = {
     "ValidationSettings": "gspo_lightning.validation",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,6 @@ from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.timing import peak_rss_gb
 
-
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 
@@ -46,7 +45,10 @@ def run(main: Callable[[], Any]) -> None:
         _exit_with_line(error, debug="debug=true" in sys.argv)
     except OSError as error:
         # Hydra makes the run's folder before any of our code runs; any other OSError is not ours to explain.
-        if not any(frame.name == "run_job" and "mkdir" in str(frame.line) for frame in traceback.extract_tb(error.__traceback__)):
+        if not any(
+            frame.name == "run_job" and "mkdir" in str(frame.line)
+            for frame in traceback.extract_tb(error.__traceback__)
+        ):
             raise
         _exit_with_line(_no_run_dir(error.filename, error), debug="debug=true" in sys.argv)
 
@@ -140,6 +142,8 @@ class TrainingRun:
         self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
         wall_s = time.perf_counter() - start
         if self.module.rollouts_done < self.module.max_rollouts:
+            done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
+            print(f"{done}; go on with ckpt_path={self.checkpoint.last}", flush=True)
             return None
         # Lightning has validated when it stopped: `last_validation` is that of the trained policy.
         self._finish(wall_s)

@@ -46,8 +46,11 @@ def check(plain: dict[str, Any]) -> None:
             f"update.max_tokens_per_microbatch={update['max_tokens_per_microbatch']} is less than one sequence "
             f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
         )
+    _check_precision(plain)
     if rollout["temperature"] <= 0:
-        raise UserError(f"rollout.temperature={rollout['temperature']} must be above 0: greedy completions are all equal")
+        raise UserError(
+            f"rollout.temperature={rollout['temperature']} must be above 0: greedy completions are all equal"
+        )
     if rollout["repetition_penalty"] != 1.0:
         raise UserError(
             "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "
@@ -56,11 +59,39 @@ def check(plain: dict[str, Any]) -> None:
     _report(plain)
 
 
+_LEAST = {
+    "seed": 0,
+    "max_rollouts": 1,
+    "checkpoint.every_n_rollouts": 1,
+    "checkpoint.grace_s": 0,
+    "update.num_iterations": 1,
+    "update.num_minibatches": 1,
+    "rollout.num_generations": 2,
+    "rollout.max_completion_length": 1,
+    "data.prompts_per_rollout": 1,
+    "data.max_prompt_length": 1,
+    "validation.num_generations": 1,
+}
+"""Smallest value of the settings that are counts."""
+
+
+def _check_precision(plain: dict[str, Any]) -> None:
+    """Updates of all weights at usual rates are smaller than the spacing of bfloat16: they would be rounded away."""
+    if plain["model"].get("lora"):
+        return
+    for key, value, fix in (
+        ("trainer.precision", plain["trainer"]["precision"], "bf16-mixed"),
+        ("model.dtype", plain["model"]["dtype"], "float32"),
+    ):
+        if value in ("bf16-true", "16-true", "transformer-engine", "bfloat16"):
+            raise UserError(
+                f"{key}={value} rounds the updates of full fine-tuning away; use {key}={fix}, "
+                "or train an adapter (lora=language)"
+            )
+
+
 def _check_roots(plain: dict[str, Any]) -> None:
-    bounds = {"max_rollouts": 1, "checkpoint.every_n_rollouts": 1, "update.num_iterations": 1, "update.num_minibatches": 1,
-              "rollout.max_completion_length": 1, "rollout.num_generations": 2, "data.prompts_per_rollout": 1,
-              "data.max_prompt_length": 1, "validation.num_generations": 1, "seed": 0, "checkpoint.grace_s": 0}  # fmt: skip
-    for key, least in bounds.items():
+    for key, least in _LEAST.items():
         value: Any = plain
         for part in key.split("."):
             value = value[part]

@@ -90,7 +90,13 @@ class GSPOModule(L.LightningModule):
         self.policy: Policy | None = None
         self._frozen: list[nn.Module] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self.rollouts_done = 0
-        self.counts = {"optimizer_steps": 0, "skipped_steps": 0, "nonfinite_steps": 0, "rollout_tokens": 0, "train_tokens": 0}
+        self.counts = {
+            "optimizer_steps": 0,
+            "skipped_steps": 0,
+            "nonfinite_steps": 0,
+            "rollout_tokens": 0,
+            "train_tokens": 0,
+        }
         self._nonfinite_in_a_row = 0
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
@@ -218,7 +224,9 @@ class GSPOModule(L.LightningModule):
             with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(scored, minibatch.plan[index], self.device)
-                    logprobs, loss = self._micro_loss(micro, old and old[index], reference and reference[index], metrics)
+                    logprobs, loss = self._micro_loss(
+                        micro, old and old[index], reference and reference[index], metrics
+                    )
                     if fresh:
                         add_metrics(metrics, sampler_mismatch(logprobs, micro))
                     seen.append(logprobs.detach())
@@ -274,7 +282,8 @@ class GSPOModule(L.LightningModule):
         if self._nonfinite_in_a_row >= self.update_settings.max_nonfinite_steps:
             raise NonFiniteGradientError(
                 f"{self._nonfinite_in_a_row} optimizer steps in a row had a non-finite gradient (rollout "
-                f"{self.rollouts_done + 1}); the weights are untouched by them. Lower optimizer.lr or check the rewards."
+                f"{self.rollouts_done + 1}); the weights are untouched by them. "
+                "Lower optimizer.lr or check the rewards."
             )
 
     # ---------------------------------------------------------------- book-keeping

@@ -42,7 +42,13 @@ class Validator:
         self.greedy = replace(sampling, num_generations=1, temperature=0.0)
         self.sampled = replace(sampling, num_generations=settings.num_generations)
         self.seed = seed
-        self.names = ("val/accuracy", "val/sampled_accuracy", f"val/pass@{settings.num_generations}", "val/reward", "val/mean_tokens")
+        self.names = (
+            "val/accuracy",
+            "val/sampled_accuracy",
+            f"val/pass@{settings.num_generations}",
+            "val/reward",
+            "val/mean_tokens",
+        )
         self.reset()
 
     def reset(self) -> None:

@@ -30,9 +30,7 @@ def test_the_line_says_reward_length_clipping_speed_and_time_left():
     assert "clipped" not in describe(METRICS, 65.0, clipped=False)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
 def test_time_is_written_in_minutes_and_hours(seconds, text):
     assert format_time(seconds) == text
 
@@ -40,9 +38,7 @@ def test_time_is_written_in_minutes_and_hours(seconds, text):
 def test_without_a_terminal_each_rollout_is_one_plain_line_with_the_time_left(capsys):
     clock = [100.0]
     line, module = ProgressLine(clock=lambda: clock[0]), FakeModule(total=8)
-    line.on_train_start(
-        TRAINER, module.at(4)
-    )  # resumed: the first four rollouts took none of this process's time
+    line.on_train_start(TRAINER, module.at(4))  # resumed: the first four rollouts took none of this process's time
     rollouts(line, module, (5, 6), clock, seconds=10.0)
     lines = capsys.readouterr().out.splitlines()
     assert [text.split("  ")[0] for text in lines] == ["rollout 5/8", "rollout 6/8"]

@@ -100,5 +100,7 @@ def test_a_resumed_record_equals_one_never_interrupted(same_folder, ahead, tmp_p
 
 def test_missing_records_of_the_run_before_are_said(tmp_path):
     recorder = RunRecorder(tmp_path, resume_dir=tmp_path / "gone")
-    with pytest.warns(UserWarning, match="gone/metrics.csv is missing: the records of this run begin at the checkpoint"):
+    with pytest.warns(
+        UserWarning, match="gone/metrics.csv is missing: the records of this run begin at the checkpoint"
+    ):
         recorder.load_state_dict({"rows": 3, "completions_bytes": 10})

@@ -45,9 +45,7 @@ def test_a_row_per_rollout_with_validation_columns_where_a_validation_followed(t
     ]
     steps = [json.loads(line)["step"] for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert steps == [1, 1, 2, 2, 3, 3]
-    before, after = (
-        json.loads((tmp_path / f"validation_{when}.json").read_text()) for when in ("before", "after")
-    )
+    before, after = (json.loads((tmp_path / f"validation_{when}.json").read_text()) for when in ("before", "after"))
     assert (before["step"], before["samples"][0]["completion"]) == (0, "c0")
     assert (after["step"], after["metrics"]) == (2, {"val/accuracy": 0.2})
 
@@ -92,11 +90,7 @@ def test_damaged_records_of_the_run_before_are_said_in_one_line_and_the_rest_is_
     with pytest.warns(UserWarning) as caught:
         play(resumed, 4, 4)
     (message,) = (str(warning.message) for warning in caught)
-    assert (
-        "metrics.csv has 2 of 4 rows" in message
-        and "completions.jsonl has 5 of" in message
-        and "\n" not in message
-    )
+    assert "metrics.csv has 2 of 4 rows" in message and "completions.jsonl has 5 of" in message and "\n" not in message
     rows = (tmp_path / "new" / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "4"]
 
@@ -129,9 +123,7 @@ def test_nothing_is_recorded_before_the_checkpoint_of_a_resumed_run_is_loaded(tm
 
 
 def test_a_sanity_check_of_the_trainer_is_not_the_validation_before(tmp_path):
-    RunRecorder(tmp_path).on_validation_end(
-        SimpleNamespace(is_global_zero=True, sanity_checking=True), FakeModule()
-    )
+    RunRecorder(tmp_path).on_validation_end(SimpleNamespace(is_global_zero=True, sanity_checking=True), FakeModule())
     assert contents(tmp_path) == {}
 
 
@@ -156,9 +148,7 @@ def test_lone_surrogates_line_breaks_images_and_infinities_stay_valid_json_on_on
     entry = json.loads(first)
     assert entry["completion"] == "a\udc80\nb\u2028ü 1" and entry["reward"] is None and end == b""
     assert entry["prompt"][0]["content"][0]["image"] == "<object>"
-    assert json.loads((tmp_path / "validation_after.json").read_text())["samples"] == [
-        {"completion": "\udc80"}
-    ]
+    assert json.loads((tmp_path / "validation_after.json").read_text())["samples"] == [{"completion": "\udc80"}]
 
 
 class Tiny(L.LightningModule):

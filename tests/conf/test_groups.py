@@ -75,4 +75,9 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
 def test_precision_is_chosen_for_the_machine(available, accelerator, expected, monkeypatch):
     monkeypatch.setattr(config.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(config, "cpu_has_bf16", lambda: available)
-    assert resolved("experiment=micro", "trainer.precision=auto", f"trainer.accelerator={accelerator}")["trainer"]["precision"] == expected
+    assert (
+        resolved("experiment=micro", "trainer.precision=auto", f"trainer.accelerator={accelerator}")["trainer"][
+            "precision"
+        ]
+        == expected
+    )

@@ -53,9 +53,7 @@ def test_a_batch_carries_row_ids_text_and_the_position_behind_it(tokenizer_dir: 
     assert (first.uid, first.prompt, first.sample["letter"]) == ("micro_letters:train:0", "0a:", "a")
     assert (second.uid, second.prompt) == ("micro_letters:train:1", "1b:")
     # The vocabulary is three special tokens, newline, then ASCII from the space on: "0" is 4 + 48 - 32.
-    assert (
-        first.input_ids.tolist() == [4 + ord(c) - 32 for c in "0a:"] and first.input_ids.dtype == torch.int64
-    )
+    assert first.input_ids.tolist() == [4 + ord(c) - 32 for c in "0a:"] and first.input_ids.dtype == torch.int64
 
 
 def test_no_prompt_comes_twice_in_a_rollout_and_epochs_roll_on(tokenizer_dir: str) -> None:
@@ -77,14 +75,10 @@ def test_ranks_together_see_what_one_rank_sees(tokenizer_dir: str, monkeypatch: 
         shares.append(list(islice(data.train_dataloader(), 4)))
     for number, whole in enumerate(alone):
         assert _uids([share[number] for share in shares]) == _uids([whole])
-        assert {(share[number].cursor, share[number].dropped) for share in shares} == {
-            (whole.cursor, whole.dropped)
-        }
+        assert {(share[number].cursor, share[number].dropped) for share in shares} == {(whole.cursor, whole.dropped)}
 
 
-def test_ranks_share_the_held_out_prompts_without_repeats(
-    tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_share_the_held_out_prompts_without_repeats(tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _data(MicroLetters(num_validation=11), tokenizer_dir, validation_batch_size=2)
     seen: list[str] = []
     for rank in range(3):
@@ -99,9 +93,7 @@ def test_prompts_per_rollout_must_be_divisible_by_the_ranks(
     tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _as_rank(monkeypatch, 0, 3)
-    with pytest.raises(
-        UserError, match=r"data\.prompts_per_rollout=4 must be divisible by the number of ranks, 3"
-    ):
+    with pytest.raises(UserError, match=r"data\.prompts_per_rollout=4 must be divisible by the number of ranks, 3"):
         _data(MicroLetters(), tokenizer_dir).train_dataloader()
 
 
@@ -114,9 +106,7 @@ def test_a_prompt_of_exactly_the_maximum_passes_and_one_token_more_does_not(toke
 
 
 def test_dropped_prompts_are_replaced_and_counted_when_their_rollout_is_finished(tokenizer_dir: str) -> None:
-    data = _data(
-        _finite([1, 9, 1, 9, 1, 1, 1, 1]), tokenizer_dir, prompts=3, longest=5, overlong_prompts="drop"
-    )
+    data = _data(_finite([1, 9, 1, 9, 1, 1, 1, 1]), tokenizer_dir, prompts=3, longest=5, overlong_prompts="drop")
     data.check()
     first, second = islice(data.train_dataloader(), 2)
     assert len(first) == len(second) == 3
@@ -130,9 +120,7 @@ def test_dropped_prompts_are_replaced_and_counted_when_their_rollout_is_finished
 
 
 def test_dropping_everything_is_an_error_and_not_an_endless_loop(tokenizer_dir: str) -> None:
-    with pytest.raises(
-        UserError, match=r"data\.max_prompt_length=5: \d+ prompts are longer; too few remain for"
-    ):
+    with pytest.raises(UserError, match=r"data\.max_prompt_length=5: \d+ prompts are longer; too few remain for"):
         _data(_finite([1, 9, 9, 9]), tokenizer_dir, prompts=2, longest=5, overlong_prompts="drop").check()
     with pytest.raises(UserError, match=r"data\.max_prompt_length=2: 1000 prompts are longer"):
         _data(MicroLetters(), tokenizer_dir, longest=2, overlong_prompts="drop").check()
@@ -140,9 +128,7 @@ def test_dropping_everything_is_an_error_and_not_an_endless_loop(tokenizer_dir: 
 
 def test_a_held_out_prompt_is_never_dropped(tokenizer_dir: str) -> None:
     task = MicroLetters(num_validation=11)  # "v10c:" is one longer than all others
-    with pytest.raises(
-        UserError, match=r"row micro_letters:validation:10: longer than data\.max_prompt_length=4"
-    ):
+    with pytest.raises(UserError, match=r"row micro_letters:validation:10: longer than data\.max_prompt_length=4"):
         _data(task, tokenizer_dir, longest=4, overlong_prompts="drop").check()
 
 
@@ -169,9 +155,7 @@ def test_fewer_rows_than_a_rollout_are_refused(tokenizer_dir: str) -> None:
 
 def test_template_options_without_effect_are_refused(tokenizer_dir: str) -> None:
     with pytest.raises(UserError, match=r"chat_template_kwargs\.enable_thinking has no effect"):
-        _data(
-            LargestOfFour(), tokenizer_dir, longest=200, chat_template_kwargs={"enable_thinking": True}
-        ).check()
+        _data(LargestOfFour(), tokenizer_dir, longest=200, chat_template_kwargs={"enable_thinking": True}).check()
     with pytest.raises(UserError, match=r"chat_template_kwargs has no effect on plain string prompts"):
         _data(MicroLetters(), tokenizer_dir, chat_template_kwargs={"messages": []}).check()
 
@@ -213,9 +197,7 @@ def _fit(folder: str, stop_after: int, ckpt_path: str | None = None) -> tuple[li
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_resumed_in_lightning_sees_the_prompts_an_unbroken_one_sees(
-    tokenizer_dir: str, tmp_path: Path
-) -> None:
+def test_a_run_resumed_in_lightning_sees_the_prompts_an_unbroken_one_sees(tokenizer_dir: str, tmp_path: Path) -> None:
     unbroken, _ = _fit(tokenizer_dir, 24)
     head, trainer = _fit(tokenizer_dir, 10)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

@@ -29,9 +29,7 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "a.parquet"
-    datasets.Dataset.from_list([{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]).to_parquet(
-        path
-    )
+    datasets.Dataset.from_list([{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]).to_parquet(path)
     rows = read_file(str(path))
     assert [rows[i] for i in range(len(rows))] == [
         {"prompt": "p", "answer": "1"},
@@ -58,9 +56,7 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.txt", "a", r"a\.txt: unknown kind of file; use one of \.json, \.jsonl, \.csv, \.parquet"),
     ],
 )
-def test_a_broken_file_is_refused_in_one_line(
-    tmp_path: Path, name: str, content: str | bytes, message: str
-) -> None:
+def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read_file(_write(tmp_path, name, content))
     assert "\n" not in str(caught.value)
@@ -73,8 +69,6 @@ def test_a_missing_file_is_named_and_is_no_hub_dataset(tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_line() -> None:
-    with pytest.raises(
-        UserError, match=r"data\.task\.source=no-one/nothing, split train: cannot load it"
-    ) as caught:
+    with pytest.raises(UserError, match=r"data\.task\.source=no-one/nothing, split train: cannot load it") as caught:
         read_hub("no-one/nothing", None, "train")
     assert "\n" not in str(caught.value)

@@ -13,9 +13,7 @@ from gspo_lightning.data import PromptDataModule
 from gspo_lightning.data.preview import build_datamodule, main
 from gspo_lightning.errors import UserError
 
-CONFIGS = sorted(
-    path.name.removesuffix(".yaml") for path in files("gspo_lightning.conf").joinpath("data").iterdir()
-)
+CONFIGS = sorted(path.name.removesuffix(".yaml") for path in files("gspo_lightning.conf").joinpath("data").iterdir())
 
 
 def _preview(*arguments: str) -> str:
@@ -28,18 +26,14 @@ def test_the_preview_shows_template_tokens_counts_and_columns(tokenizer_dir: str
     text = _preview("data=arithmetic", "model=path", f"model.path={tokenizer_dir}", "--num", "1")
     assert "arithmetic:train:0" in text and "<|im_start|>user" in text and "<|im_start|>assistant" in text
     # A token per character: 6 for "<|im_start|>user\n", 2 for "<|im_end|>\n", 11 where the assistant begins.
-    (question,) = (
-        line.strip("│ ").removesuffix("<|im_end|>") for line in text.splitlines() if "What is" in line
-    )
+    (question,) = (line.strip("│ ").removesuffix("<|im_end|>") for line in text.splitlines() if "What is" in line)
     assert f" {6 + len(question) + 2 + 11} tokens " in text
     a, _, b = question.removeprefix("What is ").split("?")[0].split()
     assert f"answer: {int(a) + int(b)}" in text and "training rows: endless; held-out rows: 20" in text
 
 
 def test_the_preview_of_the_held_out_rows_shows_them(tokenizer_dir: str) -> None:
-    text = _preview(
-        "data=micro_letters", "model=path", f"model.path={tokenizer_dir}", "--validation", "--num", "9"
-    )
+    text = _preview("data=micro_letters", "model=path", f"model.path={tokenizer_dir}", "--validation", "--num", "9")
     assert "micro_letters:validation:7" in text and "train" not in text.replace("training rows", "")
     assert "8 prompts of 4 to 4 tokens (max_prompt_length 128)" in text
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gspo_lightning.distributed import rank, world_size  # noqa: E402
-from gspo_lightning.policy.load import LoraSettings  # noqa: E402
-from gspo_lightning.types import PromptBatch  # noqa: E402
-from tests.training import Settings, build_module, scripted_prompts, trainer, weights  # noqa: E402
+from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.types import PromptBatch
+from tests.training import Settings, build_module, scripted_prompts, trainer, weights
 
 
 def prompts(case: str):

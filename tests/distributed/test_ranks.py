@@ -19,7 +19,9 @@ SCRIPT = Path(__file__).parent / "run_update.py"
 def update(folder, out, devices, *arguments):
     command = [sys.executable, str(SCRIPT), str(folder), str(out), "--devices", str(devices), *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**environment, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**environment, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True), json.loads(out.with_suffix(".json").read_text())
 

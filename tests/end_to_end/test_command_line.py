@@ -85,6 +85,33 @@ def test_when_the_rollout_in_hand_does_not_fit_the_grace_period_the_last_checkpo
     assert "Stopped" in output and str(tmp_path / "checkpoints" / "last.ckpt") in output
 
 
+def test_a_run_with_an_adapter_resumes_bit_identically_and_its_checkpoint_holds_the_adapter_alone(tmp_path):
+    lora = ["lora=language", "optimizer.lr=0.01", "scheduler=cosine", "scheduler.warmup_ratio=0.2"]
+    run(*SHORT, *lora, f"hydra.run.dir={tmp_path / 'whole'}")
+    code, output = run_and_stop(tmp_path / "cut", 3, signal.SIGTERM, *lora)
+    assert code == 0, output
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert all("lora" in name for name in torch.load(last, weights_only=True)["state_dict"])
+    run(*SHORT, *lora, f"hydra.run.dir={tmp_path / 'cut'}", f"ckpt_path={last}")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    ours, expected = (load_file(tmp_path / f / "model" / "adapter_model.safetensors") for f in ("cut", "whole"))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_out_of_time_is_a_clean_stop_with_a_checkpoint(tmp_path):
+    done = run(
+        *MICRO,
+        "max_rollouts=100000",
+        "trainer.max_time='00:00:00:03'",
+        "checkpoint.every_n_rollouts=1000000",
+        f"hydra.run.dir={tmp_path}",
+    )
+    rollouts = int(metrics(tmp_path)[-1]["step"])
+    assert f"{rollouts} of 100000 rollouts done; go on with ckpt_path=" in done.stdout
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["gspo_lightning"]["rollouts_done"] == rollouts
+
+
 def test_the_run_leaves_its_records(whole):
     config = (whole / "config.yaml").read_text()
     assert "max_rollouts: 8" in config and "${" not in config
@@ -93,7 +120,17 @@ def test_the_run_leaves_its_records(whole):
     assert [row["step"] for row in rows if row["val/accuracy"]] == ["0", "3", "6", "8"]
     lines = [json.loads(line) for line in (whole / "completions.jsonl").read_text().splitlines()]
     assert len(lines) == 8 * 8 * 8
-    assert set(lines[0]) == {"step", "uid", "prompt", "completion", "rewards", "reward", "advantage", "finish_reason", "tokens"}
+    assert set(lines[0]) == {
+        "step",
+        "uid",
+        "prompt",
+        "completion",
+        "rewards",
+        "reward",
+        "advantage",
+        "finish_reason",
+        "tokens",
+    }
     first = [line["reward"] for line in lines if line["step"] == 1]
     assert float(rows[1]["reward/mean"]) == pytest.approx(sum(first) / len(first), rel=1e-12)
     summary = json.loads((whole / "summary.json").read_text())

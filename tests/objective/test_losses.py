@@ -235,7 +235,7 @@ def test_the_loss_is_a_sum_over_sequences_however_they_are_split_and_ordered(cas
 
 
 def call_sum(objective, old, new, advantages, members):
-    pick = [list(x[m] for m in members) for x in (old, new, advantages)]
+    pick = [[x[m] for m in members] for x in (old, new, advantages)]
     lengths = torch.tensor([len(x) for x in pick[1]])
     index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     advantage = torch.tensor(pick[2], dtype=torch.float64)[index]
@@ -277,7 +277,9 @@ def test_a_loss_of_ones_own_is_a_function_of_flat_tensors():
     objective = Objective(max_completion_length=4, loss_type=lambda x: x.ratio * x.advantages)
     old, new, advantages = make()
     s = [math.exp((n - o).mean()) for o, n in zip(old, new, strict=True)]
-    assert call(objective, old, new, advantages)[0] == pytest.approx(np.mean(np.array(s) * np.array(advantages)), rel=1e-12)
+    assert call(objective, old, new, advantages)[0] == pytest.approx(
+        np.mean(np.array(s) * np.array(advantages)), rel=1e-12
+    )
 
 
 def test_an_unknown_loss_is_refused_with_the_choices():

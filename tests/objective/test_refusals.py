@@ -9,7 +9,13 @@ from gspo_lightning.objective import Objective, check_objective
 
 def findings(objective=None, **changes):
     objective = Objective(max_completion_length=8, **(objective or {}))
-    facts = {"num_iterations": 1, "num_minibatches": 4, "num_generations": 8, "prompts_per_rollout": 8, "has_reference": True}
+    facts = {
+        "num_iterations": 1,
+        "num_minibatches": 4,
+        "num_generations": 8,
+        "prompts_per_rollout": 8,
+        "has_reference": True,
+    }
     return [(f.kind, f.message) for f in check_objective(objective, **{**facts, **changes})]
 
 

@@ -49,9 +49,7 @@ def third_party_imports() -> dict[str, Path]:
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    extras = [
-        line for name, lines in PROJECT["optional-dependencies"].items() if name != "test" for line in lines
-    ]
+    extras = [line for name, lines in PROJECT["optional-dependencies"].items() if name != "test" for line in lines]
     declared = pins(PROJECT["dependencies"] + extras)
     installed = packages_distributions()
     imports = third_party_imports()

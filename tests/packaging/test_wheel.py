@@ -26,18 +26,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             shutil.copy(ROOT / name, tree / name)
     out = tree / "out"
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    result = subprocess.run(
-        [*command, "-w", str(out), str(tree)], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, "-w", str(out), str(tree)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (file,) = out.glob("gspo_lightning-*.whl")
     return zipfile.ZipFile(file)
 
 
 def test_the_wheel_carries_every_config(wheel: zipfile.ZipFile) -> None:
-    configs = {
-        f"gspo_lightning/conf/{file.relative_to(ROOT / 'conf')}" for file in ROOT.glob("conf/**/*.yaml")
-    }
+    configs = {f"gspo_lightning/conf/{file.relative_to(ROOT / 'conf')}" for file in ROOT.glob("conf/**/*.yaml")}
     assert configs, "the tree has no configs"
     assert configs <= set(wheel.namelist())
     assert "gspo_lightning/conf/__init__.py" in wheel.namelist()

@@ -99,7 +99,9 @@ def reference_attention(query, key, value, layout, scaling, window, sinks):
 def test_attention_equals_its_definition_token_by_token(window, with_sinks, limit, monkeypatch):
     monkeypatch.setattr(layout_module, "WHOLE_GROUP_TOKENS", limit)
     monkeypatch.setattr(layout_module, "TILE_QUERIES", 5)
-    layout = SharedPrefixLayout((GroupLayout(6, (3, 0, 4, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))), torch.device("cpu"))
+    layout = SharedPrefixLayout(
+        (GroupLayout(6, (3, 0, 4, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))), torch.device("cpu")
+    )
     tokens = layout.num_tokens
     query = torch.randn(1, 4, tokens, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(1, 2, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -110,6 +112,8 @@ def test_attention_equals_its_definition_token_by_token(window, with_sinks, limi
     assert relative_distance(ours, expected) < 1e-12
     weights = torch.randn_like(ours)
     for a, b in zip(
-        torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs), strict=True
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
     ):
         assert relative_distance(a, b) < 1e-12

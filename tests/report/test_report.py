@@ -21,7 +21,9 @@ def run_dir(tmp_path):
         sample = {"prompt": f"ask {EVIL}", "completion": text, "reward": reward, "answer": "42"}
         content = {"metrics": {"val/accuracy": reward, "val/sampled_accuracy": reward / 2}, "samples": [sample]}
         (tmp_path / f"validation_{when}.json").write_text(json.dumps(content))
-    write_summary(tmp_path, {"seed": 3, "steps": 2, "wall_s": 90.0, "peak_rss_gb": 1.5, "tokens_per_s": 10.0, "model": EVIL})
+    write_summary(
+        tmp_path, {"seed": 3, "steps": 2, "wall_s": 90.0, "peak_rss_gb": 1.5, "tokens_per_s": 10.0, "model": EVIL}
+    )
     return tmp_path
 
 
@@ -78,7 +80,12 @@ def test_points_lie_where_the_axes_say():
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0, 0.25, 0.5, 0.75, 1.0]), (0, 30, [0, 10, 20, 30]), (3, 3, None), (-0.02, 0.05, [-0.02, 0.0, 0.02, 0.04, 0.06])],
+    [
+        (0, 1, [0, 0.25, 0.5, 0.75, 1.0]),
+        (0, 30, [0, 10, 20, 30]),
+        (3, 3, None),
+        (-0.02, 0.05, [-0.02, 0.0, 0.02, 0.04, 0.06]),
+    ],
 )
 def test_ticks_are_round_and_cover_the_range(low, high, expected):
     ticks = nice_ticks(low, high)

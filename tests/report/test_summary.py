@@ -18,9 +18,7 @@ FACTS = {"seed": 3, "steps": 30, "wall_s": 169.7, "train_tokens": 14054, "tokens
 
 def write_validation(folder, when, greedy, sampled):
     metrics = {"val/accuracy": greedy, "val/sampled_accuracy": sampled, "val/reward": sampled}
-    (folder / f"validation_{when}.json").write_text(
-        json.dumps({"step": 0, "metrics": metrics, "samples": []})
-    )
+    (folder / f"validation_{when}.json").write_text(json.dumps({"step": 0, "metrics": metrics, "samples": []}))
 
 
 def screen(width=100):

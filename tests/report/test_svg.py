@@ -65,9 +65,7 @@ def draw(lines, span=(0.0, 10.0), **kwargs):
 def test_points_land_where_the_axes_say():
     figure = draw({"greedy": [(0.0, 0.0), (5.0, 0.25), (10.0, 1.0)]})
     ticks = {
-        t.text: (float(t.get("x")), float(t.get("y")) - 4)
-        for t in figure.iter("text")
-        if t.get("text-anchor") == "end"
+        t.text: (float(t.get("x")), float(t.get("y")) - 4) for t in figure.iter("text") if t.get("text-anchor") == "end"
     }
     below = {t.text: float(t.get("x")) for t in figure.iter("text") if t.get("text-anchor") == "middle"}
     points = [(float(c.get("cx")), float(c.get("cy"))) for c in figure.iter("circle")]

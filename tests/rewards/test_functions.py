@@ -8,7 +8,16 @@ import pytest
 
 from gspo_lightning.rewards import exact_match, last_integer, letter_share, numeric_match
 
-NASTY = ["9**9**9**9", "(" * 10_000 + ")" * 10_000, "1," * 500_000, "9" * 1_000_000, "\x00\x00", "\ud800 5", "-" * 1_000_000, ""]
+NASTY = [
+    "9**9**9**9",
+    "(" * 10_000 + ")" * 10_000,
+    "1," * 500_000,
+    "9" * 1_000_000,
+    "\x00\x00",
+    "\ud800 5",
+    "-" * 1_000_000,
+    "",
+]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +41,14 @@ def test_last_integer(text, answer, right):
 
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
-    [("is 5.0", "5", 1), ("0.333333", "0.333333333", 1), ("0.33", "0.3333", 0), ("1,234.5", 1234.5, 1), ("-.5", "-0.5", 1), ("none", "1", 0)],
+    [
+        ("is 5.0", "5", 1),
+        ("0.333333", "0.333333333", 1),
+        ("0.33", "0.3333", 0),
+        ("1,234.5", 1234.5, 1),
+        ("-.5", "-0.5", 1),
+        ("none", "1", 0),
+    ],
 )
 def test_numeric_match(text, answer, right):
     assert numeric_match([text], [answer]) == [right]

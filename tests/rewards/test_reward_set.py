@@ -41,7 +41,12 @@ def test_arguments_are_those_of_trl():
 
     table = score(spy=spy)
     assert seen["prompts"] == [CHAT, CHAT, "plain", "plain"]
-    assert seen["completions"] == [[{"role": "assistant", "content": "c00"}], [{"role": "assistant", "content": "c01"}], "c10", "c11"]
+    assert seen["completions"] == [
+        [{"role": "assistant", "content": "c00"}],
+        [{"role": "assistant", "content": "c01"}],
+        "c10",
+        "c11",
+    ]
     assert seen["completion_ids"] == [[0], [1], [10], [11]]
     assert seen["answer"] == ["x", "x", "y", "y"]
     assert seen["extra"] == [None, None, 5, 5]
@@ -109,7 +114,9 @@ def test_columns_that_functions_need_are_known_before_the_run():
 
 
 def test_combination_by_weight():
-    rewards = RewardSet({"a": RewardSpec(lambda completions: [1, 2, 3, None], 2.0), "b": RewardSpec(lambda completions: [10] * 4, 0.5)})
+    rewards = RewardSet(
+        {"a": RewardSpec(lambda completions: [1, 2, 3, None], 2.0), "b": RewardSpec(lambda completions: [10] * 4, 0.5)}
+    )
     assert rewards.combine(rewards(*batch())).tolist() == [[7.0, 9.0], [11.0, 5.0]]
 
 

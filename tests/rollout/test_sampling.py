@@ -80,7 +80,9 @@ def test_filters_keep_exactly_these_tokens_and_renormalise(changes, kept):
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = torch.tensor([[2.0, -1.0, 1.5]])
     seen = torch.tensor([[True, True, False]])
-    tokens, logprobs = sample(logits, torch.zeros(1, dtype=torch.float64), params(temperature=0.0, repetition_penalty=2.0), seen)
+    tokens, logprobs = sample(
+        logits, torch.zeros(1, dtype=torch.float64), params(temperature=0.0, repetition_penalty=2.0), seen
+    )
     assert tokens.item() == 2
     assert logprobs.item() == pytest.approx(torch.log_softmax(torch.tensor([1.0, -2.0, 1.5]), 0)[2].item())
 

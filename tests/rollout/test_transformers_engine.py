@@ -24,7 +24,9 @@ def prompts():
 
 
 def trained_logprobs(policy, rollout, temperature):
-    groups = [(p.input_ids, [c.token_ids for c in g]) for p, g in zip(rollout.prompts, rollout.completions, strict=True)]
+    groups = [
+        (p.input_ids, [c.token_ids for c in g]) for p, g in zip(rollout.prompts, rollout.completions, strict=True)
+    ]
     with torch.no_grad():
         return policy(pack(groups, torch.device("cpu")), temperature)[0]
 

@@ -52,9 +52,9 @@ def _flush(path: Path) -> None:
 
 
 class RolloutCheckpoint(L.Callback):
-    """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays as ``previous.ckpt``.
+    """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays ``previous.ckpt``.
 
-    Where a validation follows the rollout, the checkpoint is taken behind it, because a resumed run would not repeat it.
+    Where a validation follows the rollout, the checkpoint is taken behind it: a resumed run would not repeat it.
     """
 
     def __init__(self, folder: str | Path, every_n_rollouts: int, validate_every_n_rollouts: int | None = None) -> None:
@@ -77,6 +77,11 @@ class RolloutCheckpoint(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Saves what waited for the validation."""
         if self.wanted:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Saves what a stop from elsewhere, such as ``trainer.max_time``, would lose."""
+        if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
             self._write(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -42,14 +42,10 @@ class ProgressLine(L.Callback):
                 TextColumn("{task.description}"),
             )
             self._progress = Progress(*columns, console=console)
-            self._task = self._progress.add_task(
-                "", total=pl_module.max_rollouts, completed=pl_module.rollouts_done
-            )
+            self._task = self._progress.add_task("", total=pl_module.max_rollouts, completed=pl_module.rollouts_done)
             self._progress.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Moves the bar, or prints a line."""
         done, total = pl_module.rollouts_done, pl_module.max_rollouts
         left_s = (self.clock() - self._start) / max(1, done - self._done_at_start) * (total - done)

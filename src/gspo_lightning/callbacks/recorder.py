@@ -67,9 +67,7 @@ class RunRecorder(L.Callback):
         if trainer.is_global_zero:
             self._prepare()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One row of metrics, one line per completion."""
         if trainer.is_global_zero:
             self._prepare()
@@ -121,9 +119,7 @@ class RunRecorder(L.Callback):
         if before.exists() and source.resolve() != self.run_dir.resolve():
             shutil.copyfile(before, self.run_dir / BEFORE)
         if problems:
-            warnings.warn(
-                f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2
-            )
+            warnings.warn(f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2)
 
     def _log_completions(self, step: int, scored: ScoredRollout) -> None:
         lines = "".join(to_json(entry) + "\n" for entry in completion_entries(step, scored))

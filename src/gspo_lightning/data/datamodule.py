@@ -91,8 +91,7 @@ class PromptDataModule(L.LightningDataModule):
         size = self.task.num_train_rows
         if size is not None and size < self.prompts_per_rollout:
             raise UserError(
-                f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; "
-                "lower it"
+                f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; lower it"
             )
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
         for prompt in self._prompts_to_check():

@@ -25,12 +25,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         description="Shows the first prompts as the model sees them.",
     )
     parser.add_argument("--num", type=int, default=3, help="how many prompts (default: 3)")
-    parser.add_argument(
-        "--validation", action="store_true", help="held-out prompts instead of training prompts"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="as for train.py, such as data=largest_of_four model=micro"
-    )
+    parser.add_argument("--validation", action="store_true", help="held-out prompts instead of training prompts")
+    parser.add_argument("overrides", nargs="*", help="as for train.py, such as data=largest_of_four model=micro")
     options = parser.parse_args(arguments)
     show(build_datamodule(options.overrides), options.num, options.validation, console or Console())
 

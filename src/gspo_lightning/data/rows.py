@@ -126,13 +126,10 @@ class RowsTask:
         keys = _keys(self._rows, self._prompt_columns)
         train = [i for i in rest if keys[i] not in held_out]
         if not train:
-            raise UserError(
-                f"data.task.source={self._label}: every row has a held-out prompt; nothing is left"
-            )
+            raise UserError(f"data.task.source={self._label}: every row has a held-out prompt; nothing is left")
         if len(train) < len(rest):
             warnings.warn(
-                f"{len(rest) - len(train)} training rows of {self._label} are left out: "
-                "their prompts are held out",
+                f"{len(rest) - len(train)} training rows of {self._label} are left out: their prompts are held out",
                 stacklevel=2,
             )
         return train
@@ -173,9 +170,7 @@ class RowsTask:
                 raise UserError(f"{where}: the prompt is empty")
             if not self.conversational:
                 if self.system_prompt:
-                    raise UserError(
-                        "data.task.system_prompt has no effect with data.task.conversational=false"
-                    )
+                    raise UserError("data.task.system_prompt has no effect with data.task.conversational=false")
                 return prompt
             messages: Messages = [{"role": "user", "content": prompt}]
         else:

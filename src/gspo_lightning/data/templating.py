@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
 
-_OURS = frozenset(
-    {"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"}
-)
+_OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"})
 
 
 def encode_prompt(

@@ -67,7 +67,7 @@ def sapo(x: LossInputs) -> Tensor:
 
 
 def gmpo(x: LossInputs) -> Tensor:
-    """Geometric mean of one-sidedly clipped token ratios times A (GMPO, arXiv 2507.20673).
+    """``-A exp(mean_t clip_A(d_t))``: geometric mean of clipped token ratios (GMPO, arXiv 2507.20673).
 
     Log-ratios are clipped by the sign of the advantage (from above for A > 0, from below for A < 0), averaged over
     the sequence and exponentiated; the value is the same for all tokens of a sequence.

@@ -14,7 +14,7 @@ WIDE_SEQUENCE_CLIP = 0.1
 
 @dataclass(frozen=True)
 class Finding:
-    """One line for the user: ``contradiction`` and ``no_effect`` refuse, the latter unless allowed; ``warning`` warns."""
+    """One line for the user; ``contradiction`` refuses, ``no_effect`` refuses unless allowed, ``warning`` warns."""
 
     kind: Literal["contradiction", "no_effect", "warning"]
     message: str
@@ -57,13 +57,19 @@ def _clip(objective: Objective, steps: int) -> Iterator[Finding]:
     if objective.delta is not None and objective.delta < 1 + high:
         yield Finding(
             "contradiction",
-            f"objective.delta={objective.delta} is below 1 + epsilon_high = {1 + high}: it would undo the upper clip; raise it",
+            f"objective.delta={objective.delta} is below 1 + epsilon_high = {1 + high}: it would "
+            "undo the upper clip; raise it",
         )
-    if objective.importance_sampling_level != "token" and objective.spec.uses_clip and max(low, high) >= WIDE_SEQUENCE_CLIP:
+    if (
+        objective.importance_sampling_level != "token"
+        and objective.spec.uses_clip
+        and max(low, high) >= WIDE_SEQUENCE_CLIP
+    ):
         yield Finding(
             "warning",
             f"objective.epsilon={low}, epsilon_high={high} will hardly ever act at importance_sampling_level="
-            f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves by hundredths; the paper uses 3e-4/4e-4",
+            f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves "
+            "by hundredths; the paper uses 3e-4/4e-4",
         )
 
 
@@ -78,8 +84,8 @@ def _loss(objective: Objective, steps: int) -> Iterator[Finding]:
     if objective.loss_type == "reinforce" and steps > 1:
         yield Finding(
             "warning",
-            f"objective.loss_type=reinforce has no importance ratio, but each rollout gives {steps} optimizer steps: all "
-            "but the first are off-policy; set update.num_minibatches=1",
+            f"objective.loss_type=reinforce has no importance ratio, but each rollout gives {steps} optimizer "
+            "steps: all but the first are off-policy; set update.num_minibatches=1",
         )
 
 
@@ -96,7 +102,8 @@ def _counts(num_generations: int, num_minibatches: int, prompts_per_rollout: int
     if num_generations < 2:
         yield Finding(
             "contradiction",
-            f"rollout.num_generations={num_generations} must be at least 2; a group of one has no one to be compared with",
+            f"rollout.num_generations={num_generations} must be at least 2; a group of one "
+            "has no one to be compared with",
         )
     if prompts_per_rollout % num_minibatches:
         yield Finding(

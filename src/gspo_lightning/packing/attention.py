@@ -72,7 +72,9 @@ def attend(
     scores = (query @ key.transpose(-1, -2)) * scaling
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     column = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.softmax(torch.cat([scores, column], dim=-1).to(torch.promote_types(scores.dtype, torch.float32)), -1)
+    weights = torch.softmax(
+        torch.cat([scores, column], dim=-1).to(torch.promote_types(scores.dtype, torch.float32)), -1
+    )
     return weights[..., :-1].to(value.dtype) @ value
 
 

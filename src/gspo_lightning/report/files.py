@@ -25,9 +25,7 @@ def read_metrics(run_dir: Path) -> dict[str, Series]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
-            values = {
-                name: _number(cell, f"{path}:{line}: column {name}") for name, cell in row.items() if cell
-            }
+            values = {name: _number(cell, f"{path}:{line}: column {name}") for name, cell in row.items() if cell}
             step = values.pop("step")
             for name, value in values.items():
                 if math.isfinite(value):

@@ -47,9 +47,7 @@ CHARTS = (
     Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, (0.0,)),
     Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, (0.0, 1.0)),
     Chart("Cut completions", "share", {"at the length limit": "completion/truncated_frac"}, (0.0, 1.0)),
-    Chart(
-        "Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, (0.0,)
-    ),
+    Chart("Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, (0.0,)),
 )
 CONFIG_KEYS = {
     "model": "model.path",

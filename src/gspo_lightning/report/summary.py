@@ -53,16 +53,12 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
         f"rollout {_speed(metrics, 'rollout', 'rollout')}, update {_speed(metrics, 'train', 'update')}",
     )
     table.add_row("peak memory", f"{summary['peak_rss_gb']:.2f} GiB")
-    table.add_row(
-        "trained model", escape(str(summary["export_dir"] or "not exported (export.enabled=false)"))
-    )
+    table.add_row("trained model", escape(str(summary["export_dir"] or "not exported (export.enabled=false)")))
     table.add_row("report", escape(str(report)))
     console.print(table)
 
 
-def print_evaluation(
-    console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]
-) -> None:
+def print_evaluation(console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
     """Accuracies of a model on held-out prompts, and some of its greedy completions."""
     table = Table(title=f"Held-out evaluation of {escape(model)}", title_justify="left")
     table.add_column("metric", style="bold")

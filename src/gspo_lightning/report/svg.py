@@ -20,9 +20,7 @@ def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0)
         low, high = low - pad, high + pad
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = max(
-        least_step, next((m * magnitude for m in (1, 2, 2.5, 5) if m * magnitude >= raw), 10 * magnitude)
-    )
+    step = max(least_step, next((m * magnitude for m in (1, 2, 2.5, 5) if m * magnitude >= raw), 10 * magnitude))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
@@ -127,9 +125,7 @@ def _line(name: str, series: Series, scale: _Scale, number: int) -> str:
         # The dots of a long series are invisible, but still show their value under a pointer.
         dot = f'class="hit" r="{5}"' if noisy else f'class="s{number}" r="2.6"'
         words = f"{escape(name)}, rollout {x:.6g}: {y:.4g}"
-        parts.append(
-            f'<circle {dot} cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}"><title>{words}</title></circle>'
-        )
+        parts.append(f'<circle {dot} cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}"><title>{words}</title></circle>')
     return "".join(parts)
 
 

@@ -1,9 +1,9 @@
 """Calling reward functions, checking what they return, and combining them.
 
-A reward function has TRL's signature, ``(prompts, completions, completion_ids, **columns) -> list[float | None]``, plain or
-``async``, so that one written for TRL runs unchanged. Lists have one entry per completion, the completions of a prompt
-side by side; columns of the dataset row are repeated. A conversational prompt comes with conversational completions,
-``[{"role": "assistant", "content": text}]``, a plain one with strings. None means "does not apply".
+A reward function has TRL's signature, ``(prompts, completions, completion_ids, **columns) -> list[float | None]``,
+plain or ``async``, so that one written for TRL runs unchanged. Lists have one entry per completion, the completions
+of a prompt side by side; columns of the dataset row are repeated. A conversational prompt comes with
+conversational completions, ``[{"role": "assistant", "content": text}]``, a plain one with strings. None means "does not apply".
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class RewardSet:
         arguments = call_arguments(prompts, completions)
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
         with ThreadPoolExecutor(max_workers=len(self.functions), thread_name_prefix="reward") as pool:
-            calls = {
-                name: pool.submit(call, spec.function, arguments) for name, spec in self.functions.items()
-            }
+            calls = {name: pool.submit(call, spec.function, arguments) for name, spec in self.functions.items()}
             columns = [
                 checked(name, _result(name, future, self.functions[name].timeout_s), uids)
                 for name, future in calls.items()
@@ -131,7 +129,7 @@ def _result(name: str, future: Future[Any], timeout_s: float | None) -> Any:
         if future.done():
             raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
         raise UserError(f"reward function {name} took longer than its timeout_s={timeout_s}") from error
-    except Exception as error:  # noqa: BLE001 - whatever a user's function raises is reported with its name
+    except Exception as error:
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
 
 

@@ -20,7 +20,9 @@ class PrefillCache(Cache):
         super().__init__(layers=[])
         self.states: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Stores ``(1, kv_heads, T, D)`` of layer ``layer_idx``."""
         assert layer_idx == len(self.states)
         self.states.append((key_states, value_states))
@@ -52,7 +54,9 @@ class DecodeCache(Cache):
         slots = torch.arange(self.slots_prompt + new_tokens, device=device)
         self.visible = slots >= start[:, None]
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots."""
         buffer = self.buffers[layer_idx]
         buffer[0, : self.rows, :, self.slots_filled] = key_states[:, :, 0]
@@ -113,7 +117,9 @@ class DecodeLayout:
         """The mask as a term of the scores, made once per token: every layer would convert a boolean mask again."""
         if window not in self._biases:
             mask = self._mask(window)
-            self._biases[window] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._biases[window] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                ~mask, -torch.inf
+            )
         return self._biases[window]
 
     def _mask(self, window: int | None) -> Tensor:

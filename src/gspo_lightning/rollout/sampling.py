@@ -24,7 +24,9 @@ def row_uniforms(seed: int, uid: str, generation: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draws one token per row.
 
     Args:

@@ -56,7 +56,9 @@ class _Decoder:
         count, budget = sampling.num_generations, sampling.max_completion_length
         self.rows = [_Row(p, g) for p in range(len(prompts)) for g in range(count)]
         self.active = list(self.rows)
-        self.uniforms = torch.stack([row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows])
+        self.uniforms = torch.stack(
+            [row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows]
+        )
         self.eos = frozenset(policy.eos_token_ids)
         self.seen = self._seen_in_prompts() if sampling.repetition_penalty != 1.0 else None
 

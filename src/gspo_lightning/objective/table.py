@@ -1,0 +1,33 @@
+"""`python -m gspo_lightning.objective.table` prints the table of docs/objectives/README.md from the registry."""
+
+from __future__ import annotations
+
+from gspo_lightning.objective.aggregation import AGGREGATIONS
+from gspo_lightning.objective.losses import LOSSES
+from gspo_lightning.objective.ratios import CLIP_WIDTHS
+
+
+def table() -> str:
+    """One Markdown row per loss: formula, ratio levels, average over tokens, default clip."""
+    lines = ["| `loss_type` | loss of a token | ratio level | average | default clip |", "|---|---|---|---|---|"]
+    for name, spec in LOSSES.items():
+        formula = (spec.function.__doc__ or "").split("``")[1].replace("|", "\\|")
+        lines.append(
+            f"| [`{name}`]({name}.md) | `{formula}` | {', '.join(spec.levels)} "
+            f"| `{AGGREGATIONS[spec.aggregation].formula}` | {_clip(name)} |".replace("|y_i|", "\\|y_i\\|")
+        )
+    return "\n".join(lines)
+
+
+def _clip(name: str) -> str:
+    spec = LOSSES[name]
+    if not spec.uses_clip:
+        return "none"
+    if spec.epsilons is not None:
+        return f"{spec.epsilons[0]:g} / {spec.epsilons[1]:g}"
+    widths = {level: CLIP_WIDTHS[level] for level in ("token", "sequence")}
+    return "; ".join(f"{level} {low:g} / {high:g}" for level, (low, high) in widths.items())
+
+
+if __name__ == "__main__":
+    print(table())
