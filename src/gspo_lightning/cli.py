@@ -65,7 +65,7 @@ def evaluate_main() -> None:
 
 def train(cfg: DictConfig) -> float | None:
     """One training run; returns the held-out sampled accuracy after it, for sweeps."""
-    return _job(_train, cfg)  # type: ignore[no-any-return]
+    return _job(_train, cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:

@@ -8,19 +8,21 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, rollout_metrics
 from gspo_lightning.distributed import add_metrics, global_max, global_means, global_sum, gradient_sync, world_size
 from gspo_lightning.objective import Objective
-from gspo_lightning.packing import GroupSlice
+from gspo_lightning.passes import Logprobs, Passes
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
@@ -30,7 +32,6 @@ from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
 from gspo_lightning.types import Metrics, PromptBatch, SamplingParams, ScoredRollout
 from gspo_lightning.update import (
-    MicroBatch,
     Minibatch,
     UpdateSettings,
     build_micro_batch,
@@ -88,7 +89,7 @@ class GSPOModule(L.LightningModule):
         self.validator = Validator(validation, rewards, sampling, seed)
         self.max_rollouts, self.seed = max_rollouts, seed
         self.policy: Policy | None = None
-        self._frozen: list[nn.Module] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
+        self._frozen: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self.rollouts_done = 0
         self.counts = {
             "optimizer_steps": 0,
@@ -98,6 +99,7 @@ class GSPOModule(L.LightningModule):
             "train_tokens": 0,
         }
         self._nonfinite_in_a_row = 0
+        self._trained_tokens = 0
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
@@ -151,13 +153,25 @@ class GSPOModule(L.LightningModule):
         """All optimizer steps on the rollout in hand."""
         scored, metrics = self.last_scored, rollout_metrics(self.last_scored)
         minibatches = self._minibatches(scored)
-        old, reference = self._passes_before_update(scored, minibatches)
+        passes = self._passes()
+        with self.stopwatch("old_logprobs"):
+            old = passes.before_update(scored, minibatches)
+        with self.stopwatch("ref_logprobs"):
+            reference = passes.reference(scored, minibatches)
+        # Autocast keeps the casts made without gradient; they must not serve a forward with gradient.
+        torch.clear_autocast_cache()
         with self.stopwatch("update"):
             for iteration in range(self.update_settings.num_iterations):
                 for number, minibatch in enumerate(minibatches):
                     fresh = iteration == 0 and number == 0
-                    old[number] = self._step(scored, minibatch, old[number], reference[number], fresh, metrics)
+                    old[number] = self._step(passes, scored, minibatch, old[number], reference[number], fresh, metrics)
         self._finish_rollout(scored, metrics, batch)
+
+    def _passes(self) -> Passes:
+        assert self.policy is not None
+        frozen = self._frozen[0] if self._frozen else None
+        settings = self.update_settings
+        return Passes(self.policy, frozen, self.objective, self.sampling.temperature, settings.log_entropy)
 
     def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollouts_done)
@@ -169,103 +183,48 @@ class GSPOModule(L.LightningModule):
             order=torch.randperm(len(scored.prompts), generator=generator).tolist(),
         )
 
-    def _passes_before_update(
-        self, scored: ScoredRollout, minibatches: list[Minibatch]
-    ) -> tuple[list[list[Tensor] | None], list[list[Tensor] | None]]:
-        """Old log-probabilities of all minibatches but the first, and those of the reference if there is one.
-
-        The first minibatch is updated from the very weights that sampled it: there, old is new.
-        """
-        with self.stopwatch("old_logprobs"), torch.no_grad():
-            old = [self._logprobs_of(self._policy_forward, scored, m) if n else None for n, m in enumerate(minibatches)]
-        with self.stopwatch("ref_logprobs"), torch.no_grad():
-            needed = self.objective.needs_ref
-            reference = [self._logprobs_of(self._reference_forward, scored, m) if needed else None for m in minibatches]
-        # Casts made without gradient must not serve a forward with gradient.
-        torch.clear_autocast_cache()
-        return old, reference
-
-    def _logprobs_of(
-        self, forward: Callable[[MicroBatch], Tensor], scored: ScoredRollout, minibatch: Minibatch
-    ) -> list[Tensor]:
-        micro_batches = (build_micro_batch(scored, plan, self.device) for plan in minibatch.plan)
-        return [forward(micro) for micro in micro_batches]
-
-    def _policy_forward(self, micro: MicroBatch) -> Tensor:
-        return self.policy(micro.packed, self._temperature)[0]  # type: ignore[misc, no-any-return]
-
-    def _reference_forward(self, micro: MicroBatch) -> Tensor:
-        assert self.policy is not None
-        if self.policy.has_adapter:
-            with self.policy.adapter_disabled():
-                return self._policy_forward(micro)
-        return self._frozen[0].to(self.device)(micro.packed, self._temperature)[0]  # type: ignore[no-any-return]
-
-    @property
-    def _temperature(self) -> float:
-        return self.sampling.temperature
-
     def _step(
         self,
+        passes: Passes,
         scored: ScoredRollout,
         minibatch: Minibatch,
-        old: list[Tensor] | None,
-        reference: list[Tensor] | None,
+        old: Logprobs | None,
+        reference: Logprobs | None,
         fresh: bool,
         metrics: Metrics,
-    ) -> list[Tensor]:
+    ) -> Logprobs:
         """One optimizer step on one minibatch; returns the log-probabilities that are its old ones from now on."""
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         counts = torch.tensor([minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=self.device)
-        num_sequences, num_tokens = (int(x) for x in global_sum(counts).tolist())
+        denominator = self.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
         rounds = global_max(len(minibatch.plan), self.device)
-        seen: list[Tensor] = []
+        seen: Logprobs = []
         for index in range(rounds):
             with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(scored, minibatch.plan[index], self.device)
-                    logprobs, loss = self._micro_loss(
-                        micro, old and old[index], reference and reference[index], metrics
+                    logprobs, loss = passes.loss(
+                        micro, old[index] if old else None, reference[index] if reference else None, metrics
                     )
                     if fresh:
                         add_metrics(metrics, sampler_mismatch(logprobs, micro))
                     seen.append(logprobs.detach())
+                    self._trained_tokens += micro.packed.num_tokens
                 else:
-                    loss = self._empty_loss(scored)
-                self.manual_backward(loss * (world_size() / self.objective.denominator(num_sequences, num_tokens)))
+                    loss = passes.empty_loss(scored)
+                # Data-parallel strategies average over ranks; the denominator is already that of all of them.
+                self.manual_backward(loss * (world_size() / denominator))
         if rounds:
-            self._clip_and_step(optimizer, metrics)  # type: ignore[arg-type]
+            self._clip_and_step(metrics)
         else:
             self.counts["skipped_steps"] += 1
-        scheduler.step()  # type: ignore[union-attr, call-arg]
+        cast(LRScheduler, self.lr_schedulers()).step()
         return seen if old is None else old
 
-    def _micro_loss(
-        self, micro: MicroBatch, old: Tensor | None, reference: Tensor | None, metrics: Metrics
-    ) -> tuple[Tensor, Tensor]:
-        with_entropy = self.objective.needs_entropy or self.update_settings.log_entropy
-        logprobs, entropy = self.policy(micro.packed, self._temperature, with_entropy)  # type: ignore[misc]
-        self.counts["train_tokens"] += micro.packed.num_tokens
-        result = self.objective(
-            logprobs,
-            logprobs.detach() if old is None else old,
-            micro.advantages.to(logprobs.dtype),
-            micro.packed.sequence_index,
-            micro.packed.lengths,
-            ref_logprobs=reference,
-            entropy=entropy if with_entropy else None,
-        )
-        add_metrics(metrics, result.metrics)
-        return logprobs, result.loss
-
-    def _empty_loss(self, scored: ScoredRollout) -> Tensor:
-        """A zero attached to the graph, so that every rank runs the same number of forwards and backwards."""
-        micro = build_micro_batch(scored, (GroupSlice(0, (0,)),), self.device)
-        return self.policy(micro.packed, self._temperature)[0].sum() * 0.0  # type: ignore[misc, no-any-return]
-
-    def _clip_and_step(self, optimizer: Optimizer, metrics: Metrics) -> None:
+    def _clip_and_step(self, metrics: Metrics) -> None:
         """Clips and steps; a non-finite gradient is thrown away, and too many in a row end the run."""
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]  # type: ignore[union-attr]
+        assert self.policy is not None
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
         one = torch.ones(())
         if torch.isfinite(norm):
@@ -290,11 +249,15 @@ class GSPOModule(L.LightningModule):
 
     def _finish_rollout(self, scored: ScoredRollout, metrics: Metrics, batch: PromptBatch) -> None:
         self.rollouts_done += 1
-        self.counts["rollout_tokens"] += sum(len(c.token_ids) for group in scored.completions for c in group)
+        sampled = sum(len(c.token_ids) for group in scored.completions for c in group)
+        tokens = torch.tensor([sampled, self._trained_tokens], dtype=torch.float64, device=self.device)
+        for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
+            self.counts[name] += int(count)
+        self._trained_tokens = 0
         values = global_means(metrics, self.device)
         if "gspo/ratio_noise_var" in values:
             values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
-        values["lr"] = self.lr_schedulers().get_last_lr()[0]  # type: ignore[union-attr]
+        values["lr"] = float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0])
         values |= {f"count/{name}": float(count) for name, count in self.counts.items()}
         values |= self.stopwatch.metrics(values, self.last_metrics)
         values["perf/peak_rss_gb"] = peak_rss_gb()
@@ -322,10 +285,12 @@ class GSPOModule(L.LightningModule):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained parameters alone: a frozen base comes from where it was loaded."""
         state = super().state_dict(*args, **kwargs)
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        # With duplicates: a tied output embedding has two names.
+        every = self.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in every if not parameter.requires_grad}
         return {name: value for name, value in state.items() if name not in frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -49,4 +49,5 @@ def test_two_ranks_give_the_update_of_one(arguments, micro_model_dir, tmp_path):
         start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir).parameters()])
         assert relative_distance(two - start, one - start) < 1e-7
     assert relative_distance(two, one) < 1e-7
+    assert facts_two["counts"] == facts_one["counts"]
     assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True)

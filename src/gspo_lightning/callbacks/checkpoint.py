@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 class StreamingCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight into its file; Lightning's own holds a second copy of it in memory first."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:  # type: ignore[override]
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Saves to a local path."""
         torch.save(checkpoint, path)
 

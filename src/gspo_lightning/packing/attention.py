@@ -66,7 +66,7 @@ def attend(
     """One attention call with equal head counts; ``mask=None`` means causal. All ``(..., heads, tokens, D)``."""
     if sinks is None:
         if mask is not None and query.device.type == "cpu" and torch.is_grad_enabled() and mask.numel() <= DENSE_SCORES:
-            return _DenseBackward.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
+            return _DenseBackward.apply(query, key, value, mask, scaling)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     assert mask is not None
     scores = (query @ key.transpose(-1, -2)) * scaling
@@ -86,7 +86,7 @@ class _DenseBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.scaling = scaling
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)

@@ -43,7 +43,7 @@ def linear_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):
         backward_dtype = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)  # type: ignore[no-any-return]
+        return _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -59,7 +59,7 @@ def _wide(x: Tensor) -> Tensor:
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,

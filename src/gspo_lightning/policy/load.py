@@ -65,7 +65,7 @@ class PolicyLoader:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(self.path), dtype=_DTYPES[self.dtype], attn_implementation=ATTENTION_NAME, **self.overrides
         )
-        return model.train()  # type: ignore[no-any-return]
+        return model.train()
 
 
 def _refuse_dropout(model: nn.Module) -> None:

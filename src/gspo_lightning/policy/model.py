@@ -29,7 +29,7 @@ class Policy(nn.Module):
     @property
     def base_model(self) -> PreTrainedModel:
         """The transformers model inside the adapter, if there is one."""
-        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator, return-value]
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
 
     @property
     def config(self) -> Any:
@@ -42,7 +42,7 @@ class Policy(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """``(V, H)`` of the output embedding."""
-        return self.base_model.get_output_embeddings().weight  # type: ignore[no-any-return]
+        return self.base_model.get_output_embeddings().weight
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: Any, **kwargs: Any) -> Tensor:
         """Last hidden states ``(rows, tokens, H)`` of a forward whose attention follows ``layout``."""
-        output = self.base_model.model(  # type: ignore[operator]
+        output = self.base_model.model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=layout_mask(input_ids.device),
@@ -62,7 +62,7 @@ class Policy(nn.Module):
             use_cache=kwargs.get("past_key_values") is not None,
             **kwargs,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
     def forward(
         self, packed: PackedBatch, temperature: float = 1.0, with_entropy: bool = False

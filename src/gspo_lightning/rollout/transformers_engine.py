@@ -130,7 +130,7 @@ class _Decoder:
         return seen.to(self.policy.device)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.policy.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[no-any-return]
+        return self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _completions(self) -> list[list[Completion]]:
         done = [
