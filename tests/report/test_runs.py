@@ -62,7 +62,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path):
 
 def test_a_setting_that_repeats_another_is_named_once_and_one_that_only_differs_too_is_not_hidden(tmp_path):
     for number, (path, level) in enumerate((("a", 1), ("b", 2))):
-        write_run(tmp_path / str(number), [1.0], model={"path": path}, data={"seed": 0, "model_path": path}, level=level)
+        write_run(
+            tmp_path / str(number), [1.0], model={"path": path}, data={"seed": 0, "model_path": path}, level=level
+        )
     assert differing_settings(find_runs([tmp_path])[0]) == ["level", "data.model_path"]
 
 

@@ -3,6 +3,7 @@
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.data.rows import RowsTask
 from gspo_lightning.data.tasks import Arithmetic, LargestOfFour, MicroDigit, MicroLetters, Task
+from gspo_lightning.data.templating import make_prompt
 
 __all__ = [
     "Arithmetic",
@@ -12,4 +13,5 @@ __all__ = [
     "PromptDataModule",
     "RowsTask",
     "Task",
+    "make_prompt",
 ]

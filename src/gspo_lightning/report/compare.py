@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 def comparison_table(groups: Sequence[RunGroup]) -> Table:
     """One row per setting: what sets it apart, how many runs, and means with their confidence intervals."""
     table = Table(title="Runs compared: mean ± half-width of the 95 % confidence interval", title_justify="left")
-    table.add_column("settings", overflow="fold")
+    longest = max(len(f"{key}={value}") for group in groups for key, value in (group.settings or {"": ""}).items())
+    table.add_column("settings", overflow="fold", min_width=min(48, longest))
     for heading in _headings(groups)[len(groups[0].settings) :]:
         table.add_column(heading, justify="right", overflow="fold")
     for group in groups:
@@ -76,8 +77,8 @@ def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[P
     count = sum(len(group.runs) for group in groups)
     intro = (
         f'<h1>{count} runs, {len(groups)} settings</h1><p class="soft">Values are means over the runs of a setting, ± '
-        "half the width of the 95 % confidence interval (Student's t). Bands are that interval, at the rollouts that all "
-        "runs of the setting reached; a setting with a single run has none.</p>"
+        "half the width of the 95 % confidence interval (Student's t). Bands are that interval, at the rollouts that "
+        "all runs of the setting reached; a setting with a single run has none.</p>"
     )
     missing = "".join(f'<p class="soft">{escape(str(folder))}: recorded nothing</p>' for folder in without)
     body = f'{intro}{missing}<h2>Settings that differ</h2>{table}<h2>Curves</h2><div class="charts">{charts}</div>'
