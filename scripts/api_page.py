@@ -25,7 +25,9 @@ def page() -> str:
     """The whole page."""
     legend = inspect.getdoc(sys.modules[gspo_lightning.PromptBatch.__module__]) or ""
     rows = re.findall(r"^([A-Z])\s{2,}(.+)$", legend, re.MULTILINE)
-    table = "| letter | meaning |\n|---|---|\n" + "".join(f"| {letter} | {meaning.replace('``', '`')} |\n" for letter, meaning in rows)
+    table = "| letter | meaning |\n|---|---|\n" + "".join(
+        f"| {letter} | {meaning.replace('``', '`')} |\n" for letter, meaning in rows
+    )
     names = [name for name in gspo_lightning.__all__ if name != "__version__"]
     return HEAD + table + "".join(_section(name, getattr(gspo_lightning, name)) for name in names)
 

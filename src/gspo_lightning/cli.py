@@ -112,6 +112,7 @@ def _train(cfg: DictConfig) -> float | None:
     ckpt_path = checkpoint_file(plain["ckpt_path"])
     run_dir = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     datamodule = config.build_data(plain)
+    plain["max_rollouts"] = config.rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     return TrainingRun(plain, run_dir, ckpt_path, config.build_module(plain), datamodule).execute()
