@@ -291,8 +291,9 @@ class GSPOModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the validation counters anew."""
-        self.validator.reset()
+        """Starts the validation counters anew, with one for each task of a mixture."""
+        task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
+        self.validator.reset(getattr(task, "task_names", ()))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Greedy and sampled completions of held-out prompts."""

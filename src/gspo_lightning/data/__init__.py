@@ -1,6 +1,8 @@
 """Tasks, prompts and the stream they come from."""
 
 from gspo_lightning.data.datamodule import PromptDataModule
+from gspo_lightning.data.mixture import Mixture
+from gspo_lightning.data.multiple_choice import MultipleChoice
 from gspo_lightning.data.rows import RowsTask
 from gspo_lightning.data.tasks import Arithmetic, LargestOfFour, MicroDigit, MicroLetters, Task
 from gspo_lightning.data.templating import make_prompt
@@ -10,6 +12,8 @@ __all__ = [
     "LargestOfFour",
     "MicroDigit",
     "MicroLetters",
+    "Mixture",
+    "MultipleChoice",
     "PromptDataModule",
     "RowsTask",
     "Task",
