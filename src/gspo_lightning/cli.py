@@ -20,6 +20,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -31,6 +32,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule, NonFiniteGradientError
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
+from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.timing import peak_rss_gb
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -114,6 +116,8 @@ def _train(cfg: DictConfig) -> float | None:
     datamodule = config.build_data(plain)
     plain["max_rollouts"] = config.rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    if plain["print_config"]:
+        rank_zero_only(Console().print)(config_tree(plain))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     return TrainingRun(plain, run_dir, ckpt_path, config.build_module(plain), datamodule).execute()
 

@@ -12,6 +12,9 @@ from gspo_lightning.callbacks.recorder import completion_entries
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import ScoredRollout
 
+_MARKDOWN = frozenset("|*_`[]~$\\")
+"""Characters with a meaning in Markdown tables."""
+
 
 class CompletionsTable(L.Callback):
     """Every so many rollouts the completions of the first prompts, with rewards and advantages, to each logger.
@@ -69,10 +72,8 @@ def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     """A table that TensorBoard draws; what a model wrote stays text."""
 
     def cell(value: Any) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        for character, code in (("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;"), ("`", "&#96;"), ("[", "&#91;")):
-            text = text.replace(character, code) if character != "|" else escape(text).replace(character, code)
-        return text.replace("\n", "<br>")
+        text = escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+        return "".join(f"&#{ord(c)};" if c in _MARKDOWN else c for c in text).replace("\n", "<br>")
 
     lines = [[cell(value) for value in line] for line in ([*columns], *rows)]
     head, body = lines[0], lines[1:]

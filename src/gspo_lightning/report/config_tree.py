@@ -39,7 +39,9 @@ def _add_branch(tree: Tree, key: str, node: Mapping[str, Any]) -> None:
 
 
 def _add_leaves(tree: Tree, leaves: Mapping[str, Any]) -> None:
-    words = [f"{escape(str(key))}=[green]{escape(str(value))}[/green]" for key, value in leaves.items() if key[0] != "_"]
+    words = [
+        f"{escape(str(key))}=[green]{escape(str(value))}[/green]" for key, value in leaves.items() if key[0] != "_"
+    ]
     if words:
         tree.add("  ".join(words))
 
