@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for number, group in enumerate(groups, start=1):
+        settings = ", ".join(f"{key}={value}" for key, value in group.settings.items()) or "all settings are the same"
+        console.print(f"{number}: {settings}", highlight=False, markup=False, soft_wrap=True)
     console.print(comparison_table(groups))
     for folder in without:
         console.print(f"{folder}: recorded nothing; the job failed or was not run", highlight=False, soft_wrap=True)
@@ -56,22 +59,20 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def comparison_table(groups: Sequence[RunGroup]) -> Table:
-    """One row per setting: what sets it apart, how many runs, and means with their confidence intervals."""
-    table = Table(title="Runs compared: mean ± half-width of the 95 % confidence interval", title_justify="left")
-    longest = max(len(f"{key}={value}") for group in groups for key, value in (group.settings or {"": ""}).items())
-    table.add_column("settings", overflow="fold", min_width=min(48, longest))
-    for heading in _headings(groups)[len(groups[0].settings) :]:
+    """One row per setting, by its number: how many runs, and means with their confidence intervals."""
+    table = Table(title="Mean ± half-width of the 95 % confidence interval", title_justify="left")
+    for heading in ("", *_headings(groups)[len(groups[0].settings) :]):
         table.add_column(heading, justify="right", overflow="fold")
-    for group in groups:
-        settings = "\n".join(f"{key}={value}" for key, value in group.settings.items()) or "all the same"
-        table.add_row(*map(plain, [settings, *_cells(group)[len(group.settings) :]]))
+    for number, group in enumerate(groups, start=1):
+        table.add_row(str(number), *map(plain, _cells(group)[len(group.settings) :]))
     return table
 
 
 def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[Path] = ()) -> Path:
     """Writes the page: settings that differ, the table, and every chart of the report with one line per setting."""
-    headings = "".join(f"<th>{escape(heading)}</th>" for heading in _headings(groups))
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(group)) + "</tr>" for group in groups)
+    headings = "".join(f"<th>{escape(heading)}</th>" for heading in ["", *_headings(groups)])
+    lines = ([str(number), *_cells(group)] for number, group in enumerate(groups, start=1))
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     table = f'<div class="wide"><table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table></div>'
     charts = "".join(_charts(groups))
     count = sum(len(group.runs) for group in groups)
@@ -118,7 +119,11 @@ def _charts(groups: Sequence[RunGroup]) -> list[str]:
                 label = f"{number + 1}: {group.label}"
                 points = [(step, mean_and_halfwidth(values)) for step, values in group.curve(column)]
                 lines[label] = [(step, mean) for step, (mean, _) in points]
-                bands[label] = Band([(s, m - h, m + h) for s, (m, h) in points if not math.isnan(h)])
+                # An interval ends where values end: a share is never above 1, a count never below 0.
+                least = 0.0 if 0.0 in chart.reach else -math.inf
+                most = 1.0 if 1.0 in chart.reach else math.inf
+                edges = [(s, max(m - h, least), min(m + h, most)) for s, (m, h) in points if not math.isnan(h)]
+                bands[label] = Band(edges)
             title = chart.title if len(chart.lines) == 1 else f"{chart.title}, {name}"
             drawn.append(line_chart(title, lines, chart.unit, reach=chart.reach, bands=bands))
     return drawn
