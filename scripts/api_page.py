@@ -35,7 +35,7 @@ def page() -> str:
 def _section(name: str, thing: Any) -> str:
     kind = "class" if inspect.isclass(thing) else "function"
     path = f"{thing.__module__}.{thing.__qualname__}"
-    parts = [f"\n## {name}\n\n*{kind}*, `{path}`\n\n```python\n{name}{_signature(thing)}\n```\n\n{_doc(thing)}\n"]
+    parts = [f"\n## {name}\n\n*{kind}*, `{path}`\n\n```py\n{name}{_signature(thing)}\n```\n\n{_doc(thing)}\n"]
     if inspect.isclass(thing):
         fields = _field_docs(thing)
         if fields:
