@@ -138,6 +138,14 @@ CASES = {
     "a reference": (
         {"beta": 0.04}, {"objective.beta": 0.04, "objective.kl_importance_weighted": True},
     ),
+    "a moving reference": (
+        {"beta": 0.04, "sync_ref_model": True, "ref_model_sync_steps": 64, "generation_batch_size": 32},
+        {"update.ref_sync_every_n_rollouts": 16, "update.ref_model_mixup_alpha": 0.6},
+    ),
+    "chosen tokens and sequences": (
+        {"top_entropy_quantile": 0.2, "off_policy_mask_threshold": 0.5},
+        {"objective.top_entropy_quantile": 0.2, "objective.off_policy_mask_threshold": 0.5},
+    ),
     "advantages without a scale": ({"scale_rewards": False}, {"advantages.scale_rewards": "none"}),
     "rewards normalised one by one": (
         {"multi_objective_aggregation": "normalize_then_sum"}, {"reward.combine": "normalize_then_sum"},
@@ -166,7 +174,7 @@ def test_what_a_config_becomes(given, expected):
 
 BLOCKED = {
     "vespo": {"loss_type": "vespo"},
-    "a top-entropy quantile": {"top_entropy_quantile": 0.2},
+    "an adaptive entropy bonus": {"use_adaptive_entropy": True},
     "float16": {"fp16": True},
     "an unknown optimizer": {"optim": "lion_8bit"},
     "a schedule": {"lr_scheduler_type": "polynomial"},

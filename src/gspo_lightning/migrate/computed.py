@@ -194,6 +194,7 @@ def running(config: Config, given: Config, result: Conversion, notes: Notes) -> 
         settings["trainer.accelerator"] = "cpu"
     _every(config, notes, settings, "save", "checkpoint.every_n_rollouts")
     _every(config, notes, settings, "eval", "validation.every_n_rollouts")
+    _moving_reference(config, notes, settings)
     _logger(config, result, notes)
     notes["min_p"] = ("same", "rollout.min_p")
     if config.get("min_p"):
@@ -205,6 +206,18 @@ def running(config: Config, given: Config, result: Conversion, notes: Notes) -> 
     notes["resume_from_checkpoint"] = ("better default", "ckpt_path takes a checkpoint of ours, never one of TRL")
     if not resume:
         notes["resume_from_checkpoint"] = ("same", "off")
+
+
+def _moving_reference(config: Config, notes: Notes, settings: Config) -> None:
+    steps, alpha = config.get("ref_model_sync_steps", 512), config.get("ref_model_mixup_alpha", 0.6)
+    every = max(1, round(steps / (settings["update.num_minibatches"] * settings["update.num_iterations"])))
+    notes["sync_ref_model"] = notes["ref_model_sync_steps"] = (
+        "renamed",
+        "update.ref_sync_every_n_rollouts, in rollouts",
+    )
+    notes["ref_model_mixup_alpha"] = ("same", "update.ref_model_mixup_alpha")
+    if config.get("sync_ref_model"):
+        settings |= {"update.ref_sync_every_n_rollouts": every, "update.ref_model_mixup_alpha": alpha}
 
 
 def _every(config: Config, notes: Notes, settings: Config, what: str, ours: str) -> None:
