@@ -18,7 +18,9 @@ NEEDS = {
     "model=path": ["model.path=bundled:micro"],
     "objective=reinforce": ["update.num_minibatches=1"],
     "data=rows": ["data.task.source=nothing.jsonl"],
+    "data=multiple_choice": ["data.task.source=nothing.jsonl"],
     "data=gsm8k": [],
+    "data=reasoning_gym": ["data.task=gcd"],
 }
 
 
