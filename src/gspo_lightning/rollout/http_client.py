@@ -22,6 +22,10 @@ class ServerError(Exception):
 class RequestRefusedError(Exception):
     """The server understood the request and refuses it (400, 401, 403, 413, 422): so would every other."""
 
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 class Server:
     """One server. Its methods may be called from several threads; `abort` ends what is under way in all of them."""
@@ -36,13 +40,9 @@ class Server:
         self._lock = threading.Lock()
         self._aborted = False
 
-    def get(self, path: str, timeout_s: float) -> Any:
-        """The JSON that ``path`` answers; None for an empty body."""
-        return self._exchange("GET", path, None, timeout_s)
-
-    def post(self, path: str, body: Any, timeout_s: float) -> Any:
-        """Sends JSON, returns JSON; None for an empty body."""
-        return self._exchange("POST", path, json.dumps(body).encode(), timeout_s)
+    def post(self, path: str, body: Any, timeout_s: float, *, is_json: bool = True) -> Any:
+        """Sends JSON, returns JSON; None for an empty body, or if only the status of the answer counts."""
+        return self._exchange("POST", path, json.dumps(body).encode(), timeout_s, is_json)
 
     def abort(self) -> None:
         """Cuts every exchange under way, and refuses new ones until `revive`: each raises `ServerError`."""
@@ -56,7 +56,7 @@ class Server:
         """Allows exchanges again; call it when the threads of an aborted round have ended."""
         self._aborted = False
 
-    def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Any:
+    def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float, is_json: bool = True) -> Any:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=min(timeout_s, 10.0))
         with self._lock:
@@ -81,7 +81,7 @@ class Server:
             with self._lock:
                 self._open.discard(connection)
             connection.close()
-        return self._decode(path, status, answer)
+        return self._decode(path, status, answer, is_json)
 
     def _send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
@@ -95,13 +95,13 @@ class Server:
         response = connection.getresponse()
         return response.status, response.read(_MAX_ANSWER_BYTES)
 
-    def _decode(self, path: str, status: int, answer: bytes) -> Any:
+    def _decode(self, path: str, status: int, answer: bytes, is_json: bool) -> Any:
         excerpt = " ".join(answer[:300].decode(errors="replace").split())
         if status in (400, 401, 403, 413, 422):
-            raise RequestRefusedError(f"{self.url}{path} answered {status}: {excerpt}")
+            raise RequestRefusedError(f"{self.url}{path} answered {status}: {excerpt}", status)
         if status != 200:
             raise ServerError(f"{self.url}{path} answered {status}: {excerpt}")
-        if not answer:
+        if not answer or not is_json:
             return None
         try:
             return json.loads(answer)

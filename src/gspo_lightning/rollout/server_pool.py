@@ -34,7 +34,7 @@ class Patience:
     request_timeout_s: float = 600.0
     """For one answer: the completions of one prompt."""
     give_up_after_s: float = 120.0
-    """Without any usable server, later on."""
+    """Without any usable server, later on; a first attempt to load weights may take ``request_timeout_s``."""
     pause_s: float = 0.5
     """Before a failed server is tried again; doubles up to 30 s."""
     max_attempts: int = 8
@@ -49,7 +49,7 @@ class Member:
         self.ready = self.preparing = False
         self.in_flight = self.failures = 0
         self.retry_at = 0.0
-        self.trouble = "not tried yet"
+        self.trouble = f"{server.url} has not answered yet"
 
     def rest(self, error: Exception, pause_s: float) -> None:
         """Out of use after a failure; jobs in flight that fail together count as one."""
@@ -182,7 +182,9 @@ class _Run(Generic[Job, Result]):
         bound = patience.give_up_after_s if self.pool.ever_ready else patience.ready_timeout_s
         key = "give_up_after_s" if self.pool.ever_ready else "ready_timeout_s"
         trouble = "; ".join(member.trouble for member in self.pool.members)
-        if now - self.last_ready >= bound:
+        # A first attempt may take its time: loading large weights does.
+        loading = any(member.preparing and not member.failures for member in self.pool.members)
+        if now - self.last_ready >= bound and not loading:
             raise EngineUnavailableError(f"no rollout server was usable for {bound:g} s ({key}): {trouble}")
         if now - self.last_said >= _SAY_EVERY_S:
             self.last_said = now

@@ -19,13 +19,7 @@ import torch
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.fingerprint import (
-    DEFAULT_TOLERANCE,
-    PROBE_TEMPERATURE,
-    EngineProbe,
-    Fingerprint,
-    probe_ids,
-)
+from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
 from gspo_lightning.rollout.vllm_requests import completion, refuse_images, request_fields
 from gspo_lightning.rollout.weights import (
     adapter_rank,
@@ -35,7 +29,7 @@ from gspo_lightning.rollout.weights import (
     shaken_adapter,
     trained_parameters,
 )
-from gspo_lightning.types import Prompt, Rollout, SamplingParams
+from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 WORKER_EXTENSION = "gspo_lightning.rollout.vllm_worker.WeightSync"
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -98,23 +92,29 @@ class VLLMEngine:
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
-        import vllm
-
         refuse_images(prompts)
         self._wake(policy)
         self._synchronise(policy)
+        completions = self._sample(policy, prompts, sampling, seed)
+        if self.sleep:
+            self._llm.sleep(level=1)
+        return Rollout(prompts, completions)
+
+    def _sample(
+        self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        import vllm
+
         params = [vllm.SamplingParams(**request_fields(policy, p, sampling, seed)) for p in prompts]
-        outputs = self._ask([p.input_ids.tolist() for p in prompts], params)
-        completions = [
+        inputs = [{"prompt_token_ids": p.input_ids.tolist()} for p in prompts]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora)
+        return [
             [
                 completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
                 for one in sorted(output.outputs, key=lambda one: one.index)
             ]
             for output in outputs
         ]
-        if self.sleep:
-            self._llm.sleep(level=1)
-        return Rollout(prompts, completions)
 
     # ---------------------------------------------------------------- the engine
 
@@ -170,10 +170,6 @@ class VLLMEngine:
                 self._send(policy)
                 self._prove(policy)
 
-    def _ask(self, ids: list[list[int]], params: list[Any]) -> list[Any]:
-        prompts = [{"prompt_token_ids": one} for one in ids]
-        return self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora)
-
     def close(self) -> None:
         """Ends the engine and frees its memory."""
         if self._llm is None:
@@ -225,20 +221,9 @@ class VLLMEngine:
         self._llm.reset_mm_cache()
 
     def _prove(self, policy: Policy) -> None:
-        import vllm
-
-        ids = probe_ids(policy, self.max_model_len - 1)
-        scored, sampled = self._ask(
-            [ids.tolist()] * 2,
-            [
-                vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0),
-                vllm.SamplingParams(max_tokens=1, temperature=PROBE_TEMPERATURE, logprobs=0, seed=0),
-            ],
-        )
-        one = sampled.outputs[0]
-        logprobs = _chosen(ids[1:].tolist(), scored.prompt_logprobs[1:])
-        probe = EngineProbe(torch.tensor(logprobs), one.token_ids[0], _chosen(one.token_ids, one.logprobs)[0])
-        self._fingerprint.check(policy, ids, probe, "the vLLM engine")
+        probe = probe_prompt(policy, self.max_model_len)
+        (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
+        self._fingerprint.check(policy, probe, completions, "the vLLM engine")
 
 
 def engine_dtype(setting: str, policy: Policy) -> torch.dtype:

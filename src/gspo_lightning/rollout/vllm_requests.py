@@ -42,7 +42,7 @@ def refuse_images(prompts: Sequence[Prompt]) -> None:
     """Images go to vLLM as raw images beside the unexpanded prompt, which `Prompt` does not carry yet."""
     for prompt in prompts:
         if prompt.mm_inputs:
-            raise UserError(f"row {prompt.uid} has images, which the vLLM engines do not take; use rollout=transformers")
+            raise UserError(f"row {prompt.uid} has images; vLLM engines do not take them, use rollout=transformers")
 
 
 def completion(
