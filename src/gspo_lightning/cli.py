@@ -31,6 +31,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule, NonFiniteGradientError
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
+from gspo_lightning.rollout import RolloutError
 from gspo_lightning.timing import peak_rss_gb
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -77,7 +78,7 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """In a single run a user's mistake ends the program here; in a sweep it must not take the other jobs along."""
     try:
         return work(cfg)
-    except (*USER_ERRORS, NonFiniteGradientError) as error:
+    except (*USER_ERRORS, NonFiniteGradientError, RolloutError) as error:
         if HydraConfig.get().mode != RunMode.RUN:
             raise
         with contextlib.suppress(OSError):  # Hydra has made the folder; it goes if nothing was written into it
@@ -89,7 +90,7 @@ def _exit_with_line(error: Exception, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(3 if isinstance(error, NonFiniteGradientError) else 2)
+    sys.exit(3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2)
 
 
 def _train(cfg: DictConfig) -> float | None:
@@ -139,7 +140,12 @@ class TrainingRun:
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         start = time.perf_counter()
         ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
-        self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        try:
+            self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except RolloutError as error:
+            if not self.checkpoint.last.exists():
+                raise
+            raise type(error)(f"{error}; saved, go on with ckpt_path={self.checkpoint.last}") from error
         wall_s = time.perf_counter() - start
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"

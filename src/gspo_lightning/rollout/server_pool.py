@@ -196,7 +196,7 @@ class _Run(Generic[Job, Result]):
         resting = [m.retry_at - now for m in self.pool.members if not m.ready and not m.preparing]
         patience = self.pool.patience
         bound = patience.give_up_after_s if self.pool.ever_ready else patience.ready_timeout_s
-        return max(0.001, min([*resting, self.last_ready + bound - now, 1.0]))
+        return max(0.02, min([*resting, self.last_ready + bound - now, 1.0]))
 
 
 def _say(line: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -70,6 +71,8 @@ class VLLMEngine:
         lora_sync: Literal["adapter", "merged"] = "adapter",
         tolerance: float | None = None,
     ) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("rollout=vllm needs vLLM: scripts/setup.sh --vllm-cpu, or pip install gspo-lightning[vllm]")
         cuda = torch.cuda.is_available()
         if memory_fraction is not None and (not cuda or kv_cache_gb is not None):
             why = "rollout.engine.kv_cache_gb is set too" if cuda else "there is no GPU; use rollout.engine.kv_cache_gb"

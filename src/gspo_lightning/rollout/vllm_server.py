@@ -160,7 +160,9 @@ class VLLMServerEngine:
             return status, None
         if weights.kind == "adapter" and proven is not None and proven[0] == status.instance:
             client.unload_adapter(proven[1])
-        if status.version != weights.version:
+        if status.version == weights.version:
+            client.reset_caches()  # a load that was cut short may not have come to that
+        else:
             client.load(weights)
             status = client.status()
         if status.version != weights.version:
