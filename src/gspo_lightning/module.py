@@ -205,7 +205,8 @@ class GSPOModule(L.LightningModule):
                     logprobs, loss = passes.loss(
                         micro, old[index] if old else None, reference[index] if reference else None, metrics
                     )
-                    if fresh:
+                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
+                    if fresh and self.sampling.full_support:
                         add_metrics(metrics, sampler_mismatch(logprobs, micro))
                     seen.append(logprobs.detach())
                     self._trained_tokens += micro.packed.num_tokens

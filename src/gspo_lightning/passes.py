@@ -59,6 +59,7 @@ class Passes:
             micro.packed.lengths,
             ref_logprobs=reference,
             entropy=entropy if with_entropy else None,
+            sampler_logprobs=micro.sampler_logprobs,
         )
         add_metrics(metrics, result.metrics)
         return logprobs, result.loss

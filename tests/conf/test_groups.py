@@ -66,7 +66,7 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         if not target.startswith("gspo_lightning.") or file.parent.name in ("callbacks",):
             continue
         arguments = set(inspect.signature(get_object(target)).parameters)
-        missing = arguments - node.keys() - {"lora"}
+        missing = arguments - node.keys() - {"lora", "mismatch"}
         if file.parent.name == "objective":
             missing -= {"tau_positive", "tau_negative"}  # of sapo alone
         if file.parent.name == "scheduler" and file.stem == "constant":

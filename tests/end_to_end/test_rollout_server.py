@@ -37,7 +37,9 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(micro_m
         assert whole.returncode == 0, whole.stderr
         loads = server.count("gspo_load_file")
         # In the middle of the third rollout: its weights have arrived, some of its prompts are answered.
-        server.fault = lambda path, number: "500" if server.count("gspo_load_file") >= loads + 3 and number % 2 else None
+        server.fault = lambda path, number: (
+            "500" if server.count("gspo_load_file") >= loads + 3 and number % 2 else None
+        )
         cut = train(server, tmp_path / "cut", "rollout.engine.max_attempts=3")
         assert cut.returncode == 4, cut.stdout + cut.stderr
         (line,) = [line for line in cut.stderr.splitlines() if line.startswith("error:")]

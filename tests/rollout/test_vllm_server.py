@@ -157,7 +157,9 @@ def test_with_no_server_left_the_run_stops_in_bounded_time_with_one_line(fault, 
     for server in servers:
         server.fault = lambda path, number: fault
     begin = time.monotonic()
-    with pytest.raises(EngineUnavailableError, match=r"no rollout server was usable for 0.3 s \(give_up_after_s\)") as error:
+    with pytest.raises(
+        EngineUnavailableError, match=r"no rollout server was usable for 0.3 s \(give_up_after_s\)"
+    ) as error:
         engine.generate(policy, PROMPTS, SAMPLING, seed=0)
     assert time.monotonic() - begin < 10
     assert "\n" not in str(error.value) and servers[0].url in str(error.value)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
 from gspo_lightning.objective.losses import LOSSES, LossInputs, LossSpec
+from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
 from gspo_lightning.types import Metrics, PolicyLoss
 
@@ -43,6 +44,8 @@ class Objective:
     """Weight of the entropy bonus."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of loss and denominator."""
+    mismatch: MismatchCorrection | None = None
+    """Weights that make up for a sampler that differs from the trainer; None for none."""
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     """Temperatures of ``sapo``."""
@@ -100,6 +103,7 @@ class Objective:
         *,
         ref_logprobs: Tensor | None = None,
         entropy: Tensor | None = None,
+        sampler_logprobs: Tensor | None = None,
     ) -> PolicyLoss:
         """Loss sum and metrics of one micro-batch of S whole sequences with L tokens.
 
@@ -111,6 +115,7 @@ class Objective:
             lengths: ``(S,)`` tokens per sequence.
             ref_logprobs: ``(L,)``; required if ``needs_ref``.
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
+            sampler_logprobs: ``(L,)``; required with ``mismatch``.
         """
         log_ratio = logprobs - old_logprobs
         ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
@@ -121,6 +126,10 @@ class Objective:
         )  # fmt: skip
         per_token = policy = self.spec.function(inputs)
         metrics = self._metrics(inputs)
+        if self.mismatch is not None:
+            assert sampler_logprobs is not None
+            correction, more = self.mismatch(old_logprobs, sampler_logprobs, sequence_index, lengths)
+            per_token, metrics = per_token * correction, metrics | more
         if self.needs_ref:
             assert ref_logprobs is not None
             kl = kl_estimate(logprobs, ref_logprobs, self.kl_estimator)

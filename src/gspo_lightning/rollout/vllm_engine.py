@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
@@ -128,7 +129,7 @@ class VLLMEngine:
             self._llm.wake_up()
 
     def _start(self, policy: Policy) -> None:
-        if torch.distributed.is_initialized():
+        if world_size() > 1:
             raise UserError("rollout=vllm runs in one process; use trainer.devices=1, or rollout=transformers")
         # Read by vLLM when it is imported. Its own process would need the weights sent over a pipe.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors.torch import save_file
 
+from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import WeightSyncError
@@ -84,7 +84,7 @@ class VLLMServerEngine:
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
         refuse_images(prompts)
-        if torch.distributed.is_initialized():
+        if world_size() > 1:
             raise UserError("rollout=vllm_server runs in one process; use trainer.devices=1, or rollout=transformers")
         self._begin(policy)
         requests = [(prompt, sampling, seed) for prompt in prompts]
