@@ -1,6 +1,6 @@
 """Proof that an engine runs the policy's weights: a small rollout whose log-probabilities the trainer checks.
 
-The probe is one prompt of random ordinary tokens, always the same, with four short completions at temperature 0.7. It
+The probe is one prompt of random ordinary tokens, always the same, with eight short completions at temperature 0.7. It
 goes the way of every rollout: prefill, prefix cache, decoding, processed log-probabilities. The engine's numbers must
 equal the trainer's for the same tokens.
 
@@ -21,8 +21,8 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.types import Completion, Prompt, SamplingParams
 
-PROBE_TOKENS = 80
-PROBE_SAMPLING = SamplingParams(num_generations=4, max_completion_length=8, temperature=0.7)
+PROBE_TOKENS = 48
+PROBE_SAMPLING = SamplingParams(num_generations=8, max_completion_length=4, temperature=0.7)
 DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Mean absolute difference allowed, by the dtype the engine computes in. Measured on SmolLM2: see docs/rollouts.md."""
 
