@@ -67,7 +67,9 @@ def measure(name: str, policy: Policy, prompts: list[Prompt]) -> None:
         engine.close()  # type: ignore[attr-defined]
 
 
-def _seconds(engine: RolloutEngine, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> float:
+def _seconds(
+    engine: RolloutEngine, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int
+) -> float:
     start = time.perf_counter()
     engine.generate(policy, prompts, sampling, seed)
     return time.perf_counter() - start

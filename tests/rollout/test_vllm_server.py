@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -191,6 +192,14 @@ def test_a_prompt_that_no_server_can_answer_ends_the_run(policy, start):
     )
     with pytest.raises(EngineUnavailableError, match="failed 3 times"):
         engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+
+
+def test_images_are_refused_with_one_line(policy, start):
+    engine, (server,) = start(None)
+    prompt = dataclasses.replace(PROMPTS[0], mm_inputs={"pixel_values": torch.zeros(1)})
+    with pytest.raises(UserError, match="row t:0 has images.*rollout=transformers"):
+        engine.generate(policy, [prompt], SAMPLING, seed=0)
+    assert not server.calls
 
 
 @pytest.mark.parametrize("urls", [[], ["http://a:1", "http://a:1"], ["127.0.0.1:8000"], ["ftp://a"]])

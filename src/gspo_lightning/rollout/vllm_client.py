@@ -56,7 +56,8 @@ class VLLMClient:
     def load(self, weights: Weights) -> None:
         """Brings the weights to the server and throws away what it has cached of others."""
         if weights.kind == "adapter":
-            body = {"lora_name": weights.version, "lora_path": str(weights.path)}
+            # In place: an earlier attempt may have got half way.
+            body = {"lora_name": weights.version, "lora_path": str(weights.path), "load_inplace": True}
             self.server.post("/v1/load_lora_adapter", body, self.timeout_s, is_json=False)
             self._rpc("gspo_set_version", weights.version)
         else:

@@ -44,7 +44,8 @@ def full_weights(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
         value = parameter.detach()
         if ".base_layer." in name and name.endswith(".weight"):
             layer = policy.base_model.get_submodule(name.partition(".base_layer.")[0])
-            value = value + layer.get_delta_weight("default").to(value.dtype)
+            with torch.autocast(value.device.type, enabled=False):  # would round the product
+                value = value + layer.get_delta_weight("default").to(value.dtype)
         state[name.replace(".base_layer.", ".")] = value.to(dtype)
     return revert_weight_conversion(policy.base_model, state)
 
