@@ -78,6 +78,8 @@ _LEAST = {
     "data.prompts_per_rollout": 1,
     "data.max_prompt_length": 1,
     "validation.num_generations": 1,
+    "dynamic_sampling.max_draws": 0,
+    "update.ref_sync_every_n_rollouts": 0,
 }
 """Smallest value of the settings that are counts."""
 
@@ -117,7 +119,9 @@ def _report(plain: dict[str, Any]) -> None:
         num_minibatches=plain["update"]["num_minibatches"],
         num_generations=plain["rollout"]["num_generations"],
         prompts_per_rollout=plain["data"]["prompts_per_rollout"],
-        has_reference=True,
+        ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
+        ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
+        has_adapter=bool(plain["model"].get("lora")),
     )
     for finding in findings:
         if finding.kind == "warning" or (finding.kind == "no_effect" and plain["allow_no_effect"]):
@@ -218,6 +222,7 @@ def build_module(plain: dict[str, Any]) -> GSPOModule:
         validation=ValidationSettings(**validation),
         max_rollouts=plain["max_rollouts"],
         seed=plain["seed"],
+        max_draws=plain["dynamic_sampling"]["max_draws"],
     )
 
 

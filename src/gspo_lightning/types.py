@@ -133,3 +133,5 @@ class PolicyLoss:
     loss: Tensor
     """Scalar with gradient: sum over the sequences of the micro-batch."""
     metrics: Metrics
+    ratio: Tensor
+    """Importance ratios without gradient, one per token or per sequence by the ratio's level."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -63,6 +63,7 @@ class PromptDataModule(L.LightningDataModule):
         self.dropped_prompts = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._held_out: list[Row] | None = None
+        self._taken: set[str] = set()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -149,6 +150,40 @@ class PromptDataModule(L.LightningDataModule):
     def batch_at(self, cursor: int) -> PromptBatch:
         """This rank's share of the rollout that begins at ``cursor``."""
         return self._batch(cursor, rank(), world_size())
+
+    def first(self) -> PromptBatch:
+        """This rank's share of the rollout behind the last finished one, and the uids that rollout has taken."""
+        batch = self.batch_at(self.cursor)
+        self._taken = set(self._uids(self.cursor, batch.cursor))
+        return batch
+
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+        """Fresh prompts behind ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
+
+        Raises:
+            UserError: the task has too few rows left that are short enough and not in the rollout.
+        """
+        prompts: list[Prompt] = []
+        cursor, dropped, passed = batch.cursor, batch.dropped, 0
+        limit = self.task.num_train_rows or _DROPS_IN_A_ROW
+        while len(prompts) < sum(counts):
+            uid, row = self.stream.row_at(cursor)
+            prompt = None if uid in self._taken else self._prompt(uid, row)
+            cursor, passed = cursor + 1, passed + 1
+            dropped += prompt is None and uid not in self._taken
+            if prompt is not None:
+                prompts.append(prompt)
+                self._taken.add(uid)
+            elif passed > limit + sum(counts):
+                raise UserError(
+                    f"dynamic_sampling.max_draws: the {limit} training rows do not hold {sum(counts)} prompts that are "
+                    "not in the rollout already; lower data.prompts_per_rollout or dynamic_sampling.max_draws"
+                )
+        start = sum(counts[: rank()])
+        return PromptBatch(prompts[start : start + counts[rank()]], cursor, dropped)
+
+    def _uids(self, start: int, end: int) -> Iterator[str]:
+        return (self.stream.row_at(cursor)[0] for cursor in range(start, end))
 
     def _batch(self, cursor: int, my_rank: int, ranks: int) -> PromptBatch:
         prompts: list[Prompt] = []
