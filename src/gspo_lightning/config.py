@@ -56,6 +56,13 @@ def check(plain: dict[str, Any]) -> None:
             "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "
             "log-probabilities would not be those of the distribution that was sampled"
         )
+    if plain["objective"].get("mismatch"):
+        for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if rollout[key] != everything:
+                raise UserError(
+                    f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
+                    f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
+                )
     _report(plain)
 
 

@@ -261,7 +261,8 @@ class GSPOModule(L.LightningModule):
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(scored, minibatch.plan[index], self.device)
                     logprobs, loss = passes.loss(micro, fixed, index, metrics)
-                    if fresh:
+                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
+                    if fresh and self.sampling.full_support:
                         add_metrics(metrics, sampler_mismatch(logprobs, micro))
                     seen.append(logprobs.detach())
                     self._trained_tokens += micro.packed.num_tokens

@@ -79,6 +79,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Stop strings: a completion ends with the token that completes one of them."""
 
+    @property
+    def full_support(self) -> bool:
+        """Whether every token can be drawn, so that sampler and policy speak of the same distribution."""
+        return self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
+
 
 @dataclass(frozen=True)
 class Completion:

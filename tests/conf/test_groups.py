@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from gspo_lightning import config
+from gspo_lightning.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(
@@ -45,6 +47,10 @@ def resolved(*overrides):
 def test_composes_passes_the_checks_and_builds_its_objects(choice):
     plain = resolved(choice, *NEEDS.get(choice, []))
     config.check(plain)
+    if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
+        with pytest.raises(UserError, match="needs vLLM: scripts/setup.sh --vllm-cpu"):
+            config.build_module(plain)
+        return
     config.build_module(plain)
     config._build(plain["data"])
     config.build_callbacks(plain)
@@ -62,7 +68,7 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         if not target.startswith("gspo_lightning.") or file.parent.name in ("callbacks",):
             continue
         arguments = set(inspect.signature(get_object(target)).parameters)
-        missing = arguments - node.keys() - {"lora"}
+        missing = arguments - node.keys() - {"lora", "mismatch"}
         if file.parent.name == "objective":
             missing -= {"tau_positive", "tau_negative"}  # of sapo alone
         if file.parent.name == "scheduler" and file.stem == "constant":
