@@ -248,6 +248,11 @@ def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) ->
         return plain["max_rollouts"]
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
         raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if plain["dynamic_sampling"]["max_draws"]:
+        raise UserError(
+            f"num_epochs={epochs} counts one prompt per place in a rollout, but dynamic_sampling.max_draws takes more "
+            "rows than that; set max_rollouts instead"
+        )
     if rollouts_per_epoch is None:
         raise UserError(
             f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "

@@ -80,11 +80,11 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "seed": (COMPLETIONS, ["seed=1"], []),
     "max_rollouts": (METRICS, ["max_rollouts=1"], []),
+    "num_epochs": (METRICS, ["num_epochs=1"], ROWS),
+    "print_config": (SCREEN, ["print_config=false"], []),
     "checkpoint.every_n_rollouts": (FILES, ["checkpoint.every_n_rollouts=1"], []),
     "export.enabled": (FILES, ["export.enabled=false"], []),
     "export.merge_lora": (FILES, ["export.merge_lora=true"], ["lora=language"]),
-    "num_epochs": (METRICS, ["num_epochs=0.5"], ROWS),
-    "print_config": (SCREEN, ["print_config=true"], ["print_config=false"]),
     "mismatch.mismatch": (METRICS, ["mismatch=token_truncate"], []),
     "dynamic_sampling.max_draws": (METRICS, ["dynamic_sampling.max_draws=1"], []),
     "advantages.scale_rewards": (WEIGHTS, ["advantages.scale_rewards=none"], []),
