@@ -26,7 +26,8 @@ from gspo_lightning.passes import Logprobs, Passes
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rewards.calling import TrainerState
+from gspo_lightning.rewards.reward_set import RewardSet
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
@@ -139,6 +140,7 @@ class GSPOModule(L.LightningModule):
         """Samples completions for the prompts and scores them."""
         assert self.policy is not None
         self.stopwatch.reset()
+        self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         with self.trainer.precision_plugin.forward_context():
             self.last_scored = collect_rollout(
                 self.policy, self.engine, self.rewards, self.advantages, batch.prompts, self.sampling,

@@ -121,10 +121,7 @@ class CodeTests:
     def _runs(self, code: str, test: dict[str, Any]) -> bool:
         try:
             with session(code, "program", self.limits, self.sandbox) as process:
-                process.pump(str(test["input"]).encode(errors="replace"), want=0)
-                process.close_input()
-                process.pump(b"", want=None)
-                return lines(process.buffer.decode(errors="replace")) == lines(str(test["output"]))
+                return lines(process.run(str(test["input"]))) == lines(str(test["output"]))
         except SandboxError:
             return False
 

@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import seccomp
+from gspo_lightning.rewards import bubblewrap, seccomp
 
 Isolation = Literal["bubblewrap", "unsafe"]
 
-_PYTHON = "/python/bin/python"
-"""The interpreter's name inside."""
 _RUNNER = (Path(__file__).parent / "sandbox_runner.py").read_text()
 
 
@@ -88,12 +86,6 @@ class Session:
             raise SandboxError(str(reply.get("error", "no answer"))[:100])
         return reply["value"]
 
-    def close_input(self) -> None:
-        """Tells the process that there is no more input."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-
     def receive(self) -> dict[str, Any]:
         """The next message of the process."""
         self.pump(b"", want=4)
@@ -110,29 +102,40 @@ class Session:
             raise SandboxError("its answer is no message")
         return message
 
+    def run(self, text: str) -> str:
+        """What a program prints when it reads ``text``, up to its end."""
+        self.pump(text.encode(errors="replace"), want=None)
+        return self.buffer.decode(errors="replace")
+
     def pump(self, data: bytes, want: int | None) -> None:
-        """Writes ``data`` and reads until ``want`` bytes are in the buffer (None: until the end of its output)."""
+        """Writes ``data`` and reads until ``want`` bytes are there; None: closes the input and reads to the end."""
         view = memoryview(data)
         while view or want is None or len(self.buffer) < want:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
+            if not view and want is None:
+                self._close_input()
+            if (left := self.deadline - time.monotonic()) <= 0:
                 raise SandboxError("wall clock")
             readable, writable, _ = select.select([self.stdout], [self.stdin] if view else [], [], left)
             if writable:
                 try:
                     view = view[os.write(self.stdin, view[:65536]) :]
                 except BrokenPipeError:
-                    view = view[len(view) :]
+                    view = memoryview(b"")
             if readable:
                 part = os.read(self.stdout, 65536)
-                self.room -= len(part)
                 self.buffer += part
+                self.room -= len(part)
                 if self.room < 0:
                     raise SandboxError("output limit")
                 if not part and want is None:
                     return
                 if not part:
                     raise SandboxError("it ended before it answered")
+
+    def _close_input(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 def frame(message: Any) -> bytes:
@@ -179,7 +182,7 @@ def _start(isolation: Isolation, limits: Limits, folder: str, as_root: bool) -> 
     try:
         with os.fdopen(write_end, "wb") as pipe:
             pipe.write(seccomp.program())
-        return _popen([*_bubblewrap(limits, as_root), "--seccomp", str(read_end), "--", _PYTHON, *python], folder, read_end)
+        return _popen([*bubblewrap.command(limits.disk_mb, as_root), "--seccomp", str(read_end), "--", bubblewrap.PYTHON, *python], folder, read_end)
     finally:
         os.close(read_end)
 
@@ -196,31 +199,6 @@ def _popen(command: list[str], folder: str, *fds: int) -> subprocess.Popen[bytes
         start_new_session=True,
         bufsize=0,
     )
-
-
-def _bubblewrap(limits: Limits, as_root: bool) -> list[str]:
-    """The command line up to the filter: what the process sees is what stands here, and nothing else."""
-    rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if as_root else ["--unshare-user"]
-    command = [str(shutil.which("bwrap")), *rights, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
-    for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
-        if os.path.islink(folder):
-            command += ["--symlink", os.readlink(folder), folder]
-        elif os.path.isdir(folder):
-            command += ["--ro-bind", folder, folder]
-    # Under a name of our own: the folders above a home are closed to the sandbox's user, and are nobody's business.
-    library = os.path.join(sys.base_prefix, "lib")
-    command += ["--perms", "0755", "--dir", "/python", "--perms", "0755", "--dir", "/python/bin"]
-    command += ["--ro-bind", os.path.realpath(sys.executable), _PYTHON, "--ro-bind", library, "/python/lib"]
-    command += ["--setenv", "LD_LIBRARY_PATH", "/python/lib"]
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for root, there in ((sys.base_prefix, "/python"), ("/usr", "/usr")):
-        for packages in (f"lib/{version}/site-packages", "lib/python3/dist-packages"):
-            if os.path.isdir(f"{root}/{packages}"):
-                command += ["--tmpfs", f"{there}/{packages}", "--remount-ro", f"{there}/{packages}"]
-    command += ["--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--perms", "1777", "--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    return [*command, "--remount-ro", "/"]
 
 
 _PROBE = """
