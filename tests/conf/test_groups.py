@@ -19,6 +19,7 @@ NEEDS = {
     "objective=reinforce": ["update.num_minibatches=1"],
     "data=rows": ["data.task.source=nothing.jsonl"],
     "data=gsm8k": [],
+    "reward=reward_model": ["reward.functions.reward_model.function.path=nowhere"],
 }
 
 

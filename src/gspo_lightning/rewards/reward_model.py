@@ -81,10 +81,7 @@ class RewardModel:
             raise UserError(f"RewardModel.path={self.path} is no trained classifier: it lacks {info['missing_keys']}")
         if model.config.num_labels != 1:
             raise UserError(f"RewardModel.path={self.path} has {model.config.num_labels} outputs; a reward model has 1")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        # The classifier looks for the last token that is no padding.
-        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+        self._pad = model.config.get_text_config().pad_token_id
         self._tokenizer, self._model = tokenizer, model.to(self.device).eval().requires_grad_(False)
 
     def _encode(self, prompt: Any, completion: Any) -> list[int]:
@@ -99,10 +96,18 @@ class RewardModel:
 
     @torch.no_grad()
     def _forward(self, ids: list[list[int]]) -> list[float]:
-        longest = max(map(len, ids))
-        pad = self._tokenizer.pad_token_id
+        longest, config = max(map(len, ids)), self._model.config.get_text_config()
+        pad = self._pad if self._pad is not None else _unused(ids)
+        # The classifier reads the last token that is not this one.
+        config.pad_token_id = self._model.config.pad_token_id = pad
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=self.device)
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         mask = (torch.arange(longest, device=self.device) < lengths[:, None]).long()
         logits = self._model(input_ids=tokens, attention_mask=mask).logits
         return [float(x) for x in logits[:, 0].float().cpu()]
+
+
+def _unused(ids: list[list[int]]) -> int:
+    """A token id that no sequence holds: padding a model without a padding token must not hide a real one."""
+    present = set().union(*ids)
+    return next(i for i in range(len(present) + 1) if i not in present)
