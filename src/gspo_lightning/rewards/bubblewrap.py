@@ -11,10 +11,13 @@ PYTHON = "/python/bin/python"
 
 
 def command(disk_mb: int, as_root: bool) -> list[str]:
-    """The command line up to the filter: what the process sees is what stands here, and nothing else."""
+    """The command line up to ``--seccomp``; ``disk_mb`` is the size of ``/tmp``, the one folder it may write to."""
     rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if as_root else ["--unshare-user"]
     line = [str(shutil.which("bwrap")), *rights, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     line += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
+    # bwrap would make the folders above a mount for itself alone.
+    for folder in ("/usr", "/python", "/python/bin"):
+        line += ["--perms", "0755", "--dir", folder]
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
         if os.path.islink(folder):
             line += ["--symlink", os.readlink(folder), folder]
@@ -22,7 +25,6 @@ def command(disk_mb: int, as_root: bool) -> list[str]:
             line += ["--ro-bind", folder, folder]
     # Under a name of our own: the folders above a home are closed to the sandbox's user, and are nobody's business.
     library = os.path.join(sys.base_prefix, "lib")
-    line += ["--perms", "0755", "--dir", "/python", "--perms", "0755", "--dir", "/python/bin"]
     line += ["--ro-bind", os.path.realpath(sys.executable), PYTHON, "--ro-bind", library, "/python/lib"]
     line += ["--setenv", "LD_LIBRARY_PATH", "/python/lib"]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
