@@ -47,7 +47,8 @@ ATTACKS = {
     "prints_forever": "import os\nwhile True: os.write(1, b'x' * 65536)",
     "answers_too_much": "def double(x): return 'x' * (8 << 20)",
     "floods_the_channel": "import os\nwhile True:\n    for fd in range(3, 20):\n        try: os.write(fd, b'\\xff' * 65536)\n        except OSError: pass",
-    "writes_1_gb": "with open('/tmp/big', 'wb') as f:\n    for _ in range(1024): f.write(bytes(1 << 20)); f.flush()\n" + RIGHT,
+    "writes_1_gb": "with open('/tmp/big', 'wb') as f:\n    for _ in range(1024): f.write(bytes(1 << 20)); f.flush()\n"
+    + RIGHT,
     "many_files": "for i in range(1024):\n    open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))\n" + RIGHT,
     "reads_passwd": "open('/etc/passwd').read()\n" + RIGHT,
     "reads_the_project": f"open({str(Path(__file__).resolve())!r}).read()\n" + RIGHT,
@@ -219,7 +220,10 @@ def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypa
     assert judge(RIGHT, sandbox="unsafe") == 1.0
     for attack in ("infinite_loop", "memory_bomb", "writes_1_gb", "prints_forever", "exits_well"):
         assert judge(ATTACKS[attack].replace("/tmp/big", "big"), sandbox="unsafe") == -1.0
-    with pytest.raises(SandboxError), session("import time; time.sleep(99)", "functions", Limits(wall_s=0.3), "unsafe") as p:
+    with (
+        pytest.raises(SandboxError),
+        session("import time; time.sleep(99)", "functions", Limits(wall_s=0.3), "unsafe") as p,
+    ):
         p.receive(), p.receive()
 
 

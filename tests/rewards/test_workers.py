@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 def batch(**columns):
     prompts = [Prompt(f"t:{p}", "hi", torch.tensor([1]), {"answer": "xy"[p], **columns}) for p in range(2)]
-    completions = [[Completion(torch.tensor([g]), f"c{p}{g}", torch.zeros(1), "stop") for g in range(2)] for p in range(2)]
+    completions = [
+        [Completion(torch.tensor([g]), f"c{p}{g}", torch.zeros(1), "stop") for g in range(2)] for p in range(2)
+    ]
     return prompts, completions
 
 

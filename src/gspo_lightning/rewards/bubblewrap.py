@@ -12,7 +12,9 @@ PYTHON = "/python/bin/python"
 
 def command(disk_mb: int, as_root: bool) -> list[str]:
     """The command line up to ``--seccomp``; ``disk_mb`` is the size of ``/tmp``, the one folder it may write to."""
-    rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if as_root else ["--unshare-user"]
+    rights = ["--unshare-user"]
+    if as_root:  # it stays in the trainer's user namespace until the runner becomes someone else
+        rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     line = [str(shutil.which("bwrap")), *rights, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     line += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
     # bwrap would make the folders above a mount for itself alone.

@@ -144,4 +144,6 @@ def check_tests(tests: Any, number: int) -> None:
         raise UserError(f"tests of row {number} of the batch must be a list of one or more tests")
     for test in tests:
         if not isinstance(test, dict) or test.keys() not in forms:
-            raise UserError(f"a test of row {number} of the batch must have the keys call, args, expected or input, output")
+            raise UserError(
+                f"a test of row {number} of the batch must have the keys call, args, expected or input, output"
+            )

@@ -27,7 +27,8 @@ class SoftOverlong:
             raise UserError(f"SoftOverlong.max_tokens={self.max_tokens} must be at least 1")
         if not 0 < self.cache_tokens <= self.max_tokens:
             raise UserError(
-                f"SoftOverlong.cache_tokens={self.cache_tokens} must be at least 1 and at most max_tokens={self.max_tokens}"
+                f"SoftOverlong.cache_tokens={self.cache_tokens} must be at least 1 and at most "
+                f"max_tokens={self.max_tokens}"
             )
 
     def __call__(self, completion_ids: list[Any], **_: Any) -> list[float]:

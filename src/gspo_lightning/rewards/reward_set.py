@@ -36,8 +36,8 @@ class RewardSpec:
     function: RewardFunction
     weight: float = 1.0
     timeout_s: float | None = None
-    """With a limit the function runs in a warm process of its own, which is killed if a call takes longer; the run stops.
-    Without one it runs in a thread of the trainer."""
+    """With a limit the function runs in a warm process of its own, which is killed if a call takes longer, and the run
+    stops. Without one it runs in a thread of the trainer."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -172,13 +172,16 @@ def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -
     return arguments
 
 
+_IN_WORKER = f"{RewardFunctionError.__name__}: "
+
+
 def _result(name: str, future: Future[Any]) -> Any:
     try:
         return future.result()
     except WorkerTimeoutError as error:
         raise UserError(f"reward function {name} took longer than its timeout_s={error} and was ended") from error
     except (RewardFunctionError, WorkerError) as error:
-        raise UserError(f"reward function {name} raised {error}") from error
+        raise UserError(f"reward function {name} raised {str(error).removeprefix(_IN_WORKER)}") from error
     except UserError as error:
         raise UserError(f"reward function {name}: {error}") from error
 

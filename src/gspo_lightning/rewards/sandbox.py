@@ -1,8 +1,8 @@
 """Running code that a model wrote, in a process that can neither harm nor fool the trainer.
 
-Isolation is that of bubblewrap (https://github.com/containers/bubblewrap): namespaces of its own for processes, network,
-IPC and mounts, an empty file system with the standard library read-only and one small folder in memory, a seccomp filter
-(`seccomp.py`), resource limits, and a wall clock. Killing it kills all its children, and it dies with the trainer.
+Isolation is that of bubblewrap (https://github.com/containers/bubblewrap): namespaces of its own for processes,
+network, IPC and mounts, an empty file system with the standard library read-only and one small folder in memory, a
+seccomp filter (`seccomp.py`), resource limits, and a wall clock. Killing it kills all its children, and it dies with the trainer.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def frame(message: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def session(code: str, mode: Literal["functions", "program"], limits: Limits, isolation: Isolation) -> Iterator[Session]:
+def session(
+    code: str, mode: Literal["functions", "program"], limits: Limits, isolation: Isolation
+) -> Iterator[Session]:
     """Starts a process for ``code``; at the end it and all its children are gone.
 
     ``functions``: the code is executed as a module, then `Session.call` calls its functions. ``program``: it runs as
@@ -182,7 +184,8 @@ def _start(isolation: Isolation, limits: Limits, folder: str, as_root: bool) -> 
     try:
         with os.fdopen(write_end, "wb") as pipe:
             pipe.write(seccomp.program())
-        return _popen([*bubblewrap.command(limits.disk_mb, as_root), "--seccomp", str(read_end), "--", bubblewrap.PYTHON, *python], folder, read_end)
+        isolated = [*bubblewrap.command(limits.disk_mb, as_root), "--seccomp", str(read_end), "--", bubblewrap.PYTHON]
+        return _popen([*isolated, *python], folder, read_end)
     finally:
         os.close(read_end)
 
@@ -210,7 +213,8 @@ def probe():
         except OSError:
             return False
         return True
-    return [os.path.exists("/etc/passwd"), can(socket.socket), can(lambda: open("/usr/lib/probe", "w")), os.getuid() == 0]
+    writes = can(lambda: open("/usr/lib/probe", "w"))
+    return [os.path.exists("/etc/passwd"), can(socket.socket), writes, os.getuid() == 0]
 """
 
 

@@ -14,7 +14,7 @@ import sys
 import types
 
 
-def read_exactly(fd, count):
+def read_exactly(fd: int, count: int) -> bytes:
     """``count`` bytes; fewer only at the end of the input."""
     parts = []
     while count:
@@ -26,7 +26,7 @@ def read_exactly(fd, count):
     return b"".join(parts)
 
 
-def receive(fd):
+def receive(fd: int) -> dict | None:
     """The next message, or None at the end."""
     head = read_exactly(fd, 4)
     if len(head) < 4:
@@ -34,7 +34,7 @@ def receive(fd):
     return json.loads(read_exactly(fd, struct.unpack(">I", head)[0]))
 
 
-def send(fd, message):
+def send(fd: int, message: dict) -> None:
     """Writes one message."""
     body = json.dumps(message).encode()
     data = struct.pack(">I", len(body)) + body
@@ -42,7 +42,7 @@ def send(fd, message):
         data = data[os.write(fd, data) :]
 
 
-def limit(limits, uid):
+def limit(limits: dict, uid: int | None) -> None:
     """Gives up rights and resources for good. The kernel counts no processes of root, so root becomes someone else."""
     mib = 1 << 20
     for name, value in (
@@ -61,7 +61,7 @@ def limit(limits, uid):
         os.setresuid(uid, uid, uid)
 
 
-def foreign_imports(tree):
+def foreign_imports(tree: ast.AST) -> list[str]:
     """Modules the code imports by statement that are not in the standard library."""
     names = set()
     for node in ast.walk(tree):
@@ -72,7 +72,7 @@ def foreign_imports(tree):
     return sorted(names - set(sys.stdlib_module_names))
 
 
-def answer(module, request):
+def answer(module: types.ModuleType, request: dict) -> dict:
     """Calls a function of the candidate."""
     try:
         return {"value": getattr(module, request["call"])(*request["args"])}
@@ -80,9 +80,10 @@ def answer(module, request):
         return {"error": type(error).__name__}
 
 
-def main():
+def main() -> None:
     """Limits itself, looks at the code, runs it, and answers calls until the input ends."""
     order = receive(0)
+    assert order is not None
     limit(order["limits"], order["uid"])
     program = order["mode"] == "program"
     module = types.ModuleType("__main__" if program else "candidate")

@@ -56,7 +56,7 @@ class Worker:
         self._kill: Callable[[], object] = lambda: None
 
     def start(self) -> None:
-        """Starts the process without waiting for it; call it from a thread that lives on, as Linux ends it with that."""
+        """Starts the process without waiting for it; call it from a thread that lives on: it ends with that."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
