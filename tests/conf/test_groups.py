@@ -69,6 +69,23 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         assert not missing, f"{file.relative_to(CONF)} hides {missing}"
 
 
+def test_every_setting_of_a_reward_stands_in_its_file():
+    import inspect
+
+    from hydra.utils import get_object
+
+    def nodes(node):
+        if isinstance(node, dict):
+            yield from ([node] if "_target_" in node else [])
+            for value in node.values():
+                yield from nodes(value)
+
+    for file in sorted(CONF.glob("reward/*.yaml")):
+        for node in nodes(yaml.safe_load(file.read_text())):
+            if node["_target_"].startswith("gspo_lightning."):
+                assert inspect.signature(get_object(node["_target_"])).parameters.keys() == node.keys() - {"_target_"}
+
+
 @pytest.mark.parametrize(
     ("available", "accelerator", "expected"),
     [(True, "auto", "bf16-mixed"), (False, "auto", "32-true"), (False, "cpu", "32-true")],

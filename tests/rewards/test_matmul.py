@@ -19,7 +19,7 @@ def parts(code, **settings):
     logged = {}
     reward = MatmulReward(speed_size=8, speed_repeats=1, limits=Limits(wall_s=3, cpu_s=1, memory_mb=128), **settings)
     (total,) = reward([f"```python\n{code}\n```"], log_metric=logged.__setitem__)
-    values = [logged[f"reward/matmul_{name}"] for name in ("runs", "imports", "correct", "speed")]
+    values = [logged[f"matmul_{name}"] for name in ("runs", "imports", "correct", "speed")]
     assert total == pytest.approx(sum(values), abs=1e-12)
     return values
 

@@ -35,7 +35,7 @@ def matmul(a, b):
 
 @dataclass(frozen=True)
 class MatmulReward:
-    """Sum of four parts, each logged as ``reward/matmul_<part>``.
+    """Sum of four parts, each logged as ``reward_log/matmul_<part>``.
 
     *runs*: ``runs`` if the code defines ``function`` and multiplies one pair of matrices, else ``fails``.
     *imports*: ``own_imports`` if every imported module is of the standard library, else ``foreign_import``.
@@ -83,7 +83,7 @@ class MatmulReward:
         with ThreadPoolExecutor(1) as pool:
             table = list(pool.map(lambda c: self._parts(extract_code(full_text(c)), reference), completions))
         for number, part in enumerate(PARTS):
-            log_metric(f"reward/matmul_{part}", sum(row[number] for row in table) / max(1, len(table)))
+            log_metric(f"matmul_{part}", sum(row[number] for row in table) / max(1, len(table)))
         return [sum(row) for row in table]
 
     def _parts(self, code: str | None, reference_s: float) -> tuple[float, float, float, float]:

@@ -2,7 +2,8 @@
 
 Isolation is that of bubblewrap (https://github.com/containers/bubblewrap): namespaces of its own for processes,
 network, IPC and mounts, an empty file system with the standard library read-only and one small folder in memory, a
-seccomp filter (`seccomp.py`), resource limits, and a wall clock. Killing it kills all its children, and it dies with the trainer.
+seccomp filter (`seccomp.py`), resource limits, and a wall clock. Killing it kills all its children, and
+it dies with the trainer.
 """
 
 from __future__ import annotations
