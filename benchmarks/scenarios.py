@@ -1,4 +1,8 @@
-"""The work that both sides do, and the floating-point operations it cannot do without."""
+"""The work that both sides do, and the floating-point operations it cannot do without.
+
+The learning rate is 0, with the whole optimizer at work: the rewards mean nothing, and a policy that drifted on
+them would give the two sides completions of different lengths.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def main() -> None:
         ),
         advantages=AdvantageEstimator(),
         sampling=SamplingParams(scenario.generations, scenario.completion_tokens, temperature=0.9),
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0, fused=True),
+        optimizer=functools.partial(torch.optim.AdamW, lr=0.0, weight_decay=0.0, fused=True),
         schedule=Schedule("constant"),
         update=UpdateSettings(num_minibatches=scenario.minibatches),
         validation=ValidationSettings(1),

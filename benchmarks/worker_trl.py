@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out, use_cpu=True, bf16=scenario.precision == "bf16", report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=1e-6, weight_decay=0.0,
+            logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=0.0, weight_decay=0.0,
             lr_scheduler_type="constant", per_device_train_batch_size=per_forward, gradient_accumulation_steps=1,
             steps_per_generation=scenario.minibatches, num_generations=scenario.generations,
             gradient_checkpointing=False, max_completion_length=scenario.completion_tokens, temperature=0.9,

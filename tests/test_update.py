@@ -7,9 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from gspo_lightning.module import NonFiniteGradientError
 from gspo_lightning.objective import LOSSES
+from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import Completion
 from gspo_lightning.update import UpdateSettings, split_minibatches
@@ -277,3 +281,95 @@ def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):
     assert [m.groups for m in minibatches] == [(2, 0), (3, 1)]
     assert {part.group for m in minibatches for plan in m.plan for part in plan} == {0, 2, 3}
     assert [m.num_sequences for m in minibatches] == [6, 6]
+
+
+@pytest.mark.parametrize("budget", [1, 14, 25])
+@pytest.mark.parametrize("keep", [False, True])
+def test_top_entropy_tokens_are_chosen_over_the_minibatch_not_the_micro_batch(budget, keep, micro_model_dir):
+    """The choice is global and among tokens with a gradient, so neither the plan nor the dropping changes it."""
+    chosen = {"top_entropy_quantile": 0.3}
+    whole, module = update_of(micro_model_dir, Settings(objective=chosen))
+    everything, _ = update_of(micro_model_dir, Settings())
+    ours, _ = update_of(
+        micro_model_dir,
+        Settings(objective=chosen, update={"max_tokens_per_microbatch": budget, "keep_zero_advantage": keep}),
+    )
+    assert relative_distance(ours, whole) < 1e-7
+    assert relative_distance(whole, everything) > 0.1
+    assert 0.3 <= module.last_metrics["selected_frac"] < 0.4
+
+
+def test_the_reference_moves_towards_the_policy_by_the_given_share(micro_model_dir):
+    start = micro_policy(micro_model_dir)
+    _, module = update_of(
+        micro_model_dir,
+        Settings(
+            objective={"beta": 0.1}, update={"ref_sync_every_n_rollouts": 2, "ref_model_mixup_alpha": 0.25}, rollouts=3
+        ),
+    )
+    # One sync, after rollout 2: replay the run up to there for the policy of that moment.
+    _, then = update_of(micro_model_dir, Settings(objective={"beta": 0.1}, rollouts=2))
+    for reference, first, policy in zip(
+        module._frozen[0].parameters(), start.parameters(), then.policy.parameters(), strict=True
+    ):
+        assert torch.allclose(reference, 0.75 * first + 0.25 * policy, rtol=1e-12, atol=1e-14)
+
+
+def test_beta_end_weighs_the_kl_of_each_rollout_by_its_place_in_the_run(micro_model_dir):
+    """With beta_end = beta' the last rollout is that of a run with beta', from the same weights."""
+    schedule, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5, "beta_end": 0.1}, rollouts=2))
+    constant, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5}, rollouts=2))
+    first, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5}, rollouts=1))
+    ended, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5, "beta_end": 0.5 - 1e-12}, rollouts=2))
+    assert relative_distance(ended, constant) < 1e-9
+    assert relative_distance(schedule - first, constant - first) > 1e-3
+
+
+def test_quantiles_of_the_ratio_are_those_of_all_sequences(micro_model_dir, monkeypatch):
+    from gspo_lightning.objective import Objective
+
+    seen = []
+    original = Objective.__call__
+
+    def spy(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        seen.append(result.ratio)
+        return result
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    _, module = update_of(micro_model_dir, Settings(update={"num_minibatches": 2, "max_tokens_per_microbatch": 14}))
+    ratios = sorted(torch.cat(seen).tolist())
+    position = 0.99 * (len(ratios) - 1)
+    low = int(position)
+    expected = ratios[low] + (position - low) * (ratios[min(low + 1, len(ratios) - 1)] - ratios[low])
+    assert module.last_metrics["ratio/p99"] == pytest.approx(expected, rel=1e-12)
+    assert module.last_metrics["ratio/p50"] == pytest.approx(torch.tensor(ratios).double().quantile(0.5).item())
+
+
+LEVELS_OF = {name: spec.levels or ("token",) for name, spec in LOSSES.items()}
+
+
+@given(data=st.data())
+@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_loss_at_any_level_gives_the_same_update_for_any_plan_and_order(data):
+    """Loss, level, extra terms, token budget and the order of prompts are drawn; nothing but the first two may matter."""
+    loss = data.draw(st.sampled_from(sorted(LOSSES)))
+    level = data.draw(st.sampled_from(LEVELS_OF[loss]))
+    objective = {
+        "loss_type": loss,
+        "importance_sampling_level": level,
+        "beta": data.draw(st.sampled_from([0.0, 0.1])),
+        "entropy_coef": data.draw(st.sampled_from([0.0, 0.05])),
+        "top_entropy_quantile": data.draw(st.sampled_from([1.0, 0.4])),
+        "mask_truncated_completions": data.draw(st.booleans()),
+    }
+    prompts = scripted_prompts(seed=data.draw(st.integers(0, 5)))
+    budget = data.draw(st.integers(1, 80))
+    folder = resolve_model("bundled:micro")
+    shared = {"num_iterations": 2}
+    whole, _ = update_of(folder, Settings(objective=objective, update=shared), prompts)
+    shuffled = data.draw(st.permutations(prompts))
+    ours, _ = update_of(
+        folder, Settings(objective=objective, update={**shared, "max_tokens_per_microbatch": budget}), shuffled
+    )
+    assert (ours - whole).norm() <= 1e-6 * whole.norm() + 1e-12

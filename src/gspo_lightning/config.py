@@ -71,6 +71,8 @@ _LEAST = {
     "data.prompts_per_rollout": 1,
     "data.max_prompt_length": 1,
     "validation.num_generations": 1,
+    "dynamic_sampling.max_draws": 0,
+    "update.ref_sync_every_n_rollouts": 0,
 }
 """Smallest value of the settings that are counts."""
 
@@ -110,7 +112,9 @@ def _report(plain: dict[str, Any]) -> None:
         num_minibatches=plain["update"]["num_minibatches"],
         num_generations=plain["rollout"]["num_generations"],
         prompts_per_rollout=plain["data"]["prompts_per_rollout"],
-        has_reference=True,
+        ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
+        ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
+        has_adapter=bool(plain["model"].get("lora")),
     )
     for finding in findings:
         if finding.kind == "warning" or (finding.kind == "no_effect" and plain["allow_no_effect"]):
@@ -211,6 +215,7 @@ def build_module(plain: dict[str, Any]) -> GSPOModule:
         validation=ValidationSettings(**validation),
         max_rollouts=plain["max_rollouts"],
         seed=plain["seed"],
+        max_draws=plain["dynamic_sampling"]["max_draws"],
     )
 
 
@@ -229,6 +234,21 @@ def build_data(plain: dict[str, Any]) -> Any:
     rewards.check()
     datamodule.check(rewards.required_columns())
     return datamodule
+
+
+def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
+    """The length of the run: ``max_rollouts``, or that of ``num_epochs`` passes over a finite task."""
+    epochs = plain["num_epochs"]
+    if epochs is None:
+        return plain["max_rollouts"]
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
+        raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if rollouts_per_epoch is None:
+        raise UserError(
+            f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
+            "max_rollouts instead"
+        )
+    return max(1, round(epochs * rollouts_per_epoch))
 
 
 def build_callbacks(plain: dict[str, Any]) -> list[Any]:

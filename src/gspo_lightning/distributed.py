@@ -39,6 +39,16 @@ def global_max(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
+def gather_values(values: Tensor) -> Tensor:
+    """``(N,)`` of this rank -> those of all ranks in the order of ranks, on the CPU."""
+    values = values.detach().cpu()
+    if world_size() == 1:
+        return values
+    gathered: list[Tensor] = [values] * world_size()
+    dist.all_gather_object(gathered, values)
+    return torch.cat(gathered)
+
+
 def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
     """Means over everything all ranks saw: sums over ranks divided by counts over ranks, NaN where nothing was seen.
 

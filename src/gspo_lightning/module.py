@@ -8,30 +8,41 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, rollout_metrics
-from gspo_lightning.distributed import add_metrics, global_max, global_means, global_sum, gradient_sync, world_size
+from gspo_lightning.distributed import (
+    add_metrics,
+    gather_values,
+    global_max,
+    global_means,
+    global_sum,
+    gradient_sync,
+    world_size,
+)
+from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
-from gspo_lightning.passes import Logprobs, Passes
+from gspo_lightning.passes import Fixed, Logprobs, Passes
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
-from gspo_lightning.rewards.reward_set import RewardSet
-from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
-from gspo_lightning.types import Metrics, PromptBatch, SamplingParams, ScoredRollout
+from gspo_lightning.types import Metrics, Prompt, PromptBatch, SamplingParams, ScoredRollout
 from gspo_lightning.update import (
     Minibatch,
     UpdateSettings,
@@ -40,6 +51,8 @@ from gspo_lightning.update import (
     split_minibatches,
 )
 from gspo_lightning.validation import ValidationSettings, Validator
+
+RATIO_QUANTILES = (0.01, 0.5, 0.99)
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
@@ -53,42 +66,47 @@ class GSPOModule(L.LightningModule):
 
     Args:
         policy_loader: builds the policy when the Trainer asks for it (`configure_model`).
-        engine: samples completions.
-        rewards: scores them.
+        rewards: scores completions.
         objective: the loss.
-        advantages: rewards ``(B, G)`` -> advantages ``(B, G)``.
         sampling: how training completions are drawn.
         optimizer: called with parameter groups, such as ``functools.partial(torch.optim.AdamW, lr=1e-5)``.
-        schedule: learning rate over the optimizer steps.
+        max_rollouts: the run ends after this many rollouts.
+        engine: samples completions; by default the policy itself, in this process.
+        advantages: rewards ``(B, G)`` -> advantages ``(B, G)``; by default scaled within the group.
+        schedule: learning rate over the optimizer steps; by default constant.
         update: minibatches, micro-batches and clipping.
         validation: what is measured on held-out prompts.
-        max_rollouts: the run ends after this many rollouts.
         seed: of sampling and of the order of minibatches.
+        max_draws: dynamic sampling (DAPO, arXiv 2503.14476): so many times per rollout, prompts whose rewards are all
+            equal are replaced by fresh ones. Needs a `PromptDataModule`. 0 trains on the batch as it comes.
     """
 
     def __init__(
         self,
         policy_loader: PolicyLoader,
-        engine: RolloutEngine,
         rewards: RewardSet,
+        *,
         objective: Objective,
-        advantages: AdvantageEstimator,
         sampling: SamplingParams,
         optimizer: OptimizerFactory,
-        schedule: Schedule,
-        update: UpdateSettings,
-        validation: ValidationSettings,
         max_rollouts: int,
+        engine: RolloutEngine | None = None,
+        advantages: AdvantageEstimator | None = None,
+        schedule: Schedule | None = None,
+        update: UpdateSettings | None = None,
+        validation: ValidationSettings | None = None,
         seed: int = 0,
+        max_draws: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.policy_loader, self.engine, self.rewards = policy_loader, engine, rewards
-        self.objective, self.advantages, self.sampling = objective, advantages, sampling
-        self.optimizer_factory, self.schedule, self.update_settings = optimizer, schedule, update
-        self.validator = Validator(validation, rewards, sampling, seed)
-        self.max_rollouts, self.seed = max_rollouts, seed
+        self.policy_loader, self.engine, self.rewards = policy_loader, engine or TransformersEngine(), rewards
+        self.objective, self.advantages, self.sampling = objective, advantages or AdvantageEstimator(), sampling
+        self.optimizer_factory, self.schedule = optimizer, schedule or Schedule("constant")
+        self.update_settings = update or UpdateSettings()
+        self.validator = Validator(validation or ValidationSettings(), rewards, sampling, seed)
+        self.max_rollouts, self.seed, self.max_draws = max_rollouts, seed, max_draws
         self.policy: Policy | None = None
         self._frozen: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self.rollouts_done = 0
@@ -101,6 +119,7 @@ class GSPOModule(L.LightningModule):
         }
         self._nonfinite_in_a_row = 0
         self._trained_tokens = 0
+        self._drawn = Drawn()
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
@@ -140,47 +159,86 @@ class GSPOModule(L.LightningModule):
         """Samples completions for the prompts and scores them."""
         assert self.policy is not None
         self.stopwatch.reset()
+        self.batch_in_hand = batch
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         with self.trainer.precision_plugin.forward_context():
-            self.last_scored = collect_rollout(
-                self.policy, self.engine, self.rewards, self.advantages, batch.prompts, self.sampling,
-                seed=self.seed * 1_000_003 + self.rollouts_done, stopwatch=self.stopwatch,
-            )  # fmt: skip
+            if self.max_draws:
+                self.last_scored, self.batch_in_hand, self._drawn = draw_until_signal(
+                    self._source(), self._collect, self.advantages, self.max_draws
+                )
+            else:
+                self.last_scored = self._collect(batch.prompts)
         torch.clear_autocast_cache()
         return None
+
+    def _collect(self, prompts: list[Prompt]) -> ScoredRollout:
+        assert self.policy is not None
+        return collect_rollout(
+            self.policy, self.engine, self.rewards, self.advantages, prompts, self.sampling,
+            seed=self.seed * 1_000_003 + self.rollouts_done, stopwatch=self.stopwatch,
+        )  # fmt: skip
+
+    def _source(self) -> PromptSource:
+        """Where fresh prompts are drawn from; the loader fetches ahead, so its batches would be stale here."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, PromptSource):
+            raise UserError("dynamic_sampling.max_draws needs a data module with first() and draw(): PromptDataModule")
+        return datamodule
 
     # ---------------------------------------------------------------- update
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All optimizer steps on the rollout in hand."""
         scored, metrics = self.last_scored, rollout_metrics(self.last_scored)
+        add_metrics(metrics, self._drawn.metrics())
         minibatches = self._minibatches(scored)
         passes = self._passes()
         with self.stopwatch("old_logprobs"):
-            old = passes.before_update(scored, minibatches)
+            fixed = passes.before_update(scored, minibatches)
         with self.stopwatch("ref_logprobs"):
             reference = passes.reference(scored, minibatches)
+            fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
         # Autocast keeps the casts made without gradient; they must not serve a forward with gradient.
         torch.clear_autocast_cache()
         with self.stopwatch("update"):
             for iteration in range(self.update_settings.num_iterations):
                 for number, minibatch in enumerate(minibatches):
                     fresh = iteration == 0 and number == 0
-                    old[number] = self._step(passes, scored, minibatch, old[number], reference[number], fresh, metrics)
-        self._finish_rollout(scored, metrics, batch)
+                    seen = self._step(passes, scored, minibatch, fixed[number], fresh, metrics)
+                    fixed[number] = replace(fixed[number], old=seen)
+        self._sync_reference()
+        self._finish_rollout(scored, metrics, gather_values(torch.cat([torch.zeros(0), *passes.ratios])))
+
+    def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
+        """A term of your own that is added to the loss of each minibatch; a subclass overrides it.
+
+        Called once per optimizer step on every rank, whatever the number of micro-batches, and also where no completion
+        of the minibatch survives: the step is then taken on this term alone.
+
+        Args:
+            minibatch: the prompts of the step and which of their completions are forwarded.
+
+        Returns:
+            A scalar with gradient, already a mean; ranks are averaged. None adds nothing.
+        """
+        return None
 
     def _passes(self) -> Passes:
         assert self.policy is not None
         frozen = self._frozen[0] if self._frozen else None
         settings = self.update_settings
-        return Passes(self.policy, frozen, self.objective, self.sampling.temperature, settings.log_entropy)
+        return Passes(self.policy, frozen, self._objective_now, self.sampling.temperature, settings.log_entropy)
+
+    @property
+    def _objective_now(self) -> Objective:
+        return self.objective.at(self.rollouts_done / max(1, self.max_rollouts - 1))
 
     def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollouts_done)
         return split_minibatches(
             scored,
             self.update_settings,
-            zero_advantage_is_free=self.objective.zero_advantage_is_free,
+            zero_advantage_is_free=self._objective_now.zero_advantage_is_free,
             mask_truncated=self.objective.mask_truncated_completions,
             order=torch.randperm(len(scored.prompts), generator=generator).tolist(),
         )
@@ -190,23 +248,21 @@ class GSPOModule(L.LightningModule):
         passes: Passes,
         scored: ScoredRollout,
         minibatch: Minibatch,
-        old: Logprobs | None,
-        reference: Logprobs | None,
+        fixed: Fixed,
         fresh: bool,
         metrics: Metrics,
     ) -> Logprobs:
         """One optimizer step on one minibatch; returns the log-probabilities that are its old ones from now on."""
         counts = torch.tensor([minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=self.device)
         denominator = self.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
-        rounds = global_max(len(minibatch.plan), self.device)
+        has_auxiliary = type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
+        rounds = global_max(max(len(minibatch.plan), int(has_auxiliary)), self.device)
         seen: Logprobs = []
         for index in range(rounds):
             with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(scored, minibatch.plan[index], self.device)
-                    logprobs, loss = passes.loss(
-                        micro, old[index] if old else None, reference[index] if reference else None, metrics
-                    )
+                    logprobs, loss = passes.loss(micro, fixed, index, metrics)
                     if fresh:
                         add_metrics(metrics, sampler_mismatch(logprobs, micro))
                     seen.append(logprobs.detach())
@@ -214,13 +270,17 @@ class GSPOModule(L.LightningModule):
                 else:
                     loss = passes.empty_loss(scored)
                 # Data-parallel strategies average over ranks; the denominator is already that of all of them.
-                self.manual_backward(loss * (world_size() / denominator))
+                loss = loss * (world_size() / denominator)
+                if index + 1 == rounds and (extra := self.auxiliary_loss(minibatch)) is not None:
+                    add_metrics(metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
+                    loss = loss + extra
+                self.manual_backward(loss)
         if rounds:
             self._clip_and_step(metrics)
         else:
             self.counts["skipped_steps"] += 1
         cast(LRScheduler, self.lr_schedulers()).step()
-        return seen if old is None else old
+        return seen if fixed.old is None else fixed.old
 
     def _clip_and_step(self, metrics: Metrics) -> None:
         """Clips and steps; a non-finite gradient is thrown away, and too many in a row end the run."""
@@ -247,11 +307,21 @@ class GSPOModule(L.LightningModule):
                 "Lower optimizer.lr or check the rewards."
             )
 
+    @torch.no_grad()
+    def _sync_reference(self) -> None:
+        """Moves the frozen reference towards the policy (TR-DPO, arXiv 2404.09656), if it is time to."""
+        every = self.update_settings.ref_sync_every_n_rollouts
+        if not every or (self.rollouts_done + 1) % every or not self._frozen:
+            return
+        assert self.policy is not None
+        for reference, policy in zip(self._frozen[0].parameters(), self.policy.parameters(), strict=True):
+            reference.lerp_(policy.to(reference), self.update_settings.ref_model_mixup_alpha)
+
     # ---------------------------------------------------------------- book-keeping
 
-    def _finish_rollout(self, scored: ScoredRollout, metrics: Metrics, batch: PromptBatch) -> None:
+    def _finish_rollout(self, scored: ScoredRollout, metrics: Metrics, ratios: Tensor) -> None:
         self.rollouts_done += 1
-        sampled = sum(len(c.token_ids) for group in scored.completions for c in group)
+        sampled = self._drawn.discarded_tokens + sum(len(c.token_ids) for group in scored.completions for c in group)
         tokens = torch.tensor([sampled, self._trained_tokens], dtype=torch.float64, device=self.device)
         for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
             self.counts[name] += int(count)
@@ -259,20 +329,26 @@ class GSPOModule(L.LightningModule):
         values = global_means(metrics, self.device)
         if "gspo/ratio_noise_var" in values:
             values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
+        if len(ratios):
+            levels = torch.tensor(RATIO_QUANTILES, dtype=torch.float64)
+            for level, value in zip(RATIO_QUANTILES, ratios.double().quantile(levels).tolist(), strict=True):
+                values[f"ratio/p{level * 100:g}"] = value
         values["lr"] = float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0])
         values |= {f"count/{name}": float(count) for name, count in self.counts.items()}
         values |= self.stopwatch.metrics(values, self.last_metrics)
         values["perf/peak_rss_gb"] = peak_rss_gb()
         self.last_metrics = values
-        self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(batch))
-        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
-            datamodule.finish(batch)
+        self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
+        # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
+        if (finish := getattr(getattr(self.trainer, "datamodule", None), "finish", None)) is not None:
+            finish(self.batch_in_hand)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the validation counters anew."""
-        self.validator.reset()
+        """Starts the validation counters anew, with one for each task of a mixture."""
+        task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
+        self.validator.reset(getattr(task, "task_names", ()))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Greedy and sampled completions of held-out prompts."""
@@ -305,6 +381,8 @@ class GSPOModule(L.LightningModule):
             "counts": dict(self.counts),
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
         }
+        if self.update_settings.ref_sync_every_n_rollouts:
+            checkpoint["gspo_lightning"]["reference"] = [policy.state_dict() for policy in self._frozen]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the counters and refuses a checkpoint that lacks a trained parameter."""
@@ -314,3 +392,5 @@ class GSPOModule(L.LightningModule):
         state = checkpoint["gspo_lightning"]
         self.rollouts_done, self.counts = state["rollouts_done"], dict(state["counts"])
         self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        for policy, saved in zip(self._frozen, state.get("reference", ()), strict=False):
+            policy.load_state_dict(saved)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gspo_lightning.distributed import add_metrics
+from gspo_lightning.distributed import add_metrics, gather_values
 from gspo_lightning.objective import Objective
+from gspo_lightning.objective.selection import top_entropy_threshold
 from gspo_lightning.packing import GroupSlice
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Metrics, ScoredRollout
@@ -17,6 +18,22 @@ from gspo_lightning.update import MicroBatch, Minibatch, build_micro_batch
 
 Logprobs = list[Tensor]
 """Log-probabilities ``(L,)`` of each micro-batch of a minibatch, in the order of its plan."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What an update of one minibatch takes as given, micro-batch by micro-batch in the order of its plan."""
+
+    old: Logprobs | None = None
+    """None means that the weights to be updated are those that sampled: old is new."""
+    reference: Logprobs | None = None
+    selected: list[Tensor] | None = None
+    """``(L,)`` bool: the tokens of the policy term; None for all."""
+
+    def of(self, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Old and reference log-probabilities and the selection of one micro-batch."""
+        old, reference, selected = (x[index] if x else None for x in (self.old, self.reference, self.selected))
+        return old, reference, selected
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,18 @@ class Passes:
     temperature: float
     log_entropy: bool
 
+    ratios: list[Tensor] = field(default_factory=list)
+    """Importance ratios of the losses taken so far, one tensor per micro-batch."""
+
     @torch.no_grad()
-    def before_update(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Logprobs | None]:
-        """Old log-probabilities of all minibatches but the first.
+    def before_update(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Fixed]:
+        """Old log-probabilities of all minibatches but the first, and the selection of tokens where there is one.
 
         The first is updated from the very weights that sampled it: there, old is new.
         """
-        return [self._logprobs_of(self._policy, scored, m) if n else None for n, m in enumerate(minibatches)]
+        if self.objective.selects_tokens:
+            return [self._select(scored, minibatch) for minibatch in minibatches]
+        return [Fixed(self._logprobs_of(self._policy, scored, m) if n else None) for n, m in enumerate(minibatches)]
 
     @torch.no_grad()
     def reference(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Logprobs | None]:
@@ -45,10 +67,9 @@ class Passes:
             return [None] * len(minibatches)
         return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
 
-    def loss(
-        self, micro: MicroBatch, old: Tensor | None, reference: Tensor | None, metrics: Metrics
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and loss sum of one micro-batch, with gradient; ``old=None`` means that old is new."""
+    def loss(self, micro: MicroBatch, fixed: Fixed, index: int, metrics: Metrics) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and loss sum, with gradient, of the micro-batch ``index`` of a minibatch."""
+        old, reference, selected = fixed.of(index)
         with_entropy = self.objective.needs_entropy or self.log_entropy
         logprobs, entropy = self.policy(micro.packed, self.temperature, with_entropy)
         result = self.objective(
@@ -59,7 +80,9 @@ class Passes:
             micro.packed.lengths,
             ref_logprobs=reference,
             entropy=entropy if with_entropy else None,
+            selected=selected,
         )
+        self.ratios.append(result.ratio)
         add_metrics(metrics, result.metrics)
         return logprobs, result.loss
 
@@ -67,6 +90,21 @@ class Passes:
         """A zero attached to the graph, so that every rank runs the same number of forwards and backwards."""
         micro = build_micro_batch(scored, (GroupSlice(0, (0,)),), self.policy.device)
         return self._policy(micro).sum() * 0.0
+
+    def _select(self, scored: ScoredRollout, minibatch: Minibatch) -> Fixed:
+        """Old log-probabilities and, from the same forward, the tokens of highest entropy.
+
+        Tokens of advantage zero do not compete: whether they are forwarded must not change the gradient.
+        """
+        micro_batches = [build_micro_batch(scored, plan, self.policy.device) for plan in minibatch.plan]
+        outputs = [self.policy(micro.packed, self.temperature, True) for micro in micro_batches]
+        competing = [entropy[m.advantages != 0] for m, (_, entropy) in zip(micro_batches, outputs, strict=True)]
+        everyone = gather_values(torch.cat([torch.zeros(0), *(x.float().cpu() for x in competing)]))
+        threshold = top_entropy_threshold(everyone, self.objective.top_entropy_quantile)
+        return Fixed(
+            old=[logprobs for logprobs, _ in outputs],
+            selected=[entropy.float() >= threshold.to(entropy.device) for _, entropy in outputs],
+        )
 
     def _logprobs_of(
         self, forward: Callable[[MicroBatch], Tensor], scored: ScoredRollout, minibatch: Minibatch

@@ -26,6 +26,10 @@ class UpdateSettings:
     """Stop after this many steps in a row with a non-finite gradient; each of them is skipped."""
     keep_zero_advantage: bool = False
     """Forward sequences even if they cannot change the gradient (for debugging)."""
+    ref_sync_every_n_rollouts: int = 0
+    """Move the reference towards the policy after so many rollouts; 0 never does."""
+    ref_model_mixup_alpha: float = 0.6
+    """How far: ``reference = alpha * policy + (1 - alpha) * reference``."""
     log_entropy: bool = False
     """Measure the exact entropy even if the objective does not need it (two more passes over the logits)."""
 

@@ -98,6 +98,21 @@ def test_a_run_with_an_adapter_resumes_bit_identically_and_its_checkpoint_holds_
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_dynamic_sampling_and_a_moving_reference_resume_bit_identically(tmp_path):
+    """Prompts are drawn beyond the batch, and the reference is no longer where it was loaded from."""
+    options = [
+        "data=micro_digit", "reward=last_integer", "dynamic_sampling.max_draws=3",
+        "objective.beta=0.05", "update.ref_sync_every_n_rollouts=2",
+    ]  # fmt: skip
+    run(*SHORT, *options, f"hydra.run.dir={tmp_path / 'whole'}")
+    code, output = run_and_stop(tmp_path / "cut", 4, signal.SIGTERM, *options)
+    assert code == 0, output
+    run(*SHORT, *options, f"hydra.run.dir={tmp_path / 'cut'}", f"ckpt_path={tmp_path / 'cut/checkpoints/last.ckpt'}")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    rows = metrics(tmp_path / "whole")[1:]
+    assert all(float(row["dynamic_sampling/extra_prompts"] or 1) > 0 for row in rows)
+
+
 def test_out_of_time_is_a_clean_stop_with_a_checkpoint(tmp_path):
     done = run(
         *MICRO,

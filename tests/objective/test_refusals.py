@@ -14,7 +14,6 @@ def findings(objective=None, **changes):
         "num_minibatches": 4,
         "num_generations": 8,
         "prompts_per_rollout": 8,
-        "has_reference": True,
     }
     return [(f.kind, f.message) for f in check_objective(objective, **{**facts, **changes})]
 
@@ -29,7 +28,17 @@ CASES = {
     "cispo at sequence level": ({"loss_type": "cispo"}, {}, "contradiction", "use token"),
     "gmpo at sequence level": ({"loss_type": "gmpo"}, {}, "contradiction", "use token"),
     "reinforce off policy": ({"loss_type": "reinforce"}, {}, "warning", "update.num_minibatches=1"),
-    "beta without a reference": ({"beta": 0.1}, {"has_reference": False}, "contradiction", "set objective.beta=0"),
+    "negative beta_end": ({"beta": 0.1, "beta_end": -0.1}, {}, "contradiction", "objective.beta_end=-0.1"),
+    "a schedule that goes nowhere": ({"beta": 0.1, "beta_end": 0.1}, {}, "no_effect", "set it to null"),
+    "a KL estimator without KL": ({"kl_estimator": "k1"}, {}, "no_effect", "leave it at k3"),
+    "a moving reference without KL": ({}, {"ref_sync_every_n_rollouts": 2}, "no_effect", "no effect with objective.beta=0"),
+    "a moving reference of an adapter": ({"beta": 0.1}, {"ref_sync_every_n_rollouts": 2, "has_adapter": True}, "contradiction", "lora=none"),
+    "a mixture out of range": ({"beta": 0.1}, {"ref_sync_every_n_rollouts": 2, "ref_model_mixup_alpha": 1.5}, "contradiction", "at most 1"),
+    "a mixture of a reference that stays": ({"beta": 0.1}, {"ref_model_mixup_alpha": 0.5}, "no_effect", "ref_sync_every_n_rollouts=0"),
+    "no tokens at all": ({"top_entropy_quantile": 0.0}, {}, "contradiction", "above 0 and at most 1"),
+    "an off-policy mask on policy": ({"off_policy_mask_threshold": 0.5}, {"num_minibatches": 1}, "no_effect", "cannot act"),
+    "a negative off-policy threshold": ({"off_policy_mask_threshold": -0.5}, {}, "contradiction", "must be above 0"),
+    "a temperature of another loss": ({"tau_positive": 2.0}, {}, "no_effect", "no effect on loss_type=grpo"),
     "negative beta": ({"beta": -0.1}, {}, "contradiction", "must be 0 or more"),
     "a KL option without KL": ({"kl_importance_weighted": True}, {}, "no_effect", "no effect with objective.beta=0"),
     "a group of one": ({}, {"num_generations": 1}, "contradiction", "rollout.num_generations=1"),

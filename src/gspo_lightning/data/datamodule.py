@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -38,7 +38,8 @@ class PromptDataModule(L.LightningDataModule):
         max_prompt_length: in tokens. A longer prompt is an error or left out, never cut.
         overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row and counts.
         validation_batch_size: held-out prompts decoded at a time, per rank.
-        seed: of the order of rows.
+        seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
+            its rows from a seed of its own.
         chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``.
     """
 
@@ -50,7 +51,7 @@ class PromptDataModule(L.LightningDataModule):
         max_prompt_length: int,
         overlong_prompts: OverlongPrompts = "error",
         validation_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -58,11 +59,12 @@ class PromptDataModule(L.LightningDataModule):
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
         self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self.stream = PromptStream(task, seed)
+        self.seed, self.stream = seed, PromptStream(task, seed or 0)
         self.cursor = 0
         self.dropped_prompts = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._held_out: list[Row] | None = None
+        self._taken: set[str] = set()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,6 +91,11 @@ class PromptDataModule(L.LightningDataModule):
                 too long or does not fit the template. Names the row or the key.
         """
         size = self.task.num_train_rows
+        if size is None and self.seed is not None:
+            raise UserError(
+                f"data.seed={self.seed} has no effect: {self.task.name} never runs out and has no order; set data.task.seed "
+                "where the task has one, or remove it"
+            )
         if size is not None and size < self.prompts_per_rollout:
             raise UserError(
                 f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; lower it"
@@ -149,6 +156,40 @@ class PromptDataModule(L.LightningDataModule):
     def batch_at(self, cursor: int) -> PromptBatch:
         """This rank's share of the rollout that begins at ``cursor``."""
         return self._batch(cursor, rank(), world_size())
+
+    def first(self) -> PromptBatch:
+        """This rank's share of the rollout behind the last finished one, and the uids that rollout has taken."""
+        batch = self.batch_at(self.cursor)
+        self._taken = set(self._uids(self.cursor, batch.cursor))
+        return batch
+
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+        """Fresh prompts behind ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
+
+        Raises:
+            UserError: the task has too few rows left that are short enough and not in the rollout.
+        """
+        prompts: list[Prompt] = []
+        cursor, dropped, passed = batch.cursor, batch.dropped, 0
+        limit = self.task.num_train_rows or _DROPS_IN_A_ROW
+        while len(prompts) < sum(counts):
+            uid, row = self.stream.row_at(cursor)
+            prompt = None if uid in self._taken else self._prompt(uid, row)
+            cursor, passed = cursor + 1, passed + 1
+            dropped += prompt is None and uid not in self._taken
+            if prompt is not None:
+                prompts.append(prompt)
+                self._taken.add(uid)
+            elif passed > limit + sum(counts):
+                raise UserError(
+                    f"dynamic_sampling.max_draws: the {limit} training rows do not hold {sum(counts)} prompts that are "
+                    "not in the rollout already; lower data.prompts_per_rollout or dynamic_sampling.max_draws"
+                )
+        start = sum(counts[: rank()])
+        return PromptBatch(prompts[start : start + counts[rank()]], cursor, dropped)
+
+    def _uids(self, start: int, end: int) -> Iterator[str]:
+        return (self.stream.row_at(cursor)[0] for cursor in range(start, end))
 
     def _batch(self, cursor: int, my_rank: int, ranks: int) -> PromptBatch:
         prompts: list[Prompt] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
 from gspo_lightning.objective.losses import LOSSES, LossInputs, LossSpec
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
+from gspo_lightning.objective.selection import near_sampler
 from gspo_lightning.types import Metrics, PolicyLoss
 
 
@@ -36,6 +37,8 @@ class Objective:
     """Cap of the ratio from above (two-sided clip); None for none."""
     beta: float = 0.0
     """Weight of the KL term against the reference; 0 needs no reference."""
+    beta_end: float | None = None
+    """Weight of the KL term in the last rollout, approached linearly from ``beta``; None keeps ``beta``."""
     kl_estimator: Estimator = "k3"
     kl_importance_weighted: bool = False
     """Weigh each KL term by its token ratio: unbiased when the policy has moved off the sampler."""
@@ -43,6 +46,11 @@ class Objective:
     """Weight of the entropy bonus."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of loss and denominator."""
+    top_entropy_quantile: float = 1.0
+    """Share of the tokens with a gradient, highest entropy first, that the policy term is computed on."""
+    off_policy_mask_threshold: float | None = None
+    """Leaves out sequences of negative advantage that the policy has moved away from by more than this, in nats per
+    token; None for none."""
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     """Temperatures of ``sapo``."""
@@ -73,13 +81,24 @@ class Objective:
 
     @property
     def needs_ref(self) -> bool:
-        """Whether log-probabilities of the reference are needed."""
-        return self.beta != 0.0
+        """Whether log-probabilities of the reference are needed, now or later in the run."""
+        return self.beta != 0.0 or bool(self.beta_end)
 
     @property
     def needs_entropy(self) -> bool:
         """Whether entropies are needed."""
         return self.entropy_coef != 0.0
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether the entropies under the sampling weights are needed, to choose tokens by them."""
+        return self.top_entropy_quantile < 1.0
+
+    def at(self, progress: float) -> Objective:
+        """The objective at a point of the run, from 0 (first rollout) to 1 (last): ``beta`` is what it is there."""
+        if self.beta_end is None:
+            return self
+        return replace(self, beta=self.beta + progress * (self.beta_end - self.beta), beta_end=None)
 
     @property
     def zero_advantage_is_free(self) -> bool:
@@ -100,6 +119,7 @@ class Objective:
         *,
         ref_logprobs: Tensor | None = None,
         entropy: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> PolicyLoss:
         """Loss sum and metrics of one micro-batch of S whole sequences with L tokens.
 
@@ -111,6 +131,7 @@ class Objective:
             lengths: ``(S,)`` tokens per sequence.
             ref_logprobs: ``(L,)``; required if ``needs_ref``.
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
+            selected: ``(L,)`` bool, the tokens of the policy term; None for all.
         """
         log_ratio = logprobs - old_logprobs
         ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
@@ -119,8 +140,16 @@ class Objective:
             logprobs, log_ratio, ratio, advantages, sequence_index, lengths,
             low, high, self.delta, self.tau_positive, self.tau_negative,
         )  # fmt: skip
-        per_token = policy = self.spec.function(inputs)
+        policy = self.spec.function(inputs)
         metrics = self._metrics(inputs)
+        if selected is not None:
+            policy = policy * selected
+            metrics["selected_frac"] = _mean(selected)
+        if self.off_policy_mask_threshold is not None:
+            kept = near_sampler(log_ratio, advantages, sequence_index, lengths, self.off_policy_mask_threshold)
+            policy = policy * kept[sequence_index]
+            metrics["off_policy_masked_frac"] = _mean(~kept)
+        per_token = policy
         if self.needs_ref:
             assert ref_logprobs is not None
             kl = kl_estimate(logprobs, ref_logprobs, self.kl_estimator)
@@ -131,16 +160,17 @@ class Objective:
             metrics["entropy"] = _mean(entropy)
         weights = self.aggregation.token_weight(lengths.to(logprobs.dtype)[sequence_index])
         metrics["loss/policy"] = _mean(policy)
-        return PolicyLoss((weights * per_token).sum(), metrics)
+        return PolicyLoss((weights * per_token).sum(), metrics, self._per_unit(ratio.detach(), inputs))
+
+    def _per_unit(self, values: Tensor, x: LossInputs) -> Tensor:
+        """Values per token at token level, per sequence at the sequence levels."""
+        if self.importance_sampling_level == "token":
+            return values
+        return sequence_mean(values.to(x.ratio.dtype), x.sequence_index, x.lengths)
 
     def _metrics(self, x: LossInputs) -> Metrics:
-        """Ratios and clipping per token at token level, per sequence at the sequence levels."""
-        by_token = self.importance_sampling_level == "token"
-
-        def per_unit(values: Tensor) -> Tensor:
-            return values if by_token else sequence_mean(values.to(x.ratio.dtype), x.sequence_index, x.lengths)
-
-        ratio, advantage = per_unit(x.ratio.detach()), per_unit(x.advantages)
+        """Ratios and clipping, per token or per sequence."""
+        ratio, advantage = self._per_unit(x.ratio.detach(), x), self._per_unit(x.advantages, x)
         metrics = {
             "ratio/mean": _mean(ratio),
             "log_ratio/abs_mean": _mean(ratio.log().abs()),

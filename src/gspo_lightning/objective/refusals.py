@@ -27,14 +27,18 @@ def check_objective(
     num_minibatches: int,
     num_generations: int,
     prompts_per_rollout: int,
-    has_reference: bool,
+    ref_sync_every_n_rollouts: int = 0,
+    ref_model_mixup_alpha: float = 0.6,
+    has_adapter: bool = False,
 ) -> list[Finding]:
     """All findings, in a fixed order. Each names the key and the fix."""
     steps = num_iterations * num_minibatches
     return [
         *_clip(objective, steps),
         *_loss(objective, steps),
-        *_reference(objective, has_reference),
+        *_reference(objective),
+        *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
+        *_selection(objective, steps),
         *_counts(num_generations, num_minibatches, prompts_per_rollout),
     ]
 
@@ -89,13 +93,63 @@ def _loss(objective: Objective, steps: int) -> Iterator[Finding]:
         )
 
 
-def _reference(objective: Objective, has_reference: bool) -> Iterator[Finding]:
-    if objective.beta > 0 and not has_reference:
-        yield Finding("contradiction", "objective.beta is above 0 but there is no reference; set objective.beta=0")
-    if objective.beta < 0:
-        yield Finding("contradiction", f"objective.beta={objective.beta} would reward divergence; it must be 0 or more")
-    if objective.beta == 0 and objective.kl_importance_weighted:
-        yield Finding("no_effect", "objective.kl_importance_weighted has no effect with objective.beta=0")
+def _reference(objective: Objective) -> Iterator[Finding]:
+    for key in ("beta", "beta_end"):
+        if (getattr(objective, key) or 0) < 0:
+            yield Finding(
+                "contradiction",
+                f"objective.{key}={getattr(objective, key)} would reward divergence; it must be 0 or more",
+            )
+    if objective.beta_end == objective.beta:
+        yield Finding("no_effect", f"objective.beta_end={objective.beta_end} equals objective.beta; set it to null")
+    if not objective.needs_ref:
+        for key, default in (("kl_importance_weighted", False), ("kl_estimator", "k3")):
+            if getattr(objective, key) != default:
+                yield Finding(
+                    "no_effect",
+                    f"objective.{key} has no effect with objective.beta=0; set objective.beta or leave it "
+                    f"at {str(default).lower()}",
+                )
+
+
+def _reference_sync(objective: Objective, every: int, alpha: float, has_adapter: bool) -> Iterator[Finding]:
+    if not every:
+        if alpha != 0.6:
+            yield Finding(
+                "no_effect", "update.ref_model_mixup_alpha has no effect with update.ref_sync_every_n_rollouts=0"
+            )
+        return
+    if not objective.needs_ref:
+        yield Finding("no_effect", "update.ref_sync_every_n_rollouts has no effect with objective.beta=0")
+    if has_adapter:
+        yield Finding(
+            "contradiction",
+            "update.ref_sync_every_n_rollouts: the reference of a LoRA run is the model without its adapter and cannot "
+            "move; set it to 0 or train all weights (lora=none)",
+        )
+    if not 0 < alpha <= 1:
+        yield Finding("contradiction", f"update.ref_model_mixup_alpha={alpha} must be above 0 and at most 1")
+
+
+def _selection(objective: Objective, steps: int) -> Iterator[Finding]:
+    if not 0 < objective.top_entropy_quantile <= 1:
+        yield Finding(
+            "contradiction",
+            f"objective.top_entropy_quantile={objective.top_entropy_quantile} must be above 0 and at most 1",
+        )
+    threshold = objective.off_policy_mask_threshold
+    if threshold is not None and threshold <= 0:
+        yield Finding("contradiction", f"objective.off_policy_mask_threshold={threshold} must be above 0")
+    if threshold is not None and steps == 1:
+        yield Finding(
+            "no_effect",
+            "objective.off_policy_mask_threshold cannot act: with one optimizer step per rollout the policy is the "
+            "sampler; raise update.num_minibatches or update.num_iterations, or set it to null",
+        )
+    if objective.loss_type != "sapo":
+        for key, default in (("tau_positive", 1.0), ("tau_negative", 1.05)):
+            if getattr(objective, key) != default:
+                yield Finding("no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}")
 
 
 def _counts(num_generations: int, num_minibatches: int, prompts_per_rollout: int) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 64 * 2**20
-"""Logits held at a time, in bytes of float32."""
+"""Logits held at a time."""
 
 
 def linear_logprobs(
@@ -46,8 +46,8 @@ def linear_logprobs(
         return _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(16, CHUNK_BYTES // (4 * vocabulary))
+def _chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    size = max(16, CHUNK_BYTES // (dtype.itemsize * vocabulary))
     count = max(1, -(-rows // size))
     size = -(-rows // count) if rows else 1
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -72,15 +72,14 @@ class _LinearLogprobs(torch.autograd.Function):
         weight_t = weight.to(wide.dtype).t()
         logprobs = wide.new_empty(len(hidden))
         entropy = wide.new_zeros(len(hidden))
-        for rows in _chunks(len(hidden), weight.shape[0]):
+        for rows in _chunks(len(hidden), weight.shape[0], wide.dtype):
             logits = wide[rows] @ weight_t
             if temperature != 1.0:
                 logits.div_(temperature)
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            logprobs[rows] = (logits.gather(1, targets[rows, None]) - normaliser).squeeze(1)
+            log_p = torch.log_softmax(logits, dim=-1)
+            logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
             if with_entropy:
-                log_p = logits.sub_(normaliser)
-                entropy[rows] = -torch.linalg.vecdot(log_p.exp(), log_p)
+                entropy[rows] = -torch.linalg.vecdot(torch.exp(log_p, out=logits), log_p)
         ctx.save_for_backward(hidden, weight, targets, logprobs, entropy)
         ctx.temperature, ctx.with_entropy, ctx.backward_dtype = temperature, with_entropy, backward_dtype
         return logprobs, entropy
@@ -94,7 +93,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), weight.shape[0]):
+            for rows in _chunks(len(hidden), weight.shape[0], ctx.backward_dtype):
                 g, h = grad_logprobs[rows, None], (grad_entropy[rows, None], entropy[rows, None])
                 grad_logits = _grad_logits(
                     narrow[rows] @ narrow_weight.t(), targets[rows, None], logprobs[rows, None], g,
@@ -139,5 +138,7 @@ def _grad_logits(
         factor = grad_logprobs + grad_entropy * (log_p + value)
         grad = log_p.exp_().mul_(factor).neg_().to(logits.dtype)
         target = -torch.expm1(logprobs) * grad_logprobs - logprobs.exp() * grad_entropy * (logprobs + value)
-    grad.scatter_(1, targets, target.to(grad.dtype))
+    # Into the flat tensor: a scatter over a dimension copies the whole tensor first on CPUs.
+    first = torch.arange(0, grad.numel(), grad.shape[1], device=grad.device)
+    grad.view(-1).index_copy_(0, first + targets.squeeze(1), target.squeeze(1).to(grad.dtype))
     return grad.div_(temperature) if temperature != 1.0 else grad

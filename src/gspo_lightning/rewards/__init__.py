@@ -10,6 +10,7 @@ from typing import Any
 
 _PUBLIC = {
     "CodeTests": "code",
+    "ForTasks": "by_task",
     "LengthTarget": "length",
     "Limits": "sandbox",
     "MathVerify": "mathematics",

@@ -48,7 +48,9 @@ class Log:
         self.columns[column] = list(values)
 
 
-GIVEN = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"})
+SERVICES = frozenset({"trainer_state", "log_metric", "log_extra"})
+"""Arguments that are not lists with one entry per completion."""
+GIVEN = SERVICES | {"prompts", "completions", "completion_ids"}
 """Arguments that are no columns of the dataset."""
 
 

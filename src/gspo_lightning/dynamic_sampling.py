@@ -1,0 +1,128 @@
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups without signal make room for fresh prompts.
+
+Prompts are drawn when they are needed, from the position behind the last finished rollout, never from a batch that
+was fetched ahead; all ranks draw the same prompts and each takes as many as it lacks. So a run resumes exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.distributed import add_metrics, gather_values, rank, world_size
+from gspo_lightning.types import Metrics, Prompt, PromptBatch, ScoredRollout
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """A data module that hands out prompts on demand."""
+
+    def first(self) -> PromptBatch:
+        """This rank's share of the rollout behind the last finished one."""
+        ...
+
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+        """``counts[rank]`` fresh prompts for this rank; cursor and drops go on from ``batch``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What dynamic sampling did in one rollout on this rank."""
+
+    enabled: bool = False
+    draws: int = 0
+    extra_prompts: int = 0
+    silent_left: int = 0
+    discarded_tokens: int = 0
+    """Sampled tokens of groups that made room."""
+
+    def metrics(self) -> Metrics:
+        """Counts per rollout over all ranks; nothing where dynamic sampling is off."""
+        if not self.enabled:
+            return {}
+        share = torch.tensor(1 / world_size(), dtype=torch.float64)
+        return {
+            "dynamic_sampling/draws": (share * self.draws, share),
+            "dynamic_sampling/extra_prompts": (torch.tensor(float(self.extra_prompts)), share),
+            "dynamic_sampling/silent_left": (torch.tensor(float(self.silent_left)), share),
+        }
+
+
+def draw_until_signal(
+    source: PromptSource,
+    collect: Callable[[list[Prompt]], ScoredRollout],
+    advantages: AdvantageEstimator,
+    max_draws: int,
+) -> tuple[ScoredRollout, PromptBatch, Drawn]:
+    """Collects a rollout and replaces groups whose rewards are all equal, at most ``max_draws`` times.
+
+    Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
+    """
+    batch = source.first()
+    scored = collect(batch.prompts)
+    drawn = Drawn(enabled=True)
+    for _ in range(max_draws):
+        silent = _silent(scored)
+        counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
+        if not sum(counts):
+            break
+        more = source.draw(batch, counts)
+        batch = PromptBatch(batch.prompts, more.cursor, more.dropped)
+        drawn = replace(
+            drawn,
+            draws=drawn.draws + 1,
+            extra_prompts=drawn.extra_prompts + counts[rank()],
+            discarded_tokens=drawn.discarded_tokens + _tokens(scored, silent),
+        )
+        if silent:
+            scored = _replace(scored, silent, collect(more.prompts), advantages)
+    return scored, batch, replace(drawn, silent_left=len(_silent(scored)))
+
+
+def _silent(scored: ScoredRollout) -> list[int]:
+    return (scored.rewards.amax(dim=1) == scored.rewards.amin(dim=1)).nonzero().flatten().tolist()
+
+
+def _tokens(scored: ScoredRollout, groups: list[int]) -> int:
+    return sum(len(completion.token_ids) for group in groups for completion in scored.completions[group])
+
+
+def _replace(
+    scored: ScoredRollout, places: list[int], fresh: ScoredRollout, advantages: AdvantageEstimator
+) -> ScoredRollout:
+    """The rollout with the fresh groups at ``places``; advantages anew, because they may compare the whole batch."""
+
+    def merge(old: Tensor, new: Tensor) -> Tensor:
+        merged = old.clone()
+        merged[places] = new
+        return merged
+
+    prompts, completions = list(scored.prompts), list(scored.completions)
+    for place, prompt, members in zip(places, fresh.prompts, fresh.completions, strict=True):
+        prompts[place], completions[place] = prompt, members
+    rewards = merge(scored.rewards, fresh.rewards)
+    group = rewards.shape[1]
+    columns = {name: list(values) for name, values in scored.extra_columns.items()}
+    for name, values in columns.items():
+        for number, place in enumerate(places):
+            values[place * group : (place + 1) * group] = fresh.extra_columns[name][
+                number * group : (number + 1) * group
+            ]
+    logged = dict(scored.logged)
+    add_metrics(logged, fresh.logged)
+    return replace(
+        scored,
+        prompts=prompts,
+        completions=completions,
+        rewards_by_function=merge(scored.rewards_by_function, fresh.rewards_by_function),
+        rewards=rewards,
+        advantages=advantages(rewards),
+        logged=logged,
+        extra_columns=columns,
+    )

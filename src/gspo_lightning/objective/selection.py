@@ -1,0 +1,44 @@
+"""Which tokens and sequences the policy term is computed on. What is left out stays in the denominator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.objective.ratios import sequence_mean
+
+
+def top_entropy_threshold(entropies: Tensor, quantile: float) -> Tensor:
+    """The entropy from which on a token belongs to the top ``quantile`` (arXiv 2506.01939, section 5).
+
+    Args:
+        entropies: ``(N,)`` of all tokens that compete: those of a whole minibatch, over all ranks.
+        quantile: share to keep, in (0, 1]; at least one token is kept. Ties at the threshold are all kept.
+
+    Returns:
+        A scalar: the ``ceil(quantile N)``-th largest entropy, infinity for no tokens.
+    """
+    if not len(entropies):
+        return entropies.new_tensor(torch.inf)
+    return entropies.topk(max(1, math.ceil(quantile * len(entropies)))).values[-1]
+
+
+def near_sampler(
+    log_ratio: Tensor, advantages: Tensor, sequence_index: Tensor, lengths: Tensor, threshold: float
+) -> Tensor:
+    """Sequences that the off-policy mask keeps (DeepSeek-V3.2, arXiv 2512.02556, Eq. 9), as ``(S,)`` bool.
+
+    One is left out if its advantage is negative and the policy has moved away from it since it was sampled:
+    ``mean_t (log pi_old - log pi) > threshold``.
+
+    Args:
+        log_ratio: ``(L,)`` ``log pi - log pi_old``.
+        advantages: ``(L,)``.
+        sequence_index: ``(L,)`` in [0, S).
+        lengths: ``(S,)``.
+        threshold: in nats per token.
+    """
+    drift = -sequence_mean(log_ratio.detach(), sequence_index, lengths)
+    return (sequence_mean(advantages, sequence_index, lengths) >= 0) | (drift <= threshold)

@@ -1,0 +1,69 @@
+"""Which tokens and sequences the policy term keeps, against examples worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gspo_lightning.objective import Objective
+from gspo_lightning.objective.selection import near_sampler, top_entropy_threshold
+
+INDEX, LENGTHS = torch.tensor([0, 0, 1]), torch.tensor([2, 1])
+
+
+@pytest.mark.parametrize(("quantile", "kept"), [(0.2, 1), (0.25, 2), (0.5, 3), (1.0, 5), (1e-9, 1)])
+def test_the_share_is_rounded_up_and_never_empty(quantile, kept):
+    entropies = torch.tensor([0.1, 0.9, 0.3, 0.7, 0.5])
+    assert int((entropies >= top_entropy_threshold(entropies, quantile)).sum()) == kept
+
+
+def test_ties_at_the_threshold_are_all_kept_and_nothing_has_no_threshold():
+    assert top_entropy_threshold(torch.tensor([1.0, 1.0, 0.5]), 0.1) == 1.0
+    assert top_entropy_threshold(torch.zeros(0), 0.5) == math.inf
+
+
+def test_only_a_sequence_of_negative_advantage_that_the_policy_left_is_masked():
+    log_ratio = torch.tensor([-0.5, -0.1, -2.0])  # drifts 0.3 and 2.0 nats per token
+    for advantages, kept in (([-1.0, -1.0, -1.0], [True, False]), ([1.0, 1.0, 1.0], [True, True])):
+        assert near_sampler(log_ratio, torch.tensor(advantages), INDEX, LENGTHS, 0.3001).tolist() == kept
+    assert near_sampler(log_ratio, -torch.ones(3), INDEX, LENGTHS, 0.2).tolist() == [False, False]
+
+
+def loss_and_gradient(**settings):
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    selected = settings.pop("selected", None)
+    objective = Objective(max_completion_length=4, importance_sampling_level="token", **settings)
+    result = objective(
+        logprobs, torch.tensor([-1.0, -1.9, -1.0], dtype=torch.float64), -torch.ones(3, dtype=torch.float64),
+        INDEX, LENGTHS, ref_logprobs=logprobs.detach() - 0.5, selected=selected,
+    )  # fmt: skip
+    result.loss.backward()
+    return result, logprobs.grad
+
+
+def test_masks_take_the_policy_term_and_leave_the_kl():
+    everything, _ = loss_and_gradient(beta=0.1)
+    result, gradient = loss_and_gradient(beta=0.1, selected=torch.tensor([False, True, False]))
+    kl = math.expm1(-0.5) + 0.5
+    # Sequence means 1/2 (a1 + a2) + a3 of w = 1, e^-0.1, e^-2 with advantage -1: clipped from below at 0.8.
+    assert everything.loss.item() == pytest.approx((1 + math.exp(-0.1)) / 2 + 0.8 + 0.1 * kl * 2, rel=1e-12)
+    assert result.loss.item() == pytest.approx(math.exp(-0.1) / 2 + 0.1 * kl * 2, rel=1e-12)
+    slope = 0.1 * (1 - math.exp(-0.5))
+    assert gradient.tolist() == pytest.approx([slope / 2, math.exp(-0.1) / 2 + slope / 2, slope], rel=1e-12)
+    assert result.metrics["selected_frac"][0] == 1 and result.metrics["selected_frac"][1] == 3
+
+
+def test_the_off_policy_mask_acts_in_the_objective_and_is_counted():
+    result, gradient = loss_and_gradient(off_policy_mask_threshold=1.0, epsilon=0.9)
+    assert gradient.tolist() == pytest.approx([0.5, math.exp(-0.1) / 2, 0.0], rel=1e-12)
+    assert [x.item() for x in result.metrics["off_policy_masked_frac"]] == [1, 2]
+
+
+def test_beta_goes_linearly_to_its_end_and_needs_the_reference_throughout():
+    objective = Objective(max_completion_length=4, beta=0.2, beta_end=0.0)
+    assert [objective.at(p).beta for p in (0.0, 0.25, 1.0)] == pytest.approx([0.2, 0.15, 0.0])
+    assert objective.needs_ref and not objective.at(1.0).needs_ref
+    assert Objective(max_completion_length=4, beta_end=0.1).needs_ref
+    assert Objective(max_completion_length=4, beta=0.1).at(0.7).beta == 0.1

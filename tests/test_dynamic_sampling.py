@@ -1,0 +1,116 @@
+"""Groups without signal make room for fresh prompts, drawn in order, none twice, and resumed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.data import PromptDataModule
+from gspo_lightning.dynamic_sampling import draw_until_signal
+from gspo_lightning.errors import UserError
+from gspo_lightning.types import Completion, Prompt, PromptBatch, ScoredRollout
+
+
+def scored(prompts: list[Prompt], rewards: list[list[float]]) -> ScoredRollout:
+    table = torch.tensor(rewards, dtype=torch.float64)
+    completions = [[Completion(torch.tensor([5]), "", torch.zeros(1), "stop") for _ in row] for row in rewards]
+    return ScoredRollout(prompts, completions, ("r",), table[..., None], table, AdvantageEstimator()(table))
+
+
+class Numbers:
+    """An endless source of numbered prompts; those whose number is in ``silent`` get equal rewards."""
+
+    def __init__(self, silent: set[int]) -> None:
+        self.silent = silent
+        self.collected: list[list[int]] = []
+
+    def _take(self, start: int, count: int) -> list[Prompt]:
+        return [Prompt(str(n), "", torch.tensor([3]), {}) for n in range(start, start + count)]
+
+    def first(self) -> PromptBatch:
+        return PromptBatch(self._take(0, 3), cursor=3)
+
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+        return PromptBatch(self._take(batch.cursor, counts[0]), batch.cursor + sum(counts))
+
+    def collect(self, prompts: list[Prompt]) -> ScoredRollout:
+        self.collected.append([int(p.uid) for p in prompts])
+        return scored(prompts, [[1.0, 1.0] if int(p.uid) in self.silent else [0.0, float(p.uid) + 1] for p in prompts])
+
+
+def run(silent: set[int], max_draws: int, advantages=None):
+    source = Numbers(silent)
+    result = draw_until_signal(source, source.collect, advantages or AdvantageEstimator(), max_draws)
+    return source, *result
+
+
+def test_silent_groups_are_replaced_in_place_until_all_have_signal():
+    source, rollout, batch, drawn = run({0, 2, 3}, max_draws=5)
+    assert source.collected == [[0, 1, 2], [3, 4], [5]]
+    assert [p.uid for p in rollout.prompts] == ["5", "1", "4"]
+    assert rollout.rewards.tolist() == [[0, 6], [0, 2], [0, 5]]
+    assert batch.cursor == 6 and (drawn.draws, drawn.extra_prompts, drawn.silent_left) == (2, 3, 0)
+    assert drawn.discarded_tokens == 6  # three groups of two completions of one token
+
+
+def test_draws_are_bounded_and_the_rollout_keeps_its_size():
+    source, rollout, batch, drawn = run(set(range(100)), max_draws=2)
+    assert len(rollout.prompts) == 3 and batch.cursor == 9
+    assert (drawn.draws, drawn.silent_left) == (2, 3)
+
+
+def test_a_rollout_with_signal_everywhere_draws_nothing():
+    source, rollout, batch, drawn = run(set(), max_draws=2)
+    assert source.collected == [[0, 1, 2]] and batch.cursor == 3 and drawn.draws == 0
+
+
+def test_advantages_that_compare_the_batch_are_those_of_the_final_rollout():
+    batch_scaled = AdvantageEstimator(scale_rewards="batch")
+    _, rollout, _, _ = run({0}, 1, batch_scaled)
+    assert torch.equal(rollout.advantages, batch_scaled(torch.tensor([[0, 4], [0, 2], [0, 3]], dtype=torch.float64)))
+
+
+class FiveRows:
+    name, num_train_rows = "five", 5
+
+    def train_row(self, index: int) -> dict:
+        return {"prompt": f"row {index}"}
+
+    def validation_rows(self) -> list:
+        return []
+
+
+@pytest.fixture
+def data(micro_model_dir):
+    return PromptDataModule(FiveRows(), str(micro_model_dir), prompts_per_rollout=2, max_prompt_length=64)
+
+
+def numbers(batch: PromptBatch) -> list[int]:
+    return [int(p.uid.rsplit(":", 1)[1]) for p in batch.prompts]
+
+
+def test_fresh_prompts_follow_the_batch_and_none_is_in_the_rollout_twice(data):
+    order = [int(data.stream.row_at(i)[0].rsplit(":", 1)[1]) for i in range(10)]
+    first = data.first()
+    assert numbers(first) == order[:2]
+    more = data.draw(first, [3])
+    assert numbers(more) == order[2:5] and more.cursor == 5
+    with pytest.raises(UserError, match="dynamic_sampling.max_draws: the 5 training rows"):
+        data.draw(more, [1])
+
+
+def test_draws_wrap_into_the_next_epoch_without_repeating_a_row_of_the_rollout(data):
+    data.cursor = 2  # rows 2 and 3 of the epoch; the draw takes its last row and goes on in the next epoch
+    first = data.first()
+    drawn = numbers(data.draw(first, [2]))
+    assert len({*numbers(first), *drawn}) == 4
+
+
+def test_the_next_rollout_begins_behind_what_was_drawn(data):
+    first = data.first()
+    more = data.draw(first, [1])
+    data.finish(PromptBatch(first.prompts, more.cursor, more.dropped))
+    assert data.cursor == 3
