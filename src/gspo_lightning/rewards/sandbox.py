@@ -155,9 +155,13 @@ def session(
     ``__main__`` with standard input and output.
     """
     as_root = isolation == "bubblewrap" and os.geteuid() == 0
-    allowed = asdict(limits)
-    if isolation == "unsafe":
-        allowed["max_processes"] = None  # the kernel would count every process of the user
+    allowed = {
+        "cpu_s": limits.cpu_s,
+        "memory_mb": limits.memory_mb,
+        "disk_mb": limits.disk_mb,
+        # Outside of namespaces the kernel would count every process of the user.
+        "max_processes": None if isolation == "unsafe" else limits.max_processes,
+    }
     # A user id of its own: the kernel counts processes by user, and no other process is its to kill.
     uid = random.SystemRandom().randrange(1 << 30, (1 << 31) - 2) if as_root else None
     order = {"code": code, "mode": mode, "limits": allowed, "uid": uid}
