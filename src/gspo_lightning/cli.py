@@ -120,7 +120,9 @@ def _train(cfg: DictConfig) -> float | None:
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(plain))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    return TrainingRun(plain, run_dir, ckpt_path, config.build_module(plain), datamodule).execute()
+    module = config.build_module(plain)
+    with contextlib.closing(module.rewards):
+        return TrainingRun(plain, run_dir, ckpt_path, module, datamodule).execute()
 
 
 def _evaluate(cfg: DictConfig) -> None:
@@ -130,7 +132,8 @@ def _evaluate(cfg: DictConfig) -> None:
     datamodule = config.build_data(plain)
     module = config.build_module(plain)
     trainer = config.build_trainer(plain, [])
-    trainer.validate(module, datamodule=datamodule, verbose=False)
+    with contextlib.closing(module.rewards):
+        trainer.validate(module, datamodule=datamodule, verbose=False)
     print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
 
 

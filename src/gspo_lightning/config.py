@@ -237,7 +237,9 @@ def _build(node: Any) -> Any:
 def build_data(plain: dict[str, Any]) -> Any:
     """The data module, with its dataset and templates checked."""
     datamodule = _build(plain["data"])
-    datamodule.check(_build(plain["reward"]).required_columns())
+    rewards = _build(plain["reward"])
+    rewards.check()
+    datamodule.check(rewards.required_columns())
     return datamodule
 
 
