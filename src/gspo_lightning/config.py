@@ -237,8 +237,30 @@ def _build(node: Any) -> Any:
 def build_data(plain: dict[str, Any]) -> Any:
     """The data module, with its dataset and templates checked."""
     datamodule = _build(plain["data"])
-    datamodule.check(_build(plain["reward"]).required_columns())
+    rewards = _build(plain["reward"])
+    rewards.check()
+    datamodule.check(rewards.required_columns())
     return datamodule
+
+
+def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
+    """The length of the run: ``max_rollouts``, or that of ``num_epochs`` passes over a finite task."""
+    epochs = plain["num_epochs"]
+    if epochs is None:
+        return plain["max_rollouts"]
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
+        raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if plain["dynamic_sampling"]["max_draws"]:
+        raise UserError(
+            f"num_epochs={epochs} counts one prompt per place in a rollout, but dynamic_sampling.max_draws takes more "
+            "rows than that; set max_rollouts instead"
+        )
+    if rollouts_per_epoch is None:
+        raise UserError(
+            f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
+            "max_rollouts instead"
+        )
+    return max(1, round(epochs * rollouts_per_epoch))
 
 
 def build_callbacks(plain: dict[str, Any]) -> list[Any]:

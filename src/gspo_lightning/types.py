@@ -29,6 +29,10 @@ FinishReason = Literal["stop", "length"]
 """``stop``: an end-of-sequence token or a stop string; ``length``: cut at ``max_completion_length``."""
 
 
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), so that micro-batches and ranks add up to exact means."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt, tokenised and unpadded."""
@@ -53,11 +57,11 @@ class PromptBatch:
 
     Args:
         prompts: as many as this rank has of the rollout.
-        cursor: where the prompt stream stands after this batch; a run resumes from here.
+        cursor: where the prompt stream stands after this batch; a run resumes from here (0 where there is no stream).
         dropped: prompts left out on the way because they are too long, over all ranks.
     """
 
-    def __init__(self, prompts: list[Prompt], cursor: int, dropped: int = 0) -> None:
+    def __init__(self, prompts: list[Prompt], cursor: int = 0, dropped: int = 0) -> None:
         self.prompts, self.cursor, self.dropped = prompts, cursor, dropped
 
     def __len__(self) -> int:
@@ -120,10 +124,10 @@ class ScoredRollout:
     """``(B, G)`` float64: the combined reward."""
     advantages: Tensor
     """``(B, G)`` float64."""
-
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), so that micro-batches and ranks add up to exact means."""
+    logged: Metrics = field(default_factory=dict)
+    """What reward functions logged by TRL's ``log_metric``."""
+    extra_columns: dict[str, list[Any]] = field(default_factory=dict)
+    """Lists of B x G values that reward functions logged by TRL's ``log_extra``."""
 
 
 @dataclass(frozen=True)
