@@ -21,7 +21,7 @@ from gspo_lightning.data.preview import build_datamodule
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLUGINS = {"hparams_search=": "hydra_plugins.hydra_optuna_sweeper", "two_processes": "hydra_plugins.hydra_joblib_launcher",
-           "slurm_gpu": "hydra_plugins.hydra_submitit_launcher"}  # fmt: skip
+           "slurm_gpu": "hydra_plugins.hydra_submitit_launcher", "rollout=vllm": "vllm"}  # fmt: skip
 
 
 def blocks(kind):
