@@ -31,15 +31,15 @@ def found(rows, clip=(0.03, 0.04), by_sequence=True, patience=3):
 
 
 CASES = {
-    "noise_floor": (dict(gspo__ratio_noise_floor=[0.0151]), 15, "objective.epsilon"),
-    "clip_never_acts": (dict(clip_frac_low=[0.0] * 3, clip_frac_high=[0.0] * 3), 15, "ratio/p99=1.02"),
-    "clip_takes_most": (dict(clip_frac_low=[0.3] * 3, clip_frac_high=[0.3] * 3), 15, "optimizer.lr"),
-    "no_signal": (dict(frac_zero_std_groups=[1.0] * 3), 15, "reward/mean=0.5"),
-    "reward_collapse": (dict(reward__mean=[0.1] * 4 + [0.9] * 5 + [0.4] * 3), 15, "0.9 to 0.4"),
-    "entropy_collapse": (dict(entropy=[0.09]), 15, "rollout.temperature"),
-    "length_explosion": (dict(completion__truncated_frac=[0.6, 0.7, 0.8]), 15, "rollout.max_completion_length"),
-    "mismatch": (dict(sampler_mismatch__abs_mean=[0.11]), 15, "mismatch=token_truncate"),
-    "gradient_spike": (dict(grad_norm=[10.1]), 15, "optimizer.lr"),
+    "noise_floor": ({"gspo__ratio_noise_floor": [0.0151]}, 15, "objective.epsilon"),
+    "clip_never_acts": ({"clip_frac_low": [0.0] * 3, "clip_frac_high": [0.0] * 3}, 15, "ratio/p99=1.02"),
+    "clip_takes_most": ({"clip_frac_low": [0.3] * 3, "clip_frac_high": [0.3] * 3}, 15, "optimizer.lr"),
+    "no_signal": ({"frac_zero_std_groups": [1.0] * 3}, 15, "reward/mean=0.5"),
+    "reward_collapse": ({"reward__mean": [0.1] * 4 + [0.9] * 5 + [0.4] * 3}, 15, "0.9 to 0.4"),
+    "entropy_collapse": ({"entropy": [0.09]}, 15, "rollout.temperature"),
+    "length_explosion": ({"completion__truncated_frac": [0.6, 0.7, 0.8]}, 15, "rollout.max_completion_length"),
+    "mismatch": ({"sampler_mismatch__abs_mean": [0.11]}, 15, "mismatch=token_truncate"),
+    "gradient_spike": ({"grad_norm": [10.1]}, 15, "optimizer.lr"),
 }
 
 
@@ -52,7 +52,7 @@ def test_every_check_has_a_case_and_a_good_run_says_nothing():
 def test_said_when_it_begins_with_a_remedy(name):
     changes, when, text = CASES[name]
     if name == "reward_collapse":  # the first rollouts are the low ones
-        changes = dict(reward__mean=[0.1] * 7 + [0.9] * 5 + [0.4] * 3)
+        changes = {"reward__mean": [0.1] * 7 + [0.9] * 5 + [0.4] * 3}
     said = found(series(**changes))
     assert [(end, n) for end, n, _ in said] == [(when, name)]
     assert text in said[0][2] and "\n" not in said[0][2]
@@ -61,14 +61,14 @@ def test_said_when_it_begins_with_a_remedy(name):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(gspo__ratio_noise_floor=[0.0149]),
-        dict(clip_frac_low=[0.0] * 2, clip_frac_high=[0.0] * 2),
-        dict(clip_frac_low=[0.0] * 3),
-        dict(frac_zero_std_groups=[1.0, 0.9, 1.0]),
-        dict(reward__mean=[0.1] * 7 + [0.9] * 5 + [0.6] * 3),
-        dict(entropy=[0.11]),
-        dict(sampler_mismatch__abs_mean=[0.09]),
-        dict(grad_norm=[9.9]),
+        {"gspo__ratio_noise_floor": [0.0149]},
+        {"clip_frac_low": [0.0] * 2, "clip_frac_high": [0.0] * 2},
+        {"clip_frac_low": [0.0] * 3},
+        {"frac_zero_std_groups": [1.0, 0.9, 1.0]},
+        {"reward__mean": [0.1] * 7 + [0.9] * 5 + [0.6] * 3},
+        {"entropy": [0.11]},
+        {"sampler_mismatch__abs_mean": [0.09]},
+        {"grad_norm": [9.9]},
     ],
 )
 def test_just_short_of_it_nothing_is_said(changes):

@@ -95,7 +95,7 @@ BETTER: dict[str, str] = {
     "disable_tqdm": "one line per rollout where the output is no terminal",
     "run_name": "the run's folder is its name; with a logger, set its name there",
     "project": "logger.wandb.project or logger.mlflow.experiment_name",
-    "use_vllm": "rollout=vllm or rollout=vllm_server; what sampler and trainer differ by is corrected by the group mismatch",
+    "use_vllm": "rollout=vllm or rollout=vllm_server; the group mismatch corrects what they differ by",
     "vllm_mode": "the config group rollout chooses the engine",
     "vllm_model_impl": "set it in the engine's group, if it has it",
     "vllm_enable_sleep_mode": "set it in the engine's group, if it has it",
