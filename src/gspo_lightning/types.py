@@ -29,9 +29,9 @@ FinishReason = Literal["stop", "length"]
 """``stop``: an end-of-sequence token or a stop string; ``length``: cut at ``max_completion_length``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, tokenised and unpadded."""
+    """One prompt, tokenised and unpadded. Compared by identity: what is known about a prompt is kept beside it."""
 
     uid: str
     """Names the row for ever (task and index); sampling seeds are derived from it."""
@@ -42,7 +42,8 @@ class Prompt:
     sample: dict[str, Any]
     """The dataset row: its columns become keyword arguments of reward functions."""
     mm_inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Images and the like, keyed by the keyword argument of the model's forward. Empty for text."""
+    """Images and the like, keyed by the keyword argument of the model's forward, and ``mm_token_type_ids`` ``(P,)``
+    (0 text, 1 image, 2 video). Empty for text."""
 
 
 class PromptBatch:
