@@ -1,13 +1,75 @@
 """GSPO and GRPO fine-tuning of language and vision-language models on Lightning.
 
 Public names are imported on first use, so that ``import gspo_lightning`` costs nothing and the number of threads can
-still be set before torch is loaded.
+still be set before torch is loaded. docs/api.md lists them with their documentation.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gspo_lightning.advantages import AdvantageEstimator as AdvantageEstimator
+    from gspo_lightning.data import (
+        PromptDataModule as PromptDataModule,
+    )
+    from gspo_lightning.data import (
+        RowsTask as RowsTask,
+    )
+    from gspo_lightning.data import (
+        Task as Task,
+    )
+    from gspo_lightning.data import (
+        make_prompt as make_prompt,
+    )
+    from gspo_lightning.errors import UserError as UserError
+    from gspo_lightning.module import GSPOModule as GSPOModule
+    from gspo_lightning.objective import Objective as Objective
+    from gspo_lightning.packing import (
+        PackedBatch as PackedBatch,
+    )
+    from gspo_lightning.packing import (
+        linear_logprobs as linear_logprobs,
+    )
+    from gspo_lightning.packing import (
+        pack as pack,
+    )
+    from gspo_lightning.packing import (
+        plan_micro_batches as plan_micro_batches,
+    )
+    from gspo_lightning.policy.load import LoraSettings as LoraSettings
+    from gspo_lightning.policy.load import PolicyLoader as PolicyLoader
+    from gspo_lightning.policy.model import Policy as Policy
+    from gspo_lightning.rewards import RewardSet as RewardSet
+    from gspo_lightning.rewards import RewardSpec as RewardSpec
+    from gspo_lightning.rollout import RolloutEngine as RolloutEngine
+    from gspo_lightning.rollout import TransformersEngine as TransformersEngine
+    from gspo_lightning.schedule import Schedule as Schedule
+    from gspo_lightning.types import (
+        Completion as Completion,
+    )
+    from gspo_lightning.types import (
+        PolicyLoss as PolicyLoss,
+    )
+    from gspo_lightning.types import (
+        Prompt as Prompt,
+    )
+    from gspo_lightning.types import (
+        PromptBatch as PromptBatch,
+    )
+    from gspo_lightning.types import (
+        Rollout as Rollout,
+    )
+    from gspo_lightning.types import (
+        SamplingParams as SamplingParams,
+    )
+    from gspo_lightning.types import (
+        ScoredRollout as ScoredRollout,
+    )
+    from gspo_lightning.update import Minibatch as Minibatch
+    from gspo_lightning.update import UpdateSettings as UpdateSettings
+    from gspo_lightning.validation import ValidationSettings as ValidationSettings
 
 __version__ = "0.1.0"
 
@@ -15,6 +77,8 @@ _PUBLIC = {
     "AdvantageEstimator": "gspo_lightning.advantages",
     "Completion": "gspo_lightning.types",
     "GSPOModule": "gspo_lightning.module",
+    "LoraSettings": "gspo_lightning.policy.load",
+    "Minibatch": "gspo_lightning.update",
     "Objective": "gspo_lightning.objective",
     "PackedBatch": "gspo_lightning.packing",
     "Policy": "gspo_lightning.policy.model",
@@ -24,14 +88,22 @@ _PUBLIC = {
     "PromptBatch": "gspo_lightning.types",
     "PromptDataModule": "gspo_lightning.data",
     "RewardSet": "gspo_lightning.rewards",
+    "RewardSpec": "gspo_lightning.rewards",
     "Rollout": "gspo_lightning.types",
+    "RolloutEngine": "gspo_lightning.rollout",
+    "RowsTask": "gspo_lightning.data",
     "SamplingParams": "gspo_lightning.types",
     "Schedule": "gspo_lightning.schedule",
     "ScoredRollout": "gspo_lightning.types",
+    "Task": "gspo_lightning.data",
     "TransformersEngine": "gspo_lightning.rollout",
     "UpdateSettings": "gspo_lightning.update",
     "UserError": "gspo_lightning.errors",
     "ValidationSettings": "gspo_lightning.validation",
+    "linear_logprobs": "gspo_lightning.packing",
+    "make_prompt": "gspo_lightning.data",
+    "pack": "gspo_lightning.packing",
+    "plan_micro_batches": "gspo_lightning.packing",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -41,3 +113,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

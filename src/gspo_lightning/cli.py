@@ -20,6 +20,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -31,9 +32,14 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule, NonFiniteGradientError
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
+from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.timing import peak_rss_gb
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+
+
+class SweepStopped(KeyboardInterrupt):
+    """A signal ended a job of a sweep; not an Exception, because Hydra would go on with the next job."""
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -41,8 +47,11 @@ def run(main: Callable[[], Any]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing lines of its own
     try:
         main()
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, NonFiniteGradientError) as error:
         _exit_with_line(error, debug="debug=true" in sys.argv)
+    except SweepStopped as stopped:
+        print(f"error: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(130)
     except OSError as error:
         # Hydra makes the run's folder before any of our code runs; any other OSError is not ours to explain.
         if not any(
@@ -74,12 +83,18 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """In a single run a user's mistake ends the program here; in a sweep it must not take the other jobs along."""
+    """In a single run a user's mistake ends the program here; in a sweep it must not take the other jobs along.
+
+    A sweep runs all of its jobs, and then ends with the first failure and its exit code; each failure has its line.
+    """
     try:
         return work(cfg)
     except (*USER_ERRORS, NonFiniteGradientError) as error:
         if HydraConfig.get().mode != RunMode.RUN:
-            raise
+            job = HydraConfig.get().job
+            line = f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}"
+            print(f"failed: {line}", file=sys.stderr, flush=True)
+            raise (NonFiniteGradientError if isinstance(error, NonFiniteGradientError) else UserError)(line) from error
         with contextlib.suppress(OSError):  # Hydra has made the folder; it goes if nothing was written into it
             Path(HydraConfig.get().runtime.output_dir).rmdir()
         _exit_with_line(error, debug=bool(cfg.debug))
@@ -99,7 +114,10 @@ def _train(cfg: DictConfig) -> float | None:
     ckpt_path = checkpoint_file(plain["ckpt_path"])
     run_dir = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     datamodule = config.build_data(plain)
+    plain["max_rollouts"] = config.rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    if plain["print_config"]:
+        rank_zero_only(Console().print)(config_tree(plain))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     return TrainingRun(plain, run_dir, ckpt_path, config.build_module(plain), datamodule).execute()
 
@@ -129,8 +147,8 @@ class TrainingRun:
         resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
         self.recorder = RunRecorder(run_dir, resume_dir=resume_dir)
-        stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
-        callbacks = [self.recorder, *config.build_callbacks(plain), self.checkpoint, stop]
+        self.stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
+        callbacks = [self.recorder, *config.build_callbacks(plain), self.checkpoint, self.stop]
         self.trainer = config.build_trainer(plain, callbacks)
 
     def execute(self) -> float | None:
@@ -144,6 +162,8 @@ class TrainingRun:
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
             print(f"{done}; go on with ckpt_path={self.checkpoint.last}", flush=True)
+            if self.stop.received is not None and HydraConfig.get().mode != RunMode.RUN:
+                raise SweepStopped(f"{done} in {self.run_dir}; the jobs behind it were not run")
             return None
         # Lightning has validated when it stopped: `last_validation` is that of the trained policy.
         self._finish(wall_s)

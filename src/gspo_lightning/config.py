@@ -234,6 +234,21 @@ def build_data(plain: dict[str, Any]) -> Any:
     return datamodule
 
 
+def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
+    """The length of the run: ``max_rollouts``, or that of ``num_epochs`` passes over a finite task."""
+    epochs = plain["num_epochs"]
+    if epochs is None:
+        return plain["max_rollouts"]
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
+        raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if rollouts_per_epoch is None:
+        raise UserError(
+            f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
+            "max_rollouts instead"
+        )
+    return max(1, round(epochs * rollouts_per_epoch))
+
+
 def build_callbacks(plain: dict[str, Any]) -> list[Any]:
     """The callbacks of the config's ``callbacks`` group, in order."""
     return [_build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]

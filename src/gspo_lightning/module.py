@@ -38,7 +38,7 @@ from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
-from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, SamplingParams, ScoredRollout
@@ -65,16 +65,16 @@ class GSPOModule(L.LightningModule):
 
     Args:
         policy_loader: builds the policy when the Trainer asks for it (`configure_model`).
-        engine: samples completions.
-        rewards: scores them.
+        rewards: scores completions.
         objective: the loss.
-        advantages: rewards ``(B, G)`` -> advantages ``(B, G)``.
         sampling: how training completions are drawn.
         optimizer: called with parameter groups, such as ``functools.partial(torch.optim.AdamW, lr=1e-5)``.
-        schedule: learning rate over the optimizer steps.
+        max_rollouts: the run ends after this many rollouts.
+        engine: samples completions; by default the policy itself, in this process.
+        advantages: rewards ``(B, G)`` -> advantages ``(B, G)``; by default scaled within the group.
+        schedule: learning rate over the optimizer steps; by default constant.
         update: minibatches, micro-batches and clipping.
         validation: what is measured on held-out prompts.
-        max_rollouts: the run ends after this many rollouts.
         seed: of sampling and of the order of minibatches.
         max_draws: dynamic sampling (DAPO, arXiv 2503.14476): so many times per rollout, prompts whose rewards are all
             equal are replaced by fresh ones. Needs a `PromptDataModule`. 0 trains on the batch as it comes.
@@ -83,26 +83,28 @@ class GSPOModule(L.LightningModule):
     def __init__(
         self,
         policy_loader: PolicyLoader,
-        engine: RolloutEngine,
         rewards: RewardSet,
+        *,
         objective: Objective,
-        advantages: AdvantageEstimator,
         sampling: SamplingParams,
         optimizer: OptimizerFactory,
-        schedule: Schedule,
-        update: UpdateSettings,
-        validation: ValidationSettings,
         max_rollouts: int,
+        engine: RolloutEngine | None = None,
+        advantages: AdvantageEstimator | None = None,
+        schedule: Schedule | None = None,
+        update: UpdateSettings | None = None,
+        validation: ValidationSettings | None = None,
         seed: int = 0,
         max_draws: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.policy_loader, self.engine, self.rewards = policy_loader, engine, rewards
-        self.objective, self.advantages, self.sampling = objective, advantages, sampling
-        self.optimizer_factory, self.schedule, self.update_settings = optimizer, schedule, update
-        self.validator = Validator(validation, rewards, sampling, seed)
+        self.policy_loader, self.engine, self.rewards = policy_loader, engine or TransformersEngine(), rewards
+        self.objective, self.advantages, self.sampling = objective, advantages or AdvantageEstimator(), sampling
+        self.optimizer_factory, self.schedule = optimizer, schedule or Schedule("constant")
+        self.update_settings = update or UpdateSettings()
+        self.validator = Validator(validation or ValidationSettings(), rewards, sampling, seed)
         self.max_rollouts, self.seed, self.max_draws = max_rollouts, seed, max_draws
         self.policy: Policy | None = None
         self._frozen: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
@@ -204,6 +206,20 @@ class GSPOModule(L.LightningModule):
         self._sync_reference()
         self._finish_rollout(scored, metrics, gather_values(torch.cat([torch.zeros(0), *passes.ratios])))
 
+    def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
+        """A term of your own that is added to the loss of each minibatch; a subclass overrides it.
+
+        Called once per optimizer step on every rank, whatever the number of micro-batches, and also where no completion
+        of the minibatch survives: the step is then taken on this term alone.
+
+        Args:
+            minibatch: the prompts of the step and which of their completions are forwarded.
+
+        Returns:
+            A scalar with gradient, already a mean; ranks are averaged. None adds nothing.
+        """
+        return None
+
     def _passes(self) -> Passes:
         assert self.policy is not None
         frozen = self._frozen[0] if self._frozen else None
@@ -236,7 +252,8 @@ class GSPOModule(L.LightningModule):
         """One optimizer step on one minibatch; returns the log-probabilities that are its old ones from now on."""
         counts = torch.tensor([minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=self.device)
         denominator = self.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
-        rounds = global_max(len(minibatch.plan), self.device)
+        has_auxiliary = type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
+        rounds = global_max(max(len(minibatch.plan), int(has_auxiliary)), self.device)
         seen: Logprobs = []
         for index in range(rounds):
             with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
@@ -250,7 +267,11 @@ class GSPOModule(L.LightningModule):
                 else:
                     loss = passes.empty_loss(scored)
                 # Data-parallel strategies average over ranks; the denominator is already that of all of them.
-                self.manual_backward(loss * (world_size() / denominator))
+                loss = loss * (world_size() / denominator)
+                if index + 1 == rounds and (extra := self.auxiliary_loss(minibatch)) is not None:
+                    add_metrics(metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
+                    loss = loss + extra
+                self.manual_backward(loss)
         if rounds:
             self._clip_and_step(metrics)
         else:
@@ -315,14 +336,16 @@ class GSPOModule(L.LightningModule):
         values["perf/peak_rss_gb"] = peak_rss_gb()
         self.last_metrics = values
         self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
-        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
-            datamodule.finish(self.batch_in_hand)
+        # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
+        if (finish := getattr(getattr(self.trainer, "datamodule", None), "finish", None)) is not None:
+            finish(self.batch_in_hand)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the validation counters anew."""
-        self.validator.reset()
+        """Starts the validation counters anew, with one for each task of a mixture."""
+        task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
+        self.validator.reset(getattr(task, "task_names", ()))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Greedy and sampled completions of held-out prompts."""

@@ -54,11 +54,11 @@ class PromptBatch:
 
     Args:
         prompts: as many as this rank has of the rollout.
-        cursor: where the prompt stream stands after this batch; a run resumes from here.
+        cursor: where the prompt stream stands after this batch; a run resumes from here (0 where there is no stream).
         dropped: prompts left out on the way because they are too long, over all ranks.
     """
 
-    def __init__(self, prompts: list[Prompt], cursor: int, dropped: int = 0) -> None:
+    def __init__(self, prompts: list[Prompt], cursor: int = 0, dropped: int = 0) -> None:
         self.prompts, self.cursor, self.dropped = prompts, cursor, dropped
 
     def __len__(self) -> int:

@@ -22,7 +22,8 @@ class ValidationSettings:
     num_generations: int = 2
     """Sampled completions per prompt, at the training temperature; k of pass@k."""
     reward: str | None = None
-    """The reward function that decides what is right; by default the first."""
+    """The reward function that decides what is right; by default the first. Where it does not apply, the first that
+    does decides."""
     threshold: float = 1.0
     """A completion is right if that reward is at least this."""
     num_samples: int = 10
@@ -42,7 +43,7 @@ class Validator:
         self.greedy = replace(sampling, num_generations=1, temperature=0.0)
         self.sampled = replace(sampling, num_generations=settings.num_generations)
         self.seed = seed
-        self.names = (
+        self.names: tuple[str, ...] = (
             "val/accuracy",
             "val/sampled_accuracy",
             f"val/pass@{settings.num_generations}",
@@ -51,16 +52,18 @@ class Validator:
         )
         self.reset()
 
-    def reset(self) -> None:
-        """Starts anew."""
-        self.means = {name: MeanMetric().set_dtype(torch.float64) for name in self.names}
+    def reset(self, tasks: tuple[str, ...] = ()) -> None:
+        """Starts anew; ``tasks`` of a mixture are measured apart as well, the same on every rank."""
+        self.tasks = tasks
+        apart = (f"{name}/{task}" for task in tasks for name in self.names[:2])
+        self.means = {name: MeanMetric().set_dtype(torch.float64) for name in (*self.names, *apart)}
         self.samples: list[dict[str, Any]] = []
 
     def update(self, policy: Policy, engine: RolloutEngine, prompts: list[Prompt]) -> None:
         """Adds one batch of prompts."""
         greedy = engine.generate(policy, prompts, self.greedy, self.seed)
         right, rewards = self._judge(greedy.prompts, greedy.completions)
-        self.means["val/accuracy"].update(right)
+        self._update_right(self.names[0], prompts, right)
         for row, (prompt, (completion,)) in enumerate(zip(prompts, greedy.completions, strict=True)):
             if len(self.samples) < self.settings.num_samples:
                 answer = prompt.sample.get("answer")
@@ -74,15 +77,25 @@ class Validator:
                 )
         sampled = engine.generate(policy, prompts, self.sampled, self.seed)
         right, rewards = self._judge(sampled.prompts, sampled.completions)
-        self.means["val/sampled_accuracy"].update(right)
+        self._update_right(self.names[1], prompts, right)
         self.means[self.names[2]].update(right.amax(dim=1))
         self.means["val/reward"].update(rewards)
         lengths = [float(len(c.token_ids)) for group in sampled.completions for c in group]
         self.means["val/mean_tokens"].update(torch.tensor(lengths, dtype=torch.float64))
 
+    def _update_right(self, name: str, prompts: list[Prompt], right: Tensor) -> None:
+        self.means[name].update(right)
+        for task in self.tasks:
+            rows = [number for number, prompt in enumerate(prompts) if prompt.sample.get("task") == task]
+            if rows:
+                self.means[f"{name}/{task}"].update(right[rows])
+
     def _judge(self, prompts: list[Prompt], completions: list[Any]) -> tuple[Tensor, Tensor]:
         by_function = self.rewards(prompts, completions)
-        right = (by_function[..., self.judge] >= self.settings.threshold).double()
+        judged = by_function[..., self.judge]
+        for number in range(by_function.shape[-1]):
+            judged = torch.where(judged.isnan(), by_function[..., number], judged)
+        right = (judged >= self.settings.threshold).double()
         return right, self.rewards.weighted_sum(by_function)
 
     def compute(self, device: torch.device) -> dict[str, float]:

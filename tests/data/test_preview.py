@@ -53,7 +53,12 @@ def test_the_preview_of_a_small_file_shows_each_row_once_and_finds_its_mistakes(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_data_config_becomes_a_data_module(name: str, tokenizer_dir: str) -> None:
     overrides = [f"data={name}", "model=path", f"model.path={tokenizer_dir}", "seed=7"]
-    data = build_datamodule([*overrides, *(["data.task.source=x.jsonl"] if name == "rows" else [])])
+    needs = {
+        "rows": "data.task.source=x.jsonl",
+        "multiple_choice": "data.task.source=x.jsonl",
+        "reasoning_gym": "data.task=gcd",
+    }
+    data = build_datamodule([*overrides, *([needs[name]] if name in needs else [])])
     assert isinstance(data, PromptDataModule)
     assert (data.model_path, data.stream.seed) == (tokenizer_dir, 7)
 

@@ -1,7 +1,8 @@
 """What a run leaves behind and shows: recorder, progress line, checkpoints, graceful stop."""
 
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint
+from gspo_lightning.callbacks.completions import CompletionsTable
 from gspo_lightning.callbacks.progress import ProgressLine
 from gspo_lightning.callbacks.recorder import RunRecorder
 
-__all__ = ["GracefulStop", "ProgressLine", "RolloutCheckpoint", "RunRecorder"]
+__all__ = ["CompletionsTable", "GracefulStop", "ProgressLine", "RolloutCheckpoint", "RunRecorder"]

@@ -1,15 +1,21 @@
 """Tasks, prompts and the stream they come from."""
 
 from gspo_lightning.data.datamodule import PromptDataModule
+from gspo_lightning.data.mixture import Mixture
+from gspo_lightning.data.multiple_choice import MultipleChoice
 from gspo_lightning.data.rows import RowsTask
 from gspo_lightning.data.tasks import Arithmetic, LargestOfFour, MicroDigit, MicroLetters, Task
+from gspo_lightning.data.templating import make_prompt
 
 __all__ = [
     "Arithmetic",
     "LargestOfFour",
     "MicroDigit",
     "MicroLetters",
+    "Mixture",
+    "MultipleChoice",
     "PromptDataModule",
     "RowsTask",
     "Task",
+    "make_prompt",
 ]

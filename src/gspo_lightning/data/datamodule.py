@@ -38,7 +38,8 @@ class PromptDataModule(L.LightningDataModule):
         max_prompt_length: in tokens. A longer prompt is an error or left out, never cut.
         overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row and counts.
         validation_batch_size: held-out prompts decoded at a time, per rank.
-        seed: of the order of rows.
+        seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
+            its rows from a seed of its own.
         chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``.
     """
 
@@ -50,7 +51,7 @@ class PromptDataModule(L.LightningDataModule):
         max_prompt_length: int,
         overlong_prompts: OverlongPrompts = "error",
         validation_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class PromptDataModule(L.LightningDataModule):
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
         self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self.stream = PromptStream(task, seed)
+        self.seed, self.stream = seed, PromptStream(task, seed or 0)
         self.cursor = 0
         self.dropped_prompts = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -90,6 +91,11 @@ class PromptDataModule(L.LightningDataModule):
                 too long or does not fit the template. Names the row or the key.
         """
         size = self.task.num_train_rows
+        if size is None and self.seed is not None:
+            raise UserError(
+                f"data.seed={self.seed} has no effect: {self.task.name} never runs out and has no order; set data.task.seed "
+                "where the task has one, or remove it"
+            )
         if size is not None and size < self.prompts_per_rollout:
             raise UserError(
                 f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; lower it"

@@ -15,7 +15,10 @@ Row = dict[str, Any]
 class Task(Protocol):
     """Rows with at least ``prompt`` (a string or a list of messages); other columns go to rewards."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Part of every uid."""
+        ...
 
     @property
     def num_train_rows(self) -> int | None:

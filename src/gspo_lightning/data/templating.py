@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.types import Messages
+from gspo_lightning.types import Messages, Prompt
 
 _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"})
 
@@ -45,6 +45,26 @@ def encode_prompt(
     except TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
     return torch.tensor(ids, dtype=torch.long)
+
+
+def make_prompt(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, uid: str, template_kwargs: dict[str, Any] | None = None
+) -> Prompt:
+    """A `Prompt` of a row, for loaders of your own; `PromptDataModule` does this for tasks.
+
+    Args:
+        row: has ``prompt``, a string or a list of messages; its other columns go to the reward functions.
+        tokenizer: the policy's.
+        uid: names the row for ever: sampling seeds derive from it.
+        template_kwargs: for the chat template.
+
+    Raises:
+        UserError: the row has no ``prompt``, or the chat template refuses it.
+    """
+    if "prompt" not in row:
+        raise UserError(f"row {uid}: there is no column 'prompt'; the row has {', '.join(row)}")
+    ids = encode_prompt(row["prompt"], tokenizer, template_kwargs, f"row {uid}")
+    return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row)
 
 
 def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:

@@ -31,12 +31,16 @@ def render_report(run_dir: Path) -> Path:
             sections.settings(run_dir / "config.yaml", summary),
         ]
     )
-    title = escape(str(summary.get("model", "A run")))
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
-    )
+    page = html_page(str(summary.get("model", "A run")), body)
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page that needs nothing but itself; ``title`` is escaped here, ``body`` is HTML already."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 
 from gspo_lightning.report.files import Series
@@ -11,6 +13,16 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 48, 12, 14, 40
 MAX_POINTS = 300
 SMOOTH_FROM = 60
 """Points from which on the single values are pale, and a running mean is drawn over them."""
+COLOURS = 8
+"""Colours of the style sheet (``s0`` to ``s7``); further lines begin again, dashed."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A shaded range around a line."""
+
+    points: list[tuple[float, float, float]]
+    """(x, low, high)"""
 
 
 def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0) -> list[float]:
@@ -50,8 +62,9 @@ def line_chart(
     unit: str = "",
     span: tuple[float, float] | None = None,
     reach: tuple[float, ...] = (),
+    bands: Mapping[str, Band] | None = None,
 ) -> str:
-    """One figure of one or two named lines over the rollouts; an empty string if there is nothing to draw.
+    """One figure of named lines over the rollouts; an empty string if there is nothing to draw.
 
     Args:
         title: of the figure.
@@ -59,22 +72,27 @@ def line_chart(
         unit: of the values.
         span: first and last rollout of the horizontal axis; by default those of the points.
         reach: values that the vertical axis reaches in any case, such as 0 and 1 for a share.
+        bands: name of a line -> the range around it.
     """
+    numbers = {name: number for number, name in enumerate(lines)}
     lines = {name: series for name, series in lines.items() if series}
     if not lines:
         return ""
     points = [point for series in lines.values() for point in series]
     steps = span or (min(x for x, _ in points), max(x for x, _ in points))
-    scale = _Scale(*steps, [y for _, y in points] + list(reach))
+    drawn = {name: band for name, band in (bands or {}).items() if name in lines and band.points}
+    edges = [y for band in drawn.values() for _, low, high in band.points for y in (low, high)]
+    scale = _Scale(*steps, [y for _, y in points] + edges + list(reach))
     words = escape(_in_words(title, lines))
     return "".join(
         [
             f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>",
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">',
             *_axes(scale),
-            *(_line(name, thin_out(series), scale, n) for n, (name, series) in enumerate(lines.items())),
+            *(_band(band, scale, numbers[name]) for name, band in drawn.items()),
+            *(_line(name, thin_out(series), scale, numbers[name]) for name, series in lines.items()),
             "</svg>",
-            _legend(lines),
+            _legend(lines, numbers),
             "</figure>",
         ]
     )
@@ -116,14 +134,26 @@ def _axes(scale: _Scale) -> list[str]:
     return parts
 
 
+def _style(number: int) -> str:
+    return f"s{number % COLOURS}" + (" again" if number >= COLOURS else "")
+
+
+def _band(band: Band, scale: _Scale, number: int) -> str:
+    low = thin_out([(x, y) for x, y, _ in band.points])
+    high = thin_out([(x, y) for x, _, y in band.points])
+    corners = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in [*high, *reversed(low)])
+    return f'<polygon class="{_style(number)}" points="{corners}"/>'
+
+
 def _line(name: str, series: Series, scale: _Scale, number: int) -> str:
     noisy = len(series) >= SMOOTH_FROM
-    parts = [_path(series, scale, f"s{number} pale" if noisy else f"s{number}")]
+    style = _style(number)
+    parts = [_path(series, scale, f"{style} pale" if noisy else style)]
     if noisy:
-        parts.append(_path(running_mean(series), scale, f"s{number}"))
+        parts.append(_path(running_mean(series), scale, style))
     for x, y in series:
         # The dots of a long series are invisible, but still show their value under a pointer.
-        dot = f'class="hit" r="{5}"' if noisy else f'class="s{number}" r="2.6"'
+        dot = f'class="hit" r="{5}"' if noisy else f'class="{style}" r="2.6"'
         words = f"{escape(name)}, rollout {x:.6g}: {y:.4g}"
         parts.append(f'<circle {dot} cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}"><title>{words}</title></circle>')
     return "".join(parts)
@@ -134,9 +164,11 @@ def _path(series: Series, scale: _Scale, style: str) -> str:
     return f'<polyline class="{style}" points="{points}"/>'
 
 
-def _legend(lines: dict[str, Series]) -> str:
-    names = [name + (" (bold: running mean)" if len(s) >= SMOOTH_FROM else "") for name, s in lines.items()]
-    keys = "".join(f'<span class="key s{number}">{escape(name)}</span>' for number, name in enumerate(names))
+def _legend(lines: dict[str, Series], numbers: Mapping[str, int]) -> str:
+    notes = {name: " (bold: running mean)" if len(s) >= SMOOTH_FROM else "" for name, s in lines.items()}
+    keys = "".join(
+        f'<span class="key {_style(numbers[name])}">{escape(name + note)}</span>' for name, note in notes.items()
+    )
     return f'<p class="keys">{keys}</p>'
 
 

@@ -1,0 +1,92 @@
+"""From the keys of a GRPOConfig to overrides of ours, with a verdict on each key."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.migrate import computed
+from gspo_lightning.migrate.trl_table import BETTER, COMPUTED, DEFAULTS, HARMLESS, NONE, RENAMED
+
+Kind = Literal["same", "renamed", "better default", "no counterpart"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one key."""
+
+    key: str
+    value: Any
+    kind: Kind
+    note: str
+    """The key of ours, or why there is none."""
+
+
+@dataclass
+class Conversion:
+    """The result: verdicts on the given keys, our settings, and what was added to them."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
+    """Config group -> choice."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value."""
+    added: list[str] = field(default_factory=list)
+    """What stands in no key of the source, and why."""
+    blocking: list[str] = field(default_factory=list)
+    """Keys that change what is trained and cannot be expressed."""
+
+    @property
+    def remainder(self) -> list[str]:
+        """Keys without counterpart."""
+        return [verdict.key for verdict in self.verdicts if verdict.kind == "no counterpart"]
+
+
+def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
+    """Translates a GRPOConfig of TRL 1.16.0 (and ``max_prompt_length``, ``warmup_ratio`` of older releases).
+
+    What decides the result and is not given takes TRL's default, not ours, so that the two runs are the same.
+
+    Args:
+        given: the keys as written.
+        ranks: processes the batch sizes of the config are per-device of.
+
+    Raises:
+        UserError: an unknown key, or batch sizes that do not hold whole groups.
+    """
+    result = Conversion()
+    for key in given:
+        if key not in RENAMED and key not in COMPUTED and key not in BETTER and key not in NONE:
+            raise UserError(f"{key}: TRL 1.16.0's GRPOConfig has no such field; remove it or correct its name")
+    config = {**DEFAULTS, **given}
+    notes: dict[str, tuple[Kind, str]] = {}
+    for key in (key for key in config if key in RENAMED):
+        if config[key] is not None:
+            result.settings[RENAMED[key]] = config[key]
+        notes[key] = ("same" if RENAMED[key].split(".")[-1] == key else "renamed", RENAMED[key])
+    computed.optimization(config, given, result, notes, ranks)
+    computed.objective(config, given, result, notes)
+    computed.running(config, given, result, notes)
+    for key, value in given.items():
+        result.verdicts.append(_verdict(key, value, notes, result))
+    return result
+
+
+def _verdict(key: str, value: Any, notes: dict[str, tuple[Kind, str]], result: Conversion) -> Verdict:
+    if key in notes:
+        kind, note = notes[key]
+        if kind == "no counterpart":
+            result.blocking.append(key)
+        return Verdict(key, value, kind, note)
+    if key in BETTER:
+        return Verdict(key, value, "better default", BETTER[key])
+    default, why = NONE[key]
+    if value == default or (value is None and not default) or (default is None and not value):
+        return Verdict(key, value, "same", "TRL's default, which asks for nothing")
+    if key == "reward_weights" and all(math.isclose(weight, 1.0) for weight in value):
+        return Verdict(key, value, "same", "1 is our default: reward.functions.<name>.weight")
+    if not key.startswith(HARMLESS):
+        result.blocking.append(key)
+    return Verdict(key, value, "no counterpart", why)

@@ -1,0 +1,50 @@
+"""The configuration of a run as a tree on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.tree import Tree
+
+
+def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
+    """Groups as branches, their settings on one line, nested objects as branches of their own.
+
+    Args:
+        plain: a resolved config.
+        title: of the root.
+    """
+    tree = Tree(f"[bold]{escape(title)}[/bold]")
+    leaves = {key: value for key, value in plain.items() if not _is_branch(value)}
+    _add_leaves(tree, leaves)
+    for key, value in plain.items():
+        if _is_branch(value):
+            _add_branch(tree, str(key), value)
+    return tree
+
+
+def _add_branch(tree: Tree, key: str, node: Mapping[str, Any]) -> None:
+    target = str(node.get("_target_", "")).rsplit(".", 1)[-1]
+    # How a function of the user is named by Hydra is of no interest; which function it is, is.
+    label = str(node["path"]) if target == "get_method" else target
+    branch = tree.add(f"[bold]{escape(key)}[/bold]" + (f" [cyan]{escape(label)}[/cyan]" if label else ""))
+    if target == "get_method":
+        return
+    _add_leaves(branch, {name: value for name, value in node.items() if not _is_branch(value)})
+    for name, value in node.items():
+        if _is_branch(value):
+            _add_branch(branch, str(name), value)
+
+
+def _add_leaves(tree: Tree, leaves: Mapping[str, Any]) -> None:
+    words = [
+        f"{escape(str(key))}=[green]{escape(str(value))}[/green]" for key, value in leaves.items() if key[0] != "_"
+    ]
+    if words:
+        tree.add("  ".join(words))
+
+
+def _is_branch(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)

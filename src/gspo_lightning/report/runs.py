@@ -1,0 +1,156 @@
+"""Finished and unfinished runs as data: their settings, their curves, and what sets them apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.report.files import Series, read_json, read_metrics
+
+_PLACES = ("logger.", "ckpt_path", "debug", "checkpoint.", "export.")
+"""Settings that say where a run writes and not what it does."""
+
+_T95 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
+)  # fmt: skip
+"""97.5 % quantiles of Student's t with 1, 2, ... 30 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds."""
+
+    folder: Path
+    settings: dict[str, Any]
+    """Dotted key -> value of its ``config.yaml``."""
+    metrics: dict[str, Series]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seed alone."""
+
+    settings: dict[str, Any]
+    """The settings in which the groups differ, with this group's values."""
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        """The settings in words, without the part of a key that its name does not need."""
+        words = (f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.settings.items())
+        return ", ".join(words) or "all runs"
+
+    def values(self, key: str) -> list[float]:
+        """A number of the summaries, from the runs that have it."""
+        found = (run.summary.get(key) for run in self.runs)
+        return [float(value) for value in found if isinstance(value, int | float)]
+
+    def curve(self, metric: str) -> list[tuple[float, list[float]]]:
+        """(step, one value per run) at the steps where every run that measured ``metric`` has it."""
+        tables = [dict(run.metrics[metric]) for run in self.runs if metric in run.metrics]
+        if not tables:
+            return []
+        steps = sorted(set.intersection(*(set(table) for table in tables)))
+        return [(step, [table[step] for table in tables]) for step in steps]
+
+
+def mean_and_halfwidth(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % confidence interval by Student's t; NaN for a single value."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.nan
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    quantile = _T95[count - 2] if count - 2 < len(_T95) else 1.96 + 2.5 / (count - 1)
+    return mean, quantile * math.sqrt(variance / count)
+
+
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
+    """Runs at any depth below ``folders``, and the folders of a sweep in which none was recorded.
+
+    Raises:
+        UserError: a folder is missing, or there is no run in any of them.
+    """
+    runs, without = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder")
+        found = sorted({path.parent for path in folder.rglob("metrics.csv")} - _logger_folders(folder), key=_natural)
+        runs += [_read_run(path) for path in found]
+        if (folder / "multirun.yaml").exists():
+            jobs = (path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+            without += sorted((job for job in jobs if not any(job in (p, *p.parents) for p in found)), key=_natural)
+    if not runs:
+        raise UserError(f"{', '.join(map(str, folders))}: holds no run (a folder with metrics.csv and config.yaml)")
+    return runs, without
+
+
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
+    """Runs put together that differ in the seed alone, in the order of their first member."""
+    keys = differing_settings(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr([run.settings.get(key) for key in keys]), []).append(run)
+    return [RunGroup({key: group[0].settings.get(key) for key in keys}, tuple(group)) for group in groups.values()]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Keys whose values differ between runs, without the seed, what follows from it, and places of files.
+
+    A key whose values are those of another in every run (one interpolates the other) is named once, by the shorter
+    name.
+    """
+    every = sorted({key for run in runs for key in run.settings}, key=lambda key: (key.count("."), key))
+    seeds = [run.settings.get("seed") for run in runs]
+    seen: set[str] = set()
+    chosen = []
+    for key in every:
+        values = [run.settings.get(key) for run in runs]
+        column = repr(values)
+        if key.startswith(_PLACES) or column in seen or values == seeds:
+            continue
+        if any(repr(value) != repr(values[0]) for value in values):
+            seen.add(column)
+            chosen.append(key)
+    return chosen
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay values."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    parts = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _read_run(folder: Path) -> Run:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{path}: is missing, so the run cannot be told from others")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    return Run(folder, flatten(content), read_metrics(folder), read_json(folder / "summary.json"))
+
+
+def _logger_folders(folder: Path) -> set[Path]:
+    """Lightning's CSVLogger writes a metrics.csv of its own, in a folder inside the run's."""
+    paths = {path.parent for path in folder.rglob("metrics.csv")}
+    return {path for path in paths if path.parent in paths and not (path / "config.yaml").exists()}
+
+
+def _natural(path: Path) -> tuple[int, str, str]:
+    name = path.name
+    return (int(name) if name.isdigit() else -1, str(path.parent), name)

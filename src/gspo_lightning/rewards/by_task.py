@@ -1,0 +1,43 @@
+"""A reward function for some tasks of a mixture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from gspo_lightning.errors import UserError
+
+
+class ForTasks:
+    """Calls ``function`` for the completions of the named tasks alone; for all others it does not apply (None).
+
+    The function sees shorter lists, as if the other tasks were not there; it must not be asynchronous.
+
+    Args:
+        function: with the signature of every reward function.
+        tasks: names in ``data.task.tasks`` of a `Mixture`.
+    """
+
+    def __init__(self, function: Callable[..., Any], tasks: list[str]) -> None:
+        if not tasks:
+            raise UserError("reward.functions: ForTasks with an empty list of tasks never applies; name a task")
+        self.function, self.tasks = function, frozenset(tasks)
+        parameters = inspect.signature(function).parameters.values()
+        open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        self._accepted = None if open_ended else {parameter.name for parameter in parameters}
+
+    def __call__(self, task: list[str | None], **columns: list[Any]) -> list[float | None]:
+        """One reward per completion; None where the task is another."""
+        mine = [number for number, name in enumerate(task) if name in self.tasks]
+        result: list[float | None] = [None] * len(task)
+        if not mine:
+            return result
+        columns["task"] = task
+        accepted = columns if self._accepted is None else self._accepted & columns.keys()
+        values = self.function(**{name: [columns[name][number] for number in mine] for name in accepted})
+        if len(values) != len(mine):
+            raise ValueError(f"returned {len(values)} values for {len(mine)} completions")
+        for number, value in zip(mine, values, strict=True):
+            result[number] = value
+        return result

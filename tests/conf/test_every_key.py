@@ -1,0 +1,259 @@
+"""No setting lies: every key of every config group changes something, and is refused where it cannot.
+
+Each key has a declared effect. Where this machine can, a short run of the micro model is made with and without the
+change and the declared part of what it leaves must differ. Where it cannot (devices, loggers of services), the value
+must arrive at the boundary: the argument of the library's or our own constructor.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import dataclasses
+import inspect
+import io
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import open_dict
+from safetensors.torch import load_file
+
+from gspo_lightning import cli, config
+from gspo_lightning.errors import UserError
+from tests.conf.test_groups import CONF, composed, resolved
+
+ROOT = CONF.parent
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+BASE = ["experiment=micro", "max_rollouts=2", "data.prompts_per_rollout=4", "rollout.num_generations=4"]
+# A finite task, so that the order of its rows matters.
+ROWS = [
+    "data=rows", f"data.task.source={ROOT}/tests/conf/letters.jsonl", "data.task.prompt_column=question",
+    "data.task.num_validation=2", "data.max_prompt_length=64",
+]  # fmt: skip
+LENGTHY = (
+    "+reward.functions.lengthy={_target_:gspo_lightning.rewards.RewardSpec,weight:1.0,timeout_s:null,"
+    "function:{_target_:hydra.utils.get_method,path:tests.conf.test_every_key.lengthy}}"
+)
+WEIGHTS, COMPLETIONS, METRICS, FILES, SCREEN = "weights", "completions", "metrics", "files", "screen"
+
+
+def lengthy(completions: list[str], **_: Any) -> list[float]:
+    """A second reward function, so that there is a choice."""
+    return [float(len(text)) for text in completions]
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """What a run of the micro model leaves, by part."""
+    cfg = composed(*BASE, *overrides, run_dir=folder)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        cli._train(cfg)
+    rows = list(csv.DictReader((folder / "metrics.csv").open(newline="")))
+    model = folder / "model" / "model.safetensors"
+    adapter = folder / "model" / "adapter_model.safetensors"
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    weights = load_file(model if model.exists() else adapter) if (folder / "model").exists() else {}
+    return {
+        WEIGHTS: {name: value.double().sum().item() for name, value in weights.items()},
+        COMPLETIONS: [json.loads(line)["completion"] for line in (folder / "completions.jsonl").open()],
+        METRICS: [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))} for r in rows],
+        FILES: {str(p.relative_to(folder)): p.name == "validation_after.json" and p.stat().st_size for p in files},
+        SCREEN: screen.getvalue().count("\n"),
+    }
+
+
+# key -> (the part that must differ, the change, what both runs have in common)
+EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
+    "seed": (COMPLETIONS, ["seed=1"], []),
+    "max_rollouts": (METRICS, ["max_rollouts=1"], []),
+    "checkpoint.every_n_rollouts": (FILES, ["checkpoint.every_n_rollouts=1"], []),
+    "export.enabled": (FILES, ["export.enabled=false"], []),
+    "export.merge_lora": (FILES, ["export.merge_lora=true"], ["lora=language"]),
+    "dynamic_sampling.max_draws": (METRICS, ["dynamic_sampling.max_draws=1"], []),
+    "advantages.scale_rewards": (WEIGHTS, ["advantages.scale_rewards=none"], []),
+    "advantages.baseline": (WEIGHTS, ["advantages.baseline=rloo"], ["advantages.scale_rewards=none", "optimizer.eps=1"]),
+    "data.task.letters": (COMPLETIONS, ["data.task.letters=xyz"], []),
+    "data.task.num_validation": (METRICS, ["data.task.num_validation=4"], []),
+    "data.prompts_per_rollout": (METRICS, ["data.prompts_per_rollout=8"], []),
+    "data.seed": (COMPLETIONS, ["data.seed=5"], ROWS),
+    "data.validation_batch_size": (None, [], []),
+    "objective.importance_sampling_level": (WEIGHTS, ["objective.importance_sampling_level=token"], []),
+    "objective.loss_type": (WEIGHTS, ["objective.loss_type=dapo"], []),
+    "objective.epsilon": (METRICS, ["objective.epsilon=0.0001"], ["max_rollouts=4"]),
+    "objective.epsilon_high": (METRICS, ["objective.epsilon_high=0.0001"], ["max_rollouts=4"]),
+    "objective.delta": (WEIGHTS, ["objective.delta=1.0002"], ["max_rollouts=4", "objective.epsilon_high=0.0001"]),
+    "objective.beta": (WEIGHTS, ["objective.beta=0.1"], []),
+    "objective.beta_end": (WEIGHTS, ["objective.beta_end=0.5"], []),
+    "objective.kl_estimator": (WEIGHTS, ["objective.kl_estimator=k1"], ["objective.beta=0.1"]),
+    "objective.kl_importance_weighted": (WEIGHTS, ["objective.kl_importance_weighted=true"], ["objective.beta=0.1"]),
+    "objective.entropy_coef": (WEIGHTS, ["objective.entropy_coef=0.1"], []),
+    "objective.mask_truncated_completions": (WEIGHTS, ["objective.mask_truncated_completions=true"], []),
+    "objective.top_entropy_quantile": (WEIGHTS, ["objective.top_entropy_quantile=0.2"], []),
+    "objective.off_policy_mask_threshold": (METRICS, ["objective.off_policy_mask_threshold=0.01"], ["optimizer.lr=0.05"]),
+    "objective.max_completion_length": (WEIGHTS, ["objective.max_completion_length=99"], ["objective=dr_grpo", "optimizer.eps=1"]),
+    "objective.tau_positive": (WEIGHTS, ["objective.tau_positive=3.0"], ["objective=sapo"]),
+    "objective.tau_negative": (WEIGHTS, ["objective.tau_negative=3.0"], ["objective=sapo"]),
+    "rollout.num_generations": (COMPLETIONS, ["rollout.num_generations=2"], []),
+    "rollout.max_completion_length": (COMPLETIONS, ["rollout.max_completion_length=3"], []),
+    "rollout.temperature": (COMPLETIONS, ["rollout.temperature=0.3"], []),
+    "rollout.top_p": (COMPLETIONS, ["rollout.top_p=0.3"], []),
+    "rollout.top_k": (COMPLETIONS, ["rollout.top_k=2"], []),
+    "rollout.min_p": (COMPLETIONS, ["rollout.min_p=0.5"], []),
+    "rollout.stop": (COMPLETIONS, ["rollout.stop=[a,b,c,d,e]"], []),
+    "rollout.engine.max_concurrent": (None, [], []),
+    "update.num_iterations": (WEIGHTS, ["update.num_iterations=2"], []),
+    "update.num_minibatches": (WEIGHTS, ["update.num_minibatches=4"], []),
+    "update.max_tokens_per_microbatch": (None, [], []),
+    "update.max_grad_norm": (WEIGHTS, ["update.max_grad_norm=0.001"], ["optimizer.eps=1"]),
+    "update.keep_zero_advantage": (METRICS, ["update.keep_zero_advantage=true"], ["data=micro_digit", "reward=last_integer"]),
+    "update.log_entropy": (METRICS, ["update.log_entropy=true"], []),
+    "update.ref_sync_every_n_rollouts": (WEIGHTS, ["update.ref_sync_every_n_rollouts=1"], ["objective.beta=0.5", "max_rollouts=4"]),
+    "update.ref_model_mixup_alpha": (WEIGHTS, ["update.ref_model_mixup_alpha=0.1"],
+                                     ["objective.beta=0.5", "update.ref_sync_every_n_rollouts=1", "max_rollouts=4"]),
+    "optimizer.lr": (WEIGHTS, ["optimizer.lr=0.1"], []),
+    "optimizer.betas": (WEIGHTS, ["optimizer.betas=[0.5,0.5]"], []),
+    "optimizer.eps": (WEIGHTS, ["optimizer.eps=0.1"], []),
+    "optimizer.weight_decay": (WEIGHTS, ["optimizer.weight_decay=0.5"], []),
+    "scheduler.name": (WEIGHTS, ["scheduler=linear"], []),
+    "scheduler.warmup_ratio": (WEIGHTS, ["scheduler.warmup_ratio=0.9"], []),
+    "scheduler.min_ratio": (WEIGHTS, ["scheduler.min_ratio=0.9"], ["scheduler=cosine"]),
+    "validation.num_generations": (METRICS, ["validation.num_generations=4"], []),
+    "validation.threshold": (METRICS, ["validation.threshold=0.01"], []),
+    "validation.num_samples": (FILES, ["validation.num_samples=1"], []),
+    "validation.reward": (METRICS, ["validation.reward=lengthy"], [LENGTHY]),
+    "validation.every_n_rollouts": (METRICS, ["validation.every_n_rollouts=1"], []),
+    "lora.r": (WEIGHTS, ["model.lora.r=2"], ["lora=language"]),
+    "lora.alpha": (WEIGHTS, ["model.lora.alpha=1"], ["lora=language"]),
+    "lora.target_modules": (WEIGHTS, ["model.lora.target_modules='.*o_proj'"], ["lora=language"]),
+    "reward.functions": (METRICS, ["reward.functions.letter_share.weight=2.0"], []),
+    "reward.combine": (WEIGHTS, ["reward.combine=normalize_then_sum"], ["advantages.scale_rewards=none", "optimizer.eps=1"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs by their overrides; what several keys have in common is made once."""
+    made: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def get(*overrides: str) -> dict[str, Any]:
+        if overrides not in made:
+            torch.manual_seed(0)
+            made[overrides] = run(tmp_path_factory.mktemp("run"), *overrides)
+        return made[overrides]
+
+    return get
+
+
+@pytest.mark.parametrize("key", [k for k, (part, _, _) in EXECUTED.items() if part])
+def test_the_key_changes_what_it_says(key, runs):
+    part, change, common = EXECUTED[key]
+    assert runs(*common, *change)[part] != runs(*common)[part]
+
+
+@pytest.mark.parametrize("key", [k for k, (part, _, _) in EXECUTED.items() if part is None])
+def test_the_key_arrives_at_its_constructor_and_nothing_else_changes(key, runs):
+    """Settings of memory and speed: the run must stay the same to the last bit."""
+    group, name = key.split(".", 1)
+    plain = resolved(*BASE, f"{key}=64")
+    owner = config.build_module(plain) if group != "data" else config._build(plain["data"])
+    holder = {"rollout.engine.max_concurrent": "engine", "update.max_tokens_per_microbatch": "update_settings"}.get(key)
+    assert getattr(getattr(owner, holder) if holder else owner, name.rsplit(".", 1)[-1]) == 64
+
+
+# Keys that are no argument of anything -> the test that shows what they do.
+ELSEWHERE = {
+    "ckpt_path": "tests/end_to_end/test_command_line.py",
+    "checkpoint.grace_s": "tests/end_to_end/test_command_line.py",
+    "lora.lora": "tests/conf/test_every_key.py",
+    "allow_no_effect": "tests/conf/test_every_key.py",
+    "debug": "tests/end_to_end/test_command_line.py",
+    "rollout.repetition_penalty": "tests/test_bad_input.py",  # refused in training, see there
+}
+
+
+def test_no_key_is_without_a_declared_effect():
+    """Every leaf of every group is executed above, shown elsewhere, or an argument that its constructor reads."""
+    undeclared = [key for key in leaves() if not declared(*key)]
+    assert not undeclared, f"declare what these change: {undeclared}"
+
+
+def test_every_key_that_is_said_to_be_tested_elsewhere_is_named_there():
+    for key, file in ELSEWHERE.items():
+        assert key.rsplit(".", 1)[-1] in (ROOT / file).read_text(), f"{file} does not mention {key}"
+
+
+def test_a_setting_without_effect_is_refused_and_a_warning_when_allowed():
+    with pytest.raises(UserError, match="objective.delta cannot act.*allow_no_effect=true"):
+        config.check(resolved(*BASE, *SINGLE, "objective.delta=9.0"))
+    with pytest.warns(UserWarning, match="objective.delta cannot act"):
+        config.check(resolved(*BASE, *SINGLE, "objective.delta=9.0", "allow_no_effect=true"))
+
+
+SINGLE = ["update.num_minibatches=1", "objective.epsilon=null", "objective.epsilon_high=null"]
+
+
+def leaves() -> Iterator[tuple[str, str, str | None, str]]:
+    """(file, key from the group's root, ``_target_`` that takes it, name of the argument) of every setting."""
+    for file in [CONF / "train.yaml", *sorted(CONF.glob("*/*.yaml"))]:
+        group = file.parent.name
+        if group in ("experiment", "hydra", "hparams_search"):
+            continue  # these only set keys of other groups
+        node = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in ("defaults", "hydra")}
+        prefix = "" if file.stem == "train" else f"{group}."
+        base = {"trainer": "lightning.Trainer"}.get(group)  # ddp and its like add to the default
+        for key, target in walk(node, base):
+            yield file.stem, prefix + key, target, key.rsplit(".", 1)[-1]
+
+
+MAPPINGS = {"columns", "patterns", "overrides", "chat_template_kwargs"}
+"""Arguments that are mappings of the user's own."""
+
+
+def walk(node: dict[str, Any], target: str | None) -> Iterator[tuple[str, str | None]]:
+    target = node.get("_target_", target)
+    for name, value in node.items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, dict) and value and name not in MAPPINGS:
+            yield from ((f"{name}.{key}", inner) for key, inner in walk(value, None))
+        else:
+            yield name, target
+
+
+def declared(file: str, key: str, target: str | None, name: str) -> bool:
+    if key in EXECUTED or key in ELSEWHERE or key.replace("lora.lora.", "lora.") in EXECUTED:
+        return True
+    if key.startswith("reward.functions."):
+        return name in ("path", "weight", "timeout_s") or reads(target, name)
+    return target is not None and reads(target, name)
+
+
+def reads(target: str | None, name: str) -> bool:
+    """Whether the constructor has the argument and, if it is ours, something reads what it was given."""
+    constructor = get_object(target)
+    parameters = inspect.signature(constructor).parameters
+    if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return False
+    if not target.startswith("gspo_lightning."):
+        return True
+    if dataclasses.is_dataclass(constructor) or not inspect.isclass(constructor):
+        return any(f".{name}" in text for text in SOURCES) or not inspect.isclass(constructor)
+    body = ast.parse(textwrap.dedent(inspect.getsource(constructor.__init__)))
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(body))
+
+
+SOURCES = [file.read_text() for file in (ROOT / "src").rglob("*.py")]

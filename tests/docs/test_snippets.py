@@ -1,0 +1,143 @@
+"""Every command and every snippet of the documentation: commands compose and pass the checks, Python runs, YAML parses."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf, open_dict
+
+from gspo_lightning import config
+from gspo_lightning.data.preview import build_datamodule
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PLUGINS = {"hparams_search=": "hydra_plugins.hydra_optuna_sweeper", "two_processes": "hydra_plugins.hydra_joblib_launcher",
+           "slurm_gpu": "hydra_plugins.hydra_submitit_launcher"}  # fmt: skip
+
+
+def blocks(kind):
+    for page in PAGES:
+        for number, text in enumerate(
+            re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        ):
+            yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+def commands():
+    for page in PAGES:
+        text = page.read_text()
+        lines = []
+        for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            lines += block.replace("\\\n", " ").splitlines()
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        lines += re.findall(r"`((?:python|pytest|bash|pip) [^`]+)`", prose)
+        for line in dict.fromkeys(lines):
+            # `objective=<file of conf/objective>` leaves the choice to the reader, and nothing to check.
+            line = re.sub(r"[\w.]+=<[^>]*>", "", line)
+            for part in line.split(" && "):
+                if words := [filled(word) for word in shlex.split(part, comments=True)]:
+                    yield pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words)}")
+
+
+def filled(word):
+    """A path with its placeholders filled in."""
+    return re.sub(r"<[^>]*>|…", "x", word)
+
+
+def resolved(overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = "/nowhere"
+        cfg.hydra.job.num = 0
+        HydraConfig.instance().set_config(cfg)
+        del cfg["hydra"]
+    return config.resolve(cfg)
+
+
+def jobs(words):
+    """The overrides of every job of a command, as Hydra's own grammar splits a sweep."""
+    sweep = [word for word in words if not word.startswith("-")]
+    if len(sweep) == len(words):
+        return [words]
+    assert set(words) - set(sweep) == {"-m"}
+    choices = []
+    for override in OverridesParser.create().parse_overrides(sweep):
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def check_training(words):
+    for plugin in (plugin for word in words for mark, plugin in PLUGINS.items() if mark in word):
+        if not find_spec(plugin):
+            pytest.skip(f"needs {plugin}")
+    for overrides in jobs(words):
+        plain = resolved(overrides)
+        config.check(plain)
+        config.build_module(plain)
+
+
+def check_script(words):
+    script = ROOT / words[0]
+    assert script.exists(), f"{words[0]} does not exist"
+    for option in (word for word in words[1:] if word.startswith("--")):
+        assert option in script.read_text(), f"{words[0]} has no {option}"
+
+
+def check_pip(words):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    for word in words:
+        assert word in pinned or word == "pre-commit", f"{word} is not the pin of pyproject.toml"
+
+
+@pytest.mark.parametrize("words", list(commands()))
+@pytest.mark.filterwarnings("ignore:objective", "ignore:.*hardly ever act")
+def test_a_command_is_one_that_works(words):
+    match words:
+        case ["python", "train.py" | "evaluate.py", *rest] | ["gspo-train" | "gspo-eval", *rest]:
+            check_training(rest)
+        case ["python", "-m", "gspo_lightning.data.preview", *rest]:
+            build_datamodule([word for word in rest if "=" in word])
+        case ["python", "-m", module, *_]:
+            assert find_spec(module), f"there is no module {module}"
+        case ["bash" | "python", script, *_] if script.startswith(("scripts/", "examples/")):
+            check_script(words[1:])
+        case ["python", "program.py", *_]:
+            assert all((ROOT / word).exists() for word in words if word.startswith("examples/"))
+        case ["pytest", *rest]:
+            assert all((ROOT / word).exists() for word in rest if word.startswith("tests"))
+        case ["pip", "install", *rest]:
+            check_pip(rest)
+        case ["pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").exists()
+        case _:
+            pytest.fail(f"a command that no test knows: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("text", list(blocks("python")))
+def test_a_python_snippet_runs(text):
+    exec(compile(text, "snippet", "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("text", list(blocks("yaml")))
+def test_a_yaml_snippet_parses(text):
+    assert OmegaConf.create(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"

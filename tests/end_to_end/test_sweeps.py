@@ -1,0 +1,70 @@
+"""`python train.py -m`: every job runs, failures have their line and the exit code, a signal ends the sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from gspo_lightning.report.compare import main as compare
+from gspo_lightning.report.runs import find_runs
+
+ROOT = Path(__file__).parents[2]
+MICRO = ["experiment=micro", "export.enabled=false"]
+
+
+def sweep(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *MICRO, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+def test_a_failing_job_has_its_line_and_the_others_run_and_can_be_compared(tmp_path, capsys):
+    done = sweep("max_rollouts=2", "objective=gspo,grpo", "update.num_minibatches=3,2", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: job ")]
+    assert len(errors) == 1 and errors[0].startswith("error: job 0 (")
+    assert [line.split()[2] for line in failed] == ["0", "2"]
+    assert all("update.num_minibatches=3 does not divide data.prompts_per_rollout=8" in line for line in failed)
+    runs, without = find_runs([tmp_path])
+    assert [run.folder.name for run in runs] == ["1", "3"]
+    assert [folder.name for folder in without] == ["0", "2"]
+    assert compare([str(tmp_path)]) == 0
+    assert "importance_sampling_level=token" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_signal_ends_the_sweep_behind_the_job_in_hand(tmp_path):
+    command = [sys.executable, "train.py", "-m", *MICRO, "max_rollouts=1000", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("rollout 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "the jobs behind it were not run" in error and "Traceback" not in error
+    assert (tmp_path / "0" / "checkpoints" / "last.ckpt").exists() and not (tmp_path / "1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("hydra_plugins.hydra_optuna_sweeper"), reason="needs the extra `sweep`")
+def test_the_search_keeps_its_trials_and_adds_to_them(tmp_path):
+    import optuna
+
+    for _ in range(2):
+        done = sweep("hparams_search=clip_optuna", "max_rollouts=2", "hydra.sweeper.n_trials=2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    trials = optuna.load_study(study_name="clip_optuna", storage=f"sqlite:///{tmp_path / 'clip_optuna.db'}").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
+    assert len({str(trial.params) for trial in trials}) == 4, "a trial was drawn twice"
+    summaries = sorted(tmp_path.glob("multirun/*/*/*/summary.json"), key=os.path.getmtime)
+    assert [json.loads(path.read_text())["val_sampled_after"] for path in summaries] == [t.value for t in trials]

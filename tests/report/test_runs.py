@@ -1,0 +1,111 @@
+"""Putting runs together: the interval by hand, settings that differ, seeds that do not count, damaged folders."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.report.runs import _T95, differing_settings, find_runs, flatten, group_runs, mean_and_halfwidth
+
+
+def write_run(folder: Path, rewards: list[float], seed: int = 0, lr: float = 0.1, **settings) -> Path:
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "data": {"seed": seed}, "optimizer": {"lr": lr}, "logger": {"save_dir": str(folder)}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | settings))
+    rows = "".join(f"{step},{reward}\n" for step, reward in enumerate(rewards, start=1))
+    (folder / "metrics.csv").write_text("step,reward/mean\n" + rows)
+    return folder
+
+
+def test_the_interval_is_that_of_students_t_worked_out_by_hand():
+    # 1, 2, 6: mean 3, deviations -2, -1, 3, variance 14 / 2 = 7; half-width 4.3027 * sqrt(7 / 3).
+    mean, half = mean_and_halfwidth([1.0, 2.0, 6.0])
+    assert mean == 3.0 and half == pytest.approx(4.3027 * math.sqrt(7 / 3), rel=1e-12)
+
+
+def test_a_single_run_has_no_interval():
+    mean, half = mean_and_halfwidth([0.5])
+    assert mean == 0.5 and math.isnan(half)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 17, 30, 45])
+def test_the_quantiles_leave_two_and_a_half_percent_above(freedom):
+    """Integrates the density of Student's t numerically; above 30 degrees the formula is good to three digits."""
+    values = [0.0] * (freedom - 1) + [1.0, -1.0]
+    variance = 2.0 / freedom
+    quantile = mean_and_halfwidth(values)[1] / math.sqrt(variance / (freedom + 1))
+    angle = torch.linspace(0, math.atan(quantile / math.sqrt(freedom)), 200_001, dtype=torch.float64)
+    # With x = sqrt(v) tan(a) the density becomes a power of the cosine.
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    inside = 2 * constant * torch.trapezoid(torch.cos(angle) ** (freedom - 1), angle).item()
+    assert inside == pytest.approx(0.95, abs=5e-6 if freedom <= len(_T95) else 5e-4)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path):
+    for seed in (1, 2):
+        for number, lr in enumerate((0.1, 0.2)):
+            write_run(tmp_path / f"{seed}-{number}", [1.0], seed, lr)
+    runs, without = find_runs([tmp_path])
+    assert differing_settings(runs) == ["optimizer.lr"] and not without
+    groups = group_runs(runs)
+    assert [(g.settings, [r.settings["seed"] for r in g.runs]) for g in groups] == [
+        ({"optimizer.lr": 0.1}, [1, 2]),
+        ({"optimizer.lr": 0.2}, [1, 2]),
+    ]
+    assert groups[0].label == "lr=0.1"
+
+
+def test_a_setting_that_repeats_another_is_named_once_and_one_that_only_differs_too_is_not_hidden(tmp_path):
+    for number, (path, level) in enumerate((("a", 1), ("b", 2))):
+        write_run(
+            tmp_path / str(number), [1.0], model={"path": path}, data={"seed": 0, "model_path": path}, level=level
+        )
+    assert differing_settings(find_runs([tmp_path])[0]) == ["level", "data.model_path"]
+
+
+def test_curves_reach_as_far_as_every_run_of_the_setting(tmp_path):
+    write_run(tmp_path / "a", [1.0, 2.0, 3.0], seed=1)
+    write_run(tmp_path / "b", [3.0, 4.0], seed=2)
+    (group,) = group_runs(find_runs([tmp_path])[0])
+    assert group.curve("reward/mean") == [(1.0, [1.0, 3.0]), (2.0, [2.0, 4.0])]
+    assert group.curve("nothing") == []
+
+
+def test_jobs_of_a_sweep_without_a_record_are_named_and_jobs_come_in_numerical_order(tmp_path):
+    for number in (10, 2):
+        write_run(tmp_path / str(number), [1.0], lr=number)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "multirun.yaml").touch()
+    runs, without = find_runs([tmp_path])
+    assert [run.folder.name for run in runs] == ["2", "10"]
+    assert without == [tmp_path / "3"]
+
+
+def test_the_table_of_lightnings_own_csv_logger_is_not_a_run(tmp_path):
+    folder = write_run(tmp_path / "a", [1.0])
+    (folder / "csv").mkdir()
+    (folder / "csv" / "metrics.csv").write_text("epoch,step\n0,0\n")
+    assert [run.folder for run in find_runs([tmp_path])[0]] == [folder]
+
+
+def test_folders_without_runs_and_damaged_configs_are_named(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        find_runs([tmp_path / "missing"])
+    with pytest.raises(UserError, match="holds no run"):
+        find_runs([tmp_path])
+    folder = write_run(tmp_path / "a", [1.0])
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="config.yaml: cannot be read"):
+        find_runs([tmp_path])
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match="config.yaml: is missing"):
+        find_runs([tmp_path])
+
+
+def test_flatten_names_leaves_by_dotted_keys_and_keeps_lists_and_empty_mappings():
+    assert flatten({"a": {"b": 1, "c": [1, {"d": 2}]}, "e": {}}) == {"a.b": 1, "a.c": [1, {"d": 2}], "e": {}}
