@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections.abc import Mapping
@@ -41,6 +42,15 @@ def load_image(value: Any, where: str) -> Picture:
         return _on_white(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{where}: the image is broken ({error}); mend the file or remove the row") from error
+
+
+def thumbnail_uri(value: Any, side: int = 160) -> str:
+    """A small copy of a picture as a ``data:`` address, for a report that is one file."""
+    image = load_image(value, "report")
+    image.thumbnail((side, side))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def _open(value: Any, where: str) -> Picture:

@@ -48,6 +48,16 @@ def image_parts(prompt: str | Messages) -> list[dict[str, Any]]:
     ]
 
 
+def last_text(prompt: str | Messages) -> str:
+    """What a prompt says, for people: a plain prompt, or the text of the last message."""
+    if isinstance(prompt, str):
+        return prompt
+    content = prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
 def encode_conversation(
     messages: Messages, processor: Any, settings: VisionSettings, template_kwargs: dict[str, Any], where: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
