@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.data.tasks import Row, Task
@@ -18,7 +18,7 @@ from gspo_lightning.data.vision import VisionSettings, encode_conversation, imag
 from gspo_lightning.distributed import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
-from gspo_lightning.policy.load import has_vision
+from gspo_lightning.policy.load import has_vision, load_config
 from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.types import Messages, Prompt, PromptBatch
 
@@ -80,6 +80,7 @@ class PromptDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded once."""
         if self._tokenizer is None:
+            load_config(self.model_path)  # says in one line what is missing
             self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model_path))
         return self._tokenizer
 
@@ -87,7 +88,7 @@ class PromptDataModule(L.LightningDataModule):
     def processor(self) -> Any:
         """The model's image processor, loaded once; None for a model that reads text alone."""
         path = resolve_model(self.model_path)
-        return load_processor(path) if has_vision(AutoConfig.from_pretrained(path)) else None
+        return load_processor(path) if has_vision(load_config(self.model_path)) else None
 
     @property
     def rollouts_per_epoch(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -51,6 +52,8 @@ class PolicyLoader:
     """Dtype of the weights. Mixed precision is the Trainer's; keep float32 here for full fine-tuning."""
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
+    quantization: Literal["nf4", "int8"] | None = None
+    """The base in 4 or 8 bits by bitsandbytes, for LoRA on a GPU."""
     train_vision: bool = False
     """Train the vision tower too: its weights, or with ``lora`` adapters on it. Models without one refuse it."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -94,10 +97,22 @@ class PolicyLoader:
             features_from=features_from,
         )
 
+    def _bitsandbytes(self) -> BitsAndBytesConfig:
+        check_quantization(self.quantization, self.lora)
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"])
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=["visual", "lm_head"],
+        )
+
     @property
     def has_vision(self) -> bool:
         """Whether the model reads images."""
-        return has_vision(AutoConfig.from_pretrained(resolve_model(self.path)))
+        return has_vision(load_config(self.path))
 
     def load_model(self) -> PreTrainedModel:
         """The bare model with our attention, in training mode (no layer of it may have dropout)."""
@@ -109,15 +124,49 @@ class PolicyLoader:
         # The tower keeps an attention of its own: it sees patches, not a packed row.
         attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
         model = kind.from_pretrained(
             path,
             dtype=_DTYPES[self.dtype],
             attn_implementation=attention if vision else ATTENTION_NAME,
+            **quantised,
             **self.overrides,
         )
         if vision and not self.train_vision:
             model.model.visual.requires_grad_(False)
         return model.train()
+
+
+def check_quantization(quantization: str | None, lora: Any) -> None:
+    """Refuses a quantised base where it cannot work.
+
+    Raises:
+        UserError: there is no GPU, or no adapter to train.
+    """
+    if quantization is None:
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"model.quantization={quantization} needs a GPU, and there is none here; "
+            "experiment=gspo_qwen_vl_tiny runs the same code offline on a CPU"
+        )
+    if lora is None:
+        raise UserError(f"model.quantization={quantization} leaves no weight to train; add an adapter: lora=language")
+
+
+def load_config(path: str) -> Any:
+    """The config of a model folder or of a model on the hub.
+
+    Raises:
+        UserError: it is neither here nor to be had.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model(path))
+    except OSError as error:
+        raise UserError(
+            f"model.path={path}: not in the cache and the hub cannot be reached; give model.path=/my/folder with the "
+            "weights. Offline examples: experiment=gspo_qwen_vl_tiny, model=smollm2_135m"
+        ) from error
 
 
 def has_vision(config: Any) -> bool:

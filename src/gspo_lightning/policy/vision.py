@@ -103,6 +103,23 @@ class Vision:
         axes = torch.cat(parts, dim=1).to(layout.device)
         return torch.cat([layout.positions[None], axes])[:, None]
 
+    def probe(self, text: Tensor, generator: torch.Generator) -> Prompt:
+        """A prompt of a random picture of two by four patches and ``text``, for the first-use check."""
+        vision, config = self._config.vision_config, self._config
+        merge = vision.spatial_merge_size
+        count = 2
+        patch = vision.patch_size**2 * vision.temporal_patch_size * getattr(vision, "in_channels", 3)
+        ids = torch.tensor([config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id])
+        types = torch.zeros(len(ids) + len(text), dtype=torch.long)
+        types[1 : 1 + count] = TOKEN_TYPE["image"]
+        safe = text[(text != config.image_token_id) & (text != config.video_token_id)]
+        inputs = {
+            "pixel_values": torch.randn(count * merge**2, patch, generator=generator),
+            "image_grid_thw": torch.tensor([[1, merge, count * merge]]),
+            "mm_token_type_ids": types[: len(ids) + len(safe)],
+        }
+        return Prompt("probe", "", torch.cat([ids, safe]), {}, inputs)
+
     # ---------------------------------------------------------------- features
 
     def inputs(self, input_ids: Tensor, layout: SharedPrefixLayout, prompts: Sequence[Prompt]) -> dict[str, Any]:
