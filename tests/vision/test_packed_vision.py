@@ -40,7 +40,9 @@ def packed_row(groups):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("make", [lambda family: prompts(), video_prompts], ids=["pictures and text", "video, pictures and text"])
+@pytest.mark.parametrize(
+    "make", [lambda family: prompts(), video_prompts], ids=["pictures and text", "video, pictures and text"]
+)
 def test_packed_equals_padded_in_log_probabilities_and_in_language_and_vision_gradients(family, make):
     policy = vision_policy(family)
     groups = groups_of(make(family))
@@ -69,7 +71,9 @@ def test_positions_of_packed_completions_are_those_of_the_unpacked_sequence(fami
         for number, completion in enumerate(completions):
             before = sum(len(c) - 1 for c in completions[:number])
             at = start + len(prompt.input_ids) + before
-            ours = torch.cat([axes[:, start : start + len(prompt.input_ids)], axes[:, at : at + len(completion) - 1]], 1)
+            ours = torch.cat(
+                [axes[:, start : start + len(prompt.input_ids)], axes[:, at : at + len(completion) - 1]], 1
+            )
             sequence = torch.cat([prompt.input_ids, completion[:-1]])[None]
             types = torch.zeros_like(sequence)
             if prompt.mm_inputs:

@@ -86,8 +86,8 @@ def conversation(*parts):
     return [{"role": "user", "content": content}]
 
 
-def encode(processor, *parts, settings=VisionSettings()):
-    return encode_conversation(conversation(*parts), processor, settings, {}, "row x")
+def encode(processor, *parts, settings=None):
+    return encode_conversation(conversation(*parts), processor, settings or VisionSettings(), {}, "row x")
 
 
 def test_each_picture_gets_its_placeholders_in_order(processor):

@@ -258,7 +258,9 @@ class PromptDataModule(L.LightningDataModule):
         if not image_parts(prompt):
             return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs, where), {}
         if self.processor is None:
-            raise UserError(f"{where}: the prompt has images, but {self.model_path} reads text alone; use a model that sees")
+            raise UserError(
+                f"{where}: the prompt has images, but {self.model_path} reads text alone; use one that sees"
+            )
         assert not isinstance(prompt, str)
         return encode_conversation(prompt, self.processor, self.vision_settings, self.chat_template_kwargs, where)
 

@@ -48,7 +48,7 @@ class Policy(nn.Module):
         shared = features_from.vision if features_from is not None else None
         if shared is not None and not shared.is_frozen:
             shared = None
-        self.vision = Vision(self.base_model, cache_from=shared) if has_vision else None
+        self.vision: Vision | None = Vision(self.base_model, cache_from=shared) if has_vision else None
 
     @property
     def base_model(self) -> PreTrainedModel:
