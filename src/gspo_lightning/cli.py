@@ -33,6 +33,7 @@ from gspo_lightning.module import GSPOModule, NonFiniteGradientError
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.config_tree import config_tree
+from gspo_lightning.rollout import RolloutError
 from gspo_lightning.timing import peak_rss_gb
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -89,7 +90,7 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """
     try:
         return work(cfg)
-    except (*USER_ERRORS, NonFiniteGradientError) as error:
+    except (*USER_ERRORS, NonFiniteGradientError, RolloutError) as error:
         if HydraConfig.get().mode != RunMode.RUN:
             job = HydraConfig.get().job
             line = f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}"
@@ -104,7 +105,7 @@ def _exit_with_line(error: Exception, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(3 if isinstance(error, NonFiniteGradientError) else 2)
+    sys.exit(3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2)
 
 
 def _train(cfg: DictConfig) -> float | None:
@@ -119,7 +120,9 @@ def _train(cfg: DictConfig) -> float | None:
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(plain))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    return TrainingRun(plain, run_dir, ckpt_path, config.build_module(plain), datamodule).execute()
+    module = config.build_module(plain)
+    with contextlib.closing(module.rewards):
+        return TrainingRun(plain, run_dir, ckpt_path, module, datamodule).execute()
 
 
 def _evaluate(cfg: DictConfig) -> None:
@@ -129,7 +132,8 @@ def _evaluate(cfg: DictConfig) -> None:
     datamodule = config.build_data(plain)
     module = config.build_module(plain)
     trainer = config.build_trainer(plain, [])
-    trainer.validate(module, datamodule=datamodule, verbose=False)
+    with contextlib.closing(module.rewards):
+        trainer.validate(module, datamodule=datamodule, verbose=False)
     print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
 
 
@@ -157,7 +161,12 @@ class TrainingRun:
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         start = time.perf_counter()
         ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
-        self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        try:
+            self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except RolloutError as error:
+            if not self.checkpoint.last.exists():
+                raise
+            raise type(error)(f"{error}; saved, go on with ckpt_path={self.checkpoint.last}") from error
         wall_s = time.perf_counter() - start
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"

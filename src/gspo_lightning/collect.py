@@ -36,6 +36,8 @@ def collect_rollout(
         rewards_by_function=by_function,
         rewards=combined,
         advantages=advantages(combined),
+        logged=rewards.logged_metrics(),
+        extra_columns=rewards.log.columns,
     )
 
 
@@ -57,4 +59,4 @@ def rollout_metrics(scored: ScoredRollout) -> Metrics:
         values = scored.rewards_by_function[..., number]
         applies = ~values.isnan()
         metrics[f"reward/{name}"] = (values[applies].sum(), applies.double().sum())
-    return metrics
+    return metrics | scored.logged

@@ -64,6 +64,13 @@ def check(plain: dict[str, Any]) -> None:
             "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "
             "log-probabilities would not be those of the distribution that was sampled"
         )
+    if plain["objective"].get("mismatch"):
+        for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if rollout[key] != everything:
+                raise UserError(
+                    f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
+                    f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
+                )
     _report(plain)
 
 
@@ -238,7 +245,9 @@ def _build(node: Any) -> Any:
 def build_data(plain: dict[str, Any]) -> Any:
     """The data module, with its dataset and templates checked."""
     datamodule = _build(plain["data"])
-    datamodule.check(_build(plain["reward"]).required_columns())
+    rewards = _build(plain["reward"])
+    rewards.check()
+    datamodule.check(rewards.required_columns())
     return datamodule
 
 
@@ -249,6 +258,11 @@ def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) ->
         return plain["max_rollouts"]
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
         raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if plain["dynamic_sampling"]["max_draws"]:
+        raise UserError(
+            f"num_epochs={epochs} counts one prompt per place in a rollout, but dynamic_sampling.max_draws takes more "
+            "rows than that; set max_rollouts instead"
+        )
     if rollouts_per_epoch is None:
         raise UserError(
             f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "

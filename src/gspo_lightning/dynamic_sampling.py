@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.distributed import gather_values, rank, world_size
+from gspo_lightning.distributed import add_metrics, gather_values, rank, world_size
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, ScoredRollout
 
 
@@ -104,9 +104,18 @@ def _replace(
         return merged
 
     prompts, completions = list(scored.prompts), list(scored.completions)
-    for place, prompt, group in zip(places, fresh.prompts, fresh.completions, strict=True):
-        prompts[place], completions[place] = prompt, group
+    for place, prompt, members in zip(places, fresh.prompts, fresh.completions, strict=True):
+        prompts[place], completions[place] = prompt, members
     rewards = merge(scored.rewards, fresh.rewards)
+    group = rewards.shape[1]
+    columns = {name: list(values) for name, values in scored.extra_columns.items()}
+    for name, values in columns.items():
+        for number, place in enumerate(places):
+            values[place * group : (place + 1) * group] = fresh.extra_columns[name][
+                number * group : (number + 1) * group
+            ]
+    logged = dict(scored.logged)
+    add_metrics(logged, fresh.logged)
     return replace(
         scored,
         prompts=prompts,
@@ -114,4 +123,6 @@ def _replace(
         rewards_by_function=merge(scored.rewards_by_function, fresh.rewards_by_function),
         rewards=rewards,
         advantages=advantages(rewards),
+        logged=logged,
+        extra_columns=columns,
     )

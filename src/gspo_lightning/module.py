@@ -38,6 +38,7 @@ from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
@@ -158,6 +159,7 @@ class GSPOModule(L.LightningModule):
         assert self.policy is not None
         self.stopwatch.reset()
         self.batch_in_hand = batch
+        self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         with self.trainer.precision_plugin.forward_context():
             if self.max_draws:
                 self.last_scored, self.batch_in_hand, self._drawn = draw_until_signal(
@@ -260,7 +262,8 @@ class GSPOModule(L.LightningModule):
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(scored, minibatch.plan[index], self.device)
                     logprobs, loss = passes.loss(micro, fixed, index, metrics)
-                    if fresh:
+                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
+                    if fresh and self.sampling.full_support:
                         add_metrics(metrics, sampler_mismatch(logprobs, micro))
                     seen.append(logprobs.detach())
                     self._trained_tokens += micro.packed.num_tokens

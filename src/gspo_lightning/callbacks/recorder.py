@@ -135,8 +135,10 @@ def completion_entries(step: int, scored: ScoredRollout) -> list[dict[str, Any]]
     for b, (prompt, group) in enumerate(zip(scored.prompts, scored.completions, strict=True)):
         for g, completion in enumerate(group):
             values = scored.rewards_by_function[b, g].tolist()
+            extra = {name: column[b * len(group) + g] for name, column in scored.extra_columns.items()}
             entries.append(
                 {
+                    **extra,
                     "step": step,
                     "uid": prompt.uid,
                     "prompt": prompt.prompt,

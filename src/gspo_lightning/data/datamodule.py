@@ -110,8 +110,8 @@ class PromptDataModule(L.LightningDataModule):
         size = self.task.num_train_rows
         if size is None and self.seed is not None:
             raise UserError(
-                f"data.seed={self.seed} has no effect: {self.task.name} never runs out and has no order; set data.task.seed "
-                "where the task has one, or remove it"
+                f"data.seed={self.seed} has no effect: {self.task.name} never runs out and has no order; "
+                "set data.task.seed where the task has one, or remove it"
             )
         if size is not None and size < self.prompts_per_rollout:
             raise UserError(

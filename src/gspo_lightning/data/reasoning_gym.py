@@ -104,7 +104,7 @@ class ReasoningGymData(PromptDataModule):
     ) -> None:
         super().__init__(
             ReasoningGym(task, options or {}, instruction, seed, num_validation),
-            model_path, prompts_per_rollout, max_prompt_length, overlong_prompts, validation_batch_size, seed,
+            model_path, prompts_per_rollout, max_prompt_length, overlong_prompts, validation_batch_size, None,
             chat_template_kwargs,
         )  # fmt: skip
 

@@ -209,7 +209,7 @@ def running(config: Config, given: Config, result: Conversion, notes: Notes) -> 
 
 
 def _moving_reference(config: Config, notes: Notes, settings: Config) -> None:
-    steps, alpha = config.get("ref_model_sync_steps", 512), config.get("ref_model_mixup_alpha", 0.6)
+    steps, alpha = config.get("ref_model_sync_steps") or 512, config.get("ref_model_mixup_alpha") or 0.6
     every = max(1, round(steps / (settings["update.num_minibatches"] * settings["update.num_iterations"])))
     notes["sync_ref_model"] = notes["ref_model_sync_steps"] = (
         "renamed",

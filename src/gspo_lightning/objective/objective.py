@@ -12,6 +12,7 @@ from torch import Tensor
 from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
 from gspo_lightning.objective.losses import LOSSES, LossInputs, LossSpec
+from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
 from gspo_lightning.objective.selection import near_sampler
 from gspo_lightning.types import Metrics, PolicyLoss
@@ -51,6 +52,8 @@ class Objective:
     off_policy_mask_threshold: float | None = None
     """Leaves out sequences of negative advantage that the policy has moved away from by more than this, in nats per
     token; None for none."""
+    mismatch: MismatchCorrection | None = None
+    """Weights that make up for a sampler that differs from the trainer; None for none."""
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     """Temperatures of ``sapo``."""
@@ -120,6 +123,7 @@ class Objective:
         ref_logprobs: Tensor | None = None,
         entropy: Tensor | None = None,
         selected: Tensor | None = None,
+        sampler_logprobs: Tensor | None = None,
     ) -> PolicyLoss:
         """Loss sum and metrics of one micro-batch of S whole sequences with L tokens.
 
@@ -132,6 +136,7 @@ class Objective:
             ref_logprobs: ``(L,)``; required if ``needs_ref``.
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
             selected: ``(L,)`` bool, the tokens of the policy term; None for all.
+            sampler_logprobs: ``(L,)``; required with ``mismatch``.
         """
         log_ratio = logprobs - old_logprobs
         ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
@@ -149,6 +154,10 @@ class Objective:
             kept = near_sampler(log_ratio, advantages, sequence_index, lengths, self.off_policy_mask_threshold)
             policy = policy * kept[sequence_index]
             metrics["off_policy_masked_frac"] = _mean(~kept)
+        if self.mismatch is not None:
+            assert sampler_logprobs is not None
+            correction, more = self.mismatch(old_logprobs, sampler_logprobs, sequence_index, lengths)
+            policy, metrics = policy * correction, metrics | more
         per_token = policy
         if self.needs_ref:
             assert ref_logprobs is not None

@@ -28,13 +28,18 @@ CHAT_TEMPLATE = (
 _EMBEDDING_STD = 0.1
 
 
-def build_micro_model(folder: str | os.PathLike[str], seed: int = 0) -> None:
+def build_micro_model(folder: str | os.PathLike[str], seed: int = 0, num_attention_heads: int = 4) -> None:
     """Write a random tiny Llama and a character-level tokenizer to ``folder``, in Hugging Face format.
 
-    Two layers, hidden size 64, 4 query heads on 2 key/value heads, intermediate size 128, tied
+    Two layers, hidden size 64, two query heads to a key/value head, intermediate size 128, tied
     embeddings, no dropout, float32, about 80 thousand parameters. The vocabulary is ``<unk>``,
     ``<|im_start|>``, ``<|im_end|>``, newline and printable ASCII; ``pad == eos`` on purpose. The same seed
     gives the same bytes of weights; torch's global random state is left as it was.
+
+    Args:
+        folder: made if missing.
+        seed: of the weights.
+        num_attention_heads: query heads; 2 gives heads of size 32, the least that vLLM takes.
 
     Raises:
         OSError: if ``folder`` cannot be written.
@@ -48,8 +53,8 @@ def build_micro_model(folder: str | os.PathLike[str], seed: int = 0) -> None:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads // 2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         attention_dropout=0.0,

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.calling import SERVICES
 
 
 class ForTasks:
     """Calls ``function`` for the completions of the named tasks alone; for all others it does not apply (None).
 
-    The function sees shorter lists, as if the other tasks were not there; it must not be asynchronous.
+    The function sees shorter lists, as if the other tasks were not there; it must not be asynchronous,
+    nor use ``log_extra``.
 
     Args:
         function: with the signature of every reward function.
@@ -27,15 +29,26 @@ class ForTasks:
         open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         self._accepted = None if open_ended else {parameter.name for parameter in parameters}
 
-    def __call__(self, task: list[str | None], **columns: list[Any]) -> list[float | None]:
+    def __getattr__(self, name: str) -> Any:
+        # What prepares and ends the function is the function's; asked for before __init__ has run, when unpickling.
+        if name in ("check", "start", "close") and "function" in self.__dict__:
+            return getattr(self.function, name)
+        raise AttributeError(name)
+
+    def __call__(self, task: list[str | None], **columns: Any) -> list[float | None]:
         """One reward per completion; None where the task is another."""
         mine = [number for number, name in enumerate(task) if name in self.tasks]
         result: list[float | None] = [None] * len(task)
         if not mine:
             return result
         columns["task"] = task
-        accepted = columns if self._accepted is None else self._accepted & columns.keys()
-        values = self.function(**{name: [columns[name][number] for number in mine] for name in accepted})
+        accepted = columns.keys() if self._accepted is None else self._accepted & columns.keys()
+        values = self.function(
+            **{
+                name: columns[name] if name in SERVICES else [columns[name][number] for number in mine]
+                for name in accepted
+            }
+        )
         if len(values) != len(mine):
             raise ValueError(f"returned {len(values)} values for {len(mine)} completions")
         for number, value in zip(mine, values, strict=True):

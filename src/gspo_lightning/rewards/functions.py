@@ -14,8 +14,12 @@ _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
     """The text of a completion in either of TRL's forms, at most its last ``MAX_CHARACTERS``."""
-    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    return text[-MAX_CHARACTERS:]
+    return full_text(completion)[-MAX_CHARACTERS:]
+
+
+def full_text(completion: str | list[dict[str, Any]]) -> str:
+    """The whole text of a completion in either of TRL's forms."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def last_integer(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:

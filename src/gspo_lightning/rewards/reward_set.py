@@ -9,12 +9,10 @@ not apply".
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, cast
@@ -24,7 +22,9 @@ from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError
-from gspo_lightning.types import Completion, Prompt
+from gspo_lightning.rewards.calling import GIVEN, Caller, Log, RewardFunctionError, TrainerState
+from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
+from gspo_lightning.types import Completion, Metrics, Prompt
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -36,7 +36,14 @@ class RewardSpec:
     function: RewardFunction
     weight: float = 1.0
     timeout_s: float | None = None
-    """The run stops if a call takes longer. The call itself is not killed: it runs in this process."""
+    """With a limit the function runs in a warm process of its own, which is killed if a call takes longer, and the run
+    stops. Without one it runs in a thread of the trainer."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise UserError(f"RewardSpec.weight={self.weight} must be a finite number")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise UserError(f"RewardSpec.timeout_s={self.timeout_s} must be above 0; null means no limit")
 
 
 class RewardSet:
@@ -53,6 +60,16 @@ class RewardSet:
         self.how = combine
         self.names = tuple(functions)
         self.weights = torch.tensor([spec.weight for spec in functions.values()], dtype=torch.float64)
+        self.trainer_state = TrainerState()
+        self.log = Log()
+        """What the functions logged in the last call."""
+        self._workers: dict[str, Worker] = {}
+        for name, spec in functions.items():
+            if spec.timeout_s is not None:
+                try:
+                    self._workers[name] = Worker(Caller(spec.function))
+                except UserError as error:
+                    raise UserError(f"reward function {name} has a timeout_s, but {error}") from error
 
     def __call__(self, prompts: list[Prompt], completions: list[list[Completion]]) -> Tensor:
         """Rewards ``(B, G, K)`` float64, NaN where a function does not apply.
@@ -63,25 +80,71 @@ class RewardSet:
         """
         arguments = call_arguments(prompts, completions)
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
+        self._start()
         with ThreadPoolExecutor(max_workers=len(self.functions), thread_name_prefix="reward") as pool:
-            calls = {name: pool.submit(call, spec.function, arguments) for name, spec in self.functions.items()}
-            columns = [
-                checked(name, _result(name, future, self.functions[name].timeout_s), uids)
-                for name, future in calls.items()
-            ]
+            calls = {name: pool.submit(self._call, name, arguments, uids) for name in self.names}
+            try:
+                results = {name: _result(name, future) for name, future in calls.items()}
+            except BaseException:
+                for worker in self._workers.values():
+                    worker.kill()  # or leaving the pool would wait for it
+                raise
+        self.log = merged_log([log for _, log in results.values()], len(uids))
+        columns = [checked(name, values, uids) for name, (values, _) in results.items()]
         table = torch.tensor(columns, dtype=torch.float64).T
         return table.reshape(len(prompts), -1, len(columns))
 
+    def _start(self) -> None:
+        """Starts processes in the caller's thread: Linux ends them with the thread that started them."""
+        for name, spec in self.functions.items():
+            if name in self._workers:
+                self._workers[name].start()
+            elif hasattr(spec.function, "start"):
+                spec.function.start()
+
+    def _call(self, name: str, arguments: dict[str, list[Any]], uids: list[str]) -> tuple[Any, Log]:
+        spec = self.functions[name]
+        caller = Caller(spec.function)
+        if name not in self._workers:
+            return caller(arguments, uids, self.trainer_state)
+        accepted = caller.accepted(arguments)
+        return cast(
+            "tuple[Any, Log]", self._workers[name](accepted, uids, self.trainer_state, timeout_s=spec.timeout_s)
+        )
+
+    def logged_metrics(self) -> Metrics:
+        """What the functions logged in the last call by ``log_metric``, as (sum, count) under ``reward_log/``."""
+        return {
+            f"reward_log/{name}": (torch.tensor(values, dtype=torch.float64).sum(), torch.tensor(float(len(values))))
+            for name, values in self.log.metrics.items()
+        }
+
+    def check(self) -> None:
+        """Refuses, before anything is loaded, functions that cannot run on this machine."""
+        for name, spec in self.functions.items():
+            if hasattr(spec.function, "check"):
+                try:
+                    spec.function.check()
+                except UserError as error:
+                    raise UserError(f"reward function {name}: {error}") from error
+
+    def close(self) -> None:
+        """Ends all processes; a later call starts them again."""
+        for worker in self._workers.values():
+            worker.close()
+        for spec in self.functions.values():
+            if hasattr(spec.function, "close"):
+                spec.function.close()
+
     def required_columns(self) -> dict[str, str]:
         """Columns a row must have -> what needs them: parameters without a default of the reward functions."""
-        given = {"prompts", "completions", "completion_ids"}
         return {
             parameter.name: f"reward function {name}"
             for name, spec in self.functions.items()
             for parameter in inspect.signature(spec.function).parameters.values()
             if parameter.default is inspect.Parameter.empty
             and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-            and parameter.name not in given
+            and parameter.name not in GIVEN
         }
 
     def combine(self, by_function: Tensor) -> Tensor:
@@ -109,29 +172,31 @@ def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -
     return arguments
 
 
-def call(function: RewardFunction, arguments: dict[str, list[Any]]) -> Any:
-    """Calls with the arguments the function takes; awaits it if it is asynchronous."""
-    parameters = inspect.signature(function).parameters.values()
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        known = {p.name for p in parameters}
-        arguments = {name: value for name, value in arguments.items() if name in known}
-    result = function(**arguments)
-    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+_IN_WORKER = f"{RewardFunctionError.__name__}: "
 
 
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
-
-
-def _result(name: str, future: Future[Any], timeout_s: float | None) -> Any:
+def _result(name: str, future: Future[Any]) -> Any:
     try:
-        return future.result(timeout_s)
-    except FutureTimeoutError as error:
-        if future.done():
-            raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
-        raise UserError(f"reward function {name} took longer than its timeout_s={timeout_s}") from error
-    except Exception as error:
-        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+        return future.result()
+    except WorkerTimeoutError as error:
+        raise UserError(f"reward function {name} took longer than its timeout_s={error} and was ended") from error
+    except (RewardFunctionError, WorkerError) as error:
+        raise UserError(f"reward function {name} raised {str(error).removeprefix(_IN_WORKER)}") from error
+    except UserError as error:
+        raise UserError(f"reward function {name}: {error}") from error
+
+
+def merged_log(logs: list[Log], rows: int) -> Log:
+    """All that was logged; refuses an extra column that has not one value per completion."""
+    merged = Log()
+    for log in logs:
+        for name, values in log.metrics.items():
+            merged.metrics.setdefault(name, []).extend(values)
+        for column, values in log.columns.items():
+            if len(values) != rows:
+                raise UserError(f"log_extra({column!r}, ...) got {len(values)} values for {rows} completions")
+            merged.columns[column] = values
+    return merged
 
 
 def checked(name: str, values: Any, uids: list[str]) -> list[float]:

@@ -1,6 +1,16 @@
 """Rollout engines: who samples the completions."""
 
-from gspo_lightning.rollout.engine import RolloutEngine
+from gspo_lightning.rollout.engine import EngineUnavailableError, RolloutEngine, RolloutError, WeightSyncError
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
+from gspo_lightning.rollout.vllm_engine import VLLMEngine
+from gspo_lightning.rollout.vllm_server import VLLMServerEngine
 
-__all__ = ["RolloutEngine", "TransformersEngine"]
+__all__ = [
+    "EngineUnavailableError",
+    "RolloutEngine",
+    "RolloutError",
+    "TransformersEngine",
+    "VLLMEngine",
+    "VLLMServerEngine",
+    "WeightSyncError",
+]

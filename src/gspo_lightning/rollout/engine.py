@@ -1,4 +1,4 @@
-"""What a rollout engine promises."""
+"""What a rollout engine promises, and how it fails."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from typing import Protocol
 
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
+
+
+class RolloutError(RuntimeError):
+    """No rollout can be had. The weights are those of the last whole rollout, so the run saves them and ends."""
+
+
+class EngineUnavailableError(RolloutError):
+    """Nothing is left that could sample: every rollout server is dead, hangs or answers nonsense."""
+
+
+class WeightSyncError(RolloutError):
+    """The engine does not run the policy's weights; what it sampled would be off-policy without a word."""
 
 
 class RolloutEngine(Protocol):
@@ -16,5 +28,8 @@ class RolloutEngine(Protocol):
 
         The caller has put the policy's autocast in place. Completion g of a prompt draws its random numbers from
         ``(seed, prompt.uid, g)`` alone.
+
+        Raises:
+            RolloutError: the engine cannot sample from the policy's weights.
         """
         ...

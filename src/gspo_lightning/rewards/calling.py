@@ -1,0 +1,103 @@
+"""Calling a reward function as TRL does; shared by the trainer's threads and the worker processes, so without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspo_lightning.errors import UserError
+
+SEARCH_S = 1.0
+"""Seconds spent on finding the row that made a function raise."""
+
+
+class RewardFunctionError(Exception):
+    """A reward function raised; the message says what and on which row."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What functions written for TRL read from ``trainer_state``, in rollouts."""
+
+    global_step: int = 0
+    max_steps: int = 0
+
+    @property
+    def epoch(self) -> float:
+        """Share of the run that is done, in [0, 1]; the stream of prompts has no epochs."""
+        return self.global_step / max(1, self.max_steps)
+
+
+@dataclass
+class Log:
+    """What functions report through TRL's ``log_metric`` and ``log_extra``."""
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Adds a number; those of one rollout are averaged."""
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Adds a column, one value per completion, to the recorded completions."""
+        self.columns[column] = list(values)
+
+
+SERVICES = frozenset({"trainer_state", "log_metric", "log_extra"})
+"""Arguments that are not lists with one entry per completion."""
+GIVEN = SERVICES | {"prompts", "completions", "completion_ids"}
+"""Arguments that are no columns of the dataset."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A reward function in the form in which it is called, here or in a worker process."""
+
+    function: Callable[..., Any]
+
+    def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the function takes."""
+        parameters = inspect.signature(self.function).parameters.values()
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            return arguments
+        known = {p.name for p in parameters}
+        return {name: value for name, value in arguments.items() if name in known}
+
+    def __call__(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> tuple[Any, Log]:
+        """What the function returns, and what it logged.
+
+        Raises:
+            RewardFunctionError: it raised; names the row, found by calling it again row by row.
+        """
+        log = Log()
+        try:
+            return self._call(arguments, state, log), log
+        except Exception as error:
+            where = self._row(arguments, uids, state)
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise RewardFunctionError(f"{what} ({where})") from error
+
+    def _call(self, arguments: dict[str, Any], state: TrainerState, log: Log) -> Any:
+        given = {"trainer_state": state, "log_metric": log.log_metric, "log_extra": log.log_extra}
+        result = self.function(**self.accepted({**arguments, **given}))
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+    def _row(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> str:
+        start = time.monotonic()
+        for number, uid in enumerate(uids):
+            if time.monotonic() - start > SEARCH_S:
+                return f"one of the rows {uid} to {uids[-1]}"
+            try:
+                self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())
+            except Exception:  # noqa: BLE001  (this is the row that was looked for)
+                return f"row {uid}"
+        return f"in the batch of rows {uids[0]} to {uids[-1]}, on none of them alone"
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result

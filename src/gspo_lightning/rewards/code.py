@@ -1,0 +1,149 @@
+"""Reward of code that passes tests. The code runs in the sandbox; the tests' answers never enter it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import full_text
+from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, require, session
+
+MAX_CODE_CHARACTERS = 50_000
+
+
+def extract_code(text: str) -> str | None:
+    """The last block fenced by three backticks, or the whole text if there is none; None for nothing or too much."""
+    parts = text.split("```")
+    code = text
+    if len(parts) >= 3:
+        code = parts[-2 if len(parts) % 2 else -3]
+        language, newline, rest = code.partition("\n")
+        code = rest if newline and language.strip().isalnum() else code
+    return code if code.strip() and len(code) <= MAX_CODE_CHARACTERS else None
+
+
+def same(found: Any, wanted: Any, tolerance: float) -> bool:
+    """Whether two JSON values are equal, numbers within a relative tolerance. ``True`` is not ``1``."""
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return found is wanted
+    if isinstance(found, float) or isinstance(wanted, float):
+        if not (isinstance(found, int | float) and isinstance(wanted, int | float)):
+            return False
+        try:
+            return math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance)
+        except OverflowError:
+            return False
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(same(f, w, tolerance) for f, w in zip(found, wanted, strict=True))
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(same(found[k], wanted[k], tolerance) for k in wanted)
+    return type(found) is type(wanted) and found == wanted
+
+
+@dataclass(frozen=True)
+class CodeTests:
+    """Share of the row's ``tests`` that the completion's code passes, or all or nothing.
+
+    A test is ``{"call": "add", "args": [1, 2], "expected": 3}`` (a function of the code, JSON values) or
+    ``{"input": "1 2", "output": "3"}`` (the code as a program; outputs are compared without white space at line ends
+    and at the end). All calls of a row share one process and one wall clock; every program has its own. Tests written
+    as ``assert`` are not offered: they would run beside the code they judge, which could fake them.
+
+    Args:
+        partial: the share of tests passed (true), or 1 for all of them and else 0 (false).
+        failure: reward of code that is not there, does not run, or passes no test.
+        tolerance: relative, for numbers.
+        workers: sandboxes at the same time.
+        sandbox: ``bubblewrap``, or ``unsafe`` for a plain process, which can read and delete what the trainer can.
+        limits: of one sandbox.
+    """
+
+    partial: bool = False
+    failure: float = 0.0
+    tolerance: float = 1e-9
+    workers: int = 2
+    sandbox: Isolation = "bubblewrap"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"CodeTests.workers={self.workers} must be at least 1")
+        if not self.tolerance >= 0:
+            raise UserError(f"CodeTests.tolerance={self.tolerance} must be at least 0")
+        if not (math.isfinite(self.failure) and self.failure < 1):
+            raise UserError(f"CodeTests.failure={self.failure} must be finite and below 1, the reward of right code")
+        check_sandbox("CodeTests", self.sandbox)
+
+    def check(self) -> None:
+        """Refuses to run where the sandbox cannot isolate."""
+        require(self.sandbox)
+
+    def __call__(self, completions: list[Any], tests: list[Any], **_: Any) -> list[float]:
+        """One reward per completion."""
+        self.check()
+        for number, row in enumerate(tests):
+            check_tests(row, number)
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self._score, completions, tests))
+
+    def _score(self, completion: Any, tests: Sequence[dict[str, Any]]) -> float:
+        code = extract_code(full_text(completion))
+        passed = 0 if code is None else self._passed(code, tests)
+        if passed == 0 or (passed < len(tests) and not self.partial):
+            return self.failure
+        return passed / len(tests)
+
+    def _passed(self, code: str, tests: Sequence[dict[str, Any]]) -> int:
+        calls = [test for test in tests if "call" in test]
+        passed = sum(self._runs(code, test) for test in tests if "input" in test)
+        if not calls:
+            return passed
+        try:
+            with session(code, "functions", self.limits, self.sandbox) as process:
+                if "error" in process.receive() or "ready" not in process.receive():
+                    return passed
+                for test in calls:
+                    passed += self._answers(process, test)
+        except SandboxError:
+            pass  # what was right before the code broke a limit stays right
+        return passed
+
+    def _answers(self, process: Session, test: dict[str, Any]) -> bool:
+        try:
+            return same(process.call(test["call"], *test["args"]), test["expected"], self.tolerance)
+        except (SandboxError, RecursionError):
+            return False
+
+    def _runs(self, code: str, test: dict[str, Any]) -> bool:
+        try:
+            with session(code, "program", self.limits, self.sandbox) as process:
+                return lines(process.run(str(test["input"]))) == lines(str(test["output"]))
+        except SandboxError:
+            return False
+
+
+def lines(text: str) -> list[str]:
+    """Lines without white space at their ends, and without empty ones at the end of the text."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def check_sandbox(owner: str, sandbox: str) -> None:
+    """Refuses a name that is no kind of isolation."""
+    if sandbox not in ("bubblewrap", "unsafe"):
+        raise UserError(f"{owner}.sandbox={sandbox!r} must be bubblewrap or unsafe")
+
+
+def check_tests(tests: Any, number: int) -> None:
+    """Refuses tests in another form than the two that are known."""
+    forms = ({"call", "args", "expected"}, {"input", "output"})
+    if not isinstance(tests, list) or not tests:
+        raise UserError(f"tests of row {number} of the batch must be a list of one or more tests")
+    for test in tests:
+        if not isinstance(test, dict) or test.keys() not in forms:
+            raise UserError(
+                f"a test of row {number} of the batch must have the keys call, args, expected or input, output"
+            )

@@ -1,0 +1,106 @@
+"""Mathematical answers by math-verify (https://github.com/huggingface/Math-Verify), where they can be stopped.
+
+sympy computes what it reads: ``9^9^9^9`` never ends. So the comparison runs in a process of its own, which gets
+``item_timeout_s`` per completion and is killed if it takes longer; that completion has no right answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from math_verify import parse, verify
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import full_text
+from gspo_lightning.rewards.text import check_tag, single_block
+from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
+
+MAX_ANSWER_CHARACTERS = 2_000
+"""A longer text is judged by its end."""
+_MAX_NESTING = 50
+
+# It warns at each call that its timeouts are off; here a process bounds it.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+@dataclass
+class MathVerify:
+    r"""1 if the completion's answer is mathematically equal to the row's ``answer``, else 0.
+
+    Reads ``\boxed{}``, LaTeX and plain numbers as math-verify does, from the end of the completion.
+
+    Args:
+        tag: read the answer from the one block of this tag; None: from the whole text.
+        item_timeout_s: seconds for one completion; afterwards it counts as wrong.
+    """
+
+    tag: str | None = None
+    item_timeout_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.tag is not None:
+            check_tag("MathVerify.tag", self.tag)
+        if not self.item_timeout_s > 0:
+            raise UserError(f"MathVerify.item_timeout_s={self.item_timeout_s} must be above 0")
+        self._worker = Worker(math_equal)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tag": self.tag, "item_timeout_s": self.item_timeout_s}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def start(self) -> None:
+        """Starts the process, which loads sympy meanwhile."""
+        self._worker.start()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._worker.close()
+
+    def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+        """One reward per completion.
+
+        Raises:
+            UserError: math-verify finds nothing in a row's ``answer``.
+        """
+        return [self._score(full_text(c), str(a)) for c, a in zip(completions, answer, strict=True)]
+
+    def _score(self, text: str, answer: str) -> float:
+        found = text if self.tag is None else single_block(text, self.tag)
+        if not found:
+            return 0.0
+        found = found[-MAX_ANSWER_CHARACTERS:].encode(errors="replace").decode().replace("\x00", "")
+        if _nesting(found) > _MAX_NESTING:
+            return 0.0
+        try:
+            right = self._worker(found, answer, timeout_s=self.item_timeout_s)
+        except WorkerTimeoutError:
+            self._worker.start()
+            return 0.0
+        except WorkerError:
+            return 0.0  # what makes sympy raise or run out of memory is no right answer
+        if right is None:
+            raise UserError(f"MathVerify: math-verify finds no answer in the row's answer {answer[:60]!r}")
+        return float(right)
+
+
+def math_equal(text: str, answer: str) -> bool | None:
+    """Whether the text's answer equals ``answer``; None if there is none in ``answer``. Bounded by who calls it.
+
+    math-verify's own timeouts are signals, which cannot interrupt one long multiplication, so they are off.
+    """
+    gold = parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
+    if not gold:
+        return None
+    return bool(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+def _nesting(text: str) -> int:
+    deepest = depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, abs(depth))
+    return deepest

@@ -1,0 +1,113 @@
+"""A reward model: a sequence classifier of transformers with one output."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gspo_lightning.errors import UserError
+
+
+@dataclass
+class RewardModel:
+    """The classifier's one logit for prompt and completion, as `transformers` loads it, frozen.
+
+    Conversations go through the chat template of the model's own tokenizer, plain text is joined. The model is loaded
+    at the first call, which may take long: mind it with a ``timeout_s``.
+
+    Args:
+        path: folder or hub name of the model and its tokenizer.
+        batch_size: sequences per forward.
+        max_length: longest sequence in tokens; a longer one is refused, because a cut text has another reward.
+        device: where it runs, such as ``cpu`` or ``cuda:0``.
+        dtype: of its weights.
+    """
+
+    path: str
+    batch_size: int = 8
+    max_length: int = 4096
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"RewardModel.{name}={getattr(self, name)} must be at least 1")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"RewardModel.dtype={self.dtype!r} must be float32, bfloat16 or float16")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise UserError(f"RewardModel.device={self.device!r} is no device; use cpu or cuda:0") from error
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("path", "batch_size", "max_length", "device", "dtype")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        """One logit per completion."""
+        with self._lock:
+            if self._model is None:
+                self._load()
+        ids = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        # Neighbours in length share a batch, so that little is padded.
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        rewards = [0.0] * len(ids)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for row, reward in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
+                rewards[row] = reward
+        return rewards
+
+    def _load(self) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.path, dtype=getattr(torch, self.dtype), output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"RewardModel.path={self.path}: {' '.join(str(error).split())[:200]}") from error
+        if info["missing_keys"]:
+            raise UserError(f"RewardModel.path={self.path} is no trained classifier: it lacks {info['missing_keys']}")
+        if model.config.num_labels != 1:
+            raise UserError(f"RewardModel.path={self.path} has {model.config.num_labels} outputs; a reward model has 1")
+        self._pad = model.config.get_text_config().pad_token_id
+        self._tokenizer, self._model = tokenizer, model.to(self.device).eval().requires_grad_(False)
+
+    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self._tokenizer(prompt + completion)["input_ids"]
+        else:
+            text = self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not 0 < len(ids) <= self.max_length:
+            raise UserError(f"RewardModel: a sequence has {len(ids)} tokens; max_length is {self.max_length}")
+        return list(ids)
+
+    @torch.no_grad()
+    def _forward(self, ids: list[list[int]]) -> list[float]:
+        longest, config = max(map(len, ids)), self._model.config.get_text_config()
+        pad = self._pad if self._pad is not None else _unused(ids)
+        # The classifier reads the last token that is not this one.
+        config.pad_token_id = self._model.config.pad_token_id = pad
+        tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=self.device)
+        lengths = torch.tensor([len(row) for row in ids], device=self.device)
+        mask = (torch.arange(longest, device=self.device) < lengths[:, None]).long()
+        logits = self._model(input_ids=tokens, attention_mask=mask).logits
+        return [float(x) for x in logits[:, 0].float().cpu()]
+
+
+def _unused(ids: list[list[int]]) -> int:
+    """A token id that no sequence holds: padding a model without a padding token must not hide a real one."""
+    present = set().union(*ids)
+    return next(i for i in range(len(present) + 1) if i not in present)

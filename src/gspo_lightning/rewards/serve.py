@@ -1,0 +1,52 @@
+"""The other side of `worker.Worker`: a process that calls one function again and again until it is told to end.
+
+It is started by path, not as a module of the package, so that it imports nothing that the function does not need.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """Linux ends this process when its parent dies, however that happens; elsewhere a closed pipe ends it when idle."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+def main(fd: int, parent: int) -> None:
+    """Receives the search path and the function, then one message of arguments per call."""
+    die_with(parent)
+    connection = Connection(fd)
+    sys.path[:], pickled = connection.recv()
+    # What the function prints is nobody's protocol: the connection has a descriptor of its own.
+    try:
+        function = pickle.loads(pickled)
+        connection.send((True, None))
+    except BaseException as error:  # noqa: BLE001  (whatever importing the user's module raised is told)
+        connection.send((False, f"{type(error).__name__}: {error}"))
+        return
+    while True:
+        try:
+            arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(*arguments))
+            pickle.dumps(answer)
+        except BaseException as error:  # noqa: BLE001  (SystemExit of the function must not look like a crash)
+            traceback.print_exc()
+            answer = (False, f"{type(error).__name__}: {error}")
+        connection.send(answer)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,187 @@
+"""Rewards that read text: tags, numbers inside tags, multiple choice. None of them evaluates what the model wrote."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import full_text, text_of
+
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?(?:[eE][-+]?\d{1,3})?")
+
+
+def blocks(text: str, tag: str) -> list[str]:
+    """What stands between each ``<tag>`` and the ``</tag>`` next to it, in time linear in the text."""
+    parts = text.split(f"<{tag}>")[1:]
+    return [part[:end] for part in parts if (end := part.find(f"</{tag}>")) >= 0]
+
+
+def single_block(text: str, tag: str) -> str | None:
+    """The one block of a tag, or None where there is none, a second one, or a tag without its partner."""
+    if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
+        return None
+    found = blocks(text, tag)
+    return found[0] if found else None
+
+
+def number(text: Any) -> float | None:
+    """The number a text is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is not one."""
+    text = str(text).strip()
+    if len(text) > 1000 or not any(c in "0123456789" for c in text) or _NUMBER.fullmatch(text) is None:
+        return None
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def check_tag(key: str, tag: str) -> None:
+    """Refuses what is no name of a tag."""
+    if not tag or re.search(r"[<>/\s]", tag):
+        raise UserError(f"{key}={tag!r} is not the name of a tag; give it without angle brackets, such as answer")
+
+
+def check_finite(owner: str, **values: float) -> None:
+    """Refuses scores that are not finite numbers."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{owner}.{name}={value} must be a finite number")
+
+
+@dataclass(frozen=True)
+class TagFormat:
+    """Exactly one reasoning block and exactly one solution block; text that is mostly filler costs.
+
+    Args:
+        reasoning: name of the reasoning tag: ``REASONING`` means ``<REASONING>...</REASONING>``.
+        solution: name of the solution tag.
+        reasoning_score: for exactly one reasoning block.
+        solution_score: for exactly one solution block.
+        degenerate_score: added if at least ``degenerate_frac`` of the characters are filler.
+        degenerate_frac: share of filler, in (0, 1].
+        filler: strings that count as filler, such as line feeds.
+    """
+
+    reasoning: str = "REASONING"
+    solution: str = "SOLUTION"
+    reasoning_score: float = 1.0
+    solution_score: float = 1.0
+    degenerate_score: float = -2.0
+    degenerate_frac: float = 0.5
+    filler: Sequence[str] = ("\n", "addCriterion")
+
+    def __post_init__(self) -> None:
+        check_tag("TagFormat.reasoning", self.reasoning)
+        check_tag("TagFormat.solution", self.solution)
+        if self.reasoning == self.solution:
+            raise UserError(f"TagFormat.solution={self.solution!r} is the reasoning tag too; give two different tags")
+        if not 0 < self.degenerate_frac <= 1:
+            raise UserError(f"TagFormat.degenerate_frac={self.degenerate_frac} must be above 0 and at most 1")
+        if isinstance(self.filler, str) or not all(self.filler):
+            raise UserError(f"TagFormat.filler={self.filler!r} must be a list of non-empty strings")
+        check_finite(
+            "TagFormat",
+            reasoning_score=self.reasoning_score,
+            solution_score=self.solution_score,
+            degenerate_score=self.degenerate_score,
+        )
+
+    def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+        """One score per completion."""
+        return [self._score(full_text(completion)) for completion in completions]
+
+    def _score(self, text: str) -> float:
+        score = 0.0
+        if single_block(text, self.reasoning) is not None:
+            score += self.reasoning_score
+        if single_block(text, self.solution) is not None:
+            score += self.solution_score
+        rest = text
+        for filler in self.filler:
+            rest = rest.replace(filler, "")
+        if text and len(text) - len(rest) >= self.degenerate_frac * len(text):
+            score += self.degenerate_score
+        return score
+
+
+@dataclass(frozen=True)
+class TaggedNumber:
+    """The number in the one block of a tag is the row's ``answer``, compared as numbers: ``5.0`` is ``5``.
+
+    Args:
+        tag: name of the tag.
+        right: reward if it is, else 0.
+        tolerance: relative to the answer, absolute below 1.
+    """
+
+    tag: str = "SOLUTION"
+    right: float = 2.0
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_tag("TaggedNumber.tag", self.tag)
+        check_finite("TaggedNumber", right=self.right, tolerance=self.tolerance)
+        if self.tolerance < 0:
+            raise UserError(f"TaggedNumber.tolerance={self.tolerance} must be at least 0")
+
+    def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+        """One reward per completion; None (does not apply) where the row's answer is no number."""
+        return [self._score(full_text(c), number(a)) for c, a in zip(completions, answer, strict=True)]
+
+    def _score(self, text: str, target: float | None) -> float | None:
+        if target is None:
+            return None
+        block = single_block(text, self.tag)
+        found = None if block is None or len(block) > 10_000 else number(block)
+        right = found is not None and abs(found - target) <= self.tolerance * max(1.0, abs(target))
+        return self.right if right else 0.0
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    r"""The chosen letter is the row's ``answer``.
+
+    The choice is read from the first of these that is there: the one block of ``tag``; the last ``\boxed{X}``; the last
+    "answer is X" or "Answer: X"; the beginning of the text (``B``, ``(B)``, ``B. because``). A letter somewhere in a
+    sentence is no choice: "A" is also a word.
+
+    Args:
+        choices: the letters, such as ``ABCD``.
+        tag: name of a tag that holds the choice; None if there is none.
+    """
+
+    choices: str = "ABCD"
+    tag: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.choices) < 2 or not self.choices.isalpha() or len(set(self.choices)) < len(self.choices):
+            raise UserError(f"MultipleChoice.choices={self.choices!r} must be two or more different letters")
+        if self.tag is not None:
+            check_tag("MultipleChoice.tag", self.tag)
+
+    def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+        """1 or 0 per completion.
+
+        Raises:
+            UserError: a row's answer is none of the choices.
+        """
+        for wanted in answer:
+            if str(wanted).strip() not in set(self.choices):
+                raise UserError(f"MultipleChoice: the answer {str(wanted)[:40]!r} is none of {self.choices}")
+        return [float(self._choice(text_of(c)) == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+
+    def _choice(self, text: str) -> str | None:
+        letter = rf"[(\[*]{{0,3}}([{self.choices}])(?!\w)"
+        if self.tag is not None and (block := single_block(text, self.tag)) is not None:
+            found = re.match(rf"\s{{0,100}}{letter}", block)
+            return found[1] if found else None
+        for pattern in (rf"\\boxed\{{\s{{0,9}}{letter}", rf"(?i:answer)(?:\s{{1,9}}(?i:is))?:?\s{{0,9}}{letter}"):
+            if all_found := re.findall(pattern, text):
+                return str(all_found[-1])
+        found = re.match(rf"\s{{0,100}}{letter}(?=[).:\]*,]|\s{{0,100}}\Z)", text)
+        return found[1] if found else None

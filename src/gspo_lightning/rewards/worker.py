@@ -1,0 +1,134 @@
+"""A warm process that calls one function and can really be stopped: it is killed, with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gspo_lightning.errors import UserError
+
+_SERVE = Path(__file__).parent / "serve.py"
+
+
+class WorkerError(Exception):
+    """The function raised in the worker; the message is its type and text."""
+
+
+class WorkerTimeoutError(Exception):
+    """The function took too long; its process has been killed."""
+
+
+class Worker:
+    """Calls ``function`` in a process of its own, started fresh (no fork: threads of torch would be copied broken).
+
+    It starts at the first call, stays warm, and ends with `close`, with this object, or with this process, whichever
+    comes first, also when that is killed. Its start does not count towards a timeout.
+
+    Args:
+        function: importable by name, or an instance of an importable class.
+
+    Raises:
+        UserError: the function cannot be sent to another process.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        module = getattr(function, "__module__", None) or type(function).__module__
+        try:
+            self.pickled = pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(f"it cannot be sent to a process of its own ({error}); define it in a module") from error
+        if module == "__main__":
+            raise UserError("it is defined in the script that was started; move it into a module of its own")
+        self._ready, self._idle = False, True
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._kill: Callable[[], object] = lambda: None
+
+    def start(self) -> None:
+        """Starts the process without waiting for it; call it from a thread that lives on: it ends with that."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-P", str(_SERVE), str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            # A session of its own: Ctrl-C reaches the trainer alone, and killing the group reaches its children.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        self._connection = Connection(ours.detach())
+        self._kill = weakref.finalize(self, _end, self._process, self._connection)
+        self._ready = False
+        self._connection.send((sys.path, self.pickled))
+
+    def __call__(self, *arguments: Any, timeout_s: float | None) -> Any:
+        """What the function returns.
+
+        Raises:
+            WorkerTimeoutError: after ``timeout_s`` seconds; the process is gone, the next call starts a new one.
+            WorkerError: the function raised, or its process died.
+        """
+        self.start()
+        try:
+            if not self._ready:
+                self._wait_until_ready()
+            assert self._connection is not None
+            self._connection.send(arguments)
+            return self._receive(timeout_s)
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            assert self._process is not None
+            code = self._process.wait()
+            self.close()
+            raise WorkerError(f"its process ended with exit code {code}") from error
+        except BaseException:
+            if not self._idle:
+                self.close()
+            raise
+
+    def _wait_until_ready(self) -> None:
+        try:
+            self._receive(None)
+        except WorkerError as error:
+            raise UserError(f"it cannot be loaded in a process of its own ({error})") from error
+        self._ready = True
+
+    def _receive(self, timeout_s: float | None) -> Any:
+        assert self._connection is not None
+        self._idle = False
+        if not self._connection.poll(timeout_s):
+            raise WorkerTimeoutError(str(timeout_s))
+        ok, answer = self._connection.recv()
+        self._idle = True
+        if not ok:
+            raise WorkerError(answer)
+        return answer
+
+    def kill(self) -> None:
+        """Ends the process; a call that waits for it in another thread raises `WorkerError`."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kills the process and its children, if it runs."""
+        self._kill()
+        self._process = self._connection = None
+        self._idle = True
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

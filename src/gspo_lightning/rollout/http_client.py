@@ -1,0 +1,117 @@
+"""JSON over HTTP to one rollout server, with a bound on the whole exchange."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from gspo_lightning.errors import UserError
+
+_MAX_ANSWER_BYTES = 1 << 30
+
+
+class ServerError(Exception):
+    """No usable answer: refused, cut, too late, not 200, not JSON. Another server may do better."""
+
+
+class RequestRefusedError(Exception):
+    """The server understood the request and refuses it (400, 401, 403, 413, 422): so would every other."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Server:
+    """One server. Its methods may be called from several threads; `abort` ends what is under way in all of them."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise UserError(f"rollout.engine.urls: {url!r} is not an address such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/")
+        self._parts, self._api_key = parts, api_key
+        self._open: set[http.client.HTTPConnection] = set()
+        self._lock = threading.Lock()
+        self._aborted = False
+
+    def post(self, path: str, body: Any, timeout_s: float, *, is_json: bool = True) -> Any:
+        """Sends JSON, returns JSON; None for an empty body, or if only the status of the answer counts."""
+        return self._exchange("POST", path, json.dumps(body).encode(), timeout_s, is_json)
+
+    def abort(self) -> None:
+        """Cuts every exchange under way, and refuses new ones until `revive`: each raises `ServerError`."""
+        with self._lock:
+            self._aborted = True
+            connections = list(self._open)
+        for connection in connections:
+            _cut(connection)
+
+    def revive(self) -> None:
+        """Allows exchanges again; call it when the threads of an aborted round have ended."""
+        self._aborted = False
+
+    def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float, is_json: bool = True) -> Any:
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=min(timeout_s, 10.0))
+        with self._lock:
+            if self._aborted:
+                raise ServerError(f"{self.url}: not needed any more")
+            self._open.add(connection)
+        # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on their sum.
+        alarm = threading.Timer(timeout_s, _cut, [connection])
+        alarm.daemon = True
+        alarm.start()
+        start = time.monotonic()
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout_s)
+            status, answer = self._send(connection, method, path, body)
+        except (OSError, http.client.HTTPException) as error:
+            late = time.monotonic() - start >= timeout_s
+            why = f"no answer within {timeout_s:g} s" if late else f"{type(error).__name__}: {error}"
+            raise ServerError(f"{self.url}{path}: {why}") from error
+        finally:
+            alarm.cancel()
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+        return self._decode(path, status, answer, is_json)
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
+    ) -> tuple[int, bytes]:
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        connection.request(method, self._parts.path.rstrip("/") + path, body=body, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read(_MAX_ANSWER_BYTES)
+
+    def _decode(self, path: str, status: int, answer: bytes, is_json: bool) -> Any:
+        excerpt = " ".join(answer[:300].decode(errors="replace").split())
+        if status in (400, 401, 403, 413, 422):
+            raise RequestRefusedError(f"{self.url}{path} answered {status}: {excerpt}", status)
+        if status != 200:
+            raise ServerError(f"{self.url}{path} answered {status}: {excerpt}")
+        if not answer or not is_json:
+            return None
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise ServerError(f"{self.url}{path} answered something that is not JSON: {excerpt}") from error
+
+
+def _cut(connection: http.client.HTTPConnection) -> None:
+    if connection.sock is not None:
+        try:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended by itself

@@ -1,0 +1,203 @@
+"""Jobs over several servers that may fail at any moment: each job ends exactly once, or the run stops in bounded time.
+
+One thread decides (the caller's), others only wait for answers. A server takes jobs when it has been prepared: found
+alive, on the right model, with the right weights. Any failure sends its jobs back to the queue and the server to rest;
+after a pause that doubles from failure to failure it is prepared again, as if it were new.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from gspo_lightning.rollout.engine import EngineUnavailableError
+from gspo_lightning.rollout.http_client import Server, ServerError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_MAX_PAUSE_S = 30.0
+_SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for what. All bounds are of one wait; a run that ends never waits twice for the same."""
+
+    ready_timeout_s: float = 600.0
+    """For the first server at the start of a run."""
+    request_timeout_s: float = 600.0
+    """For one answer: the completions of one prompt."""
+    give_up_after_s: float = 120.0
+    """Without any usable server, later on; a first attempt to load weights may take ``request_timeout_s``."""
+    pause_s: float = 0.5
+    """Before a failed server is tried again; doubles up to 30 s."""
+    max_attempts: int = 8
+    """Failed answers to one and the same prompt, whatever the servers."""
+
+
+class Member:
+    """One server of the pool and what is known about it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.ready = self.preparing = False
+        self.in_flight = self.failures = 0
+        self.retry_at = 0.0
+        self.trouble = f"{server.url} has not answered yet"
+
+    def rest(self, error: Exception, pause_s: float) -> None:
+        """Out of use after a failure; jobs in flight that fail together count as one."""
+        if self.ready or self.preparing:
+            self.retry_at = time.monotonic() + min(pause_s * 2**self.failures, _MAX_PAUSE_S)
+            self.failures += 1
+        self.ready, self.trouble = False, str(error)
+
+
+class ServerPool:
+    """The servers over a whole run.
+
+    Args:
+        servers: at least one.
+        prepare: called in another thread before a server is used: makes it ready or raises `ServerError`.
+        accept: called in the caller's thread with what ``prepare`` returned; raises `ServerError` for a server that
+            must not be used, anything else to end the run.
+        patience: the bounds.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        prepare: Callable[[Server], Any],
+        accept: Callable[[Server, Any], None],
+        patience: Patience,
+    ) -> None:
+        self.members = [Member(server) for server in servers]
+        self.prepare, self.accept, self.patience = prepare, accept, patience
+        self.ever_ready = False
+
+    def run(self, jobs: Sequence[Job], work: Callable[[Server, Job], Result]) -> list[Result]:
+        """``work(server, job)`` for every job, in order of the jobs; `ServerError` in it means: try another.
+
+        Raises:
+            EngineUnavailableError: no server was usable for as long as `Patience` allows.
+        """
+        for member in self.members:
+            member.ready = False  # the weights may have changed since
+        return _Run(self, jobs, work).results()
+
+
+class _Run(Generic[Job, Result]):
+    """One call of `ServerPool.run`."""
+
+    def __init__(self, pool: ServerPool, jobs: Sequence[Job], work: Callable[[Server, Job], Result]) -> None:
+        self.pool, self.jobs, self.work = pool, jobs, work
+        self.done: dict[int, Result] = {}
+        self.queue = deque(range(len(jobs)))
+        self.attempts = [0] * len(jobs)
+        self.futures: dict[Future[Any], tuple[Member, int | None]] = {}
+        self.start = self.last_ready = self.last_said = time.monotonic()
+
+    def results(self) -> list[Result]:
+        threads = ThreadPoolExecutor(max_workers=len(self.jobs) + len(self.pool.members))
+        try:
+            while len(self.done) < len(self.jobs):
+                self._prepare(threads)
+                self._hand_out(threads)
+                self._check_patience()
+                finished, _ = wait(self.futures, timeout=self._next_look(), return_when=FIRST_COMPLETED)
+                for future in finished:
+                    self._settle(future)
+        finally:
+            # What is still under way belongs to servers that are not needed (any more).
+            for member, _ in self.futures.values():
+                member.server.abort()
+                member.preparing = False
+            threads.shutdown(wait=True, cancel_futures=True)
+            for member in self.pool.members:
+                member.in_flight = 0
+                member.server.revive()
+        return [self.done[number] for number in range(len(self.jobs))]
+
+    def _prepare(self, threads: ThreadPoolExecutor) -> None:
+        for member in self.pool.members:
+            if not member.ready and not member.preparing and time.monotonic() >= member.retry_at:
+                member.preparing = True
+                self.futures[threads.submit(self.pool.prepare, member.server)] = (member, None)
+
+    def _hand_out(self, threads: ThreadPoolExecutor) -> None:
+        """Each job to the ready server with the least in hand."""
+        ready = [member for member in self.pool.members if member.ready]
+        while self.queue and ready:
+            # Not all to the first that is up: those still being prepared get their share.
+            hopeful = sum(member.preparing and member.failures == 0 for member in self.pool.members)
+            member = min(ready, key=lambda m: m.in_flight)
+            if member.in_flight >= -(-len(self.jobs) // (len(ready) + hopeful)) and hopeful:
+                return
+            job = self.queue.popleft()
+            member.in_flight += 1
+            self.futures[threads.submit(self.work, member.server, self.jobs[job])] = (member, job)
+
+    def _settle(self, future: Future[Any]) -> None:
+        member, job = self.futures.pop(future)
+        try:
+            value = future.result()
+            if job is None:
+                self.pool.accept(member.server, value)
+        except ServerError as error:
+            self._failed(member, job, error)
+            return
+        if job is None:
+            member.preparing, member.ready = False, True
+            self.pool.ever_ready = True
+        else:
+            member.in_flight -= 1
+            member.failures = 0
+            self.done[job] = value
+
+    def _failed(self, member: Member, job: int | None, error: ServerError) -> None:
+        was_ready = member.ready
+        member.rest(error, self.pool.patience.pause_s)
+        if job is None:
+            member.preparing = False
+            return
+        member.in_flight -= 1
+        self.queue.appendleft(job)
+        self.attempts[job] += 1
+        if was_ready:
+            _say(f"rollout server failed, its prompts go to others: {error}")
+        if self.attempts[job] >= self.pool.patience.max_attempts:
+            raise EngineUnavailableError(f"one prompt failed {self.attempts[job]} times, at last: {error}")
+
+    def _check_patience(self) -> None:
+        now, patience = time.monotonic(), self.pool.patience
+        if any(member.ready for member in self.pool.members):
+            self.last_ready = now
+            return
+        bound = patience.give_up_after_s if self.pool.ever_ready else patience.ready_timeout_s
+        key = "give_up_after_s" if self.pool.ever_ready else "ready_timeout_s"
+        trouble = "; ".join(member.trouble for member in self.pool.members)
+        # A first attempt may take its time: loading large weights does.
+        loading = any(member.preparing and not member.failures for member in self.pool.members)
+        if now - self.last_ready >= bound and not loading:
+            raise EngineUnavailableError(f"no rollout server was usable for {bound:g} s ({key}): {trouble}")
+        if now - self.last_said >= _SAY_EVERY_S:
+            self.last_said = now
+            count = len(self.pool.members)
+            _say(f"waiting for rollout servers: 0 of {count} ready after {now - self.start:.0f} s ({trouble})")
+
+    def _next_look(self) -> float:
+        now = time.monotonic()
+        resting = [m.retry_at - now for m in self.pool.members if not m.ready and not m.preparing]
+        patience = self.pool.patience
+        bound = patience.give_up_after_s if self.pool.ever_ready else patience.ready_timeout_s
+        return max(0.02, min([*resting, self.last_ready + bound - now, 1.0]))
+
+
+def _say(line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr, flush=True)

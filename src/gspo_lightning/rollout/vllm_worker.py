@@ -1,0 +1,89 @@
+"""What runs inside vLLM's worker (``worker_extension_cls``): taking weights, and saying which ones it has.
+
+`reload_weights` of vLLM 0.32 alone is not enough, and nothing tells: with tied embeddings on a CPU the output
+embedding keeps a packed copy of the old weights, and gpt-oss keeps its old experts and attention sinks. The two
+functions below cure that; `tests/rollout/test_vllm_engine.py` shows what happens without them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gspo_lightning.rollout.weights import checksum
+
+_INSTANCE = uuid.uuid4().hex
+
+
+class WeightSync:
+    """Mixed into vLLM's worker class; ``self`` is the worker. Methods are called by ``collective_rpc``."""
+
+    model_runner: Any
+
+    def gspo_status(self) -> dict[str, Any]:
+        """Who this is and what it runs; ``instance`` changes with every start of the process."""
+        config = self.model_runner.model_config
+        return {
+            "instance": _INSTANCE,
+            "version": getattr(self, "gspo_version", None),
+            "shape": model_shape(config.hf_config),
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "logprobs_mode": str(config.logprobs_mode),
+            "lora": self.model_runner.lora_config is not None,
+        }
+
+    def gspo_set_version(self, version: str) -> None:
+        """Remembers what the caller has loaded by other ways (an adapter)."""
+        self.gspo_version: str | None = version
+
+    def gspo_load_file(self, path: str, version: str) -> dict[str, Any]:
+        """Loads all weights from a safetensors file; returns the checksum of what was read."""
+        weights = load_file(path)
+        self.gspo_load_weights(weights, version)
+        return {"checksum": checksum(weights[name] for name in sorted(weights))}
+
+    def gspo_load_weights(self, weights: dict[str, Tensor], version: str) -> None:
+        """Loads all weights, named as on the hub."""
+        self.gspo_version = None
+        self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
+        model = self.model_runner.get_model()
+        load_what_reload_skips(model, weights)
+        repack_cpu_linears(model)
+        self.gspo_version = version
+
+    def gspo_base_checksum(self) -> dict[str, Any]:
+        """Checksum of the base weights as the engine holds them, adapters left out."""
+        state = self.model_runner.get_model().state_dict()
+        return {"checksum": checksum(state[name] for name in sorted(state) if "lora_" not in name)}
+
+
+def model_shape(config: Any) -> dict[str, Any]:
+    """What tells one model from another at a glance, from a transformers config."""
+    text = config.get_text_config()
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    return {"model_type": config.model_type, **{key: getattr(text, key, None) for key in keys}}
+
+
+def repack_cpu_linears(model: nn.Module) -> None:
+    """Packs the CPU kernels' copies of the weights again; a tied output embedding would keep its old one."""
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and getattr(module, "weight", torch.empty(0)).numel() > 0:
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
+
+
+def load_what_reload_skips(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Experts and attention sinks of gpt-oss, which the layerwise reload leaves as they were."""
+    if type(model).__name__ != "GptOssForCausalLM":
+        return
+    with torch.no_grad():
+        model.load_weights(  # type: ignore[operator]
+            (name, value) for name, value in weights.items() if ".experts." in name or name.endswith(".sinks")
+        )
+    for module in model.modules():
+        if hasattr(module, "w13_weight"):
+            module.quant_method.moe_kernel = None  # type: ignore[union-attr]
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]

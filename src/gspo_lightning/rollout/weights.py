@@ -1,0 +1,81 @@
+"""The policy's weights as a rollout engine loads them: hub names, nothing merged in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from gspo_lightning.policy.model import Policy
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def trained_parameters(policy: Policy) -> Iterator[Tensor]:
+    """What the optimizer changes: all weights, or the adapter's."""
+    return (parameter for parameter in policy.parameters() if parameter.requires_grad)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A number that changes with any bit of the tensors or with their order (exact integer sums, so repeatable)."""
+    total = 0
+    for number, tensor in enumerate(tensors):
+        bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
+        total += (2 * number + 1) * int(bits.sum(dtype=torch.int64))
+    return total % 2**63
+
+
+@torch.no_grad()
+def full_weights(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight under its hub name, in ``dtype``; an adapter is added to copies, the base is only read.
+
+    Tied weights appear once, under the name of the input embedding. A float32 policy and ``dtype`` float32 share
+    memory: use the result before the next optimizer step.
+    """
+    named = dict(policy.base_model.named_parameters())
+    state: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        if ".lora_" in name:
+            continue
+        value = parameter.detach()
+        if ".base_layer." in name and name.endswith(".weight"):
+            layer = policy.base_model.get_submodule(name.partition(".base_layer.")[0])
+            with torch.autocast(value.device.type, enabled=False):  # would round the product
+                value = value + layer.get_delta_weight("default").to(value.dtype)
+        state[name.replace(".base_layer.", ".")] = value.to(dtype)
+    return revert_weight_conversion(policy.base_model, state)
+
+
+def save_adapter(policy: Policy, folder: Path) -> Path:
+    """The adapter alone, in peft's format."""
+    policy.model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+    return folder
+
+
+def adapter_rank(policy: Policy) -> int:
+    """Rank of the LoRA adapter."""
+    return int(policy.model.peft_config["default"].r)  # type: ignore[union-attr, index]
+
+
+@contextmanager
+def shaken_adapter(policy: Policy) -> Iterator[None]:
+    """The adapter with random values in both halves, and as it was afterwards, bit for bit.
+
+    A new adapter is zero times something, so an engine that ignores it could not be told from one that uses it.
+    """
+    before = [parameter.detach().clone() for parameter in trained_parameters(policy)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_parameters(policy):
+            # Their product is about a tenth of the base: it moves the output and leaves bfloat16 accurate.
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained_parameters(policy), before, strict=True):
+                parameter.copy_(value)

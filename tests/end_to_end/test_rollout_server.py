@@ -1,0 +1,56 @@
+"""A training run whose only rollout server dies: saved, one line, and resumed as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.rollout.fake_server import FakeServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(server, folder, *arguments):
+    command = [
+        sys.executable, "train.py", "experiment=micro", "rollout=vllm_server", "rollout.max_completion_length=12",
+        "max_rollouts=4", "validation.every_n_rollouts=null", f"rollout.engine.urls=[{server.url}]",
+        "rollout.engine.give_up_after_s=0.5", "rollout.engine.pause_s=0.05", f"hydra.run.dir={folder}", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def records(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in csv.DictReader(file)]
+    return rows, (folder / "completions.jsonl").read_bytes(), load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(micro_model_dir, tmp_path):
+    server = FakeServer(micro_model_dir)
+    try:
+        whole = train(server, tmp_path / "whole")
+        assert whole.returncode == 0, whole.stderr
+        loads = server.count("gspo_load_file")
+        # In the middle of the third rollout: its weights have arrived, some of its prompts are answered.
+        server.fault = lambda path, number: (
+            "500" if server.count("gspo_load_file") >= loads + 3 and number % 2 else None
+        )
+        cut = train(server, tmp_path / "cut", "rollout.engine.max_attempts=3")
+        assert cut.returncode == 4, cut.stdout + cut.stderr
+        (line,) = [line for line in cut.stderr.splitlines() if line.startswith("error:")]
+        last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+        assert line.endswith(f"saved, go on with ckpt_path={last}") and last.exists()
+        assert torch.load(last, weights_only=True)["gspo_lightning"]["rollouts_done"] == 2
+        server.fault = lambda path, number: None
+        resumed = train(server, tmp_path / "cut", f"ckpt_path={last}")
+        assert resumed.returncode == 0, resumed.stderr
+    finally:
+        server.close()
+    expected, found = records(tmp_path / "whole"), records(tmp_path / "cut")
+    assert found[:2] == expected[:2]
+    assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())

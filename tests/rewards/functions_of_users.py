@@ -1,0 +1,42 @@
+"""Reward functions as users write them, in a module of their own, so that a worker process can import them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+
+def pid(completions, **_):
+    return [float(os.getpid())] * len(completions)
+
+
+async def asynchronous(completions, log_metric=None, log_extra=None, trainer_state=None):
+    log_metric("mean_length", 2.0)
+    log_extra("text", list(completions))
+    return [float(trainer_state.global_step)] * len(completions)
+
+
+def hangs(completions, **_):
+    time.sleep(1000)
+
+
+def hangs_with_a_child(completions, file, **_):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    with open(file[0], "w") as out:
+        out.write(f"{os.getpid()} {child.pid}")
+    while True:
+        pass
+
+
+def raises_on_y(completions, answer, **_):
+    return [1.0 if a != "y" else 1 / 0 for a in answer]
+
+
+def dies(completions, **_):
+    os._exit(7)
+
+
+def not_sent_back(completions, **_):
+    return lambda: None

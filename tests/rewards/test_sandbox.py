@@ -1,0 +1,248 @@
+"""Code that a model wrote can neither harm nor fool the trainer. Each attack gets the reward of failure."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import CodeTests, Limits, sandbox
+from gspo_lightning.rewards.sandbox import SandboxError, session
+
+try:
+    sandbox.require("bubblewrap")
+    MISSING = ""
+except UserError as error:
+    MISSING = str(error)
+
+needs_isolation = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+LIMITS = Limits(wall_s=2.5, cpu_s=1, memory_mb=128, disk_mb=4, max_processes=4, output_mb=1)
+RIGHT = "def double(x):\n    return 2 * x\n"
+TESTS = [{"call": "double", "args": [21], "expected": 42}, {"call": "double", "args": [-3], "expected": -6}]
+
+
+def judge(code, tests=TESTS, **settings):
+    reward = CodeTests(failure=-1.0, limits=settings.pop("limits", LIMITS), **settings)
+    return reward([code], [tests])[0]
+
+
+def value(code, function="f", *arguments, limits=LIMITS):
+    with session(code, "functions", limits, "bubblewrap") as process:
+        process.receive(), process.receive()
+        return process.call(function, *arguments)
+
+
+ATTACKS = {
+    "infinite_loop": "while True: pass",
+    "loop_in_the_call": "def double(x):\n    while True: pass",
+    "sleep": "import time; time.sleep(1000)",
+    "fork_bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "thread_bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "memory_bomb": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "one_huge_allocation": "x = bytearray(1 << 40)",
+    "prints_forever": "import os\nwhile True: os.write(1, b'x' * 65536)",
+    "answers_too_much": "def double(x): return 'x' * (8 << 20)",
+    "floods_the_channel": "import os\nwhile True:\n    for fd in range(3, 20):\n        try: os.write(fd, b'\\xff' * 65536)\n        except OSError: pass",
+    "writes_1_gb": "with open('/tmp/big', 'wb') as f:\n    for _ in range(1024): f.write(bytes(1 << 20)); f.flush()\n"
+    + RIGHT,
+    "many_files": "for i in range(1024):\n    open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))\n" + RIGHT,
+    "reads_passwd": "open('/etc/passwd').read()\n" + RIGHT,
+    "reads_the_project": f"open({str(Path(__file__).resolve())!r}).read()\n" + RIGHT,
+    "reads_the_environment_of_others": "open('/proc/1/environ').read()\n" + RIGHT,
+    "writes_outside": "open('/usr/lib/x', 'w')\n" + RIGHT,
+    "opens_a_socket": "import socket; socket.socket()\n" + RIGHT,
+    "imports_site_packages": "import numpy\n" + RIGHT,
+    "exits_well": "import os; os._exit(0)",
+    "sys_exit": "import sys; sys.exit(0)",
+    "exits_in_the_call": "import os\ndef double(x): os._exit(0)",
+    "kills_its_parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(-1, signal.SIGKILL)",
+    "syntax_error": "def double(x:",
+    "nested_brackets": "(" * 10_000 + ")" * 10_000,
+    "long_unary_chain": "-" * 40_000 + "1",
+    "surrogates_and_nul": "x = '\ud800'\x00",
+    "raises": "raise ValueError",
+    "raises_a_class_of_its_own": "class E(BaseException): pass\ndef double(x): raise E",
+    "value_is_not_json": "def double(x): return object()",
+    "deep_value": "def double(x):\n    y = []\n    for _ in range(900): y = [y]\n    return y",
+    "equal_to_everything": "class A(int):\n    __eq__ = lambda s, o: True\n    __hash__ = None\ndef double(x): return A(0)",
+    "wrong": "def double(x): return x",
+}
+
+
+@needs_isolation
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_gets_the_reward_of_failure_within_the_limit(name):
+    start = time.monotonic()
+    assert judge(ATTACKS[name]) == -1.0
+    assert time.monotonic() - start < LIMITS.wall_s + 5
+
+
+@needs_isolation
+def test_right_code_gets_its_reward_right_after_all_of_them():
+    assert judge(RIGHT) == 1.0
+    assert judge(f"Here it is:\n```python\n{RIGHT}```\nDone.") == 1.0
+
+
+FORGED = """
+import json, os, struct, sys
+class Fake:
+    def __getattr__(self, name): return lambda *a, **k: 42
+for name in list(sys.modules): sys.modules[name] = Fake()
+body = b'{"value": 42, "ready": true, "passed": true, "score": 1.0}'
+for fd in range(3, 20):
+    try: os.write(fd, (struct.pack(">I", len(body)) + body) * 100)
+    except OSError: pass
+"""
+
+
+@needs_isolation
+def test_a_forged_answer_counts_only_where_it_is_right():
+    """It can put words on the channel; without the right answers, which are not inside, that is a guess."""
+    assert judge(FORGED) == -1.0
+    assert judge(FORGED, partial=True) <= 0.5
+
+
+@needs_isolation
+def test_it_cannot_find_the_expected_answers_in_its_process():
+    code = "import gc\ndef f():\n    return any('expected' == o for o in gc.get_objects() if isinstance(o, str)) or [\n        k for o in gc.get_objects() if isinstance(o, dict) for k in o if k == 'expected']"
+    assert value(code) == []
+
+
+@needs_isolation
+def test_its_children_are_gone_when_it_is():
+    mark = f"gspo-child-{os.getpid()}"
+    code = f"import os, ctypes, time\nfor _ in range(2):\n    if os.fork() == 0:\n        os.setsid()\n        ctypes.CDLL(None).prctl(15, b'{mark[:15]}', 0, 0, 0)\n        time.sleep(1000)\ndef double(x): return 2 * x"
+    seen = []
+    with session(code, "functions", LIMITS, "bubblewrap") as process:
+        process.receive(), process.receive()
+        assert process.call("double", 1) == 2
+        deadline = time.monotonic() + 2
+        while len(seen) < 2 and time.monotonic() < deadline:
+            seen = _named(mark[:15])
+    assert len(seen) == 2, "the children could not be seen while they ran"
+    deadline = time.monotonic() + 5
+    while _named(mark[:15]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _named(mark[:15]) == []
+
+
+def _named(name):
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (entry / "comm").read_text().strip() == name:
+                    found.append(entry.name)
+            except OSError:
+                continue
+    return found
+
+
+@needs_isolation
+def test_it_is_nobody_and_sees_no_environment(monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", "x")
+    code = "import os\ndef f():\n    return [os.getuid() == 0, 'SECRET_OF_THE_TRAINER' in os.environ, sorted(os.listdir('/'))]"
+    as_root, secret, listing = value(code)
+    assert not as_root and not secret
+    assert set(listing) <= {"dev", "lib", "lib64", "python", "tmp", "usr"}
+
+
+@needs_isolation
+def test_system_calls_that_would_widen_its_world_are_refused():
+    """Each returns -1 with EPERM (1): unshare, clone with a new user namespace, socket, memfd_create, io_uring_setup."""
+    code = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "def f(*a):\n    ctypes.set_errno(0)\n    return [libc.syscall(*a), ctypes.get_errno()]"
+    )
+    clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    names = sandbox.seccomp._DENIED
+    column = ["x86_64", "aarch64"].index(os.uname().machine)
+    calls = [(names[n][column], 0x10000000, 0, 0) for n in ("unshare", "socket", "memfd_create", "io_uring_setup")]
+    with session(code, "functions", LIMITS, "bubblewrap") as process:
+        process.receive(), process.receive()
+        for call in [*calls, (clone, 0x10000000 | 17, 0, 0, 0, 0)]:
+            assert process.call("f", *call) == [-1, 1], call
+        assert process.call("f", 435, 0, 0) == [-1, 38]  # clone3: not there, so that libc falls back to clone
+
+
+@needs_isolation
+def test_its_folder_is_its_own_and_empty_each_time():
+    code = "import os\nopen('note', 'w').write('x')\ndef f(): return os.listdir('.')"
+    assert value(code) == ["note"]
+    assert value("import os\ndef f(): return os.listdir('.')") == []
+
+
+@needs_isolation
+def test_no_listening_port_of_the_machine_is_reached():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        code = f"import socket\ndef f():\n    try: socket.create_connection(('127.0.0.1', {port}), 1)\n    except OSError as e: return type(e).__name__"
+        assert value(code) == "PermissionError"
+
+
+@needs_isolation
+def test_a_program_is_judged_by_what_it_prints():
+    tests = [{"input": "1 2\n", "output": "3"}, {"input": "5 5\n", "output": "10\n"}]
+    code = "print(sum(map(int, input().split())))"
+    assert judge(code, tests) == 1.0
+    assert judge("print(3)", tests) == -1.0
+    assert judge("print(3)", tests, partial=True) == 0.5
+    assert judge("print(3); import sys; sys.exit(1)", [{"input": "x" * 3_000_000, "output": "3"}]) == 1.0
+    assert judge("while True: print(3)", tests) == -1.0
+
+
+@needs_isolation
+def test_an_answer_is_compared_by_type_and_value():
+    def one(expression, expected):
+        return judge(f"def f(): return {expression}", [{"call": "f", "args": [], "expected": expected}]) == 1.0
+
+    assert one("0.1 + 0.2", 0.3) and one("(1, 2)", [1, 2]) and one("{'a': None}", {"a": None})
+    assert one("2.0", 2) and not one("True", 1) and not one("'2'", 2) and not one("float('nan')", 0.0)
+    assert not one("10 ** 400", 1.0) and not one("[1]", [1, 2])
+
+
+def test_where_isolation_is_missing_it_refuses_in_one_line(monkeypatch):
+    sandbox.require.cache_clear()
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    try:
+        with pytest.raises(UserError, match="needs bubblewrap .*sandbox=unsafe"):
+            CodeTests()([RIGHT], [TESTS])
+    finally:
+        sandbox.require.cache_clear()
+
+
+def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    assert judge(RIGHT, sandbox="unsafe") == 1.0
+    for attack in ("infinite_loop", "memory_bomb", "writes_1_gb", "prints_forever", "exits_well"):
+        assert judge(ATTACKS[attack].replace("/tmp/big", "big"), sandbox="unsafe") == -1.0
+    with (
+        pytest.raises(SandboxError),
+        session("import time; time.sleep(99)", "functions", Limits(wall_s=0.3), "unsafe") as p,
+    ):
+        p.receive(), p.receive()
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: Limits(wall_s=0), "limits.wall_s=0"),
+        (lambda: Limits(memory_mb=1), "limits.memory_mb=1"),
+        (lambda: CodeTests(workers=0), "CodeTests.workers=0"),
+        (lambda: CodeTests(tolerance=-1.0), "CodeTests.tolerance"),
+        (lambda: CodeTests(failure=1.0), "CodeTests.failure"),
+        (lambda: CodeTests(sandbox="docker"), "CodeTests.sandbox='docker'"),
+        (lambda: CodeTests(sandbox="unsafe")([""], [[]]), "tests of row 0"),
+        (lambda: CodeTests(sandbox="unsafe")([""], [[{"assert": "x"}]]), "must have the keys call, args, expected"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(build, text):
+    with pytest.raises(UserError) as caught:
+        build()
+    assert text in str(caught.value)

@@ -1,0 +1,188 @@
+"""Rewards of tags, numbers, choices and length, by hand; hostile text for every built-in that reads text."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import LengthTarget, MathVerify, MultipleChoice, SoftOverlong, TagFormat, TaggedNumber
+from gspo_lightning.rewards.code import extract_code
+from tests.rewards.test_functions import NASTY
+
+BOTH = "<REASONING>r</REASONING><SOLUTION>5</SOLUTION>"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BOTH, 2.0),
+        ("<REASONING>r</REASONING>5", 1.0),
+        (BOTH + "<SOLUTION>6</SOLUTION>", 1.0),
+        (BOTH + "<SOLUTION>", 1.0),
+        ("</SOLUTION>5<SOLUTION>", 0.0),
+        ("5", 0.0),
+        ("", 0.0),
+        ("\n" * 50 + "x" * 50, -2.0),
+        ("\n" * 49 + "x" * 51, 0.0),
+        ("addCriterion" * 20 + "12345", -2.0),
+        ("\n" * len(BOTH) + BOTH, 0.0),
+    ],
+)
+def test_tag_format(text, expected):
+    assert TagFormat()([text]) == [expected]
+    assert TagFormat()([[{"role": "assistant", "content": text}]]) == [expected]
+
+
+def test_tag_format_of_other_tags_and_scores():
+    reward = TagFormat("think", "answer", reasoning_score=0.25, solution_score=0.5)
+    assert reward(["<think>a</think><answer>1</answer>", BOTH]) == [0.75, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("block", "answer", "right"),
+    [
+        ("5.0", "5", 2),
+        (" 5 ", 5, 2),
+        ("1,234", "1234.0", 2),
+        ("-.5", "-0.5", 2),
+        ("1e3", "1000", 2),
+        ("5 or 6", "5", 0),
+        ("five", "5", 0),
+        ("5/1", "5", 0),
+        ("", "5", 0),
+        ("1e999", "5", 0),
+        ("nan", "5", 0),
+        ("5.00001", "5", 0),
+        ("5.000001", "5", 2),
+    ],
+)
+def test_tagged_number_compares_numbers(block, answer, right):
+    assert TaggedNumber()([f"so <SOLUTION>{block}</SOLUTION>"], [answer]) == [right]
+
+
+def test_tagged_number_needs_one_block_and_does_not_apply_to_words():
+    assert TaggedNumber()(["5", "<SOLUTION>5</SOLUTION><SOLUTION>5</SOLUTION>"], ["5", "5"]) == [0.0, 0.0]
+    assert TaggedNumber()(["<SOLUTION>x</SOLUTION>"], ["a word"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("B", "B"),
+        ("(C)", "C"),
+        ("B. A cat is an animal.", "B"),
+        ("A cat is an animal.", None),
+        ("I think the answer is D because A is wrong.", "D"),
+        ("Answer: (A)", "A"),
+        ("The answer is A. No, the answer is B.", "B"),
+        (r"so \boxed{C}", "C"),
+        ("answer is Because", None),
+        ("E", None),
+        ("", None),
+    ],
+)
+def test_multiple_choice(text, choice):
+    assert [MultipleChoice()([text], [c])[0] for c in "ABCD"] == [float(c == choice) for c in "ABCD"]
+
+
+def test_multiple_choice_in_a_tag():
+    assert MultipleChoice(tag="SOLUTION")(["A. no <SOLUTION>B</SOLUTION>", "A"], ["B", "A"]) == [1.0, 1.0]
+    with pytest.raises(UserError, match="the answer 'E' is none of ABCD"):
+        MultipleChoice()(["A"], ["E"])
+
+
+def test_soft_overlong_is_eq_13_of_dapo():
+    """L_max 10, L_cache 4: 0 up to 6, then (6 - |y|) / 4, -1 above 10."""
+    lengths = [0, 5, 6, 7, 8, 9, 10, 11, 99]
+    assert SoftOverlong(10, 4)([[0] * n for n in lengths]) == [0, 0, 0, -0.25, -0.5, -0.75, -1, -1, -1]
+
+
+def test_length_target():
+    assert LengthTarget(10, 4)([[0] * n for n in (10, 9, 12, 14, 99, 0)]) == [1.0, 0.75, 0.5, 0.0, 0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def math():
+    reward = MathVerify()
+    reward(["1"], ["1"])  # the process is up
+    yield reward
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", 1),
+        (r"$x = 3$ and \boxed{\frac{2}{4}}", r"\frac12", 1),
+        ("The answer is 1,234.", "1234", 1),
+        (r"\boxed{x^2 + 2x + 1}", "$(x+1)^2$", 1),
+        (r"\boxed{0.51}", "0.5", 0),
+        ("no idea", "0.5", 0),
+    ],
+)
+def test_math(math, text, answer, right):
+    assert math([text], [answer]) == [right]
+
+
+def test_math_reads_a_tag_and_refuses_a_row_without_an_answer(math):
+    tagged = MathVerify(tag="answer")
+    try:
+        assert tagged(["7 <answer>5</answer>", "5"], ["5", "5"]) == [1.0, 0.0]
+        with pytest.raises(UserError, match="finds no answer in the row's answer ''"):
+            tagged(["<answer>5</answer>"], [""])
+    finally:
+        tagged.close()
+
+
+HOSTILE = [
+    *NASTY,
+    "$9^{9^{9^9}}$",
+    r"\boxed{99999999!}",
+    "<SOLUTION>" * 100_000,
+    "<SOLUTION>" + "9" * 10**6 + "</SOLUTION>",
+]
+HOSTILE += ["answer" + " " * 10**6 + "is", "\\frac{" * 100_000, "`" * 10**6, "{" * 10**6, "1e" * 10**5, "٣" * 10**5]
+READERS = [TagFormat(), TaggedNumber(), MultipleChoice(), MultipleChoice(tag="SOLUTION")]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_gets_a_reward_at_once(text, math):
+    start = time.process_time()
+    for reward in READERS:
+        (value,) = reward([text], answer=["A" if isinstance(reward, MultipleChoice) else "7"])
+        assert value in (0.0, -2.0) or (value == 1.0 and "</SOLUTION>" in text)
+    extract_code(text)
+    assert time.process_time() - start < 1.0
+    start = time.monotonic()
+    assert math([text], ["7"]) == [0.0]
+    assert time.monotonic() - start < 5.0  # item_timeout_s and, on a busy machine, the start of a new process
+
+
+def test_a_completion_that_computes_for_ever_is_ended_and_the_next_is_judged(math):
+    assert math(["$9^{9^{9^9}}$", r"\boxed{7}", "9**9**9**9", r"\boxed{7}"], ["7"] * 4) == [0.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: TagFormat(reasoning="<think>"), "TagFormat.reasoning"),
+        (lambda: TagFormat("a", "a"), "TagFormat.solution"),
+        (lambda: TagFormat(degenerate_frac=0.0), "TagFormat.degenerate_frac"),
+        (lambda: TagFormat(filler=("",)), "TagFormat.filler"),
+        (lambda: TagFormat(solution_score=float("nan")), "TagFormat.solution_score"),
+        (lambda: TaggedNumber(tag=""), "TaggedNumber.tag"),
+        (lambda: TaggedNumber(tolerance=-1.0), "TaggedNumber.tolerance"),
+        (lambda: MultipleChoice(choices="AA"), "MultipleChoice.choices"),
+        (lambda: MultipleChoice(tag="a b"), "MultipleChoice.tag"),
+        (lambda: MathVerify(item_timeout_s=0.0), "MathVerify.item_timeout_s"),
+        (lambda: SoftOverlong(10, 11), "SoftOverlong.cache_tokens"),
+        (lambda: SoftOverlong(0, 1), "SoftOverlong.max_tokens"),
+        (lambda: LengthTarget(0, 1), "LengthTarget.target_tokens"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(build, text):
+    with pytest.raises(UserError) as caught:
+        build()
+    assert text in str(caught.value)

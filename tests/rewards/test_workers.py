@@ -1,0 +1,152 @@
+"""Rewards with a timeout run in warm processes that are really ended."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.rewards.calling import TrainerState
+from gspo_lightning.types import Completion, Prompt
+from tests.rewards import functions_of_users as users
+
+ROOT = Path(__file__).parents[2]
+
+
+def batch(**columns):
+    prompts = [Prompt(f"t:{p}", "hi", torch.tensor([1]), {"answer": "xy"[p], **columns}) for p in range(2)]
+    completions = [
+        [Completion(torch.tensor([g]), f"c{p}{g}", torch.zeros(1), "stop") for g in range(2)] for p in range(2)
+    ]
+    return prompts, completions
+
+
+@pytest.fixture
+def reward_set():
+    made = []
+
+    def make(timeout_s=20.0, **functions):
+        made.append(RewardSet({name: RewardSpec(f, timeout_s=timeout_s) for name, f in functions.items()}))
+        return made[-1]
+
+    yield make
+    for rewards in made:
+        rewards.close()
+
+
+def gone(pid):
+    """Whether a process has ended (a zombie that waits for its parent has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_one_warm_process_serves_all_calls_and_is_gone_after_close(reward_set):
+    rewards = reward_set(pid=users.pid)
+    first, second = (rewards(*batch()).unique().tolist() for _ in range(2))
+    assert first == second != [float(os.getpid())] and len(first) == 1
+    rewards.close()
+    assert gone(int(first[0]))
+    assert rewards(*batch()).unique().tolist() != first  # and it starts again when it is needed
+
+
+def test_what_takes_too_long_is_ended_with_its_children(reward_set, tmp_path):
+    file = tmp_path / "pids"
+    rewards = reward_set(slow=users.hangs_with_a_child, timeout_s=3.0)
+    with pytest.raises(UserError, match=r"reward function slow took longer than its timeout_s=3\.0 and was ended"):
+        rewards(*batch(file=str(file)))
+    for pid in file.read_text().split():
+        wait_until(lambda pid=pid: gone(pid))
+
+
+def test_a_function_that_hangs_does_not_hold_up_another_past_its_timeout(reward_set):
+    rewards = RewardSet({"a": RewardSpec(users.hangs, timeout_s=0.2), "b": RewardSpec(users.hangs, timeout_s=900.0)})
+    try:
+        with pytest.raises(UserError, match="reward function a took longer"):
+            rewards(*batch())
+    finally:
+        rewards.close()
+
+
+@pytest.mark.parametrize("timeout_s", [None, 20.0])
+def test_a_function_that_raises_names_itself_and_the_row(timeout_s, reward_set):
+    with pytest.raises(UserError, match=r"^reward function f raised ZeroDivisionError: .* \(row t:1\)$"):
+        reward_set(timeout_s=timeout_s, f=users.raises_on_y)(*batch())
+
+
+def test_a_process_that_dies_and_an_answer_that_cannot_be_sent_are_told(reward_set):
+    with pytest.raises(UserError, match="reward function f raised its process ended with exit code 7"):
+        reward_set(f=users.dies)(*batch())
+    with pytest.raises(UserError, match="reward function f raised .*pickle"):
+        reward_set(f=users.not_sent_back)(*batch())
+
+
+@pytest.mark.parametrize("timeout_s", [None, 20.0])
+def test_arguments_of_trl_and_what_it_logs_work_in_both_places(timeout_s, reward_set):
+    rewards = reward_set(timeout_s=timeout_s, f=users.asynchronous)
+    rewards.trainer_state = TrainerState(global_step=7, max_steps=28)
+    assert rewards(*batch()).unique().tolist() == [7.0]
+    assert rewards.trainer_state.epoch == 0.25
+    assert rewards.log.columns == {"text": ["c00", "c01", "c10", "c11"]}
+    (total, count) = rewards.logged_metrics()["reward_log/mean_length"]
+    assert (total.item(), count.item()) == (2.0, 1.0)
+
+
+def test_what_cannot_be_sent_to_a_process_is_refused_at_construction():
+    with pytest.raises(UserError, match="reward function f has a timeout_s, but it cannot be sent"):
+        RewardSet({"f": RewardSpec(lambda completions: [], timeout_s=1.0)})
+
+
+@pytest.mark.parametrize("bad", [{"timeout_s": 0.0}, {"weight": float("nan")}])
+def test_bad_settings_are_refused_by_name(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        RewardSpec(users.pid, **bad)
+
+
+def test_a_set_survives_pickling_before_it_has_run(reward_set):
+    from gspo_lightning.rewards import MathVerify
+
+    assert pickle.loads(pickle.dumps(MathVerify(tag="A"))).tag == "A"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left_when_the_trainer_is_interrupted_or_killed(how, tmp_path):
+    file = tmp_path / "pids"
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.rewards.test_workers import batch, users
+from gspo_lightning.rewards import RewardSet, RewardSpec
+rewards = RewardSet({{"f": RewardSpec(users.hangs_with_a_child, timeout_s=900.0)}})
+rewards(*batch(file={str(file)!r}))
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: file.exists() and len(file.read_text().split()) == 2)
+        worker, child = file.read_text().split()
+        trainer.send_signal(how)
+        trainer.wait(20)
+        wait_until(lambda: gone(worker))
+        if how == signal.SIGINT:  # what is killed cannot end the children of its children
+            wait_until(lambda: gone(child))
+    finally:
+        trainer.kill()
+        if file.exists():
+            subprocess.run(["kill", "-9", *file.read_text().split()], stderr=subprocess.DEVNULL, check=False)

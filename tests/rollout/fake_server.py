@@ -1,0 +1,135 @@
+"""A rollout server in a thread: the endpoints of vLLM that we use, real weights, and faults on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.rollout.vllm_worker import model_shape
+from gspo_lightning.rollout.weights import checksum
+from gspo_lightning.types import SamplingParams
+from tests.support import make_prompt, micro_policy
+
+
+class FakeServer:
+    """Starts with random weights, like ``--load-format dummy``; ``fault(path, number)`` may name what goes wrong.
+
+    Faults: ``500``, ``404``, ``401``, ``garbage`` (not JSON), ``nonsense`` (JSON of another form), ``short`` (a completion is
+    missing), ``hang``, ``cut`` (no answer), ``restart`` (before answering; weights are random again).
+    """
+
+    def __init__(self, folder: Path, fault: Callable[[str, int], str | None] | None = None) -> None:
+        self.folder, self.fault = folder, fault or (lambda path, number: None)
+        self.shape_changes: dict[str, Any] = {}
+        self.corrupt: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None
+        self.calls: list[tuple[str, Any]] = []
+        self.released = threading.Event()
+        self.lock = threading.Lock()
+        self.restart()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                fake.handle(self)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    def restart(self) -> None:
+        """A new process with weights of its own."""
+        self.instance, self.version = uuid.uuid4().hex, None
+        self.policy = micro_policy(self.folder, torch.float32)
+        generator = torch.Generator().manual_seed(99)
+        with torch.no_grad():
+            for parameter in self.policy.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+    def close(self) -> None:
+        self.released.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def count(self, what: str) -> int:
+        return sum(name == what for name, _ in self.calls)
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        name = body["method"] if request.path == "/collective_rpc" else request.path
+        with self.lock:
+            fault = self.fault(name, self.count(name))
+            self.calls.append((name, body))
+        if fault == "hang":
+            self.released.wait(30)
+        if fault in ("hang", "cut"):
+            request.close_connection = True
+            return
+        if fault == "restart":
+            self.restart()
+        status, answer = 200, b"<html>busy</html>"
+        if fault in ("500", "404", "401"):
+            status, answer = int(fault), b'{"error": "injected"}'
+        elif fault == "nonsense":
+            answer = b'[{"choices": 3}]'
+        elif fault != "garbage":
+            status, answer = self.answer(name, body, short=fault == "short")
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(answer)))
+        request.end_headers()
+        request.wfile.write(answer)
+
+    def answer(self, name: str, body: dict[str, Any], short: bool) -> tuple[int, bytes]:
+        with self.lock:
+            if name == "gspo_status":
+                result: Any = {
+                    "instance": self.instance, "version": self.version, "dtype": "float32", "lora": False,
+                    "shape": model_shape(self.policy.config) | self.shape_changes, "logprobs_mode": "processed_logprobs",
+                }  # fmt: skip
+                return 200, json.dumps({"results": [result]}).encode()
+            if name == "gspo_load_file":
+                return 200, json.dumps({"results": [self.load(*body["args"])]}).encode()
+            if name == "/reset_prefix_cache":
+                return 200, b'{"success": true}'
+            if name.startswith("/reset"):
+                return 200, b""
+            return 200, json.dumps({"choices": self.complete(body)[1 if short else 0 :]}).encode()
+
+    def load(self, path: str, version: str) -> dict[str, Any]:
+        weights = load_file(path)
+        total = checksum(weights[name] for name in sorted(weights))
+        self.corrupt(weights)
+        self.policy.base_model.load_state_dict(weights, strict=False)
+        self.version = version
+        return {"checksum": total}
+
+    def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        sampling = SamplingParams(
+            body["n"], body["max_tokens"], body["temperature"], body["top_p"], body["top_k"], stop=tuple(body["stop"])
+        )
+        prompt = make_prompt(body["prompt"])
+        with torch.no_grad():
+            rollout = TransformersEngine().generate(self.policy, [prompt], sampling, body["seed"])
+        choices = [
+            {
+                "index": number,
+                "token_ids": one.token_ids.tolist(),
+                "logprobs": {"token_logprobs": one.sampler_logprobs.tolist()},
+                "finish_reason": one.finish_reason,
+            }
+            for number, one in enumerate(rollout.completions[0])
+        ]
+        return choices[::-1]  # vLLM promises no order

@@ -1,0 +1,208 @@
+"""The server engine against servers that fail: nothing lost, nothing twice, nothing sampled from other weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.packing import pack
+from gspo_lightning.rollout import EngineUnavailableError, VLLMServerEngine, WeightSyncError
+from gspo_lightning.types import SamplingParams
+from tests.rollout.fake_server import FakeServer
+from tests.support import make_prompt, micro_policy
+
+SAMPLING = SamplingParams(num_generations=3, max_completion_length=8, temperature=0.8)
+PROMPTS = [make_prompt(torch.arange(5, 6 + n), uid=f"t:{n}") for n in range(6)]
+GENERATE = "/v1/completions"
+
+
+@pytest.fixture()
+def policy(micro_model_dir):
+    return micro_policy(micro_model_dir, torch.float32)
+
+
+@pytest.fixture()
+def start(micro_model_dir, tmp_path):
+    """``start(fault, fault, ...)``: an engine and one server for each."""
+    servers, engines = [], []
+
+    def make(*faults, **settings):
+        servers.extend(FakeServer(micro_model_dir, fault) for fault in faults)
+        (tmp_path / "sync").mkdir(exist_ok=True)
+        patience = {"ready_timeout_s": 5.0, "request_timeout_s": 5.0, "give_up_after_s": 0.3, "pause_s": 0.02}
+        urls = [server.url for server in servers]
+        engine = VLLMServerEngine(urls, 64, 8, sync_dir=str(tmp_path / "sync"), **{**patience, **settings})
+        engines.append(engine)
+        return engine, servers
+
+    yield make
+    for engine in engines:
+        engine.close()
+    for server in servers:
+        server.close()
+
+
+def move(policy, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_whole_and_on_policy(policy, rollout):
+    """Every prompt has its completions, in order, and each log-probability is that of the policy's weights."""
+    assert [prompt.uid for prompt in rollout.prompts] == [prompt.uid for prompt in PROMPTS]
+    assert [len(group) for group in rollout.completions] == [3] * len(PROMPTS)
+    groups = [(p.input_ids, [c.token_ids for c in g]) for p, g in zip(PROMPTS, rollout.completions, strict=True)]
+    with torch.no_grad():
+        own = policy(pack(groups, torch.device("cpu")), 0.8)[0]
+    theirs = torch.cat([c.sampler_logprobs for group in rollout.completions for c in group])
+    assert (own - theirs).abs().max() < 1e-5
+
+
+def tokens(rollout):
+    return [[c.token_ids.tolist() for c in group] for group in rollout.completions]
+
+
+def test_two_servers_share_the_prompts_and_sample_what_one_would(policy, start):
+    engine, (first, second) = start(None, None)
+    rollout = engine.generate(policy, PROMPTS, SAMPLING, seed=4)
+    assert_whole_and_on_policy(policy, rollout)
+    # One request each is the probe.
+    assert first.count(GENERATE) - 1 == second.count(GENERATE) - 1 == 3
+    second.fault = lambda path, number: "500"
+    assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=4)) == tokens(rollout)
+    assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=5)) != tokens(rollout)
+
+
+def test_weights_travel_when_they_changed_and_only_then(policy, start, tmp_path):
+    engine, (server,) = start(None)
+    for _ in range(3):
+        engine.generate(policy, PROMPTS[:1], SAMPLING, seed=0)
+    assert server.count("gspo_load_file") == engine.syncs == 1
+    move(policy)
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
+    assert server.count("gspo_load_file") == engine.syncs == 2
+    assert [server.count(f"/reset_{name}_cache") for name in ("prefix", "mm", "encoder")] == [2, 2, 2]
+    assert len(list((tmp_path / "sync").glob("*/*"))) == 1, "one version at a time"
+
+
+@pytest.mark.parametrize("fault", ["500", "404", "garbage", "nonsense", "short", "cut", "hang", "restart"])
+@pytest.mark.parametrize("where", [GENERATE, "gspo_status", "gspo_load_file", "/reset_prefix_cache"])
+def test_a_fault_anywhere_loses_nothing_and_counts_nothing_twice(fault, where, policy, start):
+    # The second call of each kind: behind the probe, the first status, the first load.
+    engine, _ = start(lambda path, number: fault if (path, number) == (where, 1) else None, None, request_timeout_s=0.4)
+    for seed in range(3):
+        rollout = engine.generate(policy, PROMPTS, SAMPLING, seed)
+        assert_whole_and_on_policy(policy, rollout)
+        move(policy, seed)
+
+
+def test_a_server_restarted_between_rollouts_gets_the_weights_again_before_it_is_used(policy, start):
+    engine, (server,) = start(None)
+    engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    server.restart()
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
+    assert server.count("gspo_load_file") == 2
+
+
+def test_a_server_restarted_with_another_model_is_left_out(policy, start):
+    engine, (first, second) = start(None, None)
+    engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    first.restart()
+    first.shape_changes = {"num_hidden_layers": 7}
+    used = first.count(GENERATE)
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=1))
+    assert first.count(GENERATE) == used
+    second.fault = lambda path, number: "cut"
+    with pytest.raises(EngineUnavailableError, match="runs another model"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=2)
+
+
+def drop_a_tensor(weights):
+    del weights["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_a_corrupted_synchronisation_stops_the_run(policy, start):
+    engine, (server,) = start(None)
+    engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    server.corrupt = drop_a_tensor
+    move(policy)
+    with pytest.raises(WeightSyncError, match="does not run the policy's weights"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+
+
+def test_a_server_that_takes_nothing_stops_the_run_even_within_the_tolerance(policy, start):
+    engine, (server,) = start(None, tolerance=100.0)
+    engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    server.corrupt = dict.clear
+    move(policy)
+    with pytest.raises(WeightSyncError, match="repeats bit for bit"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+
+
+def test_a_server_that_was_never_right_is_not_used(policy, start):
+    engine, (first, _) = start(None, None)
+    first.corrupt = drop_a_tensor
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
+
+
+@pytest.mark.parametrize("fault", ["500", "garbage", "cut", "hang"])
+def test_with_no_server_left_the_run_stops_in_bounded_time_with_one_line(fault, policy, start):
+    engine, servers = start(None, None, request_timeout_s=0.4)
+    engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    for server in servers:
+        server.fault = lambda path, number: fault
+    begin = time.monotonic()
+    with pytest.raises(
+        EngineUnavailableError, match=r"no rollout server was usable for 0.3 s \(give_up_after_s\)"
+    ) as error:
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert time.monotonic() - begin < 10
+    assert "\n" not in str(error.value) and servers[0].url in str(error.value)
+
+
+def test_servers_that_are_not_up_yet_are_waited_for_with_a_line(policy, start, capsys, monkeypatch):
+    monkeypatch.setattr("gspo_lightning.rollout.server_pool._SAY_EVERY_S", 0.05)
+    engine, _ = start(lambda path, number: "500" if path == "gspo_status" and number < 4 else None)
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
+    assert "waiting for rollout servers: 0 of 1 ready" in capsys.readouterr().err
+
+
+def test_a_server_that_never_comes_up_is_named(policy, tmp_path):
+    engine = VLLMServerEngine(["http://127.0.0.1:9"], 64, 8, sync_dir=str(tmp_path), ready_timeout_s=0.2)
+    with pytest.raises(EngineUnavailableError, match=r"ready_timeout_s.*127.0.0.1:9.*ConnectionRefused"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    engine.close()
+
+
+def test_a_wrong_key_is_said_at_once(policy, start):
+    engine, _ = start(lambda path, number: "401" if path == GENERATE else None)
+    with pytest.raises(UserError, match="GSPO_ROLLOUT_KEY"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+
+
+def test_a_prompt_that_no_server_can_answer_ends_the_run(policy, start):
+    engine, _ = start(
+        lambda path, number: "500" if path == GENERATE and number else None, max_attempts=3, give_up_after_s=60.0
+    )
+    with pytest.raises(EngineUnavailableError, match="failed 3 times"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+
+
+def test_images_are_refused_with_one_line(policy, start):
+    engine, (server,) = start(None)
+    prompt = dataclasses.replace(PROMPTS[0], mm_inputs={"pixel_values": torch.zeros(1)})
+    with pytest.raises(UserError, match="row t:0 has images.*rollout=transformers"):
+        engine.generate(policy, [prompt], SAMPLING, seed=0)
+    assert not server.calls
+
+
+@pytest.mark.parametrize("urls", [[], ["http://a:1", "http://a:1"], ["127.0.0.1:8000"], ["ftp://a"]])
+def test_addresses_are_checked_before_anything_starts(urls):
+    with pytest.raises(UserError, match="rollout.engine.urls"):
+        VLLMServerEngine(urls, 64, 8)
