@@ -41,7 +41,7 @@ def check(plain: dict[str, Any]) -> None:
     # First, because it is what a machine without a GPU cannot get around.
     if plain["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"trainer.accelerator={plain['trainer']['accelerator']}: there is no GPU here; trainer.accelerator=auto takes "
+            f"trainer.accelerator={plain['trainer']['accelerator']}: there is no GPU here; accelerator=auto takes "
             "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
         )
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
