@@ -25,7 +25,7 @@ def pins(requirements: list[str]) -> dict[str, str]:
     """``name==version`` lines as a dict; anything that is not an exact pin fails."""
     result = {}
     for line in requirements:
-        match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([^=;\s]+)", line)
+        match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[\w+\])?==([^=;\s]+)", line)
         assert match, f"{line!r} is not an exact pin"
         result[normalise(match[1])] = match[2]
     return result

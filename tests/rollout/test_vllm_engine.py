@@ -112,6 +112,23 @@ def test_the_seed_decides_and_generations_differ(policy, prompts, running):
     assert len(set(map(tuple, ids[0][:4]))) > 1
 
 
+def test_draws_follow_the_policys_distribution_also_between_generations(policy, prompts, running):
+    """Chi-square of 1,920 first tokens; consecutive seeds of a group must not be correlated either."""
+    draws = []
+    for seed in range(30):
+        (group,) = running.generate(policy, prompts[:1], SamplingParams(64, 1, temperature=1.0), seed).completions
+        draws.append([one.token_ids[0].item() for one in group])
+    every_token = [torch.tensor([token]) for token in range(policy.output_weight.shape[0])]
+    with torch.no_grad():
+        expected = 1920 * policy(pack([(prompts[0].input_ids, every_token)], policy.device))[0].double().exp()
+    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=len(expected))
+    freedom = len(expected) - 1
+    assert ((counts - expected).square() / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+    equal = sum(a == b for group in draws for a, b in zip(group, group[1:], strict=False))
+    chance = (expected / 1920).square().sum().item() * 30 * 63
+    assert abs(equal - chance) < 5 * chance**0.5
+
+
 def test_eos_and_stop_strings_end_completions_and_belong_to_them(policy, prompts, running):
     free = running.generate(policy, prompts, SAMPLING, seed=9).completions
     stop = next(c.text[3:5] for group in free for c in group if len(c.text) >= 8)

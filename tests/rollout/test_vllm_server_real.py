@@ -39,9 +39,9 @@ def serve(folder, *options):
     return process, port
 
 
-def stop(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def stop(process, how=signal.SIGTERM):
+    os.killpg(process.pid, how)
+    process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_full_weights_over_two_servers_and_the_death_of_one(folder, engine):
         for seed in range(3):
             assert largest_difference(policy, both.generate(policy, PROMPTS, SAMPLING, seed)) < 1e-4
             move(policy, seed)
-        stop(processes[0])
+        stop(processes[0], signal.SIGKILL)
         assert largest_difference(policy, both.generate(policy, PROMPTS, SAMPLING, 3)) < 1e-4
     finally:
         for process in processes:

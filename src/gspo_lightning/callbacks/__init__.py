@@ -2,7 +2,8 @@
 
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks.completions import CompletionsTable
+from gspo_lightning.callbacks.health import Health
 from gspo_lightning.callbacks.progress import ProgressLine
 from gspo_lightning.callbacks.recorder import RunRecorder
 
-__all__ = ["CompletionsTable", "GracefulStop", "ProgressLine", "RolloutCheckpoint", "RunRecorder"]
+__all__ = ["CompletionsTable", "GracefulStop", "Health", "ProgressLine", "RolloutCheckpoint", "RunRecorder"]

@@ -139,13 +139,6 @@ class VLLMEngine:
 
         self.engine_dtype = engine_dtype(self.dtype, policy)
         adapter = policy.has_adapter and self.lora_sync == "adapter"
-        lora: dict[str, Any] = {}
-        if adapter:
-            rank = adapter_rank(policy)
-            fitting = [size for size in _LORA_RANKS if size >= rank]
-            if not fitting:
-                raise UserError(f"model.lora.r={rank} is more than vLLM takes; use rollout.engine.lora_sync=merged")
-            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
         self._llm = vllm.LLM(
             resolve_model(self.model),
             dtype=str(self.engine_dtype).removeprefix("torch."),
@@ -163,7 +156,7 @@ class VLLMEngine:
             disable_log_stats=True,
             seed=0,
             **self.memory,
-            **lora,
+            **(_lora_settings(policy) if adapter else {}),
         )
         tolerance = DEFAULT_TOLERANCE[self.engine_dtype] if self.tolerance is None else self.tolerance
         self._fingerprint = Fingerprint(tolerance)
@@ -228,6 +221,15 @@ class VLLMEngine:
         probe = probe_prompt(policy, self.max_model_len)
         (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
         self._fingerprint.check(policy, probe, completions, "the vLLM engine")
+
+
+def _lora_settings(policy: Policy) -> dict[str, Any]:
+    """Room for one adapter of the policy's rank."""
+    rank = adapter_rank(policy)
+    fitting = [size for size in _LORA_RANKS if size >= rank]
+    if not fitting:
+        raise UserError(f"model.lora.r={rank} is more than vLLM takes; use rollout.engine.lora_sync=merged")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
 
 
 def engine_dtype(setting: str, policy: Policy) -> torch.dtype:

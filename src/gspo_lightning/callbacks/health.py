@@ -1,0 +1,204 @@
+"""Warnings about a run that goes wrong, each with its cause and a remedy, each printed once per episode.
+
+A check is a function of the metrics of the rollouts so far and returns a line or None. It is said when it begins to
+hold, not again while it goes on, and anew when it comes back. See docs/troubleshooting.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import lightning as L
+
+from gspo_lightning.module import GSPOModule
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks look at."""
+
+    rows: Sequence[Row]
+    """Metrics of the rollouts so far, oldest first."""
+    patience: int
+    """Rollouts in a row before something that may pass by itself is said."""
+    clip: tuple[float, float] | None
+    """(epsilon, epsilon_high) in force, None for a loss without a clip."""
+    by_sequence: bool
+    """Whether the ratio is that of a sequence."""
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        return self.rows[-1].get(name)
+
+    def recent(self, name: str) -> list[float] | None:
+        """The last ``patience`` values, None if there are not as many."""
+        values = [row[name] for row in self.rows[-self.patience :] if name in row]
+        return values if len(values) == self.patience else None
+
+
+def noise_floor(facts: Facts) -> str | None:
+    """Rounding alone moves ``log s_i`` by more than half a clip width."""
+    floor = facts.last("gspo/ratio_noise_floor")
+    if floor is None or facts.clip is None or not facts.by_sequence or 2 * floor <= min(facts.clip):
+        return None
+    return (
+        f"gspo/ratio_noise_floor={floor:.1e} is more than half of the clip width {min(facts.clip):g}: rounding decides "
+        "what is clipped; widen objective.epsilon, or use trainer.precision=32-true"
+    )
+
+
+def clip_never_acts(facts: Facts) -> str | None:
+    """No ratio left the clip for a while."""
+    low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
+    if facts.clip is None or low is None or high is None or any(low) or any(high):
+        return None
+    return (
+        f"nothing was clipped in {facts.patience} rollouts: ratio/p1={facts.last('ratio/p1'):.4g} and "
+        f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [1 - {facts.clip[0]:g}, 1 + {facts.clip[1]:g}]; narrow "
+        "objective.epsilon if the clip shall act"
+    )
+
+
+def clip_takes_most(facts: Facts) -> str | None:
+    """More than half of the rollout takes no gradient."""
+    low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
+    if low is None or high is None or min(a + b for a, b in zip(low, high, strict=True)) <= 0.5:
+        return None
+    return (
+        f"more than half was clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen objective.epsilon, or "
+        "take fewer optimizer steps per rollout (update.num_minibatches)"
+    )
+
+
+def no_signal(facts: Facts) -> str | None:
+    """All rewards of every group are equal."""
+    silent = facts.recent("frac_zero_std_groups")
+    if silent is None or min(silent) < 1.0:
+        return None
+    mean = facts.last("reward/mean")
+    return (
+        f"no group had two different rewards in {facts.patience} rollouts (reward/mean={mean:.3g}): nothing is learnt; the "
+        "task is too hard or too easy, or the reward cannot tell completions apart"
+    )
+
+
+def reward_collapse(facts: Facts) -> str | None:
+    """The moving average of the reward has lost more than half of what was gained."""
+    means = [row["reward/mean"] for row in facts.rows if "reward/mean" in row]
+    n = facts.patience
+    if len(means) < 3 * n:
+        return None
+    averages = [statistics.fmean(means[i : i + n]) for i in range(len(means) - n + 1)]
+    gained, lost = max(averages) - averages[0], max(averages) - averages[-1]
+    noise = statistics.pstdev(means[:n])
+    if gained <= 2 * noise or lost <= gained / 2:
+        return None
+    return (
+        f"reward/mean fell from {max(averages):.3g} to {averages[-1]:.3g}; lower optimizer.lr, narrow objective.epsilon, or "
+        "go back to an earlier checkpoint"
+    )
+
+
+def entropy_collapse(facts: Facts) -> str | None:
+    """Entropy is below a tenth of what it was at first."""
+    entropies = [row["entropy"] for row in facts.rows if "entropy" in row]
+    if not entropies or entropies[-1] >= 0.1 * entropies[0]:
+        return None
+    return (
+        f"entropy fell from {entropies[0]:.3g} to {entropies[-1]:.3g} nats: completions of a group become alike; raise "
+        "rollout.temperature, objective.epsilon_high or objective.entropy_coef"
+    )
+
+
+def length_explosion(facts: Facts) -> str | None:
+    """Most completions are cut at the limit, which they were not at first."""
+    cut = facts.recent("completion/truncated_frac")
+    if cut is None or min(cut) <= 0.5 or facts.rows[0].get("completion/truncated_frac", 0.0) > 0.5:
+        return None
+    return (
+        f"completion/truncated_frac={cut[-1]:.2f}: completions grew into the limit; raise rollout.max_completion_length or "
+        "add a length reward (reward=soft_overlong)"
+    )
+
+
+def mismatch(facts: Facts) -> str | None:
+    """Sampler and trainer disagree about the same weights."""
+    value = facts.last("sampler_mismatch/abs_mean")
+    if value is None or value <= 0.1:
+        return None
+    return (
+        f"sampler_mismatch/abs_mean={value:.3g} nats per token: sampler and trainer disagree about the same weights; use the "
+        "same precision in both, or a correction (mismatch=token_truncate)"
+    )
+
+
+def gradient_spike(facts: Facts) -> str | None:
+    """The gradient is ten times what it usually is."""
+    norms = [row["grad_norm"] for row in facts.rows if "grad_norm" in row]
+    if len(norms) <= facts.patience or "grad_norm" not in facts.rows[-1]:
+        return None
+    usual = statistics.median(norms[:-1])
+    if norms[-1] <= 10 * usual:
+        return None
+    return f"grad_norm={norms[-1]:.3g} is {norms[-1] / usual:.0f} times its median; lower optimizer.lr or update.max_grad_norm"
+
+
+CHECKS: tuple[Callable[[Facts], str | None], ...] = (
+    noise_floor,
+    clip_never_acts,
+    clip_takes_most,
+    no_signal,
+    reward_collapse,
+    entropy_collapse,
+    length_explosion,
+    mismatch,
+    gradient_spike,
+)
+
+
+class Health(L.Callback):
+    """Prints what the checks find, and may end the run.
+
+    Args:
+        patience: rollouts in a row before a passing state is said.
+        stop_on: names of checks that end the run, such as ``[no_signal, reward_collapse]``; the run can be resumed.
+
+    Raises:
+        ValueError: for an unknown check in ``stop_on``.
+    """
+
+    def __init__(self, patience: int = 5, stop_on: list[str] | None = None) -> None:
+        known = [check.__name__ for check in CHECKS]
+        if unknown := sorted(set(stop_on or ()) - set(known)):
+            raise ValueError(
+                f"callbacks.health.stop_on: there is no check {unknown[0]!r}; choose among {', '.join(known)}"
+            )
+        if patience < 1:
+            raise ValueError(f"callbacks.health.patience={patience} must be at least 1")
+        self.patience, self.stop_on = patience, frozenset(stop_on or ())
+        self.rows: list[Row] = []
+        self._holding: set[str] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Runs all checks on the rollout that has just ended."""
+        module = cast(GSPOModule, pl_module)
+        self.rows.append({name: value for name, value in module.last_metrics.items() if value == value})
+        clip = module.objective.clip if module.objective.spec.uses_clip else None
+        by_sequence = module.objective.importance_sampling_level != "token"
+        for name, line in self.findings(Facts(self.rows, self.patience, clip, by_sequence)):
+            if trainer.is_global_zero:
+                print(f"warning: {line}", flush=True)
+            if name in self.stop_on:
+                trainer.should_stop = True
+
+    def findings(self, facts: Facts) -> list[tuple[str, str]]:
+        """(check, line) of what holds now and did not hold before."""
+        found = {check.__name__: line for check in CHECKS if (line := check(facts)) is not None}
+        new = [(name, line) for name, line in found.items() if name not in self._holding]
+        self._holding = set(found)
+        return new

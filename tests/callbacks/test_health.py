@@ -1,0 +1,92 @@
+"""What goes wrong is said once, with its cause and a remedy, and only when it does."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_lightning.callbacks.health import CHECKS, Facts, Health
+
+GOOD = {
+    "reward/mean": 0.5, "frac_zero_std_groups": 0.2, "clip_frac_low": 0.05, "clip_frac_high": 0.05, "ratio/p1": 0.98,
+    "ratio/p99": 1.02, "gspo/ratio_noise_floor": 1e-3, "entropy": 1.0, "completion/truncated_frac": 0.1,
+    "sampler_mismatch/abs_mean": 0.01, "grad_norm": 1.0,
+}  # fmt: skip
+
+
+def series(**changes):
+    """15 good rollouts in which some metrics take other values, last ones first given."""
+    rows = [dict(GOOD) for _ in range(15)]
+    for name, values in changes.items():
+        for row, value in zip(rows[-len(values) :], values, strict=True):
+            row[name.replace("__", "/")] = value
+    return rows
+
+
+def found(rows, clip=(0.03, 0.04), by_sequence=True, patience=3):
+    health = Health(patience)
+    said = []
+    for end in range(1, len(rows) + 1):
+        said += [(end, name, line) for name, line in health.findings(Facts(rows[:end], patience, clip, by_sequence))]
+    return said
+
+
+CASES = {
+    "noise_floor": (dict(gspo__ratio_noise_floor=[0.0151]), 15, "objective.epsilon"),
+    "clip_never_acts": (dict(clip_frac_low=[0.0] * 3, clip_frac_high=[0.0] * 3), 15, "ratio/p99=1.02"),
+    "clip_takes_most": (dict(clip_frac_low=[0.3] * 3, clip_frac_high=[0.3] * 3), 15, "optimizer.lr"),
+    "no_signal": (dict(frac_zero_std_groups=[1.0] * 3), 15, "reward/mean=0.5"),
+    "reward_collapse": (dict(reward__mean=[0.1] * 4 + [0.9] * 5 + [0.4] * 3), 15, "0.9 to 0.4"),
+    "entropy_collapse": (dict(entropy=[0.09]), 15, "rollout.temperature"),
+    "length_explosion": (dict(completion__truncated_frac=[0.6, 0.7, 0.8]), 15, "rollout.max_completion_length"),
+    "mismatch": (dict(sampler_mismatch__abs_mean=[0.11]), 15, "mismatch=token_truncate"),
+    "gradient_spike": (dict(grad_norm=[10.1]), 15, "optimizer.lr"),
+}
+
+
+def test_every_check_has_a_case_and_a_good_run_says_nothing():
+    assert set(CASES) == {check.__name__ for check in CHECKS}
+    assert found(series()) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_said_when_it_begins_with_a_remedy(name):
+    changes, when, text = CASES[name]
+    if name == "reward_collapse":  # the first rollouts are the low ones
+        changes = dict(reward__mean=[0.1] * 7 + [0.9] * 5 + [0.4] * 3)
+    said = found(series(**changes))
+    assert [(end, n) for end, n, _ in said] == [(when, name)]
+    assert text in said[0][2] and "\n" not in said[0][2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(gspo__ratio_noise_floor=[0.0149]),
+        dict(clip_frac_low=[0.0] * 2, clip_frac_high=[0.0] * 2),
+        dict(clip_frac_low=[0.0] * 3),
+        dict(frac_zero_std_groups=[1.0, 0.9, 1.0]),
+        dict(reward__mean=[0.1] * 7 + [0.9] * 5 + [0.6] * 3),
+        dict(entropy=[0.11]),
+        dict(sampler_mismatch__abs_mean=[0.09]),
+        dict(grad_norm=[9.9]),
+    ],
+)
+def test_just_short_of_it_nothing_is_said(changes):
+    assert found(series(**changes)) == []
+
+
+def test_once_while_it_lasts_and_again_when_it_comes_back():
+    said = found(series(sampler_mismatch__abs_mean=[0.2, 0.2, 0.2, 0.0, 0.2]))
+    assert [(end, name) for end, name, _ in said] == [(11, "mismatch"), (15, "mismatch")]
+
+
+def test_the_noise_floor_is_of_sequence_ratios_and_clips_alone():
+    rows = series(gspo__ratio_noise_floor=[0.5])
+    assert found(rows, by_sequence=False) == [] and found(rows, clip=None) == []
+
+
+def test_unknown_checks_and_no_patience_are_refused():
+    with pytest.raises(ValueError, match="no check 'no_sgnal'; choose among noise_floor"):
+        Health(stop_on=["no_sgnal"])
+    with pytest.raises(ValueError, match="patience=0"):
+        Health(patience=0)
