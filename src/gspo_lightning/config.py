@@ -18,6 +18,7 @@ from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective.refusals import check_objective
+from gspo_lightning.policy.load import check_quantization
 from gspo_lightning.types import SamplingParams
 from gspo_lightning.validation import ValidationSettings
 
@@ -37,6 +38,13 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 def check(plain: dict[str, Any]) -> None:
     """Refuses, in one line, what is wrong with a config before anything is loaded."""
+    # First, because it is what a machine without a GPU cannot get around.
+    if plain["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={plain['trainer']['accelerator']}: there is no GPU here; accelerator=auto takes "
+            "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
+        )
+    check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
     _check_node(plain, "")
     _check_roots(plain)
     update, rollout, data = plain["update"], plain["rollout"], plain["data"]

@@ -133,8 +133,7 @@ class GSPOModule(L.LightningModule):
             return
         self.policy = self.policy_loader.load()
         if self.objective.needs_ref and not self.policy.has_adapter:
-            self._frozen = [Policy(self.policy_loader.load_model(), self.policy.tokenizer, has_adapter=False)]
-            self._frozen[0].requires_grad_(False)
+            self._frozen = [self.policy_loader.load_reference(self.policy)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""

@@ -33,9 +33,9 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count), so that micro-batches and ranks add up to exact means."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, tokenised and unpadded."""
+    """One prompt, tokenised and unpadded. Compared by identity: what is known about a prompt is kept beside it."""
 
     uid: str
     """Names the row for ever (task and index); sampling seeds are derived from it."""
@@ -46,7 +46,8 @@ class Prompt:
     sample: dict[str, Any]
     """The dataset row: its columns become keyword arguments of reward functions."""
     mm_inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Images and the like, keyed by the keyword argument of the model's forward. Empty for text."""
+    """Images and the like, keyed by the keyword argument of the model's forward, and ``mm_token_type_ids`` ``(P,)``
+    (0 text, 1 image, 2 video). Empty for text."""
 
 
 class PromptBatch:

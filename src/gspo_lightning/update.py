@@ -110,7 +110,7 @@ def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch
         advantages = scored.advantages[part.group, list(part.completions)].tolist()
         rows.extend(zip(completions, advantages, strict=True))
         groups.append((scored.prompts[part.group].input_ids, [completion.token_ids for completion in completions]))
-    packed = pack(groups, device)
+    packed = pack(groups, device, [scored.prompts[part.group] for part in plan])
     advantage = torch.tensor([advantage for _, advantage in rows], dtype=torch.float32, device=device)
     sampler = torch.cat([completion.sampler_logprobs for completion, _ in rows]).to(device)
     return MicroBatch(packed, advantage[packed.sequence_index], sampler)

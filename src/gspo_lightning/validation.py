@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from gspo_lightning.data.images import thumbnail_uri
+from gspo_lightning.data.vision import image_parts, last_text
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
@@ -69,12 +71,14 @@ class Validator:
                 answer = prompt.sample.get("answer")
                 self.samples.append(
                     {
-                        "prompt": prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"],
+                        "prompt": last_text(prompt.prompt),
                         "completion": completion.text,
                         "reward": rewards[row, 0].item(),
                         "answer": None if answer is None else str(answer),
                     }
                 )
+                if pictures := [thumbnail_uri(part["image"]) for part in image_parts(prompt.prompt)]:
+                    self.samples[-1]["images"] = pictures
         sampled = engine.generate(policy, prompts, self.sampled, self.seed)
         right, rewards = self._judge(sampled.prompts, sampled.completions)
         self._update_right(self.names[1], prompts, right)

@@ -222,7 +222,7 @@ def leaves() -> Iterator[tuple[str, str, str | None, str]]:
             yield file.stem, prefix + key, target, key.rsplit(".", 1)[-1]
 
 
-MAPPINGS = {"columns", "weights", "patterns", "overrides", "chat_template_kwargs"}
+MAPPINGS = {"columns", "weights", "patterns", "keep_rows", "overrides", "chat_template_kwargs"}
 """Arguments that are mappings of the user's own."""
 
 

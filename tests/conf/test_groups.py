@@ -24,6 +24,11 @@ NEEDS = {
     "data=gsm8k": [],
     "reward=reward_model": ["reward.functions.reward_model.function.path=nowhere"],
     "data=reasoning_gym": ["data.task=gcd"],
+    # What is refused without a GPU has a test of its own.
+    "model=qwen_vl": ["model.quantization=null", "lora=language"],
+    "experiment=gspo_qwen_vl": ["model.quantization=null", "trainer.accelerator=auto"],
+    "experiment=gspo_qwen_vl_3b": ["trainer.accelerator=auto"],
+    "experiment=gspo_qwen3_vl": ["model.quantization=null", "trainer.accelerator=auto"],
 }
 
 

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from gspo_lightning.callbacks.recorder import completion_entries
+from gspo_lightning.data.vision import last_text
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import ScoredRollout
 
@@ -50,7 +51,7 @@ def completions_table(step: int, scored: ScoredRollout, count: int) -> tuple[lis
     columns = ["rollout", "uid", "prompt", "completion", *names, "reward", "advantage", "finish_reason", "tokens"]
     rows = []
     for entry in entries:
-        prompt = entry["prompt"] if isinstance(entry["prompt"], str) else str(entry["prompt"][-1]["content"])
+        prompt = last_text(entry["prompt"])
         values = [None if value != value else value for value in entry["rewards"].values()]
         rest = [entry[name] for name in ("reward", "advantage", "finish_reason", "tokens")]
         rows.append([step, entry["uid"], prompt, entry["completion"], *values, *rest])

@@ -1,6 +1,7 @@
 """Tasks, prompts and the stream they come from."""
 
 from gspo_lightning.data.datamodule import PromptDataModule
+from gspo_lightning.data.easy_vqa import EasyVQA
 from gspo_lightning.data.mixture import Mixture
 from gspo_lightning.data.multiple_choice import MultipleChoice
 from gspo_lightning.data.rows import RowsTask
@@ -9,6 +10,7 @@ from gspo_lightning.data.templating import make_prompt
 
 __all__ = [
     "Arithmetic",
+    "EasyVQA",
     "LargestOfFour",
     "MicroDigit",
     "MicroLetters",

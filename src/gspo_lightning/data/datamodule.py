@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
+from gspo_lightning.data.vision import VisionSettings, encode_conversation, image_parts
 from gspo_lightning.distributed import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
-from gspo_lightning.types import Prompt, PromptBatch
+from gspo_lightning.policy.load import has_vision, load_config
+from gspo_lightning.policy.processor import load_processor
+from gspo_lightning.types import Messages, Prompt, PromptBatch
 
 OverlongPrompts = Literal["error", "drop"]
 
@@ -41,6 +46,8 @@ class PromptDataModule(L.LightningDataModule):
         seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
             its rows from a seed of its own.
         chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``.
+        min_pixels: pictures with fewer pixels are enlarged; None leaves it to the model's image processor.
+        max_pixels: pictures with more pixels are made smaller; None leaves it to the model's image processor.
     """
 
     def __init__(
@@ -53,8 +60,11 @@ class PromptDataModule(L.LightningDataModule):
         validation_batch_size: int = 64,
         seed: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
+        self.vision_settings = VisionSettings(min_pixels, max_pixels)
         self.task, self.model_path = task, model_path
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
         self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
@@ -70,8 +80,15 @@ class PromptDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded once."""
         if self._tokenizer is None:
+            load_config(self.model_path)  # says in one line what is missing
             self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model_path))
         return self._tokenizer
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's image processor, loaded once; None for a model that reads text alone."""
+        path = resolve_model(self.model_path)
+        return load_processor(path) if has_vision(load_config(self.model_path)) else None
 
     @property
     def rollouts_per_epoch(self) -> int | None:
@@ -101,6 +118,8 @@ class PromptDataModule(L.LightningDataModule):
                 f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; lower it"
             )
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
+        if self.vision_settings.is_set and self.processor is None:
+            raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} reads text alone")
         for prompt in self._prompts_to_check():
             if self.chat_template_kwargs and isinstance(prompt.prompt, str):
                 raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
@@ -223,7 +242,7 @@ class PromptDataModule(L.LightningDataModule):
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
         if "prompt" not in row:
             raise UserError(f"row {uid}: task {self.task.name} gave a row without a prompt")
-        ids = encode_prompt(row["prompt"], self.tokenizer, self.chat_template_kwargs, f"row {uid}")
+        ids, mm_inputs = self._encode(row["prompt"], f"row {uid}")
         if not len(ids):
             raise UserError(f"row {uid}: the prompt has no tokens")
         if len(ids) > self.max_prompt_length:
@@ -233,7 +252,17 @@ class PromptDataModule(L.LightningDataModule):
                 f"row {uid}: the prompt has {len(ids)} tokens, more than data.max_prompt_length="
                 f"{self.max_prompt_length}; raise it, or leave such rows out with data.overlong_prompts=drop"
             )
-        return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row)
+        return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row, mm_inputs=mm_inputs)
+
+    def _encode(self, prompt: str | Messages, where: str) -> tuple[Tensor, dict[str, Tensor]]:
+        if not image_parts(prompt):
+            return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs, where), {}
+        if self.processor is None:
+            raise UserError(
+                f"{where}: the prompt has images, but {self.model_path} reads text alone; use one that sees"
+            )
+        assert not isinstance(prompt, str)
+        return encode_conversation(prompt, self.processor, self.vision_settings, self.chat_template_kwargs, where)
 
     def _validation_rows(self) -> list[Row]:
         if self._held_out is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from gspo_lightning.data.columns import (
     template_columns,
 )
 from gspo_lightning.data.files import is_file, read_file, read_hub
+from gspo_lightning.data.image_columns import encoded_images, kept_rows, with_images
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -52,6 +54,11 @@ class RowsTask:
     system_prompt: str | None = None
     conversational: bool = True
     """Make a user message of a string prompt, so that the chat template applies."""
+    image_columns: list[str] = field(default_factory=list)
+    """Columns with a picture, or a list of pictures, of the prompt: paths, bytes, PIL or columns of ``datasets``. They
+    fill the image parts of the last message in order; where it is a string they come before it."""
+    keep_rows: dict[str, str] = field(default_factory=dict)
+    """Column -> regular expression: rows whose value does not match it as a whole are left out."""
     columns: dict[str, str] = field(default_factory=dict)
     """New name -> column of the dataset, such as ``answer: solution``."""
     patterns: dict[str, str] = field(default_factory=dict)
@@ -83,9 +90,7 @@ class RowsTask:
     def _rows(self) -> Sequence[Row]:
         if isinstance(self.source, str):
             self._refuse_ignored_settings()
-            if is_file(self.source):
-                return read_file(self.source)
-            return read_hub(self.source, self.config_name, self.split)
+            return self._read(self.source, self.split)
         rows = self.source if hasattr(self.source, "__getitem__") else list(self.source)
         if not len(rows):  # type: ignore[arg-type]
             raise UserError(f"data.task.source of task {self.name}: the dataset is empty")
@@ -103,10 +108,15 @@ class RowsTask:
         if split is None:
             return self._rows
         if is_file(split):
-            return read_file(split)
+            return self._read(split, "")
         if not isinstance(self.source, str) or is_file(self.source):
             raise UserError(f"data.task.validation_split={split}: the source has no splits; name a file")
-        return read_hub(self.source, self.config_name, split)
+        return self._read(self.source, split)
+
+    def _read(self, source: str, split: str) -> Sequence[Row]:
+        rows: Any = read_file(source) if is_file(source) else read_hub(source, self.config_name, split)
+        rows = encoded_images(rows, [self.columns.get(name, name) for name in self.image_columns])
+        return kept_rows(rows, self.keep_rows, source)
 
     @cached_property
     def _held_out(self) -> list[int]:
@@ -146,7 +156,7 @@ class RowsTask:
     def _prompt_columns(self) -> list[str]:
         """The dataset's columns that the prompt is made of."""
         names = [self.prompt_column] if self.template is None else template_columns(self.template)
-        return [self.columns.get(name, name) for name in names]
+        return [self.columns.get(name, name) for name in [*names, *self.image_columns]]
 
     # ---------------------------------------------------------------- from row to prompt
 
@@ -162,6 +172,9 @@ class RowsTask:
         else:
             prompt = fill_template(self.template, out, where)
         out["prompt"] = self._conversation(prompt, where)
+        if self.image_columns:
+            values = [column_of(out, name, where, "data.task.image_columns") for name in self.image_columns]
+            out["prompt"] = with_images(out["prompt"], values, where)
         return out
 
     def _conversation(self, prompt: Any, where: str) -> str | Messages:
@@ -189,4 +202,11 @@ def _keys(rows: Any, columns: list[str]) -> list[str]:
 
 
 def _key(row: Any, columns: list[str]) -> str:
-    return repr([row.get(name) for name in columns]) if isinstance(row, Mapping) else repr(row)
+    return repr([_short(row.get(name)) for name in columns]) if isinstance(row, Mapping) else repr(row)
+
+
+def _short(value: Any) -> Any:
+    """The value, with a hash in place of the bytes of a picture."""
+    if isinstance(value, Mapping):
+        return {name: _short(item) for name, item in value.items()}
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.packing.layout import GroupLayout, SharedPrefixLayout
+from gspo_lightning.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PackedBatch:
     input_ids: Tensor
     """``(1, T)``: every prompt once, then its completions without their last tokens."""
     position_ids: Tensor
-    """``(1, T)``, or ``(axes, 1, T)`` for models with several position axes."""
+    """``(1, T)``: positions inside each sequence. Models with several position axes make theirs of the prompts."""
     layout: SharedPrefixLayout
     predictor_index: Tensor
     """``(L,)``: the row position whose hidden state predicts each completion token."""
@@ -28,8 +29,8 @@ class PackedBatch:
     """``(L,)`` in ``[0, S)``: the sequence of each completion token."""
     lengths: Tensor
     """``(S,)``: completion tokens per sequence."""
-    mm_inputs: dict[str, Tensor]
-    """Vision inputs, once per prompt, keyed by the model's forward arguments."""
+    prompts: tuple[Prompt, ...] = ()
+    """The prompts of the row with their vision inputs, one per group; empty where nobody asks for those."""
 
     @property
     def num_tokens(self) -> int:
@@ -39,9 +40,7 @@ class PackedBatch:
 def pack(
     groups: Sequence[tuple[Tensor, Sequence[Tensor]]],
     device: torch.device,
-    *,
-    mm_inputs: dict[str, Tensor] | None = None,
-    position_ids: Tensor | None = None,
+    prompts: Sequence[Prompt] = (),
 ) -> PackedBatch:
     """Packs groups of ``(prompt ids (P,), [completion ids (C_i,), ...])``.
 
@@ -51,8 +50,7 @@ def pack(
     Args:
         groups: at least one; every prompt and every completion holds at least one token.
         device: where the tensors go.
-        mm_inputs: vision inputs of these prompts in this order.
-        position_ids: for models with several position axes; by default positions count from 0 in every sequence.
+        prompts: of the groups, in their order, for models that read vision inputs.
     """
     tokens: list[Tensor] = []
     predictors: list[Tensor] = []
@@ -76,13 +74,13 @@ def pack(
     counts = torch.tensor(lengths, dtype=torch.long)
     return PackedBatch(
         input_ids=torch.cat([x.cpu() for x in tokens]).unsqueeze(0).to(device),
-        position_ids=layout.positions.unsqueeze(0) if position_ids is None else position_ids.to(device),
+        position_ids=layout.positions.unsqueeze(0),
         layout=layout,
         predictor_index=_concatenate(predictors).to(device),
         target_ids=_concatenate(targets).to(device),
         sequence_index=torch.repeat_interleave(torch.arange(len(lengths)), counts).to(device),
         lengths=counts.to(device),
-        mm_inputs=mm_inputs or {},
+        prompts=tuple(prompts),
     )
 
 

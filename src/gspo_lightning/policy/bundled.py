@@ -1,4 +1,5 @@
-"""Models that need no hub: ``bundled:smollm2-135m-instruct`` (pretrained) and ``bundled:micro`` (random).
+"""Models that need no hub: ``bundled:smollm2-135m-instruct`` (pretrained) and ``bundled:micro`` (random), and
+``bundled:tiny-vlm``, which reads images (see `gspo_lightning.policy.tiny_vlm`).
 
 A bundled model is built once and kept in a cache folder (``GSPO_CACHE``, else ``~/.cache/gspo_lightning``).
 It is made in a temporary folder beside its place and renamed when complete, under a lock, so a reader
@@ -160,11 +161,23 @@ def _build_micro(folder: Path) -> None:
     build_micro_model(folder)
 
 
+def _build_tiny_vlm(folder: Path) -> None:
+    from gspo_lightning.policy.tiny_vlm import build_tiny_vlm
+
+    build_tiny_vlm(folder, _bundled_folder("smollm2-135m-instruct"))
+
+
 _RECIPES = {
     "smollm2-135m-instruct": _Recipe(
         version=1,
         build=smollm2.build_smollm2,
         source=f"{smollm2.PACKAGE} sha256:{smollm2.WHEEL_SHA256}, dequantised from Q4_1 to float32",
+        disk_bytes=800 * 10**6,
+    ),
+    "tiny-vlm": _Recipe(
+        version=1,
+        build=_build_tiny_vlm,
+        source="SmolLM2-135M-Instruct as above, and a vision half trained on the pictures of easy-vqa==1.0",
         disk_bytes=800 * 10**6,
     ),
     "micro": _Recipe(version=1, build=_build_micro, source="random weights, seed 0", disk_bytes=10**6),

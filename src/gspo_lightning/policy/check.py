@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.types import Prompt
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Relative L2 distance of the log-probabilities. Float32 has measured distances near 1e-6; a layout bug gives 1e-1."""
@@ -29,13 +30,16 @@ def check_packing(policy: Policy) -> float:
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
     prompt, *completions = (torch.randint(3, vocabulary, (n,), generator=generator) for n in (11, 5, 9, 2))
-    packed, _ = policy(pack([(prompt, completions)], policy.device))
-    plain = padded_logprobs(policy, prompt, completions, extra_padding=0)
+    vision = None if policy.vision is None else policy.vision.probe(prompt, generator)
+    if vision is not None:
+        prompt = vision.input_ids
+    packed, _ = policy(pack([(prompt, completions)], policy.device, [] if vision is None else [vision]))
+    plain = padded_logprobs(policy, prompt, completions, extra_padding=0, vision=vision)
     distance = _relative(packed, plain)
     dtype = policy.output_weight.dtype
     bound = TOLERANCE.get(dtype)
     if bound is None:
-        bound = NARROW_FACTOR * _relative(padded_logprobs(policy, prompt, completions, extra_padding=7), plain) + 1e-3
+        bound = NARROW_FACTOR * _relative(padded_logprobs(policy, prompt, completions, 7, vision), plain) + 1e-3
     if not distance <= bound:
         raise PackingMismatchError(
             f"{type(policy.base_model).__name__}: packed log-probabilities are {distance:.1e} away from "
@@ -45,7 +49,9 @@ def check_packing(policy: Policy) -> float:
     return distance
 
 
-def padded_logprobs(policy: Policy, prompt: Tensor, completions: list[Tensor], extra_padding: int) -> Tensor:
+def padded_logprobs(
+    policy: Policy, prompt: Tensor, completions: list[Tensor], extra_padding: int, vision: Prompt | None = None
+) -> Tensor:
     """Log-probabilities of the completions from one right-padded row each, through the model's own head."""
     width = len(prompt) + max(map(len, completions)) + extra_padding
     ids = torch.zeros(len(completions), width, dtype=torch.long, device=policy.device)
@@ -54,7 +60,8 @@ def padded_logprobs(policy: Policy, prompt: Tensor, completions: list[Tensor], e
         length = len(prompt) + len(completion)
         ids[row, :length] = torch.cat([prompt, completion])
         mask[row, :length] = 1
-    logits = policy.base_model(input_ids=ids, attention_mask=mask).logits
+    media = {} if vision is None else _repeated(vision, len(completions), width, policy.device)
+    logits = policy.base_model(input_ids=ids, attention_mask=mask, **media).logits
     log_p = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
     start = len(prompt) - 1
     return torch.cat(
@@ -63,6 +70,14 @@ def padded_logprobs(policy: Policy, prompt: Tensor, completions: list[Tensor], e
             for row, completion in enumerate(completions)
         ]
     )
+
+
+def _repeated(prompt: Prompt, rows: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """The vision inputs of a prompt for so many padded rows of it."""
+    media = {name: value.repeat(rows, 1).to(device) for name, value in prompt.mm_inputs.items() if value.ndim == 2}
+    types = torch.zeros(rows, width, dtype=torch.long, device=device)
+    types[:, : len(prompt.input_ids)] = prompt.mm_inputs["mm_token_type_ids"].to(device)
+    return {**media, "mm_token_type_ids": types}
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -11,7 +11,7 @@ from gspo_lightning.policy.model import Policy
 
 
 def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
-    """Writes weights (safetensors), config and tokenizer into ``folder``.
+    """Writes weights (safetensors), config, tokenizer and image processor into ``folder``.
 
     A LoRA policy is saved as its adapter, or, with ``merge_lora``, folded into a copy of the weights: the policy
     itself is never merged, because merging and unmerging drifts.
@@ -23,4 +23,6 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
             model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     model.save_pretrained(folder)  # type: ignore[operator]
     policy.tokenizer.save_pretrained(folder)
+    if policy.processor is not None:
+        policy.processor.save_pretrained(folder)
     return folder

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.attention import ATTENTION_NAME, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.processor import load_processor
+from gspo_lightning.policy.vision import FAMILIES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -42,6 +52,10 @@ class PolicyLoader:
     """Dtype of the weights. Mixed precision is the Trainer's; keep float32 here for full fine-tuning."""
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
+    quantization: Literal["nf4", "int8"] | None = None
+    """The base in 4 or 8 bits by bitsandbytes, for LoRA on a GPU."""
+    train_vision: bool = False
+    """Train the vision tower too: its weights, or with ``lora`` adapters on it. Models without one refuse it."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Entries set on the model's config, such as ``attention_dropout: 0.0``."""
 
@@ -51,21 +65,124 @@ class PolicyLoader:
 
     def load(self) -> Policy:
         """Loads model and tokenizer, puts our attention in place and attaches the adapter."""
-        register()
         model = self.load_model()
         _refuse_dropout(model)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        wrapped: nn.Module = model if self.lora is None else _add_lora(model, self.lora)
-        return Policy(wrapped, self.load_tokenizer(), has_adapter=self.lora is not None)
+        wrapped: nn.Module = model if self.lora is None else _add_lora(model, self.lora, self.train_vision)
+        return self.as_policy(wrapped, self.load_tokenizer(), has_adapter=self.lora is not None)
+
+    def load_reference(self, policy: Policy) -> Policy:
+        """A frozen copy of the model as it was before training; shares the features of a frozen vision tower."""
+        reference = self.as_policy(self.load_model(), policy.tokenizer, has_adapter=False, features_from=policy)
+        reference.requires_grad_(False)
+        return reference
+
+    def as_policy(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        has_adapter: bool,
+        features_from: Policy | None = None,
+    ) -> Policy:
+        """The policy around a loaded model."""
+        vision = self.has_vision
+        return Policy(
+            model,
+            tokenizer,
+            has_adapter=has_adapter,
+            has_vision=vision,
+            processor=load_processor(resolve_model(self.path)) if vision else None,
+            features_from=features_from,
+        )
+
+    def _bitsandbytes(self) -> BitsAndBytesConfig:
+        check_quantization(self.quantization, self.lora)
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"])
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=["visual", "lm_head"],
+        )
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the model reads images."""
+        return has_vision(load_config(self.path))
 
     def load_model(self) -> PreTrainedModel:
         """The bare model with our attention, in training mode (no layer of it may have dropout)."""
         register()
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(self.path), dtype=_DTYPES[self.dtype], attn_implementation=ATTENTION_NAME, **self.overrides
+        path = resolve_model(self.path)
+        vision = self.has_vision
+        if self.train_vision and not vision:
+            raise UserError(f"model.train_vision=true has no effect: {self.path} has no vision tower; remove it")
+        # The tower keeps an attention of its own: it sees patches, not a packed row.
+        attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
+        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
+        model = kind.from_pretrained(
+            path,
+            dtype=_DTYPES[self.dtype],
+            attn_implementation=attention if vision else ATTENTION_NAME,
+            **quantised,
+            **self.overrides,
         )
+        if vision and not self.train_vision:
+            model.model.visual.requires_grad_(False)
         return model.train()
+
+
+def check_quantization(quantization: str | None, lora: Any) -> None:
+    """Refuses a quantised base where it cannot work.
+
+    Raises:
+        UserError: there is no GPU, or no adapter to train.
+    """
+    if quantization is None:
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"model.quantization={quantization} needs a GPU, and there is none here; "
+            "experiment=gspo_qwen_vl_tiny runs the same code offline on a CPU"
+        )
+    if lora is None:
+        raise UserError(f"model.quantization={quantization} leaves no weight to train; add an adapter: lora=language")
+
+
+def load_config(path: str) -> Any:
+    """The config of a model folder or of a model on the hub.
+
+    Raises:
+        UserError: it is neither here nor to be had.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model(path))
+    except OSError as error:
+        raise UserError(
+            f"model.path={path}: not in the cache and the hub cannot be reached; give model.path=/my/folder with the "
+            "weights. Offline examples: experiment=gspo_qwen_vl_tiny, model=smollm2_135m"
+        ) from error
+
+
+def has_vision(config: Any) -> bool:
+    """Whether a model of this config reads images.
+
+    Raises:
+        UserError: it does, but its positions and features are not known here.
+    """
+    if getattr(config, "vision_config", None) is None:
+        return False
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"model type {config.model_type} reads images in a way that packing does not know; "
+            f"use one of {', '.join(FAMILIES)}"
+        )
+    return True
 
 
 def _refuse_dropout(model: nn.Module) -> None:
@@ -82,13 +199,14 @@ def _refuse_dropout(model: nn.Module) -> None:
         )
 
 
-def _add_lora(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
+def _add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         target_modules=settings.target_modules,
+        exclude_modules=None if train_vision or not hasattr(model.model, "visual") else r".*\bvisual\b.*",
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,19 +12,43 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo_lightning.packing import PackedBatch, linear_logprobs
 from gspo_lightning.policy.attention import layout_mask
+from gspo_lightning.policy.vision import Vision
+from gspo_lightning.types import Prompt
 
 
 class Policy(nn.Module):
     """A transformers model (with or without a LoRA adapter), its tokenizer, and the two forwards we need.
 
     ``forward`` gives log-probabilities of a packed micro-batch; ``hidden_states`` is the body alone, for rollouts.
+
+    Args:
+        model: the model, or the peft model around it.
+        tokenizer: its tokenizer.
+        has_adapter: whether ``model`` is a peft model.
+        has_vision: whether the model reads images: see `gspo_lightning.policy.vision`.
+        processor: of images, for models that read them; saved with an export.
+        features_from: a policy with the same frozen vision tower, such as the one this is the reference of.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, has_adapter: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        has_adapter: bool,
+        has_vision: bool = False,
+        processor: Any = None,
+        features_from: Policy | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.has_adapter = has_adapter
+        self.processor = processor
+        shared = features_from.vision if features_from is not None else None
+        if shared is not None and not shared.is_frozen:
+            shared = None
+        self.vision: Vision | None = Vision(self.base_model, cache_from=shared) if has_vision else None
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -52,17 +76,34 @@ class Policy(nn.Module):
         own = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys([*found, *([] if own is None else [own])]))
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: Any, **kwargs: Any) -> Tensor:
-        """Last hidden states ``(rows, tokens, H)`` of a forward whose attention follows ``layout``."""
-        output = self.base_model.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt] = (), **kwargs: Any
+    ) -> Tensor:
+        """Last hidden states ``(rows, tokens, H)`` of a forward whose attention follows ``layout``.
+
+        ``prompts`` are those of a packed row, for their vision inputs; a forward of single tokens has none.
+        """
+        body: Any = self.base_model.model
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+        if self.vision is not None:
+            body = self.vision.language_model
+            if prompts:
+                inputs = self.vision.inputs(input_ids, layout, prompts)
+        output = body(
+            **inputs,
             attention_mask=layout_mask(input_ids.device),
             layout=layout,
             use_cache=kwargs.get("past_key_values") is not None,
             **kwargs,
         )
         return output.last_hidden_state
+
+    def last_positions(self, prompts: Sequence[Prompt]) -> Tensor:
+        """``(B,)``: the position behind which each prompt's completions go on."""
+        if self.vision is None:
+            return torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=self.device)
+        starts = [int(self.vision.prompt_positions(prompt)[0, -1]) - 1 for prompt in prompts]
+        return torch.tensor(starts, device=self.device)
 
     def forward(
         self, packed: PackedBatch, temperature: float = 1.0, with_entropy: bool = False
@@ -71,7 +112,7 @@ class Policy(nn.Module):
 
         Entropies are zeros unless ``with_entropy``. Float32, or float64 for a float64 model.
         """
-        hidden = self.hidden_states(packed.input_ids, packed.position_ids, packed.layout, **packed.mm_inputs)
+        hidden = self.hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)
         return linear_logprobs(
             hidden[0].index_select(0, packed.predictor_index),
             self.output_weight,

@@ -141,7 +141,7 @@ def completions(before: dict[str, Any], after: dict[str, Any]) -> str:
         return ""
     pairs = []
     for first, second in zip_longest(old, new):
-        if first and second and first["prompt"] != second["prompt"]:
+        if first and second and any(first.get(key) != second.get(key) for key in ("prompt", "images")):
             pairs += [_pair(first, None), _pair(None, second)]
         else:
             pairs.append(_pair(first, second))
@@ -174,7 +174,8 @@ def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
     answer = sample.get("answer")
     expected = "" if answer is None else f'<span class="tag">&ensp;expected: {escape(str(answer))}</span>'
     prompt = escape(str(sample["prompt"]))
-    ask = f'<div class="ask"><span class="text" dir="auto">{prompt}</span>{expected}</div>'
+    pictures = "".join(f'<img alt="" src="{escape(str(uri))}">' for uri in sample.get("images", []))
+    ask = f'<div class="ask">{pictures}<span class="text" dir="auto">{prompt}</span>{expected}</div>'
     return f'<div class="pair">{ask}{_side("before", before)}{_side("after", after)}</div>'
 
 

@@ -93,6 +93,7 @@ circle:hover { stroke: var(--fg); stroke-width: 2; }
   padding: 12px 14px; margin-bottom: 12px; display: grid; grid-template-columns: 1fr 1fr; gap: 10px 18px;
 }
 .pair > .ask { grid-column: 1 / -1; font-weight: 600; }
+.ask img { height: 84px; margin-right: 12px; vertical-align: middle; }
 .text { white-space: pre-wrap; }
 .tag { font-size: .82rem; color: var(--soft); }
 .tag.right { color: var(--right); }

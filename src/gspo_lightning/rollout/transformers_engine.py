@@ -87,14 +87,16 @@ class _Decoder:
         layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)
         row = torch.cat([prompt.input_ids for prompt in self.prompts]).to(self.policy.device)
         prefill = PrefillCache()
-        hidden = self.policy.hidden_states(row[None], layout.positions[None], layout, past_key_values=prefill)
+        hidden = self.policy.hidden_states(
+            row[None], layout.positions[None], layout, self.prompts, past_key_values=prefill
+        )
         ends = torch.tensor(lengths, device=row.device).cumsum(0) - 1
         count = self.sampling.num_generations
         cache = DecodeCache(prefill, lengths, count, self.sampling.max_completion_length)
         return (
             hidden[0, ends].repeat_interleave(count, dim=0),
             cache,
-            layout.positions[ends].repeat_interleave(count),
+            self.policy.last_positions(self.prompts).repeat_interleave(count),
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Pictures in columns of a dataset: read without decoding, and put into the conversation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gspo_lightning.data.tasks import Row
+from gspo_lightning.errors import UserError
+from gspo_lightning.types import Messages
+
+
+def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Messages:
+    """The conversation with the pictures of the row's columns in its image parts, each decoded when it is used.
+
+    Raises:
+        UserError: the prompt is plain text, or its image parts and the pictures differ in number.
+    """
+    if isinstance(prompt, str):
+        raise UserError(f"{where}: a plain prompt has no place for images; set data.task.conversational=true")
+    pictures = [picture for value in values for picture in (value if isinstance(value, list | tuple) else [value])]
+    contents = [message["content"] for message in prompt]
+    if all(isinstance(content, str) for content in contents):
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": contents[-1]}]}]
+    places = sum(part.get("type") == "image" for c in contents if not isinstance(c, str) for part in c)
+    if places != len(pictures):
+        raise UserError(f"{where}: {places} image placeholders for {len(pictures)} images; give one image for each")
+    following = iter(pictures)
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [
+                {"type": "image", "image": next(following)} if part.get("type") == "image" else _without_nulls(part)
+                for part in message["content"]
+            ],
+        }
+        for message in prompt
+    ]
+
+
+def encoded_images(rows: Any, columns: Sequence[str]) -> Any:
+    """The dataset with its image columns left as bytes: comparing rows must not decode every picture."""
+    if not hasattr(rows, "cast_column"):
+        return rows
+    import datasets
+
+    for column in columns:
+        feature = rows.features.get(column)
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+def kept_rows(rows: Any, patterns: Mapping[str, str], source: str) -> Any:
+    """The rows whose columns match; the others are left out.
+
+    Raises:
+        UserError: a pattern is malformed, a column missing, or nothing is left.
+    """
+    if not patterns:
+        return rows
+    index = range(len(rows))
+    for column, pattern in patterns.items():
+        values = _column(rows, column, source)
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"data.task.keep_rows.{column}={pattern!r}: not a pattern ({error})") from error
+        index = [i for i in index if values[i] is not None and compiled.fullmatch(str(values[i]))]  # type: ignore[assignment]
+    if not index:
+        raise UserError(f"{source}: data.task.keep_rows leaves no row")
+    return rows.select(index) if hasattr(rows, "select") else [rows[i] for i in index]
+
+
+def _column(rows: Any, column: str, source: str) -> Sequence[Any]:
+    if hasattr(rows, "column_names"):
+        if column not in rows.column_names:
+            raise UserError(f"{source}: there is no column {column!r} (data.task.keep_rows)")
+        return rows[column]
+    return [row.get(column) for row in rows]
+
+
+def _without_nulls(part: Row) -> Row:
+    """Arrow gives every part the keys of all of them."""
+    return {key: value for key, value in part.items() if value is not None}

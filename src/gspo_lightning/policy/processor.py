@@ -1,0 +1,75 @@
+"""The image processor of a model, with or without torchvision.
+
+transformers builds no processor with a video half on a machine without torchvision. There `ImageTextProcessor` stands
+in: the same text half, the PIL image processor (pixels within 0.015 of torchvision's), no videos. What it saves names
+the model's own processor class, so a machine with torchvision loads that.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
+
+from gspo_lightning.errors import UserError
+
+_SPECIAL = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+
+
+class ImageTextProcessor(Qwen2_5_VLProcessor):
+    """The processor of the Qwen-VL families without its video half."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        for name, token in _SPECIAL.items():
+            setattr(self, name, token)
+            setattr(self, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        self.video_processor = None
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that are saved and loaded."""
+        return ["image_processor", "tokenizer"]
+
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> list[str]:
+        """Saves the parts; the folder names the class that transformers has for the model."""
+        saved = super().save_pretrained(folder, **kwargs)
+        name = "Qwen3VLProcessor" if self.image_processor.patch_size == 16 else "Qwen2_5_VLProcessor"
+        for file in (Path(folder) / "processor_config.json", Path(folder) / "tokenizer_config.json"):
+            if file.is_file():
+                content = json.loads(file.read_text())
+                if "processor_class" in content:
+                    file.write_text(json.dumps(content | {"processor_class": name}, indent=2) + "\n")
+        return list(saved or [])
+
+
+@lru_cache(maxsize=4)
+def load_processor(path: str) -> Any:
+    """The processor in a model folder (or on the hub).
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        if is_torchvision_available():
+            return AutoProcessor.from_pretrained(path)
+        images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    except OSError as error:
+        raise UserError(
+            f"model {path!r} reads images but has no image processor (preprocessor_config.json or "
+            f"processor_config.json): copy it from where the model came from"
+        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)

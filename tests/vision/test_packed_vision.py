@@ -1,0 +1,153 @@
+"""A packed row with pictures gives the log-probabilities and gradients of ordinary padded rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.packing import pack
+from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.types import SamplingParams
+from tests.support import flat_gradient, relative_distance
+from tests.vision.models import FAMILIES, IMAGE, padded_vision_logprobs, picture_prompt, vision_policy
+
+CPU = torch.device("cpu")
+
+
+def prompts():
+    return [
+        picture_prompt("one picture", 4, (4, 6), 3, seed=1),
+        picture_prompt("text only", 7, seed=2),
+        picture_prompt("two pictures of different sizes", 2, (2, 4), 1, (6, 4), 5, seed=3),
+    ]
+
+
+def video_prompts(family):
+    frames = 1 if family == "qwen3_vl" else 2  # Qwen3-VL writes a time stamp before every frame
+    return [picture_prompt("video, then picture", 2, (frames, 4, 4), 3, (4, 2), 2, seed=4), *prompts()[:2]]
+
+
+def groups_of(prompts, lengths=((5, 1, 8), (3, 6), (2, 7, 4))):
+    generator = torch.Generator().manual_seed(9)
+    return [
+        (prompt, [torch.randint(3, 90, (n,), generator=generator) for n in own])
+        for prompt, own in zip(prompts, lengths, strict=True)
+    ]
+
+
+def packed_row(groups):
+    return pack([(p.input_ids, c) for p, c in groups], CPU, [p for p, _ in groups])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "make", [lambda family: prompts(), video_prompts], ids=["pictures and text", "video, pictures and text"]
+)
+def test_packed_equals_padded_in_log_probabilities_and_in_language_and_vision_gradients(family, make):
+    policy = vision_policy(family)
+    groups = groups_of(make(family))
+    logprobs, _ = policy(packed_row(groups))
+    weights = torch.randn(len(logprobs), dtype=torch.float64)
+    (logprobs @ weights).backward()
+    body = policy.base_model.model
+    ours = [flat_gradient(part) for part in (body.visual, body.language_model)]
+    policy.zero_grad()
+    expected = padded_vision_logprobs(policy, groups)
+    (expected @ weights).backward()
+    assert relative_distance(logprobs, expected) < 1e-6
+    for mine, part in zip(ours, (body.visual, body.language_model), strict=True):
+        assert relative_distance(mine, flat_gradient(part)) < 1e-6
+        assert mine.norm() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_packed_completions_are_those_of_the_unpacked_sequence(family):
+    policy = vision_policy(family)
+    groups = groups_of(video_prompts(family))
+    row = packed_row(groups)
+    axes = policy.vision.positions(row.layout, row.prompts)[1:, 0]
+    start = 0
+    for prompt, completions in groups:
+        for number, completion in enumerate(completions):
+            before = sum(len(c) - 1 for c in completions[:number])
+            at = start + len(prompt.input_ids) + before
+            ours = torch.cat(
+                [axes[:, start : start + len(prompt.input_ids)], axes[:, at : at + len(completion) - 1]], 1
+            )
+            sequence = torch.cat([prompt.input_ids, completion[:-1]])[None]
+            types = torch.zeros_like(sequence)
+            if prompt.mm_inputs:
+                types[0, : len(prompt.input_ids)] = prompt.mm_inputs["mm_token_type_ids"]
+            grids = {k: v for k, v in prompt.mm_inputs.items() if k.endswith("grid_thw")}
+            alone, _ = policy.base_model.model.get_rope_index(sequence, mm_token_type_ids=types, **grids)
+            assert ours.tolist() == alone[:, 0].tolist()
+        start += len(prompt.input_ids) + sum(len(c) - 1 for c in completions)
+
+
+def count_tower(policy):
+    calls = []
+    policy.base_model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_a_frozen_tower_sees_each_prompt_once_for_generation_and_all_passes():
+    policy = vision_policy("qwen2_5_vl", train_vision=False)
+    calls = count_tower(policy)
+    batch = prompts()
+    rollout = TransformersEngine().generate(policy, batch, SamplingParams(2, 5), seed=0)
+    groups = [(p, [c.token_ids for c in own]) for p, own in zip(batch, rollout.completions, strict=True)]
+    with torch.no_grad():
+        policy(packed_row(groups))  # old
+    for group in groups:  # training, in other micro-batches
+        policy(packed_row([group]))[0].sum().backward()
+    assert len(calls) == policy.vision.calls == 1
+    TransformersEngine().generate(policy, prompts(), SamplingParams(2, 2), seed=0)
+    assert len(calls) == 2  # other prompt objects: another rollout
+
+
+def test_features_are_forgotten_with_their_prompts():
+    policy = vision_policy("qwen2_5_vl", train_vision=False)
+    batch = prompts()
+    policy(packed_row(groups_of(batch)))
+    assert len(policy.vision._features) == 2
+    del batch
+    assert len(policy.vision._features) == 0
+
+
+def test_a_tower_that_trains_runs_once_per_pass():
+    policy = vision_policy("qwen2_5_vl")
+    calls = count_tower(policy)
+    groups = groups_of(prompts())
+    policy(packed_row(groups))
+    policy(packed_row(groups))
+    assert len(calls) == 2
+
+
+def test_a_row_without_pictures_gives_a_tower_that_trains_a_zero_gradient():
+    policy = vision_policy("qwen2_5_vl")
+    groups = groups_of([prompts()[1]], [(3, 4)])
+    policy(packed_row(groups))[0].sum().backward()
+    tower = list(policy.base_model.model.visual.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in tower)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_gives_the_log_probabilities_of_the_packed_pass(family):
+    policy = vision_policy(family)
+    batch = video_prompts(family)
+    rollout = TransformersEngine().generate(policy, batch, SamplingParams(3, 9), seed=5)
+    groups = [(p, [c.token_ids for c in own]) for p, own in zip(batch, rollout.completions, strict=True)]
+    logprobs, _ = policy(packed_row(groups))
+    sampled = torch.cat([c.sampler_logprobs for own in rollout.completions for c in own])
+    assert relative_distance(sampled.double(), logprobs.detach()) < 1e-6
+
+
+def test_a_placeholder_that_the_policy_samples_is_an_ordinary_token():
+    policy = vision_policy("qwen2_5_vl")
+    prompt = prompts()[0]
+    with_placeholder = [torch.tensor([5, IMAGE, 7, 8])]
+    logprobs, _ = policy(packed_row([(prompt, with_placeholder)]))
+    policy.base_model.model.get_input_embeddings().weight.data[IMAGE] += 1.0
+    changed, _ = policy(packed_row([(prompt, with_placeholder)]))
+    same = (logprobs - changed).abs() < 1e-12
+    assert same.tolist() == [True, True, False, False]

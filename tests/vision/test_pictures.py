@@ -1,0 +1,161 @@
+"""Pictures as users have them: read, converted, limited in size, or refused with the row's name."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from gspo_lightning.data.image_columns import kept_rows, with_images
+from gspo_lightning.data.images import load_image
+from gspo_lightning.data.rows import RowsTask
+from gspo_lightning.data.vision import VisionSettings, encode_conversation
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
+
+RED = (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory, smollm2_dir):
+    return build_processor(smollm2_dir, tmp_path_factory.mktemp("processor"))
+
+
+def as_bytes(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_paths_bytes_pil_and_dataset_columns_give_the_same_picture(tmp_path):
+    image = Image.new("RGB", (5, 3), RED)
+    path = tmp_path / "red.png"
+    path.write_bytes(as_bytes(image))
+    forms = [image, str(path), path, as_bytes(image), {"bytes": as_bytes(image), "path": None}, {"path": str(path)}]
+    assert {load_image(form, "row x").tobytes() for form in forms} == {image.tobytes()}
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("L", (4, 4), 128), (128, 128, 128)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), RED),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 255)), RED),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+    ],
+    ids=["grey", "CMYK", "opaque", "transparent on white", "transparent grey", "black and white"],
+)
+def test_other_colour_models_become_rgb(image, colour):
+    assert load_image(image, "row x").getpixel((1, 1)) == colour
+    assert load_image(image, "row x").mode == "RGB"
+
+
+def test_the_rotation_a_camera_noted_is_applied():
+    image = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert load_image(as_bytes(image, "JPEG", exif=exif), "row x").size == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("/no/such.png", "row x: there is no image /no/such.png"),
+        (b"not a picture", "row x: cannot read the image from its bytes"),
+        (b"", "row x: cannot read the image from its bytes"),
+        (as_bytes(Image.effect_noise((64, 64), 80))[:900], "row x: the image is broken"),
+        (Image.new("RGB", (0, 4)), "row x: the image is 0 x 4 pixels"),
+        ({"bytes": None, "path": None}, "row x: the image is missing"),
+        ("https://example.com/a.png", "row x: the image is an address on the web"),
+        (7, "row x: an image is a path, bytes or a PIL image, not int"),
+        (Image.new("1", (40_000, 20_000)), "row x: the image is 40000 x 20000 pixels, too large"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_the_row(value, message):
+    with pytest.raises(UserError) as error:
+        load_image(value, "row x")
+    assert str(error.value).startswith(message)
+
+
+def conversation(*parts):
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+    return [{"role": "user", "content": content}]
+
+
+def encode(processor, *parts, settings=None):
+    return encode_conversation(conversation(*parts), processor, settings or VisionSettings(), {}, "row x")
+
+
+def test_each_picture_gets_its_placeholders_in_order(processor):
+    ids, mm = encode(processor, "a", Image.new("RGB", (84, 84)), "b", Image.new("RGB", (300, 100)), "c")
+    merged = (mm["image_grid_thw"].prod(dim=1) // 4).tolist()
+    image = SPECIAL_IDS["<|image_pad|>"]
+    assert (mm["mm_token_type_ids"] == 1).tolist() == (ids == image).tolist()
+    runs = "".join("i" if token == image else "-" for token in ids.tolist()).strip("-").split("-")
+    assert [len(run) for run in runs if run] == merged
+    assert len(mm["pixel_values"]) == 4 * sum(merged)
+
+
+@pytest.mark.parametrize("most", [10_000, 40_000])
+def test_a_picture_20000_pixels_wide_is_made_smaller(processor, most):
+    _, mm = encode(processor, Image.new("RGB", (20_000, 2_000)), "?", settings=VisionSettings(784, most))
+    assert mm["image_grid_thw"].prod().item() * 14 * 14 <= most
+
+
+def test_a_shape_no_grid_has_is_refused_with_the_row(processor):
+    with pytest.raises(UserError, match="row x: the image processor refuses an image"):
+        encode(processor, Image.new("RGB", (20_000, 2)), "?")
+
+
+def test_a_placeholder_written_in_the_text_is_refused(processor):
+    with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):
+        encode(processor, Image.new("RGB", (84, 84)), "and <|image_pad|>")
+
+
+def test_a_video_without_its_library_is_one_line(processor):
+    messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}]}]
+    with pytest.raises(UserError, match="row x: the prompt has a video, which needs torchvision"):
+        encode_conversation(messages, processor, VisionSettings(), {}, "row x")
+
+
+def test_two_placeholders_and_one_picture_are_refused_with_the_row():
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
+    with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):
+        with_images(messages, ["a.png"], "row x")
+
+
+def test_columns_fill_the_image_parts_in_order():
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}, {"type": "image"}]}]
+    parts = with_images(messages, ["a.png", ["b.png"]], "row x")[0]["content"]
+    assert [part.get("image") for part in parts] == ["a.png", None, "b.png"]
+
+
+def test_equal_questions_about_different_pictures_are_different_prompts():
+    rows = [{"prompt": "what?", "picture": as_bytes(Image.new("RGB", (4, 4), (n, 0, 0)))} for n in range(6)]
+    task = RowsTask(rows, num_validation=2, image_columns=["picture"])
+    assert task.num_train_rows == 4
+    content = task.train_row(0)["prompt"][0]["content"]
+    assert [part["type"] for part in content] == ["image", "text"]
+
+
+def test_rows_that_do_not_match_are_left_out():
+    rows = [{"answer": a} for a in ("1.5", "two", "3", None)]
+    assert [row["answer"] for row in kept_rows(rows, {"answer": r"[\d.]+"}, "x")] == ["1.5", "3"]
+    with pytest.raises(UserError, match="leaves no row"):
+        kept_rows(rows, {"answer": "none"}, "x")
+
+
+def test_the_language_half_computes_what_smollm2_computes_on_text(smollm2_dir):
+    from transformers import AutoModelForCausalLM
+
+    from gspo_lightning.policy.tiny_vlm import build_language_half
+
+    ids = torch.randint(17, 49_000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)(input_ids=ids).logits
+        ours = build_language_half(smollm2_dir)(input_ids=ids).logits
+    assert torch.equal(ours, expected)

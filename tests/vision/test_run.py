@@ -1,0 +1,106 @@
+"""`python train.py` on pictures: the whole way from rows with image columns to a report that shows them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, smollm2_dir):
+    """A random Qwen2.5-VL of two small layers with SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("vlm")
+    ids = {f"{token.strip('<|>').replace('_pad', '')}_token_id": number for token, number in SPECIAL_IDS.items()}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+                       "fullatt_block_indexes": [1], "window_size": 112},
+        tie_word_embeddings=True, **ids,
+    )  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    build_processor(smollm2_dir, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows with one picture, two pictures and none (a file of its own has one picture missing)."""
+    lines = []
+    for number in range(8):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (30 + 10 * number, 40), (30 * number, 0, 0)).save(path)
+        pictures = [str(path)] if number % 3 else [str(path), str(path)]
+        content = [{"type": "image", "image": picture} for picture in pictures] if number != 4 else []
+        content.append({"type": "text", "text": f"colour {number}?"})
+        lines.append({"prompt": [{"role": "user", "content": content}], "letter": "e"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def arguments(model_dir, rows, folder):
+    return [
+        "model=tiny_vlm", f"model.path={model_dir}", "data=rows", f"data.task.source={rows}", "data.task.num_validation=3",
+        "reward=letters", "data.prompts_per_rollout=4", "rollout.num_generations=4", "rollout.max_completion_length=6",
+        "max_rollouts=2", "update.num_minibatches=2", "logger=none", "trainer.precision=32-true",
+        f"hydra.run.dir={folder}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_run_on_rows_with_one_two_and_no_pictures_reports_and_exports(model_dir, rows, tmp_path, train_vision):
+    out = tmp_path / "out"
+    done = run(*arguments(model_dir, rows, out), f"model.train_vision={train_vision}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (out / "report.html").read_text()
+    shown = [
+        len(sample.get("images", [])) for sample in json.loads((out / "validation_before.json").read_text())["samples"]
+    ]
+    assert report.count('src="data:image/png;base64,') == sum(shown) > 0
+    exported = AutoModelForImageTextToText.from_pretrained(out / "model").state_dict()
+    start = AutoModelForImageTextToText.from_pretrained(model_dir).state_dict()
+    changed = {name for name, value in exported.items() if not torch.equal(value, start[name])}
+    assert any("language_model" in name for name in changed)
+    assert any("visual" in name for name in changed) == train_vision
+    assert (out / "model" / "processor_config.json").exists()
+
+
+def test_a_missing_picture_stops_the_run_before_the_model_and_names_the_row(model_dir, rows, tmp_path):
+    (tmp_path / "5.png").unlink()
+    done = run(*arguments(model_dir, rows, tmp_path / "out"))
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: row rows:") and "there is no image" in line and "5.png" in line
+
+
+@pytest.mark.parametrize("experiment", ["gspo_qwen_vl", "gspo_qwen_vl_3b", "gspo_qwen3_vl"])
+def test_the_recipes_stop_without_a_gpu_in_one_line_that_names_the_offline_variant(experiment, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run(f"experiment={experiment}", f"hydra.run.dir={tmp_path / 'out'}")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "GPU" in line and "experiment=gspo_qwen_vl_tiny" in line
