@@ -70,8 +70,8 @@ def clip_takes_most(facts: Facts) -> str | None:
     if low is None or high is None or min(a + b for a, b in zip(low, high, strict=True)) <= 0.5:
         return None
     return (
-        f"more than half was clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen objective.epsilon, "
-        "or take fewer optimizer steps per rollout (update.num_minibatches)"
+        f"more than half was clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen "
+        "objective.epsilon, or take fewer optimizer steps per rollout (update.num_minibatches)"
     )
 
 
@@ -99,8 +99,8 @@ def reward_collapse(facts: Facts) -> str | None:
     if gained <= 2 * noise or lost <= gained / 2:
         return None
     return (
-        f"reward/mean fell from {max(averages):.3g} to {averages[-1]:.3g}; lower optimizer.lr, narrow objective.epsilon, "
-        "or go back to an earlier checkpoint"
+        f"reward/mean fell from {max(averages):.3g} to {averages[-1]:.3g}; lower optimizer.lr, narrow "
+        "objective.epsilon, or go back to an earlier checkpoint"
     )
 
 
@@ -121,8 +121,8 @@ def length_explosion(facts: Facts) -> str | None:
     if cut is None or min(cut) <= 0.5 or facts.rows[0].get("completion/truncated_frac", 0.0) > 0.5:
         return None
     return (
-        f"completion/truncated_frac={cut[-1]:.2f}: completions grew into the limit; raise rollout.max_completion_length "
-        "or add a length reward (reward=soft_overlong)"
+        f"completion/truncated_frac={cut[-1]:.2f}: completions grew into the limit; raise "
+        "rollout.max_completion_length or add a length reward (reward=soft_overlong)"
     )
 
 
@@ -132,8 +132,8 @@ def mismatch(facts: Facts) -> str | None:
     if value is None or value <= 0.1:
         return None
     return (
-        f"sampler_mismatch/abs_mean={value:.3g} nats per token: sampler and trainer disagree about the same weights; use "
-        "the same precision in both, or a correction (mismatch=token_truncate)"
+        f"sampler_mismatch/abs_mean={value:.3g} nats per token: sampler and trainer disagree about the same weights; "
+        "use the same precision in both, or a correction (mismatch=token_truncate)"
     )
 
 
