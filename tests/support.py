@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from gspo_lightning.policy.attention import ATTENTION_NAME, register
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Completion, Prompt
+
+
+def has_module(name: str) -> bool:
+    """Whether a module can be imported; `find_spec` raises where the package around it is missing."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
 
 Group = tuple[Tensor, list[Tensor]]
 

@@ -33,6 +33,7 @@ from gspo_lightning.module import GSPOModule, NonFiniteGradientError
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.config_tree import config_tree
+from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError
 from gspo_lightning.timing import peak_rss_gb
 
@@ -112,8 +113,9 @@ def _train(cfg: DictConfig) -> float | None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain)
-    ckpt_path = checkpoint_file(plain["ckpt_path"])
-    run_dir = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    ckpt_path = find_checkpoint(plain["ckpt_path"], folder)
+    run_dir = _make_run_dir(folder)
     datamodule = config.build_data(plain)
     plain["max_rollouts"] = config.rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
@@ -205,16 +207,6 @@ class TrainingRun:
             "threads": torch.get_num_threads(),
             "export_dir": None if export_dir is None else str(export_dir),
         }
-
-
-def checkpoint_file(path: str | None) -> Path | None:
-    """The checkpoint a user named, which must exist."""
-    if path is None:
-        return None
-    file = Path(path)
-    if not file.exists():
-        raise UserError(f"ckpt_path={path}: there is no such checkpoint")
-    return file
 
 
 def _make_run_dir(folder: Path) -> Path:

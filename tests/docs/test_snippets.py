@@ -6,7 +6,6 @@ import itertools
 import re
 import shlex
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from omegaconf import OmegaConf, open_dict
 
 from gspo_lightning import config
 from gspo_lightning.data.preview import build_datamodule
+from tests.support import has_module
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,7 +84,7 @@ def jobs(words):
 
 def check_training(words):
     for plugin in (plugin for word in words for mark, plugin in PLUGINS.items() if mark in word):
-        if not find_spec(plugin):
+        if not has_module(plugin):
             pytest.skip(f"needs {plugin}")
     for overrides in jobs(words):
         plain = resolved(overrides)
@@ -117,7 +117,7 @@ def test_a_command_is_one_that_works(words):
         case ["python", "-m", "gspo_lightning.data.preview", *rest]:
             build_datamodule([word for word in rest if "=" in word])
         case ["python", "-m", module, *_]:
-            assert find_spec(module), f"there is no module {module}"
+            assert has_module(module), f"there is no module {module}"
         case ["bash" | "python", script, *_] if script.startswith(("scripts/", "examples/")):
             check_script(words[1:])
         case ["python", "program.py", *_]:

@@ -72,10 +72,13 @@ def test_a_stopped_and_resumed_run_is_bit_identical_to_one_never_stopped(after, 
     assert_same_run(tmp_path / "new", whole)
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_folder(whole, tmp_path):
+def test_a_killed_run_with_a_damaged_checkpoint_resumes_from_the_one_before(whole, tmp_path):
     code, output = run_and_stop(tmp_path, 5, signal.SIGKILL)
     assert code == -signal.SIGKILL, output
-    run(*SHORT, f"hydra.run.dir={tmp_path}", f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])  # as a broken disk leaves it
+    done = run(*SHORT, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
+    assert f"{last} is damaged" in done.stdout and f"going on from {tmp_path}/checkpoints/previous.ckpt" in done.stdout
     assert_same_run(tmp_path, whole)
 
 

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from gspo_lightning.report.compare import main as compare
 from gspo_lightning.report.runs import find_runs
+from tests.support import has_module
 
 ROOT = Path(__file__).parents[2]
 MICRO = ["experiment=micro", "export.enabled=false"]
@@ -56,7 +56,7 @@ def test_a_signal_ends_the_sweep_behind_the_job_in_hand(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("hydra_plugins.hydra_optuna_sweeper"), reason="needs the extra `sweep`")
+@pytest.mark.skipif(not has_module("hydra_plugins.hydra_optuna_sweeper"), reason="needs the extra `sweep`")
 def test_the_search_keeps_its_trials_and_adds_to_them(tmp_path):
     import optuna
 

@@ -1,0 +1,80 @@
+"""Which checkpoint a run goes on from: whole, free of code, and one of ours."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from gspo_lightning.errors import UserError
+
+AUTO = "auto"
+
+
+def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from, None to start afresh.
+
+    Args:
+        ckpt_path: None, a file, or ``auto``: the newest good one of ``run_dir``, or a fresh start if it has none.
+        run_dir: the run's folder.
+
+    A file that is damaged gives way to ``previous.ckpt`` beside it, with a line that says so.
+
+    Raises:
+        UserError: there is no such file, no good one, or it holds code or something that is not a run of ours.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == AUTO:
+        newest = run_dir / "checkpoints" / "last.ckpt"
+        if not any(file.exists() for file in _candidates(newest)):
+            print(f"ckpt_path=auto: no checkpoint in {newest.parent}; starting afresh", flush=True)
+            return None
+    else:
+        newest = Path(ckpt_path)
+        if not newest.exists():
+            raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint")
+    good = _first_good(newest)
+    _refuse_foreign(good)
+    if ckpt_path == AUTO:
+        print(f"ckpt_path=auto: going on from {good}", flush=True)
+    return good
+
+
+def _candidates(newest: Path) -> list[Path]:
+    return [newest] if newest.name != "last.ckpt" else [newest, newest.with_name("previous.ckpt")]
+
+
+def _first_good(newest: Path) -> Path:
+    for file in _candidates(newest):
+        if not file.exists():
+            continue
+        if is_whole(file):
+            return file
+        print(f"warning: {file} is damaged (cut short, or bits have changed)", flush=True)
+    raise UserError(f"ckpt_path={newest}: damaged, and there is no good checkpoint beside it; start afresh")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every record of a checkpoint has the checksum that was written with it.
+
+    ``torch.save`` writes a zip archive with a CRC-32 of each record; ``torch.load`` does not compare them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError):
+        return False
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Loads nothing but the structure: tensors stay on the disk."""
+    try:
+        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"ckpt_path={path}: holds pickled Python objects, which could run code; refused") from error
+    if not isinstance(checkpoint, dict) or "gspo_lightning" not in checkpoint:
+        raise UserError(f"ckpt_path={path}: is not a checkpoint of gspo_lightning; name the last.ckpt of a run")

@@ -1,0 +1,85 @@
+"""A run goes on from a good checkpoint of ours or says why not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.resume import find_checkpoint, is_whole
+
+
+class Payload:
+    """What a pickle may hold: a call."""
+
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for number, name in enumerate(("previous.ckpt", "last.ckpt")):
+        torch.save({"gspo_lightning": {"rollouts_done": number}, "w": torch.arange(50_000.0)}, folder / name)
+    return tmp_path
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_auto_takes_the_newest_and_a_folder_without_any_starts_afresh(run_dir, tmp_path, capsys):
+    assert find_checkpoint("auto", run_dir) == run_dir / "checkpoints" / "last.ckpt"
+    assert find_checkpoint("auto", tmp_path / "new") is None
+    assert "starting afresh" in capsys.readouterr().out
+    assert find_checkpoint(None, run_dir) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_checkpoint_cut_short_gives_way_to_the_one_before(share, explicit, run_dir, capsys):
+    last = run_dir / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[: int(share * last.stat().st_size)])
+    found = find_checkpoint(str(last) if explicit else "auto", run_dir)
+    assert found == run_dir / "checkpoints" / "previous.ckpt"
+    assert f"{last} is damaged" in capsys.readouterr().out
+
+
+def test_any_flipped_bit_of_the_weights_is_found(run_dir):
+    last = run_dir / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    start = content.index(torch.arange(50_000.0).numpy().tobytes())
+    for offset in (0, 777, 100_001, 199_999):
+        flip(last, start + offset)
+        assert not is_whole(last)
+        last.write_bytes(content)
+    assert is_whole(last)
+
+
+def test_without_a_good_one_the_line_says_so(run_dir):
+    for file in (run_dir / "checkpoints").iterdir():
+        file.write_bytes(b"PK")
+    with pytest.raises(UserError, match="last.ckpt: damaged, and there is no good checkpoint beside it"):
+        find_checkpoint("auto", run_dir)
+
+
+def test_a_pickle_payload_is_refused_and_never_run(tmp_path, monkeypatch):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"gspo_lightning": {}, "x": Payload()}, path)
+    monkeypatch.setattr(os, "getcwd", lambda: pytest.fail("the payload ran"))
+    with pytest.raises(UserError, match="holds pickled Python objects"):
+        find_checkpoint(str(path), tmp_path)
+
+
+def test_a_file_of_something_else_and_a_missing_file_are_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"w": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="weights.pt: is not a checkpoint of gspo_lightning"):
+        find_checkpoint(str(path), tmp_path)
+    with pytest.raises(UserError, match="nothing.ckpt: there is no such checkpoint"):
+        find_checkpoint(str(tmp_path / "nothing.ckpt"), tmp_path)
