@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Before every commit: ruff, mypy, and the tests that take no model and no process of their own. Under a minute.
+# Before every commit: ruff, mypy, and the tests that take no model and no process of their own: about half a minute of CPU time.
 #
 #   bash scripts/check.sh [pytest arguments]
 set -euo pipefail

@@ -176,7 +176,9 @@ class TrainingRun:
             if self.stop.received is not None and HydraConfig.get().mode != RunMode.RUN:
                 raise SweepStopped(f"{done} in {self.run_dir}; the jobs behind it were not run")
             return None
-        # Lightning has validated when it stopped: `last_validation` is that of the trained policy.
+        # Lightning validates when it stops, but not where a run was resumed behind its last rollout.
+        if not self.module.last_validation:
+            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         self._finish(wall_s)
         return self.module.last_validation.get("val/sampled_accuracy")
 

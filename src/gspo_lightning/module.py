@@ -155,8 +155,11 @@ class GSPOModule(L.LightningModule):
     # ---------------------------------------------------------------- collect
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
-        """Samples completions for the prompts and scores them."""
+        """Samples completions for the prompts and scores them; ends a run that was resumed behind its last rollout."""
         assert self.policy is not None
+        if self.rollouts_done >= self.max_rollouts:
+            self.trainer.should_stop = True
+            return -1
         self.stopwatch.reset()
         self.batch_in_hand = batch
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)

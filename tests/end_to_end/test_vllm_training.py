@@ -51,8 +51,9 @@ def test_a_resumed_run_is_bit_identical(model, tmp_path):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_it_learns_as_much_as_with_the_transformers_engine(model, tmp_path):
-    # A run of this task may settle on a wrong letter for some prompts, with any engine: seed 0 with vLLM ends at 0.75.
+def test_it_learns_the_task_as_with_the_transformers_engine_at_one_seed(model, tmp_path):
+    # A chosen seed, so this shows that learning works, not that engines are equal: at seed 0 the run with vLLM ended at
+    # 0.75 and that with the transformers engine at 1.0, for a reason not found yet.
     late = {}
     for engine in ("transformers", "vllm"):
         extra = ["rollout.engine.kv_cache_gb=0.1"] if engine == "vllm" else []
