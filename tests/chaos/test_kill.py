@@ -40,7 +40,7 @@ def start(folder: Path) -> int:
             del cfg["hydra"]
         cli._train(cfg)
         os._exit(0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, a forked child must not return into pytest
         traceback.print_exc()
         os._exit(1)
 

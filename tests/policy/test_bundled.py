@@ -131,7 +131,9 @@ def test_a_cache_that_cannot_be_made_names_the_variable(tmp_path: Path, monkeypa
 
 
 def test_an_unknown_bundled_name_lists_the_known_ones(cache: Path) -> None:
-    with pytest.raises(UserError, match="'smollm3'.*bundled:smollm2-135m-instruct or bundled:micro"):
+    with pytest.raises(
+        UserError, match="'smollm3'.*bundled:smollm2-135m-instruct or bundled:tiny-vlm or bundled:micro"
+    ):
         resolve_model("bundled:smollm3")
     assert not cache.exists()
 
