@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from gspo_lightning import config
 from gspo_lightning.errors import UserError
+from tests.support import has_module
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(
@@ -51,6 +52,8 @@ def resolved(*overrides):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_composes_passes_the_checks_and_builds_its_objects(choice):
+    if choice.startswith("hparams_search=") and not has_module("hydra_plugins.hydra_optuna_sweeper"):
+        pytest.skip("needs the extra `sweep`")
     plain = resolved(choice, *NEEDS.get(choice, []))
     config.check(plain)
     if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
