@@ -75,6 +75,11 @@ def test_just_short_of_it_nothing_is_said(changes):
     assert found(series(**changes)) == []
 
 
+def test_a_fall_within_the_noise_of_rollouts_is_no_collapse():
+    noisy = [0.50, 0.44, 0.56, 0.47, 0.55, 0.62, 0.54, 0.66, 0.57, 0.65, 0.58, 0.66, 0.52, 0.58, 0.49]
+    assert found(series(reward__mean=noisy)) == []
+
+
 def test_once_while_it_lasts_and_again_when_it_comes_back():
     said = found(series(sampler_mismatch__abs_mean=[0.2, 0.2, 0.2, 0.0, 0.2]))
     assert [(end, name) for end, name, _ in said] == [(11, "mismatch"), (15, "mismatch")]

@@ -51,6 +51,14 @@ def test_the_tower_is_frozen_by_default_and_trains_by_choice(folder):
     assert any("visual" in name for name in trained(PolicyLoader(str(folder), train_vision=True).load()))
 
 
+def test_the_tower_may_train_alone_and_only_with_itself(folder):
+    policy = PolicyLoader(str(folder), train_vision=True, train_language=False).load()
+    assert {name.split(".")[2] for name, p in policy.named_parameters() if p.requires_grad} == {"visual"}
+    for settings in ({}, {"train_vision": True, "lora": LoraSettings()}):
+        with pytest.raises(UserError, match="model.train_language=false.*needs model.train_vision=true and lora=none"):
+            PolicyLoader(str(folder), train_language=False, **settings).load()
+
+
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_adapters_sit_on_language_layers_and_on_the_tower_by_choice(folder, train_vision):
     names = trained(PolicyLoader(str(folder), lora=LoraSettings(r=2), train_vision=train_vision).load())

@@ -95,8 +95,10 @@ def reward_collapse(facts: Facts) -> str | None:
         return None
     averages = [statistics.fmean(means[i : i + n]) for i in range(len(means) - n + 1)]
     gained, lost = max(averages) - averages[0], max(averages) - averages[-1]
-    noise = statistics.pstdev(means[:n])
-    if gained <= 2 * noise or lost <= gained / 2:
+    # Standard error of an average, from the typical step between neighbours: jumps of the level do not count.
+    step = statistics.median(abs(b - a) for a, b in zip(means, means[1:], strict=False))
+    noise = 1.4826 * step / (2 * n) ** 0.5
+    if min(gained, lost) <= 4 * noise or lost <= gained / 2:
         return None
     return (
         f"reward/mean fell from {max(averages):.3g} to {averages[-1]:.3g}; lower optimizer.lr, narrow "

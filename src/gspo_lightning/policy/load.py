@@ -56,6 +56,8 @@ class PolicyLoader:
     """The base in 4 or 8 bits by bitsandbytes, for LoRA on a GPU."""
     train_vision: bool = False
     """Train the vision tower too: its weights, or with ``lora`` adapters on it. Models without one refuse it."""
+    train_language: bool = True
+    """Train the language half; False trains the vision tower alone, and needs ``train_vision``."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Entries set on the model's config, such as ``attention_dropout: 0.0``."""
 
@@ -121,6 +123,11 @@ class PolicyLoader:
         vision = self.has_vision
         if self.train_vision and not vision:
             raise UserError(f"model.train_vision=true has no effect: {self.path} has no vision tower; remove it")
+        if not self.train_language and (self.lora is not None or not self.train_vision):
+            raise UserError(
+                "model.train_language=false trains the vision tower alone: it needs model.train_vision=true and "
+                "lora=none"
+            )
         # The tower keeps an attention of its own: it sees patches, not a packed row.
         attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
@@ -134,6 +141,9 @@ class PolicyLoader:
         )
         if vision and not self.train_vision:
             model.model.visual.requires_grad_(False)
+        if not self.train_language:
+            model.requires_grad_(False)
+            model.model.visual.requires_grad_(True)
         return model.train()
 
 
