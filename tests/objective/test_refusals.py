@@ -23,6 +23,7 @@ CASES = {
     "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
                                      {"num_minibatches": 1}, "no_effect", "has no effect on loss_type=reinforce"),
     "a wide clip at sequence level": ({"epsilon": 0.2}, {}, "warning", "will hardly ever act"),
+    "a sequence's width at token level": ({"importance_sampling_level": "token", "epsilon": 0.03}, {}, "warning", "widths for the ratio of a sequence"),
     "a negative width": ({"epsilon": -0.1}, {}, "contradiction", "must not be negative"),
     "delta below the upper clip": ({"importance_sampling_level": "token", "delta": 1.2}, {}, "contradiction", "objective.delta=1.2 is below"),
     "cispo at sequence level": ({"loss_type": "cispo"}, {}, "contradiction", "use token"),

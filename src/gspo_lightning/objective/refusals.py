@@ -11,6 +11,9 @@ from gspo_lightning.objective.objective import Objective
 WIDE_SEQUENCE_CLIP = 0.1
 """A sequence's mean log-ratio moves by hundredths in one rollout; a wider clip at sequence level hardly ever acts."""
 
+NARROW_TOKEN_CLIP = 0.05
+"""The ratio of a single token moves by tenths in one rollout; a narrower clip at token level acts on most of them."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -74,6 +77,13 @@ def _clip(objective: Objective, steps: int) -> Iterator[Finding]:
             f"objective.epsilon={low}, epsilon_high={high} will hardly ever act at importance_sampling_level="
             f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves "
             "by hundredths; the paper uses 3e-4/4e-4",
+        )
+    if objective.importance_sampling_level == "token" and objective.spec.uses_clip and 0 < low < NARROW_TOKEN_CLIP:
+        yield Finding(
+            "warning",
+            f"objective.epsilon={low}, epsilon_high={high} are widths for the ratio of a sequence; at "
+            "importance_sampling_level=token they throw most tokens away: usual there are 0.2/0.27 "
+            "(objective=grpo, or both null)",
         )
 
 
