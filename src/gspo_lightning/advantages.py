@@ -36,8 +36,12 @@ class AdvantageEstimator:
             centred = centred / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
         elif self.scale_rewards == "batch":
             centred = centred / (rewards.std() + STD_EPSILON)
-        equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-        return torch.where(equal, torch.zeros_like(centred), centred)
+        return centred.masked_fill(silent_groups(rewards)[:, None], 0.0)
+
+
+def silent_groups(rewards: Tensor) -> Tensor:
+    """Groups without signal, ``(B,)`` bool: all rewards ``(B, G)`` of the group are equal."""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
 def combine_rewards(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, silent_groups
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
@@ -46,13 +46,12 @@ def rollout_metrics(scored: ScoredRollout) -> Metrics:
     lengths = torch.tensor([[len(c.token_ids) for c in group] for group in scored.completions], dtype=torch.float64)
     cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in scored.completions])
     groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
-    flat = scored.rewards.amax(dim=1) == scored.rewards.amin(dim=1)
     metrics: Metrics = {
         "reward/mean": (scored.rewards.sum(), sequences),
         "reward/std": (scored.rewards.std(dim=1).sum(), groups),
         "completion/mean_tokens": (lengths.sum(), sequences),
         "completion/truncated_frac": (cut.double().sum(), sequences),
-        "frac_zero_std_groups": (flat.double().sum(), groups),
+        "frac_zero_std_groups": (silent_groups(scored.rewards).double().sum(), groups),
         "advantage_std": (scored.advantages.std(dim=1).sum(), groups),
     }
     for number, name in enumerate(scored.reward_names):

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, silent_groups
 from gspo_lightning.distributed import add_metrics, gather_values, rank, world_size
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, ScoredRollout
 
@@ -68,7 +68,7 @@ def draw_until_signal(
     scored = collect(batch.prompts)
     drawn = Drawn(enabled=True)
     for _ in range(max_draws):
-        silent = _silent(scored)
+        silent = silent_groups(scored.rewards).nonzero().flatten().tolist()
         counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
         if not sum(counts):
             break
@@ -82,11 +82,7 @@ def draw_until_signal(
         )
         if silent:
             scored = _replace(scored, silent, collect(more.prompts), advantages)
-    return scored, batch, replace(drawn, silent_left=len(_silent(scored)))
-
-
-def _silent(scored: ScoredRollout) -> list[int]:
-    return (scored.rewards.amax(dim=1) == scored.rewards.amin(dim=1)).nonzero().flatten().tolist()
+    return scored, batch, replace(drawn, silent_left=int(silent_groups(scored.rewards).sum()))
 
 
 def _tokens(scored: ScoredRollout, groups: list[int]) -> int:

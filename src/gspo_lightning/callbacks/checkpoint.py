@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from gspo_lightning.callbacks.files import flush_to_disk
 from gspo_lightning.rollout.engine import RolloutError
 
 
@@ -34,23 +35,15 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(temporary)
     if trainer.is_global_zero:
-        _flush(temporary)
+        flush_to_disk(temporary)
         if path.exists():
             link = previous.with_name(f".{previous.name}.tmp")
             link.unlink(missing_ok=True)
             os.link(path, link)
             os.replace(link, previous)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush_to_disk(path.parent)
     trainer.strategy.barrier("checkpoint")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RolloutCheckpoint(L.Callback):
