@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from gspo_lightning.module import NonFiniteGradientError
+from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings

@@ -29,7 +29,8 @@ from gspo_lightning import config
 from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint
 from gspo_lightning.errors import UserError
-from gspo_lightning.module import GSPOModule, NonFiniteGradientError
+from gspo_lightning.guarded_step import NonFiniteGradientError
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.config_tree import config_tree

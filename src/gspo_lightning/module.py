@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,23 +25,25 @@ from gspo_lightning.distributed import (
     add_metrics,
     gather_values,
     global_max,
-    global_means,
     global_sum,
     gradient_sync,
     world_size,
 )
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
+from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
 from gspo_lightning.passes import Fixed, Logprobs, Passes
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.reference import move_reference
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
+from gspo_lightning.rollout_log import rollout_values
 from gspo_lightning.schedule import Schedule
-from gspo_lightning.timing import Stopwatch, peak_rss_gb
+from gspo_lightning.timing import Stopwatch
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, SamplingParams, ScoredRollout
 from gspo_lightning.update import (
     Minibatch,
@@ -52,13 +54,7 @@ from gspo_lightning.update import (
 )
 from gspo_lightning.validation import ValidationSettings, Validator
 
-RATIO_QUANTILES = (0.01, 0.5, 0.99)
-
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
-
-
-class NonFiniteGradientError(RuntimeError):
-    """Too many optimizer steps in a row had a non-finite gradient; none of them reached the weights."""
 
 
 class GSPOModule(L.LightningModule):
@@ -117,7 +113,7 @@ class GSPOModule(L.LightningModule):
             "rollout_tokens": 0,
             "train_tokens": 0,
         }
-        self._nonfinite_in_a_row = 0
+        self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
         self._trained_tokens = 0
         self._drawn = Drawn()
         self.stopwatch = Stopwatch()
@@ -138,12 +134,7 @@ class GSPOModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
         assert self.policy is not None
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim >= 2]}]
-        vectors = [p for p in trained if p.ndim < 2]
-        if vectors:
-            groups.append({"params": vectors, "weight_decay": 0.0})
-        optimizer = self.optimizer_factory(groups)
+        optimizer = self.optimizer_factory(parameter_groups(self.policy.parameters()))
         steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
 
@@ -279,46 +270,25 @@ class GSPOModule(L.LightningModule):
                     loss = loss + extra
                 self.manual_backward(loss)
         if rounds:
-            self._clip_and_step(metrics)
+            self._take_step(metrics)
         else:
             self.counts["skipped_steps"] += 1
         cast(LRScheduler, self.lr_schedulers()).step()
         return seen if fixed.old is None else fixed.old
 
-    def _clip_and_step(self, metrics: Metrics) -> None:
-        """Clips and steps; a non-finite gradient is thrown away, and too many in a row end the run."""
+    def _take_step(self, metrics: Metrics) -> None:
         assert self.policy is not None
         optimizer = cast(LightningOptimizer, self.optimizers())
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
-        one = torch.ones(())
-        if torch.isfinite(norm):
-            optimizer.step()
-            self.counts["optimizer_steps"] += 1
-            self._nonfinite_in_a_row = 0
-            add_metrics(metrics, {"grad_norm": (norm, one)})
-        else:
-            self.counts["nonfinite_steps"] += 1
-            self._nonfinite_in_a_row += 1
-        optimizer.zero_grad()
-        # The weights have changed, and training_step is one autocast region: its cached casts are stale.
-        torch.clear_autocast_cache()
-        if self._nonfinite_in_a_row >= self.update_settings.max_nonfinite_steps:
-            raise NonFiniteGradientError(
-                f"{self._nonfinite_in_a_row} optimizer steps in a row had a non-finite gradient (rollout "
-                f"{self.rollouts_done + 1}); the weights are untouched by them. "
-                "Lower optimizer.lr or check the rewards."
-            )
+        norm = self.guarded_step(optimizer, self.policy.parameters(), self.rollouts_done + 1)
+        self.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
+        if norm is not None:
+            add_metrics(metrics, {"grad_norm": (norm, torch.ones(()))})
 
-    @torch.no_grad()
     def _sync_reference(self) -> None:
-        """Moves the frozen reference towards the policy (TR-DPO, arXiv 2404.09656), if it is time to."""
+        """Moves the frozen reference towards the policy, if it is time to."""
         every = self.update_settings.ref_sync_every_n_rollouts
-        if not every or (self.rollouts_done + 1) % every or not self._frozen:
-            return
-        assert self.policy is not None
-        for reference, policy in zip(self._frozen[0].parameters(), self.policy.parameters(), strict=True):
-            reference.lerp_(policy.to(reference), self.update_settings.ref_model_mixup_alpha)
+        if every and (self.rollouts_done + 1) % every == 0 and self._frozen and self.policy is not None:
+            move_reference(self._frozen[0], self.policy, self.update_settings.ref_model_mixup_alpha)
 
     # ---------------------------------------------------------------- book-keeping
 
@@ -329,17 +299,10 @@ class GSPOModule(L.LightningModule):
         for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
             self.counts[name] += int(count)
         self._trained_tokens = 0
-        values = global_means(metrics, self.device)
-        if "gspo/ratio_noise_var" in values:
-            values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
-        if len(ratios):
-            levels = torch.tensor(RATIO_QUANTILES, dtype=torch.float64)
-            for level, value in zip(RATIO_QUANTILES, ratios.double().quantile(levels).tolist(), strict=True):
-                values[f"ratio/p{level * 100:g}"] = value
-        values["lr"] = float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0])
-        values |= {f"count/{name}": float(count) for name, count in self.counts.items()}
-        values |= self.stopwatch.metrics(values, self.last_metrics)
-        values["perf/peak_rss_gb"] = peak_rss_gb()
+        values = rollout_values(
+            metrics, ratios, self.counts, lr=float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0]),
+            stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
+        )  # fmt: skip
         self.last_metrics = values
         self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
         # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
@@ -382,7 +345,7 @@ class GSPOModule(L.LightningModule):
             "version": __version__,
             "rollouts_done": self.rollouts_done,
             "counts": dict(self.counts),
-            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "nonfinite_in_a_row": self.guarded_step.nonfinite_in_a_row,
         }
         if self.update_settings.ref_sync_every_n_rollouts:
             checkpoint["gspo_lightning"]["reference"] = [policy.state_dict() for policy in self._frozen]
@@ -394,6 +357,6 @@ class GSPOModule(L.LightningModule):
             raise RuntimeError(f"the checkpoint lacks {len(missing)} trained parameters, the first is {missing[0]}")
         state = checkpoint["gspo_lightning"]
         self.rollouts_done, self.counts = state["rollouts_done"], dict(state["counts"])
-        self._nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         for policy, saved in zip(self._frozen, state.get("reference", ()), strict=False):
             policy.load_state_dict(saved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -28,7 +28,7 @@ class Stopwatch:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def metrics(self, now: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    def metrics(self, now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
         """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update.
 
         Args:

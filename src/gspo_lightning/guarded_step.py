@@ -1,0 +1,74 @@
+"""The optimizer step: parameter groups, clipping, and gradients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Too many optimizer steps in a row had a non-finite gradient; none of them reached the weights."""
+
+
+class Steppable(Protocol):
+    """What is needed of an optimizer here; Lightning wraps torch's."""
+
+    def step(self) -> Any:
+        """Updates the weights from their gradients."""
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """What is trained, in two groups: matrices, and vectors (norms, biases) without weight decay."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim >= 2]}]
+    if vectors := [p for p in trained if p.ndim < 2]:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return groups
+
+
+class GuardedStep:
+    """Clips the gradient and steps; throws a non-finite gradient away, and gives up after too many in a row.
+
+    Args:
+        max_grad_norm: L2 norm over all parameters that a gradient is scaled down to.
+        max_nonfinite_steps: so many skipped steps in a row end the run.
+    """
+
+    def __init__(self, max_grad_norm: float, max_nonfinite_steps: int) -> None:
+        self.max_grad_norm, self.max_nonfinite_steps = max_grad_norm, max_nonfinite_steps
+        self.nonfinite_in_a_row = 0
+
+    def __call__(self, optimizer: Steppable, parameters: Iterable[nn.Parameter], rollout: int) -> Tensor | None:
+        """Steps and clears the gradients.
+
+        Args:
+            optimizer: steps over at least these parameters.
+            parameters: those whose gradient counts.
+            rollout: number of the rollout in hand, for the message.
+
+        Returns:
+            The norm before clipping, or None if the gradient was thrown away.
+
+        Raises:
+            NonFiniteGradientError: this was the last of ``max_nonfinite_steps`` in a row.
+        """
+        norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.max_grad_norm)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            optimizer.step()
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+        optimizer.zero_grad()
+        # The weights have changed, and training_step is one autocast region: its cached casts are stale.
+        torch.clear_autocast_cache()
+        if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteGradientError(
+                f"{self.nonfinite_in_a_row} optimizer steps in a row had a non-finite gradient (rollout {rollout}); "
+                "the weights are untouched by them. Lower optimizer.lr or check the rewards."
+            )
+        return norm if finite else None

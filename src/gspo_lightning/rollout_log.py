@@ -1,0 +1,49 @@
+"""What one rollout leaves in the log: sums over ranks become means, counters and times join them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.distributed import global_means
+from gspo_lightning.timing import Stopwatch, peak_rss_gb
+from gspo_lightning.types import Metrics
+
+RATIO_QUANTILES = (0.01, 0.5, 0.99)
+
+
+def rollout_values(
+    metrics: Metrics,
+    ratios: Tensor,
+    counts: Mapping[str, int],
+    *,
+    lr: float,
+    stopwatch: Stopwatch,
+    before: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """The metrics of one rollout, as `docs/metrics.md` defines them.
+
+    Args:
+        metrics: sums and counts of this rank.
+        ratios: importance ratios of every loss taken, all ranks.
+        counts: counters of the run, all ranks.
+        lr: learning rate from now on.
+        stopwatch: seconds of this rollout by phase.
+        before: the values of the rollout before; empty for the first.
+        device: where ranks exchange tensors.
+    """
+    values = global_means(metrics, device)
+    if "gspo/ratio_noise_var" in values:
+        values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
+    if len(ratios):
+        levels = torch.tensor(RATIO_QUANTILES, dtype=torch.float64)
+        for level, value in zip(RATIO_QUANTILES, ratios.double().quantile(levels).tolist(), strict=True):
+            values[f"ratio/p{level * 100:g}"] = value
+    values["lr"] = lr
+    values |= {f"count/{name}": float(count) for name, count in counts.items()}
+    values |= stopwatch.metrics(values, before)
+    values["perf/peak_rss_gb"] = peak_rss_gb()
+    return values
