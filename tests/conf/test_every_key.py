@@ -7,14 +7,12 @@ must arrive at the boundary: the argument of the library's or our own constructo
 
 from __future__ import annotations
 
-import ast
 import contextlib
+import copy
 import csv
-import dataclasses
-import inspect
+import functools
 import io
 import json
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,12 @@ import pytest
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object
 from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from gspo_lightning import cli, config
 from gspo_lightning.errors import UserError
+from tests.conf.probes import PROBES, Probe
 from tests.conf.test_groups import CONF, composed, resolved
 
 ROOT = CONF.parent
@@ -186,17 +184,35 @@ ELSEWHERE = {
     "debug": "tests/end_to_end/test_command_line.py",
     "rollout.repetition_penalty": "tests/test_bad_input.py",  # refused in training, see there
 }
+SERVER = "gspo_lightning.rollout.VLLMServerEngine"
+SERVER_TESTS = "tests/rollout/test_vllm_server.py"
+# (``_target_``, argument) -> file and test that shows the effect, where it takes a fault to see it.
+SHOWN = {
+    (SERVER, "ready_timeout_s"): (SERVER_TESTS, "test_a_server_that_never_comes_up_is_named"),
+    (SERVER, "request_timeout_s"): (SERVER_TESTS, "test_a_fault_anywhere_loses_nothing_and_counts_nothing_twice"),
+    (SERVER, "give_up_after_s"): (SERVER_TESTS, "test_with_no_server_left_the_run_stops_in_bounded_time_with_one_line"),
+    (SERVER, "max_attempts"): (SERVER_TESTS, "test_a_prompt_that_no_server_can_answer_ends_the_run"),
+    (SERVER, "pause_s"): (SERVER_TESTS, "test_a_server_that_failed_rests_for_the_pause_and_then_longer"),
+    ("gspo_lightning.update.UpdateSettings", "max_nonfinite_steps"): (
+        "tests/test_update.py", "test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while"
+    ),
+    ("gspo_lightning.rewards.RewardSpec", "weight"): ("tests/rewards/test_reward_set.py", "test_combination_by_weight"),
+    ("gspo_lightning.rewards.RewardSpec", "timeout_s"): ("tests/rewards/test_workers.py", "timeout_s"),
+    ("hydra.utils.get_method", "path"): ("tests/conf/test_every_key.py", "path:tests.conf.test_every_key.lengthy"),
+}  # fmt: skip
 
 
 def test_no_key_is_without_a_declared_effect():
-    """Every leaf of every group is executed above, shown elsewhere, or an argument that its constructor reads."""
-    undeclared = [key for key in leaves() if not declared(*key)]
+    """Every leaf of every group is executed here, probed, or shown by a test that is named."""
+    undeclared = [leaf for leaf in leaves() if not declared(*leaf[1:])]
     assert not undeclared, f"declare what these change: {undeclared}"
 
 
 def test_every_key_that_is_said_to_be_tested_elsewhere_is_named_there():
     for key, file in ELSEWHERE.items():
         assert key.rsplit(".", 1)[-1] in (ROOT / file).read_text(), f"{file} does not mention {key}"
+    for key, (file, name) in SHOWN.items():
+        assert name in (ROOT / file).read_text(), f"{file} has no {name}, which shows {key}"
 
 
 def test_a_setting_without_effect_is_refused_and_a_warning_when_allowed():
@@ -237,26 +253,48 @@ def walk(node: dict[str, Any], target: str | None) -> Iterator[tuple[str, str | 
             yield name, target
 
 
-def declared(file: str, key: str, target: str | None, name: str) -> bool:
-    if key in EXECUTED or key in ELSEWHERE or key.replace("lora.lora.", "lora.") in EXECUTED:
-        return True
-    if key.startswith("reward.functions."):
-        return name in ("path", "weight", "timeout_s") or reads(target, name)
-    return target is not None and reads(target, name)
+def declared(key: str, target: str | None, name: str) -> bool:
+    executed = key in EXECUTED or key in ELSEWHERE or key.replace("lora.lora.", "lora.") in EXECUTED
+    return executed or (target, name) in probed() or (target, name) in SHOWN
 
 
-def reads(target: str | None, name: str) -> bool:
-    """Whether the constructor has the argument and, if it is ours, something reads what it was given."""
-    constructor = get_object(target)
-    parameters = inspect.signature(constructor).parameters
-    if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return False
-    if not target.startswith("gspo_lightning."):
-        return True
-    if dataclasses.is_dataclass(constructor) or not inspect.isclass(constructor):
-        return any(f".{name}" in text for text in SOURCES) or not inspect.isclass(constructor)
-    body = ast.parse(textwrap.dedent(inspect.getsource(constructor.__init__)))
-    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(body))
+@functools.cache
+def plain_of(*overrides: str) -> dict[str, Any]:
+    return resolved(*overrides, run_dir="/tmp")
 
 
-SOURCES = [file.read_text() for file in (ROOT / "src").rglob("*.py")]
+def node_of(probe: Probe) -> dict[str, Any]:
+    node: Any = plain_of(*probe.overrides)
+    for part in probe.path.split("."):
+        node = node[part]
+    return copy.deepcopy({**node, **probe.common})
+
+
+@functools.cache
+def probed() -> set[tuple[str, str]]:
+    """(``_target_``, argument) of everything that a probe changes."""
+    return {(node_of(probe)["_target_"], name) for probe in PROBES for name in probe.changes}
+
+
+@pytest.mark.parametrize(
+    ("probe", "name"),
+    [(p, name) for p in PROBES for name in p.changes],
+    ids=lambda x: x if isinstance(x, str) else x.path,
+)
+def test_the_argument_changes_what_is_seen(probe, name, unchanged, tmp_path):
+    before, again = unchanged(PROBES.index(probe))
+    assert before == again, "what is observed is not reproducible"
+    assert probe.observe({**node_of(probe), name: probe.changes[name]}, tmp_path) != before
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """What a probe sees of its node as the file has it, twice."""
+
+    @functools.cache
+    def observed(number: int) -> tuple[Any, Any]:
+        probe = PROBES[number]
+        first, second = (probe.observe(node_of(probe), tmp_path_factory.mktemp("probe")) for _ in range(2))
+        return first, second
+
+    return observed

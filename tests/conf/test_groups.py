@@ -38,11 +38,11 @@ def composed(*overrides, run_dir="/nowhere"):
         return compose("train", [*overrides, f"hydra.runtime.output_dir={run_dir}"], return_hydra_config=True)
 
 
-def resolved(*overrides):
+def resolved(*overrides, run_dir="/nowhere"):
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    cfg = composed(*overrides)
+    cfg = composed(*overrides, run_dir=run_dir)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]

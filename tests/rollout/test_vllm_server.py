@@ -10,7 +10,8 @@ import torch
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
-from gspo_lightning.rollout import EngineUnavailableError, VLLMServerEngine, WeightSyncError
+from gspo_lightning.rollout import EngineUnavailableError, VLLMServerEngine, WeightSyncError, server_pool
+from gspo_lightning.rollout.http_client import Server
 from gspo_lightning.types import SamplingParams
 from tests.rollout.fake_server import FakeServer
 from tests.support import make_prompt, micro_policy
@@ -206,3 +207,14 @@ def test_images_are_refused_with_one_line(policy, start):
 def test_addresses_are_checked_before_anything_starts(urls):
     with pytest.raises(UserError, match="rollout.engine.urls"):
         VLLMServerEngine(urls, 64, 8)
+
+
+def test_a_server_that_failed_rests_for_the_pause_and_then_longer(monkeypatch):
+    monkeypatch.setattr(server_pool.time, "monotonic", lambda: 100.0)
+    member, waits = server_pool.Member(Server("http://127.0.0.1:1")), []
+    for _ in range(3):
+        member.ready = True
+        member.rest(RuntimeError("gone"), pause_s=0.25)
+        member.rest(RuntimeError("gone too"), pause_s=0.25)  # another job in flight fails with it
+        waits.append(member.retry_at - 100.0)
+    assert waits == [0.25, 0.5, 1.0]
