@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,26 @@ def test_advantages_that_compare_the_batch_are_those_of_the_final_rollout():
     batch_scaled = AdvantageEstimator(scale_rewards="batch")
     _, rollout, _, _ = run({0}, 1, batch_scaled)
     assert torch.equal(rollout.advantages, batch_scaled(torch.tensor([[0, 4], [0, 2], [0, 3]], dtype=torch.float64)))
+
+
+class Logging(Numbers):
+    """Rewards that log: the prompt's number per completion, a second column now and then, and a sum."""
+
+    def collect(self, prompts: list[Prompt]) -> ScoredRollout:
+        numbers = [int(p.uid) for p in prompts for _ in range(2)]
+        columns = {"number": numbers} | ({"late": [n * 10 for n in numbers]} if numbers[0] else {})
+        logged = {"reward_log/number": (torch.tensor(float(sum(numbers))), torch.tensor(float(len(numbers))))}
+        return replace(super().collect(prompts), extra_columns=columns, logged=logged)
+
+
+def test_what_rewards_log_follows_the_groups_and_columns_that_come_late_are_empty_before():
+    source = Logging({0, 2})
+    rollout = draw_until_signal(source, source.collect, AdvantageEstimator(), 1)[0]
+    assert [p.uid for p in rollout.prompts] == ["3", "1", "4"]
+    assert rollout.extra_columns == {"number": [3, 3, 1, 1, 4, 4], "late": [30, 30, None, None, 40, 40]}
+    # Sums are over everything that was scored, the discarded groups included.
+    total, count = rollout.logged["reward_log/number"]
+    assert (total.item(), count.item()) == (2 * (0 + 1 + 2 + 3 + 4), 10)
 
 
 class FiveRows:

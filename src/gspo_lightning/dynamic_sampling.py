@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,13 +103,10 @@ def _replace(
     for place, prompt, members in zip(places, fresh.prompts, fresh.completions, strict=True):
         prompts[place], completions[place] = prompt, members
     rewards = merge(scored.rewards, fresh.rewards)
-    group = rewards.shape[1]
-    columns = {name: list(values) for name, values in scored.extra_columns.items()}
-    for name, values in columns.items():
-        for number, place in enumerate(places):
-            values[place * group : (place + 1) * group] = fresh.extra_columns[name][
-                number * group : (number + 1) * group
-            ]
+    columns = {
+        name: _merged_column(scored.extra_columns.get(name), fresh.extra_columns.get(name), places, rewards)
+        for name in scored.extra_columns | fresh.extra_columns
+    }
     logged = dict(scored.logged)
     add_metrics(logged, fresh.logged)
     return replace(
@@ -122,3 +119,13 @@ def _replace(
         logged=logged,
         extra_columns=columns,
     )
+
+
+def _merged_column(old: list[Any] | None, new: list[Any] | None, places: list[int], rewards: Tensor) -> list[Any]:
+    """Values of a reward's column, one per completion, group after group; None where it was not given."""
+    groups, size = rewards.shape
+    merged = [None] * (groups * size) if old is None else list(old)
+    fresh = [None] * (len(places) * size) if new is None else new
+    for number, place in enumerate(places):
+        merged[place * size : (place + 1) * size] = fresh[number * size : (number + 1) * size]
+    return merged

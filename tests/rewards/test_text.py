@@ -147,6 +147,12 @@ HOSTILE += ["answer" + " " * 10**6 + "is", "\\frac{" * 100_000, "`" * 10**6, "{"
 READERS = [TagFormat(), TaggedNumber(), MultipleChoice(), MultipleChoice(tag="SOLUTION")]
 
 
+def seconds_to_refuse(math, text):
+    start = time.monotonic()
+    assert math([text], ["7"]) == [0.0]
+    return time.monotonic() - start
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_gets_a_reward_at_once(text, math):
     start = time.process_time()
@@ -155,9 +161,7 @@ def test_hostile_text_gets_a_reward_at_once(text, math):
         assert value in (0.0, -2.0) or (value == 1.0 and "</SOLUTION>" in text)
     extract_code(text)
     assert time.process_time() - start < 1.0
-    start = time.monotonic()
-    assert math([text], ["7"]) == [0.0]
-    assert time.monotonic() - start < 5.0  # item_timeout_s and, on a busy machine, the start of a new process
+    assert min(seconds_to_refuse(math, text) for _ in range(2)) < 1.0
 
 
 def test_a_completion_that_computes_for_ever_is_ended_and_the_next_is_judged(math):
