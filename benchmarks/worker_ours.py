@@ -70,7 +70,8 @@ def main() -> None:
         sampling=SamplingParams(scenario.generations, scenario.completion_tokens, temperature=0.9),
         optimizer=functools.partial(torch.optim.AdamW, lr=0.0, weight_decay=0.0, fused=True),
         schedule=Schedule("constant"),
-        update=UpdateSettings(num_minibatches=scenario.minibatches),
+        # The budget that update.max_tokens_per_microbatch=auto takes on a CPU.
+        update=UpdateSettings(num_minibatches=scenario.minibatches, max_tokens_per_microbatch=1024),
         validation=ValidationSettings(1),
         max_rollouts=steps,
     )

@@ -33,6 +33,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
     plain["trainer"]["precision"] = _precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
+    if plain["update"]["max_tokens_per_microbatch"] == "auto":
+        plain["update"]["max_tokens_per_microbatch"] = _token_budget(plain)
     return typing.cast(dict[str, Any], plain)
 
 
@@ -297,6 +299,12 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
         inference_mode=False,
         _convert_="all",
     )
+
+
+def _token_budget(plain: dict[str, Any]) -> int:
+    """Tokens that keep the device busy: on CPUs more of them only take memory. At least the longest sequence."""
+    on_gpu = plain["trainer"]["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return max(8192 if on_gpu else 1024, plain["data"]["max_prompt_length"] + plain["rollout"]["max_completion_length"])
 
 
 def _precision(precision: str, accelerator: str) -> str:
