@@ -28,14 +28,13 @@ _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 def resolve(cfg: DictConfig) -> dict[str, Any]:
     """The config with all interpolations resolved and machine-dependent choices made, as plain containers."""
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
-    assert isinstance(plain, dict)
     plain["trainer"]["precision"] = _precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
         plain["update"]["max_tokens_per_microbatch"] = _token_budget(plain)
-    return typing.cast(dict[str, Any], plain)
+    return plain
 
 
 def check(plain: dict[str, Any]) -> None:

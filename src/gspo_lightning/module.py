@@ -33,7 +33,8 @@ from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_sign
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
-from gspo_lightning.passes import Fixed, Logprobs, Passes
+from gspo_lightning.out_of_memory import cut, free, is_out_of_memory
+from gspo_lightning.passes import Attempt, Fixed, Passes
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
@@ -110,6 +111,7 @@ class GSPOModule(L.LightningModule):
             "optimizer_steps": 0,
             "skipped_steps": 0,
             "nonfinite_steps": 0,
+            "oom_splits": 0,
             "rollout_tokens": 0,
             "train_tokens": 0,
         }
@@ -197,8 +199,8 @@ class GSPOModule(L.LightningModule):
             for iteration in range(self.update_settings.num_iterations):
                 for number, minibatch in enumerate(minibatches):
                     fresh = iteration == 0 and number == 0
-                    seen = self._step(passes, scored, minibatch, fixed[number], fresh, metrics)
-                    fixed[number] = replace(fixed[number], old=seen)
+                    step = self._step(passes, scored, minibatch, fixed[number], fresh, metrics)
+                    minibatches[number], fixed[number] = step
         self._sync_reference()
         self._finish_rollout(scored, metrics, gather_values(torch.cat([torch.zeros(0), *passes.ratios])))
 
@@ -244,37 +246,67 @@ class GSPOModule(L.LightningModule):
         fixed: Fixed,
         fresh: bool,
         metrics: Metrics,
-    ) -> Logprobs:
-        """One optimizer step on one minibatch; returns the log-probabilities that are its old ones from now on."""
+    ) -> tuple[Minibatch, Fixed]:
+        """One optimizer step on one minibatch.
+
+        Returns:
+            The minibatch as it was cut in the end, with the log-probabilities that are its old ones from now on.
+        """
         counts = torch.tensor([minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=self.device)
         denominator = self.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
-        has_auxiliary = type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
-        rounds = global_max(max(len(minibatch.plan), int(has_auxiliary)), self.device)
-        seen: Logprobs = []
-        for index in range(rounds):
-            with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
-                if index < len(minibatch.plan):
-                    micro = build_micro_batch(scored, minibatch.plan[index], self.device)
-                    logprobs, loss = passes.loss(micro, fixed, index, metrics)
-                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
-                    if fresh and self.sampling.full_support:
-                        add_metrics(metrics, sampler_mismatch(logprobs, micro))
-                    seen.append(logprobs.detach())
-                    self._trained_tokens += micro.packed.num_tokens
-                else:
-                    loss = passes.empty_loss(scored)
-                # Data-parallel strategies average over ranks; the denominator is already that of all of them.
-                loss = loss * (world_size() / denominator)
-                if index + 1 == rounds and (extra := self.auxiliary_loss(minibatch)) is not None:
-                    add_metrics(metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
-                    loss = loss + extra
-                self.manual_backward(loss)
+        while True:
+            attempt = Attempt(fresh, denominator)
+            try:
+                rounds = self._accumulate(passes, scored, minibatch, fixed, attempt)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the handler: it would keep the tensors of the failed attempt alive.
+            minibatch, fixed = self._cut(minibatch, fixed, len(attempt.seen), scored)
+        passes.ratios.extend(attempt.ratios)
+        add_metrics(metrics, attempt.metrics)
+        self._trained_tokens += attempt.tokens
         if rounds:
             self._take_step(metrics)
         else:
             self.counts["skipped_steps"] += 1
         cast(LRScheduler, self.lr_schedulers()).step()
-        return seen if fixed.old is None else fixed.old
+        return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
+
+    def _accumulate(
+        self, passes: Passes, scored: ScoredRollout, minibatch: Minibatch, fixed: Fixed, attempt: Attempt
+    ) -> int:
+        """The gradient of one minibatch; returns the number of backwards, the same on every rank."""
+        has_auxiliary = type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
+        rounds = global_max(max(len(minibatch.plan), int(has_auxiliary)), self.device)
+        for index in range(rounds):
+            with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
+                if index < len(minibatch.plan):
+                    micro = build_micro_batch(scored, minibatch.plan[index], self.device)
+                    loss, logprobs = passes.loss(micro, fixed, index, attempt)
+                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
+                    if attempt.fresh and self.sampling.full_support:
+                        add_metrics(attempt.metrics, sampler_mismatch(logprobs, micro))
+                else:
+                    loss, logprobs = passes.empty_loss(scored), None
+                # Data-parallel strategies average over ranks; the denominator is already that of all of them.
+                loss = loss * (world_size() / attempt.denominator)
+                if index + 1 == rounds and (extra := self.auxiliary_loss(minibatch)) is not None:
+                    add_metrics(attempt.metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
+                    loss = loss + extra
+                self.manual_backward(loss)
+                if logprobs is not None:
+                    attempt.finish(logprobs, micro)
+        return rounds
+
+    def _cut(self, minibatch: Minibatch, fixed: Fixed, index: int, scored: ScoredRollout) -> tuple[Minibatch, Fixed]:
+        """After an attempt that ran out of memory: no gradient is left of it, and the micro-batch becomes two."""
+        cast(LightningOptimizer, self.optimizers()).zero_grad()
+        free()
+        self.counts["oom_splits"] += 1
+        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, scored)
+        return minibatch, Fixed(*tensors)
 
     def _take_step(self, metrics: Metrics) -> None:
         assert self.policy is not None
@@ -356,7 +388,7 @@ class GSPOModule(L.LightningModule):
         if missing := sorted(own - checkpoint["state_dict"].keys()):
             raise RuntimeError(f"the checkpoint lacks {len(missing)} trained parameters, the first is {missing[0]}")
         state = checkpoint["gspo_lightning"]
-        self.rollouts_done, self.counts = state["rollouts_done"], dict(state["counts"])
+        self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
         self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         for policy, saved in zip(self._frozen, state.get("reference", ()), strict=False):
             policy.load_state_dict(saved)

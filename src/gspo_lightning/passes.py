@@ -11,7 +11,8 @@ from torch import Tensor
 from gspo_lightning.distributed import add_metrics, gather_values
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.selection import top_entropy_threshold
-from gspo_lightning.packing import GroupSlice
+from gspo_lightning.out_of_memory import in_parts
+from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Metrics, ScoredRollout
 from gspo_lightning.update import MicroBatch, Minibatch, build_micro_batch
@@ -34,6 +35,28 @@ class Fixed:
         """Old and reference log-probabilities and the selection of one micro-batch."""
         old, reference, selected = (x[index] if x else None for x in (self.old, self.reference, self.selected))
         return old, reference, selected
+
+
+@dataclass
+class Attempt:
+    """What one accumulation of a gradient leaves; thrown away whole if it runs out of memory."""
+
+    fresh: bool
+    """The weights are those that sampled."""
+    denominator: float
+    """Of the loss, over minibatch and ranks."""
+    seen: Logprobs = field(default_factory=list)
+    """Log-probabilities of the micro-batches whose backward is done."""
+    ratios: list[Tensor] = field(default_factory=list)
+    """Importance ratios, one tensor per micro-batch."""
+    metrics: Metrics = field(default_factory=dict)
+    tokens: int = 0
+    """Forwarded."""
+
+    def finish(self, logprobs: Tensor, micro: MicroBatch) -> None:
+        """The backward of a micro-batch is done."""
+        self.seen.append(logprobs.detach())
+        self.tokens += micro.packed.num_tokens
 
 
 @dataclass(frozen=True)
@@ -67,8 +90,8 @@ class Passes:
             return [None] * len(minibatches)
         return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
 
-    def loss(self, micro: MicroBatch, fixed: Fixed, index: int, metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and loss sum, with gradient, of the micro-batch ``index`` of a minibatch."""
+    def loss(self, micro: MicroBatch, fixed: Fixed, index: int, attempt: Attempt) -> tuple[Tensor, Tensor]:
+        """Loss sum and log-probabilities, with gradient, of the micro-batch ``index`` of a minibatch."""
         old, reference, selected = fixed.of(index)
         with_entropy = self.objective.needs_entropy or self.log_entropy
         logprobs, entropy = self.policy(micro.packed, self.temperature, with_entropy)
@@ -83,9 +106,9 @@ class Passes:
             selected=selected,
             sampler_logprobs=micro.sampler_logprobs,
         )
-        self.ratios.append(result.ratio)
-        add_metrics(metrics, result.metrics)
-        return logprobs, result.loss
+        attempt.ratios.append(result.ratio)
+        add_metrics(attempt.metrics, result.metrics)
+        return result.loss, logprobs
 
     def empty_loss(self, scored: ScoredRollout) -> Tensor:
         """A zero attached to the graph, so that every rank runs the same number of forwards and backwards."""
@@ -97,21 +120,28 @@ class Passes:
 
         Tokens of advantage zero do not compete: whether they are forwarded must not change the gradient.
         """
-        micro_batches = [build_micro_batch(scored, plan, self.policy.device) for plan in minibatch.plan]
-        outputs = [self.policy(micro.packed, self.temperature, True) for micro in micro_batches]
-        competing = [entropy[m.advantages != 0] for m, (_, entropy) in zip(micro_batches, outputs, strict=True)]
+
+        def forward(plan: MicroBatchPlan) -> Tensor:
+            micro = build_micro_batch(scored, plan, self.policy.device)
+            logprobs, entropy = self.policy(micro.packed, self.temperature, True)
+            return torch.stack([logprobs, entropy.to(logprobs.dtype), (micro.advantages != 0).to(logprobs.dtype)])
+
+        outputs = [in_parts(forward, plan, scored) for plan in minibatch.plan]
+        competing = [entropy[signal != 0] for _, entropy, signal in outputs]
         everyone = gather_values(torch.cat([torch.zeros(0), *(x.float().cpu() for x in competing)]))
         threshold = top_entropy_threshold(everyone, self.objective.top_entropy_quantile)
         return Fixed(
-            old=[logprobs for logprobs, _ in outputs],
-            selected=[entropy.float() >= threshold.to(entropy.device) for _, entropy in outputs],
+            old=[logprobs for logprobs, _, _ in outputs],
+            selected=[entropy.float() >= threshold.to(entropy.device) for _, entropy, _ in outputs],
         )
 
     def _logprobs_of(
         self, forward: Callable[[MicroBatch], Tensor], scored: ScoredRollout, minibatch: Minibatch
     ) -> Logprobs:
-        micro_batches = (build_micro_batch(scored, plan, self.policy.device) for plan in minibatch.plan)
-        return [forward(micro) for micro in micro_batches]
+        def logprobs(plan: MicroBatchPlan) -> Tensor:
+            return forward(build_micro_batch(scored, plan, self.policy.device))
+
+        return [in_parts(logprobs, plan, scored) for plan in minibatch.plan]
 
     def _policy(self, micro: MicroBatch) -> Tensor:
         return self.policy(micro.packed, self.temperature)[0]
