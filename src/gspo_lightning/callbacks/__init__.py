@@ -5,5 +5,6 @@ from gspo_lightning.callbacks.completions import CompletionsTable
 from gspo_lightning.callbacks.health import Health
 from gspo_lightning.callbacks.progress import ProgressLine
 from gspo_lightning.callbacks.recorder import RunRecorder
+from gspo_lightning.callbacks.watchdog import Watchdog
 
-__all__ = ["CompletionsTable", "GracefulStop", "Health", "ProgressLine", "RolloutCheckpoint", "RunRecorder"]
+__all__ = ["CompletionsTable", "GracefulStop", "Health", "ProgressLine", "RolloutCheckpoint", "RunRecorder", "Watchdog"]

@@ -69,6 +69,16 @@ def health(node: dict[str, Any], folder: Path) -> Any:
     return None, Facts
 
 
+def watchdog(node: dict[str, Any], folder: Path) -> Any:
+    """The limits after each of a few rollouts."""
+    dog, seen = built(node), []
+    for seconds in (2.0, 3.0, 4.0, 0.001):
+        dog._seconds.append(seconds)
+        seen.append(dog.limit_s)
+    dog._seconds = [0.001] * 3
+    return seen, dog.limit_s
+
+
 def captured(target: str) -> Callable[[dict[str, Any], Path], Any]:
     """The arguments with which a library's class is called."""
 
@@ -107,6 +117,7 @@ PROBES = [
     Probe([], "callbacks.completions", table, {"every_n_rollouts": 7, "num_completions": 1}),
     Probe([], "callbacks.progress", progress, {"every_n_rollouts": 3}),
     Probe([], "callbacks.health", health, {"patience": 2, "stop_on": ["no_signal"]}),
+    Probe([], "callbacks.watchdog", watchdog, {"factor": 5.0, "min_rollouts": 1, "min_s": 1.0}),
     Probe(["trainer=ddp"], "trainer", trainer, {
         "accelerator": "cpu", "devices": 3, "max_time": "00:01:00:00", "num_nodes": 2, "precision": "bf16-true", "strategy": "auto",
     }),

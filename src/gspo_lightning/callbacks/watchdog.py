@@ -1,0 +1,76 @@
+"""Says where a run stands when a rollout takes far longer than usual: a hang is never silent."""
+
+from __future__ import annotations
+
+import faulthandler
+import statistics
+import sys
+import threading
+import time
+from typing import Any
+
+import lightning as L
+
+from gspo_lightning.errors import UserError
+
+
+class Watchdog(L.Callback):
+    """Prints the stack of every thread when a rollout with its update takes ``factor`` times the median so far.
+
+    Once per rollout, on every rank. It only looks: engines, rewards and process groups have limits of their own.
+
+    Args:
+        factor: times the median of the rollouts so far; 0 switches it off.
+        min_rollouts: so many rollouts make the median; before, nothing is said.
+        min_s: seconds that are never too long.
+    """
+
+    def __init__(self, factor: float = 10.0, min_rollouts: int = 3, min_s: float = 10.0) -> None:
+        if factor and factor <= 1:
+            raise UserError(f"callbacks.watchdog.factor={factor} must be above 1, or 0 to switch it off")
+        if min_rollouts < 1 or min_s < 0:
+            raise UserError("callbacks.watchdog: min_rollouts must be at least 1 and min_s at least 0")
+        self.factor, self.min_rollouts, self.min_s = factor, min_rollouts, min_s
+        self._seconds: list[float] = []
+        self._timer: threading.Timer | None = None
+        self._start = 0.0
+
+    @property
+    def limit_s(self) -> float | None:
+        """Seconds after which the next rollout is too long; None if that is not known yet."""
+        if not self.factor or len(self._seconds) < self.min_rollouts:
+            return None
+        return max(self.min_s, self.factor * statistics.median(self._seconds))
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Sets the alarm."""
+        self._start = time.monotonic()
+        if (limit := self.limit_s) is not None:
+            self._timer = threading.Timer(limit, self.report, [pl_module.rollouts_done + 1, limit])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Takes the alarm back and remembers the time."""
+        self._cancel()
+        self._seconds.append(time.monotonic() - self._start)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The run is over."""
+        self._cancel()
+
+    def report(self, rollout: int, limit_s: float) -> None:
+        """The line and the stacks."""
+        usual = statistics.median(self._seconds)
+        print(
+            f"warning: rollout {rollout} has taken {limit_s:.0f} s, {limit_s / max(usual, 1e-9):.0f} times the median "
+            f"of {usual:.1f} s; it goes on, and this is where each thread stands:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
