@@ -1,107 +1,53 @@
-"""The table of bad input: each gives one clear line that names the key, row or file, before any model is loaded."""
+"""Every mistake in the table gets one line that names it, exit code 2, no traceback, and leaves nothing half-written."""
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.core.global_hydra import GlobalHydra
 
-from gspo_lightning import config
-from gspo_lightning.errors import UserError
-from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning import cli
+from scripts import errors_page
+from tests.bad_input.cases import CASES, QUICK
 
-CONF = str(Path(__file__).parents[1] / "conf")
-
-BAD = {
-    "an unknown key": (["rollout.temprature=1"], "rollout.temprature"),
-    "an unknown choice of a group": (["objective=gpso"], "objective"),
-    "a wrong type": (["update.num_minibatches=two"], "update.num_minibatches='two' has the wrong type"),
-    "a wrong type in a model": (
-        ["model.gradient_checkpointing=7"],
-        "model.gradient_checkpointing=7 has the wrong type",
-    ),
-    "a wrong choice": (["objective.importance_sampling_level=word"], "one of token, sequence, sequence_token"),
-    "an unknown loss": (["objective.loss_type=gppo"], "there is no such loss; choose grpo"),
-    "a group of one": (["rollout.num_generations=1"], "rollout.num_generations=1 must be at least 2"),
-    "minibatches that do not divide": (["update.num_minibatches=3"], "update.num_minibatches=3 does not divide"),
-    "a clip that cannot act": (["update.num_minibatches=1"], "objective.epsilon cannot act"),
-    "greedy rollouts": (["rollout.temperature=0"], "rollout.temperature=0 must be above 0"),
-    "a repetition penalty": (["rollout.repetition_penalty=1.2"], "rollout.repetition_penalty must be 1.0"),
-    "a budget below one sequence": (["update.max_tokens_per_microbatch=50"], "raise it to at least that"),
-    "a prompt that is too long": (["data.max_prompt_length=2"], "more than data.max_prompt_length=2"),
-    "a model folder that is not one": (["model.path=./docs"], "config.json"),
-    "a reward that cannot be imported": (["reward.functions.letter_share.function.path=nowhere.f"], "nowhere"),
-    "a missing file": (["data=rows", "data.task.source=missing.jsonl"], "missing.jsonl: cannot read the file"),
-    "a missing mandatory value": (["data=rows"], "data.task.source"),
-    "LoRA dropout": (["lora=language", "+model.lora.dropout=0.1"], "model.lora.dropout must be 0"),
-    "a dataset option misspelt": (["+data.max_prompt_len=3"], "data.max_prompt_len"),
-    "full fine-tuning in bfloat16": (["trainer.precision=bf16-true"], "rounds the updates of full fine-tuning away"),
-    "bfloat16 weights without an adapter": (["model.dtype=bfloat16"], "model.dtype=bfloat16 rounds the updates"),
-    "a negative seed": (["seed=-1"], "seed=-1 must be at least 0"),
-    "no rollouts": (["max_rollouts=0"], "max_rollouts=0 must be at least 1"),
-}
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "errors.md"
 
 
-def start(*arguments):
-    """Everything a run does before it loads a model."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("train", ["experiment=micro", *arguments], return_hydra_config=False)
-    plain = config.resolve(cfg)
-    config.check(plain)
-    config.build_data(plain)
-    config.build_module(plain)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_gets_one_line_and_exit_code_two(case, tmp_path, monkeypatch, capfd):
+    run = tmp_path / "run"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("my_rewards", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *case.arguments(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_with:
+        cli.train_main()
+    GlobalHydra.instance().clear()
+    out, err = capfd.readouterr()
+    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert exit_with.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: "), err
+    assert case.says in errors[0]
+    assert errors_page.shown(errors[0], tmp_path) in PAGE.read_text(), "run scripts/errors_page.py"
+    assert "Traceback" not in out + err and "the payload ran" not in out + err
+    left = {path.name for path in run.rglob("*")} if run.exists() else set()
+    assert not left & {"model", "report.html", "summary.json"} and not any(name.endswith(".tmp") for name in left)
 
 
-@pytest.fixture(autouse=True)
-def no_model_is_loaded(monkeypatch):
-    def refuse(self):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(PolicyLoader, "load_model", refuse)
+def test_there_are_more_than_a_hundred_mistakes_each_with_its_own_name():
+    assert len({case.name for case in CASES}) == len(CASES) > 100
 
 
-def test_the_sound_config_passes():
-    start()
-
-
-@pytest.mark.parametrize(("arguments", "text"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_refused_with_a_line_that_names_it(arguments, text):
-    with pytest.raises((UserError, HydraException)) as caught:
-        start(*arguments)
-    assert text in " ".join(str(caught.value).split())
-
-
-def lines(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-GOOD = [{"prompt": f"{number}a:", "letter": "a"} for number in range(12)]
-ROWS = {
-    "an empty file": ("", [], "the dataset is empty"),
-    "a missing column": (lines(*({"question": f"{n}"} for n in range(12))), [], "column 'prompt' is missing (data.task.prompt_column); the row has question"),
-    "an empty prompt": (lines(*GOOD, {"prompt": "", "letter": "a"}), [], "the prompt is empty"),
-    "fewer rows than a rollout": (lines(*GOOD[:4]), [], "data.prompts_per_rollout=8 is more than the 3 training rows"),
-    "nothing left to train on": (lines(*GOOD), ["data.task.num_validation=12"], "data.task.num_validation=12 must be less than the 12 rows"),
-    "a template without its column": (lines(*GOOD), ["data.task.template='{question}?'"], "column 'question' is missing (data.task.template)"),
-    "a mapped column that is not there": (lines(*GOOD), ["+data.task.columns={answer: solution}"], "column 'solution' is missing (data.task.columns.answer)"),
-    "a column that the reward needs": (lines({"prompt": "x:"}, *GOOD), [], "there is no column 'letter', which reward function letter_share needs"),
-    "a long prompt": (lines(*GOOD, {"prompt": "a" * 2000, "letter": "a"}), [], "has 2000 tokens, more than data.max_prompt_length=1024"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "arguments", "text"), ROWS.values(), ids=ROWS.keys())
-def test_a_row_with_a_mistake_is_named(content, arguments, text, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(content)
-    with pytest.raises(UserError) as caught:
-        start(
-            "data=rows",
-            f"data.task.source={file}",
-            "data.task.num_validation=1",
-            "data.task.conversational=false",
-            *arguments,
-        )
-    assert text in str(caught.value)
+@pytest.mark.parametrize("overrides", [["objective=gpso"], ["model.path=/nowhere/model"], ["rollout.temprature=1"]])
+def test_the_same_in_a_process_of_its_own(overrides, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, f"hydra.run.dir={tmp_path}/run", *overrides]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

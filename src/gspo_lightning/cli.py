@@ -106,7 +106,9 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 def _exit_with_line(error: Exception, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    # Hydra goes on about where it has looked, OmegaConf about its types.
+    line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2)
 
 

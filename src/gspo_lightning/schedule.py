@@ -9,6 +9,8 @@ from typing import Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gspo_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -17,6 +19,11 @@ class Schedule:
     name: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.0
     min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("warmup_ratio", "min_ratio"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"scheduler.{key}={getattr(self, key)} must be between 0 and 1")
 
     def factor(self, step: int, total: int) -> float:
         """Multiplier of the base rate in step ``step`` (counted from 0) of ``total``."""

@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from gspo_lightning.errors import UserError
+
 Messages = list[dict[str, Any]]
 """A conversation in the chat format of transformers: ``{"role": ..., "content": ...}`` per turn."""
 
@@ -83,6 +85,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Stop strings: a completion ends with the token that completes one of them."""
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("top_k", 0, float("inf"))):
+            value = getattr(self, key)
+            if not low <= value <= high or (key == "top_p" and value == 0):
+                bound = "at least 0 (0 keeps all)" if key == "top_k" else "between 0 and 1"
+                raise UserError(f"rollout.{key}={value} must be {bound}")
 
     @property
     def full_support(self) -> bool:

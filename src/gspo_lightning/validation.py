@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from gspo_lightning.data.images import thumbnail_uri
 from gspo_lightning.data.vision import image_parts, last_text
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
@@ -41,6 +42,8 @@ class Validator:
 
     def __init__(self, settings: ValidationSettings, rewards: RewardSet, sampling: SamplingParams, seed: int) -> None:
         self.settings, self.rewards = settings, rewards
+        if settings.reward is not None and settings.reward not in rewards.names:
+            raise UserError(f"validation.reward={settings.reward} must be one of {', '.join(rewards.names)}")
         self.judge = rewards.names.index(settings.reward) if settings.reward else 0
         self.greedy = replace(sampling, num_generations=1, temperature=0.0)
         self.sampled = replace(sampling, num_generations=settings.num_generations)

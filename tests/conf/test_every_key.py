@@ -182,7 +182,7 @@ ELSEWHERE = {
     "lora.lora": "tests/conf/test_every_key.py",
     "allow_no_effect": "tests/conf/test_every_key.py",
     "debug": "tests/end_to_end/test_command_line.py",
-    "rollout.repetition_penalty": "tests/test_bad_input.py",  # refused in training, see there
+    "rollout.repetition_penalty": "tests/bad_input/cases.py",  # refused in training, see there
 }
 SERVER = "gspo_lightning.rollout.VLLMServerEngine"
 SERVER_TESTS = "tests/rollout/test_vllm_server.py"

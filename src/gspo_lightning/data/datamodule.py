@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.data.tasks import Row, Task
@@ -20,6 +20,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import has_vision, load_config
 from gspo_lightning.policy.processor import load_processor
+from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.types import Messages, Prompt, PromptBatch
 
 OverlongPrompts = Literal["error", "drop"]
@@ -81,7 +82,7 @@ class PromptDataModule(L.LightningDataModule):
         """The model's tokenizer, loaded once."""
         if self._tokenizer is None:
             load_config(self.model_path)  # says in one line what is missing
-            self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model_path))
+            self._tokenizer = load_tokenizer(self.model_path)
         return self._tokenizer
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,10 +99,14 @@ def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Sequence[Row]:
     import datasets
 
+    said = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(CRITICAL)  # it prints a line of its own about a broken file
     try:
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read") from error
+    finally:
+        datasets.logging.set_verbosity(said)
 
 
 def _parse(text: str, where: str) -> Any:

@@ -168,6 +168,10 @@ class MicroLetters:
     num_validation: int = 8
     name: str = "micro_letters"
 
+    def __post_init__(self) -> None:
+        if not self.letters:
+            raise UserError("data.task.letters is empty; give at least one letter")
+
     @property
     def num_train_rows(self) -> None:
         """Never runs out."""
@@ -194,6 +198,10 @@ class MicroDigit:
     digits: str = "0123"
     num_validation: int = 8
     name: str = "micro_digit"
+
+    def __post_init__(self) -> None:
+        if not self.digits:
+            raise UserError("data.task.digits is empty; give at least one digit")
 
     @property
     def num_train_rows(self) -> None:

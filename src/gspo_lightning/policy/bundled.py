@@ -34,12 +34,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "bundled:"
 MANIFEST = "manifest.json"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -91,8 +87,14 @@ def _check_model_folder(folder: Path) -> None:
         raise UserError(f"model folder {folder} holds a LoRA adapter only; give the folder of its base model")
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json; give a folder written by save_pretrained")
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(f"model folder {folder} has no weights ({WEIGHT_FILES[0]} or similar); copy them there")
+    if any((folder / name).is_file() for name in WEIGHT_FILES):
+        return
+    if any((folder / name).is_file() for name in PICKLED_WEIGHTS):
+        raise UserError(
+            f"model folder {folder} has its weights in a pickle, which can run code; load it where you trust it and "
+            "write it again with save_pretrained (safetensors)"
+        )
+    raise UserError(f"model folder {folder} has no weights ({WEIGHT_FILES[0]} or similar); copy them there")
 
 
 def _bundled_folder(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +23,7 @@ from gspo_lightning.policy.attention import ATTENTION_NAME, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.processor import load_processor
+from gspo_lightning.policy.reading import load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -38,6 +39,8 @@ class LoraSettings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1:
+            raise UserError(f"model.lora.r={self.r} and model.lora.alpha={self.alpha} must be at least 1")
         if self.dropout:
             raise UserError("model.lora.dropout must be 0: dropout makes old and new log-probabilities differ by noise")
 
@@ -63,7 +66,7 @@ class PolicyLoader:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone, in a second."""
-        return AutoTokenizer.from_pretrained(resolve_model(self.path))
+        return load_tokenizer(self.path)
 
     def load(self) -> Policy:
         """Loads model and tokenizer, puts our attention in place and attaches the adapter."""
@@ -71,7 +74,10 @@ class PolicyLoader:
         _refuse_dropout(model)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        wrapped: nn.Module = model if self.lora is None else _add_lora(model, self.lora, self.train_vision)
+        wrapped: nn.Module = model
+        if self.lora is not None:
+            with reading(self.path, "the adapter", "check model.lora.target_modules"):
+                wrapped = _add_lora(model, self.lora, self.train_vision)
         return self.as_policy(wrapped, self.load_tokenizer(), has_adapter=self.lora is not None)
 
     def load_reference(self, policy: Policy) -> Policy:
@@ -132,13 +138,15 @@ class PolicyLoader:
         attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
-        model = kind.from_pretrained(
-            path,
-            dtype=_DTYPES[self.dtype],
-            attn_implementation=attention if vision else ATTENTION_NAME,
-            **quantised,
-            **self.overrides,
-        )
+        with reading(self.path, "the model", "check the folder and model.overrides"):
+            model = kind.from_pretrained(
+                path,
+                dtype=_DTYPES[self.dtype],
+                attn_implementation=attention if vision else ATTENTION_NAME,
+                use_safetensors=True,
+                **quantised,
+                **self.overrides,
+            )
         if vision and not self.train_vision:
             model.model.visual.requires_grad_(False)
         if not self.train_language:
@@ -170,13 +178,17 @@ def load_config(path: str) -> Any:
     Raises:
         UserError: it is neither here nor to be had.
     """
-    try:
-        return AutoConfig.from_pretrained(resolve_model(path))
-    except OSError as error:
-        raise UserError(
-            f"model.path={path}: not in the cache and the hub cannot be reached; give model.path=/my/folder with the "
-            "weights. Offline examples: experiment=gspo_qwen_vl_tiny, model=smollm2_135m"
-        ) from error
+    folder = resolve_model(path)
+    with reading(path, "config.json", "check the folder, or the version of transformers"):
+        try:
+            return AutoConfig.from_pretrained(folder)
+        except OSError as error:
+            if Path(folder).is_dir():
+                raise
+            raise UserError(
+                f"model.path={path}: not in the cache and the hub cannot be reached; give model.path=/my/folder with "
+                "the weights. Offline examples: experiment=gspo_qwen_vl_tiny, model=smollm2_135m"
+            ) from error
 
 
 def has_vision(config: Any) -> bool:

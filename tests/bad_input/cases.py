@@ -1,0 +1,542 @@
+"""The table of bad input. `docs/errors.md` shows it with the lines that were seen (scripts/errors_page.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake: ``python train.py experiment=micro <overrides>`` must refuse it with a line that holds ``says``."""
+
+    area: str
+    what: str
+    overrides: list[str]
+    """``{tmp}`` is an empty folder, in which ``prepare`` may have written something."""
+    says: str
+    prepare: Callable[[Path], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """For test ids."""
+        return f"{self.area}: {self.what}"
+
+    def arguments(self, tmp: Path) -> list[str]:
+        """Prepares the folder; returns the overrides of a run that must be refused."""
+        if self.prepare is not None:
+            self.prepare(tmp)
+        texts = [text.replace("{tmp}", str(tmp)).replace("{{", "{").replace("}}", "}") for text in self.overrides]
+        return [*QUICK, f"hydra.run.dir={tmp}/run", *texts]
+
+
+QUICK = ["experiment=micro", "max_rollouts=1", "print_config=false", "export.enabled=false"]
+
+
+def good_rows(count: int = 12) -> list[dict[str, Any]]:
+    return [{"prompt": f"{number}a:", "letter": "a"} for number in range(count)]
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def writes(name: str, content: str | bytes) -> Callable[[Path], Any]:
+    """Writes one file."""
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda tmp: (tmp / name).write_bytes(data)
+
+
+def rows_file(*more: dict[str, Any], count: int = 12) -> Callable[[Path], Any]:
+    return writes("rows.jsonl", lines([*good_rows(count), *more]))
+
+
+ROWS = ["data=rows", "data.task.num_validation=1", "data.task.conversational=false"]
+JSONL = [*ROWS, "data.task.source={tmp}/rows.jsonl"]
+
+
+def micro_model(tmp: Path) -> Path:
+    from gspo_lightning.policy.micro import build_micro_model
+
+    build_micro_model(tmp / "model")
+    return tmp / "model"
+
+
+def model_without(*names: str) -> Callable[[Path], Any]:
+    def prepare(tmp: Path) -> None:
+        folder = micro_model(tmp)
+        for name in names:
+            (folder / name).unlink()
+
+    return prepare
+
+
+def model_with(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda tmp: (micro_model(tmp) / name).write_bytes(content)
+
+
+def model_in_pickle(tmp: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = micro_model(tmp)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(tmp: Path) -> None:
+    file = micro_model(tmp) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def model_with_dropout(tmp: Path) -> None:
+    config = micro_model(tmp) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.1}))
+
+
+def model_of_unknown_type(tmp: Path) -> None:
+    config = micro_model(tmp) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "lama"}))
+
+
+MODEL = ["model.path={tmp}/model"]
+
+
+def reward(code: str) -> Callable[[Path], Any]:
+    return writes("my_rewards.py", code)
+
+
+MINE = ["reward.functions.letter_share.function.path=my_rewards.f"]
+
+
+def checkpoint(content: Any) -> Callable[[Path], Any]:
+    return lambda tmp: torch.save(content, tmp / "some.ckpt")
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return print, ("the payload ran",)
+
+
+CKPT = ["ckpt_path={tmp}/some.ckpt"]
+
+CONFIG = [
+    Case("config", "an unknown key", ["rollout.temprature=1"], "rollout.temprature"),
+    Case("config", "an unknown key at the root", ["max_rollout=3"], "max_rollout"),
+    Case("config", "an unknown key, added with +", ["+data.max_prompt_len=3"], "data.max_prompt_len"),
+    Case("config", "an unknown choice of a group", ["objective=gpso"], "objective/gpso"),
+    Case("config", "an unknown group", ["objectives=gspo"], "objectives"),
+    Case("config", "an unknown experiment", ["experiment=gspo_qwen"], "experiment/gspo_qwen"),
+    Case("config", "an override without a value", ["seed"], "seed"),
+    Case("config", "an override that does not parse", ["rollout.stop=[a"], "no viable alternative at input '[a'"),
+    Case("config", "an interpolation to nowhere", ["max_rollouts=${nothing}"], "nothing"),
+    Case("config", "a mandatory value that is missing", ["data=rows"], "data.task.source"),
+    Case("config", "a word for a number", ["update.num_minibatches=two"], "update.num_minibatches='two'"),
+    Case(
+        "config",
+        "a fraction for a count",
+        ["rollout.num_generations=2.5"],
+        "rollout.num_generations=2.5 must be a whole number",
+    ),
+    Case(
+        "config",
+        "a number for a switch",
+        ["model.gradient_checkpointing=7"],
+        "model.gradient_checkpointing=7 has the wrong type",
+    ),
+    Case("config", "a negative seed", ["seed=-1"], "seed=-1 must be at least 0"),
+    Case("config", "no rollouts", ["max_rollouts=0"], "max_rollouts=0 must be at least 1"),
+    Case("config", "epochs of a task that never ends", ["num_epochs=2"], "num_epochs=2"),
+    Case("config", "a negative number of epochs", ["num_epochs=-1"], "num_epochs=-1"),
+    Case(
+        "config",
+        "checkpoints every 0 rollouts",
+        ["checkpoint.every_n_rollouts=0"],
+        "checkpoint.every_n_rollouts=0 must be at least 1",
+    ),
+    Case("config", "a target that does not exist", ["optimizer._target_=torch.optim.AdamX"], "optimizer._target_"),
+    Case("config", "an argument the target lacks", ["+optimizer.momentum=0.9"], "optimizer.momentum"),
+]
+
+OBJECTIVE = [
+    Case(
+        "objective",
+        "a ratio level that does not exist",
+        ["objective.importance_sampling_level=word"],
+        "one of token, sequence, sequence_token",
+    ),
+    Case("objective", "a loss that does not exist", ["objective.loss_type=gppo"], "choose grpo"),
+    Case("objective", "a clip that cannot act", ["update.num_minibatches=1"], "objective.epsilon cannot act"),
+    Case("objective", "a negative clip width", ["objective.epsilon=-0.1"], "objective.epsilon"),
+    Case("objective", "a KL weight below 0", ["objective.beta=-0.1"], "objective.beta"),
+    Case(
+        "objective",
+        "a KL estimator that does not exist",
+        ["objective.beta=0.1", "objective.kl_estimator=k4"],
+        "objective.kl_estimator",
+    ),
+    Case("objective", "a KL estimator without a KL term", ["objective.kl_estimator=k1"], "objective.kl_estimator"),
+    Case("objective", "delta below the clip", ["objective.delta=1.01"], "delta"),
+    Case(
+        "objective",
+        "CISPO with the ratio of a sequence",
+        ["objective=cispo", "objective.importance_sampling_level=sequence"],
+        "cispo",
+    ),
+    Case(
+        "objective",
+        "token selection of nothing",
+        ["objective.top_entropy_quantile=0"],
+        "objective.top_entropy_quantile",
+    ),
+    Case(
+        "objective",
+        "a mismatch correction whose bounds exclude 1",
+        ["mismatch=token_mask", "objective.mismatch.high=0.5"],
+        "high=0.5",
+    ),
+    Case(
+        "objective",
+        "a correction with another support",
+        ["mismatch=token_mask", "rollout.top_k=5"],
+        "rollout.top_k=5 contradicts objective.mismatch",
+    ),
+    Case(
+        "objective",
+        "a synchronised reference without a KL term",
+        ["update.ref_sync_every_n_rollouts=2"],
+        "update.ref_sync_every_n_rollouts",
+    ),
+    Case("objective", "an unknown scale of advantages", ["advantages.scale_rewards=std"], "advantages.scale_rewards"),
+]
+
+UPDATE = [
+    Case(
+        "update",
+        "minibatches that do not divide",
+        ["update.num_minibatches=3"],
+        "update.num_minibatches=3 does not divide",
+    ),
+    Case("update", "a budget below one sequence", ["update.max_tokens_per_microbatch=50"], "raise it to at least that"),
+    Case("update", "no passes", ["update.num_iterations=0"], "update.num_iterations=0 must be at least 1"),
+    Case(
+        "update",
+        "full fine-tuning in bfloat16",
+        ["trainer.precision=bf16-true"],
+        "rounds the updates of full fine-tuning away",
+    ),
+    Case(
+        "update",
+        "bfloat16 weights without an adapter",
+        ["model.dtype=bfloat16"],
+        "model.dtype=bfloat16 rounds the updates",
+    ),
+    Case("update", "an unknown schedule", ["scheduler.name=exponential"], "scheduler.name"),
+    Case("update", "a warm-up longer than the run", ["scheduler.warmup_ratio=2"], "warmup_ratio"),
+    Case("update", "a precision that does not exist", ["trainer.precision=8-bit"], "8-bit"),
+    Case("update", "a GPU where there is none", ["trainer.accelerator=gpu"], "there is no GPU here"),
+    Case(
+        "update", "4-bit weights without a GPU", ["model.quantization=nf4", "lora=language"], "model.quantization=nf4"
+    ),
+]
+
+ROLLOUT = [
+    Case("rollout", "a group of one", ["rollout.num_generations=1"], "rollout.num_generations=1 must be at least 2"),
+    Case("rollout", "greedy rollouts", ["rollout.temperature=0"], "rollout.temperature=0 must be above 0"),
+    Case(
+        "rollout", "a repetition penalty", ["rollout.repetition_penalty=1.2"], "rollout.repetition_penalty must be 1.0"
+    ),
+    Case("rollout", "top_p above 1", ["rollout.top_p=1.5"], "top_p"),
+    Case("rollout", "a negative top_k", ["rollout.top_k=-1"], "top_k"),
+    Case(
+        "rollout",
+        "completions of no tokens",
+        ["rollout.max_completion_length=0"],
+        "rollout.max_completion_length=0 must be at least 1",
+    ),
+    Case(
+        "rollout",
+        "a server's address without http",
+        ["rollout=vllm_server", "rollout.engine.urls=[localhost]"],
+        "rollout.engine.urls",
+    ),
+    Case("rollout", "no server at all", ["rollout=vllm_server", "rollout.engine.urls=[]"], "rollout.engine.urls=[]"),
+    Case("rollout", "negative draws", ["dynamic_sampling.max_draws=-1"], "dynamic_sampling.max_draws=-1"),
+]
+
+DATA = [
+    Case(
+        "data",
+        "a file that is not there",
+        [*ROWS, "data.task.source=missing.jsonl"],
+        "missing.jsonl: cannot read the file",
+    ),
+    Case(
+        "data",
+        "an unknown kind of file",
+        [*ROWS, "data.task.source={tmp}/rows.xml"],
+        "rows.xml",
+        writes("rows.xml", "<a/>"),
+    ),
+    Case("data", "an empty file", JSONL, "the dataset is empty", writes("rows.jsonl", "")),
+    Case(
+        "data",
+        "a line that is no JSON",
+        JSONL,
+        "rows.jsonl line 13: not valid JSON",
+        writes("rows.jsonl", lines(good_rows()) + '{"prompt": '),
+    ),
+    Case(
+        "data",
+        "a line that is no object",
+        JSONL,
+        "line 13: expected an object",
+        writes("rows.jsonl", lines([*good_rows(), [1]])),
+    ),
+    Case("data", "text that is not UTF-8", JSONL, "not UTF-8 text", writes("rows.jsonl", b'{"prompt": "\xff\xfe"}')),
+    Case(
+        "data",
+        "a CSV row with too many fields",
+        [*ROWS, "data.task.source={tmp}/rows.csv"],
+        "rows.csv line 3",
+        writes("rows.csv", "prompt,letter\na,b\na,b,c\n"),
+    ),
+    Case(
+        "data",
+        "a Parquet file that is not one",
+        [*ROWS, "data.task.source={tmp}/rows.parquet"],
+        "not a Parquet file",
+        writes("rows.parquet", "PAR1"),
+    ),
+    Case(
+        "data",
+        "JSON that is no list",
+        [*ROWS, "data.task.source={tmp}/rows.json"],
+        "expected a list of objects",
+        writes("rows.json", "{}"),
+    ),
+    Case(
+        "data",
+        "a missing column",
+        JSONL,
+        "column 'prompt' is missing (data.task.prompt_column)",
+        writes("rows.jsonl", lines([{"question": str(n)} for n in range(12)])),
+    ),
+    Case("data", "an empty prompt", JSONL, "the prompt is empty", rows_file({"prompt": "", "letter": "a"})),
+    Case(
+        "data",
+        "a prompt that is a number",
+        JSONL,
+        "the prompt must be a string or a list of messages",
+        rows_file({"prompt": 5, "letter": "a"}),
+    ),
+    Case(
+        "data",
+        "fewer rows than a rollout",
+        JSONL,
+        "data.prompts_per_rollout=8 is more than the 3 training rows",
+        rows_file(count=4),
+    ),
+    Case(
+        "data",
+        "nothing left to train on",
+        [*JSONL, "data.task.num_validation=12"],
+        "data.task.num_validation=12 must be less than the 12 rows",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "a template without its column",
+        [*JSONL, "data.task.template='{question}?'"],
+        "column 'question' is missing (data.task.template)",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "a template that does not parse",
+        [*JSONL, "data.task.template='{prompt'"],
+        "data.task.template",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "a mapped column that is not there",
+        [*JSONL, "+data.task.columns={{answer: solution}}"],
+        "column 'solution' is missing (data.task.columns.answer)",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "a pattern that is none",
+        [*JSONL, "+data.task.patterns={{letter: '(a'}}"],
+        "data.task.patterns.letter",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "a pattern that matches nothing",
+        [*JSONL, "+data.task.patterns={{letter: '(x)'}}"],
+        "does not match data.task.patterns.letter",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "a column that the reward needs",
+        JSONL,
+        "there is no column 'letter', which reward function letter_share needs",
+        rows_file({"prompt": "x:"}),
+    ),
+    Case(
+        "data",
+        "a prompt that is too long",
+        JSONL,
+        "has 2000 tokens, more than data.max_prompt_length=1024",
+        rows_file({"prompt": "a" * 2000, "letter": "a"}),
+    ),
+    Case("data", "a limit that no prompt meets", ["data.max_prompt_length=2"], "more than data.max_prompt_length=2"),
+    Case(
+        "data",
+        "a split of a file",
+        [*JSONL, "data.task.split=test"],
+        "data.task.split=test has no effect on a file",
+        rows_file(),
+    ),
+    Case(
+        "data",
+        "pixels for a model that reads text",
+        ["data.max_pixels=1000"],
+        "data.min_pixels and data.max_pixels have no effect",
+    ),
+    Case(
+        "data",
+        "a picture for a model that reads text",
+        [*JSONL, "data.task.conversational=true", "data.task.image_columns=[picture]"],
+        "reads text alone",
+        writes("rows.jsonl", lines([{**row, "picture": "a.png"} for row in good_rows()])),
+    ),
+    Case("data", "an unknown way with long prompts", ["data.overlong_prompts=cut"], "data.overlong_prompts='cut'"),
+    Case(
+        "data",
+        "a reasoning-gym task without the package or the task",
+        ["data=reasoning_gym", "data.task=nothing", "reward=reasoning_gym"],
+        "reasoning",
+    ),
+    Case("data", "no letters", ["data.task.letters=''"], "letters"),
+]
+
+MODELS = [
+    Case("model", "a folder that is no model", ["model.path={tmp}"], "config.json"),
+    Case(
+        "model",
+        "a path that does not exist",
+        ["model.path=/nowhere/model"],
+        "model folder '/nowhere/model' does not exist",
+    ),
+    Case("model", "an unknown bundled model", ["model.path=bundled:big"], "no bundled model 'big'"),
+    Case("model", "no weights", MODEL, "has no weights", model_without("model.safetensors")),
+    Case("model", "weights in a pickle alone", MODEL, "safetensors", model_in_pickle),
+    Case("model", "weights cut short", MODEL, "model.path=", cut_weights),
+    Case("model", "no tokenizer", MODEL, "tokenizer", model_without("tokenizer.json", "tokenizer_config.json")),
+    Case("model", "a config that is no JSON", MODEL, "model.path=", model_with("config.json", b'{"model_type": ')),
+    Case("model", "an unknown type of model", MODEL, "lama", model_of_unknown_type),
+    Case("model", "dropout", MODEL, "attention_dropout", model_with_dropout),
+    Case("model", "LoRA dropout", ["lora=language", "+model.lora.dropout=0.1"], "model.lora.dropout must be 0"),
+    Case("model", "LoRA of rank 0", ["lora=language", "model.lora.r=0"], "model.lora.r"),
+    Case(
+        "model", "LoRA on modules that are not there", ["lora=language", "model.lora.target_modules=[query]"], "query"
+    ),
+    Case(
+        "model",
+        "a vision tower that is not there",
+        ["model.train_vision=true"],
+        "model.train_vision=true has no effect",
+    ),
+    Case("model", "an override the config lacks", ["+model.overrides={{hidden_sizes: 3}}"], "hidden_sizes"),
+]
+
+REWARDS = [
+    Case("reward", "a module that is not there", ["reward.functions.letter_share.function.path=nowhere.f"], "nowhere"),
+    Case("reward", "a function that is not there", MINE, "my_rewards", reward("")),
+    Case(
+        "reward",
+        "a module that raises when imported",
+        MINE,
+        "my_rewards",
+        reward("raise ValueError('broken module')\n"),
+    ),
+    Case(
+        "reward",
+        "a function that raises",
+        MINE,
+        "reward function letter_share raised ZeroDivisionError",
+        reward("def f(completions, **_): return [1 / 0]\n"),
+    ),
+    Case("reward", "too few values", MINE, "must return a list of", reward("def f(completions, **_): return [1.0]\n")),
+    Case(
+        "reward",
+        "a value that is not a number",
+        MINE,
+        "returned nan for row",
+        reward("def f(completions, **_): return [float('nan')] * len(completions)\n"),
+    ),
+    Case(
+        "reward",
+        "a value that is text",
+        MINE,
+        "returned 'good' for row",
+        reward("def f(completions, **_): return ['good'] * len(completions)\n"),
+    ),
+    Case("reward", "a dict", MINE, "must return a list of", reward("def f(completions, **_): return {}\n")),
+    Case(
+        "reward",
+        "a function that does not end",
+        [*MINE, "reward.functions.letter_share.timeout_s=0.5"],
+        "took longer than its timeout_s=0.5",
+        reward("import time\ndef f(completions, **_): time.sleep(99)\n"),
+    ),
+    Case(
+        "reward",
+        "an argument that no row has",
+        MINE,
+        "there is no column 'solution'",
+        reward("def f(completions, solution): return [1.0] * len(completions)\n"),
+    ),
+    Case("reward", "something that cannot be called", MINE, "my_rewards.f", reward("f = 3\n")),
+    Case(
+        "reward",
+        "a weight that is not finite",
+        ["reward.functions.letter_share.weight=inf"],
+        "weight=inf must be a finite number",
+    ),
+    Case("reward", "a limit of no time", ["reward.functions.letter_share.timeout_s=0"], "timeout_s=0"),
+    Case("reward", "no function at all", ["~reward.functions.letter_share"], "reward.functions is empty"),
+    Case("reward", "an unknown combination", ["reward.combine=product"], "reward.combine='product'"),
+    Case("reward", "a validation reward that is none", ["validation.reward=nothing"], "validation.reward"),
+    Case(
+        "reward",
+        "an unknown sandbox",
+        ["reward=code", "reward.functions.code.function.sandbox=docker"],
+        "sandbox='docker'",
+    ),
+]
+
+RUNS = [
+    Case("run", "a checkpoint that is not there", CKPT, "there is no such checkpoint"),
+    Case("run", "a checkpoint that is no file of ours", CKPT, "some.ckpt", writes("some.ckpt", "not a checkpoint")),
+    Case("run", "a checkpoint cut short", CKPT, "damaged", lambda tmp: (checkpoint({"a": torch.zeros(999)})(tmp), (tmp / "some.ckpt").write_bytes((tmp / "some.ckpt").read_bytes()[:900]))),
+    Case("run", "a checkpoint that holds code", CKPT, "some.ckpt", checkpoint({"state_dict": Payload()})),
+    Case("run", "a checkpoint of something else", CKPT, "some.ckpt", checkpoint({"state_dict": {}})),
+    Case("run", "a run folder that is a file", ["hydra.run.dir={tmp}/taken"], "taken", writes("taken", "")),
+    Case("run", "a limit of time that is none", ["trainer.max_time=soon"], "soon"),
+    Case("run", "an unknown health check", ["callbacks.health.stop_on=[boredom]"], "there is no check 'boredom'"),
+    Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
+    Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
+    Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "devices=0"),
+    Case("run", "FSDP1", ["trainer.strategy=fsdp"], "fsdp"),
+]  # fmt: skip
+
+CASES = [*CONFIG, *OBJECTIVE, *UPDATE, *ROLLOUT, *DATA, *MODELS, *REWARDS, *RUNS]
