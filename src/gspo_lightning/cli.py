@@ -27,11 +27,12 @@ from rich.console import Console
 
 from gspo_lightning import config
 from gspo_lightning.callbacks import RunRecorder
-from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint
+from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint, disk_error
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
+from gspo_lightning.redact import redacted
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.resume import find_checkpoint
@@ -121,9 +122,10 @@ def _train(cfg: DictConfig) -> float | None:
     run_dir = _make_run_dir(folder)
     datamodule = config.build_data(plain)
     plain["max_rollouts"] = config.rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    shown = redacted(plain)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(shown)))
     if plain["print_config"]:
-        rank_zero_only(Console().print)(config_tree(plain))
+        rank_zero_only(Console().print)(config_tree(shown))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     module = config.build_module(plain)
     with contextlib.closing(module.rewards):
@@ -168,6 +170,8 @@ class TrainingRun:
         ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
         try:
             self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except OSError as error:
+            raise disk_error(self.run_dir, error) or error from error
         except RolloutError as error:
             if not self.checkpoint.last.exists():
                 raise

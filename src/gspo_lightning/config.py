@@ -19,6 +19,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.load import check_quantization
+from gspo_lightning.targets import check_targets
 from gspo_lightning.types import SamplingParams
 from gspo_lightning.validation import ValidationSettings
 
@@ -46,6 +47,7 @@ def check(plain: dict[str, Any]) -> None:
             "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
         )
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
+    check_targets(plain)
     _check_node(plain, "")
     _check_roots(plain)
     update, rollout, data = plain["update"], plain["rollout"], plain["data"]

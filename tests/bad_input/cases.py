@@ -159,6 +159,7 @@ CONFIG = [
         "checkpoint.every_n_rollouts=0 must be at least 1",
     ),
     Case("config", "a target that does not exist", ["optimizer._target_=torch.optim.AdamX"], "optimizer._target_"),
+    Case("config", "a target that could do harm", ["optimizer._target_=os.system"], "GSPO_ALLOWED_TARGETS=os"),
     Case("config", "an argument the target lacks", ["+optimizer.momentum=0.9"], "optimizer.momentum"),
 ]
 

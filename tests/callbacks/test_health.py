@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from gspo_lightning.callbacks.health import CHECKS, Facts, Health
@@ -95,3 +97,16 @@ def test_unknown_checks_and_no_patience_are_refused():
         Health(stop_on=["no_sgnal"])
     with pytest.raises(ValueError, match="patience=0"):
         Health(patience=0)
+
+
+def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
+    health = Health(patience=1)
+    spec = SimpleNamespace(uses_clip=False)
+    objective = SimpleNamespace(spec=spec, clip=None, importance_sampling_level="token")
+    for silent in [1.0, 0.0] * 6:
+        metrics = {"frac_zero_std_groups": silent, "reward/mean": 0.0}
+        module = SimpleNamespace(objective=objective, last_metrics=metrics)
+        health.on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all("no group had two different rewards" in line for line in said)
+    assert [line.endswith("not said again)") for line in said] == [False, False, True]

@@ -13,18 +13,23 @@ from gspo_lightning.report.svg import line_chart, nice_ticks
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
+def write_run(folder, evil):
+    """A run whose model, rows and config all say ``evil``."""
+    (folder / "metrics.csv").write_text("step,reward/mean,val/accuracy\n0,,0.25\n1,0.5,\n2,0.75,0.875\n")
+    (folder / "config.yaml").write_text(f"note: {evil}\n")
+    for when, text, reward in (("before", evil, 0.0), ("after", "42 & more", 1.0)):
+        sample = {"prompt": f"ask {evil}", "completion": text, "reward": reward, "answer": "42"}
+        content = {"metrics": {"val/accuracy": reward, "val/sampled_accuracy": reward / 2}, "samples": [sample]}
+        (folder / f"validation_{when}.json").write_text(json.dumps(content))
+    write_summary(
+        folder, {"seed": 3, "steps": 2, "wall_s": 90.0, "peak_rss_gb": 1.5, "tokens_per_s": 10.0, "model": evil}
+    )
+    return folder
+
+
 @pytest.fixture()
 def run_dir(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,reward/mean,val/accuracy\n0,,0.25\n1,0.5,\n2,0.75,0.875\n")
-    (tmp_path / "config.yaml").write_text(f"note: {EVIL}\n")
-    for when, text, reward in (("before", EVIL, 0.0), ("after", "42 & more", 1.0)):
-        sample = {"prompt": f"ask {EVIL}", "completion": text, "reward": reward, "answer": "42"}
-        content = {"metrics": {"val/accuracy": reward, "val/sampled_accuracy": reward / 2}, "samples": [sample]}
-        (tmp_path / f"validation_{when}.json").write_text(json.dumps(content))
-    write_summary(
-        tmp_path, {"seed": 3, "steps": 2, "wall_s": 90.0, "peak_rss_gb": 1.5, "tokens_per_s": 10.0, "model": EVIL}
-    )
-    return tmp_path
+    return write_run(tmp_path, EVIL)
 
 
 class Tags(html.parser.HTMLParser):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -14,7 +16,10 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gspo_lightning.callbacks.files import flush_to_disk
+from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
@@ -33,7 +38,13 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-    trainer.save_checkpoint(temporary)
+    try:
+        trainer.save_checkpoint(temporary)
+    except (OSError, RuntimeError) as error:
+        line = disk_error(path, error)
+        # What was written of it would keep the disk full.
+        temporary.unlink(missing_ok=True)
+        raise line or error from error
     if trainer.is_global_zero:
         flush_to_disk(temporary)
         if path.exists():
@@ -44,6 +55,22 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     trainer.strategy.barrier("checkpoint")
+
+
+def disk_error(path: Path, error: BaseException) -> UserError | None:
+    """The line for a disk that is full or not to be written to; None for any other error.
+
+    torch's writer raises a RuntimeError of its own that has lost the reason, so the disk is asked.
+    """
+    reason = getattr(error, "strerror", None) if getattr(error, "errno", None) in _DISK else None
+    if reason is None and isinstance(error, RuntimeError) and "inline_container" in str(error):
+        reason = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
+    if reason is None:
+        return None
+    saved = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
+    stands = f"make room and go on with ckpt_path={saved}" if saved.exists() else "nothing was saved yet"
+    where = getattr(error, "filename", None) or path
+    return UserError(f"cannot write {where} ({reason}); {stands}")
 
 
 class RolloutCheckpoint(L.Callback):

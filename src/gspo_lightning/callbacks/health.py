@@ -7,6 +7,7 @@ hold, not again while it goes on, and anew when it comes back. See docs/troubles
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -164,6 +165,10 @@ CHECKS: tuple[Callable[[Facts], str | None], ...] = (
 )
 
 
+MOST_TIMES = 3
+"""A state that comes and goes is said so often; after that the metrics tell."""
+
+
 class Health(L.Callback):
     """Prints what the checks find, and may end the run.
 
@@ -186,6 +191,7 @@ class Health(L.Callback):
         self.patience, self.stop_on = patience, frozenset(stop_on or ())
         self.rows: list[Row] = []
         self._holding: set[str] = set()
+        self._said: Counter[str] = Counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Runs all checks on the rollout that has just ended."""
@@ -194,8 +200,10 @@ class Health(L.Callback):
         clip = module.objective.clip if module.objective.spec.uses_clip else None
         by_sequence = module.objective.importance_sampling_level != "token"
         for name, line in self.findings(Facts(self.rows, self.patience, clip, by_sequence)):
-            if trainer.is_global_zero:
-                print(f"warning: {line}", flush=True)
+            self._said[name] += 1
+            if trainer.is_global_zero and self._said[name] <= MOST_TIMES:
+                last = " (it comes and goes: not said again)" if self._said[name] == MOST_TIMES else ""
+                print(f"warning: {line}{last}", flush=True)
             if name in self.stop_on:
                 trainer.should_stop = True
 

@@ -1,0 +1,87 @@
+"""A disk that fills up while a run saves: the checkpoint before stands, one line says so, and the run goes on from it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
+from gspo_lightning.errors import UserError
+from gspo_lightning.resume import is_whole
+from tests.end_to_end.test_command_line import ROOT, SHORT, metrics, run
+
+
+class Trainer(SimpleNamespace):
+    """Saves 1, then fails half-way through the file."""
+
+    is_global_zero, strategy = True, SimpleNamespace(barrier=lambda name: None)
+    saved = 0
+
+    def save_checkpoint(self, path):
+        if self.saved:
+            Path(path).write_bytes(b"half of")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        torch.save({"rollout": 1}, path)
+        self.saved += 1
+
+
+def test_what_was_half_written_is_gone_and_the_one_before_stands(tmp_path):
+    trainer, last = Trainer(), tmp_path / "checkpoints" / "last.ckpt"
+    atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
+    with pytest.raises(
+        UserError, match=r"cannot write .*No space left on device\); make room and go on with ckpt_path=.*last.ckpt"
+    ):
+        atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
+    assert torch.load(last, weights_only=True) == {"rollout": 1}
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_other_errors_are_not_the_disks(tmp_path):
+    assert disk_error(tmp_path, RuntimeError("shapes")) is None
+    assert disk_error(tmp_path, OSError(errno.ENOENT, "no such file")) is None
+
+
+@pytest.fixture()
+def small_disk(tmp_path):
+    """A file system in memory whose size can be changed; only root may make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def resize(place, size):
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_room_lets_it_go_on_bit_identically(small_disk, tmp_path):
+    options = ["checkpoint.every_n_rollouts=2", "export.enabled=false"]
+    run(*SHORT, *options, f"hydra.run.dir={tmp_path / 'whole'}")
+    size = (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
+    resize(small_disk, f"{int(2.5 * size) // 1024 + 64}k")
+    place = small_disk / "run"
+    command = [sys.executable, "train.py", *SHORT, *options, f"hydra.run.dir={place}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "cannot write" in line and f"go on with ckpt_path={place}/checkpoints/last.ckpt" in line
+    assert is_whole(place / "checkpoints" / "last.ckpt")
+    assert not any(name.endswith(".tmp") for _, _, names in os.walk(place) for name in names)
+    resize(small_disk, "64m")
+    run(*SHORT, *options, f"hydra.run.dir={place}", f"ckpt_path={place}/checkpoints/last.ckpt")
+    assert metrics(place) == metrics(tmp_path / "whole")
+    last, whole = (
+        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for f in (place, tmp_path / "whole")
+    )
+    assert all(torch.equal(last[name], whole[name]) for name in whole) and last.keys() == whole.keys()

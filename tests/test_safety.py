@@ -1,0 +1,126 @@
+"""A config cannot call what is not on the list, and no secret reaches what a run writes or shows."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from gspo_lightning import cli
+from gspo_lightning.errors import UserError
+from gspo_lightning.redact import redacted
+from gspo_lightning.report import render_report
+from gspo_lightning.targets import check_targets, is_allowed
+from tests.conf.test_groups import composed
+from tests.report.test_report import write_run
+
+FOREIGN = [
+    "os.system",
+    "subprocess.run",
+    "builtins.eval",
+    "shutil.rmtree",
+    "torch.hub.load",
+    "torch.load",
+    "numpy.load",
+    "runpy.run_path",
+]
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+def test_what_could_do_harm_is_not_on_the_list(target):
+    with pytest.raises(UserError, match=rf"optimizer._target_={target} is not on the list .*GSPO_ALLOWED_TARGETS"):
+        check_targets({"optimizer": {"_target_": target}})
+    with pytest.raises(UserError, match=rf"reward.functions.f.path={target} is not on the list"):
+        check_targets({"reward": {"functions": {"f": {"_target_": "hydra.utils.get_method", "path": target}}}})
+    with pytest.raises(UserError, match=r"callbacks.0._target_"):
+        check_targets({"callbacks": [{"_target_": target}]})
+
+
+def test_a_refused_target_is_not_even_imported(tmp_path, monkeypatch):
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "harmful_on_import.py").write_text("raise SystemExit('it was imported')")
+    (tmp_path / "work").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "installed"))
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UserError, match="GSPO_ALLOWED_TARGETS=harmful_on_import"):
+        check_targets({"x": {"_target_": "harmful_on_import.f"}})
+    assert "harmful_on_import" not in sys.modules
+    assert is_allowed("harmful_on_import.f", more=("harmful_on_import",))
+
+
+def test_modules_below_the_working_directory_are_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_own_rewards.py").write_text("")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "somebody_elses.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert is_allowed("my_own_rewards.f") and not is_allowed("somebody_elses.f")
+
+
+def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeypatch):
+    monkeypatch.setenv("HUB_TOKEN", "hf_abcdefgh")
+    plain = {
+        "api_key": "k",
+        "hub": {"token": "t", "password": "p"},
+        "url": "https://me:hf_abcdefgh@host",
+        "list": ["hf_abcdefgh"],
+        "max_tokens": 5,
+        "target_tokens": "7",
+        "api_key_env": "HUB_TOKEN",
+        "token": None,
+        "tokenizer": "x",
+    }
+    assert redacted(plain) == {
+        "api_key": "***",
+        "hub": {"token": "***", "password": "***"},
+        "url": "https://me:***@host",
+        "list": ["***"],
+        "max_tokens": 5,
+        "target_tokens": "7",
+        "api_key_env": "HUB_TOKEN",
+        "token": None,
+        "tokenizer": "x",
+    }
+    assert plain["hub"]["token"] == "t"
+
+
+def test_no_file_of_a_run_and_nothing_on_the_screen_holds_a_secret(tmp_path, monkeypatch, capfd):
+    secret = "hf_do_not_tell_9f2c"
+    monkeypatch.setenv("MY_API_KEY", secret)
+    cfg = composed(
+        "experiment=micro", "max_rollouts=2", "logger=tensorboard", "checkpoint.every_n_rollouts=1",
+        run_dir=tmp_path / "run",
+    )  # fmt: skip
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+        cfg.note = {"api_key": "${oc.env:MY_API_KEY}", "url": "https://${oc.env:MY_API_KEY}@host"}
+    cli._train(cfg)
+    out, err = capfd.readouterr()
+    assert secret not in out + err
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"config.yaml", "report.html", "last.ckpt"} <= {path.name for path in files}
+    assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
+    assert "***" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "</pre><script>document.title = 'the model ran code'</script><img src=x onerror=\"document.title='the model ran code'\">"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser (apt-get install chromium)")
+def test_a_completion_with_a_script_stays_text_in_a_real_browser(tmp_path):
+    page = render_report(write_run(tmp_path, EVIL))
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=2000", "--dump-dom", f"file://{page}",
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "the model ran code" in dom, "the completion is not on the page"
+    assert "<title>the model ran code" not in dom and "<script>document" not in dom
