@@ -26,8 +26,8 @@ from tests.bad_input.cases import CASES, Case  # noqa: E402
 HEAD = """# What goes wrong, and what is said
 
 Every mistake below ends `python train.py` with exit code 2 and this one line, before anything is half-written.
-`debug=true` shows the traceback too. The table is written by `python scripts/errors_page.py`, which makes each mistake;
-`pytest tests/test_bad_input.py` makes them too and fails where a line differs.
+`debug=traceback` shows the traceback too. The table is written by `python scripts/errors_page.py`, which makes each
+mistake; `pytest tests/test_bad_input.py` makes them too and fails where a line differs.
 """
 
 

@@ -52,7 +52,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except (*USER_ERRORS, NonFiniteGradientError) as error:
-        _exit_with_line(error, debug="debug=true" in sys.argv)
+        _exit_with_line(error, _wants_traceback())
     except SweepStopped as stopped:
         print(f"error: {stopped}", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -63,7 +63,7 @@ def run(main: Callable[[], Any]) -> None:
             for frame in traceback.extract_tb(error.__traceback__)
         ):
             raise
-        _exit_with_line(_no_run_dir(error.filename, error), debug="debug=true" in sys.argv)
+        _exit_with_line(_no_run_dir(error.filename, error), _wants_traceback())
 
 
 def train_main() -> None:
@@ -101,11 +101,16 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             raise (NonFiniteGradientError if isinstance(error, NonFiniteGradientError) else UserError)(line) from error
         with contextlib.suppress(OSError):  # Hydra has made the folder; it goes if nothing was written into it
             Path(HydraConfig.get().runtime.output_dir).rmdir()
-        _exit_with_line(error, debug=bool(cfg.debug))
+        _exit_with_line(error, bool(cfg.traceback))
 
 
-def _exit_with_line(error: Exception, debug: bool) -> NoReturn:
-    if debug:
+def _wants_traceback() -> bool:
+    """Where there is no config, because it is what is wrong."""
+    return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
+
+
+def _exit_with_line(error: Exception, with_traceback: bool) -> NoReturn:
+    if with_traceback:
         traceback.print_exc()
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")

@@ -79,6 +79,7 @@ def check(plain: dict[str, Any]) -> None:
 
 _LEAST = {
     "seed": 0,
+    "overfit_rows": 0,
     "max_rollouts": 1,
     "checkpoint.every_n_rollouts": 1,
     "checkpoint.grace_s": 0,
@@ -247,11 +248,21 @@ def _build(node: Any) -> Any:
 
 def build_data(plain: dict[str, Any]) -> Any:
     """The data module, with its dataset and templates checked."""
-    datamodule = _build(plain["data"])
+    datamodule = _build({**plain["data"], "task": _task(plain)})
     rewards = _build(plain["reward"])
     rewards.check()
     datamodule.check(rewards.required_columns())
     return datamodule
+
+
+def _task(plain: dict[str, Any]) -> Any:
+    """The node of the task, or of its first rows."""
+    task, count = plain["data"]["task"], plain["overfit_rows"]
+    if not count:
+        return task
+    if not isinstance(task, dict):
+        raise UserError(f"overfit_rows={count} needs a data group whose task is an object; data.task is {task!r}")
+    return {"_target_": "gspo_lightning.data.first_rows.FirstRows", "task": task, "count": count}
 
 
 def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gspo_lightning.callbacks.health import CHECKS, Facts, Health
+from gspo_lightning.callbacks.health import CHECKS, METRICS, Facts, Health
 
 GOOD = {
     "reward/mean": 0.5, "frac_zero_std_groups": 0.2, "clip_frac_low": 0.05, "clip_frac_high": 0.05, "ratio/p1": 0.98,
@@ -110,3 +110,7 @@ def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3 and all("no group had two different rewards" in line for line in said)
     assert [line.endswith("not said again)") for line in said] == [False, False, True]
+
+
+def test_every_metric_that_a_check_reads_is_kept():
+    assert set(GOOD) == set(METRICS)

@@ -77,6 +77,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 # key -> (the part that must differ, the change, what both runs have in common)
 EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "seed": (COMPLETIONS, ["seed=1"], []),
+    "overfit_rows": (COMPLETIONS, ["overfit_rows=4"], []),
     "max_rollouts": (METRICS, ["max_rollouts=1"], []),
     "num_epochs": (METRICS, ["num_epochs=1"], ROWS),
     "print_config": (SCREEN, ["print_config=false"], []),
@@ -181,7 +182,7 @@ ELSEWHERE = {
     "checkpoint.grace_s": "tests/end_to_end/test_command_line.py",
     "lora.lora": "tests/conf/test_every_key.py",
     "allow_no_effect": "tests/conf/test_every_key.py",
-    "debug": "tests/end_to_end/test_command_line.py",
+    "traceback": "tests/end_to_end/test_command_line.py",
     "rollout.repetition_penalty": "tests/bad_input/cases.py",  # refused in training, see there
 }
 SERVER = "gspo_lightning.rollout.VLLMServerEngine"
@@ -229,7 +230,7 @@ def leaves() -> Iterator[tuple[str, str, str | None, str]]:
     """(file, key from the group's root, ``_target_`` that takes it, name of the argument) of every setting."""
     for file in [CONF / "train.yaml", *sorted(CONF.glob("*/*.yaml"))]:
         group = file.parent.name
-        if group in ("experiment", "hydra", "hparams_search"):
+        if group in ("experiment", "hydra", "hparams_search", "debug"):
             continue  # these only set keys of other groups
         node = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in ("defaults", "hydra")}
         prefix = "" if file.stem == "train" else f"{group}."

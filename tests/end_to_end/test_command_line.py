@@ -211,7 +211,9 @@ def test_bad_input_gets_one_line_and_exit_code_two(tmp_path):
 
 
 def test_debug_shows_where_a_user_error_comes_from(tmp_path):
-    done = run("experiment=micro", f"hydra.run.dir={tmp_path}", "rollout.num_generations=1", "debug=true", expect=2)
+    done = run(
+        "experiment=micro", f"hydra.run.dir={tmp_path}", "rollout.num_generations=1", "debug=traceback", expect=2
+    )
     assert "Traceback" in done.stderr
 
 

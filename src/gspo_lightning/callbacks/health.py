@@ -165,6 +165,11 @@ CHECKS: tuple[Callable[[Facts], str | None], ...] = (
 )
 
 
+METRICS = (
+    "gspo/ratio_noise_floor", "clip_frac_low", "clip_frac_high", "ratio/p1", "ratio/p99", "frac_zero_std_groups",
+    "reward/mean", "entropy", "completion/truncated_frac", "sampler_mismatch/abs_mean", "grad_norm",
+)  # fmt: skip
+"""What the checks read."""
 MOST_TIMES = 3
 """A state that comes and goes is said so often; after that the metrics tell."""
 
@@ -196,7 +201,9 @@ class Health(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Runs all checks on the rollout that has just ended."""
         module = cast(GSPOModule, pl_module)
-        self.rows.append({name: value for name, value in module.last_metrics.items() if value == value})
+        now = module.last_metrics
+        # What the checks read and no more: the rows of a long run add up.
+        self.rows.append({name: now[name] for name in METRICS if name in now and now[name] == now[name]})
         clip = module.objective.clip if module.objective.spec.uses_clip else None
         by_sequence = module.objective.importance_sampling_level != "token"
         for name, line in self.findings(Facts(self.rows, self.patience, clip, by_sequence)):

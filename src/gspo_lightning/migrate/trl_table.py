@@ -194,7 +194,7 @@ NONE: dict[str, tuple[Any, str]] = {
     "fsdp": (None, "sharding is a trainer group, if there is one in conf/trainer"),
     "fsdp_config": (None, "sharding is a trainer group, if there is one in conf/trainer"),
     "deepspeed": (None, "no DeepSpeed"),
-    "debug": ("", "debug=true shows tracebacks of user errors, something else"),
+    "debug": ("", "debug= chooses aids such as debug=overfit, something else"),
     "local_rank": (-1, "Lightning starts the ranks: trainer.devices"),
 }
 """Key -> (TRL's default, why there is none). At its default a key asks for nothing."""

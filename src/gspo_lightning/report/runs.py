@@ -15,7 +15,7 @@ from yaml import YAMLError
 from gspo_lightning.errors import UserError
 from gspo_lightning.report.files import Series, read_json, read_metrics
 
-_PLACES = ("logger.", "ckpt_path", "debug", "checkpoint.", "export.")
+_PLACES = ("logger.", "ckpt_path", "traceback", "checkpoint.", "export.")
 """Settings that say where a run writes and not what it does."""
 
 _T95 = (

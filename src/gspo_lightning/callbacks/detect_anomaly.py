@@ -1,0 +1,95 @@
+"""Names the first layer whose output, or whose gradient, is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gspo_lightning.guarded_step import NonFiniteGradientError
+
+
+class NonFiniteLayerError(NonFiniteGradientError):
+    """A layer made a number that is not finite."""
+
+
+class DetectAnomaly(L.Callback):
+    """Looks at what every leaf module of the policy puts out, forward and backward; the first bad one ends the run.
+
+    Rollouts are looked at too. Before each rollout the weights are: one that is not finite is named instead of the
+    layers behind it.
+
+    Raises:
+        NonFiniteLayerError: names the module and whether it was forward or backward.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Looks at the weights and puts the hooks in place."""
+        check_weights(pl_module.policy, "from the start")
+        for name, module in pl_module.policy.named_modules():
+            if not any(module.children()):
+                self._hooks.append(module.register_forward_hook(self._forward_hook(name)))
+                self._hooks.append(module.register_full_backward_hook(self._backward_hook(name)))
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at the weights."""
+        check_weights(pl_module.policy, f"before rollout {pl_module.rollouts_done + 1}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Takes the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @staticmethod
+    def _forward_hook(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in tensors_of(output):
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteLayerError(f"forward: {name} ({type(module).__name__}) put out {what(tensor)}")
+
+        return hook
+
+    @staticmethod
+    def _backward_hook(name: str) -> Any:
+        def hook(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+            for tensor in tensors_of(grad_output):
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) received {what(tensor)}")
+            for tensor in tensors_of(grad_input):
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) put out {what(tensor)}")
+
+        return hook
+
+
+def check_weights(policy: nn.Module, when: str) -> None:
+    """Refuses a weight that is not finite."""
+    for name, parameter in policy.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteLayerError(f"the weight {name} is not finite {when}")
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in an output, however it is nested."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+
+
+def what(tensor: Tensor) -> str:
+    """How many values are not finite, and of what kind."""
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    return f"{nan} NaN and {inf} infinite of {tensor.numel()} values"

@@ -1,0 +1,43 @@
+"""The first rows of a task, again and again: to see whether a reward can rise at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gspo_lightning.data.tasks import Row, Task
+from gspo_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """A finite task of the first ``count`` training rows of another; the held-out rows are its own.
+
+    Raises:
+        UserError: the task has fewer rows, or ``count`` is less than 1.
+    """
+
+    task: Task
+    count: int
+
+    def __post_init__(self) -> None:
+        size = self.task.num_train_rows
+        if self.count < 1 or (size is not None and size < self.count):
+            raise UserError(f"overfit_rows={self.count} must be between 1 and the task's {size} training rows")
+
+    @property
+    def name(self) -> str:
+        """Part of every uid."""
+        return self.task.name
+
+    @property
+    def num_train_rows(self) -> int:
+        """``count``."""
+        return self.count
+
+    def train_row(self, index: int) -> Row:
+        """That of the task."""
+        return self.task.train_row(index)
+
+    def validation_rows(self) -> list[Row]:
+        """Those of the task."""
+        return self.task.validation_rows()

@@ -1,0 +1,34 @@
+"""The same rows in every rollout, and those alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_lightning import config
+from gspo_lightning.data import LargestOfFour, MicroLetters
+from gspo_lightning.data.first_rows import FirstRows
+from gspo_lightning.data.stream import PromptStream
+from gspo_lightning.errors import UserError
+from tests.conf.test_groups import resolved
+
+
+def test_an_endless_task_becomes_its_first_rows_again_and_again():
+    task = MicroLetters()
+    stream = PromptStream(FirstRows(task, 4), seed=0)
+    rows = [stream.row_at(cursor) for cursor in range(12)]
+    wanted = {f"micro_letters:train:{n}": task.train_row(n) for n in range(4)}
+    assert all(dict(rows[start : start + 4]) == wanted for start in (0, 4, 8))
+    assert FirstRows(task, 4).validation_rows() == task.validation_rows()
+
+
+def test_more_rows_than_there_are_or_none_are_refused():
+    with pytest.raises(UserError, match="overfit_rows=5 must be between 1 and the task's 4 training rows"):
+        FirstRows(FirstRows(LargestOfFour(), 4), 5)
+    with pytest.raises(UserError, match="overfit_rows=0"):
+        FirstRows(LargestOfFour(), 0)
+
+
+def test_debug_overfit_gives_every_rollout_the_same_prompts():
+    data = config.build_data(resolved("experiment=micro", "debug=overfit", "data.prompts_per_rollout=4"))
+    first, second = (sorted(p.uid for p in data.batch_at(cursor).prompts) for cursor in (0, 4))
+    assert first == second and len(set(first)) == 4
