@@ -162,7 +162,7 @@ class TrainingRun:
         )
         resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
-        self.recorder = RunRecorder(run_dir, resume_dir=resume_dir)
+        self.recorder = RunRecorder(run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"])
         self.stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
         callbacks = [self.recorder, *config.build_callbacks(plain), self.checkpoint, self.stop]
         self.trainer = config.build_trainer(plain, callbacks)

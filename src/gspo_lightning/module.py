@@ -42,6 +42,7 @@ from gspo_lightning.policy.reference import move_reference
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
+from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import rollout_values
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch
@@ -170,7 +171,7 @@ class GSPOModule(L.LightningModule):
         assert self.policy is not None
         return collect_rollout(
             self.policy, self.engine, self.rewards, self.advantages, prompts, self.sampling,
-            seed=self.seed * 1_000_003 + self.rollouts_done, stopwatch=self.stopwatch,
+            seed=rollout_seed(self.seed, self.rollouts_done), stopwatch=self.stopwatch,
         )  # fmt: skip
 
     def _source(self) -> PromptSource:
@@ -229,7 +230,7 @@ class GSPOModule(L.LightningModule):
         return self.objective.at(self.rollouts_done / max(1, self.max_rollouts - 1))
 
     def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rollouts_done)
+        generator = torch.Generator().manual_seed(rollout_seed(self.seed, self.rollouts_done))
         return split_minibatches(
             scored,
             self.update_settings,

@@ -43,7 +43,7 @@ LENGTHY = (
     "+reward.functions.lengthy={_target_:gspo_lightning.rewards.RewardSpec,weight:1.0,timeout_s:null,"
     "function:{_target_:hydra.utils.get_method,path:tests.conf.test_every_key.lengthy}}"
 )
-WEIGHTS, COMPLETIONS, METRICS, FILES, SCREEN = "weights", "completions", "metrics", "files", "screen"
+WEIGHTS, COMPLETIONS, METRICS, FILES, SCREEN, TOKENS = "weights", "completions", "metrics", "files", "screen", "tokens"
 
 
 def lengthy(completions: list[str], **_: Any) -> list[float]:
@@ -70,6 +70,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
         COMPLETIONS: [json.loads(line)["completion"] for line in (folder / "completions.jsonl").open()],
         METRICS: [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))} for r in rows],
         FILES: {str(p.relative_to(folder)): p.name == "validation_after.json" and p.stat().st_size for p in files},
+        TOKENS: "token_ids" in (folder / "completions.jsonl").read_text(),
         SCREEN: screen.getvalue().count("\n"),
     }
 
@@ -77,6 +78,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 # key -> (the part that must differ, the change, what both runs have in common)
 EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "seed": (COMPLETIONS, ["seed=1"], []),
+    "record_tokens": (TOKENS, ["record_tokens=true"], []),
     "overfit_rows": (COMPLETIONS, ["overfit_rows=4"], []),
     "max_rollouts": (METRICS, ["max_rollouts=1"], []),
     "num_epochs": (METRICS, ["num_epochs=1"], ROWS),
@@ -199,6 +201,7 @@ SHOWN = {
     ),
     ("gspo_lightning.rewards.RewardSpec", "weight"): ("tests/rewards/test_reward_set.py", "test_combination_by_weight"),
     ("gspo_lightning.rewards.RewardSpec", "timeout_s"): ("tests/rewards/test_workers.py", "timeout_s"),
+    ("gspo_lightning.rollout.ReplayEngine", "run"): ("tests/end_to_end/test_replay.py", "rollout.engine.run="),
     ("hydra.utils.get_method", "path"): ("tests/conf/test_every_key.py", "path:tests.conf.test_every_key.lengthy"),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ NEEDS = {
     "data=rows": ["data.task.source=nothing.jsonl"],
     "data=multiple_choice": ["data.task.source=nothing.jsonl"],
     "data=gsm8k": [],
+    "rollout=replay": [f"rollout.engine.run={CONF.parent}/tests/conf/recorded"],
     "reward=reward_model": ["reward.functions.reward_model.function.path=nowhere"],
     "data=reasoning_gym": ["data.task=gcd"],
     # What is refused without a GPU has a test of its own.

@@ -36,10 +36,11 @@ class RunRecorder(L.Callback):
         run_dir: where to write; exists.
         resume_dir: the folder of the run that a checkpoint comes from; by default ``run_dir``. Nothing is
             recorded before that checkpoint is loaded.
+        tokens: token ids and sampler log-probabilities of each completion too, which `rollout.ReplayEngine` needs.
     """
 
-    def __init__(self, run_dir: str | Path, resume_dir: str | Path | None = None) -> None:
-        self.run_dir = Path(run_dir)
+    def __init__(self, run_dir: str | Path, resume_dir: str | Path | None = None, tokens: bool = False) -> None:
+        self.run_dir, self.tokens = Path(run_dir), tokens
         self.resume_dir = None if resume_dir is None else Path(resume_dir)
         self.table = MetricsTable(self.run_dir / "metrics.csv")
         self.completions = self.run_dir / "completions.jsonl"
@@ -122,15 +123,15 @@ class RunRecorder(L.Callback):
             warnings.warn(f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2)
 
     def _log_completions(self, step: int, scored: ScoredRollout) -> None:
-        lines = "".join(to_json(entry) + "\n" for entry in completion_entries(step, scored))
+        lines = "".join(to_json(entry) + "\n" for entry in completion_entries(step, scored, self.tokens))
         with self.completions.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()
             self.completions_bytes = file.tell()
 
 
-def completion_entries(step: int, scored: ScoredRollout) -> list[dict[str, Any]]:
-    """One flat record per completion of a rollout; a reward that does not apply is null."""
+def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -> list[dict[str, Any]]:
+    """One flat record per completion, with its tokens if asked for; a reward that does not apply is null."""
     entries = []
     for b, (prompt, group) in enumerate(zip(scored.prompts, scored.completions, strict=True)):
         for g, completion in enumerate(group):
@@ -150,6 +151,10 @@ def completion_entries(step: int, scored: ScoredRollout) -> list[dict[str, Any]]
                     "tokens": len(completion.token_ids),
                 }
             )
+            if tokens:
+                # A float32 is written as the double it equals, so it comes back bit-identical.
+                logprobs = completion.sampler_logprobs.tolist()
+                entries[-1] |= {"token_ids": completion.token_ids.tolist(), "sampler_logprobs": logprobs}
     return entries
 
 

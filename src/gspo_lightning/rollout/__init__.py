@@ -1,12 +1,14 @@
 """Rollout engines: who samples the completions."""
 
 from gspo_lightning.rollout.engine import EngineUnavailableError, RolloutEngine, RolloutError, WeightSyncError
+from gspo_lightning.rollout.replay import ReplayEngine
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
 from gspo_lightning.rollout.vllm_engine import VLLMEngine
 from gspo_lightning.rollout.vllm_server import VLLMServerEngine
 
 __all__ = [
     "EngineUnavailableError",
+    "ReplayEngine",
     "RolloutEngine",
     "RolloutError",
     "TransformersEngine",

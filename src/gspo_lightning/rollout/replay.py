@@ -1,0 +1,92 @@
+"""Completions of an earlier run, in place of sampling: for looking at an update again and again.
+
+With the settings of that run the weights are bit-identical to it. With other settings (a rate, a loss) the policy moves
+away from what sampled: `sampler_mismatch/abs_mean` says how far, and a ``mismatch`` correction weighs it.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.seeds import rollout_of_seed
+from gspo_lightning.rollout.transformers_engine import TransformersEngine
+from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
+
+Record = dict[str, Any]
+
+
+class ReplayEngine:
+    """Gives each prompt the completions it had in the same rollout of another run.
+
+    Held-out prompts are sampled by the policy itself: they are not recorded.
+
+    Args:
+        run: folder of a run that was made with ``record_tokens=true``.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run = Path(run)
+        if not (self.run / "completions.jsonl").is_file():
+            raise UserError(f"rollout.engine.run={run}: there is no completions.jsonl; give the folder of a run")
+
+    def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
+        """See `RolloutEngine.generate`."""
+        if all(":validation:" in prompt.uid for prompt in prompts):
+            return TransformersEngine().generate(policy, prompts, sampling, seed)
+        self._check_temperature(sampling)
+        step = rollout_of_seed(seed) + 1
+        return Rollout(prompts, [self._completions(step, prompt, sampling) for prompt in prompts])
+
+    def _completions(self, step: int, prompt: Prompt, sampling: SamplingParams) -> list[Completion]:
+        records = self._records.get((step, prompt.uid), [])
+        if not records:
+            raise UserError(
+                f"rollout=replay: row {prompt.uid} is not in rollout {step} of {self.run}; replay with the data, seed and "
+                "data.prompts_per_rollout of that run, and no more rollouts than it has"
+            )
+        if len(records) != sampling.num_generations:
+            raise UserError(
+                f"rollout=replay: {self.run} has {len(records)} completions of a prompt; set "
+                f"rollout.num_generations={len(records)}"
+            )
+        return [
+            Completion(
+                torch.tensor(record["token_ids"]),
+                record["completion"],
+                torch.tensor(record["sampler_logprobs"], dtype=torch.float32),
+                record["finish_reason"],
+            )
+            for record in records
+        ]
+
+    @cached_property
+    def _records(self) -> dict[tuple[int, str], list[Record]]:
+        found: dict[tuple[int, str], list[Record]] = {}
+        with (self.run / "completions.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                record = json.loads(line)
+                if "token_ids" not in record:
+                    raise UserError(
+                        f"rollout.engine.run={self.run}: that run did not record tokens; record_tokens=true does"
+                    )
+                found.setdefault((record["step"], record["uid"]), []).append(record)
+        return found
+
+    @cached_property
+    def _temperature(self) -> float | None:
+        file = self.run / "config.yaml"
+        return float(yaml.safe_load(file.read_text())["rollout"]["temperature"]) if file.is_file() else None
+
+    def _check_temperature(self, sampling: SamplingParams) -> None:
+        if self._temperature is not None and self._temperature != sampling.temperature:
+            raise UserError(
+                f"rollout.temperature={sampling.temperature}: {self.run} was sampled at {self._temperature}; set it to that"
+            )
