@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from gspo_lightning import config
+from gspo_lightning import config, first_error
 from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint, disk_error
 from gspo_lightning.errors import UserError
@@ -99,9 +99,15 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             line = f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}"
             print(f"failed: {line}", file=sys.stderr, flush=True)
             raise (NonFiniteGradientError if isinstance(error, NonFiniteGradientError) else UserError)(line) from error
+        if first_error.several_ranks():
+            first_error.record(Path(HydraConfig.get().runtime.output_dir), " ".join(str(error).split()), _code(error))
         with contextlib.suppress(OSError):  # Hydra has made the folder; it goes if nothing was written into it
             Path(HydraConfig.get().runtime.output_dir).rmdir()
         _exit_with_line(error, bool(cfg.traceback))
+    except Exception as error:
+        if first_error.several_ranks():
+            _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
+        raise
 
 
 def _wants_traceback() -> bool:
@@ -115,7 +121,22 @@ def _exit_with_line(error: Exception, with_traceback: bool) -> NoReturn:
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
     print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2)
+    sys.exit(_code(error))
+
+
+def _code(error: Exception) -> int:
+    return 3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2
+
+
+def _end_with_the_others(error: Exception, folder: Path) -> None:
+    """One of several ranks: notes an error of its own; where it has only lost another, ends with that one's error."""
+    if not first_error.lost_a_rank(error):
+        first_error.record(folder, f"{type(error).__name__}: {' '.join(str(error).split())}", 1)
+        return
+    line, code = first_error.first(folder)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    # Threads of the process group may wait for the rank that has gone.
+    os._exit(code)
 
 
 def _train(cfg: DictConfig) -> float | None:
@@ -166,6 +187,7 @@ class TrainingRun:
         self.stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
         callbacks = [self.recorder, *config.build_callbacks(plain), self.checkpoint, self.stop]
         self.trainer = config.build_trainer(plain, callbacks)
+        first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)
 
     def execute(self) -> float | None:
         """Runs all of it; returns the held-out sampled accuracy at the end."""
@@ -243,4 +265,6 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The data module has split the held-out prompts over the ranks: each is measured once.
+    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

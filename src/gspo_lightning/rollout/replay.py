@@ -49,8 +49,8 @@ class ReplayEngine:
         records = self._records.get((step, prompt.uid), [])
         if not records:
             raise UserError(
-                f"rollout=replay: row {prompt.uid} is not in rollout {step} of {self.run}; replay with the data, seed and "
-                "data.prompts_per_rollout of that run, and no more rollouts than it has"
+                f"rollout=replay: row {prompt.uid} is not in rollout {step} of {self.run}; replay with the data, seed "
+                "and data.prompts_per_rollout of that run, and no more rollouts than it has"
             )
         if len(records) != sampling.num_generations:
             raise UserError(
@@ -88,5 +88,5 @@ class ReplayEngine:
     def _check_temperature(self, sampling: SamplingParams) -> None:
         if self._temperature is not None and self._temperature != sampling.temperature:
             raise UserError(
-                f"rollout.temperature={sampling.temperature}: {self.run} was sampled at {self._temperature}; set it to that"
+                f"rollout.temperature={sampling.temperature}: {self.run} was sampled at {self._temperature}; set that"
             )
