@@ -267,4 +267,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The data module has split the held-out prompts over the ranks: each is measured once.
     warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
+    # What is logged is already a mean over all ranks.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

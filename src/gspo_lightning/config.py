@@ -164,7 +164,10 @@ def _check_call(node: dict[str, Any], key: str) -> None:
         target = get_object(node["_target_"])
     except Exception as error:  # Hydra wraps whatever importing the user's module raised
         raise UserError(f"{key}._target_: cannot import {node['_target_']} ({error.__cause__ or error})") from error
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return  # a class of C code, such as datetime.timedelta, does not say
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     hints = _hints(target)
     for name, value in node.items():

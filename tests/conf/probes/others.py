@@ -98,7 +98,19 @@ def trainer(node: dict[str, Any], folder: Path) -> Any:
     plain["trainer"]["precision"] = config._precision(node["precision"], node["accelerator"])
     with mock.patch.object(lightning, "Trainer", lambda **kwargs: calls.append(kwargs)):
         config.build_trainer(plain, [])
-    return [{k: v for k, v in call.items() if k != "plugins"} for call in calls]
+    kept = [{k: v for k, v in call.items() if k != "plugins"} for call in calls]
+    return [
+        {k: type(v).__name__ if k == "strategy" and not isinstance(v, str) else v for k, v in c.items()} for c in kept
+    ]
+
+
+def strategy(node: dict[str, Any], folder: Path) -> Any:
+    """How long a rank waits for the others."""
+    return instantiate(node)._timeout
+
+
+def minutes(node: dict[str, Any], folder: Path) -> Any:
+    return instantiate(node)
 
 
 def tensorboard(node: dict[str, Any], folder: Path) -> Any:
@@ -121,6 +133,8 @@ PROBES = [
     Probe(["trainer=ddp"], "trainer", trainer, {
         "accelerator": "cpu", "devices": 3, "max_time": "00:01:00:00", "num_nodes": 2, "precision": "bf16-true", "strategy": "auto",
     }),
+    Probe(["trainer=ddp"], "trainer.strategy", strategy, {"timeout": {"_target_": "datetime.timedelta", "minutes": 3}}),
+    Probe(["trainer=ddp"], "trainer.strategy.timeout", minutes, {"minutes": 3}),
     Probe(["logger=csv"], "logger.csv", captured("lightning.pytorch.loggers.CSVLogger"), {"save_dir": "x", "name": "x", "version": "x"}),
     Probe(["logger=tensorboard"], "logger.tensorboard", tensorboard, {"save_dir": "x", "name": "x", "version": "x"}),
     Probe(["logger=wandb"], "logger.wandb", captured("lightning.pytorch.loggers.WandbLogger"), {"save_dir": "x", "project": "x", "offline": True}),
