@@ -102,6 +102,10 @@ SCENARIOS = {
 }
 
 
+GUARD = Scenario("guard", 4, 8, 45, 16, "fp32")
+"""What `scripts/benchmark.py --check` runs."""
+
+
 def unique_flops(scenario: Scenario, body: int, head: int, completion_tokens: int) -> dict[str, float]:
     """Operations of one step when every token is computed once.
 

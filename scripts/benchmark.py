@@ -1,6 +1,7 @@
 """Ours against TRL on the same work, in turn, in fresh processes. See docs/performance.md.
 
 bash scripts/setup.sh --peers
+python scripts/benchmark.py --check
 python scripts/benchmark.py [--quick] [--scenarios NAME ...] [--rounds N] [--steps N] [--out benchmarks/results.json]
 """
 
@@ -20,7 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.scenarios import SCENARIOS, Scenario, unique_flops  # noqa: E402
+from benchmarks import guard  # noqa: E402
+from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
 
 WARM_UP_STEPS = 2
 """Not counted on either side: the first step touches every page of memory, the second those of the optimizer."""
@@ -42,6 +44,8 @@ def main() -> None:
         text=True,
         check=True,
     ).stdout.strip()
+    if arguments.check or arguments.write_baseline:
+        sys.exit(run_guard(model, arguments))
     results = {}
     for name in arguments.scenarios:
         scenario = SCENARIOS[name]
@@ -66,10 +70,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="training steps per run that count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
+    parser.add_argument("--check", action="store_true", help="compare with benchmarks/baseline.json, without TRL")
+    parser.add_argument("--write-baseline", action="store_true", help="write that file")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.scenarios, arguments.rounds, arguments.steps = ["quickstart"], 1, 2
     return arguments
+
+
+def run_guard(model: str, arguments: argparse.Namespace) -> int:
+    """The exit code of ``--check`` and ``--write-baseline``."""
+    now = guard.measure(lambda side: run(side, sys.executable, GUARD, model, 2, threads=1))
+    if arguments.write_baseline:
+        guard.BASELINE.write_text(json.dumps(now, indent=1) + "\n")
+        return 0
+    return 0 if guard.check(now) else 1
 
 
 def run(side: str, python: str, scenario: Scenario, model: str, steps: int, threads: int) -> Result:
