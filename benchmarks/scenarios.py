@@ -102,7 +102,7 @@ SCENARIOS = {
 }
 
 
-GUARD = Scenario("guard", 4, 8, 45, 16, "fp32")
+GUARD = Scenario("guard", 2, 8, 45, 16, "bf16")
 """What `scripts/benchmark.py --check` runs."""
 
 
