@@ -10,7 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from gspo_lightning import cli
+from gspo_lightning import cli, targets
 from gspo_lightning.errors import UserError
 from gspo_lightning.redact import redacted
 from gspo_lightning.report import render_report
@@ -52,13 +52,18 @@ def test_a_refused_target_is_not_even_imported(tmp_path, monkeypatch):
     assert is_allowed("harmful_on_import.f", more=("harmful_on_import",))
 
 
-def test_modules_below_the_working_directory_are_the_users_own(tmp_path, monkeypatch):
+def test_modules_below_the_working_directory_or_on_pythonpath_are_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my_own_rewards.py").write_text("")
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "somebody_elses.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    assert is_allowed("my_own_rewards.f") and not is_allowed("somebody_elses.f")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert not is_allowed("my_own_rewards.f")
+    monkeypatch.setattr(targets, "_PYTHONPATH", (str(tmp_path),))
     assert is_allowed("my_own_rewards.f") and not is_allowed("somebody_elses.f")
 
 

@@ -1,7 +1,7 @@
 """What a config may call: a config is code, and may have been written by somebody else.
 
-Allowed are this project, the libraries that ``conf/`` uses, and modules below the folder the command runs in, which
-are the user's own. Anything else must be named in the environment variable ``GSPO_ALLOWED_TARGETS`` (prefixes,
+Allowed are this project, the libraries that ``conf/`` uses, and modules below the folder the command runs in or on
+``PYTHONPATH``, which are the user's own. Anything else must be named in the environment variable ``GSPO_ALLOWED_TARGETS`` (prefixes,
 separated by commas): there, and not in a config, because a config could allow itself.
 """
 
@@ -32,6 +32,7 @@ LIBRARIES = (
 LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
 """They return what ``path`` names without calling it; the same rule holds for that name."""
 # Read once, before any config is: Hydra can set environment variables from a config (hydra.job.env_set).
+_PYTHONPATH = tuple(place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place)
 _BY_THE_USER = tuple(name.strip() for name in os.environ.get("GSPO_ALLOWED_TARGETS", "").split(",") if name.strip())
 
 
@@ -58,14 +59,14 @@ def check_targets(node: Any, key: str = "") -> None:
 
 
 def is_allowed(target: str, more: tuple[str, ...] = _BY_THE_USER) -> bool:
-    """Whether a dotted name is on the list, or lies in a module below the working directory."""
+    """Whether a dotted name is on the list, or lies in a module of the user's own."""
     if any(target == prefix or target.startswith(f"{prefix}.") for prefix in (*LIBRARIES, *more)):
         return True
     return _is_own(target.partition(".")[0])
 
 
 def _is_own(package: str) -> bool:
-    """Whether a top-level module lies below the working directory; finding it imports nothing."""
+    """Whether a top-level module is the user's own; finding it imports nothing."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -73,6 +74,6 @@ def _is_own(package: str) -> bool:
     if spec is None:
         return True  # there is no such module: whoever imports it says so better
     places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
-    here = Path.cwd().resolve()
-    own = [Path(place).resolve() for place in places if place and place not in ("built-in", "frozen")]
-    return bool(own) and all(here in path.parents and "site-packages" not in path.parts for path in own)
+    mine = {Path(place).resolve() for place in (Path.cwd(), *_PYTHONPATH)}
+    found = [Path(place).resolve() for place in places if place and place not in ("built-in", "frozen")]
+    return bool(found) and all(mine & set(path.parents) and "site-packages" not in path.parts for path in found)
