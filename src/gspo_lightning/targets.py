@@ -1,8 +1,9 @@
 """What a config may call: a config is code, and may have been written by somebody else.
 
 Allowed are this project, the libraries that ``conf/`` uses, and modules below the folder the command runs in or on
-``PYTHONPATH``, which are the user's own. Anything else must be named in the environment variable ``GSPO_ALLOWED_TARGETS`` (prefixes,
-separated by commas): there, and not in a config, because a config could allow itself.
+``PYTHONPATH``, which are the user's own. Anything else must be named in the environment variable
+``GSPO_ALLOWED_TARGETS`` (prefixes, separated by commas): there, and not in a config, because a config could allow
+itself.
 """
 
 from __future__ import annotations
