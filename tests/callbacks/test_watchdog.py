@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +25,10 @@ class Clock:
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(watchdog.threading, "Timer", self.timer)
 
-    def timer(self, seconds, function, arguments):
-        alarm = SimpleNamespace(seconds=seconds, ring=lambda: function(*arguments), start=lambda: None, alive=True)
+    def timer(self, seconds, function, arguments=None):
+        alarm = SimpleNamespace(
+            seconds=seconds, ring=lambda: function(*(arguments or ())), start=lambda: None, alive=True
+        )
         alarm.cancel = lambda: setattr(alarm, "alive", False)
         self.alarms.append(alarm)
         return alarm
@@ -35,7 +41,7 @@ class Clock:
 
 
 def test_the_limit_is_ten_medians_once_the_median_is_known(monkeypatch):
-    clock, dog = Clock(monkeypatch), Watchdog(factor=10, min_rollouts=3, min_s=1)
+    clock, dog = Clock(monkeypatch), Watchdog(factor=10, min_rollouts=3, min_s=1, end_s=None)
     clock.rollouts(dog, 2.0, 3.0, 100.0)
     assert clock.alarms == [] and dog.limit_s == 30.0
     clock.rollouts(dog, 3.0)
@@ -43,17 +49,17 @@ def test_the_limit_is_ten_medians_once_the_median_is_known(monkeypatch):
 
 
 def test_short_rollouts_are_never_too_long_and_zero_is_off(monkeypatch):
-    clock, dog = Clock(monkeypatch), Watchdog(factor=10, min_rollouts=1, min_s=60)
+    clock, dog = Clock(monkeypatch), Watchdog(factor=10, min_rollouts=1, min_s=60, end_s=None)
     clock.rollouts(dog, 0.01)
     assert dog.limit_s == 60
-    off = Watchdog(factor=0, min_rollouts=1)
+    off = Watchdog(factor=0, min_rollouts=1, end_s=None)
     clock.rollouts(off, 1.0, 1.0)
     assert off.limit_s is None and clock.alarms == []
 
 
 def test_it_names_the_rollout_and_the_line_every_thread_is_in(monkeypatch, capfd):
     waits, entered, clock = threading.Event(), threading.Event(), Clock(monkeypatch)
-    dog = Watchdog(factor=10, min_rollouts=1, min_s=0)
+    dog = Watchdog(factor=10, min_rollouts=1, min_s=0, end_s=None)
     clock.rollouts(dog, 2.0)
 
     def a_reward_that_hangs():
@@ -72,7 +78,45 @@ def test_it_names_the_rollout_and_the_line_every_thread_is_in(monkeypatch, capfd
     assert "in a_reward_that_hangs" in seen and "in test_it_names_the_rollout" in seen
 
 
-@pytest.mark.parametrize("bad", [{"factor": 0.5}, {"min_rollouts": 0}, {"min_s": -1}])
+def test_progress_puts_the_end_off_and_the_end_of_the_run_calls_it_off(monkeypatch):
+    clock, dog = Clock(monkeypatch), Watchdog(factor=0, end_s=100)
+    dog.on_validation_batch_end(TRAINER)
+    assert clock.alarms == []  # before training nothing is expected
+    dog.on_train_batch_start(TRAINER, MODULE, None, 0)
+    dog.on_train_batch_end(TRAINER, MODULE, None, None, 0)
+    dog.on_validation_batch_end(TRAINER)
+    assert [(a.seconds, a.alive) for a in clock.alarms] == [(100, False), (100, False), (100, True)]
+    dog.on_train_end(TRAINER, MODULE)
+    assert not any(a.alive for a in clock.alarms)
+
+
+HANGS = """
+import time
+def f(completions, **_):
+    if f.calls:
+        time.sleep(600)
+    f.calls += 1
+    return [0.0, 1.0] * (len(completions) // 2)
+f.calls = 0
+"""
+
+
+def test_a_reward_that_never_returns_ends_the_run_and_is_named_in_the_stacks(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(HANGS)
+    root = Path(__file__).parents[2]
+    command = [
+        sys.executable, str(root / "train.py"), "experiment=micro", "print_config=false", "hydra.run.dir=run",
+        "validation.num_generations=1", "data.task.num_validation=0", "callbacks.watchdog.end_s=1",
+        "reward.functions.letter_share.function.path=my_rewards.f",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert 'my_rewards.py", line 5 in f' in done.stderr
+    assert "no rollout and no validation has ended for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("bad", [{"factor": 0.5}, {"min_rollouts": 0}, {"min_s": -1}, {"end_s": 0}])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(UserError, match=r"callbacks.watchdog"):
         Watchdog(**bad)

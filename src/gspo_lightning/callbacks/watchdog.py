@@ -1,8 +1,9 @@
-"""Says where a run stands when a rollout takes far longer than usual: a hang is never silent."""
+"""Says where a run stands when a rollout takes far longer than usual, and ends one that hangs: never in silence."""
 
 from __future__ import annotations
 
 import faulthandler
+import os
 import statistics
 import sys
 import threading
@@ -17,22 +18,30 @@ from gspo_lightning.errors import UserError
 class Watchdog(L.Callback):
     """Prints the stack of every thread when a rollout with its update takes ``factor`` times the median so far.
 
-    Once per rollout, on every rank. It only looks: engines, rewards and process groups have limits of their own.
+    Once per rollout, on every rank. Engines, process groups and rewards with a ``timeout_s`` have limits of their own;
+    ``end_s`` is the limit of everything else.
 
     Args:
         factor: times the median of the rollouts so far; 0 switches it off.
         min_rollouts: so many rollouts make the median; before, nothing is said.
         min_s: seconds that are never too long.
+        end_s: seconds without a finished rollout or batch of held-out prompts after which the process ends, with exit
+            code 1; None never ends it.
     """
 
-    def __init__(self, factor: float = 10.0, min_rollouts: int = 3, min_s: float = 10.0) -> None:
+    def __init__(
+        self, factor: float = 10.0, min_rollouts: int = 3, min_s: float = 10.0, end_s: float | None = 14400.0
+    ) -> None:
         if factor and factor <= 1:
             raise UserError(f"callbacks.watchdog.factor={factor} must be above 1, or 0 to switch it off")
         if min_rollouts < 1 or min_s < 0:
             raise UserError("callbacks.watchdog: min_rollouts must be at least 1 and min_s at least 0")
-        self.factor, self.min_rollouts, self.min_s = factor, min_rollouts, min_s
+        if end_s is not None and not end_s > 0:
+            raise UserError(f"callbacks.watchdog.end_s={end_s} must be above 0; null means no limit")
+        self.factor, self.min_rollouts, self.min_s, self.end_s = factor, min_rollouts, min_s, end_s
         self._seconds: list[float] = []
         self._timer: threading.Timer | None = None
+        self._end: threading.Timer | None = None
         self._start = 0.0
 
     @property
@@ -43,8 +52,9 @@ class Watchdog(L.Callback):
         return max(self.min_s, self.factor * statistics.median(self._seconds))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Sets the alarm."""
+        """Sets the alarms."""
         self._start = time.monotonic()
+        self._expect_progress()
         if (limit := self.limit_s) is not None:
             self._timer = threading.Timer(limit, self.report, [pl_module.rollouts_done + 1, limit])
             self._timer.daemon = True
@@ -53,7 +63,17 @@ class Watchdog(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Takes the alarm back and remembers the time."""
         self._cancel()
+        self._expect_progress()
         self._seconds.append(time.monotonic() - self._start)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Progress, too."""
+        if self._end is not None:
+            self._expect_progress()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The run is over."""
+        self._cancel()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The run is over."""
@@ -70,7 +90,27 @@ class Watchdog(L.Callback):
         )
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
+    def give_up(self) -> None:
+        """The stacks, a line, and the end: a thread that hangs cannot be stopped in any other way."""
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        print(
+            f"error: no rollout and no validation has ended for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
+            "where each thread stands. The last checkpoint stands: go on with ckpt_path=auto",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    def _expect_progress(self) -> None:
+        if self._end is not None:
+            self._end.cancel()
+        if self.end_s is not None:
+            self._end = threading.Timer(self.end_s, self.give_up)
+            self._end.daemon = True
+            self._end.start()
+
     def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._end):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._end = None

@@ -76,7 +76,9 @@ def watchdog(node: dict[str, Any], folder: Path) -> Any:
         dog._seconds.append(seconds)
         seen.append(dog.limit_s)
     dog._seconds = [0.001] * 3
-    return seen, dog.limit_s
+    with mock.patch("gspo_lightning.callbacks.watchdog.threading.Timer") as timer:
+        dog._expect_progress()
+    return seen, dog.limit_s, timer.call_args.args[0] if timer.called else None
 
 
 def captured(target: str) -> Callable[[dict[str, Any], Path], Any]:
@@ -129,7 +131,7 @@ PROBES = [
     Probe([], "callbacks.completions", table, {"every_n_rollouts": 7, "num_completions": 1}),
     Probe([], "callbacks.progress", progress, {"every_n_rollouts": 3}),
     Probe([], "callbacks.health", health, {"patience": 2, "stop_on": ["no_signal"]}),
-    Probe([], "callbacks.watchdog", watchdog, {"factor": 5.0, "min_rollouts": 1, "min_s": 1.0}),
+    Probe([], "callbacks.watchdog", watchdog, {"factor": 5.0, "min_rollouts": 1, "min_s": 1.0, "end_s": None}),
     Probe(["trainer=ddp"], "trainer", trainer, {
         "accelerator": "cpu", "devices": 3, "max_time": "00:01:00:00", "num_nodes": 2, "precision": "bf16-true", "strategy": "auto",
     }),
