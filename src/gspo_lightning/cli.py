@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gspo_lightning import config, first_error
+from gspo_lightning.build import build_callbacks, build_data, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint, disk_error
 from gspo_lightning.errors import UserError
@@ -146,14 +147,14 @@ def _train(cfg: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder)
     run_dir = _make_run_dir(folder)
-    datamodule = config.build_data(plain)
-    plain["max_rollouts"] = config.rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
+    datamodule = build_data(plain)
+    plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     shown = redacted(plain)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(shown)))
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(shown))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    module = config.build_module(plain)
+    module = build_module(plain)
     with contextlib.closing(module.rewards):
         return TrainingRun(plain, run_dir, ckpt_path, module, datamodule).execute()
 
@@ -162,9 +163,9 @@ def _evaluate(cfg: DictConfig) -> None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain)
-    datamodule = config.build_data(plain)
-    module = config.build_module(plain)
-    trainer = config.build_trainer(plain, [])
+    datamodule = build_data(plain)
+    module = build_module(plain)
+    trainer = build_trainer(plain, [])
     with contextlib.closing(module.rewards):
         trainer.validate(module, datamodule=datamodule, verbose=False)
     print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
@@ -185,8 +186,8 @@ class TrainingRun:
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
         self.recorder = RunRecorder(run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"])
         self.stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
-        callbacks = [self.recorder, *config.build_callbacks(plain), self.checkpoint, self.stop]
-        self.trainer = config.build_trainer(plain, callbacks)
+        callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
+        self.trainer = build_trainer(plain, callbacks)
         first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)
 
     def execute(self) -> float | None:

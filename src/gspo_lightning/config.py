@@ -1,29 +1,20 @@
-"""From a composed Hydra config to objects, and every check that needs no model."""
+"""From a composed Hydra config to a plain, resolved one, and every check of it that needs no model."""
 
 from __future__ import annotations
 
-import inspect
-import types
-import typing
 import warnings
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
+from gspo_lightning.build import build
+from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
-from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.load import check_quantization
 from gspo_lightning.targets import check_targets
-from gspo_lightning.types import SamplingParams
-from gspo_lightning.validation import ValidationSettings
-
-_HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +39,7 @@ def check(plain: dict[str, Any]) -> None:
         )
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
     check_targets(plain)
-    _check_node(plain, "")
+    check_calls(plain)
     _check_roots(plain)
     update, rollout, data = plain["update"], plain["rollout"], plain["data"]
     longest = data["max_prompt_length"] + rollout["max_completion_length"]
@@ -124,7 +115,7 @@ def _check_roots(plain: dict[str, Any]) -> None:
 
 
 def _report(plain: dict[str, Any]) -> None:
-    objective = _build(plain["objective"])
+    objective = build(plain["objective"])
     findings = check_objective(
         objective,
         num_iterations=plain["update"]["num_iterations"],
@@ -141,179 +132,6 @@ def _report(plain: dict[str, Any]) -> None:
         else:
             hint = " (allow_no_effect=true turns this into a warning)" if finding.kind == "no_effect" else ""
             raise UserError(finding.message + hint)
-
-
-# ---------------------------------------------------------------- types of `_target_` nodes
-
-
-def _check_node(node: Any, key: str) -> None:
-    """Compares every ``_target_`` node with the signature it will be called with."""
-    if isinstance(node, list):
-        for number, item in enumerate(node):
-            _check_node(item, f"{key}[{number}]")
-    if not isinstance(node, dict):
-        return
-    for name, value in node.items():
-        _check_node(value, f"{key}.{name}" if key else str(name))
-    if "_target_" in node and not str(node["_target_"]).startswith("hydra.utils."):
-        _check_call(node, key)
-
-
-def _check_call(node: dict[str, Any], key: str) -> None:
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:  # Hydra wraps whatever importing the user's module raised
-        raise UserError(f"{key}._target_: cannot import {node['_target_']} ({error.__cause__ or error})") from error
-    try:
-        parameters = inspect.signature(target).parameters
-    except ValueError:
-        return  # a class of C code, such as datetime.timedelta, does not say
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    hints = _hints(target)
-    for name, value in node.items():
-        if name in _HYDRA_KEYS:
-            continue
-        if name not in parameters and not open_ended:
-            known = ", ".join(sorted(set(parameters) - {"self", "args", "kwargs"}))
-            raise UserError(f"{key}.{name}: {node['_target_']} has no such setting; it has {known}")
-        hint = hints.get(name)
-        if hint is not None and not isinstance(value, dict) and not _fits(value, hint):
-            raise UserError(f"{key}.{name}={value!r} has the wrong type; expected {_spell(hint)}")
-
-
-def _hints(target: Any) -> dict[str, Any]:
-    source = target.__init__ if inspect.isclass(target) else target
-    try:
-        return typing.get_type_hints(source)
-    except (NameError, TypeError):  # names only known to type checkers
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if hint is type(None):
-        return value is None
-    if origin in (list, tuple) or hint in (list, tuple):
-        return isinstance(value, list | tuple)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    return hint is Any or value is not None
-
-
-def _spell(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]
-
-
-# ---------------------------------------------------------------- objects
-
-
-def build_module(plain: dict[str, Any]) -> GSPOModule:
-    """The LightningModule of a resolved config; loads nothing yet."""
-    rollout = dict(plain["rollout"])
-    engine = rollout.pop("engine")
-    validation = {k: v for k, v in plain["validation"].items() if k != "every_n_rollouts"}
-    return GSPOModule(
-        policy_loader=_build(plain["model"]),
-        engine=_build(engine),
-        rewards=_build(plain["reward"]),
-        objective=_build(plain["objective"]),
-        advantages=_build(plain["advantages"]),
-        sampling=SamplingParams(**{**rollout, "stop": tuple(rollout["stop"])}),
-        optimizer=_build(plain["optimizer"]),
-        schedule=_build(plain["scheduler"]),
-        update=_build(plain["update"]),
-        validation=ValidationSettings(**validation),
-        max_rollouts=plain["max_rollouts"],
-        seed=plain["seed"],
-        max_draws=plain["dynamic_sampling"]["max_draws"],
-    )
-
-
-def _build(node: Any) -> Any:
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        # What the constructor said is the message; Hydra's wrapping around it is not the user's business.
-        raise UserError(str(error.__cause__ or error)) from error
-
-
-def build_data(plain: dict[str, Any]) -> Any:
-    """The data module, with its dataset and templates checked."""
-    datamodule = _build({**plain["data"], "task": _task(plain)})
-    rewards = _build(plain["reward"])
-    rewards.check()
-    datamodule.check(rewards.required_columns())
-    return datamodule
-
-
-def _task(plain: dict[str, Any]) -> Any:
-    """The node of the task, or of its first rows."""
-    task, count = plain["data"]["task"], plain["overfit_rows"]
-    if not count:
-        return task
-    if not isinstance(task, dict):
-        raise UserError(f"overfit_rows={count} needs a data group whose task is an object; data.task is {task!r}")
-    return {"_target_": "gspo_lightning.data.first_rows.FirstRows", "task": task, "count": count}
-
-
-def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
-    """The length of the run: ``max_rollouts``, or that of ``num_epochs`` passes over a finite task."""
-    epochs = plain["num_epochs"]
-    if epochs is None:
-        return plain["max_rollouts"]
-    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
-        raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
-    if plain["dynamic_sampling"]["max_draws"]:
-        raise UserError(
-            f"num_epochs={epochs} counts one prompt per place in a rollout, but dynamic_sampling.max_draws takes more "
-            "rows than that; set max_rollouts instead"
-        )
-    if rollouts_per_epoch is None:
-        raise UserError(
-            f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
-            "max_rollouts instead"
-        )
-    return max(1, round(epochs * rollouts_per_epoch))
-
-
-def build_callbacks(plain: dict[str, Any]) -> list[Any]:
-    """The callbacks of the config's ``callbacks`` group, in order."""
-    return [_build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]
-
-
-def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
-    """The Lightning Trainer with what manual optimization and a prompt stream need."""
-    every = plain["validation"]["every_n_rollouts"]
-    loggers = [_build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
-    return instantiate(
-        plain["trainer"],
-        callbacks=callbacks,
-        logger=loggers or False,
-        plugins=[StreamingCheckpointIO()],
-        max_epochs=-1,
-        # A batch count no run reaches: validation inside the run is off, validation before and after is not.
-        val_check_interval=every or 10**12,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        _convert_="all",
-    )
 
 
 def _token_budget(plain: dict[str, Any]) -> int:

@@ -8,12 +8,10 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,20 +19,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, rollout_metrics
-from gspo_lightning.distributed import (
-    add_metrics,
-    gather_values,
-    global_max,
-    global_sum,
-    gradient_sync,
-    world_size,
-)
+from gspo_lightning.distributed import add_metrics, global_sum
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
-from gspo_lightning.out_of_memory import cut, free, is_out_of_memory
-from gspo_lightning.passes import Attempt, Fixed, Passes
+from gspo_lightning.passes import Passes
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
@@ -44,16 +34,11 @@ from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import rollout_values
+from gspo_lightning.rollout_update import RolloutUpdate
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.timing import Stopwatch
-from gspo_lightning.types import Metrics, Prompt, PromptBatch, SamplingParams, ScoredRollout
-from gspo_lightning.update import (
-    Minibatch,
-    UpdateSettings,
-    build_micro_batch,
-    sampler_mismatch,
-    split_minibatches,
-)
+from gspo_lightning.types import Prompt, PromptBatch, SamplingParams, ScoredRollout
+from gspo_lightning.update import Minibatch, UpdateSettings, split_minibatches
 from gspo_lightning.validation import ValidationSettings, Validator
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
@@ -117,7 +102,6 @@ class GSPOModule(L.LightningModule):
             "train_tokens": 0,
         }
         self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
-        self._trained_tokens = 0
         self._drawn = Drawn()
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
@@ -185,25 +169,12 @@ class GSPOModule(L.LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All optimizer steps on the rollout in hand."""
-        scored, metrics = self.last_scored, rollout_metrics(self.last_scored)
-        add_metrics(metrics, self._drawn.metrics())
-        minibatches = self._minibatches(scored)
-        passes = self._passes()
-        with self.stopwatch("old_logprobs"):
-            fixed = passes.before_update(scored, minibatches)
-        with self.stopwatch("ref_logprobs"):
-            reference = passes.reference(scored, minibatches)
-            fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
-        # Autocast keeps the casts made without gradient; they must not serve a forward with gradient.
-        torch.clear_autocast_cache()
-        with self.stopwatch("update"):
-            for iteration in range(self.update_settings.num_iterations):
-                for number, minibatch in enumerate(minibatches):
-                    fresh = iteration == 0 and number == 0
-                    step = self._step(passes, scored, minibatch, fixed[number], fresh, metrics)
-                    minibatches[number], fixed[number] = step
+        scored = self.last_scored
+        update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored))
+        add_metrics(update.metrics, self._drawn.metrics())
+        update.run(self._minibatches(scored))
         self._sync_reference()
-        self._finish_rollout(scored, metrics, gather_values(torch.cat([torch.zeros(0), *passes.ratios])))
+        self._finish_rollout(scored, update)
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
         """A term of your own that is added to the loss of each minibatch; a subclass overrides it.
@@ -218,6 +189,11 @@ class GSPOModule(L.LightningModule):
             A scalar with gradient, already a mean; ranks are averaged. None adds nothing.
         """
         return None
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether a subclass adds a term: then every minibatch has a backward, with or without completions."""
+        return type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
 
     def _passes(self) -> Passes:
         assert self.policy is not None
@@ -239,84 +215,6 @@ class GSPOModule(L.LightningModule):
             order=torch.randperm(len(scored.prompts), generator=generator).tolist(),
         )
 
-    def _step(
-        self,
-        passes: Passes,
-        scored: ScoredRollout,
-        minibatch: Minibatch,
-        fixed: Fixed,
-        fresh: bool,
-        metrics: Metrics,
-    ) -> tuple[Minibatch, Fixed]:
-        """One optimizer step on one minibatch.
-
-        Returns:
-            The minibatch as it was cut in the end, with the log-probabilities that are its old ones from now on.
-        """
-        counts = torch.tensor([minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=self.device)
-        denominator = self.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
-        while True:
-            attempt = Attempt(fresh, denominator)
-            try:
-                rounds = self._accumulate(passes, scored, minibatch, fixed, attempt)
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside of the handler: it would keep the tensors of the failed attempt alive.
-            minibatch, fixed = self._cut(minibatch, fixed, len(attempt.seen), scored)
-        passes.ratios.extend(attempt.ratios)
-        add_metrics(metrics, attempt.metrics)
-        self._trained_tokens += attempt.tokens
-        if rounds:
-            self._take_step(metrics)
-        else:
-            self.counts["skipped_steps"] += 1
-        cast(LRScheduler, self.lr_schedulers()).step()
-        return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
-
-    def _accumulate(
-        self, passes: Passes, scored: ScoredRollout, minibatch: Minibatch, fixed: Fixed, attempt: Attempt
-    ) -> int:
-        """The gradient of one minibatch; returns the number of backwards, the same on every rank."""
-        has_auxiliary = type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
-        rounds = global_max(max(len(minibatch.plan), int(has_auxiliary)), self.device)
-        for index in range(rounds):
-            with gradient_sync(self.trainer.strategy, last=index + 1 == rounds):
-                if index < len(minibatch.plan):
-                    micro = build_micro_batch(scored, minibatch.plan[index], self.device)
-                    loss, logprobs = passes.loss(micro, fixed, index, attempt)
-                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
-                    if attempt.fresh and self.sampling.full_support:
-                        add_metrics(attempt.metrics, sampler_mismatch(logprobs, micro))
-                else:
-                    loss, logprobs = passes.empty_loss(scored), None
-                # Data-parallel strategies average over ranks; the denominator is already that of all of them.
-                loss = loss * (world_size() / attempt.denominator)
-                if index + 1 == rounds and (extra := self.auxiliary_loss(minibatch)) is not None:
-                    add_metrics(attempt.metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
-                    loss = loss + extra
-                self.manual_backward(loss)
-                if logprobs is not None:
-                    attempt.finish(logprobs, micro)
-        return rounds
-
-    def _cut(self, minibatch: Minibatch, fixed: Fixed, index: int, scored: ScoredRollout) -> tuple[Minibatch, Fixed]:
-        """After an attempt that ran out of memory: no gradient is left of it, and the micro-batch becomes two."""
-        cast(LightningOptimizer, self.optimizers()).zero_grad()
-        free()
-        self.counts["oom_splits"] += 1
-        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, scored)
-        return minibatch, Fixed(*tensors)
-
-    def _take_step(self, metrics: Metrics) -> None:
-        assert self.policy is not None
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        norm = self.guarded_step(optimizer, self.policy.parameters(), self.rollouts_done + 1)
-        self.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
-        if norm is not None:
-            add_metrics(metrics, {"grad_norm": (norm, torch.ones(()))})
-
     def _sync_reference(self) -> None:
         """Moves the frozen reference towards the policy, if it is time to."""
         every = self.update_settings.ref_sync_every_n_rollouts
@@ -325,15 +223,15 @@ class GSPOModule(L.LightningModule):
 
     # ---------------------------------------------------------------- book-keeping
 
-    def _finish_rollout(self, scored: ScoredRollout, metrics: Metrics, ratios: Tensor) -> None:
+    def _finish_rollout(self, scored: ScoredRollout, update: RolloutUpdate) -> None:
         self.rollouts_done += 1
         sampled = self._drawn.discarded_tokens + sum(len(c.token_ids) for group in scored.completions for c in group)
-        tokens = torch.tensor([sampled, self._trained_tokens], dtype=torch.float64, device=self.device)
+        tokens = torch.tensor([sampled, update.trained_tokens], dtype=torch.float64, device=self.device)
         for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
             self.counts[name] += int(count)
-        self._trained_tokens = 0
         values = rollout_values(
-            metrics, ratios, self.counts, lr=float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0]),
+            update.metrics, update.ratios(), self.counts,
+            lr=float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0]),
             stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
         )  # fmt: skip
         self.last_metrics = values

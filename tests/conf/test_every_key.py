@@ -25,6 +25,7 @@ from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from gspo_lightning import cli, config
+from gspo_lightning.build import build, build_module
 from gspo_lightning.errors import UserError
 from tests.conf.probes import PROBES, Probe
 from tests.conf.test_groups import CONF, composed, resolved
@@ -173,7 +174,7 @@ def test_the_key_arrives_at_its_constructor_and_nothing_else_changes(key, runs):
     """Settings of memory and speed: the run must stay the same to the last bit."""
     group, name = key.split(".", 1)
     plain = resolved(*BASE, f"{key}=64")
-    owner = config.build_module(plain) if group != "data" else config._build(plain["data"])
+    owner = build_module(plain) if group != "data" else build(plain["data"])
     holder = {"rollout.engine.max_concurrent": "engine", "update.max_tokens_per_microbatch": "update_settings"}.get(key)
     assert getattr(getattr(owner, holder) if holder else owner, name.rsplit(".", 1)[-1]) == 64
 

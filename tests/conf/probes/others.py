@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 
 from gspo_lightning import config
+from gspo_lightning.build import build_trainer
 from gspo_lightning.callbacks import completions as completions_module
 from gspo_lightning.callbacks.health import Facts
 from tests.callbacks.fakes import TRAINER, FakeModule
@@ -99,7 +100,7 @@ def trainer(node: dict[str, Any], folder: Path) -> Any:
     plain = {"trainer": node, "validation": {"every_n_rollouts": None}, "logger": {}}
     plain["trainer"]["precision"] = config._precision(node["precision"], node["accelerator"])
     with mock.patch.object(lightning, "Trainer", lambda **kwargs: calls.append(kwargs)):
-        config.build_trainer(plain, [])
+        build_trainer(plain, [])
     kept = [{k: v for k, v in call.items() if k != "plugins"} for call in calls]
     return [
         {k: type(v).__name__ if k == "strategy" and not isinstance(v, str) else v for k, v in c.items()} for c in kept

@@ -1,0 +1,116 @@
+"""From a resolved config to objects: module, data, callbacks, Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
+from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.types import SamplingParams
+from gspo_lightning.validation import ValidationSettings
+
+
+def build_module(plain: dict[str, Any]) -> GSPOModule:
+    """The LightningModule of a resolved config; loads nothing yet."""
+    rollout = dict(plain["rollout"])
+    engine = rollout.pop("engine")
+    validation = {k: v for k, v in plain["validation"].items() if k != "every_n_rollouts"}
+    return GSPOModule(
+        policy_loader=build(plain["model"]),
+        engine=build(engine),
+        rewards=build(plain["reward"]),
+        objective=build(plain["objective"]),
+        advantages=build(plain["advantages"]),
+        sampling=SamplingParams(**{**rollout, "stop": tuple(rollout["stop"])}),
+        optimizer=build(plain["optimizer"]),
+        schedule=build(plain["scheduler"]),
+        update=build(plain["update"]),
+        validation=ValidationSettings(**validation),
+        max_rollouts=plain["max_rollouts"],
+        seed=plain["seed"],
+        max_draws=plain["dynamic_sampling"]["max_draws"],
+    )
+
+
+def build(node: Any) -> Any:
+    """The object of one ``_target_`` node.
+
+    Raises:
+        UserError: with what the constructor said.
+    """
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        # What the constructor said is the message; Hydra's wrapping around it is not the user's business.
+        raise UserError(str(error.__cause__ or error)) from error
+
+
+def build_data(plain: dict[str, Any]) -> Any:
+    """The data module, with its dataset and templates checked."""
+    datamodule = build({**plain["data"], "task": _task(plain)})
+    rewards = build(plain["reward"])
+    rewards.check()
+    datamodule.check(rewards.required_columns())
+    return datamodule
+
+
+def _task(plain: dict[str, Any]) -> Any:
+    """The node of the task, or of its first rows."""
+    task, count = plain["data"]["task"], plain["overfit_rows"]
+    if not count:
+        return task
+    if not isinstance(task, dict):
+        raise UserError(f"overfit_rows={count} needs a data group whose task is an object; data.task is {task!r}")
+    return {"_target_": "gspo_lightning.data.first_rows.FirstRows", "task": task, "count": count}
+
+
+def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
+    """The length of the run: ``max_rollouts``, or that of ``num_epochs`` passes over a finite task."""
+    epochs = plain["num_epochs"]
+    if epochs is None:
+        return plain["max_rollouts"]
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
+        raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if plain["dynamic_sampling"]["max_draws"]:
+        raise UserError(
+            f"num_epochs={epochs} counts one prompt per place in a rollout, but dynamic_sampling.max_draws takes more "
+            "rows than that; set max_rollouts instead"
+        )
+    if rollouts_per_epoch is None:
+        raise UserError(
+            f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
+            "max_rollouts instead"
+        )
+    return max(1, round(epochs * rollouts_per_epoch))
+
+
+def build_callbacks(plain: dict[str, Any]) -> list[Any]:
+    """The callbacks of the config's ``callbacks`` group, in order."""
+    return [build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]
+
+
+def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
+    """The Lightning Trainer with what manual optimization and a prompt stream need."""
+    every = plain["validation"]["every_n_rollouts"]
+    loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
+    return instantiate(
+        plain["trainer"],
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[StreamingCheckpointIO()],
+        max_epochs=-1,
+        # A batch count no run reaches: validation inside the run is off, validation before and after is not.
+        val_check_interval=every or 10**12,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        _convert_="all",
+    )

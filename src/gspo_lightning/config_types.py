@@ -1,0 +1,89 @@
+"""Types of a config: every ``_target_`` node is compared with the signature it will be called with."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from typing import Any, Literal, Union, get_args, get_origin
+
+from hydra.utils import get_object
+
+from gspo_lightning.errors import UserError
+
+_HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
+
+
+def check_calls(node: Any, key: str = "") -> None:
+    """Refuses, in one line that names the key, an unknown setting or a value of the wrong type.
+
+    Args:
+        node: a resolved config or a part of it.
+        key: its place in the config, for the message.
+    """
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            check_calls(item, f"{key}[{number}]")
+    if not isinstance(node, dict):
+        return
+    for name, value in node.items():
+        check_calls(value, f"{key}.{name}" if key else str(name))
+    if "_target_" in node and not str(node["_target_"]).startswith("hydra.utils."):
+        _check_call(node, key)
+
+
+def _check_call(node: dict[str, Any], key: str) -> None:
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:  # Hydra wraps whatever importing the user's module raised
+        raise UserError(f"{key}._target_: cannot import {node['_target_']} ({error.__cause__ or error})") from error
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return  # a class of C code, such as datetime.timedelta, does not say
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(target)
+    for name, value in node.items():
+        if name in _HYDRA_KEYS:
+            continue
+        if name not in parameters and not open_ended:
+            known = ", ".join(sorted(set(parameters) - {"self", "args", "kwargs"}))
+            raise UserError(f"{key}.{name}: {node['_target_']} has no such setting; it has {known}")
+        hint = hints.get(name)
+        if hint is not None and not isinstance(value, dict) and not _fits(value, hint):
+            raise UserError(f"{key}.{name}={value!r} has the wrong type; expected {_spell(hint)}")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    source = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(source)
+    except (NameError, TypeError):  # names only known to type checkers
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint is type(None):
+        return value is None
+    if origin in (list, tuple) or hint in (list, tuple):
+        return isinstance(value, list | tuple)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    return hint is Any or value is not None
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]

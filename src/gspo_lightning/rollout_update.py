@@ -1,0 +1,125 @@
+"""The optimizer steps on one rollout: passes, micro-batches, backwards, and what is left when memory runs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from gspo_lightning.distributed import add_metrics, gather_values, global_max, global_sum, gradient_sync, world_size
+from gspo_lightning.out_of_memory import cut, free, is_out_of_memory
+from gspo_lightning.passes import Attempt, Fixed, Passes
+from gspo_lightning.types import Metrics, ScoredRollout
+from gspo_lightning.update import Minibatch, build_micro_batch, sampler_mismatch
+
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
+
+
+@dataclass
+class RolloutUpdate:
+    """One rollout, trained on once: `run` takes all of its optimizer steps."""
+
+    module: GSPOModule
+    passes: Passes
+    scored: ScoredRollout
+    metrics: Metrics
+    """Sums and counts of this rank, added to while the update runs."""
+    trained_tokens: int = 0
+    """Forwarded with gradient on this rank."""
+
+    def run(self, minibatches: list[Minibatch]) -> None:
+        """The passes without gradient, then ``num_iterations`` steps on each minibatch."""
+        module, minibatches = self.module, list(minibatches)
+        with module.stopwatch("old_logprobs"):
+            fixed = self.passes.before_update(self.scored, minibatches)
+        with module.stopwatch("ref_logprobs"):
+            reference = self.passes.reference(self.scored, minibatches)
+            fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
+        # Autocast keeps the casts made without gradient; they must not serve a forward with gradient.
+        torch.clear_autocast_cache()
+        with module.stopwatch("update"):
+            for iteration in range(module.update_settings.num_iterations):
+                for number, minibatch in enumerate(minibatches):
+                    fresh = iteration == 0 and number == 0
+                    minibatches[number], fixed[number] = self._step(minibatch, fixed[number], fresh)
+
+    def ratios(self) -> Tensor:
+        """Importance ratios of every step, of all ranks."""
+        return gather_values(torch.cat([torch.zeros(0), *self.passes.ratios]))
+
+    def _step(self, minibatch: Minibatch, fixed: Fixed, fresh: bool) -> tuple[Minibatch, Fixed]:
+        """One optimizer step on one minibatch.
+
+        Returns:
+            The minibatch as it was cut in the end, with the log-probabilities that are its old ones from now on.
+        """
+        module = self.module
+        counts = torch.tensor(
+            [minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=module.device
+        )
+        denominator = module.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
+        while True:
+            attempt = Attempt(fresh, denominator)
+            try:
+                rounds = self._accumulate(minibatch, fixed, attempt)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the handler: it would keep the tensors of the failed attempt alive.
+            minibatch, fixed = self._cut(minibatch, fixed, len(attempt.seen))
+        self.passes.ratios.extend(attempt.ratios)
+        add_metrics(self.metrics, attempt.metrics)
+        self.trained_tokens += attempt.tokens
+        if rounds:
+            self._take_step()
+        else:
+            module.counts["skipped_steps"] += 1
+        cast(LRScheduler, module.lr_schedulers()).step()
+        return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
+
+    def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
+        """The gradient of one minibatch; returns the number of backwards, the same on every rank."""
+        module = self.module
+        rounds = global_max(max(len(minibatch.plan), int(module.has_auxiliary_loss)), module.device)
+        for index in range(rounds):
+            with gradient_sync(module.trainer.strategy, last=index + 1 == rounds):
+                if index < len(minibatch.plan):
+                    micro = build_micro_batch(self.scored, minibatch.plan[index], module.device)
+                    loss, logprobs = self.passes.loss(micro, fixed, index, attempt)
+                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
+                    if attempt.fresh and module.sampling.full_support:
+                        add_metrics(attempt.metrics, sampler_mismatch(logprobs, micro))
+                else:
+                    loss, logprobs = self.passes.empty_loss(self.scored), None
+                # Data-parallel strategies average over ranks; the denominator is already that of all of them.
+                loss = loss * (world_size() / attempt.denominator)
+                if index + 1 == rounds and (extra := module.auxiliary_loss(minibatch)) is not None:
+                    add_metrics(attempt.metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
+                    loss = loss + extra
+                module.manual_backward(loss)
+                if logprobs is not None:
+                    attempt.finish(logprobs, micro)
+        return rounds
+
+    def _cut(self, minibatch: Minibatch, fixed: Fixed, index: int) -> tuple[Minibatch, Fixed]:
+        """After an attempt that ran out of memory: no gradient is left of it, and the micro-batch becomes two."""
+        cast(LightningOptimizer, self.module.optimizers()).zero_grad()
+        free()
+        self.module.counts["oom_splits"] += 1
+        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored)
+        return minibatch, Fixed(*tensors)
+
+    def _take_step(self) -> None:
+        module = self.module
+        assert module.policy is not None
+        optimizer = cast(LightningOptimizer, module.optimizers())
+        norm = module.guarded_step(optimizer, module.policy.parameters(), module.rollouts_done + 1)
+        module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
+        if norm is not None:
+            add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})
