@@ -49,6 +49,7 @@ def line_of(case: Case) -> str:
             cli.train_main()
         GlobalHydra.instance().clear()
         sys.path.remove(name)
+        assert screen.getvalue(), f"{case.name}: nothing was refused"
         return shown(screen.getvalue().splitlines()[-1], folder)
 
 

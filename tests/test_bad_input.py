@@ -44,10 +44,31 @@ def test_there_are_more_than_a_hundred_mistakes_each_with_its_own_name():
     assert len({case.name for case in CASES}) == len(CASES) > 100
 
 
-@pytest.mark.parametrize("overrides", [["objective=gpso"], ["model.path=/nowhere/model"], ["rollout.temprature=1"]])
+IN_A_PROCESS = [
+    ["objective=gpso"],
+    ["model.path=/nowhere/model"],
+    ["rollout.temprature=1"],
+    ["+model.overrides.num_hidden_layers=5"],
+    ["reward.functions.letter_share.function.path=my_rewards.missing"],
+    ["reward.functions.letter_share.function.path=nowhere.f"],
+    ["reward.functions.letter_share.function.path=my_rewards.leaves"],
+    ["optimizer.lr=-1"],
+]
+
+
+@pytest.mark.parametrize("overrides", IN_A_PROCESS, ids=lambda overrides: overrides[0])
 def test_the_same_in_a_process_of_its_own(overrides, tmp_path):
+    (tmp_path / "my_rewards.py").write_text("import sys\ndef leaves(completions, **_): sys.exit(0)\n")
     command = [sys.executable, str(ROOT / "train.py"), *QUICK, f"hydra.run.dir={tmp_path}/run", *overrides]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists(), "a run that was refused left a folder"
+
+
+def test_a_secret_in_what_is_wrong_is_masked(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "model.path=/models/${oc.env:MY_API_KEY}/x"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MY_API_KEY": "do-not-tell-7f"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "/models/***/x" in done.stderr and "do-not-tell-7f" not in done.stdout + done.stderr

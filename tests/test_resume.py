@@ -9,6 +9,7 @@ import torch
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.resume import find_checkpoint, is_whole
+from tests.training import Settings, build_module
 
 
 class Payload:
@@ -83,3 +84,16 @@ def test_a_file_of_something_else_and_a_missing_file_are_named(tmp_path):
         find_checkpoint(str(path), tmp_path)
     with pytest.raises(UserError, match="nothing.ckpt: there is no such checkpoint"):
         find_checkpoint(str(tmp_path / "nothing.ckpt"), tmp_path)
+
+
+@pytest.mark.parametrize(("change", "there"), [("missing", "none"), ("shape", r"\(3,\)")])
+def test_the_checkpoint_of_another_model_is_refused_and_says_which_weight(change, there, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.configure_model()
+    state = module.state_dict()
+    name = max(name for name, _ in module.named_parameters())
+    state[name] = torch.zeros(3)
+    if change == "missing":
+        del state[name]
+    with pytest.raises(UserError, match=rf"another model or adapter: 1 trained .*{name} .*there {there}"):
+        module.on_load_checkpoint({"state_dict": state, "gspo_lightning": {}})

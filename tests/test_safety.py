@@ -79,6 +79,16 @@ def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeyp
         "api_key_env": "HUB_TOKEN",
         "token": None,
         "tokenizer": "x",
+        "openai_key": "k",
+        "hf_token_value": "t",
+        "wandb_api_key_2": "k",
+        "MySecretKey": "k",
+        "secrets": {"a": "b", "list": ["c", 4], "off": None},
+        "db_password": 1234,
+        "eos_token": "<end>",
+        "pad_token_id": 3,
+        "importance_sampling_level": "token",
+        "keys": ["a"],
     }
     assert redacted(plain) == {
         "api_key": "***",
@@ -90,6 +100,16 @@ def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeyp
         "api_key_env": "HUB_TOKEN",
         "token": None,
         "tokenizer": "x",
+        "openai_key": "***",
+        "hf_token_value": "***",
+        "wandb_api_key_2": "***",
+        "MySecretKey": "***",
+        "secrets": {"a": "***", "list": ["***", "***"], "off": None},
+        "db_password": "***",
+        "eos_token": "<end>",
+        "pad_token_id": 3,
+        "importance_sampling_level": "token",
+        "keys": ["a"],
     }
     assert plain["hub"]["token"] == "t"
 

@@ -44,6 +44,10 @@ def build(node: Any) -> Any:
     """
     try:
         return instantiate(node, _convert_="all")
+    except SystemExit as error:
+        raise UserError(
+            f"importing what the config names ended with exit code {error.code}; remove that exit"
+        ) from error
     except InstantiationException as error:
         # What the constructor said is the message; Hydra's wrapping around it is not the user's business.
         raise UserError(str(error.__cause__ or error)) from error
@@ -97,20 +101,22 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
     """The Lightning Trainer with what manual optimization and a prompt stream need."""
     every = plain["validation"]["every_n_rollouts"]
     loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
-    return instantiate(
-        plain["trainer"],
-        callbacks=callbacks,
-        logger=loggers or False,
-        plugins=[StreamingCheckpointIO()],
-        max_epochs=-1,
+    ours = {
+        "callbacks": callbacks,
+        "logger": loggers or False,
+        "plugins": [StreamingCheckpointIO()],
+        "max_epochs": -1,
         # A batch count no run reaches: validation inside the run is off, validation before and after is not.
-        val_check_interval=every or 10**12,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        _convert_="all",
-    )
+        "val_check_interval": every or 10**12,
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "inference_mode": False,
+    }
+    try:
+        return instantiate(plain["trainer"], **ours, _convert_="all")
+    except InstantiationException as error:
+        raise UserError(f"trainer: {error.__cause__ or error}") from error

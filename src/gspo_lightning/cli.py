@@ -33,7 +33,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
-from gspo_lightning.redact import redacted
+from gspo_lightning.redact import masked, redacted
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.resume import find_checkpoint
@@ -50,6 +50,9 @@ class SweepStopped(KeyboardInterrupt):
 def run(main: Callable[[], Any]) -> None:
     """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing lines of its own
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)
+    if os.getcwd() not in sys.path:  # the user's own modules; behind the libraries, which they must not shadow
+        sys.path.append(os.getcwd())
     try:
         main()
     except (*USER_ERRORS, NonFiniteGradientError) as error:
@@ -97,18 +100,26 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     except (*USER_ERRORS, NonFiniteGradientError, RolloutError) as error:
         if HydraConfig.get().mode != RunMode.RUN:
             job = HydraConfig.get().job
-            line = f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}"
+            line = masked(f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}")
             print(f"failed: {line}", file=sys.stderr, flush=True)
             raise (NonFiniteGradientError if isinstance(error, NonFiniteGradientError) else UserError)(line) from error
         if first_error.several_ranks():
-            first_error.record(Path(HydraConfig.get().runtime.output_dir), " ".join(str(error).split()), _code(error))
-        with contextlib.suppress(OSError):  # Hydra has made the folder; it goes if nothing was written into it
-            Path(HydraConfig.get().runtime.output_dir).rmdir()
+            line = masked(" ".join(str(error).split()))
+            first_error.record(Path(HydraConfig.get().runtime.output_dir), line, _code(error))
+        _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
         _exit_with_line(error, bool(cfg.traceback))
     except Exception as error:
         if first_error.several_ranks():
             _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
         raise
+
+
+def _leave_nothing(folder: Path) -> None:
+    """A run that was refused before it did anything leaves no folder; Hydra had made it."""
+    if {path.name for path in folder.rglob("*")} <= {"config.yaml", ".hydra"}:
+        with contextlib.suppress(OSError):
+            (folder / "config.yaml").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _wants_traceback() -> bool:
@@ -121,7 +132,7 @@ def _exit_with_line(error: Exception, with_traceback: bool) -> NoReturn:
         traceback.print_exc()
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"error: {masked(line)}", file=sys.stderr, flush=True)
     sys.exit(_code(error))
 
 
@@ -132,7 +143,7 @@ def _code(error: Exception) -> int:
 def _end_with_the_others(error: Exception, folder: Path) -> None:
     """One of several ranks: notes an error of its own; where it has only lost another, ends with that one's error."""
     if not first_error.lost_a_rank(error):
-        first_error.record(folder, f"{type(error).__name__}: {' '.join(str(error).split())}", 1)
+        first_error.record(folder, masked(f"{type(error).__name__}: {' '.join(str(error).split())}"), 1)
         return
     line, code = first_error.first(folder)
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -37,6 +37,12 @@ def check(plain: dict[str, Any]) -> None:
             f"trainer.accelerator={plain['trainer']['accelerator']}: there is no GPU here; accelerator=auto takes "
             "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
         )
+    strategy = plain["trainer"]["strategy"]
+    if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
+        raise UserError(
+            f"trainer.strategy={strategy} flattens or moves the weights that rollouts and LoRA need as they are; use "
+            "trainer=ddp"
+        )
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
     check_targets(plain)
     check_calls(plain)
@@ -49,6 +55,7 @@ def check(plain: dict[str, Any]) -> None:
             f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
         )
     _check_precision(plain)
+    _check_optimizer(plain["optimizer"])
     if rollout["temperature"] <= 0:
         raise UserError(
             f"rollout.temperature={rollout['temperature']} must be above 0: greedy completions are all equal"
@@ -87,6 +94,14 @@ _LEAST = {
 """Smallest value of the settings that are counts."""
 
 
+def _check_optimizer(node: dict[str, Any]) -> None:
+    """Its constructor knows what it accepts, and can be asked before there is a model."""
+    try:
+        build(node)([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({error})") from error
+
+
 def _check_precision(plain: dict[str, Any]) -> None:
     """Updates of all weights at usual rates are smaller than the spacing of bfloat16: they would be rounded away."""
     if plain["model"].get("lora"):
@@ -109,6 +124,8 @@ def _check_roots(plain: dict[str, Any]) -> None:
             value = value[part]
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{key}={value!r} must be a whole number")
+        if key == "seed" and value >= 2**32:
+            raise UserError(f"seed={value} must be below 2^32")
         if value < least:
             why = "; a group of one has no one to be compared with" if key == "rollout.num_generations" else ""
             raise UserError(f"{key}={value} must be at least {least}{why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from datetime import timedelta
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.utils import get_object
@@ -35,8 +36,10 @@ def check_calls(node: Any, key: str = "") -> None:
 def _check_call(node: dict[str, Any], key: str) -> None:
     try:
         target = get_object(node["_target_"])
-    except Exception as error:  # Hydra wraps whatever importing the user's module raised
-        raise UserError(f"{key}._target_: cannot import {node['_target_']} ({error.__cause__ or error})") from error
+    except (Exception, SystemExit) as error:  # Hydra wraps whatever importing the user's module raised
+        cause = error.__cause__ or error
+        what = f"it ended with exit code {cause.code}" if isinstance(cause, SystemExit) else cause
+        raise UserError(f"{key}._target_: cannot import {node['_target_']} ({what})") from error
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:
@@ -74,6 +77,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
+    if hint is timedelta:
+        return isinstance(value, timedelta)
     if hint is type(None):
         return value is None
     if origin in (list, tuple) or hint in (list, tuple):

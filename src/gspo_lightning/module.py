@@ -282,10 +282,14 @@ class GSPOModule(L.LightningModule):
             checkpoint["gspo_lightning"]["reference"] = [policy.state_dict() for policy in self._frozen]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the counters and refuses a checkpoint that lacks a trained parameter."""
-        own = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if missing := sorted(own - checkpoint["state_dict"].keys()):
-            raise RuntimeError(f"the checkpoint lacks {len(missing)} trained parameters, the first is {missing[0]}")
+        """Restores the counters and refuses the checkpoint of another model."""
+        saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        own = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        if other := sorted(name for name, shape in own.items() if saved.get(name) != shape):
+            raise UserError(
+                f"ckpt_path: the checkpoint is of another model or adapter: {len(other)} trained parameters are missing or "
+                f"of another shape, the first is {other[0]} (here {own[other[0]]}, there {saved.get(other[0], 'none')})"
+            )
         state = checkpoint["gspo_lightning"]
         self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
         self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]

@@ -1,33 +1,64 @@
-"""Secrets stay out of what a run writes and shows: ``config.yaml``, the report, the screen."""
+"""Secrets stay out of what a run writes and shows: ``config.yaml``, the report, the screen, error lines."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 MASK = "***"
-_NAME = re.compile(r"(?i)(^|[_.-])(token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?)$")
 _SHORT = 6
 """A value of fewer characters is looked for under its own key alone: it may be a word that stands anywhere."""
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_ALWAYS = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials", "apikey"}
+_VOCABULARY = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "image", "video", "vision", "start", "end", "stop"}
+"""``eos_token`` is no secret, and neither is ``token_id``."""
 
 
 def redacted(plain: Any) -> Any:
     """A copy with ``***`` for the values of keys that name a secret, and for values of such environment variables."""
-    known = [value for name, value in os.environ.items() if _NAME.search(name) and len(value) >= _SHORT]
-    return _redacted(plain, known)
+    return _redacted(plain, _known())
 
 
-def _redacted(node: Any, known: list[str]) -> Any:
+def masked(line: str) -> str:
+    """A line of text with ``***`` for each secret of the environment and of the command line."""
+    return _masked(line, _known())
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a key or a variable of this name holds a secret: ``HF_TOKEN``, ``openai_key``, ``MySecret2``."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    while words and (words[-1].isdigit() or words[-1] == "value"):
+        words.pop()
+    if not words:
+        return False
+    if _ALWAYS & set(words):
+        return words[-1] not in {"env", "file", "path"}
+    before = words[-2] if len(words) > 1 else ""
+    return words[-1] == "key" or (words[-1] == "token" and before not in _VOCABULARY)
+
+
+def _known() -> list[str]:
+    given = (argument.lstrip("+~").split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    pairs = [*os.environ.items(), *((key.rpartition(".")[2], value.strip("'\"")) for key, value in given)]
+    return sorted(
+        {value for name, value in pairs if names_a_secret(name) and len(value) >= _SHORT}, key=len, reverse=True
+    )
+
+
+def _redacted(node: Any, known: list[str], secret: bool = False) -> Any:
     if isinstance(node, dict):
-        return {k: MASK if _is_secret(k, v) else _redacted(v, known) for k, v in node.items()}
+        return {k: _redacted(v, known, secret or names_a_secret(str(k))) for k, v in node.items()}
     if isinstance(node, list):
-        return [_redacted(item, known) for item in node]
-    if isinstance(node, str):
-        for value in known:
-            node = node.replace(value, MASK)
-    return node
+        return [_redacted(item, known, secret) for item in node]
+    if secret and node not in ("", None) and not isinstance(node, bool):
+        return MASK
+    return _masked(node, known) if isinstance(node, str) else node
 
 
-def _is_secret(key: Any, value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and _NAME.search(str(key)) is not None
+def _masked(text: str, known: Iterable[str]) -> str:
+    for value in known:
+        text = text.replace(value, MASK)
+    return text

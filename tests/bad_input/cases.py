@@ -148,6 +148,7 @@ CONFIG = [
         ["model.gradient_checkpointing=7"],
         "model.gradient_checkpointing=7 has the wrong type",
     ),
+    Case("config", "a seed that no generator takes", ["seed=99999999999999"], "seed=99999999999999 must be below 2^32"),
     Case("config", "a negative seed", ["seed=-1"], "seed=-1 must be at least 0"),
     Case("config", "no rollouts", ["max_rollouts=0"], "max_rollouts=0 must be at least 1"),
     Case("config", "epochs of a task that never ends", ["num_epochs=2"], "num_epochs=2"),
@@ -161,6 +162,13 @@ CONFIG = [
     Case("config", "a target that does not exist", ["optimizer._target_=torch.optim.AdamX"], "optimizer._target_"),
     Case("config", "a target that could do harm", ["optimizer._target_=os.system"], "GSPO_ALLOWED_TARGETS=os"),
     Case("config", "an argument the target lacks", ["+optimizer.momentum=0.9"], "optimizer.momentum"),
+]
+
+OPTIMIZER = [
+    Case("optimizer", "a negative rate", ["optimizer.lr=-1"], "Invalid learning rate: -1"),
+    Case("optimizer", "a word for a rate", ["optimizer.lr=abc"], "optimizer: torch.optim.AdamW refuses"),
+    Case("optimizer", "no number for a rate", ["optimizer.lr=nan"], "Invalid learning rate: nan"),
+    Case("optimizer", "betas above 1", ["optimizer.betas=[2,3]"], "Invalid beta parameter"),
 ]
 
 OBJECTIVE = [
@@ -456,6 +464,25 @@ MODELS = [
         ["model.train_vision=true"],
         "model.train_vision=true has no effect",
     ),
+    Case(
+        "model",
+        "more layers than there are weights",
+        ["+model.overrides={{num_hidden_layers: 5}}"],
+        "27 weights are missing",
+    ),
+    Case(
+        "model",
+        "a size that is not that of the weights",
+        ["+model.overrides={{hidden_size: 999}}"],
+        "(99, 64), not (99, 999)",
+    ),
+    Case(
+        "model",
+        "a conversation for a tokenizer without a template",
+        [*MODEL, "data=rows", "data.task.num_validation=1", "data.task.source={tmp}/rows.jsonl"],
+        "has no chat template",
+        lambda tmp: (rows_file()(tmp), model_without("chat_template.jinja")(tmp)),
+    ),
     Case("model", "an override the config lacks", ["+model.overrides={{hidden_sizes: 3}}"], "hidden_sizes"),
 ]
 
@@ -506,12 +533,21 @@ REWARDS = [
         "there is no column 'solution'",
         reward("def f(completions, solution): return [1.0] * len(completions)\n"),
     ),
+    Case("reward", "an exit while it is imported", MINE, "exit code 5", reward("import sys\nsys.exit(5)\n")),
+    Case("reward", "an exit", MINE, "SystemExit: 5", reward("def f(completions, **_): raise SystemExit(5)\n")),
+    Case(
+        "reward",
+        "an error in an async function",
+        MINE,
+        "ValueError: no (row",
+        reward("async def f(completions, **_): raise ValueError('no')\n"),
+    ),
     Case("reward", "something that cannot be called", MINE, "my_rewards.f", reward("f = 3\n")),
     Case(
         "reward",
         "a weight that is not finite",
         ["reward.functions.letter_share.weight=inf"],
-        "weight=inf must be a finite number",
+        "weight=inf of a reward function must be a finite number",
     ),
     Case("reward", "a limit of no time", ["reward.functions.letter_share.timeout_s=0"], "timeout_s=0"),
     Case("reward", "no function at all", ["~reward.functions.letter_share"], "reward.functions is empty"),
@@ -532,12 +568,14 @@ RUNS = [
     Case("run", "a checkpoint that holds code", CKPT, "some.ckpt", checkpoint({"state_dict": Payload()})),
     Case("run", "a checkpoint of something else", CKPT, "some.ckpt", checkpoint({"state_dict": {}})),
     Case("run", "a run folder that is a file", ["hydra.run.dir={tmp}/taken"], "taken", writes("taken", "")),
-    Case("run", "a limit of time that is none", ["trainer.max_time=soon"], "soon"),
+    Case("run", "a limit of time that is none", ["trainer.max_time=soon"], "trainer: `Timer(duration='soon')` is not a valid duration"),
+    Case("run", "a negative limit of time", ["trainer.max_time=-5"], "trainer.max_time=-5"),
+    Case("run", "a checkpoint of another model", CKPT, "some.ckpt", checkpoint({"state_dict": {"policy.model.w": torch.zeros(2)}})),
     Case("run", "an unknown health check", ["callbacks.health.stop_on=[boredom]"], "there is no check 'boredom'"),
     Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
     Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
-    Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "devices=0"),
-    Case("run", "FSDP1", ["trainer.strategy=fsdp"], "fsdp"),
+    Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),
+    Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
 ]  # fmt: skip
 
-CASES = [*CONFIG, *OBJECTIVE, *UPDATE, *ROLLOUT, *DATA, *MODELS, *REWARDS, *RUNS]
+CASES = [*CONFIG, *OBJECTIVE, *OPTIMIZER, *UPDATE, *ROLLOUT, *DATA, *MODELS, *REWARDS, *RUNS]

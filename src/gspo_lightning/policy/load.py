@@ -139,14 +139,17 @@ class PolicyLoader:
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
         with reading(self.path, "the model", "check the folder and model.overrides"):
-            model = kind.from_pretrained(
+            model, found = kind.from_pretrained(
                 path,
                 dtype=_DTYPES[self.dtype],
                 attn_implementation=attention if vision else ATTENTION_NAME,
                 use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **quantised,
                 **self.overrides,
             )
+        _refuse_random_weights(self.path, found)
         if vision and not self.train_vision:
             model.model.visual.requires_grad_(False)
         if not self.train_language:
@@ -205,6 +208,20 @@ def has_vision(config: Any) -> bool:
             f"use one of {', '.join(FAMILIES)}"
         )
     return True
+
+
+def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
+    """transformers draws the weights that it does not find at random, with no more than a log line."""
+    mismatched = {
+        str(name): f" ({tuple(stored)}, not {tuple(wanted)})" for name, stored, wanted in found["mismatched_keys"]
+    }
+    wrong = {**dict.fromkeys(found["missing_keys"], ""), **mismatched}
+    if wrong:
+        first = min(wrong)
+        raise UserError(
+            f"model.path={path}: {len(wrong)} weights are missing or of another shape and would be random, "
+            f"the first is {first}{wrong[first]}; check the folder and model.overrides"
+        )
 
 
 def _refuse_dropout(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
@@ -24,13 +25,17 @@ def reading(path: str, what: str, fix: str) -> Iterator[None]:
     Raises:
         UserError: names both, and the cause.
     """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is wrong is raised; its tables of weights say it in many lines
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         cause = " ".join(str(error).split())[:160]
         raise UserError(f"model.path={path}: {what} cannot be used ({type(error).__name__}: {cause}); {fix}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -77,7 +77,7 @@ class Caller:
         log = Log()
         try:
             return self._call(arguments, state, log), log
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function that exits must not end the run without a word
             where = self._row(arguments, uids, state)
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise RewardFunctionError(f"{what} ({where})") from error
@@ -94,7 +94,7 @@ class Caller:
                 return f"one of the rows {uid} to {uids[-1]}"
             try:
                 self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())
-            except Exception:  # noqa: BLE001  (this is the row that was looked for)
+            except (Exception, SystemExit):  # noqa: BLE001  (this is the row that was looked for)
                 return f"row {uid}"
         return f"in the batch of rows {uids[0]} to {uids[-1]}, on none of them alone"
 

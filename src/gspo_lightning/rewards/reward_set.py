@@ -41,9 +41,9 @@ class RewardSpec:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
-            raise UserError(f"RewardSpec.weight={self.weight} must be a finite number")
+            raise UserError(f"weight={self.weight} of a reward function must be a finite number")
         if self.timeout_s is not None and not self.timeout_s > 0:
-            raise UserError(f"RewardSpec.timeout_s={self.timeout_s} must be above 0; null means no limit")
+            raise UserError(f"timeout_s={self.timeout_s} of a reward function must be above 0; null means no limit")
 
 
 class RewardSet:
