@@ -1,4 +1,4 @@
-"""Reward against wall-clock time: the quickstart with ours and with TRL, seed by seed, in turn. See docs/performance.md.
+"""Reward against wall-clock time: the quickstart, ours and TRL, seed by seed (docs/performance.md).
 
 bash scripts/setup.sh --peers
 python scripts/quality_per_time.py [--seeds 0 1 2] [--rollouts 20] [--threads N] [--out benchmarks/quality.json]

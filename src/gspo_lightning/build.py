@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
+from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.types import SamplingParams
 from gspo_lightning.validation import ValidationSettings
 
@@ -17,11 +20,13 @@ from gspo_lightning.validation import ValidationSettings
 def build_module(plain: dict[str, Any]) -> GSPOModule:
     """The LightningModule of a resolved config; loads nothing yet."""
     rollout = dict(plain["rollout"])
-    engine = rollout.pop("engine")
+    engine = build(rollout.pop("engine"))
+    if plain["environment"]:
+        engine = with_environments(engine, build(plain["environment"]))
     validation = {k: v for k, v in plain["validation"].items() if k != "every_n_rollouts"}
     return GSPOModule(
         policy_loader=build(plain["model"]),
-        engine=build(engine),
+        engine=engine,
         rewards=build(plain["reward"]),
         objective=build(plain["objective"]),
         advantages=build(plain["advantages"]),
@@ -51,6 +56,17 @@ def build(node: Any) -> Any:
     except InstantiationException as error:
         # What the constructor said is the message; Hydra's wrapping around it is not the user's business.
         raise UserError(str(error.__cause__ or error)) from error
+
+
+def with_environments(engine: RolloutEngine, environments: Environments) -> TransformersEngine:
+    """The engine whose completions are dialogues.
+
+    Raises:
+        UserError: only the in-process engine can go on in a row's cache where a turn ends.
+    """
+    if not isinstance(engine, TransformersEngine):
+        raise UserError(f"environment: {type(engine).__name__} cannot sample dialogues; use rollout=transformers")
+    return replace(engine, environments=environments)
 
 
 def build_data(plain: dict[str, Any]) -> Any:

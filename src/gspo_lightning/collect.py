@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gspo_lightning.advantages import AdvantageEstimator, silent_groups
+from gspo_lightning.dialogue.turns import turn_advantages
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
@@ -36,6 +37,7 @@ def collect_rollout(
         rewards_by_function=by_function,
         rewards=combined,
         advantages=advantages(combined),
+        turn_advantages=turn_advantages(rollout.completions, combined, advantages),
         logged=rewards.logged_metrics(),
         extra_columns=rewards.log.columns,
     )
@@ -43,7 +45,7 @@ def collect_rollout(
 
 def rollout_metrics(scored: ScoredRollout) -> Metrics:
     """Rewards, lengths and signal of a rollout, as (sum, count)."""
-    lengths = torch.tensor([[len(c.token_ids) for c in group] for group in scored.completions], dtype=torch.float64)
+    lengths = torch.tensor([[c.num_trained for c in group] for group in scored.completions], dtype=torch.float64)
     cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in scored.completions])
     groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
     metrics: Metrics = {
@@ -54,6 +56,10 @@ def rollout_metrics(scored: ScoredRollout) -> Metrics:
         "frac_zero_std_groups": (silent_groups(scored.rewards).double().sum(), groups),
         "advantage_std": (scored.advantages.std(dim=1).sum(), groups),
     }
+    dialogues = [c.dialogue for group in scored.completions for c in group if c.dialogue is not None]
+    if dialogues:
+        turns = sum(1.0 for d in dialogues for message in d.messages if message["role"] == "assistant")
+        metrics["dialogue/turns"] = (torch.tensor(turns, dtype=torch.float64), torch.tensor(float(len(dialogues))))
     for number, name in enumerate(scored.reward_names):
         values = scored.rewards_by_function[..., number]
         applies = ~values.isnan()

@@ -72,7 +72,22 @@ def check(plain: dict[str, Any]) -> None:
                     f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
                     f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
                 )
+    _check_environment(plain)
     _report(plain)
+
+
+def _check_environment(plain: dict[str, Any]) -> None:
+    """The reward of an environment needs one."""
+    for name, spec in plain["reward"].get("functions", {}).items():
+        path = str((spec.get("function") or {}).get("path", "")) if isinstance(spec, dict) else ""
+        if (
+            path.startswith("gspo_lightning.rewards")
+            and path.endswith(".environment_reward")
+            and not plain["environment"]
+        ):
+            raise UserError(
+                f"reward.functions.{name}: there is no environment to give a reward; set environment=calculator, say"
+            )
 
 
 _LEAST = {

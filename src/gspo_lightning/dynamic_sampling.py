@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.advantages import AdvantageEstimator, silent_groups
+from gspo_lightning.dialogue.turns import turn_advantages
 from gspo_lightning.distributed import add_metrics, gather_values, rank, world_size
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, ScoredRollout
 
@@ -86,7 +87,7 @@ def draw_until_signal(
 
 
 def _tokens(scored: ScoredRollout, groups: list[int]) -> int:
-    return sum(len(completion.token_ids) for group in groups for completion in scored.completions[group])
+    return sum(completion.num_trained for group in groups for completion in scored.completions[group])
 
 
 def _replace(
@@ -116,6 +117,7 @@ def _replace(
         rewards_by_function=merge(scored.rewards_by_function, fresh.rewards_by_function),
         rewards=rewards,
         advantages=advantages(rewards),
+        turn_advantages=turn_advantages(completions, rewards, advantages),
         logged=logged,
         extra_columns=columns,
     )

@@ -153,10 +153,16 @@ class GSPOModule(L.LightningModule):
 
     def _collect(self, prompts: list[Prompt]) -> ScoredRollout:
         assert self.policy is not None
-        return collect_rollout(
+        scored = collect_rollout(
             self.policy, self.engine, self.rewards, self.advantages, prompts, self.sampling,
             seed=rollout_seed(self.seed, self.rollouts_done), stopwatch=self.stopwatch,
         )  # fmt: skip
+        if scored.turn_advantages is not None and self.objective.importance_sampling_level == "sequence":
+            raise UserError(
+                "the environment rewards turns, but objective.importance_sampling_level=sequence has one advantage per "
+                "completion; set it to sequence_token (GSPO with advantages per token)"
+            )
+        return scored
 
     def _source(self) -> PromptSource:
         """Where fresh prompts are drawn from; the loader fetches ahead, so its batches would be stale here."""
@@ -225,7 +231,7 @@ class GSPOModule(L.LightningModule):
 
     def _finish_rollout(self, scored: ScoredRollout, update: RolloutUpdate) -> None:
         self.rollouts_done += 1
-        sampled = self._drawn.discarded_tokens + sum(len(c.token_ids) for group in scored.completions for c in group)
+        sampled = self._drawn.discarded_tokens + sum(c.num_trained for group in scored.completions for c in group)
         tokens = torch.tensor([sampled, update.trained_tokens], dtype=torch.float64, device=self.device)
         for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
             self.counts[name] += int(count)
@@ -287,8 +293,9 @@ class GSPOModule(L.LightningModule):
         own = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
         if other := sorted(name for name, shape in own.items() if saved.get(name) != shape):
             raise UserError(
-                f"ckpt_path: the checkpoint is of another model or adapter: {len(other)} trained parameters are missing or "
-                f"of another shape, the first is {other[0]} (here {own[other[0]]}, there {saved.get(other[0], 'none')})"
+                f"ckpt_path: the checkpoint is of another model or adapter: {len(other)} trained parameters are "
+                f"missing or of another shape, the first is {other[0]} (here {own[other[0]]}, there "
+                f"{saved.get(other[0], 'none')})"
             )
         state = checkpoint["gspo_lightning"]
         self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}

@@ -51,12 +51,13 @@ def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan,
 def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
     """Forwarded tokens of a micro-batch."""
     prompts = sum(len(scored.prompts[part.group].input_ids) for part in plan)
-    return prompts + completion_tokens(plan, scored) - sum(len(part.completions) for part in plan)
+    members = (scored.completions[part.group][n] for part in plan for n in part.completions)
+    return prompts + sum(len(completion.token_ids) - 1 for completion in members)
 
 
 def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
     """L of a micro-batch."""
-    return sum(len(scored.completions[part.group][n].token_ids) for part in plan for n in part.completions)
+    return sum(scored.completions[part.group][n].num_trained for part in plan for n in part.completions)
 
 
 def cut(

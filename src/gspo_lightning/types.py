@@ -7,7 +7,7 @@ B      prompts per rank in one rollout
 G      completions per prompt (``num_generations``)
 K      reward functions
 P      tokens of one prompt
-C      tokens of one completion, the end-of-sequence token included if sampled
+C      tokens of one completion, the end-of-sequence token included if sampled; of a dialogue, all behind the prompt
 S      sequences (completions) in a minibatch or micro-batch
 T      tokens of one packed row
 L      completion tokens whose log-probability is asked for
@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from gspo_lightning.errors import UserError
@@ -100,6 +101,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Dialogue:
+    """What makes a completion of several turns more than its tokens."""
+
+    trained: Tensor
+    """``(C,)`` bool: the tokens that the policy sampled. The others are the environment's: context, never trained on.
+    The first and the last token are the policy's."""
+    messages: Messages
+    """The turns, from the policy's first one."""
+    reward: float
+    """The environment's, for the whole dialogue."""
+    turn_rewards: tuple[float, ...] = ()
+    """One for each of the policy's turns; empty if the environment rewards the whole alone."""
+
+    def turn_index(self) -> Tensor:
+        """``(C,)`` int64: the policy's turn, from 0, that a trained token belongs to."""
+        begins = self.trained.clone()
+        begins[1:] &= ~self.trained[:-1]
+        return begins.long().cumsum(0) - 1
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled continuation of a prompt."""
 
@@ -108,8 +130,16 @@ class Completion:
     text: str
     """Decoded without special tokens."""
     sampler_logprobs: Tensor
-    """``(C,)`` float32: log-probability of each token under the distribution it was drawn from."""
+    """``(C,)`` float32: log-probability of each token under the distribution it was drawn from (0 where it was not
+    drawn: the tokens of an environment)."""
     finish_reason: FinishReason
+    dialogue: Dialogue | None = None
+    """Set where an environment took part."""
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.token_ids) if self.dialogue is None else int(self.dialogue.trained.sum())
 
 
 @dataclass(frozen=True)
@@ -136,8 +166,24 @@ class ScoredRollout:
     """``(B, G)`` float64."""
     logged: Metrics = field(default_factory=dict)
     """What reward functions logged by TRL's ``log_metric``."""
+    turn_advantages: list[list[tuple[float, ...]]] | None = None
+    """B lists of G: an advantage for each turn of a dialogue whose environment rewards turns; else None."""
     extra_columns: dict[str, list[Any]] = field(default_factory=dict)
     """Lists of B x G values that reward functions logged by TRL's ``log_extra``."""
+
+    def is_silent(self, group: int, number: int) -> bool:
+        """Whether every token of a completion has advantage zero."""
+        if self.turn_advantages is not None:
+            return not any(self.turn_advantages[group][number])
+        return self.advantages[group, number].item() == 0.0
+
+    def token_advantages(self, group: int, number: int) -> Tensor:
+        """``(trained tokens,)`` float32 advantages of a completion."""
+        completion = self.completions[group][number]
+        if self.turn_advantages is None or completion.dialogue is None:
+            return self.advantages[group, number].float().expand(completion.num_trained)
+        turns = torch.tensor(self.turn_advantages[group][number], dtype=torch.float32)
+        return turns[completion.dialogue.turn_index()[completion.dialogue.trained]]
 
 
 @dataclass(frozen=True)

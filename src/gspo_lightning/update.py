@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
-from gspo_lightning.types import Completion, ScoredRollout
+from gspo_lightning.types import ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _minibatch(
             if mask_truncated and completion.finish_reason == "length":
                 continue
             num_sequences += 1
-            num_tokens += len(completion.token_ids)
-            if not (drop_zero and scored.advantages[group, number] == 0.0):
+            num_tokens += completion.num_trained
+            if not (drop_zero and scored.is_silent(group, number)):
                 kept.append((number, len(completion.token_ids) - 1))
         survivors.append(kept)
     lengths = [len(scored.prompts[group].input_ids) for group in groups]
@@ -103,17 +103,18 @@ def _minibatch(
 
 def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> MicroBatch:
     """Packs the completions of one micro-batch."""
-    rows: list[tuple[Completion, float]] = []
-    groups = []
-    for part in plan:
-        completions = [scored.completions[part.group][number] for number in part.completions]
-        advantages = scored.advantages[part.group, list(part.completions)].tolist()
-        rows.extend(zip(completions, advantages, strict=True))
-        groups.append((scored.prompts[part.group].input_ids, [completion.token_ids for completion in completions]))
-    packed = pack(groups, device, [scored.prompts[part.group] for part in plan])
-    advantage = torch.tensor([advantage for _, advantage in rows], dtype=torch.float32, device=device)
-    sampler = torch.cat([completion.sampler_logprobs for completion, _ in rows]).to(device)
-    return MicroBatch(packed, advantage[packed.sequence_index], sampler)
+    members = [(part.group, number) for part in plan for number in part.completions]
+    rows = [scored.completions[group][number] for group, number in members]
+    groups = [
+        (scored.prompts[part.group].input_ids, [scored.completions[part.group][n].token_ids for n in part.completions])
+        for part in plan
+    ]
+    trained = [row.dialogue.trained if row.dialogue is not None else None for row in rows]
+    packed = pack(groups, device, [scored.prompts[part.group] for part in plan], trained)
+    advantages = torch.cat([scored.token_advantages(group, number) for group, number in members])
+    drawn = zip((row.sampler_logprobs for row in rows), trained, strict=True)
+    sampler = torch.cat([logprobs if kept is None else logprobs[kept] for logprobs, kept in drawn])
+    return MicroBatch(packed, advantages.to(device), sampler.to(device))
 
 
 def sampler_mismatch(logprobs: Tensor, micro: MicroBatch) -> dict[str, tuple[Tensor, Tensor]]:

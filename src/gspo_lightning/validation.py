@@ -87,7 +87,7 @@ class Validator:
         self._update_right(self.names[1], prompts, right)
         self.means[self.names[2]].update(right.amax(dim=1))
         self.means["val/reward"].update(rewards)
-        lengths = [float(len(c.token_ids)) for group in sampled.completions for c in group]
+        lengths = [float(c.num_trained) for group in sampled.completions for c in group]
         self.means["val/mean_tokens"].update(torch.tensor(lengths, dtype=torch.float64))
 
     def _update_right(self, name: str, prompts: list[Prompt], right: Tensor) -> None:

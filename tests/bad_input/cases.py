@@ -486,6 +486,35 @@ MODELS = [
     Case("model", "an override the config lacks", ["+model.overrides={{hidden_sizes: 3}}"], "hidden_sizes"),
 ]
 
+ENVIRONMENTS = [
+    Case(
+        "environment",
+        "its reward without one",
+        ["reward=environment"],
+        "reward.functions.environment: there is no environment",
+    ),
+    Case(
+        "environment",
+        "an engine that cannot hold a dialogue",
+        ["environment=calculator", "rollout=vllm_server"],
+        "VLLMServerEngine cannot sample dialogues",
+    ),
+    Case("environment", "no turns", ["environment=calculator", "environment.max_turns=0"], "max_turns=0"),
+    Case("environment", "a row without what it needs", ["environment=calculator"], "KeyError: 'answer' (row"),
+    Case(
+        "environment",
+        "rewards of turns for a ratio of sequences",
+        [
+            "environment=guess_the_number",
+            "environment.make.turn_rewards=true",
+            "data=secret_number",
+            "reward=environment",
+            "data.max_prompt_length=256",
+        ],
+        "set it to sequence_token",
+    ),
+]
+
 REWARDS = [
     Case("reward", "a module that is not there", ["reward.functions.letter_share.function.path=nowhere.f"], "nowhere"),
     Case("reward", "a function that is not there", MINE, "my_rewards", reward("")),
@@ -578,4 +607,4 @@ RUNS = [
     Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
 ]  # fmt: skip
 
-CASES = [*CONFIG, *OBJECTIVE, *OPTIMIZER, *UPDATE, *ROLLOUT, *DATA, *MODELS, *REWARDS, *RUNS]
+CASES = [*CONFIG, *OBJECTIVE, *OPTIMIZER, *UPDATE, *ROLLOUT, *DATA, *MODELS, *ENVIRONMENTS, *REWARDS, *RUNS]

@@ -87,6 +87,10 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "checkpoint.every_n_rollouts": (FILES, ["checkpoint.every_n_rollouts=1"], []),
     "export.enabled": (FILES, ["export.enabled=false"], []),
     "export.merge_lora": (FILES, ["export.merge_lora=true"], ["lora=language"]),
+    "environment.environment": (COMPLETIONS, ["environment=guess_the_number"], [
+        "data=secret_number", "reward=exact_match", "data.max_prompt_length=256", "data.task.num_validation=4",
+        "data.prompts_per_rollout=4", "rollout.max_completion_length=40",
+    ]),
     "mismatch.mismatch": (METRICS, ["mismatch=token_truncate"], []),
     "dynamic_sampling.max_draws": (METRICS, ["dynamic_sampling.max_draws=1"], []),
     "advantages.scale_rewards": (WEIGHTS, ["advantages.scale_rewards=none"], []),

@@ -26,6 +26,8 @@ NEEDS = {
     "data=gsm8k": [],
     "rollout=replay": [f"rollout.engine.run={CONF.parent}/tests/conf/recorded"],
     "reward=reward_model": ["reward.functions.reward_model.function.path=nowhere"],
+    "reward=environment": ["environment=calculator"],
+    "data=image_folder": ["data.task.source=nothing"],
     "data=reasoning_gym": ["data.task=gcd"],
     # What is refused without a GPU has a test of its own.
     "model=qwen_vl": ["model.quantization=null", "lora=language"],

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import PromptBatch
 from tests.training import Settings, build_module, scripted_prompts, trainer, weights
@@ -31,6 +32,13 @@ def prompts(case: str):
     return rows
 
 
+class WithNorm(GSPOModule):
+    """With a term that does not depend on the rollout: on every rank the same, so its mean over ranks is itself."""
+
+    def auxiliary_loss(self, minibatch):
+        return 1e-3 * sum(p.square().sum() for p in self.policy.parameters() if p.requires_grad)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -41,6 +49,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--budget", type=int, default=30)
+    parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
     a = parser.parse_args()
     warnings.filterwarnings("ignore")
     level = "token" if a.loss in ("cispo", "gmpo") else "sequence"
@@ -52,6 +61,8 @@ def main() -> None:
     )
     torch.manual_seed(0)  # of the adapter
     module = build_module(a.model, settings)
+    if a.auxiliary:
+        module.__class__ = WithNorm
 
     class Loader:
         def __iter__(self):

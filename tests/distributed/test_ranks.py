@@ -33,6 +33,8 @@ CASES = {
     "token mean": ["--loss", "dapo"],
     "constant length": ["--loss", "dr_grpo"],
     "LoRA": ["--lora"],
+    "an auxiliary loss": ["--auxiliary"],
+    "an auxiliary loss and one rank without signal": ["--auxiliary", "--case", "one rank without signal"],
 }
 
 

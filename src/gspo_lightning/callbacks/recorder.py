@@ -148,9 +148,14 @@ def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -
                     "reward": scored.rewards[b, g].item(),
                     "advantage": scored.advantages[b, g].item(),
                     "finish_reason": completion.finish_reason,
-                    "tokens": len(completion.token_ids),
+                    "tokens": completion.num_trained,
                 }
             )
+            if completion.dialogue is not None:
+                entries[-1] |= {
+                    "messages": completion.dialogue.messages,
+                    "turn_rewards": completion.dialogue.turn_rewards,
+                }
             if tokens:
                 # A float32 is written as the double it equals, so it comes back bit-identical.
                 logprobs = completion.sampler_logprobs.tolist()

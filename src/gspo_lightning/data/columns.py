@@ -12,8 +12,8 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
 
 
-def template_columns(template: str) -> list[str]:
-    """The columns a format string reads.
+def template_columns(template: str, constant: bool = False) -> list[str]:
+    """The columns a format string reads; ``constant``: it may read none, because a picture makes the difference.
 
     Raises:
         UserError: it is malformed, has no field, or has a field without a name.
@@ -24,14 +24,14 @@ def template_columns(template: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"data.task.template={template!r}: {error}; {hint}") from error
     names = [re.split(r"[.\[]", name)[0] for name in fields]
-    if not names or any(not name or name.isdigit() for name in names):
+    if (not names and not constant) or any(not name or name.isdigit() for name in names):
         raise UserError(f"data.task.template={template!r}: {hint}")
     return names
 
 
-def fill_template(template: str, row: Row, where: str) -> str:
+def fill_template(template: str, row: Row, where: str, constant: bool = False) -> str:
     """The template with the row's columns in it; a null is an error and never the word None."""
-    for name in template_columns(template):
+    for name in template_columns(template, constant):
         column_of(row, name, where, "data.task.template")
     try:
         return template.format(**row)

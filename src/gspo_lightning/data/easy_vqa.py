@@ -19,6 +19,10 @@ Question = tuple[str, str, str]
 """Question, answer, path of the picture."""
 
 
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+"""The answers that are no shapes."""
+
+
 @dataclass(frozen=True)
 class EasyVQA:
     """What colour, what shape: one word about a picture of 64 x 64 pixels.
@@ -35,6 +39,11 @@ class EasyVQA:
     def check(self) -> None:
         """Refuses to go on without the package."""
         _package()
+
+    @property
+    def questions(self) -> list[Question]:
+        """Those of the training rows, as the package has them."""
+        return self._train
 
     @property
     def num_train_rows(self) -> int:

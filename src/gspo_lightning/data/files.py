@@ -62,7 +62,18 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
         raise UserError(f"data.task.source={source}, split {split}: cannot load it: {cause[0]}") from error
     if not len(rows):
         raise UserError(f"data.task.source={source}, split {split}: the dataset is empty")
-    return rows
+    return _with_class_names(rows)
+
+
+def _with_class_names(rows: Any) -> Sequence[Row]:
+    """Classes by their names, not by numbers: a reward compares what the model says."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names = [None if number is None else feature.int2str(number) for number in rows[name]]
+            rows = rows.remove_columns(name).add_column(name, names)
+    return rows  # type: ignore[no-any-return]
 
 
 def _read_text(path: Path, kind: str, source: str) -> Sequence[Row]:

@@ -155,8 +155,12 @@ class RowsTask:
     @cached_property
     def _prompt_columns(self) -> list[str]:
         """The dataset's columns that the prompt is made of."""
-        names = [self.prompt_column] if self.template is None else template_columns(self.template)
+        names = [self.prompt_column] if self.template is None else self._template_columns
         return [self.columns.get(name, name) for name in [*names, *self.image_columns]]
+
+    @property
+    def _template_columns(self) -> list[str]:
+        return template_columns(str(self.template), bool(self.image_columns))
 
     # ---------------------------------------------------------------- from row to prompt
 
@@ -170,7 +174,7 @@ class RowsTask:
         if self.template is None:
             prompt = column_of(out, self.prompt_column, where, "data.task.prompt_column")
         else:
-            prompt = fill_template(self.template, out, where)
+            prompt = fill_template(self.template, out, where, bool(self.image_columns))
         out["prompt"] = self._conversation(prompt, where)
         if self.image_columns:
             values = [column_of(out, name, where, "data.task.image_columns") for name in self.image_columns]

@@ -105,6 +105,10 @@ class Arithmetic:
     digits: int = 1
     seed: int = 0
     num_validation: int = 20
+    instruction: str = "Answer with just the number."
+    """Behind the question."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """Messages in front of it."""
     name: str = "arithmetic"
 
     @property
@@ -136,8 +140,8 @@ class Arithmetic:
     def _row(self, pair: tuple[int, int]) -> Row:
         a, b = pair
         answer = {"+": a + b, "-": a - b, "*": a * b}[self.op]
-        question = f"What is {a} {self.op} {b}? Answer with just the number."
-        return {"prompt": [{"role": "user", "content": question}], "answer": str(answer)}
+        question = f"What is {a} {self.op} {b}? {self.instruction}"
+        return {"prompt": [*self.examples, {"role": "user", "content": question.strip()}], "answer": str(answer)}
 
     @cached_property
     def _held_out(self) -> dict[tuple[int, int], tuple[int, int]]:
@@ -158,6 +162,47 @@ class Arithmetic:
             held_out.setdefault(self._problem(pair), pair)
             draw += 1
         return held_out
+
+
+@dataclass(frozen=True)
+class SecretNumber:
+    """A number between ``low`` and ``high`` to be guessed, for `gspo_lightning.dialogue.GuessTheNumber`."""
+
+    low: int = 1
+    high: int = 9
+    seed: int = 0
+    num_validation: int = 64
+    name: str = "secret_number"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise UserError(f"data.task.low={self.low} must be at least 0 and below data.task.high={self.high}")
+
+    @property
+    def num_train_rows(self) -> None:
+        """Never runs out."""
+        return None
+
+    def train_row(self, index: int) -> Row:
+        """A secret that is a function of (seed, index)."""
+        return self._row(random.Random(f"secret|train|{self.seed}|{index}").randint(self.low, self.high))
+
+    def validation_rows(self) -> list[Row]:
+        """Every secret about equally often. The prompts are those of training: the secret is what is held out."""
+        return [self._row(self.low + number % (self.high - self.low + 1)) for number in range(self.num_validation)]
+
+    def _row(self, secret: int) -> Row:
+        question = (
+            f"I think of a number from {self.low} to {self.high}. Guess it. Answer with just the number. "
+            "I will tell you whether my number is higher or lower."
+        )
+        return {
+            "prompt": [{"role": "user", "content": question}],
+            "secret": secret,
+            "low": self.low,
+            "high": self.high,
+            "answer": str(secret),
+        }
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.migrate import computed
+from gspo_lightning.migrate import computed, vllm
 from gspo_lightning.migrate.trl_table import BETTER, COMPUTED, DEFAULTS, HARMLESS, NONE, RENAMED
 
 Kind = Literal["same", "renamed", "better default", "no counterpart"]
@@ -69,6 +69,7 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
     computed.optimization(config, given, result, notes, ranks)
     computed.objective(config, given, result, notes)
     computed.running(config, given, result, notes)
+    vllm.rollout(config, result, notes)
     for key, value in given.items():
         result.verdicts.append(_verdict(key, value, notes, result))
     return result

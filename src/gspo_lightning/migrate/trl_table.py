@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gspo_lightning.migrate.vllm import KEYS as VLLM
+
 RENAMED: dict[str, str] = {
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
@@ -41,7 +43,7 @@ COMPUTED = (
     "optim", "adam_beta1", "adam_beta2", "bf16", "fp16", "save_strategy", "save_steps", "eval_strategy", "eval_steps",
     "report_to", "loss_type", "epsilon", "epsilon_high", "delta", "sapo_temperature_neg", "sapo_temperature_pos",
     "scale_rewards", "multi_objective_aggregation", "use_bias_correction_kl", "min_p", "chat_template_kwargs",
-    "resume_from_checkpoint", "use_cpu", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+    "resume_from_checkpoint", "use_cpu", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", *VLLM,
 )  # fmt: skip
 """Keys whose translation depends on the value or on other keys."""
 
@@ -95,18 +97,9 @@ BETTER: dict[str, str] = {
     "disable_tqdm": "one line per rollout where the output is no terminal",
     "run_name": "the run's folder is its name; with a logger, set its name there",
     "project": "logger.wandb.project or logger.mlflow.experiment_name",
-    "use_vllm": "rollout=vllm or rollout=vllm_server; the group mismatch corrects what they differ by",
-    "vllm_mode": "the config group rollout chooses the engine",
-    "vllm_model_impl": "set it in the engine's group, if it has it",
-    "vllm_enable_sleep_mode": "set it in the engine's group, if it has it",
-    "vllm_server_base_url": "set it in the engine's group, if it has it",
-    "vllm_server_host": "set it in the engine's group, if it has it",
-    "vllm_server_port": "set it in the engine's group, if it has it",
-    "vllm_server_timeout": "set it in the engine's group, if it has it",
-    "vllm_group_port": "set it in the engine's group, if it has it",
-    "vllm_gpu_memory_utilization": "set it in the engine's group, if it has it",
-    "vllm_max_model_length": "set it in the engine's group, if it has it",
-    "vllm_tensor_parallel_size": "set it in the engine's group, if it has it",
+    "vllm_model_impl": "vLLM chooses",
+    "vllm_group_port": "weights travel through a folder (rollout.engine.sync_dir), not through a process group",
+    "vllm_max_model_length": "data.max_prompt_length + rollout.max_completion_length, by itself",
 }
 """Key -> what happens here without it. Nothing is lost by leaving it out."""
 
@@ -127,26 +120,6 @@ NONE: dict[str, tuple[Any, str]] = {
     "entropy_target": (0.2, "the entropy bonus is constant"),
     "max_tool_calling_iterations": (None, "a GRPOConfig has no tools: environments are set up on our side"),
     "vllm_structured_outputs_regex": (None, "a grammar changes the distribution that is sampled, and so the ratio"),
-    "vllm_importance_sampling_correction": (
-        True,
-        "matters with use_vllm alone: choose mismatch=<level>_<how>, its bounds are low and high",
-    ),
-    "vllm_importance_sampling_mode": (
-        "sequence_mask",
-        "matters with use_vllm alone: choose mismatch=<level>_<how>, its bounds are low and high",
-    ),
-    "vllm_importance_sampling_clip_max": (
-        3.0,
-        "matters with use_vllm alone: choose mismatch=<level>_<how>, its bounds are low and high",
-    ),
-    "vllm_importance_sampling_clip_min": (
-        None,
-        "matters with use_vllm alone: choose mismatch=<level>_<how>, its bounds are low and high",
-    ),
-    "vllm_importance_sampling_cap": (
-        None,
-        "matters with use_vllm alone: choose mismatch=<level>_<how>, its bounds are low and high",
-    ),
     "log_completions_hub_repo": (None, "nothing is uploaded; completions.jsonl is a file to upload"),
     "optim_args": (None, "an optimizer is a config group: write one with its arguments"),
     "optim_target_modules": (None, "an optimizer is a config group: write one"),

@@ -24,11 +24,11 @@ class PackedBatch:
     predictor_index: Tensor
     """``(L,)``: the row position whose hidden state predicts each completion token."""
     target_ids: Tensor
-    """``(L,)``: the completion tokens, sequence after sequence."""
+    """``(L,)``: the trained completion tokens, sequence after sequence."""
     sequence_index: Tensor
     """``(L,)`` in ``[0, S)``: the sequence of each completion token."""
     lengths: Tensor
-    """``(S,)``: completion tokens per sequence."""
+    """``(S,)``: trained completion tokens per sequence."""
     prompts: tuple[Prompt, ...] = ()
     """The prompts of the row with their vision inputs, one per group; empty where nobody asks for those."""
 
@@ -41,6 +41,7 @@ def pack(
     groups: Sequence[tuple[Tensor, Sequence[Tensor]]],
     device: torch.device,
     prompts: Sequence[Prompt] = (),
+    trained: Sequence[Tensor | None] = (),
 ) -> PackedBatch:
     """Packs groups of ``(prompt ids (P,), [completion ids (C_i,), ...])``.
 
@@ -51,6 +52,8 @@ def pack(
         groups: at least one; every prompt and every completion holds at least one token.
         device: where the tensors go.
         prompts: of the groups, in their order, for models that read vision inputs.
+        trained: per completion, in the order of the row, ``(C_i,)`` bool: the tokens whose log-probability is asked
+            for. The others are context. None, or nothing given, is all of them.
     """
     tokens: list[Tensor] = []
     predictors: list[Tensor] = []
@@ -58,16 +61,18 @@ def pack(
     lengths: list[int] = []
     layouts: list[GroupLayout] = []
     start = 0
+    masks = iter(trained)
     for prompt, completions in groups:
         inputs = [completion[:-1] for completion in completions]
         layouts.append(GroupLayout(len(prompt), tuple(len(x) for x in inputs)))
         tokens.extend([prompt, *inputs])
         last_of_prompt, cursor = start + len(prompt) - 1, start + len(prompt)
         for completion, forwarded in zip(completions, inputs, strict=True):
-            predictors.append(torch.tensor([last_of_prompt]))
-            predictors.append(torch.arange(cursor, cursor + len(forwarded)))
-            targets.append(completion)
-            lengths.append(len(completion))
+            predictor = torch.cat([torch.tensor([last_of_prompt]), torch.arange(cursor, cursor + len(forwarded))])
+            kept = next(masks, None)
+            predictors.append(predictor if kept is None else predictor[kept])
+            targets.append(completion if kept is None else completion[kept])
+            lengths.append(len(targets[-1]))
             cursor += len(forwarded)
         start = cursor
     layout = SharedPrefixLayout(tuple(layouts), device)

@@ -177,7 +177,7 @@ _RECIPES = {
         disk_bytes=800 * 10**6,
     ),
     "tiny-vlm": _Recipe(
-        version=1,
+        version=2,
         build=_build_tiny_vlm,
         source="SmolLM2-135M-Instruct as above, and a vision half trained on the pictures of easy-vqa==1.0",
         disk_bytes=800 * 10**6,

@@ -2,8 +2,9 @@
 
 Its language half is SmolLM2-135M-Instruct inside the Qwen2.5-VL architecture: with zero query, key and value biases
 and M-RoPE sections that cover the head it computes the same logits on text, to the last bit. Its vision half is
-small (1.4 M parameters) and learns alone, by supervised answers to the open questions of the package ``easy-vqa``. The
-warm-up stops on purpose while half the answers are wrong: it is a start for reinforcement learning, not a solution.
+small (1.4 M parameters) and learns alone, on pictures of the package ``easy-vqa``: first to see (`tiny_vlm_sight`),
+then, through the language model, to answer open questions. The warm-up stops on purpose while half the answers are
+wrong: it is a start for reinforcement learning, not a solution.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gspo_lightning.packing import pack
 from gspo_lightning.policy.attention import ATTENTION_NAME, register
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.processor import ImageTextProcessor
+from gspo_lightning.policy.tiny_vlm_sight import learn_to_see
 from gspo_lightning.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ CHAT_TEMPLATE = (
 )
 BATCH = 32
 MAX_STEPS = 400
-EVALUATE_EVERY = 20
+EVALUATE_EVERY = 5
 STOP_AT = 0.45
 """Sampled accuracy on held-out pictures of the warm-up's own half at which it ends."""
 
@@ -124,6 +126,7 @@ def build_tiny_vlm(folder: Path, smollm2: Path) -> None:
     model.requires_grad_(False)
     model.model.visual.requires_grad_(True)
     policy = Policy(model, processor.tokenizer, has_adapter=False, has_vision=True, processor=processor)
+    learn_to_see(model, processor, task)
     accuracy, steps, seconds = _warm_up(policy, task)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -141,7 +144,7 @@ def _warm_up(policy: Policy, task: EasyVQA) -> tuple[float, int, float]:
     start, step, accuracy = time.perf_counter(), 0, 0.0
     for step in range(1, MAX_STEPS + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, step / 40)
+            group["lr"] = 1e-3 * min(1.0, step / 20)
         picks = torch.randint(task.num_train_rows, (BATCH,), generator=generator).tolist()
         batch = [_example(policy, task.train_row(i), f"warm_up:{i}") for i in picks]
         loss = -_answer_logprobs(policy, batch)[0].mean()

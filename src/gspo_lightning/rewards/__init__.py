@@ -22,6 +22,7 @@ _PUBLIC = {
     "SoftOverlong": "length",
     "TagFormat": "text",
     "TaggedNumber": "text",
+    "environment_reward": "functions",
     "exact_match": "functions",
     "last_integer": "functions",
     "letter_share": "functions",

@@ -50,7 +50,7 @@ class Log:
 
 SERVICES = frozenset({"trainer_state", "log_metric", "log_extra"})
 """Arguments that are not lists with one entry per completion."""
-GIVEN = SERVICES | {"prompts", "completions", "completion_ids"}
+GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_reward"}
 """Arguments that are no columns of the dataset."""
 
 

@@ -37,6 +37,11 @@ def numeric_match(completions: list[Any], answer: list[Any], tolerance: float = 
     return rewards
 
 
+def environment_reward(completions: list[Any], environment_reward: list[float], **_: Any) -> list[float]:
+    """What the environment of a dialogue gave for it; see `gspo_lightning.dialogue`."""
+    return environment_reward
+
+
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
     """1 if the completion is the ``answer``, white space at both ends aside, else 0."""
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]

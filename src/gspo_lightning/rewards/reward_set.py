@@ -161,15 +161,21 @@ def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -
     rows = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
     arguments: dict[str, list[Any]] = {
         "prompts": [prompt.prompt for prompt, _ in rows],
-        "completions": [
-            c.text if isinstance(p.prompt, str) else [{"role": "assistant", "content": c.text}] for p, c in rows
-        ],
+        "completions": [c.text if isinstance(p.prompt, str) else _messages(c) for p, c in rows],
         "completion_ids": [completion.token_ids.tolist() for _, completion in rows],
     }
+    if any(c.dialogue is not None for _, c in rows):
+        arguments["environment_reward"] = [c.dialogue and c.dialogue.reward for _, c in rows]
     names = {name for prompt in prompts for name in prompt.sample} - {"prompt", *arguments}
     for name in sorted(names):
         arguments[name] = [prompt.sample.get(name) for prompt, _ in rows]
     return arguments
+
+
+def _messages(completion: Completion) -> list[dict[str, Any]]:
+    if completion.dialogue is not None:
+        return completion.dialogue.messages
+    return [{"role": "assistant", "content": completion.text}]
 
 
 _IN_WORKER = f"{RewardFunctionError.__name__}: "

@@ -1,0 +1,7 @@
+"""Rollouts of several turns: an environment answers the policy, and what it says is context, never trained on."""
+
+from gspo_lightning.dialogue.calculator import Calculator
+from gspo_lightning.dialogue.environment import Environment, Environments, Reply
+from gspo_lightning.dialogue.guess import GuessTheNumber
+
+__all__ = ["Calculator", "Environment", "Environments", "GuessTheNumber", "Reply"]

@@ -1,0 +1,58 @@
+"""A calculator that the policy may use: an example of a tool."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from typing import Any
+
+from gspo_lightning.dialogue.environment import Reply
+
+_CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
+_INTEGER = re.compile(r"-?\d+")
+_OPERATIONS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_LONGEST = 40
+"""Characters of an expression."""
+
+
+class Calculator:
+    """``<calc>12*34</calc>`` in a turn is answered with the result; a turn without a call is the answer.
+
+    The reward is 1 if the last integer of the last turn is the row's ``answer``, else 0.
+    """
+
+    def reset(self, row: dict[str, Any], seed: int) -> None:
+        """See `Environment.reset`."""
+        self._answer, self._last = int(row["answer"]), ""
+
+    def step(self, text: str) -> Reply:
+        """See `Environment.step`."""
+        self._last = text
+        call = _CALL.search(text)
+        return Reply(None) if call is None else Reply(evaluate(call[1]), role="tool")
+
+    def reward(self) -> float:
+        """See `Environment.reward`."""
+        found = _INTEGER.findall(self._last)
+        return float(bool(found) and "<calc>" not in self._last and int(found[-1]) == self._answer)
+
+
+def evaluate(expression: str) -> str:
+    """The value of sums, differences and products of whole numbers, or what is wrong with the expression."""
+    if len(expression) > _LONGEST:
+        return "error: too long"
+    try:
+        return str(_value(ast.parse(expression.strip(), mode="eval").body))
+    except (SyntaxError, ValueError):
+        return "error: use whole numbers with + - *"
+
+
+def _value(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        return int(_OPERATIONS[type(node.op)](_value(node.left), _value(node.right)))
+    raise ValueError

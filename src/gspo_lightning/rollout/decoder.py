@@ -1,0 +1,130 @@
+"""Decoding with the training model: prefill of the unique prompts, then one token per row until all have ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
+from gspo_lightning.rollout.sampling import row_uniforms, sample
+from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
+
+
+@dataclass
+class Row:
+    """One completion under way."""
+
+    prompt: int
+    generation: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+
+class Decoder:
+    """One batch of prompts from prefill to the last finished row."""
+
+    def __init__(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> None:
+        self.policy, self.prompts, self.sampling = policy, prompts, sampling
+        count, budget = sampling.num_generations, sampling.max_completion_length
+        self.rows = [Row(p, g) for p in range(len(prompts)) for g in range(count)]
+        self.active = list(self.rows)
+        self.uniforms = torch.stack(
+            [row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows]
+        )
+        self.eos = frozenset(policy.eos_token_ids)
+        self.seen = self._seen_in_prompts() if sampling.repetition_penalty != 1.0 else None
+
+    def run(self) -> list[list[Completion]]:
+        """Decodes until every row has ended."""
+        hidden, cache, positions = self._prefill()
+        for step in range(self.sampling.max_completion_length):
+            tokens, alive = self._next(hidden, step)
+            if not any(alive) or step + 1 == self.sampling.max_completion_length:
+                break
+            kept = cache.keep(torch.tensor(alive, device=tokens.device))
+            self._keep(kept)
+            tokens = tokens[kept]
+            positions = positions[kept] + 1
+            if self.seen is not None:
+                self.seen.scatter_(1, tokens[:, None], True)
+            hidden = self.policy.hidden_states(
+                tokens[:, None], positions[:, None], cache.layout(), past_key_values=cache
+            )[:, -1]
+            cache.advance()
+        return self._completions()
+
+    def _prefill(self) -> tuple[Tensor, DecodeCache, Tensor]:
+        """Forwards the unique prompts in one packed row; returns last hidden states, cache and positions per row."""
+        lengths = [len(prompt.input_ids) for prompt in self.prompts]
+        layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)
+        row = torch.cat([prompt.input_ids for prompt in self.prompts]).to(self.policy.device)
+        prefill = PrefillCache()
+        hidden = self.policy.hidden_states(
+            row[None], layout.positions[None], layout, self.prompts, past_key_values=prefill
+        )
+        ends = torch.tensor(lengths, device=row.device).cumsum(0) - 1
+        count = self.sampling.num_generations
+        cache = DecodeCache(prefill, lengths, count, self.sampling.max_completion_length)
+        return (
+            hidden[0, ends].repeat_interleave(count, dim=0),
+            cache,
+            self.policy.last_positions(self.prompts).repeat_interleave(count),
+        )
+
+    def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
+        """The next token ``(R,)`` of each row, and which rows go on."""
+        tokens, logprobs = sample(self._logits(hidden), self.uniforms[:, step], self.sampling, self.seen)
+        return tokens, self._record(tokens, logprobs)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, self.policy.output_weight)
+
+    def _record(self, tokens: Tensor, logprobs: Tensor) -> list[bool]:
+        """Appends the drawn tokens; returns which rows go on."""
+        alive = []
+        for row, token, logprob in zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if token in self.eos or self._has_stop_string(row.tokens):
+                row.finish_reason = "stop"
+            alive.append(row.finish_reason != "stop")
+        return alive
+
+    def _has_stop_string(self, tokens: list[int]) -> bool:
+        if not self.sampling.stop:
+            return False
+        text = self._decode(tokens)
+        return any(stop in text for stop in self.sampling.stop)
+
+    def _keep(self, kept: Tensor) -> None:
+        self.active = [self.active[index] for index in kept.tolist()]
+        self.uniforms = self.uniforms[kept.cpu()]
+        if self.seen is not None:
+            self.seen = self.seen[kept]
+
+    def _seen_in_prompts(self) -> Tensor:
+        seen = torch.zeros(len(self.rows), self.policy.output_weight.shape[0], dtype=torch.bool)
+        for number, row in enumerate(self.rows):
+            seen[number, self.prompts[row.prompt].input_ids.cpu()] = True
+        return seen.to(self.policy.device)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _completions(self) -> list[list[Completion]]:
+        done = [self._completion(row) for row in self.rows]
+        count = self.sampling.num_generations
+        return [done[start : start + count] for start in range(0, len(done), count)]
+
+    def _completion(self, row: Row) -> Completion:
+        return Completion(
+            token_ids=torch.tensor(row.tokens),
+            text=self._decode(row.tokens),
+            sampler_logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
+            finish_reason=row.finish_reason,
+        )

@@ -1,0 +1,54 @@
+"""Environments: what they answer and what it becomes in tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_lightning.policy.bundled import resolve_model
+from gspo_lightning.policy.load import load_tokenizer
+from gspo_lightning.types import Prompt
+from tests.conf.probes.base import Probe, built
+from tests.conf.probes.data import around, task_in
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if enable_thinking %}<think>{% endif %}"
+)
+ROW = {"answer": "6", "secret": 6, "low": 1, "high": 9}
+
+
+def played(node: dict[str, Any], folder: Path) -> Any:
+    """Six turns with the environment: tokens between them, messages and rewards."""
+    tokenizer = load_tokenizer(resolve_model("bundled:smollm2-135m-instruct"))
+    tokenizer.chat_template = THINKS
+    prompt = Prompt("row", [{"role": "user", "content": "?"}], torch.ones(1, dtype=torch.long), ROW)
+    dialogue = built(node).begin(prompt, 0, tokenizer)
+    between = []
+    for text in ("<calc>2*3</calc>", "5", "4", "8", "7", "6"):
+        between.append(dialogue.reply(text, True, (tokenizer.eos_token_id,)))
+        if between[-1] is None:
+            break
+    return between, dialogue.messages, dialogue.result()
+
+
+def one_turn(node: dict[str, Any], folder: Path) -> Any:
+    """What the first turn earns."""
+    environment = built(node)() if node.get("_partial_") else built(node)
+    environment.reset(ROW, 0)
+    return environment.step("5")
+
+
+GAME = {"_target_": "gspo_lightning.dialogue.GuessTheNumber", "_partial_": True}
+PROBES = [
+    Probe(["environment=calculator"], "environment", played, {
+        "make": GAME, "max_turns": 1, "chat_template_kwargs": {"enable_thinking": True},
+    }),
+    Probe(["environment=guess_the_number"], "environment.make", one_turn, {"turn_rewards": True}),
+    Probe(["data=arithmetic"], "data.task", task_in(around), {
+        "instruction": "Now.", "examples": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}],
+    }),
+    Probe(["data=secret_number"], "data.task", task_in(around), {"low": 2, "high": 8, "seed": 5, "num_validation": 3}),
+]  # fmt: skip

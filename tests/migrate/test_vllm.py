@@ -1,0 +1,57 @@
+"""A GRPOConfig that samples with vLLM: the engine's group, its settings, and the correction."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_lightning.migrate import convert
+from tests.migrate.test_from_trl import checked
+
+COLOCATED = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.4, "vllm_enable_sleep_mode": True}
+SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "10.0.0.7", "vllm_server_port": 8001}
+
+
+def test_colocated_becomes_the_engine_in_process_with_trls_correction():
+    result = convert(COLOCATED)
+    assert result.groups["rollout"] == "vllm" and result.groups["mismatch"] == "sequence_mask"
+    assert result.settings["rollout.engine.memory_fraction"] == 0.4 and result.settings["rollout.engine.sleep"] is True
+    assert result.settings["objective.mismatch.high"] == 3.0 and not result.blocking and not result.remainder
+
+
+def test_a_server_keeps_its_address_and_the_run_passes_the_checks():
+    correction = {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_min": 0.2}
+    plain = checked({**SERVER, **correction, "vllm_server_timeout": 30.0, "epsilon": 0.2, "steps_per_generation": 8})
+    engine, mismatch = plain["rollout"]["engine"], plain["objective"]["mismatch"]
+    assert engine["urls"] == ["http://10.0.0.7:8001"] and engine["ready_timeout_s"] == 30.0
+    assert (mismatch["level"], mismatch["how"], mismatch["high"], mismatch["low"]) == ("token", "mask", 3.0, 0.2)
+    assert convert({**SERVER, "vllm_server_base_url": "http://gpu:9/"}).settings["rollout.engine.urls"] == [
+        "http://gpu:9"
+    ]
+    default = convert({"use_vllm": True, "vllm_mode": "server"}).settings["rollout.engine.urls"]
+    assert default == ["http://127.0.0.1:8000"]  # what listens on 0.0.0.0 is called here
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({**COLOCATED, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size"),
+        ({**COLOCATED, "vllm_importance_sampling_clip_max": None}, "vllm_importance_sampling_clip_max"),
+        (
+            {**COLOCATED, "vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_min": 0.5},
+            "vllm_importance_sampling_clip_min",
+        ),
+        ({**COLOCATED, "vllm_importance_sampling_mode": "icepop"}, "vllm_importance_sampling_mode"),
+    ],
+)
+def test_what_has_no_counterpart_blocks_and_is_named(given, key):
+    assert convert(given).blocking == [key]
+
+
+def test_without_vllm_its_keys_ask_for_nothing():
+    result = convert({"vllm_mode": "server", "vllm_gpu_memory_utilization": 0.9, "vllm_importance_sampling_cap": 2.0})
+    assert "rollout" not in result.groups and "mismatch" not in result.groups and not result.blocking
+    assert {v.kind for v in result.verdicts} == {"same"}
+
+
+def test_no_correction_is_no_correction():
+    assert convert({**COLOCATED, "vllm_importance_sampling_correction": False}).groups["mismatch"] == "none"
