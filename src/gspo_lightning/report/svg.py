@@ -63,6 +63,7 @@ def line_chart(
     span: tuple[float, float] | None = None,
     reach: tuple[float, ...] = (),
     bands: Mapping[str, Band] | None = None,
+    across: str = "rollout",
 ) -> str:
     """One figure of named lines over the rollouts; an empty string if there is nothing to draw.
 
@@ -73,6 +74,7 @@ def line_chart(
         span: first and last rollout of the horizontal axis; by default those of the points.
         reach: values that the vertical axis reaches in any case, such as 0 and 1 for a share.
         bands: name of a line -> the range around it.
+        across: what the horizontal axis counts.
     """
     numbers = {name: number for number, name in enumerate(lines)}
     lines = {name: series for name, series in lines.items() if series}
@@ -88,7 +90,7 @@ def line_chart(
         [
             f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>",
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">',
-            *_axes(scale),
+            *_axes(scale, across),
             *(_band(band, scale, numbers[name]) for name, band in drawn.items()),
             *(_line(name, thin_out(series), scale, numbers[name]) for name, series in lines.items()),
             "</svg>",
@@ -120,7 +122,7 @@ class _Scale:
         return HEIGHT - BOTTOM - (value - self.y_low) * self.dy
 
 
-def _axes(scale: _Scale) -> list[str]:
+def _axes(scale: _Scale, across: str) -> list[str]:
     parts = []
     for tick in scale.ticks_y:
         y, label = scale.y(tick), format_number(tick)
@@ -130,7 +132,7 @@ def _axes(scale: _Scale) -> list[str]:
         x, y, label = scale.x(tick), HEIGHT - BOTTOM + 16, format_number(tick)
         parts.append(f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">rollout</text>')
+    parts.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
     return parts
 
 
