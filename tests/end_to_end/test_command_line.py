@@ -116,6 +116,20 @@ def test_dynamic_sampling_and_a_moving_reference_resume_bit_identically(tmp_path
     assert all(float(row["dynamic_sampling/extra_prompts"] or 1) > 0 for row in rows)
 
 
+def test_dialogues_with_rewards_of_turns_resume_bit_identically(tmp_path):
+    options = [
+        "data=secret_number", "data.max_prompt_length=256", "data.task.num_validation=4", "reward=environment",
+        "environment=guess_the_number", "environment.make.turn_rewards=true", "rollout.max_completion_length=60",
+        "objective.importance_sampling_level=sequence_token", "rollout.stop=[a,e,i,o,u]",
+    ]  # fmt: skip
+    run(*SHORT, *options, f"hydra.run.dir={tmp_path / 'whole'}")
+    code, output = run_and_stop(tmp_path / "cut", 3, signal.SIGTERM, *options)
+    assert code == 0, output
+    run(*SHORT, *options, f"hydra.run.dir={tmp_path / 'cut'}", f"ckpt_path={tmp_path / 'cut/checkpoints/last.ckpt'}")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert max(float(row["dialogue/turns"]) for row in metrics(tmp_path / "whole")[1:]) > 1.5
+
+
 def test_out_of_time_is_a_clean_stop_with_a_checkpoint(tmp_path):
     done = run(
         *MICRO,
