@@ -13,18 +13,22 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from benchmarks.scenarios import reward, template  # noqa: E402
+from benchmarks.ablate import ABLATIONS  # noqa: E402
+from benchmarks.scenarios import Scenario, reward, template  # noqa: E402
+from benchmarks.vlm import picture  # noqa: E402
 from benchmarks.worker import Clock, job, report  # noqa: E402
 from gspo_lightning.advantages import AdvantageEstimator  # noqa: E402
+from gspo_lightning.data.vision import VisionSettings, encode_conversation  # noqa: E402
 from gspo_lightning.module import GSPOModule  # noqa: E402
 from gspo_lightning.objective import Objective  # noqa: E402
 from gspo_lightning.policy.load import PolicyLoader  # noqa: E402
 from gspo_lightning.policy.model import Policy  # noqa: E402
+from gspo_lightning.policy.processor import load_processor  # noqa: E402
 from gspo_lightning.rewards import RewardSet, RewardSpec  # noqa: E402
 from gspo_lightning.rollout import TransformersEngine  # noqa: E402
 from gspo_lightning.schedule import Schedule  # noqa: E402
 from gspo_lightning.types import Prompt, PromptBatch, SamplingParams  # noqa: E402
-from gspo_lightning.update import UpdateSettings  # noqa: E402
+from gspo_lightning.update import BUSY_CPU, UpdateSettings, token_budget  # noqa: E402
 from gspo_lightning.validation import ValidationSettings  # noqa: E402
 
 
@@ -47,17 +51,30 @@ class TimedModule(GSPOModule):
         )
 
 
+def make_prompt(index: int, row: dict[str, Any], scenario: Scenario, tokenizer: Any, model: str) -> Prompt:
+    """A prompt of a scenario's row, with its picture if it has one."""
+    text = row["prompt"][0]["content"]
+    if not scenario.pictures:
+        return Prompt(str(index), row["prompt"], torch.tensor(template(tokenizer, text)), row)
+    parts = [{"type": "image", "image": picture(index)}, {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": parts}]
+    ids, inputs = encode_conversation(messages, load_processor(model), VisionSettings(), {}, f"row {index}")
+    return Prompt(str(index), messages, ids, row, inputs)
+
+
 def main() -> None:
     scenario, model, steps = job()
+    if scenario.ablate is not None:
+        ABLATIONS[scenario.ablate]()
     if not scenario.natural_stops:
         Policy.eos_token_ids = ()  # type: ignore[assignment, misc]
     loader = PolicyLoader(model)
     tokenizer = loader.load_tokenizer()
-    prompts = [
-        Prompt(str(i), row["prompt"], torch.tensor(template(tokenizer, row["prompt"][0]["content"])), row)
-        for i, row in enumerate(scenario.rows(tokenizer, steps))
-    ]
+    prompts = [make_prompt(i, row, scenario, tokenizer, model) for i, row in enumerate(scenario.rows(tokenizer, steps))]
     size = scenario.prompts
+    # What update.max_tokens_per_microbatch=auto takes on a CPU.
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    budget = token_budget(longest, scenario.completion_tokens, scenario.generations, BUSY_CPU)
     batches = [PromptBatch(prompts[s : s + size], cursor=0) for s in range(0, len(prompts), size)]
     module = TimedModule(
         policy_loader=loader,
@@ -70,8 +87,11 @@ def main() -> None:
         sampling=SamplingParams(scenario.generations, scenario.completion_tokens, temperature=0.9),
         optimizer=functools.partial(torch.optim.AdamW, lr=0.0, weight_decay=0.0, fused=True),
         schedule=Schedule("constant"),
-        # The budget that update.max_tokens_per_microbatch=auto takes on a CPU.
-        update=UpdateSettings(num_minibatches=scenario.minibatches, max_tokens_per_microbatch=1024),
+        update=UpdateSettings(
+            num_minibatches=scenario.minibatches,
+            max_tokens_per_microbatch=budget,
+            keep_zero_advantage=scenario.keep_silent,
+        ),
         validation=ValidationSettings(1),
         max_rollouts=steps,
     )
@@ -86,7 +106,7 @@ def main() -> None:
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert module.policy is not None
     head = module.policy.output_weight.numel()
-    body = sum(p.numel() for p in module.policy.parameters()) - head
+    body = sum(p.numel() for name, p in module.policy.named_parameters() if "visual" not in name) - head
     report(TimedModule.clock, body_parameters=body, head_parameters=head)
 
 

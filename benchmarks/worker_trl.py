@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.scenarios import reward
+from benchmarks.vlm import picture
 from benchmarks.worker import Clock, job, report
+from gspo_lightning.policy.processor import load_processor
 
 
 class TimedTrainer(GRPOTrainer):
@@ -35,6 +37,8 @@ def main() -> None:
     scenario, folder, steps = job()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = scenario.rows(tokenizer, steps)
+    if scenario.pictures:
+        rows = [{**row, "image": picture(index)} for index, row in enumerate(rows)]
     per_forward = scenario.prompts * scenario.generations // scenario.minibatches
     extra = {} if scenario.natural_stops else {"generation_kwargs": {"min_new_tokens": scenario.completion_tokens}}
     with tempfile.TemporaryDirectory() as out:
@@ -47,13 +51,16 @@ def main() -> None:
             beta=scenario.beta, loss_type="grpo",
             epsilon=0.2, epsilon_high=0.27, max_steps=steps * scenario.minibatches, shuffle_dataset=False, **extra,
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        kind = AutoModelForImageTextToText if scenario.pictures else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        if scenario.pictures:
+            model.model.visual.requires_grad_(False)  # as ours: the tower is frozen
         trainer = TimedTrainer(
             model=model,
             reward_funcs=reward,
             args=config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            processing_class=load_processor(folder) if scenario.pictures else tokenizer,
         )
         _close_steps(trainer, scenario.minibatches)
         trainer.train()

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import guard  # noqa: E402
+from benchmarks import guard, vlm  # noqa: E402
 from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
 
 WARM_UP_STEPS = 2
@@ -53,7 +53,8 @@ def main() -> None:
         rounds: dict[str, list[Result]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
             for side, python in sides.items():
-                rounds[side].append(run(side, python, scenario, model, arguments.steps, arguments.threads))
+                path = vlm.folder(model) if scenario.pictures else model
+                rounds[side].append(run(side, python, scenario, path, arguments.steps, arguments.threads))
             rates.append(matmul_rate(scenario.precision, arguments.threads))
         results[name] = summarise(scenario, rounds, statistics.median(rates))
         print(show(scenario, results[name]), flush=True)

@@ -16,7 +16,7 @@ from gspo_lightning.objective import LOSSES
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import Completion
-from gspo_lightning.update import UpdateSettings, split_minibatches
+from gspo_lightning.update import UpdateSettings, split_minibatches, token_budget
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
 from tests.training import Settings, scripted_prompts, trainer, update_of, weights
 
@@ -56,6 +56,19 @@ def test_the_update_is_the_same_for_every_token_budget(budget, kind, micro_model
         micro_model_dir, Settings(objective={"loss_type": kind}, update={"max_tokens_per_microbatch": budget})
     )
     assert relative_distance(ours, whole) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget"),
+    [
+        ((128, 16, 8), 1024),  # small groups: what keeps the device busy
+        ((2048, 32, 8), 2304),  # the whole group: 2048 + 8 x 32
+        ((2048, 2048, 8), 8192),  # four prompts long: a group in parts, prompts at most a quarter
+        ((16, 4096, 8), 4112),  # never less than one sequence
+    ],
+)
+def test_the_budget_that_auto_takes_keeps_groups_whole_behind_long_prompts(lengths, budget):
+    assert token_budget(*lengths, busy=1024) == budget
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo"])

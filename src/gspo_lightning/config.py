@@ -15,6 +15,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.load import check_quantization
 from gspo_lightning.targets import check_targets
+from gspo_lightning.update import BUSY_CPU, BUSY_GPU, token_budget
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -111,6 +112,11 @@ _LEAST = {
 
 def _check_optimizer(node: dict[str, Any]) -> None:
     """Its constructor knows what it accepts, and can be asked before there is a model."""
+    if str(node.get("_target_")).startswith("bitsandbytes.optim.Paged") and not torch.cuda.is_available():
+        raise UserError(
+            "optimizer: pages move between the memory of a GPU and of the CPU, and there is no GPU here; use "
+            "optimizer=adamw_8bit"
+        )
     try:
         build(node)([torch.nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError, AttributeError) as error:
@@ -167,9 +173,14 @@ def _report(plain: dict[str, Any]) -> None:
 
 
 def _token_budget(plain: dict[str, Any]) -> int:
-    """Tokens that keep the device busy: on CPUs more of them only take memory. At least the longest sequence."""
     on_gpu = plain["trainer"]["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return max(8192 if on_gpu else 1024, plain["data"]["max_prompt_length"] + plain["rollout"]["max_completion_length"])
+    rollout = plain["rollout"]
+    return token_budget(
+        plain["data"]["max_prompt_length"],
+        rollout["max_completion_length"],
+        rollout["num_generations"],
+        BUSY_GPU if on_gpu else BUSY_CPU,
+    )
 
 
 def _precision(precision: str, accelerator: str) -> str:

@@ -10,6 +10,24 @@ from torch import Tensor
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
+BUSY_CPU, BUSY_GPU = 1024, 8192
+"""Tokens of a micro-batch that keep the device busy: on a CPU more of them only take memory."""
+
+
+def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:
+    """What ``max_tokens_per_microbatch=auto`` becomes.
+
+    Where a group does not fit, it is split and its prompt forwarded once per part. So behind a long prompt the budget
+    holds the whole group, or at least so much that prompts make up no more than a quarter.
+
+    Args:
+        prompt: the longest, in tokens.
+        completion: the longest.
+        generations: completions per prompt.
+        busy: tokens that keep the device busy, the least that is taken.
+    """
+    return max(busy, prompt + completion, min(prompt + generations * completion, 4 * prompt))
+
 
 @dataclass(frozen=True)
 class UpdateSettings:

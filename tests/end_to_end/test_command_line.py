@@ -72,6 +72,24 @@ def test_a_stopped_and_resumed_run_is_bit_identical_to_one_never_stopped(after, 
     assert_same_run(tmp_path / "new", whole)
 
 
+@pytest.mark.parametrize(
+    ("array", "job"), [({}, "77"), ({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"}, "70_7")]
+)
+def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, tmp_path, monkeypatch):
+    """SIGUSR1, as ``sbatch --signal=USR1@120 --requeue`` sends it, with a `scontrol` that writes down its arguments."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    for name, value in {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", **array}.items():
+        monkeypatch.setenv(name, value)
+    code, output = run_and_stop(tmp_path / "run", 3, signal.SIGUSR1)
+    assert code == 0 and f"Slurm job {job} is in the queue again" in output, output
+    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
+    run(*SHORT, f"hydra.run.dir={tmp_path / 'run'}", "ckpt_path=auto")
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_a_killed_run_with_a_damaged_checkpoint_resumes_from_the_one_before(whole, tmp_path):
     code, output = run_and_stop(tmp_path, 5, signal.SIGKILL)
     assert code == -signal.SIGKILL, output

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gspo_lightning.callbacks.files import flush_to_disk
+from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
 
@@ -126,22 +127,24 @@ class RolloutCheckpoint(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """On SIGINT or SIGTERM: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
+    """On SIGINT, SIGTERM or SIGUSR1: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
 
     A second signal stops at once. After ``grace_s`` the process ends with code 143, and the last boundary's checkpoint
-    stands.
+    stands. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120 --requeue``): it is requeued.
     """
 
     def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float) -> None:
         self.checkpoint, self.grace_s = checkpoint, grace_s
         self.received: int | None = None
+        self.is_first_rank = True
         self._timer: threading.Timer | None = None
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the two signals (Lightning has installed its own handlers before)."""
+        """Takes over the signals (Lightning has installed its own handlers before)."""
+        self.is_first_rank = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -162,6 +165,11 @@ class GracefulStop(L.Callback):
     def _leave(self, pl_module: Any) -> None:
         self._cancel()
         print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
+        self._requeue()
+
+    def _requeue(self) -> None:
+        if self.received == signal.SIGUSR1 and self.is_first_rank:
+            print(requeue(), flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""
@@ -182,6 +190,7 @@ class GracefulStop(L.Callback):
     def _give_up(self) -> None:
         stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
         print(f"Stopped without the rollout in hand; {stands}", flush=True)
+        self._requeue()
         # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
         os._exit(128 + (self.received or signal.SIGTERM))
 

@@ -106,16 +106,16 @@ def _word_loss(features: Tensor, labels: list[dict[str, str]], words: dict[str, 
     loss = features.new_zeros(())
     for part, kind in ((features[:, :COLOUR_TOKENS], "colour"), (features[:, COLOUR_TOKENS:], "shape")):
         known = [number for number, own in enumerate(labels) if kind in own]
-        target = torch.stack([words[labels[number][kind]] for number in known])[:, None]
+        target = torch.stack([words[labels[number][kind]][: part.shape[1]] for number in known])
         loss = loss + (part[known] - target).square().sum(-1).mean() / scale
     return loss
 
 
 def _embeddings(model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """The mean embedding of the tokens of each answer, as it stands behind a space."""
+    """``(TOKENS, H)`` of each answer: the embeddings of its tokens behind a space, again and again."""
     weight = model.get_output_embeddings().weight.detach()
-    answers = (*COLOURS, "circle", "rectangle", "triangle")
-    return {word: weight[tokenizer(" " + word)["input_ids"]].mean(0) for word in answers}
+    ids = {word: tokenizer(" " + word)["input_ids"] for word in (*COLOURS, "circle", "rectangle", "triangle")}
+    return {word: weight[(own * TOKENS)[:TOKENS]] for word, own in ids.items()}
 
 
 def _opened(path: str, generator: random.Random) -> Any:

@@ -1,0 +1,86 @@
+"""Takes one saving after another away from ours, for `scripts/ablation.py`: what does each of them give?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gspo_lightning import passes, rollout_update, update
+from gspo_lightning.packing import GroupSlice, MicroBatchPlan
+from gspo_lightning.rollout import transformers_engine
+from gspo_lightning.rollout.decoder import Decoder
+from gspo_lightning.types import Dialogue, ScoredRollout
+
+
+def no_prefix_sharing() -> None:
+    """Every completion brings its prompt along, in the update."""
+    build = update.build_micro_batch
+
+    def alone(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> Any:
+        return build(scored, tuple(GroupSlice(p.group, (n,)) for p in plan for n in p.completions), device)
+
+    passes.build_micro_batch = rollout_update.build_micro_batch = alone  # type: ignore[attr-defined]
+
+
+def padding() -> None:
+    """Completions of a rollout are filled up to the longest, as context, in the update."""
+    build = update.build_micro_batch
+
+    def filled(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> Any:
+        longest = max(len(c.token_ids) for group in scored.completions for c in group)
+        groups = [[_filled(c, longest) for c in group] for group in scored.completions]
+        return build(replace(scored, completions=groups), plan, device)
+
+    passes.build_micro_batch = rollout_update.build_micro_batch = filled  # type: ignore[attr-defined]
+
+
+def _filled(completion: Any, length: int) -> Any:
+    missing = length - len(completion.token_ids)
+    if not missing:
+        return completion
+    return replace(
+        completion,
+        token_ids=torch.cat([completion.token_ids, completion.token_ids.new_zeros(missing)]),
+        sampler_logprobs=torch.cat([completion.sampler_logprobs, torch.zeros(missing)]),
+        dialogue=Dialogue(torch.arange(length) < length - missing, [], 0.0),
+    )
+
+
+def old_pass_for_all() -> None:
+    """Old log-probabilities of the first minibatch are computed too, though they are the new ones."""
+    original = passes.Passes.before_update
+
+    @torch.no_grad()
+    def before_update(self: Any, scored: Any, minibatches: Any) -> Any:
+        fixed = original(self, scored, minibatches)
+        first = self._logprobs_of(self._policy, scored, minibatches[0])
+        return [passes.Fixed(first), *fixed[1:]]
+
+    passes.Passes.before_update = before_update  # type: ignore[method-assign]
+
+
+def no_compaction() -> None:
+    """Rows that have ended are decoded on until the last one ends."""
+
+    class Stubborn(Decoder):
+        def _record(self, tokens: Any, logprobs: Any) -> list[bool]:
+            going = [row.finish_reason != "stop" for row in self.active]
+            rows, self.active = self.active, [row for row, goes in zip(self.active, going, strict=True) if goes]
+            index = torch.tensor([n for n, goes in enumerate(going) if goes], dtype=torch.long)
+            super()._record(tokens[index], logprobs[index])
+            self.active = rows
+            alive = any(row.finish_reason != "stop" for row in rows)
+            return [alive] * len(rows)
+
+    transformers_engine.Decoder = Stubborn  # type: ignore[attr-defined, misc]
+
+
+ABLATIONS: dict[str, Callable[[], None]] = {
+    "prefix sharing in the update": no_prefix_sharing,
+    "no padding in the update": padding,
+    "no old pass for the first minibatch": old_pass_for_all,
+    "ended rows leave the decoder": no_compaction,
+}

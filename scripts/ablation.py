@@ -1,0 +1,67 @@
+"""What each saving gives: ours with one of them taken away, in turn with ours as it is. See docs/performance.md.
+
+python scripts/ablation.py [--threads 1] [--rounds 2] [--out benchmarks/ablation.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.scenarios import SCENARIOS, Scenario  # noqa: E402
+from scripts.benchmark import run  # noqa: E402
+
+QUICK, PAPER, SILENT = SCENARIOS["quickstart"], SCENARIOS["paper"], SCENARIOS["half_silent"]
+ROWS: dict[str, tuple[Scenario, Scenario]] = {
+    # Saving -> (with it, without it).
+    "prefix sharing in the update": (QUICK, replace(QUICK, ablate="prefix sharing in the update")),
+    "no padding in the update": (QUICK, replace(QUICK, ablate="no padding in the update")),
+    "ended rows leave the decoder": (QUICK, replace(QUICK, ablate="ended rows leave the decoder")),
+    "silent groups are dropped": (SILENT, replace(SILENT, keep_silent=True)),
+    "no old pass for the first minibatch": (PAPER, replace(PAPER, ablate="no old pass for the first minibatch")),
+    "bfloat16 products": (QUICK, replace(QUICK, precision="fp32")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "ablation.json")
+    arguments = parser.parse_args()
+    model = subprocess.run(
+        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    results: dict[str, dict[str, Any]] = {}
+    print("| without | rollout, CPU-s | update, CPU-s | peak, GiB | step, times ours |\n|---|---|---|---|---|")
+    for name, scenarios in ROWS.items():
+        sides: list[list[dict[str, float]]] = [[], []]
+        for _ in range(arguments.rounds):
+            for side, scenario in zip(sides, scenarios, strict=True):
+                side.append(facts(run("ours", sys.executable, scenario, model, 2, arguments.threads)))
+        ours, without = ({key: median(r[key] for r in side) for key in side[0]} for side in sides)
+        results[name] = {"ours": ours, "without": without}
+        arguments.out.write_text(json.dumps({"threads": arguments.threads, "rows": results}, indent=1) + "\n")
+        cells = [f"{ours[k]:.2f} → {without[k]:.2f}" for k in ("rollout_cpu_s", "update_cpu_s", "peak_rss_gb")]
+        ratio = (without["rollout_cpu_s"] + without["update_cpu_s"]) / (ours["rollout_cpu_s"] + ours["update_cpu_s"])
+        print(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |", flush=True)
+
+
+def facts(result: dict[str, Any]) -> dict[str, float]:
+    """Medians over the steps of one run."""
+    steps = {key: median(step[key] for step in result["steps"]) for key in ("rollout_cpu_s", "update_cpu_s")}
+    return {**steps, "peak_rss_gb": result["peak_rss_gb"]}
+
+
+if __name__ == "__main__":
+    main()
