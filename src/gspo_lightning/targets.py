@@ -75,6 +75,6 @@ def _is_own(package: str) -> bool:
     if spec is None:
         return True  # there is no such module: whoever imports it says so better
     places = [spec.origin] if spec.origin else [str(p) for p in spec.submodule_search_locations or ()]
-    mine: set[Path] = {Path(place).resolve() for place in (Path.cwd(), *_PYTHONPATH)}
-    found = [Path(str(place)).resolve() for place in places if place and place not in ("built-in", "frozen")]
+    mine = {Path(place).resolve() for place in (str(Path.cwd()), *_PYTHONPATH)}
+    found = [Path(place).resolve() for place in places if place and place not in ("built-in", "frozen")]
     return bool(found) and all(mine & set(path.parents) and "site-packages" not in path.parts for path in found)

@@ -104,8 +104,7 @@ class PromptDataModule(L.LightningDataModule):
             required_columns: column -> who needs it, such as ``{"answer": "reward function last_integer"}``.
 
         Raises:
-            UserError: there are too few rows, an option of the template has no effect, or a row lacks a
-            column, is
+            UserError: there are too few rows, an option of the template has no effect, or a row lacks a column, is
                 too long or does not fit the template. Names the row or the key.
         """
         size = self.task.num_train_rows

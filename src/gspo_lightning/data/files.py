@@ -73,7 +73,7 @@ def _with_class_names(rows: Any) -> Sequence[Row]:
         if isinstance(feature, datasets.ClassLabel):
             names = [None if number is None else feature.int2str(number) for number in rows[name]]
             rows = rows.remove_columns(name).add_column(name, names)
-    return rows  # type: ignore[no-any-return]
+    return rows
 
 
 def _read_text(path: Path, kind: str, source: str) -> Sequence[Row]:
