@@ -250,7 +250,7 @@ UPDATE = [
     Case("update", "a precision that does not exist", ["trainer.precision=8-bit"], "8-bit"),
     Case("update", "a GPU where there is none", ["trainer.accelerator=gpu"], "there is no GPU here"),
     Case(
-        "update", "4-bit weights without a GPU", ["model.quantization=nf4", "lora=language"], "model.quantization=nf4"
+        "update", "8-bit weights without a GPU", ["model.quantization=int8", "lora=language"], "model.quantization=int8"
     ),
 ]
 

@@ -110,10 +110,10 @@ def test_an_export_loads_in_plain_transformers_and_computes_the_same(folder, tmp
     assert '"Qwen2_5_VLProcessor"' in (tmp_path / "processor_config.json").read_text()
 
 
-def test_a_quantised_base_is_refused_without_a_gpu_and_names_the_offline_variant(monkeypatch):
+def test_a_quantised_base_is_refused_in_8_bits_without_a_gpu_and_without_an_adapter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="nf4 needs a GPU.*experiment=gspo_qwen_vl_tiny"):
-        check_quantization("nf4", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="int8 needs a GPU.*nf4 runs on a CPU too"):
+        check_quantization("int8", LoraSettings(r=4))
+    check_quantization("nf4", LoraSettings(r=4))
     with pytest.raises(UserError, match="lora=language"):
         check_quantization("nf4", None)

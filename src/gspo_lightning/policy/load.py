@@ -56,7 +56,7 @@ class PolicyLoader:
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
     quantization: Literal["nf4", "int8"] | None = None
-    """The base in 4 or 8 bits by bitsandbytes, for LoRA on a GPU."""
+    """The base in 4 bits (GPU and CPU) or 8 bits (GPU) by bitsandbytes, for LoRA."""
     train_vision: bool = False
     """Train the vision tower too: its weights, or with ``lora`` adapters on it. Models without one refuse it."""
     train_language: bool = True
@@ -150,6 +150,8 @@ class PolicyLoader:
                 **self.overrides,
             )
         _refuse_random_weights(self.path, found)
+        if self.quantization is not None:
+            keep_packing(model)
         if vision and not self.train_vision:
             model.model.visual.requires_grad_(False)
         if not self.train_language:
@@ -162,17 +164,26 @@ def check_quantization(quantization: str | None, lora: Any) -> None:
     """Refuses a quantised base where it cannot work.
 
     Raises:
-        UserError: there is no GPU, or no adapter to train.
+        UserError: there is no GPU for 8 bits, or no adapter to train.
     """
     if quantization is None:
         return
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"model.quantization={quantization} needs a GPU, and there is none here; "
-            "experiment=gspo_qwen_vl_tiny runs the same code offline on a CPU"
-        )
+    if quantization == "int8" and not torch.cuda.is_available():
+        raise UserError("model.quantization=int8 needs a GPU, and there is none here; nf4 runs on a CPU too")
     if lora is None:
         raise UserError(f"model.quantization={quantization} leaves no weight to train; add an adapter: lora=language")
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first forward in evaluation mode on a CPU.
+
+    After that its backward and its dequantisation read the old layout: gradients are wrong without a word.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_config(path: str) -> Any:
