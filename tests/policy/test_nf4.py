@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def policy_of(folder, quantization="nf4"):
     policy = PolicyLoader(str(folder), lora=LoraSettings(r=4), quantization=quantization).load()
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in sorted(policy.named_parameters()):
+    for _, parameter in sorted(policy.named_parameters()):
         if parameter.requires_grad:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     return policy
