@@ -36,3 +36,26 @@ def test_edges_are_counted_by_direction_and_field():
 def test_a_plain_picture_has_no_edges():
     assert edge_histograms([Image.new("RGB", (84, 84), (9, 99, 199))]).abs().max() == 0
     assert edge_histograms([picture((0, 0, 83, 83)), picture((60, 60, 70, 70))]).shape == torch.Size([2, 9, DIRECTIONS])
+
+
+class Package:
+    """Four pictures; the odd ones are for reinforcement learning, and so are the odd test pictures."""
+
+    def get_train_questions(self):
+        return ["shape?"] * 4 + ["colour?"], ["circle", "circle", "triangle", "circle", "red"], [1, 3, 1, 5, 3]
+
+    def get_test_questions(self):
+        return ["shape?", "shape?", "colour?", "size?"], ["circle", "triangle", "red", "big"], [1, 3, 1, 3]
+
+    def get_train_image_paths(self):
+        return {number: str(number) for number in range(6)}
+
+    get_test_image_paths = get_train_image_paths
+
+
+def test_text_alone_gets_the_most_frequent_answer_of_training(monkeypatch):
+    """``circle`` and ``red``: right on one of two shapes, on the colour, and never on a question that is new."""
+    from gspo_lightning.data import easy_vqa
+
+    monkeypatch.setattr(easy_vqa, "_package", Package)
+    assert easy_vqa.EasyVQA(num_validation=4).text_only_accuracy == 0.5

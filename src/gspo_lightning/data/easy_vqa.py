@@ -8,6 +8,7 @@ Yes/no questions (three in four) are left out: they can be guessed.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -44,6 +45,15 @@ class EasyVQA:
     def questions(self) -> list[Question]:
         """Those of the training rows, as the package has them."""
         return self._train
+
+    @property
+    def text_only_accuracy(self) -> float:
+        """What each question's most frequent answer in training gets on the held-out rows: all that text can say."""
+        counts: dict[str, Counter[str]] = {}
+        for text, answer, _ in self._train:
+            counts.setdefault(text, Counter())[answer] += 1
+        best = {text: own.most_common(1)[0][0] for text, own in counts.items()}
+        return sum(best.get(text) == answer for text, answer, _ in self._held_out) / len(self._held_out)
 
     @property
     def num_train_rows(self) -> int:

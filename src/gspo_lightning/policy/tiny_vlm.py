@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 )
 BATCH = 32
 MAX_STEPS = 400
-EVALUATE_EVERY = 5
+EVALUATE_EVERY = 2
 STOP_AT = 0.45
 """Sampled accuracy on held-out pictures of the warm-up's own half at which it ends."""
 
