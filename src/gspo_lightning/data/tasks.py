@@ -172,6 +172,8 @@ class SecretNumber:
     high: int = 9
     seed: int = 0
     num_validation: int = 64
+    examples: tuple[dict[str, Any], ...] = ()
+    """Messages in front of the question."""
     name: str = "secret_number"
 
     def __post_init__(self) -> None:
@@ -197,7 +199,7 @@ class SecretNumber:
             "I will tell you whether my number is higher or lower."
         )
         return {
-            "prompt": [{"role": "user", "content": question}],
+            "prompt": [*self.examples, {"role": "user", "content": question}],
             "secret": secret,
             "low": self.low,
             "high": self.high,

@@ -50,5 +50,7 @@ PROBES = [
     Probe(["data=arithmetic"], "data.task", task_in(around), {
         "instruction": "Now.", "examples": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}],
     }),
-    Probe(["data=secret_number"], "data.task", task_in(around), {"low": 2, "high": 8, "seed": 5, "num_validation": 3}),
+    Probe(["data=secret_number"], "data.task", task_in(around), {
+        "low": 2, "high": 8, "seed": 5, "num_validation": 3, "examples": [{"role": "assistant", "content": "5"}],
+    }),
 ]  # fmt: skip
