@@ -56,12 +56,13 @@ def test_every_data_config_becomes_a_data_module(name: str, tokenizer_dir: str) 
     needs = {
         "rows": "data.task.source=x.jsonl",
         "multiple_choice": "data.task.source=x.jsonl",
+        "image_folder": "data.task.source=x",
         "reasoning_gym": "data.task=gcd",
     }
     data = build_datamodule([*overrides, *([needs[name]] if name in needs else [])])
     assert isinstance(data, PromptDataModule)
     # The seed of the run reaches the order of rows, or the task that draws its own.
-    finite = name in ("rows", "gsm8k", "math", "multiple_choice", "easy_vqa", "mathvista")
+    finite = name in ("rows", "gsm8k", "math", "multiple_choice", "easy_vqa", "mathvista", "image_folder")
     assert (data.model_path, data.stream.seed) == (tokenizer_dir, 7 if finite else 0)
     assert finite or getattr(data.task, "seed", 7) == 7
 
