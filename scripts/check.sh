@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Before every commit: ruff, mypy, and the tests that take no model and no process of their own: about half a minute of CPU time.
+# Before every commit: ruff, mypy, and the tests of the mathematics, the data, the rewards and the documents, in under a minute.
 #
 #   bash scripts/check.sh [pytest arguments]
 set -euo pipefail
@@ -12,5 +12,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$bin/python" -m ruff check .
 "$bin/python" -m ruff format --check .
 "$bin/python" -m mypy
+# Left to scripts/test.sh: what loads a pretrained model, starts the program, or waits for limits of time to pass.
 exec "$bin/python" -m pytest -q -x tests/objective tests/packing tests/data tests/rewards tests/report tests/migrate tests/docs \
-  tests/test_advantages.py tests/test_bad_input.py tests/test_schedule.py "$@"
+  tests/test_advantages.py tests/test_schedule.py --deselect tests/packing/test_shared_prefix.py::test_packed_equals_padded_on_smollm2_in_float32 \
+  --ignore tests/rewards/test_sandbox.py --ignore tests/rewards/test_workers.py --ignore tests/rewards/test_reward_model.py "$@"
