@@ -25,7 +25,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
 from gspo_lightning.passes import Passes
-from gspo_lightning.policy.check import check_packing
+from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.reference import move_reference
@@ -92,6 +92,7 @@ class GSPOModule(L.LightningModule):
         self.max_rollouts, self.seed, self.max_draws = max_rollouts, seed, max_draws
         self.policy: Policy | None = None
         self._frozen: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
+        self._forward_chosen = False
         self.rollouts_done = 0
         self.counts = {
             "optimizer_steps": 0,
@@ -126,9 +127,22 @@ class GSPOModule(L.LightningModule):
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
 
     def on_fit_start(self) -> None:
-        """Refuses an architecture whose packed forward is not its padded forward."""
+        """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""
+        self._choose_forward()
+
+    def on_validation_start(self) -> None:
+        """The same, where nothing is trained or validation comes first."""
+        self._choose_forward()
+
+    def _choose_forward(self) -> None:
         assert self.policy is not None
-        check_packing(self.policy)
+        if self._forward_chosen:
+            return
+        self._forward_chosen = True
+        choose_forward(self.policy)
+        for reference in self._frozen:
+            if self.policy.is_padded and not reference.is_padded:
+                reference.fall_back()
 
     # ---------------------------------------------------------------- collect
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from gspo_lightning.data.images import thumbnail_uri
-from gspo_lightning.data.vision import image_parts, last_text
+from gspo_lightning.data.vision import image_parts, last_text, picture_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
@@ -80,7 +80,8 @@ class Validator:
                         "answer": None if answer is None else str(answer),
                     }
                 )
-                if pictures := [thumbnail_uri(part["image"]) for part in image_parts(prompt.prompt)]:
+                shown = [picture for part in image_parts(prompt.prompt) if (picture := picture_of(part)) is not None]
+                if pictures := [thumbnail_uri(picture) for picture in shown]:
                     self.samples[-1]["images"] = pictures
         sampled = engine.generate(policy, prompts, self.sampled, self.seed)
         right, rewards = self._judge(sampled.prompts, sampled.completions)

@@ -116,12 +116,6 @@ def test_a_placeholder_written_in_the_text_is_refused(processor):
         encode(processor, Image.new("RGB", (84, 84)), "and <|image_pad|>")
 
 
-def test_a_video_without_its_library_is_one_line(processor):
-    messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}]}]
-    with pytest.raises(UserError, match="row x: the prompt has a video, which needs torchvision"):
-        encode_conversation(messages, processor, VisionSettings(), {}, "row x")
-
-
 def test_two_placeholders_and_one_picture_are_refused_with_the_row():
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
     with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):

@@ -1,15 +1,18 @@
-"""From a conversation with pictures to token ids and vision inputs, by the model's own processor."""
+"""From a conversation with pictures or videos to token ids and vision inputs, by the model's own processor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 from gspo_lightning.data.images import Picture, load_image
+from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
 
@@ -26,12 +29,14 @@ class VisionSettings:
         """Whether anything differs from the processor's own."""
         return self.min_pixels is not None or self.max_pixels is not None
 
-    def size(self, processor: Any) -> dict[str, int]:
-        """What the image processor takes as ``size``."""
-        own = processor.image_processor.size
+    def size(self, own: Mapping[str, int], times: int = 1) -> dict[str, int]:
+        """What a processor of pictures or videos takes as ``size``, where its own is ``own``.
+
+        ``times`` is the number of frames for a processor whose limits are those of a whole video (Qwen3-VL).
+        """
         return {
-            "shortest_edge": own["shortest_edge"] if self.min_pixels is None else self.min_pixels,
-            "longest_edge": own["longest_edge"] if self.max_pixels is None else self.max_pixels,
+            "shortest_edge": own["shortest_edge"] if self.min_pixels is None else self.min_pixels * times,
+            "longest_edge": own["longest_edge"] if self.max_pixels is None else self.max_pixels * times,
         }
 
 
@@ -46,6 +51,14 @@ def image_parts(prompt: str | Messages) -> list[dict[str, Any]]:
         for part in message.get("content") or []
         if part.get("type") in ("image", "video")
     ]
+
+
+def picture_of(part: Mapping[str, Any]) -> Any:
+    """Of an image part the picture, of a video part a frame: what a page shows of it. None if it is a video file."""
+    if part["type"] == "image":
+        return part.get("image")
+    video = part.get("video")
+    return video[0] if isinstance(video, list | tuple) and video else None
 
 
 def last_text(prompt: str | Messages) -> str:
@@ -64,45 +77,101 @@ def encode_conversation(
     """``(P,)`` token ids and the vision inputs of `gspo_lightning.types.Prompt`.
 
     Raises:
-        UserError: a picture cannot be read, or placeholders and pictures do not match; names the row.
+        UserError: a picture or video cannot be read, or placeholders and pictures do not match; names the row.
     """
     parts = image_parts(messages)
-    if any(part["type"] == "video" for part in parts):
+    videos = [part for part in parts if part["type"] == "video"]
+    if videos:
         _refuse_video(processor, where)
-    pictures = [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts)]
+    media = _Media(
+        [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts) if part not in videos],
+        [load_video(part, f"{where}, video {n}") for n, part in enumerate(videos)],
+    )
     try:
         text = processor.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **template_kwargs
+            messages,
+            chat_template=getattr(processor, "chat_template", None) or processor.tokenizer.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **template_kwargs,
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
-    placeholders = text.count(processor.image_token)
-    if placeholders != len(pictures):
+    # Gemma 3 writes one token that its processor makes a picture's whole run of placeholders of.
+    _match(text, getattr(processor, "boi_token", processor.image_token), len(media.pictures), "image", where)
+    if videos:
+        _match(text, processor.video_token, len(videos), "video", where)
+    return _run(processor, text, media, settings, where)
+
+
+@dataclass(frozen=True)
+class _Media:
+    pictures: list[Picture]
+    videos: list[Video]
+
+
+def _match(text: str, placeholder: str, count: int, kind: str, where: str) -> None:
+    if (found := text.count(placeholder)) != count:
         raise UserError(
-            f"{where}: {placeholders} image placeholders for {len(pictures)} images; give one image for each, and do "
-            f"not write {processor.image_token} in the text"
+            f"{where}: {found} {kind} placeholders for {count} {kind}s; give one {kind} for each, and do "
+            f"not write {placeholder} in the text"
         )
-    return _run(processor, text, pictures, settings, where)
 
 
 def _run(
-    processor: Any, text: str, pictures: list[Picture], settings: VisionSettings, where: str
+    processor: Any, text: str, media: _Media, settings: VisionSettings, where: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    kwargs: dict[str, Any] = {"size": settings.size(processor)} if settings.is_set else {}
+    kwargs = _picture_kwargs(processor, media.pictures, settings) if media.pictures else {}
+    if media.videos:
+        kwargs |= _video_kwargs(processor, media.videos, settings)
     try:
-        output = processor(text=[text], images=pictures, return_tensors="pt", **kwargs)
+        output = dict(processor(text=[text], return_tensors="pt", **kwargs))
     except ValueError as error:  # such as an aspect ratio that no grid of patches has
-        raise UserError(f"{where}: the image processor refuses an image ({error})") from error
-    ids, types = output["input_ids"][0], torch.as_tensor(output["mm_token_type_ids"])[0]
-    merged = int(output["image_grid_thw"].prod(dim=1).sum()) // processor.image_processor.merge_size**2
-    tokens = int((types == 1).sum())
-    if tokens != merged:
-        raise UserError(f"{where}: {tokens} image tokens for {merged} image features; shorten nothing by hand")
-    names = ("pixel_values", "image_grid_thw")
-    return ids, {**{name: output[name] for name in names}, "mm_token_type_ids": types}
+        raise UserError(f"{where}: the image processor refuses an image or video ({error})") from error
+    ids = output.pop("input_ids")[0]
+    output.pop("attention_mask", None)
+    output.pop("video_metadata", None)
+    inputs = {name: torch.as_tensor(value) for name, value in output.items()}
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][0]
+    for number, (kind, part) in enumerate((("image", "image_processor"), ("video", "video_processor")), start=1):
+        if (grid := inputs.get(f"{kind}_grid_thw")) is None:
+            continue
+        merged = int(grid.prod(dim=1).sum()) // getattr(processor, part).merge_size ** 2
+        if (tokens := int((inputs["mm_token_type_ids"] == number).sum())) != merged:
+            raise UserError(f"{where}: {tokens} {kind} tokens for {merged} {kind} features; shorten nothing by hand")
+    return ids, inputs
+
+
+def _picture_kwargs(processor: Any, pictures: list[Picture], settings: VisionSettings) -> dict[str, Any]:
+    if not settings.is_set:
+        return {"images": pictures}
+    own = processor.image_processor.size
+    if "longest_edge" not in own or "shortest_edge" not in own:
+        raise UserError(
+            f"data.min_pixels and data.max_pixels have no effect: {type(processor.image_processor).__name__} brings "
+            "all pictures to one size; remove them"
+        )
+    return {"images": pictures, "images_kwargs": {"size": settings.size(own)}}
+
+
+def _video_kwargs(processor: Any, videos: list[Video], settings: VisionSettings) -> dict[str, Any]:
+    """The frames are taken as they are, and their rate is told (positions and time stamps follow from it)."""
+    metadata = [
+        VideoMetadata(total_num_frames=len(v.frames), fps=v.fps, frames_indices=list(range(len(v.frames))))
+        for v in videos
+    ]
+    kwargs: dict[str, Any] = {"do_sample_frames": False, "video_metadata": metadata, "cap_pixels_per_frame": True}
+    if settings.is_set:
+        whole = "Qwen3" in type(processor.video_processor).__name__
+        frames = max(len(video.frames) for video in videos) if whole else 1
+        kwargs["size"] = settings.size(processor.video_processor.size, frames)
+    return {"videos": [video.array() for video in videos], "videos_kwargs": kwargs}
 
 
 def _refuse_video(processor: Any, where: str) -> None:
-    missing = getattr(processor, "video_processor", None) is None
-    why = "needs torchvision, which is not installed here" if missing else "is not read by this data module yet"
-    raise UserError(f"{where}: the prompt has a video, which {why}; give frames as images")
+    if getattr(processor, "video_processor", None) is None:
+        raise UserError(
+            f"{where}: the prompt has a video, which needs a video processor; those need torchvision, which is not "
+            "installed here; give frames as images"
+        )

@@ -3,7 +3,7 @@
 from gspo_lightning.packing.attention import shared_prefix_attention
 from gspo_lightning.packing.batch import PackedBatch, pack
 from gspo_lightning.packing.layout import GroupLayout, SharedPrefixLayout
-from gspo_lightning.packing.logprobs import linear_logprobs
+from gspo_lightning.packing.logprobs import linear_logprobs, logits_logprobs
 from gspo_lightning.packing.plan import GroupSlice, MicroBatchPlan, plan_micro_batches
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PackedBatch",
     "SharedPrefixLayout",
     "linear_logprobs",
+    "logits_logprobs",
     "pack",
     "plan_micro_batches",
     "shared_prefix_attention",

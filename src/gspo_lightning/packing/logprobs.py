@@ -46,6 +46,15 @@ def linear_logprobs(
         return _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)
 
 
+def logits_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same from ``(L, V)`` logits, for models whose head is more than a matrix; float32 whatever theirs are."""
+    log_p = torch.log_softmax(_wide(logits) / temperature, dim=-1)
+    logprobs = log_p.gather(1, targets[:, None]).squeeze(1)
+    return logprobs, -torch.linalg.vecdot(log_p.exp(), log_p) if with_entropy else torch.zeros_like(logprobs)
+
+
 def _chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     size = max(16, CHUNK_BYTES // (dtype.itemsize * vocabulary))
     count = max(1, -(-rows // size))

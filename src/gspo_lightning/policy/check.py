@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.padded import repeated_media
 from gspo_lightning.types import Prompt
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -18,6 +20,23 @@ NARROW_FACTOR = 4.0
 
 class PackingMismatchError(RuntimeError):
     """The packed forward of this architecture is not its padded forward; training on it would be wrong."""
+
+
+def choose_forward(policy: Policy) -> None:
+    """Leaves a policy packed if that is exact, and else sets ``policy.is_padded``, with a line that says so."""
+    if policy.is_padded:
+        return
+    try:
+        check_packing(policy)
+    except (PackingMismatchError, NotImplementedError) as error:
+        policy.fall_back()
+        rank_zero_warn(f"{error}; {SLOW}")
+
+
+SLOW = (
+    "falling back to padded forwards: exact, but prompts and pictures are computed once per completion, which is "
+    "several times slower"
+)
 
 
 @torch.no_grad()
@@ -34,12 +53,12 @@ def check_packing(policy: Policy) -> float:
     if vision is not None:
         prompt = vision.input_ids
     packed, _ = policy(pack([(prompt, completions)], policy.device, [] if vision is None else [vision]))
-    plain = padded_logprobs(policy, prompt, completions, extra_padding=0, vision=vision)
+    plain = reference_logprobs(policy, prompt, completions, extra_padding=0, vision=vision)
     distance = _relative(packed, plain)
     dtype = policy.output_weight.dtype
     bound = TOLERANCE.get(dtype)
     if bound is None:
-        bound = NARROW_FACTOR * _relative(padded_logprobs(policy, prompt, completions, 7, vision), plain) + 1e-3
+        bound = NARROW_FACTOR * _relative(reference_logprobs(policy, prompt, completions, 7, vision), plain) + 1e-3
     if not distance <= bound:
         raise PackingMismatchError(
             f"{type(policy.base_model).__name__}: packed log-probabilities are {distance:.1e} away from "
@@ -49,7 +68,7 @@ def check_packing(policy: Policy) -> float:
     return distance
 
 
-def padded_logprobs(
+def reference_logprobs(
     policy: Policy, prompt: Tensor, completions: list[Tensor], extra_padding: int, vision: Prompt | None = None
 ) -> Tensor:
     """Log-probabilities of the completions from one right-padded row each, through the model's own head."""
@@ -60,7 +79,7 @@ def padded_logprobs(
         length = len(prompt) + len(completion)
         ids[row, :length] = torch.cat([prompt, completion])
         mask[row, :length] = 1
-    media = {} if vision is None else _repeated(vision, len(completions), width, policy.device)
+    media = {} if vision is None else repeated_media(vision.mm_inputs, len(completions), width, policy.device)
     logits = policy.base_model(input_ids=ids, attention_mask=mask, **media).logits
     log_p = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
     start = len(prompt) - 1
@@ -70,14 +89,6 @@ def padded_logprobs(
             for row, completion in enumerate(completions)
         ]
     )
-
-
-def _repeated(prompt: Prompt, rows: int, width: int, device: torch.device) -> dict[str, Tensor]:
-    """The vision inputs of a prompt for so many padded rows of it."""
-    media = {name: value.repeat(rows, 1).to(device) for name, value in prompt.mm_inputs.items() if value.ndim == 2}
-    types = torch.zeros(rows, width, dtype=torch.long, device=device)
-    types[:, : len(prompt.input_ids)] = prompt.mm_inputs["mm_token_type_ids"].to(device)
-    return {**media, "mm_token_type_ids": types}
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,11 +22,13 @@ from transformers import (
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.attention import ATTENTION_NAME, register
 from gspo_lightning.policy.bundled import resolve_model
+from gspo_lightning.policy.check import SLOW
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.reading import load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES
 
+_NOT_QUANTISED = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -95,54 +98,60 @@ class PolicyLoader:
         features_from: Policy | None = None,
     ) -> Policy:
         """The policy around a loaded model."""
-        vision = self.has_vision
+        config = load_config(self.path)
         return Policy(
             model,
             tokenizer,
             has_adapter=has_adapter,
-            has_vision=vision,
-            processor=load_processor(resolve_model(self.path)) if vision else None,
+            has_vision=packs_pictures(config),
+            processor=load_processor(resolve_model(self.path)) if has_vision(config) else None,
+            is_padded=has_vision(config) and not packs_pictures(config),
             features_from=features_from,
         )
 
     def _bitsandbytes(self) -> BitsAndBytesConfig:
         check_quantization(self.quantization, self.lora)
         if self.quantization == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["visual", "lm_head"])
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTISED)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=["visual", "lm_head"],
+            llm_int8_skip_modules=_NOT_QUANTISED,
         )
-
-    @property
-    def has_vision(self) -> bool:
-        """Whether the model reads images."""
-        return has_vision(load_config(self.path))
 
     def load_model(self) -> PreTrainedModel:
         """The bare model with our attention, in training mode (no layer of it may have dropout)."""
         register()
         path = resolve_model(self.path)
-        vision = self.has_vision
+        config = load_config(self.path)
+        vision, packs = has_vision(config), packs_pictures(config)
         if self.train_vision and not vision:
             raise UserError(f"model.train_vision=true has no effect: {self.path} has no vision tower; remove it")
+        if self.train_vision and not packs:
+            raise UserError(
+                f"model.train_vision=true: the vision tower of {config.model_type} stays frozen; those of "
+                f"{', '.join(FAMILIES)} can be trained"
+            )
         if not self.train_language and (self.lora is not None or not self.train_vision):
             raise UserError(
                 "model.train_language=false trains the vision tower alone: it needs model.train_vision=true and "
                 "lora=none"
             )
-        # The tower keeps an attention of its own: it sees patches, not a packed row.
-        attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
+        attention: Any = ATTENTION_NAME
+        if packs:  # the tower keeps an attention of its own: it sees patches, not a packed row
+            attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
+        elif vision:
+            rank_zero_warn(f"model type {config.model_type} reads pictures in a way that packing does not know; {SLOW}")
+            attention = "eager"
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
         with reading(self.path, "the model", "check the folder and model.overrides"):
             model, found = kind.from_pretrained(
                 path,
                 dtype=_DTYPES[self.dtype],
-                attn_implementation=attention if vision else ATTENTION_NAME,
+                attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -153,7 +162,8 @@ class PolicyLoader:
         if self.quantization is not None:
             keep_packing(model)
         if vision and not self.train_vision:
-            model.model.visual.requires_grad_(False)
+            for part in vision_parts(model).values():
+                part.requires_grad_(False)
         if not self.train_language:
             model.requires_grad_(False)
             model.model.visual.requires_grad_(True)
@@ -206,19 +216,22 @@ def load_config(path: str) -> Any:
 
 
 def has_vision(config: Any) -> bool:
-    """Whether a model of this config reads images.
+    """Whether a model of this config reads pictures."""
+    return getattr(config, "vision_config", None) is not None
 
-    Raises:
-        UserError: it does, but its positions and features are not known here.
-    """
-    if getattr(config, "vision_config", None) is None:
-        return False
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"model type {config.model_type} reads images in a way that packing does not know; "
-            f"use one of {', '.join(FAMILIES)}"
-        )
-    return True
+
+def packs_pictures(config: Any) -> bool:
+    """Whether its pictures can be packed: their positions and features are known here. Others run padded."""
+    return has_vision(config) and config.model_type in FAMILIES
+
+
+def vision_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What a model has besides its language model and its head, by name: the tower, the projector."""
+    decoder = model.get_decoder()
+    body: nn.Module = model.model
+    if decoder is body:
+        return {}
+    return {name: part for name, part in body.named_children() if part is not decoder}
 
 
 def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
@@ -252,11 +265,12 @@ def _refuse_dropout(model: nn.Module) -> None:
 def _add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    parts = vision_parts(model)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         target_modules=settings.target_modules,
-        exclude_modules=None if train_vision or not hasattr(model.model, "visual") else r".*\bvisual\b.*",
+        exclude_modules=None if train_vision or not parts else rf".*\b({'|'.join(parts)})\b.*",
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo_lightning.packing import PackedBatch, linear_logprobs
 from gspo_lightning.policy.attention import layout_mask
+from gspo_lightning.policy.padded import padded_logprobs
 from gspo_lightning.policy.vision import Vision
 from gspo_lightning.types import Prompt
 
@@ -27,6 +28,7 @@ class Policy(nn.Module):
         has_adapter: whether ``model`` is a peft model.
         has_vision: whether the model reads images: see `gspo_lightning.policy.vision`.
         processor: of images, for models that read them; saved with an export.
+        is_padded: every forward and all decoding by the model itself: see `gspo_lightning.policy.padded`.
         features_from: a policy with the same frozen vision tower, such as the one this is the reference of.
     """
 
@@ -38,12 +40,14 @@ class Policy(nn.Module):
         has_adapter: bool,
         has_vision: bool = False,
         processor: Any = None,
+        is_padded: bool = False,
         features_from: Policy | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.has_adapter = has_adapter
+        self.is_padded = is_padded
         self.processor = processor
         shared = features_from.vision if features_from is not None else None
         if shared is not None and not shared.is_frozen:
@@ -112,6 +116,8 @@ class Policy(nn.Module):
 
         Entropies are zeros unless ``with_entropy``. Float32, or float64 for a float64 model.
         """
+        if self.is_padded:
+            return padded_logprobs(self.base_model, packed, temperature, with_entropy)
         hidden = self.hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)
         return linear_logprobs(
             hidden[0].index_select(0, packed.predictor_index),
@@ -120,6 +126,11 @@ class Policy(nn.Module):
             temperature=temperature,
             with_entropy=with_entropy,
         )
+
+    def fall_back(self) -> None:
+        """Runs padded from now on, with an attention that knows everything the architecture does."""
+        self.is_padded = True
+        self.base_model.set_attn_implementation("eager")
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:

@@ -12,13 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLProcessor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.policy.vision import FAMILIES
 
 _SPECIAL = {
     "image_token": "<|image_pad|>",
@@ -60,13 +61,16 @@ def load_processor(path: str) -> Any:
     """The processor in a model folder (or on the hub).
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it needs torchvision.
     """
     try:
-        if is_torchvision_available():
+        if is_torchvision_available() or AutoConfig.from_pretrained(path).model_type not in FAMILIES:
             return AutoProcessor.from_pretrained(path)
         images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    except OSError as error:
+    except ImportError as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"model {path!r}: its processor cannot be used here ({why}); install what it needs") from error
+    except (OSError, ValueError) as error:
         raise UserError(
             f"model {path!r} reads images but has no image processor (preprocessor_config.json or "
             f"processor_config.json): copy it from where the model came from"

@@ -86,14 +86,16 @@ class Decoder:
 
     def _record(self, tokens: Tensor, logprobs: Tensor) -> list[bool]:
         """Appends the drawn tokens; returns which rows go on."""
-        alive = []
-        for row, token, logprob in zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            if token in self.eos or self._has_stop_string(row.tokens):
-                row.finish_reason = "stop"
-            alive.append(row.finish_reason != "stop")
-        return alive
+        drawn = zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)
+        return [self.record(row, token, logprob) for row, token, logprob in drawn]
+
+    def record(self, row: Row, token: int, logprob: float) -> bool:
+        """Appends a drawn token; returns whether the row goes on."""
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        if token in self.eos or self._has_stop_string(row.tokens):
+            row.finish_reason = "stop"
+        return row.finish_reason != "stop"
 
     def _has_stop_string(self, tokens: list[int]) -> bool:
         if not self.sampling.stop:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from gspo_lightning.dialogue import Environments
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.rollout.dialogue_decoder import DialogueDecoder
+from gspo_lightning.rollout.padded_decoder import PaddedDecoder
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
@@ -35,6 +37,15 @@ class TransformersEngine:
         completions: list[list[Completion]] = []
         for start in range(0, len(prompts), at_once):
             batch = (policy, prompts[start : start + at_once], sampling, seed)
-            decoder = Decoder(*batch) if self.environments is None else DialogueDecoder(*batch, self.environments)
-            completions += decoder.run()
+            completions += self._decoder(*batch).run()
         return Rollout(prompts=prompts, completions=completions)
+
+    def _decoder(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Decoder:
+        if self.environments is None:
+            return (PaddedDecoder if policy.is_padded else Decoder)(policy, prompts, sampling, seed)
+        if policy.is_padded:
+            raise UserError(
+                f"environment: {type(policy.base_model).__name__} runs padded and cannot go on where a turn ends; "
+                "use a model that packs, or environment=none"
+            )
+        return DialogueDecoder(policy, prompts, sampling, seed, self.environments)

@@ -1,0 +1,81 @@
+"""Decoding by the model's own `generate`, for architectures that run padded (`gspo_lightning.policy.padded`).
+
+The tokens are still drawn by our sampler from the row's own random numbers, so a run is as reproducible as elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from gspo_lightning.policy.padded import padding_id, repeated_media
+from gspo_lightning.rollout.decoder import Decoder, Row
+from gspo_lightning.rollout.sampling import sample
+from gspo_lightning.types import Completion
+
+
+class PaddedDecoder(Decoder):
+    """One prompt after the other, with all of its completions."""
+
+    def run(self) -> list[list[Completion]]:
+        """Decodes until every row has ended."""
+        count = self.sampling.num_generations
+        for number in range(len(self.prompts)):
+            self._generate(number, slice(number * count, (number + 1) * count))
+        return self._completions()
+
+    def _generate(self, number: int, rows: slice) -> None:
+        model: Any = self.policy.model
+        prompt, mine = self.prompts[number], self.rows[rows]
+        ids = prompt.input_ids.to(self.policy.device).expand(len(mine), -1)
+        draw = _Draw(self, mine, self.uniforms[rows], None if self.seen is None else self.seen[rows])
+        was_training = model.training
+        model.eval()  # with gradient checkpointing a model in training mode has no cache
+        try:
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **repeated_media(prompt.mm_inputs, len(mine), ids.shape[1], ids.device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=self.sampling.max_completion_length,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=padding_id(self.policy.base_model),
+                ),
+                logits_processor=[draw],
+                stopping_criteria=[draw.ended],
+            )
+        finally:
+            model.train(was_training)
+
+
+class _Draw(LogitsProcessor):
+    """Draws the next token of every row that goes on, and leaves `generate` no choice but to take it."""
+
+    def __init__(self, decoder: Decoder, rows: list[Row], uniforms: Tensor, seen: Tensor | None) -> None:
+        self.decoder, self.rows, self.uniforms, self.seen = decoder, rows, uniforms, seen
+        self.step = 0
+        self.ended = _Ended(rows)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, logprobs = sample(scores, self.uniforms[:, self.step], self.decoder.sampling, self.seen)
+        self.step += 1
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if row.finish_reason != "stop":
+                self.decoder.record(row, token, logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    """The end of a row is ours to say: any of several ids, or a stop string."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.tensor([row.finish_reason == "stop" for row in self.rows], device=input_ids.device)
