@@ -74,13 +74,16 @@ class Settings:
     optimizer: Any = functools.partial(torch.optim.SGD, lr=1.0)
     dtype: str = "float64"
     lora: Any = None
+    train_vision: bool = False
     rollouts: int = 1
 
 
 def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOModule:
     """A module on the micro model that trains with plain SGD at rate 1, so that a step is minus the gradient."""
     return GSPOModule(
-        policy_loader=PolicyLoader(str(folder), dtype=settings.dtype, lora=settings.lora),
+        policy_loader=PolicyLoader(
+            str(folder), dtype=settings.dtype, lora=settings.lora, train_vision=settings.train_vision
+        ),
         engine=ScriptedEngine(),
         rewards=RewardSet({"scripted": RewardSpec(scripted_reward)}),
         objective=Objective(max_completion_length=8, **settings.objective),

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import PromptBatch
 from tests.training import Settings, build_module, scripted_prompts, trainer, weights
+from tests.vision.models import picture_prompt
+
+ONE_RANK_SEES = "one rank without pictures"
 
 
 def prompts(case: str):
@@ -29,6 +33,10 @@ def prompts(case: str):
     if case == "no signal at all":
         for row in rows:
             row.sample["scripted"] = [(number, 0.25) for number, _ in row.sample["scripted"]]
+    if case == ONE_RANK_SEES:
+        pictures = [picture_prompt(row.uid, 3, (4, 2 + 2 * n), 2, seed=n) for n, row in enumerate(rows[:2])]
+        seeing = [replace(p, sample=row.sample) for p, row in zip(pictures, rows, strict=False)]
+        return [*seeing, *rows[2:]]
     return rows
 
 
@@ -58,6 +66,7 @@ def main() -> None:
         update={"max_tokens_per_microbatch": a.budget},
         dtype=a.dtype,
         lora=LoraSettings(r=2) if a.lora else None,
+        train_vision=a.case == ONE_RANK_SEES,
     )
     torch.manual_seed(0)  # of the adapter
     module = build_module(a.model, settings)

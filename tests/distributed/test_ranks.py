@@ -53,3 +53,25 @@ def test_two_ranks_give_the_update_of_one(arguments, micro_model_dir, tmp_path):
     assert relative_distance(two, one) < 1e-7
     assert facts_two["counts"] == facts_one["counts"]
     assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "LoRA"])
+def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, smollm2_dir, tmp_path):
+    from gspo_lightning.policy.tiny_vlm import build_processor
+    from tests.vision.models import vision_policy
+
+    folder = tmp_path / "vlm"
+    policy = vision_policy("qwen2_5_vl")
+    policy.base_model.save_pretrained(folder)
+    (tmp_path / "scratch").mkdir()
+    build_processor(smollm2_dir, tmp_path / "scratch").save_pretrained(folder)
+    case = ["--case", "one rank without pictures", "--budget", "60", *lora]
+    one, facts_one = update(folder, tmp_path / "one.pt", 1, *case)
+    two, facts_two = update(folder, tmp_path / "two.pt", 2, *case)
+    assert relative_distance(two, one) < 1e-7
+    assert facts_two["counts"] == facts_one["counts"]
+    if not lora:
+        start = torch.cat([p.detach().flatten() for p in policy.parameters()])
+        assert relative_distance(two - start, one - start) < 1e-7
+        tower = sum(p.numel() for p in policy.base_model.model.visual.parameters())
+        assert (one - start)[:tower].norm() > 1e-3

@@ -100,7 +100,7 @@ def test_attention_equals_its_definition_token_by_token(window, with_sinks, limi
     monkeypatch.setattr(layout_module, "WHOLE_GROUP_TOKENS", limit)
     monkeypatch.setattr(layout_module, "TILE_QUERIES", 5)
     layout = SharedPrefixLayout(
-        (GroupLayout(6, (3, 0, 4, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))), torch.device("cpu")
+        (GroupLayout(6, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))), torch.device("cpu")
     )
     tokens = layout.num_tokens
     query = torch.randn(1, 4, tokens, 8, dtype=torch.float64, requires_grad=True)
@@ -117,3 +117,12 @@ def test_attention_equals_its_definition_token_by_token(window, with_sinks, limi
         strict=True,
     ):
         assert relative_distance(a, b) < 1e-12
+
+
+def test_a_long_completion_computes_no_scores_behind_the_end_of_a_chunk():
+    chunk = layout_module.TILE_QUERIES
+    layout = SharedPrefixLayout((GroupLayout(100, (4 * chunk,)),), torch.device("cpu"))
+    prompt, *rest = layout.blocks
+    assert prompt.causal and len(rest) == 4
+    scores = [layout.mask(number).numel() for number in range(1, 5)]
+    assert scores == [chunk * (100 + n * chunk) for n in range(1, 5)]

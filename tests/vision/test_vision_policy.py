@@ -110,6 +110,25 @@ def test_an_export_loads_in_plain_transformers_and_computes_the_same(folder, tmp
     assert '"Qwen2_5_VLProcessor"' in (tmp_path / "processor_config.json").read_text()
 
 
+def test_a_merged_export_of_adapters_on_language_and_tower_computes_the_same_in_plain_transformers(folder, tmp_path):
+    policy = PolicyLoader(str(folder), lora=LoraSettings(r=2), train_vision=True).load()
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    export_policy(policy, tmp_path, merge_lora=True)
+    prompt = picture_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
+    completion = torch.tensor([5, 6, 7])
+    row = pack([(prompt.input_ids, [completion])], policy.device, [prompt])
+    plain = PolicyLoader(str(folder)).load()
+    with torch.no_grad():
+        ours, before = policy(row)[0], plain(row)[0]
+        plain.model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        expected = padded_vision_logprobs(plain, [(prompt, [completion])])
+    assert relative_distance(ours, expected) < 1e-5
+    assert relative_distance(ours, before) > 1e-2
+
+
 def test_a_quantised_base_is_refused_in_8_bits_without_a_gpu_and_without_an_adapter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="int8 needs a GPU.*nf4 runs on a CPU too"):

@@ -172,6 +172,6 @@ def _video_kwargs(processor: Any, videos: list[Video], settings: VisionSettings)
 def _refuse_video(processor: Any, where: str) -> None:
     if getattr(processor, "video_processor", None) is None:
         raise UserError(
-            f"{where}: the prompt has a video, which needs a video processor; those need torchvision, which is not "
-            "installed here; give frames as images"
+            f"{where}: the prompt has a video, which needs a video processor: the model brings none, or torchvision, "
+            "which they need, is not installed; give frames as images"
         )

@@ -97,7 +97,9 @@ class SharedPrefixLayout:
             else:
                 yield AttentionBlock(prompt, (prompt,), causal=True)
                 for tile in _tiles(prompt[1], group.completion_lengths):
-                    yield AttentionBlock(tile, (prompt, tile), causal=False)
+                    chunks = _chunks(tile)
+                    for number, chunk in enumerate(chunks, start=1):
+                        yield AttentionBlock(chunk, (prompt, *chunks[:number]), causal=False)
             start = end
 
     def mask(self, number: int, window: int | None = None) -> Tensor:
@@ -116,6 +118,17 @@ class SharedPrefixLayout:
         distance = self._positions[queries, None] - self._positions[None, keys]
         allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
         return allowed if window is None else allowed & (distance < window)
+
+
+def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:
+    """Spans of a tile from front to back, of at least ``TILE_QUERIES`` tokens where it has them.
+
+    No query looks further than the end of its chunk: half of a long completion's scores are never computed.
+    """
+    start, end = tile
+    count = max(1, (end - start) // TILE_QUERIES)
+    edges = [start + (end - start) * number // count for number in range(count + 1)]
+    return list(zip(edges, edges[1:], strict=False))
 
 
 def _tiles(start: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLProcessor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, AutoVideoProcessor, Qwen2_5_VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
@@ -61,12 +61,15 @@ def load_processor(path: str) -> Any:
     """The processor in a model folder (or on the hub).
 
     Raises:
-        UserError: there is none, or it needs torchvision.
+        UserError: there is none, or it needs a package that is not installed.
     """
+    packs = AutoConfig.from_pretrained(path).model_type in FAMILIES
     try:
-        if is_torchvision_available() or AutoConfig.from_pretrained(path).model_type not in FAMILIES:
-            return AutoProcessor.from_pretrained(path)
-        images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        if packs and not _has_video_half(path):
+            images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+        return AutoProcessor.from_pretrained(path)
     except ImportError as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"model {path!r}: its processor cannot be used here ({why}); install what it needs") from error
@@ -75,5 +78,14 @@ def load_processor(path: str) -> Any:
             f"model {path!r} reads images but has no image processor (preprocessor_config.json or "
             f"processor_config.json): copy it from where the model came from"
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def _has_video_half(path: str) -> bool:
+    """Whether the model brings a video processor and the library that it needs is here."""
+    if not is_torchvision_available():
+        return False
+    try:
+        AutoVideoProcessor.from_pretrained(path)
+    except (OSError, ValueError):
+        return False
+    return True
