@@ -24,6 +24,7 @@ from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_sign
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
+from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.passes import Passes
 from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.load import PolicyLoader
@@ -84,7 +85,16 @@ class GSPOModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.policy_loader, self.engine, self.rewards = policy_loader, engine or TransformersEngine(), rewards
+        self.policy_loader, self.rewards = policy_loader, rewards
+        self.engine: RolloutEngine = engine or TransformersEngine()
+        self._ahead = OneStepOff(self.engine) if getattr(engine, "staleness", 0) else None
+        if self._ahead is not None:
+            self.engine = self._ahead
+            if max_draws:
+                raise UserError(
+                    f"dynamic_sampling.max_draws={max_draws} and rollout.engine.staleness=1 exclude each other: which "
+                    "prompts come next is known only after this rollout; set one of them to 0"
+                )
         self.objective, self.advantages, self.sampling = objective, advantages or AdvantageEstimator(), sampling
         self.optimizer_factory, self.schedule = optimizer, schedule or Schedule("constant")
         self.update_settings = update or UpdateSettings()
@@ -163,6 +173,8 @@ class GSPOModule(L.LightningModule):
             else:
                 self.last_scored = self._collect(batch.prompts)
         torch.clear_autocast_cache()
+        if self._ahead is not None and self._ahead.is_stale:
+            self.stopwatch.seconds["rollout_ahead"] = self._ahead.seconds
         return None
 
     def _collect(self, prompts: list[Prompt]) -> ScoredRollout:
@@ -192,7 +204,9 @@ class GSPOModule(L.LightningModule):
         scored = self.last_scored
         update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored))
         add_metrics(update.metrics, self._drawn.metrics())
-        update.run(self._minibatches(scored))
+        update.prepare(self._minibatches(scored))
+        self._sample_ahead()
+        update.run()
         self._sync_reference()
         self._finish_rollout(scored, update)
 
@@ -219,7 +233,26 @@ class GSPOModule(L.LightningModule):
         assert self.policy is not None
         frozen = self._frozen[0] if self._frozen else None
         settings = self.update_settings
-        return Passes(self.policy, frozen, self._objective_now, self.sampling.temperature, settings.log_entropy)
+        behaviour = self._ahead.behaviour if self._ahead is not None and self._ahead.is_stale else None
+        return Passes(
+            self.policy, frozen, self._objective_now, self.sampling.temperature, settings.log_entropy, behaviour
+        )
+
+    def _sample_ahead(self) -> None:
+        """Begins the next rollout; its old log-probabilities will be those of the weights as they are now."""
+        if self._ahead is None or self.rollouts_done + 1 >= self.max_rollouts:
+            return
+        batch_at = getattr(getattr(self.trainer, "datamodule", None), "batch_at", None)
+        if batch_at is None:
+            raise UserError("rollout.engine.staleness=1 needs a data module with batch_at(): PromptDataModule")
+        assert self.policy is not None
+        self._ahead.launch(
+            self.policy,
+            batch_at(self.batch_in_hand.cursor).prompts,
+            self.sampling,
+            rollout_seed(self.seed, self.rollouts_done + 1),
+            self.trainer.precision_plugin.forward_context,
+        )
 
     @property
     def _objective_now(self) -> Objective:
@@ -298,6 +331,8 @@ class GSPOModule(L.LightningModule):
             "counts": dict(self.counts),
             "nonfinite_in_a_row": self.guarded_step.nonfinite_in_a_row,
         }
+        if self._ahead is not None:
+            checkpoint["gspo_lightning"]["ahead"] = self._ahead.state_dict()
         if self.update_settings.ref_sync_every_n_rollouts:
             checkpoint["gspo_lightning"]["reference"] = [policy.state_dict() for policy in self._frozen]
 
@@ -314,5 +349,7 @@ class GSPOModule(L.LightningModule):
         state = checkpoint["gspo_lightning"]
         self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
         self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        if self._ahead is not None and self.policy is not None:
+            self._ahead.load_state_dict(state.get("ahead", {}), self.policy)
         for policy, saved in zip(self._frozen, state.get("reference", ()), strict=False):
             policy.load_state_dict(saved)

@@ -69,6 +69,8 @@ class Passes:
     objective: Objective
     temperature: float
     log_entropy: bool
+    behaviour: Policy | None = None
+    """The weights that sampled, where those are not the policy's (`gspo_lightning.one_step_off`)."""
 
     ratios: list[Tensor] = field(default_factory=list)
     """Importance ratios of the losses taken so far, one tensor per micro-batch."""
@@ -77,11 +79,16 @@ class Passes:
     def before_update(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Fixed]:
         """Old log-probabilities of all minibatches but the first, and the selection of tokens where there is one.
 
-        The first is updated from the very weights that sampled it: there, old is new.
+        The first is updated from the very weights that sampled it: there, old is new. Not so where the rollout was
+        generated ahead: all old log-probabilities are those of ``behaviour`` then.
         """
         if self.objective.selects_tokens:
             return [self._select(scored, minibatch) for minibatch in minibatches]
-        return [Fixed(self._logprobs_of(self._policy, scored, m) if n else None) for n, m in enumerate(minibatches)]
+        first = 0 if self.behaviour is not None else 1
+        return [
+            Fixed(self._logprobs_of(self._sampler, scored, minibatch) if number >= first else None)
+            for number, minibatch in enumerate(minibatches)
+        ]
 
     @torch.no_grad()
     def reference(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Logprobs | None]:
@@ -123,7 +130,8 @@ class Passes:
 
         def forward(plan: MicroBatchPlan) -> Tensor:
             micro = build_micro_batch(scored, plan, self.policy.device)
-            logprobs, entropy = self.policy(micro.packed, self.temperature, True)
+            sampler = self.behaviour or self.policy
+            logprobs, entropy = sampler(micro.packed, self.temperature, True)
             return torch.stack([logprobs, entropy.to(logprobs.dtype), (micro.advantages != 0).to(logprobs.dtype)])
 
         outputs = [in_parts(forward, plan, scored) for plan in minibatch.plan]
@@ -145,6 +153,9 @@ class Passes:
 
     def _policy(self, micro: MicroBatch) -> Tensor:
         return self.policy(micro.packed, self.temperature)[0]
+
+    def _sampler(self, micro: MicroBatch) -> Tensor:
+        return (self.behaviour or self.policy)(micro.packed, self.temperature)[0]
 
     def _reference(self, micro: MicroBatch) -> Tensor:
         if self.frozen is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RolloutUpdate:
-    """One rollout, trained on once: `run` takes all of its optimizer steps."""
+    """One rollout, trained on once: `prepare` takes the passes without gradient, `run` all optimizer steps."""
 
     module: GSPOModule
     passes: Passes
@@ -31,22 +31,39 @@ class RolloutUpdate:
     """Sums and counts of this rank, added to while the update runs."""
     trained_tokens: int = 0
     """Forwarded with gradient on this rank."""
+    _minibatches: list[Minibatch] = field(default_factory=list, init=False)
+    _fixed: list[Fixed] = field(default_factory=list, init=False)
 
-    def run(self, minibatches: list[Minibatch]) -> None:
-        """The passes without gradient, then ``num_iterations`` steps on each minibatch."""
-        module, minibatches = self.module, list(minibatches)
+    def prepare(self, minibatches: list[Minibatch]) -> None:
+        """What stays fixed during the update: old and reference log-probabilities, and the selection of tokens."""
+        module, self._minibatches = self.module, list(minibatches)
         with module.stopwatch("old_logprobs"):
             fixed = self.passes.before_update(self.scored, minibatches)
+        if self.passes.behaviour is not None:
+            self._compare_with_sampler(fixed)
         with module.stopwatch("ref_logprobs"):
             reference = self.passes.reference(self.scored, minibatches)
-            fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
+            self._fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
         # Autocast keeps the casts made without gradient; they must not serve a forward with gradient.
         torch.clear_autocast_cache()
+
+    def run(self) -> None:
+        """``num_iterations`` steps on each minibatch."""
+        module = self.module
         with module.stopwatch("update"):
             for iteration in range(module.update_settings.num_iterations):
-                for number, minibatch in enumerate(minibatches):
-                    fresh = iteration == 0 and number == 0
-                    minibatches[number], fixed[number] = self._step(minibatch, fixed[number], fresh)
+                for number, minibatch in enumerate(self._minibatches):
+                    fresh = iteration == 0 and number == 0 and self.passes.behaviour is None
+                    self._minibatches[number], self._fixed[number] = self._step(minibatch, self._fixed[number], fresh)
+
+    def _compare_with_sampler(self, fixed: list[Fixed]) -> None:
+        """The mismatch of a rollout generated ahead, by the weights that sampled it."""
+        if not self.module.sampling.full_support:
+            return
+        for minibatch, given in zip(self._minibatches, fixed, strict=True):
+            for plan, old in zip(minibatch.plan, given.old or [], strict=True):
+                micro = build_micro_batch(self.scored, plan, self.module.device)
+                add_metrics(self.metrics, sampler_mismatch(old, micro))
 
     def ratios(self) -> Tensor:
         """Importance ratios of every step, of all ranks."""

@@ -38,10 +38,14 @@ class Stopwatch:
         times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
         times["time/step_s"] = time.perf_counter() - self._start
         rates = {}
-        for phase, counter in (("rollout", "rollout_tokens"), ("update", "train_tokens")):
-            tokens = now[f"count/{counter}"] - before.get(f"count/{counter}", 0.0)
-            name = {"rollout": "rollout", "update": "train"}[phase]
-            rates[f"perf/{name}_tokens_per_s"] = tokens / max(self.seconds.get(phase, 0.0), 1e-9)
+        # A rollout generated ahead took as long as it took, however little of that was waited for.
+        spent = {
+            "rollout": self.seconds.get("rollout_ahead") or self.seconds.get("rollout", 0.0),
+            "train": self.seconds.get("update", 0.0),
+        }
+        for name, seconds in spent.items():
+            tokens = now[f"count/{name}_tokens"] - before.get(f"count/{name}_tokens", 0.0)
+            rates[f"perf/{name}_tokens_per_s"] = tokens / max(seconds, 1e-9)
         return {**times, **rates}
 
 

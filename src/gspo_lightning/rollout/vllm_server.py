@@ -48,6 +48,8 @@ class VLLMServerEngine:
         pause_s: see `Patience`.
         max_attempts: see `Patience`.
         tolerance: mean difference allowed between server and trainer on the probe in nats; None: by dtype.
+        staleness: 0 samples every rollout from the current weights; 1 samples the next one while this one trains, from
+            weights that are one update old (`gspo_lightning.one_step_off`).
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class VLLMServerEngine:
         pause_s: float = 0.5,
         max_attempts: int = 8,
         tolerance: float | None = None,
+        staleness: Literal[0, 1] = 0,
     ) -> None:
         if not urls or len(set(urls)) < len(urls):
             raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each once")
@@ -73,7 +76,7 @@ class VLLMServerEngine:
         self.pool = ServerPool(servers, self._prepare, self._accept, patience)
         self.max_model_len = max_prompt_length + max_completion_length
         self.api_key_env, self.sync_dir, self.dtype, self.lora_sync = api_key_env, Path(sync_dir), dtype, lora_sync
-        self.timeout_s, self.tolerance = request_timeout_s, tolerance
+        self.timeout_s, self.tolerance, self.staleness = request_timeout_s, tolerance, staleness
         self.syncs = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._weights: Weights | None = None

@@ -1,0 +1,192 @@
+"""Sampling ahead: the next rollout is generated while this one trains, from weights that are one update old.
+
+While the policy goes from version k to k + 1, servers sample rollout k + 1 from a frozen copy of version k. The ratio
+of that rollout is later taken against the copy: old log-probabilities are those of the weights that sampled, so the
+update is the paper's off-policy update and not an approximation of the on-policy one.
+
+A copy shares everything that is not trained (a LoRA base, the tokenizer); what is trained is copied once and then
+overwritten in place, while no rollout is under way.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
+
+
+class OneStepOff:
+    """An engine that hands out the rollout generated ahead when it is asked for, and asks the engine for all else.
+
+    Args:
+        engine: samples elsewhere, so that this process can train at the same time.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+        self.behaviour: Policy | None = None
+        """The copy of the weights that samples or sampled the pending rollout."""
+        self.is_stale = False
+        """Whether the rollout handed out last was generated ahead, by ``behaviour``."""
+        self.seconds = 0.0
+        """How long the engine took for the rollout handed out last, if that was generated ahead."""
+        self._pending: _Pending | None = None
+
+    def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
+        """See `RolloutEngine.generate`; waits for what is under way.
+
+        Raises:
+            RolloutError: what the engine raised, ahead or now.
+        """
+        pending = self._pending
+        if pending is not None and pending.key == _key(prompts, seed):
+            completions = pending.result()  # one that failed stays: the checkpoint saved now has to know of it
+            self._pending, self.is_stale, self.seconds = None, True, pending.seconds
+            if completions is None:  # lost with the process that generated it: the same again
+                assert self.behaviour is not None
+                completions = self.engine.generate(self.behaviour, prompts, sampling, seed).completions
+            return Rollout(prompts, completions)
+        if pending is not None:
+            pending.join()  # the engine does one thing at a time, such as a validation
+        else:
+            self.is_stale = False
+        return self.engine.generate(policy, prompts, sampling, seed)
+
+    def launch(
+        self,
+        policy: Policy,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+        seed: int,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Begins the next rollout, from the weights as they are now, in a thread.
+
+        Args:
+            policy: its weights are copied before this returns.
+            prompts: of the next rollout.
+            sampling: of training.
+            seed: of the next rollout.
+            context: the precision that forwards run in; a thread begins without.
+        """
+        assert self._pending is None
+        self._copy(policy)
+        behaviour = self.behaviour
+        assert behaviour is not None
+
+        def generate() -> list[list[Completion]]:
+            with torch.no_grad(), context():
+                return self.engine.generate(behaviour, prompts, sampling, seed).completions
+
+        self._pending = _Pending(_key(prompts, seed))
+        self._pending.start(generate)
+
+    @torch.no_grad()
+    def _copy(self, policy: Policy) -> None:
+        if self.behaviour is None:
+            self.behaviour = _share_frozen(policy)
+            return
+        for mine, current in zip(self.behaviour.parameters(), policy.parameters(), strict=True):
+            if current.requires_grad:
+                mine.copy_(current)
+        # Autocast keeps casts of weights; these were of the version before.
+        torch.clear_autocast_cache()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pending rollout, once it is there, and the weights that sampled it; empty if none is under way."""
+        if self._pending is None or self.behaviour is None:
+            return {}
+        self._pending.join()
+        return {
+            "key": list(self._pending.key),
+            "completions": None if self._pending.error else [[_pack(c) for c in g] for g in self._pending.value or []],
+            "behaviour": [p.detach().cpu().clone() for p in self.behaviour.parameters() if p.requires_grad],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], policy: Policy) -> None:
+        """Goes on with the pending rollout of a checkpoint. A failed one is generated anew, by the same weights."""
+        if not state:
+            return
+        self._copy(policy)
+        assert self.behaviour is not None
+        trained = (p for p in self.behaviour.parameters() if p.requires_grad)
+        with torch.no_grad():
+            for parameter, value in zip(trained, state["behaviour"], strict=True):
+                parameter.copy_(value)
+        completions = state["completions"]
+        self._pending = _Pending(tuple(state["key"]))
+        self._pending.value = None if completions is None else [[_unpack(c) for c in group] for group in completions]
+
+
+class _Pending:
+    """A rollout under way in a thread, or the result of one."""
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        self.key = key
+        self.value: list[list[Completion]] | None = None
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self._thread: threading.Thread | None = None
+
+    def start(self, generate: Callable[[], list[list[Completion]]]) -> None:
+        def run() -> None:
+            start = time.perf_counter()
+            try:
+                self.value = generate()
+            except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+                self.error = error
+            self.seconds = time.perf_counter() - start
+
+        # A daemon: a training that fails must not wait for a rollout that nobody will use.
+        self._thread = threading.Thread(target=run, name="rollout ahead", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> list[list[Completion]] | None:
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def _key(prompts: list[Prompt], seed: int) -> tuple[Any, ...]:
+    return (seed, *(prompt.uid for prompt in prompts))
+
+
+def _share_frozen(policy: Policy) -> Policy:
+    """A copy of the policy whose trained parameters are its own and whose other tensors are those of the policy."""
+    shared: list[Any] = [policy.tokenizer, policy.processor, *policy.buffers()]
+    shared += [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    copied: Policy = copy.deepcopy(policy, {id(thing): thing for thing in shared})
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
+
+
+def _pack(completion: Completion) -> dict[str, Tensor | str]:
+    """A completion as a checkpoint may hold it: tensors and text. Engines that sample elsewhere have no dialogues."""
+    return {
+        "token_ids": completion.token_ids,
+        "text": completion.text,
+        "sampler_logprobs": completion.sampler_logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _unpack(state: dict[str, Any]) -> Completion:
+    return Completion(**state)
