@@ -132,7 +132,9 @@ def _exit_with_line(error: Exception, with_traceback: bool) -> NoReturn:
         traceback.print_exc()
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
-    print(f"error: {masked(line)}", file=sys.stderr, flush=True)
+    # What ends a rollout is raised on every rank (`rollout.over_ranks`): one of them says it.
+    if not isinstance(error, RolloutError) or first_error.is_first_rank():
+        print(f"error: {masked(line)}", file=sys.stderr, flush=True)
     sys.exit(_code(error))
 
 

@@ -29,6 +29,11 @@ def several_ranks() -> bool:
     return _rank is not None
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the only one, or rank 0."""
+    return not _rank
+
+
 def lost_a_rank(error: BaseException) -> bool:
     """Whether the error is only that another rank has gone."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)

@@ -65,8 +65,11 @@ class Validator:
         self.samples: list[dict[str, Any]] = []
 
     def update(self, policy: Policy, engine: RolloutEngine, prompts: list[Prompt]) -> None:
-        """Adds one batch of prompts."""
+        """Adds one batch of prompts. Without any, the engine is asked all the same: another rank may have some."""
         greedy = engine.generate(policy, prompts, self.greedy, self.seed)
+        if not prompts:
+            engine.generate(policy, prompts, self.sampled, self.seed)
+            return
         right, rewards = self._judge(greedy.prompts, greedy.completions)
         self._update_right(self.names[0], prompts, right)
         for row, (prompt, (completion,)) in enumerate(zip(prompts, greedy.completions, strict=True)):

@@ -61,3 +61,51 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(stalene
         assert {k: (a[k], b[k]) for k in a if a[k] != b[k]} == {}
     assert found[1] == expected[1]
     assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
+
+
+def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir, tmp_path):
+    """Five held-out prompts in batches of two: a rank runs out of them first and must take part all the same."""
+    common = [
+        "update.num_minibatches=1", "allow_no_effect=true", "max_rollouts=2", "trainer.precision=32-true",
+        "data.task.num_validation=5", "data.validation_batch_size=2",
+    ]  # fmt: skip
+    results = {}
+    for ranks, trainer in ((1, []), (2, ["trainer=ddp"])):
+        server = FakeServer(micro_model_dir)
+        try:
+            done = train(server, tmp_path / str(ranks), *common, *trainer)
+            assert done.returncode == 0, done.stderr
+            # Once per version of the weights, and not once per rank.
+            assert server.count("gspo_load_file") == 3
+        finally:
+            server.close()
+        results[ranks] = records(tmp_path / str(ranks))
+    (rows_one, _, one), (rows_two, _, two) = results[1], results[2]
+    for before, after in zip(rows_one, rows_two, strict=True):
+        for name in ("val/accuracy", "val/reward", "reward/mean", "grad_norm", "completion/mean_tokens"):
+            assert float(after[name] or 0) == pytest.approx(float(before[name] or 0), rel=1e-4), (name, before, after)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
+
+
+def test_on_two_ranks_a_dead_server_ends_both_with_one_line_and_a_checkpoint(micro_model_dir, tmp_path):
+    server = FakeServer(micro_model_dir)
+    try:
+        server.fault = lambda path, number: "500" if server.count("gspo_load_file") >= 3 else None
+        done = train(server, tmp_path, "trainer=ddp", "rollout.engine.max_attempts=3")
+    finally:
+        server.close()
+    assert done.returncode == 4, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert line.endswith(f"saved, go on with ckpt_path={last}") and last.exists()
+
+
+def test_sampling_ahead_is_refused_on_two_ranks(micro_model_dir, tmp_path):
+    server = FakeServer(micro_model_dir)
+    try:
+        done = train(server, tmp_path, "trainer=ddp", "rollout.engine.staleness=1")
+    finally:
+        server.close()
+    assert done.returncode == 2
+    assert "error: rollout.engine.staleness=1 runs in one process, and there are 2" in done.stderr

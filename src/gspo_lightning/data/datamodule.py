@@ -158,14 +158,15 @@ class PromptDataModule(L.LightningDataModule):
         return DataLoader(_Batches(self), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[PromptBatch]:
-        """Every held-out prompt once, spread over the ranks."""
-        mine = range(rank(), len(self._validation_rows()), world_size())
-        size = self.validation_batch_size
+        """Every held-out prompt once, spread over the ranks; all have as many batches, if need be an empty one."""
+        count, size = len(self._validation_rows()), self.validation_batch_size
+        mine = range(rank(), count, world_size())
         batches = [
             PromptBatch([self._validation_prompt(i) for i in mine[start : start + size]], cursor=0)
-            for start in range(0, len(mine), size)
+            for start in range(0, -(-count // world_size()), size)
         ]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        # Iterable: Lightning would give each rank a share of a list, and these batches are the rank's share already.
+        return DataLoader(_Listed(batches), batch_size=None)
 
     def finish(self, batch: PromptBatch) -> None:
         """The rollout on this batch is finished; a checkpoint taken now resumes behind it."""
@@ -278,6 +279,16 @@ class PromptDataModule(L.LightningDataModule):
                 "raise it: held-out prompts are never left out"
             )
         return prompt
+
+
+class _Listed(IterableDataset[PromptBatch]):
+    """Batches that are there already."""
+
+    def __init__(self, batches: list[PromptBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return iter(self.batches)
 
 
 class _Batches(IterableDataset[PromptBatch]):

@@ -22,6 +22,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
 from gspo_lightning.rollout.http_client import RequestRefusedError, Server, ServerError
+from gspo_lightning.rollout.over_ranks import on_first_rank
 from gspo_lightning.rollout.server_pool import Patience, ServerPool
 from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
 from gspo_lightning.rollout.vllm_engine import engine_dtype
@@ -87,11 +88,17 @@ class VLLMServerEngine:
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
         refuse_images(prompts)
-        if world_size() > 1:
-            raise UserError("rollout=vllm_server runs in one process; use trainer.devices=1, or rollout=transformers")
-        self._begin(policy)
-        requests = [(prompt, sampling, seed) for prompt in prompts]
-        return Rollout(prompts, self.pool.run(requests, self._work))
+        if world_size() > 1 and self.staleness:
+            raise UserError(
+                f"rollout.engine.staleness=1 runs in one process, and there are {world_size()}; set it to 0, or "
+                "trainer.devices=1"
+            )
+
+        def ask(everybodys: list[Prompt]) -> list[list[Completion]]:
+            self._begin(policy)
+            return self.pool.run([(prompt, sampling, seed) for prompt in everybodys], self._work)
+
+        return Rollout(prompts, on_first_rank(prompts, ask))
 
     def close(self) -> None:
         """Removes the weights from ``sync_dir``; the servers go on."""

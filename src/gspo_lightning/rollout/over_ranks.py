@@ -1,0 +1,59 @@
+"""One rank asks for the completions of all: for engines that are not in the trainer's process.
+
+The engine sees one caller whatever the number of ranks: weights are written once, a server is proven right once, and
+what goes wrong is decided in one place and raised on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.errors import UserError
+from gspo_lightning.rollout.engine import RolloutError
+from gspo_lightning.types import Completion, Prompt
+
+Groups = list[list[Completion]]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    kind: type[Exception]
+    message: str
+
+
+def on_first_rank(prompts: list[Prompt], generate: Callable[[list[Prompt]], Groups]) -> Groups:
+    """``generate`` of all ranks' prompts on rank 0; every rank gets the completions of its own.
+
+    All ranks must call it together, as often as each other; a rank may have no prompts.
+
+    Raises:
+        RolloutError, UserError: on every rank, what rank 0 raised.
+    """
+    if world_size() == 1:
+        return generate(prompts)
+    mine: list[tuple[str, Tensor]] = [(prompt.uid, prompt.input_ids) for prompt in prompts]
+    gathered: list[list[tuple[str, Tensor]]] | None = [[]] * world_size() if rank() == 0 else None
+    dist.gather_object(mine, gathered, dst=0)
+    parts: list[Groups | _Failure] | None = None if gathered is None else _answers(gathered, generate)
+    answer: list[Groups | _Failure] = [[]]
+    dist.scatter_object_list(answer, parts, src=0)
+    if isinstance(answer[0], _Failure):
+        raise answer[0].kind(answer[0].message)
+    return answer[0]
+
+
+def _answers(
+    asked: list[list[tuple[str, Tensor]]], generate: Callable[[list[Prompt]], Groups]
+) -> list[Groups | _Failure]:
+    try:
+        groups = generate([Prompt(uid, "", ids, {}) for of_rank in asked for uid, ids in of_rank])
+    except (RolloutError, UserError) as error:
+        return [_Failure(type(error), str(error))] * len(asked)
+    edges = accumulate(map(len, asked), initial=0)
+    return [groups[start:end] for start, end in pairwise(edges)]
