@@ -71,3 +71,21 @@ def test_it_learns_the_task_as_with_the_transformers_engine_at_one_seed(model, t
         late[engine] = sum(rewards[-10:]) / 10  # of 640 completions
     assert late["transformers"] > 0.8
     assert abs(late["vllm"] - late["transformers"]) < 0.1, late
+
+
+def test_two_ranks_with_an_engine_each_take_the_update_of_one(model, tmp_path):
+    settings = [
+        "rollout=vllm", "rollout.engine.kv_cache_gb=0.1", "max_rollouts=2", "update.num_minibatches=1",
+        "allow_no_effect=true", "trainer.precision=32-true",
+    ]  # fmt: skip
+    train(model, tmp_path / "one", *settings)
+    train(model, tmp_path / "two", *settings, "trainer=ddp")
+    for before, after in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for name in ("val/mean_tokens", "reward/mean", "grad_norm", "count/rollout_tokens"):
+            assert float(after[name] or 0) == pytest.approx(float(before[name] or 0), rel=1e-4), name
+    one, two, start = (
+        torch.cat([value.flatten() for _, value in sorted(load_file(folder / "model.safetensors").items())])
+        for folder in (tmp_path / "one" / "model", tmp_path / "two" / "model", model)
+    )
+    # Adam turns rounding of gradients near zero into steps of either sign.
+    assert (two - one).norm() < 1e-2 * (one - start).norm()

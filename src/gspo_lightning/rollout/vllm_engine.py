@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 
-from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
@@ -38,7 +37,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VLLMEngine:
-    """Samples with vLLM in this process. Starts at the first `generate`; one process at a time, no ranks.
+    """Samples with vLLM in this process. Starts at the first `generate`; several ranks have one each, on their device.
 
     Args:
         model: the policy's path, for config, tokenizer and (with an adapter) base weights.
@@ -129,8 +128,6 @@ class VLLMEngine:
             self._llm.wake_up()
 
     def _start(self, policy: Policy) -> None:
-        if world_size() > 1:
-            raise UserError("rollout=vllm runs in one process; use trainer.devices=1, or rollout=transformers")
         # Read by vLLM when it is imported. Its own process would need the weights sent over a pipe.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
