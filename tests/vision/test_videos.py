@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from transformers.utils import is_torchvision_available
 
 from gspo_lightning.data.videos import load_video
 from gspo_lightning.data.vision import VisionSettings, encode_conversation, picture_of
@@ -89,6 +88,7 @@ def test_a_page_shows_the_first_frame_of_a_video():
 
 
 # ---------------------------------------------------------------- with a video processor
+# In the tier with vLLM: its environment has torchvision, which transformers' video processors need.
 
 
 def build(family, base, video_processor):
@@ -101,8 +101,6 @@ def build(family, base, video_processor):
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def with_video(request, smollm2_dir, tmp_path_factory):
     """A family, and its real processor for 4-pixel patches."""
-    if not is_torchvision_available():
-        pytest.skip("transformers' video processors need torchvision, which has no build for this torch without CUDA")
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
@@ -121,6 +119,7 @@ def encode(processor, *parts, settings=None):
     )
 
 
+@pytest.mark.vllm
 def test_a_video_beside_a_picture_packs_to_what_the_padded_model_computes(with_video):
     family, processor = with_video
     ids, media = encode(
@@ -143,6 +142,7 @@ def test_a_video_beside_a_picture_packs_to_what_the_padded_model_computes(with_v
     assert relative_distance(changed, logprobs) > 1e-4
 
 
+@pytest.mark.vllm
 def test_the_rate_of_the_frames_reaches_the_model(with_video):
     family, processor = with_video
     slow, fast = (encode(processor, {"type": "video", "video": frames(4), "fps": fps}) for fps in (0.5, 2.0))
@@ -153,6 +153,7 @@ def test_the_rate_of_the_frames_reaches_the_model(with_video):
         assert (slow[1]["second_per_grid_ts"].item(), fast[1]["second_per_grid_ts"].item()) == (4.0, 1.0)
 
 
+@pytest.mark.vllm
 def test_limits_on_pixels_hold_for_every_frame(with_video):
     _, processor = with_video
     part = {"type": "video", "video": frames(4, (200, 100))}

@@ -45,9 +45,17 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
         return ["image_processor", "tokenizer"]
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> list[str]:
-        """Saves the parts; the folder names the class that transformers has for the model."""
+        """Saves the parts; the folder names the class that transformers has for the model, and has its video half."""
         saved = super().save_pretrained(folder, **kwargs)
-        name = "Qwen3VLProcessor" if self.image_processor.patch_size == 16 else "Qwen2_5_VLProcessor"
+        third = self.image_processor.patch_size == 16
+        name = "Qwen3VLProcessor" if third else "Qwen2_5_VLProcessor"
+        # Where torchvision is, that class wants settings of a video processor; without them it does not load at all.
+        like_pictures = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        videos = {
+            "video_processor_type": "Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor",
+            **{key: getattr(self.image_processor, key) for key in like_pictures},
+        }
+        (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(videos, indent=2) + "\n")
         for file in (Path(folder) / "processor_config.json", Path(folder) / "tokenizer_config.json"):
             if file.is_file():
                 content = json.loads(file.read_text())

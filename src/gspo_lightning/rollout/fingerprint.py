@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import WeightSyncError
@@ -28,14 +30,30 @@ DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0
 
 
 def probe_prompt(policy: Policy, max_model_len: int) -> Prompt:
-    """At most `PROBE_TOKENS` tokens, none of them special; the same for the same tokenizer."""
+    """At most `PROBE_TOKENS` tokens, none of them special; the same for the same tokenizer.
+
+    A policy that reads pictures gets one of noise in front of them: its vision half has to be proven too.
+    """
     special = {*policy.tokenizer.get_added_vocab().values(), *policy.tokenizer.all_special_ids}
     size = min(len(policy.tokenizer), policy.output_weight.shape[0])
     ordinary = torch.tensor([token for token in range(size) if token not in special])
     count = max(1, min(PROBE_TOKENS, max_model_len - PROBE_SAMPLING.max_completion_length))
     generator = torch.Generator().manual_seed(20260101)
     ids = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
+    if policy.vision is not None:
+        return _with_picture(policy, ids[:8], generator)
     return Prompt(uid="gspo:probe", prompt="", input_ids=ids, sample={})
+
+
+def _with_picture(policy: Policy, text: Tensor, generator: torch.Generator) -> Prompt:
+    noise = torch.randint(256, (56, 56, 3), generator=generator, dtype=torch.uint8)
+    content = [
+        {"type": "image", "image": Image.fromarray(noise.numpy())},
+        {"type": "text", "text": policy.tokenizer.decode(text.tolist())},
+    ]
+    messages = [{"role": "user", "content": content}]
+    ids, media = encode_conversation(messages, policy.processor, VisionSettings(), {}, "the probe")
+    return Prompt("gspo:probe", messages, ids, {}, media)
 
 
 class Fingerprint:
@@ -58,7 +76,7 @@ class Fingerprint:
         Raises:
             WeightSyncError: beyond the tolerance, or the engine's numbers stand still while the trainer's move.
         """
-        packed = pack([(probe.input_ids, [c.token_ids for c in completions])], policy.device)
+        packed = pack([(probe.input_ids, [c.token_ids for c in completions])], policy.device, [probe])
         own = policy(packed, PROBE_SAMPLING.temperature)[0].double().cpu()
         theirs = torch.cat([c.sampler_logprobs for c in completions]).double()
         difference = (theirs - own).abs().mean().item()

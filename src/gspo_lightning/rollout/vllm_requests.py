@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gspo_lightning.data.images import load_image
+from gspo_lightning.data.vision import image_parts
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Completion, Prompt, SamplingParams
@@ -39,10 +41,42 @@ def request_fields(policy: Policy, prompt: Prompt, sampling: SamplingParams, see
 
 
 def refuse_images(prompts: Sequence[Prompt]) -> None:
-    """Images go to vLLM as raw images beside the unexpanded prompt, which `Prompt` does not carry yet."""
+    """Servers are asked for completions of token ids, and that way has no place for pictures."""
     for prompt in prompts:
         if prompt.mm_inputs:
-            raise UserError(f"row {prompt.uid} has images; vLLM engines do not take them, use rollout=transformers")
+            raise UserError(
+                f"row {prompt.uid} has images, which rollout=vllm_server does not take; use rollout=vllm or "
+                "rollout=transformers"
+            )
+
+
+def engine_input(prompt: Prompt) -> dict[str, Any]:
+    """A prompt for vLLM's `generate`: its tokens, and pictures as they are beside one placeholder for each.
+
+    vLLM expands the placeholders itself; prompts that are expanded already would be expanded twice.
+
+    Raises:
+        UserError: the prompt has a video.
+    """
+    if not prompt.mm_inputs:
+        return {"prompt_token_ids": prompt.input_ids.tolist()}
+    parts = image_parts(prompt.prompt)
+    if any(part["type"] == "video" for part in parts):
+        raise UserError(f"row {prompt.uid} has a video, which rollout=vllm does not take; use rollout=transformers")
+    where = f"row {prompt.uid}"
+    pictures = [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts)]
+    return {"prompt_token_ids": unexpanded(prompt), "multi_modal_data": {"image": pictures}}
+
+
+def unexpanded(prompt: Prompt) -> list[int]:
+    """The tokens of a prompt with one placeholder for each picture in place of a run of them."""
+    types = prompt.mm_inputs["mm_token_type_ids"].tolist()
+    ids = prompt.input_ids.tolist()
+    return [
+        token
+        for number, (token, kind) in enumerate(zip(ids, types, strict=True))
+        if not (kind and number and types[number - 1] == kind)
+    ]
 
 
 def completion(

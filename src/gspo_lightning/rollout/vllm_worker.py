@@ -1,8 +1,9 @@
 """What runs inside vLLM's worker (``worker_extension_cls``): taking weights, and saying which ones it has.
 
 `reload_weights` of vLLM 0.32 alone is not enough, and nothing tells: with tied embeddings on a CPU the output
-embedding keeps a packed copy of the old weights, and gpt-oss keeps its old experts and attention sinks. The two
-functions below cure that; `tests/rollout/test_vllm_engine.py` shows what happens without them.
+embedding keeps a packed copy of the old weights, gpt-oss keeps its old experts and attention sinks, and models that
+read pictures scale pixels at random. The functions below cure that; `tests/rollout/test_vllm_*.py` show what happens
+without them.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class WeightSync:
         self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
         model = self.model_runner.get_model()
         load_what_reload_skips(model, weights)
+        restore_pixel_norm(model, self.model_runner.vllm_config)
         repack_cpu_linears(model)
         self.gspo_version = version
 
@@ -73,6 +75,18 @@ def repack_cpu_linears(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "cpu_linear") and getattr(module, "weight", torch.empty(0)).numel() > 0:
             module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
+
+
+def restore_pixel_norm(model: nn.Module, config: Any) -> None:
+    """The scaling of pixels, which is no weight of the checkpoint, and which a start from random weights overwrites."""
+    norm = getattr(getattr(model, "visual", None), "input_norm", None)
+    if norm is None or not norm.state_dict():
+        return
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
+
+    with set_current_vllm_config(config):
+        norm.load_state_dict(build_mm_input_norm(config.model_config).state_dict())
 
 
 def load_what_reload_skips(model: nn.Module, weights: dict[str, Tensor]) -> None:
