@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import EngineUnavailableError, VLLMEngine, vllm_engine
@@ -19,6 +20,7 @@ from gspo_lightning.types import SamplingParams
 from tests.conf.probes.base import Probe, built, or_error
 from tests.rollout.fake_server import FakeServer
 from tests.support import make_prompt
+from tests.training import Settings, build_module
 
 
 def policy(node: dict[str, Any], folder: Path) -> Any:
@@ -116,6 +118,7 @@ def vllm_server(node: dict[str, Any], folder: Path) -> Any:
             probe_length(first),
             str(engine._dtype),
             weights_of(first),
+            samples_ahead(engine),
         )
     finally:
         first.close(), second.close()
@@ -127,6 +130,16 @@ def engine_servers(engine: Any) -> list[Any]:
 
 def probe_length(server: FakeServer) -> list[int]:
     return [len(body["prompt"]) for path, body in server.calls if path == "/v1/completions"]
+
+
+def samples_ahead(engine: Any) -> str:
+    """What a module makes of the engine."""
+    m = build_module("bundled:micro", Settings())
+    made = GSPOModule(
+        m.policy_loader, m.rewards, objective=m.objective, sampling=m.sampling, optimizer=m.optimizer_factory,
+        max_rollouts=1, engine=engine,
+    )  # fmt: skip
+    return type(made.engine).__name__
 
 
 def weights_of(server: FakeServer) -> Any:
@@ -142,12 +155,12 @@ PROBES = [
         "model": "bundled:smollm2-135m-instruct", "max_prompt_length": 50, "max_completion_length": 50,
         "overrides": {"rms_norm_eps": 0.5}, "dtype": "bfloat16", "memory_fraction": 0.5, "kv_cache_gb": 0.5,
         "max_num_seqs": 7, "prefix_caching": False, "enforce_eager": False, "sleep": True, "lora_sync": "merged",
-        "tolerance": 0.25,
+        "tolerance": 0.25, "min_pixels": 100, "max_pixels": 100,
     }, {"model": "bundled:micro"}),
     Probe(["rollout=vllm_server"], "rollout.engine", vllm_server, {
         "urls": ["first", "second"], "api_key_env": "OTHER_KEY", "sync_dir": "elsewhere", "max_prompt_length": 40,
         "max_completion_length": 20, "tolerance": 9.0, "dtype": "bfloat16",
-        "lora_sync": "adapter",
+        "lora_sync": "adapter", "staleness": 1,
     }, {"urls": ["first"], "sync_dir": "", "max_prompt_length": 8, "max_completion_length": 4,
         "lora_sync": "merged", "ready_timeout_s": 0.5, "pause_s": 0.05}),
 ]  # fmt: skip
