@@ -5,7 +5,7 @@ from gspo_lightning.data.easy_vqa import EasyVQA
 from gspo_lightning.data.mixture import Mixture
 from gspo_lightning.data.multiple_choice import MultipleChoice
 from gspo_lightning.data.rows import RowsTask
-from gspo_lightning.data.tasks import Arithmetic, LargestOfFour, MicroDigit, MicroLetters, SecretNumber, Task
+from gspo_lightning.data.tasks import Arithmetic, LargestOfFour, MicroDigit, MicroLetters, OnePrompt, SecretNumber, Task
 from gspo_lightning.data.templating import make_prompt
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MicroLetters",
     "Mixture",
     "MultipleChoice",
+    "OnePrompt",
     "PromptDataModule",
     "RowsTask",
     "SecretNumber",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -233,6 +233,36 @@ class MicroLetters:
         """The same questions with a marker no training row has."""
         letters = (self.letters[i % len(self.letters)] for i in range(self.num_validation))
         return [{"prompt": f"v{i}{letter}:", "letter": letter} for i, letter in enumerate(letters)]
+
+
+@dataclass(frozen=True)
+class OnePrompt:
+    """One and the same prompt, for a reward that always finds something to improve, such as the speed of code."""
+
+    prompt: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    """For the reward functions."""
+    num_validation: int = 1
+    name: str = "one_prompt"
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise UserError("data.task.prompt is empty")
+        if self.num_validation < 1:
+            raise UserError(f"data.task.num_validation={self.num_validation} must be at least 1")
+
+    @property
+    def num_train_rows(self) -> None:
+        """Never runs out."""
+        return None
+
+    def train_row(self, index: int) -> Row:
+        """The prompt; sampling differs from row to row."""
+        return {"prompt": [{"role": "user", "content": self.prompt}], **self.columns}
+
+    def validation_rows(self) -> list[Row]:
+        """The prompt again: there is no other."""
+        return [self.train_row(0) for _ in range(self.num_validation)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gspo_lightning.packing.attention import shared_prefix_attention
+from gspo_lightning.packing.attention import attend, repeat_heads, shared_prefix_attention
 from gspo_lightning.packing.layout import SharedPrefixLayout
 
 ATTENTION_NAME = "gspo_shared_prefix"
@@ -48,10 +48,10 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls; returns ``(rows, tokens, heads, D)`` and no weights."""
     if layout is None:
-        if s_aux is not None or softcap is not None:
-            raise NotImplementedError(
-                "attention sinks and soft caps need a packed forward or attn_implementation=eager"
-            )
+        if softcap is not None:
+            raise NotImplementedError("soft-capped scores need attn_implementation=eager")
+        if s_aux is not None:
+            return _with_sinks(query, key, value, attention_mask, scaling, s_aux), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -63,6 +63,18 @@ def attention_forward(
     else:
         out = layout.attend(query, key, value, scaling=scale, window=sliding_window, sinks=s_aux)
     return out.transpose(1, 2), None
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor
+) -> Tensor:
+    """Padded rows of a model with attention sinks; no mask is causal. Returns ``(rows, tokens, heads, D)``."""
+    if mask is None:
+        queries, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, mask, scaling=scale, sinks=sinks).transpose(1, 2)
 
 
 def register() -> None:

@@ -1,5 +1,5 @@
-"""Models that need no hub: ``bundled:smollm2-135m-instruct`` (pretrained) and ``bundled:micro`` (random), and
-``bundled:tiny-vlm``, which reads images (see `gspo_lightning.policy.tiny_vlm`).
+"""Models that need no hub: ``bundled:smollm2-135m-instruct`` (pretrained), ``bundled:micro`` and
+``bundled:micro-gpt-oss`` (random), and ``bundled:tiny-vlm``, which reads images (`gspo_lightning.policy.tiny_vlm`).
 
 A bundled model is built once and kept in a cache folder (``GSPO_CACHE``, else ``~/.cache/gspo_lightning``).
 It is made in a temporary folder beside its place and renamed when complete, under a lock, so a reader
@@ -163,6 +163,12 @@ def _build_micro(folder: Path) -> None:
     build_micro_model(folder)
 
 
+def _build_micro_gpt_oss(folder: Path) -> None:
+    from gspo_lightning.policy.micro_gpt_oss import build_micro_gpt_oss
+
+    build_micro_gpt_oss(folder)
+
+
 def _build_tiny_vlm(folder: Path) -> None:
     from gspo_lightning.policy.tiny_vlm import build_tiny_vlm
 
@@ -183,6 +189,7 @@ _RECIPES = {
         disk_bytes=800 * 10**6,
     ),
     "micro": _Recipe(version=1, build=_build_micro, source="random weights, seed 0", disk_bytes=10**6),
+    "micro-gpt-oss": _Recipe(version=1, build=_build_micro_gpt_oss, source="random weights, seed 0", disk_bytes=10**7),
 }
 
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    Mxfp4Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -147,6 +148,13 @@ class PolicyLoader:
             attention = "eager"
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
+        if _is_mxfp4(config):
+            if self.quantization is not None:
+                raise UserError(
+                    f"model.quantization={self.quantization}: the experts of {config.model_type} are no layers that "
+                    "bitsandbytes can quantise; set it to null (its MXFP4 weights are trained on in bfloat16)"
+                )
+            quantised = {"quantization_config": Mxfp4Config(dequantize=True)}
         with reading(self.path, "the model", "check the folder and model.overrides"):
             model, found = kind.from_pretrained(
                 path,
@@ -161,6 +169,8 @@ class PolicyLoader:
         _refuse_random_weights(self.path, found)
         if self.quantization is not None:
             keep_packing(model)
+        if self.dtype == "float64" and model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # the grouped product of the others has no float64
         if vision and not self.train_vision:
             for part in vision_parts(model).values():
                 part.requires_grad_(False)
@@ -168,6 +178,12 @@ class PolicyLoader:
             model.requires_grad_(False)
             model.model.visual.requires_grad_(True)
         return model.train()
+
+
+def _is_mxfp4(config: Any) -> bool:
+    """Whether the weights lie on the disk in MXFP4, as gpt-oss is published: its kernels have no backward."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    return dict(quantization).get("quant_method") == "mxfp4"
 
 
 def check_quantization(quantization: str | None, lora: Any) -> None:
