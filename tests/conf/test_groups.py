@@ -35,6 +35,8 @@ NEEDS = {
     "experiment=gspo_qwen_vl": ["model.quantization=null", "trainer.accelerator=auto"],
     "experiment=gspo_qwen_vl_3b": ["trainer.accelerator=auto"],
     "experiment=gspo_gsm8k": ["trainer.accelerator=auto"],
+    "model=gpt_oss_20b": ["lora=language"],
+    "experiment=gspo_gpt_oss": ["trainer.accelerator=auto"],
     "experiment=gspo_qwen3_vl": ["model.quantization=null", "trainer.accelerator=auto"],
 }
 

@@ -50,6 +50,9 @@ PROBES = [
     Probe(["data=arithmetic"], "data.task", task_in(around), {
         "instruction": "Now.", "examples": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}],
     }),
+    Probe(["data=matmul"], "data.task", task_in(around), {
+        "prompt": "Multiply.", "columns": {"letter": "e"}, "num_validation": 3, "name": "other",
+    }),
     Probe(["data=secret_number"], "data.task", task_in(around), {
         "low": 2, "high": 8, "seed": 5, "num_validation": 3, "examples": [{"role": "assistant", "content": "5"}],
     }),
