@@ -1,6 +1,6 @@
 """Tokens per second of the three rollout engines and the time of a weight synchronisation, on SmolLM2-135M-Instruct.
 
-    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python -m benchmarks.rollout [--dtype bfloat16] [--engines transformers vllm]
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python scripts/benchmark.py rollout [--dtype bfloat16] [--engines NAME ...]
 
 8 prompts x 8 completions x 128 tokens; no completion ends early, so every engine makes the same 8,192 tokens. One
 round warms up, the better of two counts. ``vllm_server`` needs a server on port 8000 (scripts/serve_rollouts.sh).

@@ -3,6 +3,7 @@
 bash scripts/setup.sh --peers
 python scripts/benchmark.py --check
 python scripts/benchmark.py [--quick] [--scenarios NAME ...] [--rounds N] [--steps N] [--out benchmarks/results.json]
+python scripts/benchmark.py rollout [--dtype bfloat16] [--engines transformers vllm vllm_server]
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ Result = dict[str, Any]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["rollout"]:
+        from benchmarks import rollout
+
+        del sys.argv[1]
+        rollout.main()
+        return
     arguments = parse()
     peers = Path(os.environ.get("GSPO_PEERS_VENV", ROOT / ".venv-peers")) / "bin" / "python"
     sides = {"ours": sys.executable}

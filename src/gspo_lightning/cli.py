@@ -33,9 +33,11 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
+from gspo_lightning.policy.hub import push
 from gspo_lightning.redact import masked, redacted
 from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.config_tree import config_tree
+from gspo_lightning.report.model_card import model_card
 from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError
 from gspo_lightning.timing import peak_rss_gb
@@ -237,9 +239,20 @@ class TrainingRun:
             merge = self.plain["export"]["merge_lora"]
             export_dir = export_policy(self.module.policy, self.run_dir / "model", merge_lora=merge)
         if self.trainer.is_global_zero:
-            write_summary(self.run_dir, self._facts(wall_s, export_dir))
+            summary = write_summary(self.run_dir, self._facts(wall_s, export_dir))
             report = render_report(self.run_dir)
             print_result_table(Console(), self.run_dir, report)
+            if export_dir is not None:
+                self._publish(export_dir, summary)
+
+    def _publish(self, folder: Path, summary: dict[str, Any]) -> None:
+        """The model card beside the weights, and both on the hub if that is asked for."""
+        settings = self.plain["export"]
+        is_adapter = (folder / "adapter_config.json").exists()
+        card = model_card(redacted(self.plain), summary, is_adapter=is_adapter)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if settings["push_to_hub"]:
+            print(f"uploaded to {push(folder, settings['push_to_hub'], private=settings['private'])}", flush=True)
 
     def _facts(self, wall_s: float, export_dir: Path | None) -> dict[str, Any]:
         counts = self.module.counts
@@ -279,8 +292,6 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # The data module has split the held-out prompts over the ranks: each is measured once.
-    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     # What is logged is already a mean over all ranks.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -13,6 +13,7 @@ from gspo_lightning.build import build
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import check_objective
+from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.load import check_quantization
 from gspo_lightning.targets import check_targets
 from gspo_lightning.update import BUSY_CPU, BUSY_GPU, token_budget
@@ -44,6 +45,8 @@ def check(plain: dict[str, Any]) -> None:
             f"trainer.strategy={strategy} flattens or moves the weights that rollouts and LoRA need as they are; use "
             "trainer=ddp"
         )
+    export = plain["export"]
+    check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
     check_targets(plain)
     check_calls(plain)

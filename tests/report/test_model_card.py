@@ -1,0 +1,129 @@
+"""The card of an exported model, and its way to the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from unittest import mock
+
+import pytest
+import yaml
+from huggingface_hub.errors import HfHubHTTPError
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from gspo_lightning import cli
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy import hub
+from gspo_lightning.report.model_card import model_card
+from tests.conf.test_groups import CONF
+
+PLAIN = {
+    "model": {"path": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "objective": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "data": {"task": {"name": "gsm8k"}, "prompts_per_rollout": 8},
+    "rollout": {"num_generations": 4},
+    "seed": 3,
+}
+SUMMARY = {
+    "steps": 10, "optimizer_steps": 38, "val_accuracy_before": 0.25, "val_accuracy_after": 0.5, "val_sampled_before": 0.125,
+    "val_sampled_after": 0.375, "val_reward_before": None, "val_reward_after": 0.4,
+}  # fmt: skip
+
+
+def test_the_card_says_what_the_model_is_and_what_was_measured():
+    card = model_card(PLAIN, SUMMARY, is_adapter=True)
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "library_name": "peft",
+        "tags": ["reinforcement-learning", "gspo", "gspo_lightning"],
+    }
+    assert "| held-out accuracy, greedy | 0.250 | 0.500 |" in text
+    assert "| held-out reward | not measured | 0.400 |" in text
+    assert "10 rollouts of 8 prompts with 4 completions each, 38 optimizer steps, seed 3" in text
+
+
+@pytest.mark.parametrize("path", ["bundled:micro", "/my/folder", "./folder/model", "folder"])
+def test_a_folder_is_not_named_as_a_model_of_the_hub(path):
+    _, front, _ = model_card({**PLAIN, "model": {"path": path}}, SUMMARY, is_adapter=False).split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["reinforcement-learning", "gspo",
+                                                                             "gspo_lightning"]}  # fmt: skip
+
+
+class Api:
+    """A hub that remembers; it refuses what is called refused."""
+
+    calls: list[tuple[str, object]]
+
+    def create_repo(self, repository, **options):
+        if "refused" in repository:
+            raise HfHubHTTPError("403 Forbidden\nmore", response=mock.Mock(headers={}))
+        self.calls.append((repository, options))
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload", options))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    Api.calls = []
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
+    return Api
+
+
+def train(folder, *overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            "train",
+            ["experiment=micro", "max_rollouts=1", f"hydra.runtime.output_dir={folder}", *overrides],
+            return_hydra_config=True,
+        )
+    HydraConfig.instance().set_config(cfg)
+    from omegaconf import open_dict
+
+    with open_dict(cfg):
+        del cfg["hydra"]
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        cli._train(cfg)
+    return screen.getvalue()
+
+
+def test_a_run_uploads_its_export_with_the_card(api, tmp_path):
+    screen = train(tmp_path, "export.push_to_hub=me/my-model", "export.private=false")
+    assert "uploaded to https://hub/me/my-model" in screen
+    (made, options), (_, upload) = api.calls
+    assert made == "me/my-model" and options == {"private": False, "exist_ok": True}
+    assert upload["folder_path"] == tmp_path / "model"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| held-out reward | {summary['val_reward_before']:.3f} | {summary['val_reward_after']:.3f} |" in card
+
+
+def test_a_refused_upload_is_one_line_that_says_where_the_model_lies(api, tmp_path):
+    with pytest.raises(UserError, match=r"push_to_hub=me/refused: 403 Forbidden; the model lies in /tmp/model$"):
+        hub.push(tmp_path.__class__("/tmp/model"), "me/refused", private=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("me/x", False, True), "export.push_to_hub=me/x has no effect with export.enabled=false"),
+        (("not a name!", True, True), "export.push_to_hub=not a name!: no name of a repository"),
+        ((None, True, False), "export.private=false has no effect without export.push_to_hub"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused_before_the_run(settings, message, api):
+    repository, exported, private = settings
+    with pytest.raises(UserError, match=f"^{message}"):
+        hub.check_push(repository, exported=exported, private=private)
+
+
+def test_a_missing_token_is_refused_before_the_run(api, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="needs a token: hf auth login"):
+        hub.check_push("me/x", exported=True, private=True)
