@@ -193,8 +193,19 @@ def test_what_would_change_the_result_is_never_dropped_in_silence(given, tmp_pat
 
 
 def test_keys_that_train_nothing_are_named_and_do_not_stop_the_conversion():
-    result = convert({"push_to_hub": True, "hub_model_id": "me/x"})
-    assert result.remainder == ["push_to_hub", "hub_model_id"] and not result.blocking
+    result = convert({"hub_strategy": "checkpoint", "hub_revision": "dev"})
+    assert result.remainder == ["hub_strategy", "hub_revision"] and not result.blocking
+
+
+def test_an_upload_goes_to_the_same_repository_and_is_public_only_where_that_is_asked_for():
+    settings = convert({"push_to_hub": True, "hub_model_id": "me/x"}).settings
+    assert settings["export.push_to_hub"] == "me/x" and "export.private" not in settings
+    assert convert({"push_to_hub": True, "hub_model_id": "me/x", "hub_private_repo": False}).settings[
+        "export.private"
+    ] is False  # fmt: skip
+    unnamed = convert({"push_to_hub": True})
+    assert "export.push_to_hub" not in unnamed.settings and "export.push_to_hub=me/my-model" in " ".join(unnamed.added)
+    assert "export.push_to_hub" not in convert({"hub_model_id": "me/x"}).settings
 
 
 def test_three_ways_of_writing_give_the_same_keys():

@@ -206,6 +206,24 @@ def running(config: Config, given: Config, result: Conversion, notes: Notes) -> 
     notes["resume_from_checkpoint"] = ("better default", "ckpt_path takes a checkpoint of ours, never one of TRL")
     if not resume:
         notes["resume_from_checkpoint"] = ("same", "off")
+    _hub(config, result, notes)
+
+
+def _hub(config: Config, result: Conversion, notes: Notes) -> None:
+    """The upload at the end, where a repository is named; a public one is made only where that is asked for."""
+    repository, wanted = config.get("hub_model_id"), bool(config.get("push_to_hub"))
+    off = ("same", "nothing is uploaded")
+    notes["push_to_hub"] = ("renamed", "export.push_to_hub, which names the repository") if wanted else off
+    notes["hub_model_id"] = ("renamed", "export.push_to_hub") if wanted else off
+    notes["hub_private_repo"] = ("renamed", "export.private, true unless false is given") if wanted else off
+    if not wanted:
+        return
+    if not repository:
+        result.added.append("export.push_to_hub=me/my-model is for you to add: TRL takes the folder's name")
+        return
+    result.settings["export.push_to_hub"] = repository
+    if config.get("hub_private_repo") is False:
+        result.settings["export.private"] = False
 
 
 def _moving_reference(config: Config, notes: Notes, settings: Config) -> None:

@@ -43,7 +43,8 @@ COMPUTED = (
     "optim", "adam_beta1", "adam_beta2", "bf16", "fp16", "save_strategy", "save_steps", "eval_strategy", "eval_steps",
     "report_to", "loss_type", "epsilon", "epsilon_high", "delta", "sapo_temperature_neg", "sapo_temperature_pos",
     "scale_rewards", "multi_objective_aggregation", "use_bias_correction_kl", "min_p", "chat_template_kwargs",
-    "resume_from_checkpoint", "use_cpu", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", *VLLM,
+    "resume_from_checkpoint", "use_cpu", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+    "push_to_hub", "hub_model_id", "hub_private_repo", *VLLM,
 )  # fmt: skip
 """Keys whose translation depends on the value or on other keys."""
 
@@ -144,13 +145,10 @@ NONE: dict[str, tuple[Any, str]] = {
     "include_for_metrics": ([], "validation measures rewards and accuracy"),
     "batch_eval_metrics": (False, "validation accumulates means"),
     "save_on_each_node": (False, "rank 0 alone writes"),
-    "push_to_hub": (False, "nothing is uploaded; <run folder>/model is in Hugging Face format"),
-    "hub_token": (None, "nothing is uploaded"),
-    "hub_private_repo": (None, "nothing is uploaded"),
-    "hub_model_id": (None, "nothing is uploaded"),
-    "hub_strategy": ("every_save", "nothing is uploaded"),
-    "hub_always_push": (False, "nothing is uploaded"),
-    "hub_revision": (None, "nothing is uploaded"),
+    "hub_token": (None, "HF_TOKEN or hf auth login: a token in a config ends up in files"),
+    "hub_strategy": ("every_save", "the export at the end is uploaded, checkpoints are not"),
+    "hub_always_push": (False, "there is one upload, at the end"),
+    "hub_revision": (None, "the upload goes to the main branch"),
     "load_best_model_at_end": (False, "the last policy is exported; compare checkpoints with evaluate.py"),
     "metric_for_best_model": (None, "the last policy is exported"),
     "greater_is_better": (None, "the last policy is exported"),
@@ -172,7 +170,7 @@ NONE: dict[str, tuple[Any, str]] = {
 }
 """Key -> (TRL's default, why there is none). At its default a key asks for nothing."""
 
-HARMLESS = ("log_", "hub_", "push_to_hub", "trackio_", "save_on", "eval_", "ddp_", "local_rank", "debug", "label_names")
+HARMLESS = ("log_", "hub_", "trackio_", "save_on", "eval_", "ddp_", "local_rank", "debug", "label_names")
 """Beginnings of the keys of ``NONE`` that do not change what is trained."""
 
 DEFAULTS: dict[str, Any] = {
