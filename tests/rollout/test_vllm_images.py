@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.errors import UserError
@@ -15,6 +15,7 @@ from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
 from gspo_lightning.rollout import VLLMEngine, WeightSyncError
 from gspo_lightning.rollout.vllm_requests import engine_input, unexpanded
 from gspo_lightning.types import Prompt, SamplingParams
+from tests.vision.models import small_config
 
 SAMPLING = SamplingParams(3, 5, temperature=0.8)
 
@@ -63,19 +64,7 @@ def test_a_prompt_goes_out_with_one_placeholder_for_each_picture(smollm2_dir, tm
 def model_dir(tmp_path_factory, smollm2_dir):
     """A random Qwen2.5-VL whose attention vLLM has a kernel for."""
     folder = tmp_path_factory.mktemp("vlm")
-    ids = {f"{token.strip('<|>').replace('_pad', '')}_token_id": number for token, number in SPECIAL_IDS.items()}
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        },
-        vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-                       "fullatt_block_indexes": [1], "window_size": 112},
-        tie_word_embeddings=True, **ids,
-    )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = Qwen2_5_VLForConditionalGeneration(small_config(SPECIAL_IDS, tower=64))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "embed_tokens" not in name:

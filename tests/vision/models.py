@@ -46,6 +46,27 @@ FAMILIES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def small_config(special_ids: dict[str, int], tower: int = 32) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of two layers for SmolLM2's tokenizer; draws nothing but seeds torch for who draws the weights.
+
+    Args:
+        special_ids: of the placeholders, as `gspo_lightning.policy.tiny_vlm` has them.
+        tower: width of the vision half.
+    """
+    ids = {f"{token.strip('<|>').replace('_pad', '')}_token_id": number for token, number in special_ids.items()}
+    torch.manual_seed(0)
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={"depth": 2, "hidden_size": tower, "intermediate_size": tower, "num_heads": 2,
+                       "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 112},
+        tie_word_embeddings=True, **ids,
+    )  # fmt: skip
+
+
 class NoTokenizer:
     """Stands for the tokenizer of models that have none."""
 

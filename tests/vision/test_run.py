@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
+from tests.vision.models import small_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,19 +28,7 @@ def run(*arguments):
 def model_dir(tmp_path_factory, smollm2_dir):
     """A random Qwen2.5-VL of two small layers with SmolLM2's tokenizer."""
     folder = tmp_path_factory.mktemp("vlm")
-    ids = {f"{token.strip('<|>').replace('_pad', '')}_token_id": number for token, number in SPECIAL_IDS.items()}
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        },
-        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
-                       "fullatt_block_indexes": [1], "window_size": 112},
-        tie_word_embeddings=True, **ids,
-    )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = Qwen2_5_VLForConditionalGeneration(small_config(SPECIAL_IDS))
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     build_processor(smollm2_dir, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)

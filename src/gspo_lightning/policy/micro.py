@@ -8,7 +8,8 @@ token that is also the end of sequence.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -78,22 +79,33 @@ def build_micro_tokenizer() -> PreTrainedTokenizerFast:
 
     Characters outside printable ASCII and newline become ``<unk>``.
     """
+    return character_tokenizer(
+        SPECIAL_TOKENS, CHAT_TEMPLATE, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN
+    )
+
+
+def character_tokenizer(special: Sequence[str], chat_template: str, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per character behind the special ones, the first of which is ``<unk>``.
+
+    Args:
+        special: in the order of their ids.
+        chat_template: as on the hub.
+        kwargs: which of the special tokens is what, as `PreTrainedTokenizerFast` takes it.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
+    vocabulary = {token: index for index, token in enumerate([*special, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK_TOKEN,
-        bos_token=BOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        pad_token=EOS_TOKEN,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
+        **kwargs,
     )
 
 

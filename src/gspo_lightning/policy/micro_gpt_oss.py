@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from gspo_lightning.policy.micro import CHARACTERS, UNK_TOKEN
+from gspo_lightning.policy.micro import UNK_TOKEN, character_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,20 +67,11 @@ def build_micro_gpt_oss(folder: str | os.PathLike[str], seed: int = 0) -> None:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character of printable ASCII and newline, and the special tokens of harmony."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=UNK_TOKEN,
+    others = [token for token in SPECIAL_TOKENS[2:] if token != "<|return|>"]
+    return character_tokenizer(
+        SPECIAL_TOKENS,
+        CHAT_TEMPLATE,
         eos_token="<|return|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=[token for token in SPECIAL_TOKENS[2:] if token != "<|return|>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
+        additional_special_tokens=others,
     )
