@@ -30,6 +30,7 @@ from gspo_lightning.build import build_callbacks, build_data, build_module, buil
 from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint, disk_error
 from gspo_lightning.errors import UserError
+from gspo_lightning.estimate import estimate
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
@@ -160,6 +161,10 @@ def _train(cfg: DictConfig) -> float | None:
     plain = config.resolve(cfg)
     config.check(plain)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if plain["dry_run"]:
+        _dry_run(plain)
+        _leave_nothing(folder)
+        return None
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder)
     run_dir = _make_run_dir(folder)
     datamodule = build_data(plain)
@@ -172,6 +177,26 @@ def _train(cfg: DictConfig) -> float | None:
     module = build_module(plain)
     with contextlib.closing(module.rewards):
         return TrainingRun(plain, run_dir, ckpt_path, module, datamodule).execute()
+
+
+def _dry_run(plain: dict[str, Any]) -> None:
+    """The table of `gspo_lightning.estimate` for the first prompts of the run."""
+    datamodule = build_data(plain)
+    module = build_module(plain)
+    found = estimate(
+        module.policy_loader,
+        datamodule.batch_at(0).prompts,
+        num_generations=module.sampling.num_generations,
+        max_completion_length=module.sampling.max_completion_length,
+        validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,
+        max_concurrent=getattr(module.engine, "max_concurrent", 0),
+        update=module.update_settings,
+        optimizer=plain["optimizer"]["_target_"].rpartition(".")[2],
+        needs_reference=module.objective.needs_ref,
+        precision=plain["trainer"]["precision"],
+        on_gpu=torch.cuda.is_available() and plain["trainer"]["accelerator"] != "cpu",
+    )
+    Console().print(found.table())
 
 
 def _evaluate(cfg: DictConfig) -> None:

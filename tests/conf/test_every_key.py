@@ -186,6 +186,7 @@ def test_the_key_arrives_at_its_constructor_and_nothing_else_changes(key, runs):
 # Keys that are no argument of anything -> the test that shows what they do.
 ELSEWHERE = {
     "ckpt_path": "tests/end_to_end/test_command_line.py",
+    "dry_run": "tests/report/test_estimate.py",
     "export.push_to_hub": "tests/report/test_model_card.py",
     "export.private": "tests/report/test_model_card.py",
     "checkpoint.grace_s": "tests/end_to_end/test_command_line.py",

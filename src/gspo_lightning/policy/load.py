@@ -30,7 +30,7 @@ from gspo_lightning.policy.reading import load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES
 
 _NOT_QUANTISED = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PolicyLoader:
         wrapped: nn.Module = model
         if self.lora is not None:
             with reading(self.path, "the adapter", "check model.lora.target_modules"):
-                wrapped = _add_lora(model, self.lora, self.train_vision)
+                wrapped = add_lora(model, self.lora, self.train_vision)
         return self.as_policy(wrapped, self.load_tokenizer(), has_adapter=self.lora is not None)
 
     def load_reference(self, policy: Policy) -> Policy:
@@ -158,7 +158,7 @@ class PolicyLoader:
         with reading(self.path, "the model", "check the folder and model.overrides"):
             model, found = kind.from_pretrained(
                 path,
-                dtype=_DTYPES[self.dtype],
+                dtype=DTYPES[self.dtype],
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -278,7 +278,8 @@ def _refuse_dropout(model: nn.Module) -> None:
         )
 
 
-def _add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
+def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
+    """The peft model around ``model``: adapters on its language layers, and on its vision half by choice."""
     from peft import LoraConfig, get_peft_model
 
     parts = vision_parts(model)

@@ -1,0 +1,128 @@
+"""`dry_run=true`: counts by hand, and no weight is loaded."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.estimate import ACTIVATIONS, GIB, estimate
+from gspo_lightning.packing import pack
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.update import UpdateSettings
+from tests.support import make_prompt, micro_policy
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [make_prompt(torch.arange(3, 3 + n), uid=str(n)) for n in (5, 9, 7, 6)]
+USUAL = {
+    "num_generations": 3, "max_completion_length": 8, "validation_rows": 0, "max_concurrent": 256,
+    "update": UpdateSettings(num_minibatches=2), "optimizer": "AdamW", "needs_reference": False, "precision": "32-true",
+    "on_gpu": True,
+}  # fmt: skip
+
+
+def of(path="bundled:micro", loader=None, **changes):
+    return estimate(loader or PolicyLoader(str(path)), PROMPTS, **{**USUAL, **changes})
+
+
+def test_weights_gradients_and_moments_are_those_of_the_model(micro_model_dir):
+    found, count = of(micro_model_dir), sum(p.numel() for p in micro_policy(micro_model_dir).parameters())
+    assert found.parameters == found.trained == count
+    assert found.parts["weights"] == found.parts["gradients"] == 4 * count
+    assert found.parts["optimizer (AdamW)"] == 8 * count
+    assert of(micro_model_dir, optimizer="AdamW8bit").parts["optimizer (AdamW8bit)"] == 2 * count
+    assert of(micro_model_dir, needs_reference=True).parts["reference"] == 4 * count
+    assert (
+        of(micro_model_dir, loader=PolicyLoader(str(micro_model_dir), dtype="bfloat16")).parts["weights"] == 2 * count
+    )
+
+
+def test_only_the_adapter_has_gradients_and_it_needs_no_reference(micro_model_dir):
+    loader = PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=2))
+    found = of(loader=loader, needs_reference=True)
+    trained = sum(p.numel() for p in loader.load().parameters() if p.requires_grad)
+    assert found.trained == trained < found.parameters / 5
+    assert found.parts["gradients"] == 4 * trained
+    assert "reference" not in found.parts
+
+
+def test_activations_are_what_autograd_keeps_of_the_largest_micro_batch(micro_model_dir):
+    """Two groups a minibatch; the largest is that of the prompts of 5 and 9 tokens or of 7 and 6: 14 and 3 x 7 x 2."""
+    found = of(micro_model_dir)
+    assert found.pace["forwarded at a time"].startswith("56 tokens")
+    policy = micro_policy(micro_model_dir, torch.float32)
+    own = {p.data_ptr() for p in policy.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    completion = torch.zeros(8, dtype=torch.long)
+    row = pack([(p.input_ids, [completion] * 3) for p in PROMPTS[:2]], torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy(row)
+    real = sum(size for size, _ in kept.values())
+    assert found.parts[ACTIVATIONS] == pytest.approx(real, rel=0.02)
+
+
+def test_the_cache_of_a_rollout_by_hand(micro_model_dir):
+    """2 layers of keys and values, 2 heads of 16, float32; rows of the longest prompt and a whole completion; 4 x logits."""
+    vocabulary = micro_policy(micro_model_dir).output_weight.shape[0]
+
+    def by_hand(rows):
+        return 2 * 2 * rows * (9 + 8) * 2 * 16 * 4 + 4 * rows * vocabulary * 4
+
+    assert of(micro_model_dir).rollout == by_hand(12)
+    assert of(micro_model_dir, validation_rows=40).rollout == by_hand(40)
+    assert of(micro_model_dir, validation_rows=40, max_concurrent=30).rollout == by_hand(30)
+    assert of(micro_model_dir, max_concurrent=0).rollout == 0
+
+
+def test_the_peak_of_a_gpu_is_that_of_the_phase_that_needs_more(micro_model_dir):
+    found, process = of(micro_model_dir), of(micro_model_dir, on_gpu=False)
+    fixed = found.parts["weights"] + found.parts["gradients"] + found.parts["optimizer (AdamW)"]
+    assert found.total == fixed + max(found.parts[ACTIVATIONS], found.rollout)
+    program = process.parts["program and libraries"]
+    assert 0.1 * GIB < program < 4 * GIB
+    assert process.total == fixed + found.parts[ACTIVATIONS] + found.rollout + program
+
+
+def test_a_quantised_base_takes_a_fraction_of_its_linear_layers(micro_model_dir):
+    whole = of(loader=PolicyLoader(str(micro_model_dir), dtype="bfloat16", lora=LoraSettings(r=2))).parts["weights"]
+    nf4 = PolicyLoader(str(micro_model_dir), dtype="bfloat16", lora=LoraSettings(r=2), quantization="nf4")
+    policy = micro_policy(micro_model_dir)
+    linear = 2 * sum(m.weight.numel() for m in policy.base_model.model.modules() if isinstance(m, torch.nn.Linear))
+    assert of(loader=nf4).parts["weights"] == pytest.approx(whole - linear * (1 - 4.13 / 16), rel=1e-6)
+
+
+def test_the_command_prints_the_table_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", "experiment=micro", "dry_run=true", f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "no weights were loaded" in done.stdout and "peak of the process" in done.stdout
+    assert not folder.exists()
+
+
+def test_a_model_that_reads_pictures_and_one_of_experts_are_estimated_too(smollm2_dir, tmp_path):
+    from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS
+    from tests.vision.models import small_config
+
+    small_config(SPECIAL_IDS).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # read by nobody
+    seeing = of(loader=PolicyLoader(str(tmp_path)))
+    assert seeing.trained < seeing.parameters
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(of(loader=PolicyLoader("bundled:micro-gpt-oss", dtype="bfloat16")).table())
+    assert "forwarded at a time" in screen.getvalue()
+    with pytest.raises(UserError, match="with model.dtype=bfloat16 alone, not float32"):
+        of("bundled:micro-gpt-oss")
