@@ -129,8 +129,10 @@ def test_a_set_survives_pickling_before_it_has_run(reward_set):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_when_the_trainer_is_interrupted_or_killed(how, tmp_path):
     file = tmp_path / "pids"
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
     script = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(ROOT)!r})
 from tests.rewards.test_workers import batch, users
 from gspo_lightning.rewards import RewardSet, RewardSpec
