@@ -73,7 +73,10 @@ else
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   settings+=(VLLM_CPU_OMP_THREADS_BIND=nobind)
-  arguments+=(--enforce-eager --kv-cache-memory-bytes 1073741824 --max-num-seqs 64)
+  # A prompt cut into chunks ends vLLM 0.32 on a CPU: it turns back the generator of a seeded request, and those cannot.
+  batch=$((length > 4096 ? length : 4096))
+  arguments+=(--enforce-eager --kv-cache-memory-bytes 1073741824 --max-num-seqs 64
+    --no-enable-chunked-prefill --max-num-batched-tokens "$batch")
 fi
 
 children=()

@@ -188,6 +188,8 @@ def test_the_lock_has_no_address_and_every_line_is_a_pin() -> None:
         ([], ["--load-format dummy", "--host 127.0.0.1", "--port 8000", "processed_logprobs"], "--enable-lora"),
         (["--lora", "12"], ["--enable-lora", "--max-lora-rank 16", "RUNTIME_LORA_UPDATING=1"], "dummy"),
         (["--servers", "2", "--", "--seed", "3"], ["--port 8001 --seed 3"], "VLLM_API_KEY"),
+        # vLLM 0.32 ends on a CPU where a prompt is cut into chunks: a batch holds the longest whole.
+        (["--max-model-len", "9000"], ["--no-enable-chunked-prefill --max-num-batched-tokens 9000"], "VLLM_API_KEY"),
     ],
 )
 def test_serve_prints_the_plain_vllm_command(

@@ -165,6 +165,7 @@ class VLLMEngine:
             disable_log_stats=True,
             seed=0,
             **self.memory,
+            **self._whole_prompts(),
             **self._vision(policy),
             **(_lora_settings(policy) if adapter else {}),
         )
@@ -176,6 +177,12 @@ class VLLMEngine:
             with shaken_adapter(policy):
                 self._send(policy)
                 self._prove(policy)
+
+    def _whole_prompts(self) -> dict[str, Any]:
+        """On a CPU, no prompt in chunks: vLLM 0.32 then turns back the generator of a seeded request, which fails."""
+        if torch.cuda.is_available():
+            return {}
+        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.max_model_len, 4096)}
 
     def _vision(self, policy: Policy) -> dict[str, Any]:
         """The same pictures as in training: the processor's own limits, or those of the data."""
