@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.distributed import whole
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Objective
 from gspo_lightning.policy.load import PolicyLoader
@@ -110,7 +111,7 @@ def trainer(**changes: Any) -> L.Trainer:
 
 def weights(module: GSPOModule) -> Tensor:
     """All trained parameters as one vector."""
-    return torch.cat([p.detach().flatten().clone() for p in module.policy.parameters() if p.requires_grad])
+    return torch.cat([whole(p.detach()).flatten().clone() for p in module.policy.parameters() if p.requires_grad])
 
 
 def update_of(folder: Any, settings: Settings, prompts: Sequence[Prompt] | None = None) -> tuple[Tensor, GSPOModule]:

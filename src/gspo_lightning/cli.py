@@ -41,6 +41,7 @@ from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.report.model_card import model_card
 from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError
+from gspo_lightning.sharding import whole_policy
 from gspo_lightning.timing import peak_rss_gb
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -260,9 +261,11 @@ class TrainingRun:
     def _finish(self, wall_s: float) -> None:
         assert self.module.policy is not None
         export_dir = None
-        if self.plain["export"]["enabled"] and self.trainer.is_global_zero:
-            merge = self.plain["export"]["merge_lora"]
-            export_dir = export_policy(self.module.policy, self.run_dir / "model", merge_lora=merge)
+        if self.plain["export"]["enabled"]:
+            policy = whole_policy(self.module.policy, self.module.policy_loader)
+            if policy is not None:
+                merge = self.plain["export"]["merge_lora"]
+                export_dir = export_policy(policy, self.run_dir / "model", merge_lora=merge)
         if self.trainer.is_global_zero:
             summary = write_summary(self.run_dir, self._facts(wall_s, export_dir))
             report = render_report(self.run_dir)

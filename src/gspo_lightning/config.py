@@ -43,7 +43,7 @@ def check(plain: dict[str, Any]) -> None:
     if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
         raise UserError(
             f"trainer.strategy={strategy} flattens or moves the weights that rollouts and LoRA need as they are; use "
-            "trainer=ddp"
+            "trainer=fsdp, which is FSDP2, or trainer=ddp"
         )
     export = plain["export"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gspo_lightning.types import Metrics
 
@@ -28,6 +29,11 @@ def global_sum(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is split over ranks, who must all ask for it; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def global_max(value: int, device: torch.device) -> int:

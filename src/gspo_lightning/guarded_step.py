@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gspo_lightning.distributed import whole
+
 
 class NonFiniteGradientError(RuntimeError):
     """Too many optimizer steps in a row had a non-finite gradient; none of them reached the weights."""
@@ -59,6 +61,7 @@ class GuardedStep:
             NonFiniteGradientError: this was the last of ``max_nonfinite_steps`` in a row.
         """
         norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.max_grad_norm)
+        norm = whole(norm)
         finite = bool(torch.isfinite(norm))
         if finite:
             optimizer.step()

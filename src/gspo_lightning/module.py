@@ -14,12 +14,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, rollout_metrics
-from gspo_lightning.distributed import add_metrics, global_sum
+from gspo_lightning.distributed import add_metrics, global_sum, whole
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
@@ -33,10 +35,12 @@ from gspo_lightning.policy.reference import move_reference
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
+from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
 from gspo_lightning.schedule import Schedule
+from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
 from gspo_lightning.types import Prompt, PromptBatch, SamplingParams, ScoredRollout
 from gspo_lightning.update import Minibatch, UpdateSettings, split_minibatches
@@ -128,6 +132,19 @@ class GSPOModule(L.LightningModule):
         self.policy = self.policy_loader.load()
         if self.objective.needs_ref and not self.policy.has_adapter:
             self._frozen = [self.policy_loader.load_reference(self.policy)]
+        if self.device_mesh is not None:
+            self._shard(self.device_mesh)
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        """Splits the weights over ranks; what needs them whole and by other entries comes before."""
+        assert self.policy is not None
+        if self._ahead is not None:
+            raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0, or use trainer=auto")
+        self._choose_forward()
+        gather = getattr(self.trainer.strategy, "gather_for_rollouts", True)
+        for policy in (self.policy, *self._frozen):
+            shard_policy(policy, mesh, gather_for_rollouts=gather)
+        self.engine = gathered(self.engine, self.policy_loader)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
@@ -334,11 +351,29 @@ class GSPOModule(L.LightningModule):
         if self._ahead is not None:
             checkpoint["gspo_lightning"]["ahead"] = self._ahead.state_dict()
         if self.update_settings.ref_sync_every_n_rollouts:
-            checkpoint["gspo_lightning"]["reference"] = [policy.state_dict() for policy in self._frozen]
+            checkpoint["gspo_lightning"]["reference"] = [
+                {name: whole(value) for name, value in policy.state_dict().items()} for policy in self._frozen
+            ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the counters and refuses the checkpoint of another model."""
-        saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        # A sharded one has no weights here: its strategy loads them, and asks the same question.
+        if "state_dict" in checkpoint:
+            self.refuse_other_model({name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()})
+        state = checkpoint["gspo_lightning"]
+        self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
+        self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        if self._ahead is not None and self.policy is not None:
+            self._ahead.load_state_dict(state.get("ahead", {}), self.policy)
+        for policy, weights in zip(self._frozen, state.get("reference", ()), strict=False):
+            set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
+
+    def refuse_other_model(self, saved: dict[str, tuple[int, ...]]) -> None:
+        """Refuses the weights of another model, by the shapes they have in a checkpoint.
+
+        Raises:
+            UserError: a trained parameter is missing there or has another shape.
+        """
         own = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
         if other := sorted(name for name, shape in own.items() if saved.get(name) != shape):
             raise UserError(
@@ -346,10 +381,3 @@ class GSPOModule(L.LightningModule):
                 f"missing or of another shape, the first is {other[0]} (here {own[other[0]]}, there "
                 f"{saved.get(other[0], 'none')})"
             )
-        state = checkpoint["gspo_lightning"]
-        self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
-        self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        if self._ahead is not None and self.policy is not None:
-            self._ahead.load_state_dict(state.get("ahead", {}), self.policy)
-        for policy, saved in zip(self._frozen, state.get("reference", ()), strict=False):
-            policy.load_state_dict(saved)

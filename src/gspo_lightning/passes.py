@@ -14,6 +14,7 @@ from gspo_lightning.objective.selection import top_entropy_threshold
 from gspo_lightning.out_of_memory import in_parts
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.sharding import in_step
 from gspo_lightning.types import Metrics, ScoredRollout
 from gspo_lightning.update import MicroBatch, Minibatch, build_micro_batch
 
@@ -82,20 +83,22 @@ class Passes:
         The first is updated from the very weights that sampled it: there, old is new. Not so where the rollout was
         generated ahead: all old log-probabilities are those of ``behaviour`` then.
         """
-        if self.objective.selects_tokens:
-            return [self._select(scored, minibatch) for minibatch in minibatches]
-        first = 0 if self.behaviour is not None else 1
-        return [
-            Fixed(self._logprobs_of(self._sampler, scored, minibatch) if number >= first else None)
-            for number, minibatch in enumerate(minibatches)
-        ]
+        with in_step(self.policy):
+            if self.objective.selects_tokens:
+                return [self._select(scored, minibatch) for minibatch in minibatches]
+            first = 0 if self.behaviour is not None else 1
+            return [
+                Fixed(self._logprobs_of(self._sampler, scored, minibatch) if number >= first else None)
+                for number, minibatch in enumerate(minibatches)
+            ]
 
     @torch.no_grad()
     def reference(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Logprobs | None]:
         """Log-probabilities of the reference; None for each minibatch if the objective needs none."""
         if not self.objective.needs_ref:
             return [None] * len(minibatches)
-        return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
+        with in_step(self.frozen or self.policy):
+            return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
 
     def loss(self, micro: MicroBatch, fixed: Fixed, index: int, attempt: Attempt) -> tuple[Tensor, Tensor]:
         """Loss sum and log-probabilities, with gradient, of the micro-batch ``index`` of a minibatch."""

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from gspo_lightning.distributed import rank, world_size
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.sharding import FSDP2Strategy
 from gspo_lightning.types import PromptBatch
 from tests.training import Settings, build_module, scripted_prompts, trainer, weights
 from tests.vision.models import picture_prompt
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--case", default="plain")
     parser.add_argument("--loss", default="grpo")
     parser.add_argument("--dtype", default="float64")
@@ -83,10 +85,12 @@ def main() -> None:
         def __iter__(self):
             return iter(Loader())
 
-    runner = trainer(devices=a.devices, strategy="ddp" if a.devices > 1 else "auto", max_epochs=1)
+    strategy = FSDP2Strategy() if a.strategy == "fsdp" else "ddp" if a.devices > 1 else "auto"
+    runner = trainer(devices=a.devices, strategy=strategy, max_epochs=1)
     runner.fit(module, DataLoader(Rows(), batch_size=None))
+    everything = weights(module)
     if runner.is_global_zero:
-        torch.save(weights(module), a.out)
+        torch.save(everything, a.out)
         metrics = {k: v for k, v in module.last_metrics.items() if not k.startswith(("time/", "perf/", "count/"))}
         a.out.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "counts": module.counts}))
 

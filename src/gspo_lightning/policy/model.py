@@ -48,6 +48,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.has_adapter = has_adapter
         self.is_padded = is_padded
+        self.shards: Any = None  # `gspo_lightning.sharding.Shards` once the weights are split over ranks
         self.processor = processor
         shared = features_from.vision if features_from is not None else None
         if shared is not None and not shared.is_frozen:
@@ -87,6 +88,12 @@ class Policy(nn.Module):
 
         ``prompts`` are those of a packed row, for their vision inputs; a forward of single tokens has none.
         """
+        return self._hidden_states(input_ids, position_ids, layout, prompts, **kwargs)
+
+    # Apart, because under FSDP2 both `hidden_states` and `forward` are entries that gather weights.
+    def _hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt] = (), **kwargs: Any
+    ) -> Tensor:
         body: Any = self.base_model.model
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         if self.vision is not None:
@@ -118,7 +125,7 @@ class Policy(nn.Module):
         """
         if self.is_padded:
             return padded_logprobs(self.base_model, packed, temperature, with_entropy)
-        hidden = self.hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)
+        hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)
         return linear_logprobs(
             hidden[0].index_select(0, packed.predictor_index),
             self.output_weight,

@@ -1,0 +1,50 @@
+"""Whole weights for engines that cannot sample from a sharded policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from gspo_lightning.distributed import rank
+from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.engine import RolloutEngine
+from gspo_lightning.rollout.transformers_engine import TransformersEngine
+from gspo_lightning.sharding import trained_weights
+from gspo_lightning.types import Prompt, Rollout, SamplingParams
+
+
+@dataclass
+class GatheredEngine:
+    """Gives ``engine`` a policy on the CPU that is whole and up to date.
+
+    There is one such copy on every rank, or on rank 0 alone if the engine has ``samples_on = "first_rank"``.
+    Weights arrive one parameter at a time, so a rank that keeps none never holds more than one of them.
+    """
+
+    engine: RolloutEngine
+    loader: PolicyLoader
+    _copy: Policy | None = field(default=None, init=False)
+
+    def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
+        """See `RolloutEngine.generate`; all ranks must call it together."""
+        self._refresh(policy)
+        kind = policy.device.type
+        # The copy computes, and the engine chooses its dtype, as the policy would.
+        precision = torch.autocast("cpu", torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+        with precision:
+            return self.engine.generate(self._copy or policy, prompts, sampling, seed)
+
+    @torch.no_grad()
+    def _refresh(self, policy: Policy) -> None:
+        keep = rank() == 0 or getattr(self.engine, "samples_on", "every_rank") == "every_rank"
+        weights = trained_weights(policy, keep=keep)
+        if keep:
+            self._copy = self._copy or self.loader.load()
+            self._copy.load_state_dict(weights, strict=False)
+
+
+def gathered(engine: RolloutEngine, loader: PolicyLoader) -> RolloutEngine:
+    """The engine as a sharded policy needs it."""
+    return engine if isinstance(engine, TransformersEngine) else GatheredEngine(engine, loader)
