@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gspo_lightning import dynamic_sampling
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dynamic_sampling import draw_until_signal
@@ -66,6 +67,17 @@ def test_draws_are_bounded_and_the_rollout_keeps_its_size():
 def test_a_rollout_with_signal_everywhere_draws_nothing():
     source, rollout, batch, drawn = run(set(), max_draws=2)
     assert source.collected == [[0, 1, 2]] and batch.cursor == 3 and drawn.draws == 0
+
+
+def test_a_rank_with_signal_runs_along_while_another_draws(monkeypatch):
+    """The other rank has one silent group in the first draw and none after it."""
+    others, along = iter([1, 0]), []
+    monkeypatch.setattr(
+        dynamic_sampling, "gather_values", lambda values: torch.tensor([int(values), next(others)], dtype=torch.float64)
+    )
+    source = Numbers(set())
+    draw_until_signal(source, source.collect, AdvantageEstimator(), 3, lambda: along.append(len(source.collected)))
+    assert along == [1] and source.collected == [[0, 1, 2]]
 
 
 def test_advantages_that_compare_the_batch_are_those_of_the_final_rollout():

@@ -166,7 +166,7 @@ def _train(cfg: DictConfig) -> float | None:
         _dry_run(plain)
         _leave_nothing(folder)
         return None
-    ckpt_path = find_checkpoint(plain["ckpt_path"], folder)
+    ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=config.is_sharded(plain))
     run_dir = _make_run_dir(folder)
     datamodule = build_data(plain)
     plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)

@@ -45,6 +45,8 @@ def check(plain: dict[str, Any]) -> None:
             f"trainer.strategy={strategy} flattens or moves the weights that rollouts and LoRA need as they are; use "
             "trainer=fsdp, which is FSDP2, or trainer=ddp"
         )
+    if is_sharded(plain):
+        _check_sharding(plain)
     export = plain["export"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
@@ -78,6 +80,28 @@ def check(plain: dict[str, Any]) -> None:
                 )
     _check_environment(plain)
     _report(plain)
+
+
+def is_sharded(plain: dict[str, Any]) -> bool:
+    """Whether the weights are split over ranks: trainer=fsdp."""
+    strategy = plain["trainer"]["strategy"]
+    return isinstance(strategy, dict) and str(strategy.get("_target_")).endswith(
+        (".FSDP2Strategy", ".ModelParallelStrategy")
+    )
+
+
+def _check_sharding(plain: dict[str, Any]) -> None:
+    """What cannot be split over ranks."""
+    if plain["model"].get("quantization"):
+        raise UserError(
+            f"trainer=fsdp cannot split weights of model.quantization={plain['model']['quantization']}; use trainer=ddp"
+        )
+    if str(plain["optimizer"].get("_target_")).startswith("bitsandbytes."):
+        raise UserError(
+            "trainer=fsdp splits the states of torch's optimizers alone; use optimizer=adamw, or trainer=ddp"
+        )
+    if plain["rollout"]["engine"].get("staleness"):
+        raise UserError("rollout.engine.staleness=1 needs whole weights in one process; set it to 0 with trainer=fsdp")
 
 
 def _check_environment(plain: dict[str, Any]) -> None:

@@ -60,9 +60,11 @@ def draw_until_signal(
     collect: Callable[[list[Prompt]], ScoredRollout],
     advantages: AdvantageEstimator,
     max_draws: int,
+    run_along: Callable[[], object] = lambda: None,
 ) -> tuple[ScoredRollout, PromptBatch, Drawn]:
     """Collects a rollout and replaces groups whose rewards are all equal, at most ``max_draws`` times.
 
+    Where other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
     Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
     """
     batch = source.first()
@@ -81,7 +83,9 @@ def draw_until_signal(
             extra_prompts=drawn.extra_prompts + counts[rank()],
             discarded_tokens=drawn.discarded_tokens + _tokens(scored, silent),
         )
-        if silent:
+        if not silent:
+            run_along()
+        else:
             scored = _replace(scored, silent, collect(more.prompts), advantages)
     return scored, batch, replace(drawn, silent_left=int(silent_groups(scored.rewards).sum()))
 

@@ -139,7 +139,7 @@ class GSPOModule(L.LightningModule):
         """Splits the weights over ranks; what needs them whole and by other entries comes before."""
         assert self.policy is not None
         if self._ahead is not None:
-            raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0, or use trainer=auto")
+            raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
         self._choose_forward()
         gather = getattr(self.trainer.strategy, "gather_for_rollouts", True)
         for policy in (self.policy, *self._frozen):
@@ -185,7 +185,7 @@ class GSPOModule(L.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             if self.max_draws:
                 self.last_scored, self.batch_in_hand, self._drawn = draw_until_signal(
-                    self._source(), self._collect, self.advantages, self.max_draws
+                    self._source(), self._collect, self.advantages, self.max_draws, self._run_along
                 )
             else:
                 self.last_scored = self._collect(batch.prompts)
@@ -206,6 +206,11 @@ class GSPOModule(L.LightningModule):
                 "completion; set it to sequence_token (GSPO with advantages per token)"
             )
         return scored
+
+    def _run_along(self) -> None:
+        """Asks the engine for nothing, because other ranks ask it for something."""
+        assert self.policy is not None
+        self.engine.generate(self.policy, [], self.sampling, rollout_seed(self.seed, self.rollouts_done))
 
     def _source(self) -> PromptSource:
         """Where fresh prompts are drawn from; the loader fetches ahead, so its batches would be stale here."""

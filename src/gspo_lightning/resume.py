@@ -10,21 +10,24 @@ from pathlib import Path
 import torch
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.sharded_checkpoint import REST, is_whole_folder
 
 AUTO = "auto"
 
 
-def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
+def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = False) -> Path | None:
     """The checkpoint to go on from, None to start afresh.
 
     Args:
         ckpt_path: None, a file, or ``auto``: the newest good one of ``run_dir``, or a fresh start if it has none.
         run_dir: the run's folder.
+        sharded: whether the run splits its weights over ranks (trainer=fsdp).
 
-    A file that is damaged gives way to ``previous.ckpt`` beside it, with a line that says so.
+    One that is damaged gives way to ``previous.ckpt`` beside it, with a line that says so.
 
     Raises:
-        UserError: there is no such file, no good one, or it holds code or something that is not a run of ours.
+        UserError: there is no such file, no good one, it holds code or something that is not a run of ours, or is of a
+            run that splits its weights where this one does not.
     """
     if ckpt_path is None:
         return None
@@ -35,10 +38,15 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
             return None
     else:
         newest = Path(ckpt_path)
-        if not newest.exists():
+        if not any(file.exists() for file in _candidates(newest)):
             raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint")
     good = _first_good(newest)
     _refuse_foreign(good)
+    if good.is_dir() != sharded:
+        kind, way = (
+            ("in parts, one per rank", "trainer=fsdp") if good.is_dir() else ("in one file", "trainer=ddp or auto")
+        )
+        raise UserError(f"ckpt_path={good}: was saved {kind}; go on with {way}, on any number of devices")
     if ckpt_path == AUTO:
         print(f"ckpt_path=auto: going on from {good}", flush=True)
     return good
@@ -52,8 +60,11 @@ def _first_good(newest: Path) -> Path:
     for file in _candidates(newest):
         if not file.exists():
             continue
-        if is_whole(file):
-            return file
+        try:
+            if is_whole_folder(file) if file.is_dir() else is_whole(file):
+                return file
+        except pickle.UnpicklingError as error:
+            raise _holds_code(file) from error
         print(f"warning: {file} is damaged (cut short, or bits have changed)", flush=True)
     raise UserError(f"ckpt_path={newest}: damaged, and there is no good checkpoint beside it; start afresh")
 
@@ -72,9 +83,14 @@ def is_whole(path: Path) -> bool:
 
 def _refuse_foreign(path: Path) -> None:
     """Loads nothing but the structure: tensors stay on the disk."""
+    file = path / REST if path.is_dir() else path
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        checkpoint = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"ckpt_path={path}: holds pickled Python objects, which could run code; refused") from error
+        raise _holds_code(path) from error
     if not isinstance(checkpoint, dict) or "gspo_lightning" not in checkpoint:
         raise UserError(f"ckpt_path={path}: is not a checkpoint of gspo_lightning; name the last.ckpt of a run")
+
+
+def _holds_code(path: Path) -> UserError:
+    return UserError(f"ckpt_path={path}: holds pickled Python objects, which could run code; refused")

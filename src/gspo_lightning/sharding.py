@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -26,6 +24,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.sharded_checkpoint import read_index
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -52,18 +51,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             UserError: the checkpoint is of another model.
         """
-        metadata = FileSystemReader(checkpoint_path).read_metadata().state_dict_metadata
+        metadata = read_index(Path(checkpoint_path)).state_dict_metadata
         module: Any = self.lightning_module
         prefix = "state_dict."
         module.refuse_other_model(
             {name.removeprefix(prefix): tuple(getattr(m, "size", ())) for name, m in metadata.items()}
         )
         return super().load_checkpoint(checkpoint_path, weights_only)
-
-
-def is_sharded_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint is a folder that several ranks wrote."""
-    return _is_sharded_checkpoint(path)
 
 
 class Shards:

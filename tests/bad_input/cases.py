@@ -605,6 +605,8 @@ RUNS = [
     Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
     Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
     Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),
+    Case("run", "4-bit weights in parts", ["trainer=fsdp", "model.quantization=nf4", "lora=language"], "trainer=fsdp"),
+    Case("run", "8-bit optimizer states in parts", ["trainer=fsdp", "optimizer=adamw_8bit"], "trainer=fsdp"),
     Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
 ]  # fmt: skip
 

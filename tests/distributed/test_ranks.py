@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_lightning.objective.losses import LOSSES
 from tests.support import relative_distance
 
 SCRIPT = Path(__file__).parent / "run_update.py"
@@ -26,37 +28,63 @@ def update(folder, out, devices, *arguments):
     return torch.load(out, weights_only=True), json.loads(out.with_suffix(".json").read_text())
 
 
+AUXILIARY = {
+    "an auxiliary loss": ["--auxiliary"],
+    "an auxiliary loss and one rank without signal": ["--auxiliary", "--case", "one rank without signal"],
+}
 CASES = {
     "ragged": [],
     "one rank without signal": ["--case", "one rank without signal"],
     "no signal at all": ["--case", "no signal at all"],
-    "token mean": ["--loss", "dapo"],
-    "constant length": ["--loss", "dr_grpo"],
     "LoRA": ["--lora"],
-    "an auxiliary loss": ["--auxiliary"],
-    "an auxiliary loss and one rank without signal": ["--auxiliary", "--case", "one rank without signal"],
+    **{loss: ["--loss", loss] for loss in sorted(set(LOSSES) - {"grpo"})},
 }
+RUNS = [
+    *(pytest.param("ddp", case, id=f"{name}, DDP") for name, case in (CASES | AUXILIARY).items()),
+    *(pytest.param("fsdp", case, id=f"{name}, FSDP2") for name, case in CASES.items()),
+]
 
 
-@pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
-def test_two_ranks_give_the_update_of_one(arguments, micro_model_dir, tmp_path):
+@functools.cache
+def on_one_rank(folder, scratch, *arguments):
+    return update(folder, scratch / f"{'_'.join(arguments)}.pt", 1, *arguments)
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("one-rank")
+
+
+@pytest.mark.parametrize(("strategy", "arguments"), RUNS)
+def test_two_ranks_give_the_update_of_one(strategy, arguments, micro_model_dir, scratch, tmp_path):
     from tests.support import micro_policy
 
-    one, facts_one = update(micro_model_dir, tmp_path / "one.pt", 1, *arguments)
-    two, facts_two = update(micro_model_dir, tmp_path / "two.pt", 2, *arguments)
+    one, facts_one = on_one_rank(micro_model_dir, scratch, *arguments)
+    two, facts_two = update(micro_model_dir, tmp_path / "two.pt", 2, "--strategy", strategy, *arguments)
     if arguments == ["--case", "no signal at all"]:
         assert torch.equal(one, two)
         assert facts_one["counts"]["skipped_steps"] == facts_two["counts"]["skipped_steps"] == 1
     elif "--lora" not in arguments:
         start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir).parameters()])
-        assert relative_distance(two - start, one - start) < 1e-7
-    assert relative_distance(two, one) < 1e-7
+        assert relative_distance(two - start, one - start) < 1e-12
+    assert relative_distance(two, one) < 1e-12
     assert facts_two["counts"] == facts_one["counts"]
     assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_in_float32_too(strategy, micro_model_dir, tmp_path):
+    from tests.support import micro_policy
+
+    one, _ = update(micro_model_dir, tmp_path / "one.pt", 1, "--dtype", "float32")
+    two, _ = update(micro_model_dir, tmp_path / "two.pt", 2, "--dtype", "float32", "--strategy", strategy)
+    start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir, torch.float32).parameters()])
+    assert relative_distance((two - start).double(), (one - start).double()) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "LoRA"])
-def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, smollm2_dir, tmp_path):
+def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, strategy, smollm2_dir, tmp_path):
     from gspo_lightning.policy.tiny_vlm import build_processor
     from tests.vision.models import vision_policy
 
@@ -67,7 +95,7 @@ def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, sm
     build_processor(smollm2_dir, tmp_path / "scratch").save_pretrained(folder)
     case = ["--case", "one rank without pictures", "--budget", "60", *lora]
     one, facts_one = update(folder, tmp_path / "one.pt", 1, *case)
-    two, facts_two = update(folder, tmp_path / "two.pt", 2, *case)
+    two, facts_two = update(folder, tmp_path / "two.pt", 2, "--strategy", strategy, *case)
     assert relative_distance(two, one) < 1e-7
     assert facts_two["counts"] == facts_one["counts"]
     if not lora:

@@ -34,28 +34,56 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
     """Saves under a temporary name, flushes to disk, then renames: a kill at any moment leaves a good ``path``.
 
-    The file it replaces stays as ``previous``, by a second link to it, so that ``path`` is never missing.
+    What it replaces stays as ``previous``: a file by a second link to it, so that ``path`` is never missing.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a run that was killed: a folder would keep its other files
+    trainer.strategy.barrier("checkpoint folder")
     try:
         trainer.save_checkpoint(temporary)
     except (OSError, RuntimeError) as error:
         line = disk_error(path, error)
         # What was written of it would keep the disk full.
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise line or error from error
     if trainer.is_global_zero:
-        flush_to_disk(temporary)
-        if path.exists():
-            link = previous.with_name(f".{previous.name}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, previous)
+        _flush(temporary)
+        _keep(path, previous)
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     trainer.strategy.barrier("checkpoint")
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """The checkpoint at ``path``, if there is one, becomes ``previous``; a file stays where it is as well.
+
+    A folder, which the ranks of a sharded policy write, cannot have two names: for a moment only ``previous`` is there,
+    and that is where resuming looks next.
+    """
+    if path.is_dir() or previous.is_dir():
+        _remove(previous)
+        if path.exists():
+            os.replace(path, previous)
+    elif path.exists():
+        link = previous.with_name(f".{previous.name}.tmp")
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
+
+
+def _flush(path: Path) -> None:
+    for file in path.iterdir() if path.is_dir() else ():
+        flush_to_disk(file)
+    flush_to_disk(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, error: BaseException) -> UserError | None:

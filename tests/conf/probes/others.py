@@ -108,8 +108,9 @@ def trainer(node: dict[str, Any], folder: Path) -> Any:
 
 
 def strategy(node: dict[str, Any], folder: Path) -> Any:
-    """How long a rank waits for the others."""
-    return instantiate(node)._timeout
+    """How long a rank waits for the others, and whether weights are whole while it samples."""
+    made = instantiate(node)
+    return made._timeout, getattr(made, "gather_for_rollouts", None)
 
 
 def minutes(node: dict[str, Any], folder: Path) -> Any:
@@ -138,6 +139,10 @@ PROBES = [
     }),
     Probe(["trainer=ddp"], "trainer.strategy", strategy, {"timeout": {"_target_": "datetime.timedelta", "minutes": 3}}),
     Probe(["trainer=ddp"], "trainer.strategy.timeout", minutes, {"minutes": 3}),
+    Probe(["trainer=fsdp"], "trainer.strategy", strategy, {
+        "timeout": {"_target_": "datetime.timedelta", "minutes": 3}, "gather_for_rollouts": False,
+    }),
+    Probe(["trainer=fsdp"], "trainer.strategy.timeout", minutes, {"minutes": 3}),
     Probe(["logger=csv"], "logger.csv", captured("lightning.pytorch.loggers.CSVLogger"), {"save_dir": "x", "name": "x", "version": "x"}),
     Probe(["logger=tensorboard"], "logger.tensorboard", tensorboard, {"save_dir": "x", "name": "x", "version": "x"}),
     Probe(["logger=wandb"], "logger.wandb", captured("lightning.pytorch.loggers.WandbLogger"), {"save_dir": "x", "project": "x", "offline": True}),

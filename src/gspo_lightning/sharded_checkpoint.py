@@ -1,0 +1,103 @@
+"""Checkpoints that several ranks wrote: whole, and free of code, before torch reads them.
+
+``torch.distributed.checkpoint`` unpickles the index and what is no tensor without asking. The index may hold the few
+classes it is made of, and nothing else; every record is a zip archive of ``torch.save`` with checksums of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+_INDEX = ".metadata"
+REST = "meta.pt"
+"""Where Lightning keeps what is neither a weight nor an optimizer state."""
+_CLASSES = {
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}  # fmt: skip
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the classes of an index, or a dtype."""
+        if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+
+
+def read_index(folder: Path) -> Metadata:
+    """What is where in a sharded checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: it names something else than the parts of an index.
+    """
+    with (folder / _INDEX).open("rb") as file:
+        index: Metadata = _IndexUnpickler(file).load()
+    return index
+
+
+def is_whole_folder(folder: Path) -> bool:
+    """Whether every record of a sharded checkpoint has the checksum that was written with it.
+
+    Raises:
+        pickle.UnpicklingError: the index or a record holds something that could run code.
+    """
+    try:
+        with zipfile.ZipFile(folder / REST) as archive:
+            whole = archive.testzip() is None
+        return whole and all(_is_whole(content, is_tensor) for content, is_tensor in _records(folder))
+    except pickle.UnpicklingError:
+        if _reads_as_pickle(folder / _INDEX):
+            raise
+        return False
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, NotImplementedError):
+        return False
+
+
+def _records(folder: Path) -> Iterator[tuple[bytes, bool]]:
+    """The bytes of each record, and whether it is a tensor."""
+    index = read_index(folder)
+    for key, place in index.storage_data.items():
+        with (folder / Path(place.relative_path).name).open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
+        if len(content) < place.length:
+            raise EOFError
+        yield content, not isinstance(index.state_dict_metadata.get(key.fqn), BytesStorageMetadata)
+
+
+def _is_whole(content: bytes, is_tensor: bool) -> bool:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if archive.testzip() is not None:
+            return False
+    if not is_tensor:
+        torch.load(io.BytesIO(content), weights_only=True)
+    return True
+
+
+def _reads_as_pickle(path: Path) -> bool:
+    """Whether a pickle has all of its bytes: a damaged one is no attack."""
+    try:
+        return sum(1 for _ in pickletools.genops(path.read_bytes())) > 0
+    except ValueError:
+        return False

@@ -1,0 +1,88 @@
+"""Two ranks with FSDP2: engines see whole weights, and ranks with different numbers of forwards stay in step."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from gspo_lightning.distributed import rank, whole
+from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.sharding import FSDP2Strategy
+from gspo_lightning.types import Rollout, SamplingParams
+from tests.training import Batches, Settings, build_module, scripted_prompts, trainer
+
+GREEDY = SamplingParams(num_generations=2, max_completion_length=8, temperature=1.0)
+
+
+class Seeing:
+    """Samples nothing; keeps the policy it is given."""
+
+    def __init__(self, samples_on: str) -> None:
+        self.samples_on = samples_on
+        self.seen = []
+
+    def generate(self, policy, prompts, sampling, seed):
+        self.seen.append(policy)
+        return Rollout(prompts, [prompt.sample["completions"] for prompt in prompts])
+
+
+def check_engine(model: str, samples_on: str, lora: LoraSettings | None) -> None:
+    torch.manual_seed(0)
+    settings = Settings(lora=lora, rollouts=2)
+    module = build_module(model, settings)
+    module.engine = engine = Seeing(samples_on)
+    trainer(devices=2, strategy=FSDP2Strategy()).fit(module, Batches(scripted_prompts(count=2), 2).loader())
+    module.engine.generate(module.policy, [], GREEDY, 0)
+    gets_copy = samples_on == "every_rank" or rank() == 0
+    assert (engine.seen[-1] is not module.policy) == gets_copy
+    for (name, mine), theirs in zip(module.policy.named_parameters(), engine.seen[-1].parameters(), strict=True):
+        value = whole(mine.detach())  # of all ranks
+        assert not gets_copy or torch.equal(value, theirs), name
+    assert all(policy is engine.seen[-1] for policy in engine.seen)
+
+
+def check_unequal(model: str, gather: bool) -> None:
+    """Rank 0 has three prompts in three batches, rank 1 one: what they sample is what one process samples."""
+    settings = Settings(optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    alone = build_module(model, settings)
+    alone.configure_model()
+    prompts = scripted_prompts(count=4)
+    expected = TransformersEngine(max_concurrent=2).generate(alone.policy, prompts, GREEDY, 7)
+    module = build_module(model, settings)
+    strategy = FSDP2Strategy(gather_for_rollouts=gather)
+    trainer(devices=2, strategy=strategy).fit(module, Batches(prompts).loader())
+    mine = slice(0, 3) if rank() == 0 else slice(3, 4)
+    got = TransformersEngine(max_concurrent=2).generate(module.policy, prompts[mine], GREEDY, 7)
+    for ours, theirs in zip(got.completions, expected.completions[mine], strict=True):
+        assert [c.token_ids.tolist() for c in ours] == [c.token_ids.tolist() for c in theirs]
+    # Parts again: nothing is left whole, and there is something to gather.
+    assert all(hasattr(p, "full_tensor") for p in module.policy.parameters())
+    assert all(p.to_local().numel() < p.numel() for p in module.policy.parameters() if p.shape[0] > 1)
+    # A rank without any prompt runs along.
+    engine = TransformersEngine(max_concurrent=2)
+    again = engine.generate(module.policy, prompts[3:] if rank() else [], GREEDY, 7)
+    for ours, theirs in zip(again.completions, expected.completions[3:], strict=False):
+        assert [c.token_ids.tolist() for c in ours] == [c.token_ids.tolist() for c in theirs]
+    assert len(again.completions) == rank()
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    what, model = sys.argv[1:]
+    if what in ("gathered", "layer by layer"):
+        check_unequal(model, what == "gathered")
+    else:
+        check_engine(model, what.removesuffix("-lora"), LoraSettings(r=2) if what.endswith("-lora") else None)
+    Path(f"{what}-{rank()}.done").touch()
+
+
+if __name__ == "__main__":
+    main()
