@@ -76,6 +76,7 @@ class Settings:
     dtype: str = "float64"
     lora: Any = None
     train_vision: bool = False
+    compile: bool = False
     rollouts: int = 1
 
 
@@ -83,8 +84,9 @@ def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOM
     """A module on the micro model that trains with plain SGD at rate 1, so that a step is minus the gradient."""
     return GSPOModule(
         policy_loader=PolicyLoader(
-            str(folder), dtype=settings.dtype, lora=settings.lora, train_vision=settings.train_vision
-        ),
+            str(folder), dtype=settings.dtype, lora=settings.lora, train_vision=settings.train_vision,
+            compile=settings.compile,
+        ),  # fmt: skip
         engine=ScriptedEngine(),
         rewards=RewardSet({"scripted": RewardSpec(scripted_reward)}),
         objective=Objective(max_completion_length=8, **settings.objective),

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.policy.attention import ATTENTION_NAME, register
+from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora, load_config, packs_pictures, vision_parts
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.timing import rss_gb
@@ -150,9 +150,7 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
         setattr(config, name, value)
     vision = packs_pictures(config)
     kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    attention: Any = ATTENTION_NAME
-    if vision:
-        attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
+    attention = attention_implementation("sdpa", vision)
     if loader.dtype != "bfloat16" and getattr(config.get_text_config(), "num_local_experts", None):
         raise UserError(
             f"dry_run: a model with experts can be estimated with model.dtype=bfloat16 alone, not {loader.dtype}: "

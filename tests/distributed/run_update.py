@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--loss", default="grpo")
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--budget", type=int, default=30)
     parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
     a = parser.parse_args()
@@ -69,6 +70,7 @@ def main() -> None:
         dtype=a.dtype,
         lora=LoraSettings(r=2) if a.lora else None,
         train_vision=a.case == ONE_RANK_SEES,
+        compile=a.compile,
     )
     torch.manual_seed(0)  # of the adapter
     module = build_module(a.model, settings)

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from gspo_lightning.policy.attention import ATTENTION_NAME, register
+from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Prompt
 
@@ -88,7 +88,7 @@ def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_visi
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-    model.set_attn_implementation({"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"})
+    model.set_attn_implementation(attention_implementation("auto", has_vision=True))
     model.model.visual.requires_grad_(train_vision)
     model.generation_config.eos_token_id = 1
     return Policy(model.train(), NoTokenizer(), has_adapter=False, has_vision=True)  # type: ignore[arg-type]

@@ -44,7 +44,6 @@ def shared_prefix_attention(
     Returns:
         ``(1, heads, T, D)``.
     """
-    query, key, value = (autocast_dtype(x) for x in (query, key, value))
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     boundaries = _boundaries(layout)
     sizes = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]

@@ -14,9 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 WHOLE_GROUP_TOKENS = 256
 """Groups up to this many tokens are attended to in one call; a quadratic mask is cheaper than many calls there."""
@@ -69,6 +73,8 @@ class SharedPrefixLayout:
 
     groups: tuple[GroupLayout, ...]
     device: torch.device
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
+    """By sliding window, of the one-kernel form (`gspo_lightning.packing.flex`)."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +90,15 @@ class SharedPrefixLayout:
     def positions(self) -> Tensor:
         """``(T,)`` position of every token inside its own sequence; completions restart right after their prompt."""
         return self._positions
+
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """Two times ``(T,)``: the number of the prompt or completion that a token belongs to, and of its prompt."""
+        lengths = [n for group in self.groups for n in (group.prompt_length, *group.completion_lengths)]
+        sizes = [1 + len(group.completion_lengths) for group in self.groups]
+        prompts = [start for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False) for _ in range(size)]
+        counts = torch.tensor(lengths)
+        numbers = torch.arange(len(lengths)).repeat_interleave(counts)
+        return numbers.to(self.device), torch.tensor(prompts).repeat_interleave(counts).to(self.device)
 
     def _blocks(self) -> Iterator[AttentionBlock]:
         start = 0

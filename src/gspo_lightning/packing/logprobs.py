@@ -8,14 +8,17 @@ rounding reaches the gradient as it does in every other layer, but no ratio).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20
-"""Logits held at a time."""
+from gspo_lightning.packing.products import float32_products
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Logits held at a time: on a GPU a product of few rows would be bound by reading the weight."""
 
 
 def linear_logprobs(
@@ -55,8 +58,9 @@ def logits_logprobs(
     return logprobs, -torch.linalg.vecdot(log_p.exp(), log_p) if with_entropy else torch.zeros_like(logprobs)
 
 
-def _chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
-    size = max(16, CHUNK_BYTES // (dtype.itemsize * vocabulary))
+def _chunks(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    rows = len(hidden)
+    size = max(16, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (dtype.itemsize * vocabulary))
     count = max(1, -(-rows // size))
     size = -(-rows // count) if rows else 1
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -64,6 +68,15 @@ def _chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _logits(hidden: Tensor, weight: Tensor, narrow: torch.dtype) -> Callable[[slice], Tensor]:
+    """Logits of some rows in float32 or wider; ``narrow`` is the dtype of the other products of this training step."""
+    if hidden.is_cuda and narrow == torch.bfloat16:
+        return float32_products(hidden, weight)
+    wide = _wide(hidden)
+    weight_t = weight.to(wide.dtype).t()
+    return lambda rows: wide[rows] @ weight_t
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -77,12 +90,11 @@ class _LinearLogprobs(torch.autograd.Function):
         with_entropy: bool,
         backward_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        wide = _wide(hidden)
-        weight_t = weight.to(wide.dtype).t()
-        logprobs = wide.new_empty(len(hidden))
-        entropy = wide.new_zeros(len(hidden))
-        for rows in _chunks(len(hidden), weight.shape[0], wide.dtype):
-            logits = wide[rows] @ weight_t
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_zeros(len(hidden), dtype=dtype)
+        logits_of = _logits(hidden, weight, backward_dtype)
+        for rows in _chunks(hidden, weight.shape[0], dtype):
+            logits = logits_of(rows)
             if temperature != 1.0:
                 logits.div_(temperature)
             log_p = torch.log_softmax(logits, dim=-1)
@@ -102,7 +114,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), weight.shape[0], ctx.backward_dtype):
+            for rows in _chunks(hidden, weight.shape[0], ctx.backward_dtype):
                 g, h = grad_logprobs[rows, None], (grad_entropy[rows, None], entropy[rows, None])
                 grad_logits = _grad_logits(
                     narrow[rows] @ narrow_weight.t(), targets[rows, None], logprobs[rows, None], g,

@@ -7,7 +7,8 @@ attention, so ``generate`` and padded batches of the same model keep working.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,26 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gspo_lightning.packing.attention import attend, repeat_heads, shared_prefix_attention
+from gspo_lightning.packing.attention import attend, autocast_dtype, repeat_heads, shared_prefix_attention
+from gspo_lightning.packing.flex import can_flex, flex_shared_prefix_attention
 from gspo_lightning.packing.layout import SharedPrefixLayout
 
 ATTENTION_NAME = "gspo_shared_prefix"
+
+AttentionForm = Literal["auto", "sdpa", "flex"]
+"""How a packed row is attended to: block by block with torch's fused kernels (``sdpa``), in one block-sparse kernel
+(``flex``), or whichever suits the device (``auto``)."""
+
+
+def attention_name(form: AttentionForm) -> str:
+    """What transformers knows a form by."""
+    return ATTENTION_NAME if form == "auto" else f"{ATTENTION_NAME}_{form}"
+
+
+def attention_implementation(form: AttentionForm, has_vision: bool) -> Any:
+    """transformers' ``attn_implementation`` for a packed model; a tower keeps its own, for it sees patches."""
+    name = attention_name(form)
+    return {"": name, "text_config": name, "vision_config": "sdpa"} if has_vision else name
 
 
 class AttentionLayout(Protocol):
@@ -31,6 +48,7 @@ class AttentionLayout(Protocol):
         ...
 
 
+@torch.compiler.disable  # under model.compile, layouts differ from row to row
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -44,6 +62,7 @@ def attention_forward(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    form: AttentionForm = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls; returns ``(rows, tokens, heads, D)`` and no weights."""
@@ -59,7 +78,10 @@ def attention_forward(
         raise NotImplementedError("dropout and soft-capped scores are not part of the shared-prefix attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layout, SharedPrefixLayout):
-        out = shared_prefix_attention(query, key, value, layout, scaling=scale, window=sliding_window, sinks=s_aux)
+        query, key, value = (autocast_dtype(x) for x in (query, key, value))
+        flex = form == "flex" or (form == "auto" and can_flex(query))
+        attention = flex_shared_prefix_attention if flex else shared_prefix_attention
+        out = attention(query, key, value, layout, scaling=scale, window=sliding_window, sinks=s_aux)
     else:
         out = layout.attend(query, key, value, scaling=scale, window=sliding_window, sinks=s_aux)
     return out.transpose(1, 2), None
@@ -78,9 +100,10 @@ def _with_sinks(
 
 
 def register() -> None:
-    """Makes ``attn_implementation=ATTENTION_NAME`` known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    """Makes the names of all forms known to transformers; calling it again changes nothing."""
+    for form in get_args(AttentionForm):
+        AttentionInterface.register(attention_name(form), functools.partial(attention_forward, form=form))
+        AttentionMaskInterface.register(attention_name(form), sdpa_mask)
 
 
 def layout_mask(device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.policy.attention import ATTENTION_NAME, register
+from gspo_lightning.policy.attention import AttentionForm, attention_implementation, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
 from gspo_lightning.policy.model import Policy
@@ -59,6 +59,10 @@ class PolicyLoader:
     """Dtype of the weights. Mixed precision is the Trainer's; keep float32 here for full fine-tuning."""
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
+    attention: AttentionForm = "auto"
+    """Of packed rows: ``flex`` is one kernel and needs a GPU, ``sdpa`` goes block by block, ``auto`` suits the device."""
+    compile: bool = False
+    """Compile the layers (torch.compile): a minute at the start, fewer and larger kernels on a GPU."""
     quantization: Literal["nf4", "int8"] | None = None
     """The base in 4 bits (GPU and CPU) or 8 bits (GPU) by bitsandbytes, for LoRA."""
     train_vision: bool = False
@@ -140,10 +144,9 @@ class PolicyLoader:
                 "model.train_language=false trains the vision tower alone: it needs model.train_vision=true and "
                 "lora=none"
             )
-        attention: Any = ATTENTION_NAME
-        if packs:  # the tower keeps an attention of its own: it sees patches, not a packed row
-            attention = {"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"}
-        elif vision:
+        check_attention(self.attention, self.dtype)
+        attention = attention_implementation(self.attention, packs)
+        if vision and not packs:
             rank_zero_warn(f"model type {config.model_type} reads pictures in a way that packing does not know; {SLOW}")
             attention = "eager"
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
@@ -177,6 +180,8 @@ class PolicyLoader:
         if not self.train_language:
             model.requires_grad_(False)
             model.model.visual.requires_grad_(True)
+        if self.compile:
+            compile_layers(model)
         return model.train()
 
 
@@ -184,6 +189,24 @@ def _is_mxfp4(config: Any) -> bool:
     """Whether the weights lie on the disk in MXFP4, as gpt-oss is published: its kernels have no backward."""
     quantization = getattr(config, "quantization_config", None) or {}
     return dict(quantization).get("quant_method") == "mxfp4"
+
+
+def check_attention(form: AttentionForm, dtype: str) -> None:
+    """Refuses the one-kernel form of attention where it cannot be compiled.
+
+    Raises:
+        UserError: there is no GPU, or the weights are float64.
+    """
+    if form == "flex" and (dtype == "float64" or not torch.cuda.is_available()):
+        why = "needs a GPU, and there is none here" if dtype != "float64" else "has no kernel for model.dtype=float64"
+        raise UserError(f"model.attention=flex {why}; use auto, which takes sdpa there")
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Every layer of the language half becomes a compiled one, at its first forward and for rows of all lengths."""
+    layers: Any = model.get_decoder().layers
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def check_quantization(quantization: str | None, lora: Any) -> None:

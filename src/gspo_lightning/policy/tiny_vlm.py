@@ -20,7 +20,7 @@ import torch
 from gspo_lightning.data.easy_vqa import EasyVQA
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.packing import pack
-from gspo_lightning.policy.attention import ATTENTION_NAME, register
+from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.processor import ImageTextProcessor
 from gspo_lightning.policy.tiny_vlm_sight import learn_to_see
@@ -122,7 +122,7 @@ def build_tiny_vlm(folder: Path, smollm2: Path) -> None:
     register()
     processor = build_processor(smollm2, folder)
     model = build_language_half(smollm2)
-    model.set_attn_implementation({"": ATTENTION_NAME, "text_config": ATTENTION_NAME, "vision_config": "sdpa"})
+    model.set_attn_implementation(attention_implementation("auto", has_vision=True))
     model.requires_grad_(False)
     model.model.visual.requires_grad_(True)
     policy = Policy(model, processor.tokenizer, has_adapter=False, has_vision=True, processor=processor)

@@ -20,6 +20,7 @@ class PrefillCache(Cache):
         super().__init__(layers=[])
         self.states: list[tuple[Tensor, Tensor]] = []
 
+    @torch.compiler.disable  # slots and rows change with every token
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -54,6 +55,7 @@ class DecodeCache(Cache):
         slots = torch.arange(self.slots_prompt + new_tokens, device=device)
         self.visible = slots >= start[:, None]
 
+    @torch.compiler.disable  # slots and rows change with every token
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,10 @@ def policy(node: dict[str, Any], folder: Path) -> Any:
     def load() -> Any:
         model = built(node).load_model() if node["quantization"] else built(node).load().model
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        settings = (model.is_gradient_checkpointing, model.config.rms_norm_eps, model.config.hidden_size)
-        return next(model.parameters()).dtype, trained, settings
+        compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
+        config = model.config
+        settings = (model.is_gradient_checkpointing, len(compiled), config.rms_norm_eps, config.hidden_size)
+        return next(model.parameters()).dtype, trained, settings, config._attn_implementation
 
     return or_error(load)
 
@@ -149,7 +151,7 @@ def weights_of(server: FakeServer) -> Any:
 PROBES = [
     Probe(["model=micro"], "model", policy, {
         "path": "bundled:smollm2-135m-instruct", "dtype": "bfloat16", "gradient_checkpointing": True,
-        "quantization": "nf4", "train_vision": True, "train_language": False, "overrides": {"rms_norm_eps": 0.5},
+        "attention": "sdpa", "compile": True, "quantization": "nf4", "train_vision": True, "train_language": False, "overrides": {"rms_norm_eps": 0.5},
     }),
     Probe(["rollout=vllm"], "rollout.engine", vllm, {
         "model": "bundled:smollm2-135m-instruct", "max_prompt_length": 50, "max_completion_length": 50,

@@ -1,0 +1,116 @@
+"""Attention over a shared-prefix row as one block-sparse kernel: torch's FlexAttention, for GPUs.
+
+`gspo_lightning.packing.attention` calls a fused kernel once per block of the row, which suits a CPU; on a GPU that is
+hundreds of small launches per layer. Here the row is one launch, and blocks of scores that no token may look at are
+never touched. Both forms give the same numbers (`tests/packing/test_flex.py`, `tests/gpu`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils._triton import has_triton
+
+from gspo_lightning.packing.layout import SharedPrefixLayout
+
+BLOCK = 128
+"""Queries and keys of a block of scores; those that are all forbidden are skipped."""
+
+ROWS_AT_A_TIME = 2**26
+"""Entries of the token mask that are looked at together while its blocks are found."""
+
+
+def flex_shared_prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SharedPrefixLayout,
+    *,
+    scaling: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`shared_prefix_attention` in one kernel; the same arguments and result.
+
+    On a GPU the kernel is compiled on first use (Triton, some seconds), for all lengths at once. Elsewhere
+    FlexAttention computes all scores, and no gradients.
+    """
+    kernel: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
+    out, aux = kernel(
+        query,
+        key,
+        value,
+        block_mask=block_mask(layout, window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=sinks is not None),
+    )
+    if sinks is None:
+        return out
+    # With a sink of logit s the softmax has exp(s) more in its denominator: exp(lse) / (exp(lse) + exp(s)).
+    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))
+    return out * share.unsqueeze(-1).to(out.dtype)
+
+
+def can_flex(query: Tensor) -> bool:
+    """Whether the kernel can be compiled for these queries: on a GPU with Triton, and not in float64."""
+    return query.is_cuda and query.dtype != torch.float64 and has_triton()
+
+
+def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
+    """Which blocks of scores of a row are forbidden, partly allowed and wholly allowed; made once per row and window."""
+    masks = layout.block_masks
+    if window not in masks:
+        masks[window] = _build(layout, window)
+    return masks[window]
+
+
+def _build(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
+    (owner, prompt), positions = layout.owners(), layout.positions
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Causal inside the own sequence, which is the prompt and the completion."""
+        mine = (owner[k] == owner[q]) | (owner[k] == prompt[q])
+        distance = positions[q] - positions[k]
+        seen = mine & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+    some, every = _summary(layout.num_tokens, layout.device, allowed)
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~every), *_ordered(every), BLOCK_SIZE=BLOCK, mask_mod=allowed,
+        seq_lengths=(layout.num_tokens, layout.num_tokens),
+    )  # fmt: skip
+
+
+def _summary(tokens: int, device: torch.device, allowed: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Per block of scores ``(blocks, blocks)``: whether some, and whether all of it is allowed."""
+    count = -(-tokens // BLOCK)
+    keys = torch.arange(count * BLOCK, device=device)
+    inside = keys < tokens
+    keys = keys.clamp(max=tokens - 1)
+    step = max(1, ROWS_AT_A_TIME // (BLOCK * len(keys)))
+    some, every = [], []
+    for start in range(0, count, step):
+        rows = slice(start * BLOCK, min(start + step, count) * BLOCK)
+        unused = torch.zeros((), dtype=torch.long, device=device)
+        seen = allowed(unused, unused, keys[rows, None], keys[None, :]) & inside[rows, None] & inside[None, :]
+        blocks = seen.view(-1, BLOCK, count, BLOCK)
+        some.append(blocks.any(dim=3).any(dim=1))
+        every.append(blocks.all(dim=3).all(dim=1))
+    return torch.cat(some), torch.cat(every)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """``(rows, columns)`` bool -> how many columns each row has ``(1, 1, rows)``, and which, those first."""
+    columns = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32)[None, None], columns.int()[None, None]
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)

@@ -1,0 +1,49 @@
+"""Products with a float32 result on GPUs, where float32 products run at a tenth of the speed of bfloat16 ones.
+
+The matrix units multiply bfloat16 numbers exactly and add them up in float32; what an ordinary bfloat16 product loses
+is the rounding of its *result*. So bfloat16 operands give float32 logits at no cost. Float32 operands are taken as sums
+of two bfloat16 numbers each, which keeps 16 of their 24 bits, and of the four products the smallest is left out: an
+error near 1e-5, where bfloat16 logits are off by hundredths (the scheme that torch calls ``bf16_3x``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def float32_products(a: Tensor, b: Tensor) -> Callable[[slice], Tensor]:
+    """Rows of ``a @ b.T`` in float32, from bfloat16 products.
+
+    Args:
+        a: ``(N, H)`` float32 or bfloat16.
+        b: ``(M, H)`` float32 or bfloat16; taken apart once, whatever the number of calls.
+
+    Returns:
+        rows of ``a`` -> ``(rows, M)`` float32.
+    """
+    if a.dtype == b.dtype == torch.bfloat16:
+        return lambda rows: _product(a[rows], b)
+    high, low = _split(b)
+    # One product over three times the columns: high x high + high x low + low x high.
+    columns = torch.cat([high, low, high], dim=1)
+    return lambda rows: _product(_high_high_low(a[rows]), columns)
+
+
+def _high_high_low(x: Tensor) -> Tensor:
+    high, low = _split(x)
+    return torch.cat([high, high, low], dim=1)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bfloat16 number, and the nearest to what that leaves."""
+    high = x.bfloat16()
+    return high, (x.float() - high.float()).bfloat16()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return a.float() @ b.float().t()

@@ -1,0 +1,66 @@
+"""``model.compile``: the compiled layers compute what the plain ones do, in training and while sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.packing import pack
+from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.types import SamplingParams
+from tests.support import flat_gradient, make_prompt, random_groups, relative_distance
+
+
+def loaded(folder, **settings):
+    return PolicyLoader(str(folder), dtype="float64", **settings).load()
+
+
+@pytest.fixture
+def compilations():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probabilities_and_gradients_are_those_of_plain_layers(checkpointing, micro_model_dir, compilations):
+    policies = [
+        loaded(micro_model_dir, compile=flag, gradient_checkpointing=checkpointing) for flag in (False, True)
+    ]
+    graphs = []
+    for seed, shapes in enumerate([[(7, [3, 5]), (4, [2])], [(11, [1, 6, 2])], [(5, [9])]]):
+        outcomes = []
+        for policy in policies:
+            policy.zero_grad()
+            logprobs, _ = policy(pack(random_groups(shapes, 90, seed), torch.device("cpu")))
+            logprobs.sum().backward()
+            outcomes.append((logprobs.detach(), flat_gradient(policy)))
+        (plain, plain_gradient), (compiled, compiled_gradient) = outcomes
+        assert relative_distance(compiled, plain) < 1e-7
+        assert relative_distance(compiled_gradient, plain_gradient) < 1e-6
+        graphs.append(compilations["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[2], "another row length compiled anew"
+
+
+def test_completions_are_those_of_plain_layers(micro_model_dir, compilations):
+    sampling = SamplingParams(num_generations=3, max_completion_length=12)
+    prompts = [make_prompt([5, 6, 7], "a"), make_prompt([9, 4], "b")]
+    rollouts = [
+        TransformersEngine().generate(loaded(micro_model_dir, compile=flag), prompts, sampling, seed=3)
+        for flag in (False, True)
+    ]
+    assert compilations["unique_graphs"] > 0
+    plain, compiled = ([c.token_ids.tolist() for group in r.completions for c in group] for r in rollouts)
+    assert compiled == plain
+
+
+def test_the_one_kernel_attention_is_refused_where_it_cannot_run(micro_model_dir, monkeypatch):
+    with pytest.raises(UserError, match=r"model.attention=flex has no kernel for model.dtype=float64; use auto"):
+        loaded(micro_model_dir, attention="flex")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"model.attention=flex needs a GPU, and there is none here; use auto"):
+        PolicyLoader(str(micro_model_dir), attention="flex").load()
