@@ -84,7 +84,10 @@ def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOM
     """A module on the micro model that trains with plain SGD at rate 1, so that a step is minus the gradient."""
     return GSPOModule(
         policy_loader=PolicyLoader(
-            str(folder), dtype=settings.dtype, lora=settings.lora, train_vision=settings.train_vision,
+            str(folder),
+            dtype=settings.dtype,
+            lora=settings.lora,
+            train_vision=settings.train_vision,
             compile=settings.compile,
         ),  # fmt: skip
         engine=ScriptedEngine(),
@@ -116,11 +119,16 @@ def weights(module: GSPOModule) -> Tensor:
     return torch.cat([whole(p.detach()).flatten().clone() for p in module.policy.parameters() if p.requires_grad])
 
 
-def update_of(folder: Any, settings: Settings, prompts: Sequence[Prompt] | None = None) -> tuple[Tensor, GSPOModule]:
-    """Minus the change of the weights by one run: the gradient, for one step of SGD at rate 1."""
+def update_of(
+    folder: Any, settings: Settings, prompts: Sequence[Prompt] | None = None, **changes: Any
+) -> tuple[Tensor, GSPOModule]:
+    """Minus the change of the weights by one run: the gradient, for one step of SGD at rate 1; and the module.
+
+    ``changes`` go to the Trainer.
+    """
     prompts = scripted_prompts() if prompts is None else list(prompts)
     module = build_module(folder, settings, generations=len(prompts[0].sample["completions"]))
     module.configure_model()
     before = weights(module)
-    trainer().fit(module, Batches(prompts, settings.rollouts).loader())
-    return before - weights(module), module
+    trainer(**changes).fit(module, Batches(prompts, settings.rollouts).loader())
+    return before - weights(module).cpu(), module

@@ -73,7 +73,9 @@ def test_two_ranks_give_the_update_of_one(strategy, arguments, micro_model_dir, 
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_compiled_layers_on_two_ranks_give_the_update_of_plain_ones_on_one(strategy, micro_model_dir, scratch, tmp_path):
+def test_compiled_layers_on_two_ranks_give_the_update_of_plain_ones_on_one(
+    strategy, micro_model_dir, scratch, tmp_path
+):
     one, facts_one = on_one_rank(micro_model_dir, scratch)
     two, facts_two = update(micro_model_dir, tmp_path / "two.pt", 2, "--strategy", strategy, "--compile")
     # The norms of a compiled layer are fused: their float32 inside is rounded elsewhere.

@@ -27,9 +27,7 @@ def compilations():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_log_probabilities_and_gradients_are_those_of_plain_layers(checkpointing, micro_model_dir, compilations):
-    policies = [
-        loaded(micro_model_dir, compile=flag, gradient_checkpointing=checkpointing) for flag in (False, True)
-    ]
+    policies = [loaded(micro_model_dir, compile=flag, gradient_checkpointing=checkpointing) for flag in (False, True)]
     graphs = []
     for seed, shapes in enumerate([[(7, [3, 5]), (4, [2])], [(11, [1, 6, 2])], [(5, [9])]]):
         outcomes = []

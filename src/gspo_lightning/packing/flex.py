@@ -63,7 +63,7 @@ def can_flex(query: Tensor) -> bool:
 
 
 def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
-    """Which blocks of scores of a row are forbidden, partly allowed and wholly allowed; made once per row and window."""
+    """Which blocks of scores of a row are forbidden, partly or wholly allowed; made once per row and window."""
     masks = layout.block_masks
     if window not in masks:
         masks[window] = _build(layout, window)

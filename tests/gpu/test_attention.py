@@ -1,0 +1,69 @@
+"""On CUDA: the one-kernel attention against the block-by-block one, both against float64, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
+from gspo_lightning.packing.attention import shared_prefix_attention
+from gspo_lightning.packing.flex import flex_shared_prefix_attention
+from tests.support import relative_distance
+
+pytestmark = pytest.mark.gpu
+
+LAYOUTS = {
+    "ragged": (GroupLayout(6, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))),
+    "several blocks of scores": (GroupLayout(200, (150, 3, 40)), GroupLayout(90, (7, 61))),
+    "long": (GroupLayout(700, (300, 512, 41)), GroupLayout(64, (64,) * 8)),
+}
+FORMS = {"sdpa": shared_prefix_attention, "flex": flex_shared_prefix_attention}
+
+
+def run(form, name, dtype, window, with_sinks, size, head_ratio):
+    """Output and gradients, from the same numbers whatever the dtype."""
+    layout = SharedPrefixLayout(LAYOUTS[name], torch.device("cuda"))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16).to("cuda", dtype).requires_grad_()
+
+    tokens = layout.num_tokens
+    query, key, value = (draw(1, heads, tokens, size) for heads in (2 * head_ratio, 2, 2))
+    sinks = draw(2 * head_ratio) if with_sinks else None
+    inputs = [x for x in (query, key, value, sinks) if x is not None]
+    out = FORMS[form](query, key, value, layout, scaling=size**-0.5, window=window, sinks=sinks)
+    weights = torch.randn(out.shape, generator=generator).to("cuda", dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+# Float32 products of the kernel are IEEE, and sums of up to a thousand terms; bfloat16 keeps 8 bits.
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("window", [None, 4, 130])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_both_forms_give_float64s_output_and_gradients(name, with_sinks, window, dtype):
+    size, ratio = (64, 3) if name == "ragged" else (128, 4)
+    exact = run("sdpa", name, torch.float64, window, with_sinks, size, ratio)
+    for form in FORMS:
+        for number, (a, b) in enumerate(
+            zip(run(form, name, dtype, window, with_sinks, size, ratio), exact, strict=True)
+        ):
+            assert relative_distance(a.double(), b) < BOUNDS[dtype], (form, number)
+
+
+def test_rows_of_other_lengths_do_not_compile_anew():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for prompt in (130, 257, 300, 411, 64, 515):
+        layout = SharedPrefixLayout((GroupLayout(prompt, (33, prompt, 7)),), torch.device("cuda"))
+        query, key, value = (
+            torch.randn(1, heads, layout.num_tokens, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2)
+        )
+        flex_shared_prefix_attention(query, key, value, layout, scaling=0.125).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[0] <= 2
