@@ -83,7 +83,7 @@ def test_pictures_packed_equal_padded(family):
         picture_prompt("a", 3, (4, 6), 2, dtype=torch.float32),
         picture_prompt("b", 2, (2, 2), 1, (4, 4), 3, dtype=torch.float32, seed=1),
     ]
-    completions = [[c for c in group] for _, group in random_groups([(1, [3, 5]), (1, [4, 1])], 90)]
+    completions = [list(group) for _, group in random_groups([(1, [3, 5]), (1, [4, 1])], 90)]
     rows = [(prompt.input_ids, group) for prompt, group in zip(prompts, completions, strict=True)]
     packed = outcome(policy, policy(pack(rows, CUDA, prompts))[0])
     policy.cpu()
