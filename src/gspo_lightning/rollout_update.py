@@ -67,7 +67,7 @@ class RolloutUpdate:
 
     def ratios(self) -> Tensor:
         """Importance ratios of every step, of all ranks."""
-        return gather_values(torch.cat([torch.zeros(0), *self.passes.ratios]))
+        return gather_values(torch.cat([torch.zeros(0), *(ratio.detach().cpu() for ratio in self.passes.ratios)]))
 
     def _step(self, minibatch: Minibatch, fixed: Fixed, fresh: bool) -> tuple[Minibatch, Fixed]:
         """One optimizer step on one minibatch.

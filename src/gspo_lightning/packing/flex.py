@@ -21,6 +21,8 @@ from gspo_lightning.packing.layout import SharedPrefixLayout
 BLOCK = 128
 """Queries and keys of a block of scores; those that are all forbidden are skipped."""
 
+NO_WINDOW = 2**62
+
 ROWS_AT_A_TIME = 2**26
 """Entries of the token mask that are looked at together while its blocks are found."""
 
@@ -72,13 +74,14 @@ def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
 
 def _build(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
     (owner, prompt), positions = layout.owners(), layout.positions
+    # A tensor, not a number: numbers are compiled in, and every window would be a kernel of its own.
+    reach = torch.tensor(NO_WINDOW if window is None else window, device=layout.device)
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Causal inside the own sequence, which is the prompt and the completion."""
         mine = (owner[k] == owner[q]) | (owner[k] == prompt[q])
         distance = positions[q] - positions[k]
-        seen = mine & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
+        return mine & (distance >= 0) & (distance < reach)
 
     some, every = _summary(layout.num_tokens, layout.device, allowed)
     return BlockMask.from_kv_blocks(

@@ -28,8 +28,8 @@ AttentionForm = Literal["auto", "sdpa", "flex"]
 
 
 def attention_name(form: AttentionForm) -> str:
-    """What transformers knows a form by."""
-    return ATTENTION_NAME if form == "auto" else f"{ATTENTION_NAME}_{form}"
+    """What transformers knows a form by; it reads meaning into names that hold ``sdpa`` or ``flex``."""
+    return {"auto": ATTENTION_NAME, "sdpa": f"{ATTENTION_NAME}_blocks", "flex": f"{ATTENTION_NAME}_kernel"}[form]
 
 
 def attention_implementation(form: AttentionForm, has_vision: bool) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -100,14 +100,27 @@ class Policy(nn.Module):
             body = self.vision.language_model
             if prompts:
                 inputs = self.vision.inputs(input_ids, layout, prompts)
-        output = body(
-            **inputs,
-            attention_mask=layout_mask(input_ids.device),
-            layout=layout,
-            use_cache=kwargs.get("past_key_values") is not None,
-            **kwargs,
-        )
+        with self._caching() if "past_key_values" in kwargs else nullcontext():
+            output = body(
+                **inputs,
+                attention_mask=layout_mask(input_ids.device),
+                layout=layout,
+                use_cache="past_key_values" in kwargs,
+                **kwargs,
+            )
         return output.last_hidden_state
+
+    @contextmanager
+    def _caching(self) -> Iterator[None]:
+        """transformers' layers drop a cache without a word where they recompute activations, gradient or not."""
+        recomputing = [m for m in self.base_model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in recomputing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in recomputing:
+                module.gradient_checkpointing = True  # type: ignore[assignment]
 
     def last_positions(self, prompts: Sequence[Prompt]) -> Tensor:
         """``(B,)``: the position behind which each prompt's completions go on."""

@@ -1,4 +1,4 @@
-"""``model.compile``: the compiled layers compute what the plain ones do, in training and while sampling."""
+"""``model.compile`` and ``model.gradient_checkpointing``: layers compute what the plain ones do, in training and while sampling."""
 
 from __future__ import annotations
 
@@ -62,3 +62,21 @@ def test_the_one_kernel_attention_is_refused_where_it_cannot_run(micro_model_dir
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"model.attention=flex needs a GPU, and there is none here; use auto"):
         PolicyLoader(str(micro_model_dir), attention="flex").load()
+
+
+def test_recomputing_activations_changes_neither_completions_nor_gradients(micro_model_dir):
+    sampling = SamplingParams(num_generations=3, max_completion_length=12)
+    prompts = [make_prompt([5, 6, 7], "a"), make_prompt([9, 4], "b")]
+    found = []
+    for flag in (False, True):
+        policy = loaded(micro_model_dir, gradient_checkpointing=flag)
+        rollout = TransformersEngine().generate(policy, prompts, sampling, seed=3)
+        assert policy.base_model.is_gradient_checkpointing is flag
+        logprobs, _ = policy(pack(random_groups([(7, [3, 5]), (4, [2])], 90), torch.device("cpu")))
+        logprobs.sum().backward()
+        tokens = [c.token_ids.tolist() for group in rollout.completions for c in group]
+        found.append((tokens, logprobs.detach(), flat_gradient(policy)))
+    (plain_tokens, *plain), (tokens, *recomputed) = found
+    assert tokens == plain_tokens
+    for a, b in zip(recomputed, plain, strict=True):
+        assert torch.equal(a, b)
