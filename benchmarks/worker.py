@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from benchmarks.scenarios import Scenario
 
 
@@ -23,10 +25,12 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        wait_for_device()
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
+            wait_for_device()
             self.now[f"{phase}_wall_s"] = self.now.get(f"{phase}_wall_s", 0.0) + time.perf_counter() - wall
             self.now[f"{phase}_cpu_s"] = self.now.get(f"{phase}_cpu_s", 0.0) + time.process_time() - cpu
 
@@ -34,6 +38,12 @@ class Clock:
         """Closes the step."""
         self.steps.append({**self.now, **facts})
         self.now = {}
+
+
+def wait_for_device() -> None:
+    """Until a GPU has done what it was told: its work is asynchronous."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def job() -> tuple[Scenario, str, int]:

@@ -62,23 +62,27 @@ def make_prompt(index: int, row: dict[str, Any], scenario: Scenario, tokenizer: 
     return Prompt(str(index), messages, ids, row, inputs)
 
 
-def main() -> None:
-    scenario, model, steps = job()
-    if scenario.ablate is not None:
-        ABLATIONS[scenario.ablate]()
-    if not scenario.natural_stops:
-        Policy.eos_token_ids = ()  # type: ignore[assignment, misc]
-    loader = PolicyLoader(model)
-    tokenizer = loader.load_tokenizer()
-    prompts = [make_prompt(i, row, scenario, tokenizer, model) for i, row in enumerate(scenario.rows(tokenizer, steps))]
+def train(
+    scenario: Scenario, loader: PolicyLoader, prompts: list[Prompt], steps: int, busy: int, **options: Any
+) -> TimedModule:
+    """Runs the steps and returns the module.
+
+    Args:
+        scenario: the work.
+        loader: of the policy.
+        prompts: of all steps.
+        steps: rollouts.
+        busy: what update.max_tokens_per_microbatch=auto starts from on this device.
+        options: ``engine`` instead of the policy itself; all others go to the Trainer.
+    """
+    engine = options.pop("engine", None) or TransformersEngine()
     size = scenario.prompts
-    # What update.max_tokens_per_microbatch=auto takes on a CPU.
     longest = max(len(prompt.input_ids) for prompt in prompts)
-    budget = token_budget(longest, scenario.completion_tokens, scenario.generations, BUSY_CPU)
+    budget = token_budget(longest, scenario.completion_tokens, scenario.generations, busy)
     batches = [PromptBatch(prompts[s : s + size], cursor=0) for s in range(0, len(prompts), size)]
     module = TimedModule(
         policy_loader=loader,
-        engine=TransformersEngine(),
+        engine=engine,
         rewards=RewardSet({"reward": RewardSpec(reward)}),
         objective=Objective(
             max_completion_length=scenario.completion_tokens, importance_sampling_level="token", beta=scenario.beta
@@ -95,18 +99,36 @@ def main() -> None:
         validation=ValidationSettings(1),
         max_rollouts=steps,
     )
-    options: dict[str, Any] = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    precision = "bf16-mixed" if scenario.precision == "bf16" else "32-true"
-    trainer = L.Trainer(accelerator="cpu", devices=1, precision=precision, max_epochs=1, limit_val_batches=0, **options)
+    trainer = L.Trainer(
+        **{
+            "accelerator": "cpu", "devices": 1, "precision": "bf16-mixed" if scenario.precision == "bf16" else "32-true",
+            "max_epochs": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_model_summary": False, **options,
+        }
+    )  # fmt: skip
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return module
+
+
+def parameter_counts(policy: Policy) -> tuple[int, int]:
+    """Of the layers of the language half, and of the output embedding."""
+    head = policy.output_weight.numel()
+    language = [(n, p) for n, p in policy.named_parameters() if "visual" not in n and "embed_tokens" not in n]
+    return sum(p.numel() for n, p in language if "lm_head" not in n), head
+
+
+def main() -> None:
+    scenario, model, steps = job()
+    if scenario.ablate is not None:
+        ABLATIONS[scenario.ablate]()
+    if not scenario.natural_stops:
+        Policy.eos_token_ids = ()  # type: ignore[assignment, misc]
+    loader = PolicyLoader(model)
+    tokenizer = loader.load_tokenizer()
+    prompts = [make_prompt(i, row, scenario, tokenizer, model) for i, row in enumerate(scenario.rows(tokenizer, steps))]
+    module = train(scenario, loader, prompts, steps, BUSY_CPU)
     assert module.policy is not None
-    head = module.policy.output_weight.numel()
-    body = sum(p.numel() for name, p in module.policy.named_parameters() if "visual" not in name) - head
+    body, head = parameter_counts(module.policy)
     report(TimedModule.clock, body_parameters=body, head_parameters=head)
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.scenarios import reward
+from benchmarks.scenarios import Scenario, reward
 from benchmarks.vlm import picture
 from benchmarks.worker import Clock, job, report
 from gspo_lightning.policy.processor import load_processor
@@ -33,37 +33,56 @@ class TimedTrainer(GRPOTrainer):
             return super().training_step(*args, **kwargs)
 
 
+def train(
+    scenario: Scenario, model: Any, processing: Any, rows: list[dict[str, Any]], steps: int, **options: Any
+) -> None:
+    """Runs the steps.
+
+    Args:
+        scenario: the work.
+        model: to train.
+        processing: its tokenizer or processor.
+        rows: of all steps.
+        steps: rollouts.
+        options: ``peft_config`` goes to the trainer, all others to its config.
+    """
+    peft_config = options.pop("peft_config", None)
+    per_forward = scenario.prompts * scenario.generations // scenario.minibatches
+    extra = {} if scenario.natural_stops else {"generation_kwargs": {"min_new_tokens": scenario.completion_tokens}}
+    with tempfile.TemporaryDirectory() as out:
+        settings: dict[str, Any] = {
+            "output_dir": out, "bf16": scenario.precision == "bf16", "report_to": "none", "save_strategy": "no",
+            "logging_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch_fused", "learning_rate": 0.0,
+            "weight_decay": 0.0, "lr_scheduler_type": "constant", "per_device_train_batch_size": per_forward,
+            "gradient_accumulation_steps": 1, "steps_per_generation": scenario.minibatches,
+            "num_generations": scenario.generations, "gradient_checkpointing": False,
+            "max_completion_length": scenario.completion_tokens, "temperature": 0.9, "beta": scenario.beta,
+            "loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.27, "max_steps": steps * scenario.minibatches,
+            "shuffle_dataset": False, **extra,
+        }  # fmt: skip
+        trainer = TimedTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=GRPOConfig(**{**settings, **options}),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processing,
+            peft_config=peft_config,
+        )
+        _close_steps(trainer, scenario.minibatches)
+        trainer.train()
+
+
 def main() -> None:
     scenario, folder, steps = job()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = scenario.rows(tokenizer, steps)
     if scenario.pictures:
         rows = [{**row, "image": picture(index)} for index, row in enumerate(rows)]
-    per_forward = scenario.prompts * scenario.generations // scenario.minibatches
-    extra = {} if scenario.natural_stops else {"generation_kwargs": {"min_new_tokens": scenario.completion_tokens}}
-    with tempfile.TemporaryDirectory() as out:
-        config = GRPOConfig(
-            output_dir=out, use_cpu=True, bf16=scenario.precision == "bf16", report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=0.0, weight_decay=0.0,
-            lr_scheduler_type="constant", per_device_train_batch_size=per_forward, gradient_accumulation_steps=1,
-            steps_per_generation=scenario.minibatches, num_generations=scenario.generations,
-            gradient_checkpointing=False, max_completion_length=scenario.completion_tokens, temperature=0.9,
-            beta=scenario.beta, loss_type="grpo",
-            epsilon=0.2, epsilon_high=0.27, max_steps=steps * scenario.minibatches, shuffle_dataset=False, **extra,
-        )  # fmt: skip
-        kind = AutoModelForImageTextToText if scenario.pictures else AutoModelForCausalLM
-        model = kind.from_pretrained(folder, dtype=torch.float32)
-        if scenario.pictures:
-            model.model.visual.requires_grad_(False)  # as ours: the tower is frozen
-        trainer = TimedTrainer(
-            model=model,
-            reward_funcs=reward,
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=load_processor(folder) if scenario.pictures else tokenizer,
-        )
-        _close_steps(trainer, scenario.minibatches)
-        trainer.train()
+    kind = AutoModelForImageTextToText if scenario.pictures else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32)
+    if scenario.pictures:
+        model.model.visual.requires_grad_(False)  # as ours: the tower is frozen
+    train(scenario, model, load_processor(folder) if scenario.pictures else tokenizer, rows, steps, use_cpu=True)
     report(TimedTrainer.clock)
 
 

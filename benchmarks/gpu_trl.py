@@ -1,0 +1,60 @@
+"""TRL's side of `scripts/gpu_benchmark.py`: one process, one line of JSON for each case."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from benchmarks.gpu_models import MODELS, random_model, write_folder
+from benchmarks.scenarios import Scenario
+from benchmarks.vlm import picture
+from benchmarks.worker_trl import TimedTrainer, train
+from gspo_lightning.policy.processor import load_processor
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """One model, one scenario; a group at a time goes through the model, all of them make one optimizer step."""
+    scenario, architecture, steps = Scenario(**case["scenario"]), MODELS[case["model"]], int(case["steps"])
+    folder = write_folder(case["model"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = scenario.rows(tokenizer, steps)
+    if scenario.pictures:
+        rows = [{**row, "image": picture(index)} for index, row in enumerate(rows)]
+    dtype = torch.bfloat16 if architecture.lora else torch.float32
+    on_gpu = case["device"] == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    model = random_model(folder, dtype, case["device"], "sdpa")
+    TimedTrainer.clock.steps.clear()
+    TimedTrainer.clock.now.clear()
+    train(
+        scenario, model, load_processor(folder) if scenario.pictures else tokenizer, rows, steps,
+        use_cpu=not on_gpu, gradient_checkpointing=architecture.checkpointing,
+        per_device_train_batch_size=scenario.generations, gradient_accumulation_steps=scenario.prompts,
+        steps_per_generation=scenario.prompts,
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear") if architecture.lora else None,
+    )  # fmt: skip
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    return {"steps": list(TimedTrainer.clock.steps), "peak_gb": peak}
+
+
+def main() -> None:
+    for case in json.loads(sys.argv[1]):
+        try:
+            result = run(case)
+        except Exception as error:  # noqa: BLE001 - one case that fails must not take the table with it; it is printed
+            result = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print("\n" + json.dumps({"case": case, **result}), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

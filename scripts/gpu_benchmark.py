@@ -1,0 +1,218 @@
+"""Throughput on one GPU with random weights of well-known sizes, beside TRL where it is installed. See docs/performance.md.
+
+python scripts/gpu_benchmark.py [--parts table sweeps variants] [--out benchmarks/gpu.json] [--tiny]
+
+Nothing is downloaded. TRL is taken from GSPO_PEERS_VENV (default .venv-peers) or from this environment; without it ours is
+measured alone. ``--tiny`` tries the program out on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.gpu_models import MODELS  # noqa: E402
+from benchmarks.scenarios import VISUAL_TOKENS, Scenario, unique_flops  # noqa: E402
+
+WARM_UP_STEPS = 1
+STEPS = 2
+TABLE = Scenario("table", prompts=8, generations=8, prompt_tokens=256, completion_tokens=128, precision="bf16")
+SWEEP = Scenario("sweep", prompts=8, generations=8, prompt_tokens=256, completion_tokens=256, precision="bf16")
+SWEEPS = {
+    "generations": (2, 4, 8, 16, 32),
+    "prompt_tokens": (64, 256, 1024, 4096, 16384),
+    "completion_tokens": (64, 256, 1024, 4096),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "model.attention=sdpa": {"attention": "sdpa"},
+    "model.compile=true": {"compile": True},
+}
+
+Case = dict[str, Any]
+
+
+def main() -> None:
+    arguments = parse()
+    device = "cpu" if arguments.tiny else "cuda"
+    names = ["tiny", "tiny-vl"] if arguments.tiny else [name for name in MODELS if not name.startswith("tiny")]
+    facts: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
+    if device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "matmul_tflops": matmul_rate() / 1e12}
+        print(f"{facts['device']}, torch {torch.__version__}, bfloat16 products {facts['matmul_tflops']:.0f} TFLOP/s")
+    rate = facts.get("matmul_tflops", float("nan")) * 1e12
+    table = [case(name, TABLE, device) for name in names]
+    for entry in table:
+        if MODELS[entry["model"]].vision is not None:
+            text = 64 if arguments.tiny else TABLE.prompt_tokens - 200
+            entry["scenario"] = scenario_of(replace(TABLE, pictures=True, prompt_tokens=VISUAL_TOKENS + text))
+    if "table" in arguments.parts:
+        facts["ours"] = collect("ours", sys.executable, table)
+        if (peer := peer_python()) is not None:
+            facts["trl"] = collect("trl", peer, table)
+        print(show_table(facts, rate))
+    if "sweeps" in arguments.parts:
+        cases = [
+            case(names[0], replace(SWEEP, **{key: value}), device, random=True, sweep=key)  # type: ignore[arg-type]
+            for key, values in SWEEPS.items()
+            for value in (values[:2] if arguments.tiny else values)
+        ]
+        facts["sweeps"] = collect("ours", sys.executable, cases)
+        print(show_updates(facts["sweeps"], rate, lambda c: f"{c['sweep']} {c['scenario'][c['sweep']]}"))
+    if "variants" in arguments.parts:
+        cases = [case(names[0], SWEEP, device, random=True, name=n, **options) for n, options in VARIANTS.items()]
+        facts["variants"] = collect("ours", sys.executable, cases)
+        print(show_updates(facts["variants"], rate, lambda c: str(c["name"])))
+    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["table", "sweeps", "variants"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
+    parser.add_argument("--tiny", action="store_true", help="a random model of no size, on the CPU")
+    return parser.parse_args()
+
+
+def scenario_of(scenario: Scenario) -> Case:
+    """As the workers read it."""
+    return {**scenario.as_dict(), "bars": None}
+
+
+def case(model: str, scenario: Scenario, device: str, **options: Any) -> Case:
+    """One line of work for a worker."""
+    return {
+        "model": model,
+        "device": device,
+        "steps": WARM_UP_STEPS + STEPS,
+        "scenario": scenario_of(scenario),
+        **options,
+    }
+
+
+def peer_python() -> str | None:
+    """The Python that has TRL; None if none has."""
+    peers = Path(os.environ.get("GSPO_PEERS_VENV", ROOT / ".venv-peers")) / "bin" / "python"
+    if peers.exists():
+        return str(peers)
+    if importlib.util.find_spec("trl") is not None:
+        return sys.executable
+    print("TRL is not installed (bash scripts/setup.sh --peers): measuring ours alone", file=sys.stderr)
+    return None
+
+
+def collect(side: str, python: str, cases: list[Case]) -> list[Case]:
+    """Results of a fresh process, case by case; one that failed says so in ``error``."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [python, "-m", f"benchmarks.gpu_{side}", json.dumps(cases)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    print(f"{side}: {len(results)} of {len(cases)} cases in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    if len(results) < len(cases):
+        print(done.stderr[-2000:], file=sys.stderr)
+    for result in results:
+        if "steps" in result:
+            result["steps"] = result["steps"][WARM_UP_STEPS:]
+    return results
+
+
+def matmul_rate() -> float:
+    """Operations per second of a large bfloat16 product."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - start)
+
+
+def seconds(result: Case, phase: str) -> float:
+    """Median over the steps that count."""
+    return median(step[f"{phase}_wall_s"] for step in result["steps"])
+
+
+def unique_tokens(scenario: Scenario) -> int:
+    """Every prompt once, every completion token once."""
+    return scenario.prompts * (scenario.prompt_tokens + scenario.generations * scenario.completion_tokens)
+
+
+def update_flops(ours: Case) -> float:
+    """Operations that the update of our side's case cannot do without; frozen weights need no gradient of their own."""
+    scenario = Scenario(**ours["case"]["scenario"])
+    tokens = scenario.prompts * scenario.generations * scenario.completion_tokens
+    flops = unique_flops(scenario, ours["body_parameters"], ours["head_parameters"], tokens)["update"]
+    return flops * (2 / 3 if MODELS[ours["case"]["model"]].lora else 1)
+
+
+def show_table(facts: dict[str, Any], rate: float) -> str:
+    """Both sides of every model."""
+    lines = [
+        "| model | side | rollout, s | update, s | unique tokens/s in the update | MFU | peak, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    others = facts.get("trl", [])
+    for number, ours in enumerate(facts["ours"]):
+        name, scenario = ours["case"]["model"], Scenario(**ours["case"]["scenario"])
+        pair = [("ours", ours), *([("TRL", others[number])] if number < len(others) else [])]
+        for side, result in pair:
+            if "error" in result or "error" in ours:
+                lines.append(f"| {name} | {side} | {result.get('error', '')[:120]} | | | | |")
+                continue
+            update = seconds(result, "update")
+            lines.append(
+                f"| {name} | {side} | {seconds(result, 'rollout'):.2f} | {update:.2f} | "
+                f"{unique_tokens(scenario) / update:.0f} | {update_flops(ours) / update / rate:.0%} | "
+                f"{result['peak_gb']:.1f} |"
+            )
+        if len(pair) == 2 and not any("error" in result for _, result in pair):
+            trl = pair[1][1]
+            both = [seconds(r, "rollout") + seconds(r, "update") for r in (trl, ours)]
+            lines.append(
+                f"| | TRL / ours | {seconds(trl, 'rollout') / seconds(ours, 'rollout'):.1f} | "
+                f"{seconds(trl, 'update') / seconds(ours, 'update'):.1f} | step {both[0] / both[1]:.1f} | | "
+                f"{trl['peak_gb'] / max(ours['peak_gb'], 1e-9):.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def show_updates(results: list[Case], rate: float, label: Any) -> str:
+    """The update alone, on random completions."""
+    lines = ["| case | unique tokens | update, s | unique tokens/s | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
+    for result in results:
+        entry, scenario = result["case"], Scenario(**result["case"]["scenario"])
+        if "error" in result:
+            lines.append(f"| {label(entry)} | {result['error'][:120]} | | | | |")
+            continue
+        update, tokens = seconds(result, "update"), unique_tokens(scenario)
+        lines.append(
+            f"| {label(entry)} | {tokens} | {update:.3f} | {tokens / update:.0f} | "
+            f"{update_flops(result) / update / rate:.0%} | {result['peak_gb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    start = time.monotonic()
+    main()
+    print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
