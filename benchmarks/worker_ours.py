@@ -101,7 +101,8 @@ def train(
     )
     trainer = L.Trainer(
         **{
-            "accelerator": "cpu", "devices": 1, "precision": "bf16-mixed" if scenario.precision == "bf16" else "32-true",
+            "accelerator": "cpu", "devices": 1,
+            "precision": "bf16-mixed" if scenario.precision == "bf16" else "32-true",
             "max_epochs": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, **options,
         }

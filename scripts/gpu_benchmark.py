@@ -1,9 +1,9 @@
-"""Throughput on one GPU with random weights of well-known sizes, beside TRL where it is installed. See docs/performance.md.
+"""Throughput on one GPU with random weights of well-known sizes, beside TRL where it is installed.
 
 python scripts/gpu_benchmark.py [--parts table sweeps variants] [--out benchmarks/gpu.json] [--tiny]
 
-Nothing is downloaded. TRL is taken from GSPO_PEERS_VENV (default .venv-peers) or from this environment; without it ours is
-measured alone. ``--tiny`` tries the program out on a CPU.
+Nothing is downloaded. TRL is taken from GSPO_PEERS_VENV (default .venv-peers) or from this environment; without it
+ours is measured alone. docs/performance.md has what it printed. ``--tiny`` tries the program out on a CPU.
 """
 
 from __future__ import annotations

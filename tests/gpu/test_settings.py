@@ -11,7 +11,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning")
 CASES = {
     "as it is": [],
     "reference": ["objective.beta=0.1", "update.ref_sync_every_n_rollouts=1"],
-    "adapter and reference": ["objective.beta=0.1", "lora=language"],
     "entropy bonus": ["objective.entropy_coef=0.01"],
     "top entropy": ["objective.top_entropy_quantile=0.2"],
     "off-policy mask": ["objective.off_policy_mask_threshold=0.01"],

@@ -115,12 +115,12 @@ class Policy(nn.Module):
         """transformers' layers drop a cache without a word where they recompute activations, gradient or not."""
         recomputing = [m for m in self.base_model.modules() if getattr(m, "gradient_checkpointing", False)]
         for module in recomputing:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+            module.gradient_checkpointing = False
         try:
             yield
         finally:
             for module in recomputing:
-                module.gradient_checkpointing = True  # type: ignore[assignment]
+                module.gradient_checkpointing = True
 
     def last_positions(self, prompts: Sequence[Prompt]) -> Tensor:
         """``(B,)``: the position behind which each prompt's completions go on."""
