@@ -42,8 +42,7 @@ def flex_shared_prefix_attention(
     On a GPU the kernel is compiled on first use (Triton, some seconds), for all lengths at once. Elsewhere
     FlexAttention computes all scores, and no gradients.
     """
-    kernel: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
-    out, aux = kernel(
+    out, aux = (_compiled() if query.is_cuda else _plain)(
         query,
         key,
         value,
@@ -51,6 +50,7 @@ def flex_shared_prefix_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=sinks is not None),
+        kernel_options={"BACKEND": "TRITON"},  # rows of fewer than 128 tokens would get another kernel, for decoding
     )
     if sinks is None:
         return out
@@ -117,3 +117,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
+
+
+def _plain(*args: Any, **kwargs: Any) -> Any:
+    return flex_attention(*args, **kwargs)
