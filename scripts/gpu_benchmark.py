@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from benchmarks.gpu_models import MODELS  # noqa: E402
 from benchmarks.scenarios import VISUAL_TOKENS, Scenario, unique_flops  # noqa: E402
 
 WARM_UP_STEPS = 1
-STEPS = 2
 TABLE = Scenario("table", prompts=8, generations=8, prompt_tokens=256, completion_tokens=128, precision="bf16")
 SWEEP = Scenario("sweep", prompts=8, generations=8, prompt_tokens=256, completion_tokens=256, precision="bf16")
 SWEEPS = {
@@ -55,7 +55,7 @@ def main() -> None:
         facts |= {"device": torch.cuda.get_device_name(), "matmul_tflops": matmul_rate() / 1e12}
         print(f"{facts['device']}, torch {torch.__version__}, bfloat16 products {facts['matmul_tflops']:.0f} TFLOP/s")
     rate = facts.get("matmul_tflops", float("nan")) * 1e12
-    table = [case(name, TABLE, device) for name in names]
+    table = [case(name, TABLE, device, arguments.steps) for name in names]
     for entry in table:
         if MODELS[entry["model"]].vision is not None:
             text = 64 if arguments.tiny else TABLE.prompt_tokens - 200
@@ -64,26 +64,34 @@ def main() -> None:
         facts["ours"] = collect("ours", sys.executable, table)
         if (peer := peer_python()) is not None:
             facts["trl"] = collect("trl", peer, table)
-        print(show_table(facts, rate))
+        print(show_table(facts, rate), flush=True)
+        save(facts, arguments.out)
     if "sweeps" in arguments.parts:
         cases = [
-            case(names[0], replace(SWEEP, **{key: value}), device, random=True, sweep=key)  # type: ignore[arg-type]
+            case(names[0], replace(SWEEP, **{key: value}), device, 2, random=True, sweep=key)  # type: ignore[arg-type]
             for key, values in SWEEPS.items()
             for value in (values[:2] if arguments.tiny else values)
         ]
         facts["sweeps"] = collect("ours", sys.executable, cases)
-        print(show_updates(facts["sweeps"], rate, lambda c: f"{c['sweep']} {c['scenario'][c['sweep']]}"))
+        print(show_updates(facts["sweeps"], rate, lambda c: f"{c['sweep']} {c['scenario'][c['sweep']]}"), flush=True)
+        save(facts, arguments.out)
     if "variants" in arguments.parts:
-        cases = [case(names[0], SWEEP, device, random=True, name=n, **options) for n, options in VARIANTS.items()]
+        cases = [case(names[0], SWEEP, device, 2, random=True, name=n, **options) for n, options in VARIANTS.items()]
         facts["variants"] = collect("ours", sys.executable, cases)
         print(show_updates(facts["variants"], rate, lambda c: str(c["name"])))
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+    save(facts, arguments.out)
+
+
+def save(facts: dict[str, Any], out: Path) -> None:
+    """After every part: a run that is cut short keeps what it has."""
+    out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["table", "sweeps", "variants"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--steps", type=int, default=2, help="of the table that count")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--tiny", action="store_true", help="a random model of no size, on the CPU")
     return parser.parse_args()
@@ -94,15 +102,10 @@ def scenario_of(scenario: Scenario) -> Case:
     return {**scenario.as_dict(), "bars": None}
 
 
-def case(model: str, scenario: Scenario, device: str, **options: Any) -> Case:
-    """One line of work for a worker."""
-    return {
-        "model": model,
-        "device": device,
-        "steps": WARM_UP_STEPS + STEPS,
-        "scenario": scenario_of(scenario),
-        **options,
-    }
+def case(model: str, scenario: Scenario, device: str, steps: int, **options: Any) -> Case:
+    """One line of work for a worker; ``steps`` of it count."""
+    steps += WARM_UP_STEPS
+    return {"model": model, "device": device, "steps": steps, "scenario": scenario_of(scenario), **options}
 
 
 def peer_python() -> str | None:
@@ -119,19 +122,31 @@ def peer_python() -> str | None:
 def collect(side: str, python: str, cases: list[Case]) -> list[Case]:
     """Results of a fresh process, case by case; one that failed says so in ``error``."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    start = time.monotonic()
-    done = subprocess.run(
-        [python, "-m", f"benchmarks.gpu_{side}", json.dumps(cases)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
-    print(f"{side}: {len(results)} of {len(cases)} cases in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    if len(results) < len(cases):
-        print(done.stderr[-2000:], file=sys.stderr)
-    for result in results:
-        if "steps" in result:
-            result["steps"] = result["steps"][WARM_UP_STEPS:]
+    command = [python, "-m", f"benchmarks.gpu_{side}", json.dumps(cases)]
+    start, results = time.monotonic(), []
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"case"'):
+                result = json.loads(line)
+                if "steps" in result:
+                    result["steps"] = result["steps"][WARM_UP_STEPS:]
+                results.append(result)
+                elapsed = time.monotonic() - start
+                print(f"{elapsed:4.0f} s  {side}  {shortly(result)}", file=sys.stderr, flush=True)
+        if process.wait() or len(results) < len(cases):
+            errors.seek(0)
+            print(errors.read()[-2000:], file=sys.stderr)
     return results
+
+
+def shortly(result: Case) -> str:
+    """One line while it runs."""
+    if "error" in result:
+        return f"{result['case']['model']}: {result['error']}"
+    phases = ", ".join(f"{phase} {seconds(result, phase):.2f} s" for phase in ("rollout", "update"))
+    return f"{result['case']['model']}: {phases}, peak {result['peak_gb']:.1f} GiB"
 
 
 def matmul_rate() -> float:
