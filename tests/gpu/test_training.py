@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
 from safetensors.torch import load_file
 
+from gspo_lightning import cli
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.sharding import FSDP2Strategy
 from gspo_lightning.types import Completion, Prompt
+from tests.conf.test_groups import composed
 from tests.support import random_groups, relative_distance
 from tests.training import Settings, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 
-ROOT = Path(__file__).parents[2]
 GPU = {"accelerator": "gpu"}
 FLOAT32 = Settings(dtype="float32", objective={"importance_sampling_level": "sequence"})
 
@@ -121,27 +121,34 @@ def test_moments_in_eight_bits_follow_those_of_float32(micro_model_dir):
 
 
 def train(folder, *arguments):
-    command = [sys.executable, "train.py", "experiment=micro", "trainer.accelerator=gpu", *arguments,
-               f"hydra.run.dir={folder}", "print_config=false"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    """As ``python train.py`` does, in this process: the kernels are compiled once for all runs."""
+    cfg = composed("experiment=micro", "trainer.accelerator=gpu", "print_config=false", *arguments, run_dir=folder)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    try:
+        cli._train(cfg)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return load_file(next((folder / "model").glob("*model.safetensors")))
 
 
 CASES = {
     "full": [],
+    "bfloat16 products": ["trainer.precision=bf16-mixed"],
     "LoRA in 4 bits, 8-bit moments": ["lora=language", "model.quantization=nf4", "optimizer=adamw_8bit"],
-    "FSDP2": ["trainer=fsdp", "trainer.devices=1"],
+    "FSDP2": ["trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=1"],
     "compiled": ["model.compile=true"],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_bit_identical(case, tmp_path):
-    common = [*CASES[case], "max_rollouts=6", "checkpoint.every_n_rollouts=3"]
-    whole = train(tmp_path / "whole", *common)
+    common = [*CASES[case], "checkpoint.every_n_rollouts=3"]
+    whole = train(tmp_path / "whole", *common, "max_rollouts=6")
     train(tmp_path / "half", *common, "max_rollouts=3")
-    resumed = train(tmp_path / "half", *common, "ckpt_path=auto")
+    resumed = train(tmp_path / "half", *common, "max_rollouts=6", "ckpt_path=auto")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

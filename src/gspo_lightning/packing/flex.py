@@ -42,6 +42,9 @@ def flex_shared_prefix_attention(
     On a GPU the kernel is compiled on first use (Triton, some seconds), for all lengths at once. Elsewhere
     FlexAttention computes all scores, and no gradients.
     """
+    for x in (query, key, value):
+        # Else a number of blocks that happens to be that of the heads is taken for it, and compiled in with it.
+        torch._dynamo.mark_static(x, [0, 1, 3])
     out, aux = (_compiled() if query.is_cuda else _plain)(
         query,
         key,
@@ -92,7 +95,8 @@ def _build(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
 
 def _summary(tokens: int, device: torch.device, allowed: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """Per block of scores ``(blocks, blocks)``: whether some, and whether all of it is allowed."""
-    count = -(-tokens // BLOCK)
+    # At least two: a dimension of one is compiled in, and short rows would be a kernel of their own.
+    count = max(2, -(-tokens // BLOCK))
     keys = torch.arange(count * BLOCK, device=device)
     inside = keys < tokens
     keys = keys.clamp(max=tokens - 1)

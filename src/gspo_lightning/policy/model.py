@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo_lightning.packing import PackedBatch, linear_logprobs
-from gspo_lightning.policy.attention import layout_mask
+from gspo_lightning.policy.attention import fused_attention, layout_mask
 from gspo_lightning.policy.padded import padded_logprobs
 from gspo_lightning.policy.vision import Vision
 from gspo_lightning.types import Prompt
@@ -100,7 +100,8 @@ class Policy(nn.Module):
             body = self.vision.language_model
             if prompts:
                 inputs = self.vision.inputs(input_ids, layout, prompts)
-        with self._caching() if "past_key_values" in kwargs else nullcontext():
+        caching = self._caching() if "past_key_values" in kwargs else nullcontext()
+        with caching, fused_attention(input_ids.device):
             output = body(
                 **inputs,
                 attention_mask=layout_mask(input_ids.device),
