@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_published_weights_are_expanded_from_mxfp4_and_never_quantised_again(mon
         PolicyLoader("openai/gpt-oss-20b", quantization="nf4", lora=load.LoraSettings()).load_model()
 
 
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs a sandbox (apt-get install bubblewrap)")
 def test_the_offline_recipe_runs_the_code_of_completions_and_learns_the_letter(tmp_path):
     command = [
         sys.executable,
