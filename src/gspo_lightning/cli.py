@@ -203,13 +203,14 @@ def _dry_run(plain: dict[str, Any]) -> None:
 def _evaluate(cfg: DictConfig) -> None:
     _quieten()
     plain = config.resolve(cfg)
-    config.check(plain)
+    config.check(plain, training=False)
     datamodule = build_data(plain)
     module = build_module(plain)
     trainer = build_trainer(plain, [])
     with contextlib.closing(module.rewards):
         trainer.validate(module, datamodule=datamodule, verbose=False)
-    print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
+    if trainer.is_global_zero:
+        print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
 
 
 class TrainingRun:

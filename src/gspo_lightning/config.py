@@ -16,7 +16,7 @@ from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.load import check_quantization
 from gspo_lightning.targets import check_targets
-from gspo_lightning.update import BUSY_CPU, BUSY_GPU, token_budget
+from gspo_lightning.update import BUSY_CPU, BUSY_GPU, check_minibatches, token_budget
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -31,8 +31,13 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
-def check(plain: dict[str, Any]) -> None:
-    """Refuses, in one line, what is wrong with a config before anything is loaded."""
+def check(plain: dict[str, Any], *, training: bool = True) -> None:
+    """Refuses, in one line, what is wrong with a config before anything is loaded.
+
+    Args:
+        plain: the resolved config.
+        training: False where a model is measured only, so that nothing need suit an update.
+    """
     # First, because it is what a machine without a GPU cannot get around.
     if plain["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
@@ -60,7 +65,8 @@ def check(plain: dict[str, Any]) -> None:
             f"update.max_tokens_per_microbatch={update['max_tokens_per_microbatch']} is less than one sequence "
             f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
         )
-    _check_precision(plain)
+    if training:
+        _check_precision(plain)
     _check_optimizer(plain["optimizer"])
     if rollout["temperature"] <= 0:
         raise UserError(
@@ -79,7 +85,11 @@ def check(plain: dict[str, Any]) -> None:
                     f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
                 )
     _check_environment(plain)
+    if training:
+        _check_export(plain)
     _report(plain)
+    if training:
+        _check_minibatches(plain)
 
 
 def is_sharded(plain: dict[str, Any]) -> bool:
@@ -151,18 +161,52 @@ def _check_optimizer(node: dict[str, Any]) -> None:
 
 
 def _check_precision(plain: dict[str, Any]) -> None:
-    """Updates of all weights at usual rates are smaller than the spacing of bfloat16: they would be rounded away."""
+    """Refuses precisions in which training would go wrong without a word."""
+    precision, dtype = str(plain["trainer"]["precision"]), plain["model"]["dtype"]
+    if precision in ("16", "16-mixed", "16-true"):
+        raise UserError(
+            f"trainer.precision={precision} needs a loss that is scaled, whose gradient cannot be clipped here; use "
+            "trainer.precision=bf16-mixed"
+        )
+    if precision in ("64", "64-true") and dtype != "float64":
+        raise UserError(f"trainer.precision={precision} needs weights that are loaded so; set model.dtype=float64")
     if plain["model"].get("lora"):
+        if precision == "bf16-true" and is_sharded(plain):
+            raise UserError(
+                "trainer.precision=bf16-true: trainer=fsdp would round the updates of the adapter away; use "
+                "trainer.precision=bf16-mixed with model.dtype=bfloat16"
+            )
         return
-    for key, value, fix in (
-        ("trainer.precision", plain["trainer"]["precision"], "bf16-mixed"),
-        ("model.dtype", plain["model"]["dtype"], "float32"),
-    ):
-        if value in ("bf16-true", "16-true", "transformer-engine", "bfloat16"):
+    # Updates of all weights at usual rates are smaller than the spacing of bfloat16.
+    for key, value, fix in (("trainer.precision", precision, "bf16-mixed"), ("model.dtype", dtype, "float32")):
+        if value in ("bf16-true", "transformer-engine", "bfloat16"):
             raise UserError(
                 f"{key}={value} rounds the updates of full fine-tuning away; use {key}={fix}, "
                 "or train an adapter (lora=language)"
             )
+
+
+def _check_export(plain: dict[str, Any]) -> None:
+    """Folding an adapter into the weights needs one, and weights that do not round it away."""
+    export, model = plain["export"], plain["model"]
+    if not export["enabled"] or not export["merge_lora"]:
+        return
+    if not model.get("lora"):
+        raise UserError("export.merge_lora=true has no effect: there is no adapter; set it to false")
+    if model["quantization"]:
+        raise UserError(
+            f"export.merge_lora=true: folded into weights of model.quantization={model['quantization']}, the adapter "
+            "would be rounded away; export the adapter alone (export.merge_lora=false)"
+        )
+
+
+def _check_minibatches(plain: dict[str, Any]) -> None:
+    """Every rank must have as many prompts for each minibatch, and none left over."""
+    trainer, minibatches = plain["trainer"], plain["update"]["num_minibatches"]
+    devices, nodes = trainer["devices"], trainer.get("num_nodes", 1)
+    if not isinstance(devices, int) or devices < 1 or not isinstance(nodes, int):
+        return  # "auto" and lists: the data module knows the number of ranks
+    check_minibatches(plain["data"]["prompts_per_rollout"], minibatches, devices * nodes)
 
 
 def _check_roots(plain: dict[str, Any]) -> None:

@@ -107,6 +107,7 @@ class GSPOModule(L.LightningModule):
         self.policy: Policy | None = None
         self._frozen: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self._forward_chosen = False
+        self._restored: dict[str, Tensor] = {}
         self.rollouts_done = 0
         self.counts = {
             "optimizer_steps": 0,
@@ -149,9 +150,21 @@ class GSPOModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
         assert self.policy is not None
+        self._widen_trained()
         optimizer = self.optimizer_factory(parameter_groups(self.policy.parameters()))
         steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
+
+    def _widen_trained(self) -> None:
+        """Under bf16-true the adapter goes back to float32, which Lightning has narrowed with the base by now.
+
+        In bfloat16 most of its updates would be rounded away. What a checkpoint held was narrowed too.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                saved = self._restored.get(name, parameter.data)
+                parameter.data = saved.to(parameter.device, torch.float32)
+        self._restored = {}
 
     def on_fit_start(self) -> None:
         """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""
@@ -341,7 +354,12 @@ class GSPOModule(L.LightningModule):
         # With duplicates: a tied output embedding has two names.
         every = self.named_parameters(remove_duplicate=False)
         frozen = {name for name, parameter in every if not parameter.requires_grad}
-        return {name: value for name, value in state.items() if name not in frozen}
+        # A frozen weight in 4 bits brings entries of its own along, such as `weight.absmax`.
+        return {
+            name: value
+            for name, value in state.items()
+            if name not in frozen and f"{name.partition('.weight.')[0]}.weight" not in frozen
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters of the run."""
@@ -352,6 +370,7 @@ class GSPOModule(L.LightningModule):
             "rollouts_done": self.rollouts_done,
             "counts": dict(self.counts),
             "nonfinite_in_a_row": self.guarded_step.nonfinite_in_a_row,
+            "optimizer": self._optimizer_name,
         }
         if self._ahead is not None:
             checkpoint["gspo_lightning"]["ahead"] = self._ahead.state_dict()
@@ -365,13 +384,29 @@ class GSPOModule(L.LightningModule):
         # A sharded one has no weights here: its strategy loads them, and asks the same question.
         if "state_dict" in checkpoint:
             self.refuse_other_model({name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()})
+            if self.trainer.precision == "bf16-true":
+                self._restored = dict(checkpoint["state_dict"])
         state = checkpoint["gspo_lightning"]
+        self._refuse_other_optimizer(state.get("optimizer"))
         self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
         self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         if self._ahead is not None and self.policy is not None:
             self._ahead.load_state_dict(state.get("ahead", {}), self.policy)
         for policy, weights in zip(self._frozen, state.get("reference", ()), strict=False):
             set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
+
+    @property
+    def _optimizer_name(self) -> str:
+        factory: Any = getattr(self.optimizer_factory, "func", self.optimizer_factory)
+        return getattr(factory, "__name__", type(factory).__name__)
+
+    def _refuse_other_optimizer(self, saved: str | None) -> None:
+        """Its states mean nothing to another one."""
+        if saved is not None and saved != self._optimizer_name:
+            raise UserError(
+                f"optimizer: the checkpoint was saved with {saved}, not {self._optimizer_name}; go on with that one, "
+                "or start anew from the exported model (model=path model.path=.../model)"
+            )
 
     def refuse_other_model(self, saved: dict[str, tuple[int, ...]]) -> None:
         """Refuses the weights of another model, by the shapes they have in a checkpoint.

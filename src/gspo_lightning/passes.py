@@ -83,9 +83,12 @@ class Passes:
         The first is updated from the very weights that sampled it: there, old is new. Not so where the rollout was
         generated ahead: all old log-probabilities are those of ``behaviour`` then.
         """
+        if self.objective.selects_tokens:
+            with in_step(self.policy):
+                outputs = [self._entropies(scored, minibatch) for minibatch in minibatches]
+            # Ranks talk about thresholds when all have run all of their forwards: under FSDP2 those talk too.
+            return [self._select(of_minibatch) for of_minibatch in outputs]
         with in_step(self.policy):
-            if self.objective.selects_tokens:
-                return [self._select(scored, minibatch) for minibatch in minibatches]
             first = 0 if self.behaviour is not None else 1
             return [
                 Fixed(self._logprobs_of(self._sampler, scored, minibatch) if number >= first else None)
@@ -125,11 +128,8 @@ class Passes:
         micro = build_micro_batch(scored, (GroupSlice(0, (0,)),), self.policy.device)
         return self._policy(micro).sum() * 0.0
 
-    def _select(self, scored: ScoredRollout, minibatch: Minibatch) -> Fixed:
-        """Old log-probabilities and, from the same forward, the tokens of highest entropy.
-
-        Tokens of advantage zero do not compete: whether they are forwarded must not change the gradient.
-        """
+    def _entropies(self, scored: ScoredRollout, minibatch: Minibatch) -> list[Tensor]:
+        """Per micro-batch ``(3, L)``: old log-probabilities, entropies, and 1 where the advantage is not zero."""
 
         def forward(plan: MicroBatchPlan) -> Tensor:
             micro = build_micro_batch(scored, plan, self.policy.device)
@@ -137,7 +137,13 @@ class Passes:
             logprobs, entropy = sampler(micro.packed, self.temperature, True)
             return torch.stack([logprobs, entropy.to(logprobs.dtype), (micro.advantages != 0).to(logprobs.dtype)])
 
-        outputs = [in_parts(forward, plan, scored) for plan in minibatch.plan]
+        return [in_parts(forward, plan, scored) for plan in minibatch.plan]
+
+    def _select(self, outputs: list[Tensor]) -> Fixed:
+        """Old log-probabilities of a minibatch and, from the same forwards, the tokens of highest entropy.
+
+        Tokens of advantage zero do not compete: whether they are forwarded must not change the gradient.
+        """
         competing = [entropy[signal != 0] for _, entropy, signal in outputs]
         everyone = gather_values(torch.cat([torch.zeros(0), *(x.float().cpu() for x in competing)]))
         threshold = top_entropy_threshold(everyone, self.objective.top_entropy_quantile)

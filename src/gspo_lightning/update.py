@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
@@ -52,6 +53,24 @@ class UpdateSettings:
     """Measure the exact entropy even if the objective does not need it (two more passes over the logits)."""
 
 
+def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
+    """Refuses what would leave prompts of a rollout untrained: every rank cuts its share into whole minibatches.
+
+    Args:
+        prompts: of a rollout, over all ranks.
+        minibatches: optimizer steps per pass.
+        ranks: processes that train together.
+
+    Raises:
+        UserError: they do not divide evenly.
+    """
+    if prompts % ranks or prompts // ranks % minibatches:
+        raise UserError(
+            f"data.prompts_per_rollout={prompts} must be divisible by update.num_minibatches={minibatches} x "
+            f"{ranks} ranks = {minibatches * ranks}"
+        )
+
+
 @dataclass(frozen=True)
 class Minibatch:
     """The prompts of one optimizer step and the plan by which their surviving completions are forwarded."""
@@ -90,6 +109,7 @@ def split_minibatches(
     A completion is left out of the forward when it cannot change the gradient: masked as truncated, or of
     advantage zero under an objective without another term. The former leave the normaliser too, the latter stay.
     """
+    check_minibatches(len(order), settings.num_minibatches, 1)
     size = len(order) // settings.num_minibatches
     drop_zero = zero_advantage_is_free and not settings.keep_zero_advantage
     return [

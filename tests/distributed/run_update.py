@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--loss", default="grpo")
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--quantile", type=float, default=1.0, help="of the tokens of highest entropy")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--budget", type=int, default=30)
     parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
@@ -65,7 +66,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     level = "token" if a.loss in ("cispo", "gmpo") else "sequence"
     settings = Settings(
-        objective={"loss_type": a.loss, "importance_sampling_level": level},
+        objective={
+            "loss_type": a.loss,
+            "importance_sampling_level": level,
+            "top_entropy_quantile": a.quantile,
+        },  # fmt: skip
         update={"max_tokens_per_microbatch": a.budget},
         dtype=a.dtype,
         lora=LoraSettings(r=2) if a.lora else None,

@@ -37,6 +37,9 @@ CASES = {
     "one rank without signal": ["--case", "one rank without signal"],
     "no signal at all": ["--case", "no signal at all"],
     "LoRA": ["--lora"],
+    # Of 30 tokens at a time the ranks have different numbers of micro-batches, and talk about the threshold behind them.
+    "tokens of highest entropy": ["--quantile", "0.4"],
+    "tokens of highest entropy, one rank without signal": ["--quantile", "0.4", "--case", "one rank without signal"],
     **{loss: ["--loss", loss] for loss in sorted(set(LOSSES) - {"grpo"})},
 }
 RUNS = [

@@ -9,11 +9,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy import load
+from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from tests.support import random_groups, relative_distance
-from tests.training import Settings, update_of
+from tests.training import Settings, build_module, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -82,3 +84,30 @@ def test_an_update_moves_the_adapter_and_not_one_byte_of_the_base(micro_model_di
     now = dict(module.policy.named_parameters())
     assert any(value.dtype == torch.uint8 for value in loaded[0].values())
     assert all(torch.equal(now[name], value) for name, value in loaded[0].items())
+
+
+def test_a_folder_that_is_in_four_bits_already_is_treated_the_same(micro_model_dir, tmp_path):
+    """Without the cure the first evaluation repacks its weights, and every gradient behind it is wrong."""
+    PolicyLoader(str(micro_model_dir), quantization="nf4", lora=LoraSettings(r=4)).load_model().save_pretrained(
+        tmp_path
+    )
+    load.load_tokenizer(str(micro_model_dir)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds quantised weights, which cannot be trained; add an adapter"):
+        PolicyLoader(str(tmp_path)).load()
+    policy = policy_of(tmp_path, quantization=None).train()
+    before = logprobs_and_gradient(policy)
+    logprobs_and_gradient(policy.eval())
+    after = logprobs_and_gradient(policy.train())
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+def test_an_adapter_is_not_merged_into_four_bits(micro_model_dir, tmp_path):
+    with pytest.raises(UserError, match="the adapter would be rounded away"):
+        export_policy(policy_of(micro_model_dir), tmp_path, merge_lora=True)
+
+
+def test_a_checkpoint_holds_the_adapter_alone(micro_model_dir, monkeypatch):
+    monkeypatch.setattr("tests.training.PolicyLoader", functools.partial(load.PolicyLoader, quantization="nf4"))
+    module = build_module(micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=4)))
+    module.configure_model()
+    assert all("lora" in name for name in module.state_dict())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 
 
@@ -19,6 +20,11 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model = policy.model
     if policy.has_adapter and merge_lora:
+        if getattr(policy.base_model, "is_quantized", False):
+            raise UserError(
+                "export.merge_lora=true: folded into weights of 4 or 8 bits, the adapter would be rounded away; export "
+                "the adapter alone (export.merge_lora=false)"
+            )
         with torch.no_grad():
             model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     model.save_pretrained(folder)  # type: ignore[operator]

@@ -158,6 +158,11 @@ class PolicyLoader:
                     "bitsandbytes can quantise; set it to null (its MXFP4 weights are trained on in bfloat16)"
                 )
             quantised = {"quantization_config": Mxfp4Config(dequantize=True)}
+        elif getattr(config, "quantization_config", None) and self.lora is None:
+            raise UserError(
+                f"model.path={self.path} holds quantised weights, which cannot be trained; add an adapter: "
+                "lora=language"
+            )
         with reading(self.path, "the model", "check the folder and model.overrides"):
             model, found = kind.from_pretrained(
                 path,
@@ -170,7 +175,7 @@ class PolicyLoader:
                 **self.overrides,
             )
         _refuse_random_weights(self.path, found)
-        if self.quantization is not None:
+        if getattr(model, "is_quantized", False):  # asked for, or because the folder holds such weights
             keep_packing(model)
         if self.dtype == "float64" and model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # the grouped product of the others has no float64

@@ -1,0 +1,120 @@
+"""Layers that keep less for their backward: norms and gated MLPs of the Llama family, as functions of our own.
+
+transformers' RMSNorm keeps three tensors of its input's size, and every linear layer behind it casts its output anew;
+its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
+answers in the dtype of the products, and the MLP keeps gate and up alone and multiplies them again in the backward.
+Numbers are those of transformers but for the last bit; `lighten` compares them before it changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+FAMILIES = frozenset(
+    f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
+)
+"""Layers whose two norms feed linear layers and nothing else, so that their output may have the dtype of those."""
+
+
+def lighten(model: PreTrainedModel) -> int:
+    """Replaces what can be replaced, in place; returns the number of modules changed, 0 for an unknown architecture."""
+    changed = 0
+    layers: Any = model.get_decoder().layers
+    for layer in layers:
+        if type(layer).__name__ not in FAMILIES:
+            continue
+        for module, lean in (
+            (layer.input_layernorm, lean_norm),
+            (layer.post_attention_layernorm, lean_norm),
+            (layer.mlp, lean_mlp),
+        ):
+            if _computes_the_same(module, lean):
+                module.forward = lean.__get__(module)
+                changed += 1
+    return changed
+
+
+@torch.no_grad()
+def _computes_the_same(module: nn.Module, lean: Callable[..., Tensor]) -> bool:
+    """Whether the function is that of this class, of which a version may do something else."""
+    weight = next(module.parameters())
+    if weight.device.type == "meta" or not weight.is_floating_point():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    expected, found = module(x).double(), lean(module, x).double()
+    return bool((expected - found).norm() <= 4 * torch.finfo(x.dtype).eps * expected.norm() + 1e-6 * expected.norm())
+
+
+def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products behind it take."""
+    kind, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+
+
+def lean_mlp(self: Any, x: Tensor) -> Tensor:
+    """``down(silu(gate(x)) * up(x))``, whose product is not kept."""
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not torch.is_grad_enabled():
+        return self.down_proj(nn.functional.silu(gate).mul_(up))
+    product = _Gated.apply(gate, up)
+    again = _Again(gate.detach(), up.detach(), product)
+    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+        return self.down_proj(product)
+
+
+class _Again:
+    """Saved-tensor hooks: the product is forgotten, and multiplied again when the backward asks for it."""
+
+    def __init__(self, gate: Tensor, up: Tensor, product: Tensor) -> None:
+        self.gate, self.up, self.storage = gate, up, product.untyped_storage().data_ptr()
+
+    def pack(self, tensor: Tensor) -> Any:
+        if tensor.untyped_storage().data_ptr() != self.storage:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return nn.functional.silu(self.gate).mul_(self.up).as_strided(*packed)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grad.to(scale.dtype), x * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        mean = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None, None
