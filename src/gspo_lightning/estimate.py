@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.attention import attention_implementation, register
+from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora, load_config, packs_pictures, vision_parts
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.timing import rss_gb
@@ -158,6 +159,8 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
         )
     with torch.device("meta"):
         model = kind.from_config(config, attn_implementation=attention, dtype=DTYPES[loader.dtype]).train()
+        if not (loader.gradient_checkpointing or loader.compile):
+            lighten(model, check=False)
         if loader.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not loader.train_vision:

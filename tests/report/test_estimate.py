@@ -56,7 +56,7 @@ def test_activations_are_what_autograd_keeps_of_the_largest_micro_batch(micro_mo
     """Two groups a minibatch; the largest is that of the prompts of 5 and 9 tokens or of 7 and 6: 14 and 3 x 7 x 2."""
     found = of(micro_model_dir)
     assert found.pace["forwarded at a time"].startswith("56 tokens")
-    policy = micro_policy(micro_model_dir, torch.float32)
+    policy = PolicyLoader(str(micro_model_dir)).load()
     own = {p.data_ptr() for p in policy.parameters()}
     kept = {}
 

@@ -22,8 +22,15 @@ FAMILIES = frozenset(
 """Layers whose two norms feed linear layers and nothing else, so that their output may have the dtype of those."""
 
 
-def lighten(model: PreTrainedModel) -> int:
-    """Replaces what can be replaced, in place; returns the number of modules changed, 0 for an unknown architecture."""
+def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
+    """Replaces what can be replaced, in place; returns the number of modules changed, 0 for an unknown architecture.
+
+    Not together with recomputed or compiled layers, which keep less by themselves.
+
+    Args:
+        model: before any adapter is put on it.
+        check: compare the numbers first; a model without weights has none.
+    """
     changed = 0
     layers: Any = model.get_decoder().layers
     for layer in layers:
@@ -34,7 +41,7 @@ def lighten(model: PreTrainedModel) -> int:
             (layer.post_attention_layernorm, lean_norm),
             (layer.mlp, lean_mlp),
         ):
-            if _computes_the_same(module, lean):
+            if not check or _computes_the_same(module, lean):
                 module.forward = lean.__get__(module)
                 changed += 1
     return changed
@@ -44,7 +51,7 @@ def lighten(model: PreTrainedModel) -> int:
 def _computes_the_same(module: nn.Module, lean: Callable[..., Tensor]) -> bool:
     """Whether the function is that of this class, of which a version may do something else."""
     weight = next(module.parameters())
-    if weight.device.type == "meta" or not weight.is_floating_point():
+    if not weight.is_floating_point():  # a quantised one
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
@@ -75,10 +82,10 @@ class _Again:
     """Saved-tensor hooks: the product is forgotten, and multiplied again when the backward asks for it."""
 
     def __init__(self, gate: Tensor, up: Tensor, product: Tensor) -> None:
-        self.gate, self.up, self.storage = gate, up, product.untyped_storage().data_ptr()
+        self.gate, self.up, self.storage = gate, up, product.untyped_storage()._cdata
 
     def pack(self, tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != self.storage:
+        if tensor.untyped_storage()._cdata != self.storage:
             return tensor
         return tensor.shape, tensor.stride(), tensor.storage_offset()
 
@@ -102,19 +109,23 @@ class _Gated(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Everything in float32 or wider: autocast, off here, would take a dot product in its own dtype."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+            ctx.save_for_backward(x, weight, scale)
+            return (wide * scale).mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        grad, normed = grad.to(scale.dtype), x * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        mean = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            grad, normed = grad.to(scale.dtype), x * scale
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            grad = grad * weight
+            mean = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)
+            return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None, None

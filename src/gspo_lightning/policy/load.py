@@ -24,6 +24,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.attention import AttentionForm, attention_implementation, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
+from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.reading import load_tokenizer, reading
@@ -187,6 +188,8 @@ class PolicyLoader:
             model.model.visual.requires_grad_(True)
         if self.compile:
             compile_layers(model)
+        elif not self.gradient_checkpointing:
+            lighten(model)
         return model.train()
 
 

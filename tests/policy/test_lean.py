@@ -1,0 +1,118 @@
+"""Layers that keep less: derivatives against finite differences, whole models against transformers, and what is kept."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from gspo_lightning.packing import pack
+from gspo_lightning.policy.lean import lean_mlp, lean_norm, lighten
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from tests.support import flat_gradient, micro_policy, random_groups, relative_distance
+
+CONFIG = LlamaConfig(hidden_size=6, intermediate_size=10, num_attention_heads=1)
+GROUPS = random_groups([(7, [3, 5]), (4, [2, 9])], 90)
+
+
+def norm(dtype=torch.float64):
+    module = LlamaRMSNorm(6, eps=1e-5).to(dtype)
+    nn.init.normal_(module.weight)
+    return module
+
+
+def test_derivatives_of_the_norm_are_finite_differences():
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def of(x, weight):
+        return lean_norm(SimpleNamespace(weight=weight, variance_epsilon=1e-5), x)
+
+    assert torch.autograd.gradcheck(of, (x, weight))
+    assert relative_distance(of(x, weight), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight) < 1e-12
+
+
+def test_derivatives_of_the_mlp_are_finite_differences_and_those_of_transformers():
+    module = LlamaMLP(CONFIG).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: lean_mlp(module, x), (x,))
+    weights = [x, *module.parameters()]
+    direction = torch.randn(2, 3, 6, dtype=torch.float64)
+    ours = torch.autograd.grad((lean_mlp(module, x) * direction).sum(), weights)
+    theirs = torch.autograd.grad((module(x) * direction).sum(), weights)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_distance(a, b) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
+def test_a_loaded_model_computes_what_transformers_does(dtype, bound, micro_model_dir):
+    lean = PolicyLoader(str(micro_model_dir), dtype=str(dtype).removeprefix("torch.")).load()
+    changed = [m for m in lean.base_model.modules() if "forward" in vars(m)]
+    assert len(changed) == 6  # two norms and the MLP of two layers
+    found = []
+    for policy in (lean, micro_policy(micro_model_dir, dtype)):
+        logprobs, _ = policy(pack(GROUPS, torch.device("cpu")))
+        logprobs.sum().backward()
+        found.append((logprobs.detach(), flat_gradient(policy)))
+    for a, b in zip(*found, strict=True):
+        assert relative_distance(a, b) < bound
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["full", "LoRA"])
+def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(lora, micro_model_dir, monkeypatch):
+    found = []
+    for lean, mixed in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr("gspo_lightning.policy.load.lighten", lighten if lean else lambda model: 0)
+        torch.manual_seed(0)
+        policy = PolicyLoader(str(micro_model_dir), lora=lora).load()
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.05)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logprobs, _ = policy(pack(GROUPS, torch.device("cpu")))
+            logprobs.sum().backward()
+        found.append((logprobs.detach(), flat_gradient(policy)))
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert relative_distance(ours, exact) < 1.2 * relative_distance(theirs, exact)
+
+
+def test_what_is_kept_for_the_backward():
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(5, 6, requires_grad=True)
+    module = norm(torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        lean_norm(module, x)
+    assert sorted(t.numel() for t in kept) == [5, 6, 30]  # a scale per token, the weight, the input
+    kept.clear()
+    mlp = LlamaMLP(CONFIG)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = lean_mlp(mlp, x)
+    wide = {t.untyped_storage().data_ptr() for t in kept if t.shape == (5, 10)}
+    assert len(wide) == 2  # gate and up; transformers keeps four
+    out.sum().backward()
+
+
+def test_a_norm_that_computes_something_else_is_left_alone(micro_model_dir, monkeypatch):
+    class Gemma(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) * (1 + 1 / self.weight)
+
+    model = micro_policy(micro_model_dir, torch.float32).base_model
+    model.model.layers[0].input_layernorm.__class__ = Gemma
+    assert lighten(model) == 5
+    assert "forward" not in vars(model.model.layers[0].input_layernorm)
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "compile"])
+def test_layers_that_keep_less_by_themselves_stay_as_they_are(setting, micro_model_dir):
+    policy = PolicyLoader(str(micro_model_dir), **{setting: True}).load()
+    assert not any("forward" in vars(m) for m in policy.base_model.modules())
