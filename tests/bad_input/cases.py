@@ -259,11 +259,16 @@ UPDATE = [
         ["trainer=ddp", "trainer.accelerator=cpu", "data.prompts_per_rollout=6", "update.num_minibatches=2"],
         "update.num_minibatches=2 x 2 ranks = 4",
     ),
-    Case("update", "merging without an adapter", ["export.merge_lora=true"], "export.merge_lora=true has no effect"),
+    Case(
+        "update",
+        "merging without an adapter",
+        ["export.enabled=true", "export.merge_lora=true"],
+        "export.merge_lora=true has no effect",
+    ),
     Case(
         "update",
         "merging into four bits",
-        ["export.merge_lora=true", "lora=language", "model.quantization=nf4"],
+        ["export.enabled=true", "export.merge_lora=true", "lora=language", "model.quantization=nf4"],
         "the adapter would be rounded away",
     ),
     Case("update", "an unknown schedule", ["scheduler.name=exponential"], "scheduler.name"),
