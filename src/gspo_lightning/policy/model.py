@@ -96,12 +96,12 @@ class Policy(nn.Module):
     ) -> Tensor:
         body: Any = self.base_model.model
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-        if self.vision is not None:
-            body = self.vision.language_model
-            if prompts:
-                inputs = self.vision.inputs(input_ids, layout, prompts)
         caching = self._caching() if "past_key_values" in kwargs else nullcontext()
         with caching, fused_attention(input_ids.device):
+            if self.vision is not None:
+                body = self.vision.language_model
+                if prompts:
+                    inputs = self.vision.inputs(input_ids, layout, prompts)
             output = body(
                 **inputs,
                 attention_mask=layout_mask(input_ids.device),
