@@ -222,7 +222,10 @@ class TrainingRun:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
         self.ckpt_path = ckpt_path
         self.checkpoint = RolloutCheckpoint(
-            run_dir / "checkpoints", plain["checkpoint"]["every_n_rollouts"], plain["validation"]["every_n_rollouts"]
+            run_dir / "checkpoints",
+            plain["checkpoint"]["every_n_rollouts"],
+            plain["validation"]["every_n_rollouts"],
+            plain["checkpoint"]["keep_last"],
         )
         resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.

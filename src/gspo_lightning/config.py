@@ -134,6 +134,7 @@ _LEAST = {
     "max_rollouts": 1,
     "checkpoint.every_n_rollouts": 1,
     "checkpoint.grace_s": 0,
+    "checkpoint.keep_last": 0,
     "update.num_iterations": 1,
     "update.num_minibatches": 1,
     "rollout.num_generations": 2,

@@ -73,6 +73,23 @@ def _keep(path: Path, previous: Path) -> None:
         os.replace(link, previous)
 
 
+def keep_numbered(path: Path, number: int, keep_last: int) -> None:
+    """Gives the checkpoint at ``path`` a second name by its number, without a copy, and removes all but the newest.
+
+    Those of a later rollout are of a run that went on from an earlier checkpoint, and are removed too.
+    """
+    target = path.with_name(f"rollout-{number:06d}.ckpt")
+    _remove(target)
+    if path.is_dir():
+        shutil.copytree(path, target, copy_function=os.link)
+    else:
+        os.link(path, target)
+    numbered = sorted(path.parent.glob("rollout-*.ckpt"))
+    index = numbered.index(target)
+    for other in (*numbered[: max(0, index + 1 - keep_last)], *numbered[index + 1 :]):
+        _remove(other)
+
+
 def _flush(path: Path) -> None:
     for file in path.iterdir() if path.is_dir() else ():
         flush_to_disk(file)
@@ -106,11 +123,23 @@ class RolloutCheckpoint(L.Callback):
     """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays ``previous.ckpt``.
 
     Where a validation follows the rollout, the checkpoint is taken behind it: a resumed run would not repeat it.
+
+    Args:
+        folder: where they go.
+        every_n_rollouts: rollouts between checkpoints.
+        validate_every_n_rollouts: rollouts between validations.
+        keep_last: so many of the newest stay under their numbers too, as ``rollout-000010.ckpt``.
     """
 
-    def __init__(self, folder: str | Path, every_n_rollouts: int, validate_every_n_rollouts: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        every_n_rollouts: int,
+        validate_every_n_rollouts: int | None = None,
+        keep_last: int = 0,
+    ) -> None:
         self.folder, self.every_n_rollouts = Path(folder), every_n_rollouts
-        self.validate_every_n_rollouts = validate_every_n_rollouts
+        self.validate_every_n_rollouts, self.keep_last = validate_every_n_rollouts, keep_last
         self.wanted = False
         self.saved_at: int | None = None
 
@@ -152,6 +181,8 @@ class RolloutCheckpoint(L.Callback):
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         atomic_checkpoint(trainer, self.last, self.folder / "previous.ckpt")
         self.saved_at, self.wanted = pl_module.rollouts_done, False
+        if self.keep_last and trainer.is_global_zero:
+            keep_numbered(self.last, pl_module.rollouts_done, self.keep_last)
 
 
 class GracefulStop(L.Callback):
