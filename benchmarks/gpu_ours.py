@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_models import MODELS, RandomLoader, write_folder
+from benchmarks.gpu_worker import answer
 from benchmarks.scenarios import Scenario
 from benchmarks.worker_ours import TimedModule, make_prompt, parameter_counts, train
 from gspo_lightning.policy.load import LoraSettings
@@ -74,15 +72,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     Policy.eos_token_ids = ()  # type: ignore[assignment, misc]
-    for case in json.loads(sys.argv[1]):
-        try:
-            result = run(case)
-        except Exception as error:  # noqa: BLE001 - one case that fails must not take the table with it; it is printed
-            result = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print("\n" + json.dumps({"case": case, **result}), flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    answer(run)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import sys
 from typing import Any
 
 import torch
@@ -12,6 +9,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from benchmarks.gpu_models import MODELS, random_model, write_folder
+from benchmarks.gpu_worker import answer
 from benchmarks.scenarios import Scenario
 from benchmarks.vlm import picture
 from benchmarks.worker_trl import TimedTrainer, train
@@ -44,17 +42,5 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return {"steps": list(TimedTrainer.clock.steps), "peak_gb": peak}
 
 
-def main() -> None:
-    for case in json.loads(sys.argv[1]):
-        try:
-            result = run(case)
-        except Exception as error:  # noqa: BLE001 - one case that fails must not take the table with it; it is printed
-            result = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print("\n" + json.dumps({"case": case, **result}), flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
 if __name__ == "__main__":
-    main()
+    answer(run)

@@ -1,0 +1,26 @@
+"""What the two sides of `scripts/gpu_benchmark.py` share: a process that answers each case with a line of JSON."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Case = dict[str, Any]
+
+
+def answer(run: Callable[[Case], Case]) -> None:
+    """Runs the cases of the command line; one that fails says so and does not take the others with it."""
+    for case in json.loads(sys.argv[1]):
+        try:
+            result = run(case)
+        except Exception as error:  # noqa: BLE001 - it is printed, as the row of the table
+            result = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print("\n" + json.dumps({"case": case, **result}), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
