@@ -1,4 +1,4 @@
-"""One update on 1 or 2 ranks; writes weights, metrics and counters. Run as a script by test_ranks.py."""
+"""One update on 1 or 2 ranks for each loss; writes weights, metrics and counters. Run as a script by test_ranks.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--case", default="plain")
-    parser.add_argument("--loss", default="grpo")
+    parser.add_argument("--losses", nargs="+", default=["grpo"], help="one after the other, all from the same weights")
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--quantile", type=float, default=1.0, help="of the tokens of highest entropy")
@@ -64,10 +64,15 @@ def main() -> None:
     parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
     a = parser.parse_args()
     warnings.filterwarnings("ignore")
-    level = "token" if a.loss in ("cispo", "gmpo") else "sequence"
+    for loss in a.losses:
+        update(a, loss)
+
+
+def update(a: argparse.Namespace, loss: str) -> None:
+    level = "token" if loss in ("cispo", "gmpo") else "sequence"
     settings = Settings(
         objective={
-            "loss_type": a.loss,
+            "loss_type": loss,
             "importance_sampling_level": level,
             "top_entropy_quantile": a.quantile,
         },  # fmt: skip
@@ -97,9 +102,10 @@ def main() -> None:
     runner.fit(module, DataLoader(Rows(), batch_size=None))
     everything = weights(module)
     if runner.is_global_zero:
-        torch.save(everything, a.out)
+        out = a.out.with_name(f"{a.out.stem}-{loss}.pt")
+        torch.save(everything, out)
         metrics = {k: v for k, v in module.last_metrics.items() if not k.startswith(("time/", "perf/", "count/"))}
-        a.out.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "counts": module.counts}))
+        out.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "counts": module.counts}))
 
 
 if __name__ == "__main__":

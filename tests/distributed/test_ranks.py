@@ -19,13 +19,22 @@ SCRIPT = Path(__file__).parent / "run_update.py"
 
 
 def update(folder, out, devices, *arguments):
+    """Weights and facts of the one update that a process makes."""
+    (found,) = updates(folder, out, devices, ["grpo"], *arguments)
+    return found
+
+
+def updates(folder, out, devices, losses, *arguments):
+    """Those of one update for each loss, in one process per rank."""
+    arguments = ("--losses", *losses, *arguments)
     command = [sys.executable, str(SCRIPT), str(folder), str(out), "--devices", str(devices), *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True), json.loads(out.with_suffix(".json").read_text())
+    outs = [out.with_name(f"{out.stem}-{loss}.pt") for loss in losses]
+    return [(torch.load(o, weights_only=True), json.loads(o.with_suffix(".json").read_text())) for o in outs]
 
 
 AUXILIARY = {
@@ -40,7 +49,6 @@ CASES = {
     # Of 30 tokens at a time the ranks have different numbers of micro-batches, and talk about the threshold behind them.
     "tokens of highest entropy": ["--quantile", "0.4"],
     "tokens of highest entropy, one rank without signal": ["--quantile", "0.4", "--case", "one rank without signal"],
-    **{loss: ["--loss", loss] for loss in sorted(set(LOSSES) - {"grpo"})},
 }
 RUNS = [
     *(pytest.param("ddp", case, id=f"{name}, DDP") for name, case in (CASES | AUXILIARY).items()),
@@ -75,7 +83,28 @@ def test_two_ranks_give_the_update_of_one(strategy, arguments, micro_model_dir, 
     assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True)
 
 
+OTHER_LOSSES = sorted(set(LOSSES) - {"grpo"})
+
+
+@functools.cache
+def every_loss_on_one_rank(folder, scratch):
+    return updates(folder, scratch / "every.pt", 1, OTHER_LOSSES)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_loss_on_two_ranks_gives_the_update_of_one(strategy, micro_model_dir, scratch, tmp_path):
+    from tests.support import micro_policy
+
+    start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir).parameters()])
+    ones = every_loss_on_one_rank(micro_model_dir, scratch)
+    twos = updates(micro_model_dir, tmp_path / "two.pt", 2, OTHER_LOSSES, "--strategy", strategy)
+    for loss, (one, facts_one), (two, facts_two) in zip(OTHER_LOSSES, ones, twos, strict=True):
+        assert relative_distance(two - start, one - start) < 1e-12, loss
+        assert facts_two["counts"] == facts_one["counts"], loss
+        assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True), loss
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_compiled_layers_on_two_ranks_give_the_update_of_plain_ones_on_one(
     strategy, micro_model_dir, scratch, tmp_path
 ):
