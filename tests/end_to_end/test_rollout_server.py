@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.rollout.fake_server import FakeServer
+from tests.support import relative_distance
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,8 +85,10 @@ def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir,
     for before, after in zip(rows_one, rows_two, strict=True):
         for name in ("val/accuracy", "val/reward", "reward/mean", "grad_norm", "completion/mean_tokens"):
             assert float(after[name] or 0) == pytest.approx(float(before[name] or 0), rel=1e-4), (name, before, after)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
+    start = load_file(micro_model_dir / "model.safetensors")
+    moved_two, moved_one = (torch.cat([(w[n] - start[n]).flatten() for n in start]) for w in (two, one))
+    # As one vector: Adam makes a visible step of the rounding of a gradient near zero.
+    assert relative_distance(moved_two, moved_one) < 1e-4
 
 
 def test_on_two_ranks_a_dead_server_ends_both_with_one_line_and_a_checkpoint(micro_model_dir, tmp_path):
