@@ -85,17 +85,6 @@ def test_logprobs_are_those_of_the_policy_after_every_change_of_its_weights(poli
         move(policy, seed)
 
 
-def test_more_prompts_than_a_batch_of_the_engine_holds_are_answered(policy, folder):
-    # 240 x 70 tokens: vLLM 0.32 would cut a prompt into chunks, which a seeded request does not survive on a CPU.
-    prompts = [make_prompt(torch.arange(n, n + 70) * 7 % 90 + 3, uid=f"t:{n}") for n in range(240)]
-    engine = VLLMEngine(str(folder), 80, 12, kv_cache_gb=0.5, max_num_seqs=240)
-    try:
-        rollout = engine.generate(policy, prompts, SAMPLING, seed=0)
-    finally:
-        engine.close()
-    assert largest_difference(policy, rollout) < 1e-4
-
-
 def test_weights_travel_only_when_they_changed(policy, prompts, running):
     running.generate(policy, prompts, SAMPLING, seed=0)
     before = running.syncs
@@ -251,3 +240,15 @@ def test_base_weights_are_bit_identical_after_a_thousand_adapters(folder, prompt
 def test_settings_of_a_gpu_are_refused_on_a_cpu(settings, message):
     with pytest.raises(UserError, match=message):
         VLLMEngine("anything", 8, 8, **settings)
+
+
+def test_more_prompts_than_a_batch_of_the_engine_holds_are_answered(policy, folder):
+    # Last in the file: closing an engine takes the process group of the one that other tests share with it.
+    # 240 x 70 tokens: vLLM 0.32 would cut a prompt into chunks, which a seeded request does not survive on a CPU.
+    prompts = [make_prompt(torch.arange(n, n + 70) * 7 % 90 + 3, uid=f"t:{n}") for n in range(240)]
+    engine = VLLMEngine(str(folder), 80, 12, kv_cache_gb=0.5, max_num_seqs=240)
+    try:
+        rollout = engine.generate(policy, prompts, SAMPLING, seed=0)
+    finally:
+        engine.close()
+    assert largest_difference(policy, rollout) < 1e-4
