@@ -10,6 +10,7 @@ import torch
 
 from gspo_lightning import passes, rollout_update, update
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
+from gspo_lightning.policy import load
 from gspo_lightning.rollout import transformers_engine
 from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.types import Dialogue, ScoredRollout
@@ -78,9 +79,15 @@ def no_compaction() -> None:
     transformers_engine.Decoder = Stubborn  # type: ignore[attr-defined, misc]
 
 
+def plain_layers() -> None:
+    """Norms and MLPs keep what transformers' keep."""
+    load.lighten = lambda model: 0  # type: ignore[attr-defined, assignment]
+
+
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,
     "no padding in the update": padding,
     "no old pass for the first minibatch": old_pass_for_all,
     "ended rows leave the decoder": no_compaction,
+    "layers that keep less": plain_layers,
 }

@@ -28,6 +28,7 @@ ROWS: dict[str, tuple[Scenario, Scenario]] = {
     "ended rows leave the decoder": (QUICK, replace(QUICK, ablate="ended rows leave the decoder")),
     "silent groups are dropped": (SILENT, replace(SILENT, keep_silent=True)),
     "no old pass for the first minibatch": (PAPER, replace(PAPER, ablate="no old pass for the first minibatch")),
+    "layers that keep less": (QUICK, replace(QUICK, ablate="layers that keep less")),
     "bfloat16 products": (QUICK, replace(QUICK, precision="fp32")),
 }
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "ablation.json")
     arguments = parser.parse_args()
     model = subprocess.run(
@@ -44,7 +46,8 @@ def main() -> None:
     ).stdout.strip()  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
     print("| without | rollout, CPU-s | update, CPU-s | peak, GiB | step, times ours |\n|---|---|---|---|---|")
-    for name, scenarios in ROWS.items():
+    for name in arguments.rows:
+        scenarios = ROWS[name]
         sides: list[list[dict[str, float]]] = [[], []]
         for _ in range(arguments.rounds):
             for side, scenario in zip(sides, scenarios, strict=True):

@@ -85,10 +85,9 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
                     f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
                 )
     _check_environment(plain)
-    if training:
-        _check_export(plain)
     _report(plain)
     if training:
+        _check_export(plain)
         _check_minibatches(plain)
 
 
@@ -202,12 +201,13 @@ def _check_export(plain: dict[str, Any]) -> None:
 
 
 def _check_minibatches(plain: dict[str, Any]) -> None:
-    """Every rank must have as many prompts for each minibatch, and none left over."""
-    trainer, minibatches = plain["trainer"], plain["update"]["num_minibatches"]
-    devices, nodes = trainer["devices"], trainer.get("num_nodes", 1)
-    if not isinstance(devices, int) or devices < 1 or not isinstance(nodes, int):
-        return  # "auto" and lists: the data module knows the number of ranks
-    check_minibatches(plain["data"]["prompts_per_rollout"], minibatches, devices * nodes)
+    """Every rank must have as many prompts for each minibatch, and none left over.
+
+    With ``devices=auto`` the number of ranks is known when they have started; `split_minibatches` asks again.
+    """
+    devices, nodes = plain["trainer"]["devices"], plain["trainer"]["num_nodes"]
+    ranks = devices * nodes if isinstance(devices, int) and devices > 0 else 1
+    check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks)
 
 
 def _check_roots(plain: dict[str, Any]) -> None:
@@ -231,7 +231,6 @@ def _report(plain: dict[str, Any]) -> None:
         num_iterations=plain["update"]["num_iterations"],
         num_minibatches=plain["update"]["num_minibatches"],
         num_generations=plain["rollout"]["num_generations"],
-        prompts_per_rollout=plain["data"]["prompts_per_rollout"],
         ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
         ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
         has_adapter=bool(plain["model"].get("lora")),

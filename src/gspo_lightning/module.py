@@ -150,12 +150,13 @@ class GSPOModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
         assert self.policy is not None
-        self._widen_trained()
+        if self.policy.has_adapter:
+            self._widen_adapter()
         optimizer = self.optimizer_factory(parameter_groups(self.policy.parameters()))
         steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
 
-    def _widen_trained(self) -> None:
+    def _widen_adapter(self) -> None:
         """Under bf16-true the adapter goes back to float32, which Lightning has narrowed with the base by now.
 
         In bfloat16 most of its updates would be rounded away. What a checkpoint held was narrowed too.

@@ -65,9 +65,9 @@ def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
         UserError: they do not divide evenly.
     """
     if prompts % ranks or prompts // ranks % minibatches:
+        shares = f" x {ranks} ranks = {minibatches * ranks}" if ranks > 1 else ""
         raise UserError(
-            f"data.prompts_per_rollout={prompts} must be divisible by update.num_minibatches={minibatches} x "
-            f"{ranks} ranks = {minibatches * ranks}"
+            f"data.prompts_per_rollout={prompts} must be divisible by update.num_minibatches={minibatches}{shares}"
         )
 
 

@@ -229,7 +229,7 @@ UPDATE = [
         "update",
         "minibatches that do not divide",
         ["update.num_minibatches=3"],
-        "update.num_minibatches=3 does not divide",
+        "data.prompts_per_rollout=8 must be divisible by update.num_minibatches=3",
     ),
     Case("update", "a budget below one sequence", ["update.max_tokens_per_microbatch=50"], "raise it to at least that"),
     Case("update", "no passes", ["update.num_iterations=0"], "update.num_iterations=0 must be at least 1"),

@@ -48,3 +48,10 @@ def test_the_checkpoint_of_another_optimizer_is_refused(tmp_path):
     run(tmp_path, "max_rollouts=1")
     with pytest.raises(UserError, match="optimizer: the checkpoint was saved with AdamW, not AdamW8bit"):
         run(tmp_path, "max_rollouts=2", "optimizer=adamw_8bit", "ckpt_path=auto")
+
+
+def test_without_an_adapter_nothing_is_widened(micro_model_dir):
+    """A module of one's own may train all weights in bfloat16; in float32 they would not fit their activations."""
+    module = build_module(micro_model_dir, Settings(dtype="float32"))
+    trainer(precision="bf16-true").fit(module, Batches(scripted_prompts()).loader())
+    assert {p.dtype for p in module.policy.parameters()} == {torch.bfloat16}

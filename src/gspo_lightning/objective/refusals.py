@@ -29,7 +29,6 @@ def check_objective(
     num_iterations: int,
     num_minibatches: int,
     num_generations: int,
-    prompts_per_rollout: int,
     ref_sync_every_n_rollouts: int = 0,
     ref_model_mixup_alpha: float = 0.6,
     has_adapter: bool = False,
@@ -42,7 +41,7 @@ def check_objective(
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, steps),
-        *_counts(num_generations, num_minibatches, prompts_per_rollout),
+        *_counts(num_generations),
     ]
 
 
@@ -162,15 +161,10 @@ def _selection(objective: Objective, steps: int) -> Iterator[Finding]:
                 yield Finding("no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}")
 
 
-def _counts(num_generations: int, num_minibatches: int, prompts_per_rollout: int) -> Iterator[Finding]:
+def _counts(num_generations: int) -> Iterator[Finding]:
     if num_generations < 2:
         yield Finding(
             "contradiction",
             f"rollout.num_generations={num_generations} must be at least 2; a group of one "
             "has no one to be compared with",
-        )
-    if prompts_per_rollout % num_minibatches:
-        yield Finding(
-            "contradiction",
-            f"update.num_minibatches={num_minibatches} does not divide data.prompts_per_rollout={prompts_per_rollout}",
         )

@@ -32,6 +32,7 @@ def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
         check: compare the numbers first; a model without weights has none.
     """
     changed = 0
+    verdicts: dict[Any, bool] = {}
     layers: Any = model.get_decoder().layers
     for layer in layers:
         if type(layer).__name__ not in FAMILIES:
@@ -41,7 +42,10 @@ def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
             (layer.post_attention_layernorm, lean_norm),
             (layer.mlp, lean_mlp),
         ):
-            if not check or _computes_the_same(module, lean):
+            kind = type(module), next(module.parameters()).dtype
+            if kind not in verdicts:
+                verdicts[kind] = not check or _computes_the_same(module, lean)
+            if verdicts[kind]:
                 module.forward = lean.__get__(module)
                 changed += 1
     return changed

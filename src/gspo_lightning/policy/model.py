@@ -50,6 +50,9 @@ class Policy(nn.Module):
         self.is_padded = is_padded
         self.shards: Any = None  # `gspo_lightning.sharding.Shards` once the weights are split over ranks
         self.processor = processor
+        # Looked for once: a rollout asks at every token.
+        modules: list[Any] = list(self.base_model.modules())
+        self._recomputing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
         shared = features_from.vision if features_from is not None else None
         if shared is not None and not shared.is_frozen:
             shared = None
@@ -114,13 +117,12 @@ class Policy(nn.Module):
     @contextmanager
     def _caching(self) -> Iterator[None]:
         """transformers' layers drop a cache without a word where they recompute activations, gradient or not."""
-        recomputing = [m for m in self.base_model.modules() if getattr(m, "gradient_checkpointing", False)]
-        for module in recomputing:
+        for module in self._recomputing:
             module.gradient_checkpointing = False
         try:
             yield
         finally:
-            for module in recomputing:
+            for module in self._recomputing:
                 module.gradient_checkpointing = True
 
     def last_positions(self, prompts: Sequence[Prompt]) -> Tensor:

@@ -21,6 +21,7 @@ from gspo_lightning.data.vision import VisionSettings
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
 from gspo_lightning.rollout.vllm_requests import completion, engine_input, request_fields
 from gspo_lightning.rollout.weights import (
@@ -248,7 +249,10 @@ class VLLMEngine:
 
     def _prove(self, policy: Policy) -> None:
         probe = probe_prompt(policy, self.max_model_len)
-        (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
+        try:
+            (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
+        except ValueError as error:
+            raise WeightSyncError(f"the vLLM engine does not run the policy's weights: it answered {error}") from error
         self._fingerprint.check(policy, probe, completions, "the vLLM engine")
 
 
