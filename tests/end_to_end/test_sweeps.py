@@ -34,7 +34,7 @@ def test_a_failing_job_has_its_line_and_the_others_run_and_can_be_compared(tmp_p
     failed = [line for line in done.stderr.splitlines() if line.startswith("failed: job ")]
     assert len(errors) == 1 and errors[0].startswith("error: job 0 (")
     assert [line.split()[2] for line in failed] == ["0", "2"]
-    assert all("update.num_minibatches=3 does not divide data.prompts_per_rollout=8" in line for line in failed)
+    assert all("data.prompts_per_rollout=8 must be divisible by update.num_minibatches=3" in line for line in failed)
     runs, without = find_runs([tmp_path])
     assert [run.folder.name for run in runs] == ["1", "3"]
     assert [folder.name for folder in without] == ["0", "2"]
