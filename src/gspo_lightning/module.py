@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -24,7 +25,7 @@ from gspo_lightning.collect import collect_rollout, rollout_metrics
 from gspo_lightning.distributed import add_metrics, global_sum, whole
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
-from gspo_lightning.guarded_step import GuardedStep, parameter_groups
+from gspo_lightning.guarded_step import GuardedStep, allocate_moments, parameter_groups
 from gspo_lightning.objective import Objective
 from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.passes import Passes
@@ -170,6 +171,12 @@ class GSPOModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""
         self._choose_forward()
+
+    def on_train_start(self) -> None:
+        """Behind what a checkpoint held, before the first activations."""
+        assert self.policy is not None
+        if self.device.type == "cpu" and self.policy.shards is None:
+            allocate_moments(cast(LightningOptimizer, self.optimizers()).optimizer)
 
     def on_validation_start(self) -> None:
         """The same, where nothing is trained or validation comes first."""

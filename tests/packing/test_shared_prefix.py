@@ -99,8 +99,10 @@ def reference_attention(query, key, value, layout, scaling, window, sinks):
 def test_attention_equals_its_definition_token_by_token(window, with_sinks, limit, monkeypatch):
     monkeypatch.setattr(layout_module, "WHOLE_GROUP_TOKENS", limit)
     monkeypatch.setattr(layout_module, "TILE_QUERIES", 5)
+    monkeypatch.setattr(layout_module, "WHOLE_PROMPT_TOKENS", limit)
     layout = SharedPrefixLayout(
-        (GroupLayout(6, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))), torch.device("cpu")
+        (GroupLayout(16, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,)), GroupLayout(11, ())),
+        torch.device("cpu"),
     )
     tokens = layout.num_tokens
     query = torch.randn(1, 4, tokens, 8, dtype=torch.float64, requires_grad=True)

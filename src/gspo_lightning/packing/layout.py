@@ -28,6 +28,9 @@ WHOLE_GROUP_TOKENS = 256
 TILE_QUERIES = 128
 """Longer groups are cut into tiles of whole completions with at least this many queries where they have them."""
 
+WHOLE_PROMPT_TOKENS = 512
+"""Longer prompts are cut into chunks: the scores of a whole prompt are half waste."""
+
 
 @dataclass(frozen=True)
 class GroupLayout:
@@ -106,15 +109,14 @@ class SharedPrefixLayout:
             end = start + group.num_tokens
             prompt = (start, start + group.prompt_length)
             if group.num_tokens == group.prompt_length:
-                yield AttentionBlock(prompt, (prompt,), causal=True)
+                yield from _prompt(prompt)
             elif group.num_tokens <= WHOLE_GROUP_TOKENS:
                 yield AttentionBlock((start, end), ((start, end),), causal=False)
             else:
-                yield AttentionBlock(prompt, (prompt,), causal=True)
+                yield from _prompt(prompt)
                 for tile in _tiles(prompt[1], group.completion_lengths):
-                    chunks = _chunks(tile)
-                    for number, chunk in enumerate(chunks, start=1):
-                        yield AttentionBlock(chunk, (prompt, *chunks[:number]), causal=False)
+                    for chunk in _chunks(tile):
+                        yield AttentionBlock(chunk, (prompt, (tile[0], chunk[1])), causal=False)
             start = end
 
     def mask(self, number: int, window: int | None = None) -> Tensor:
@@ -133,6 +135,12 @@ class SharedPrefixLayout:
         distance = self._positions[queries, None] - self._positions[None, keys]
         allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
         return allowed if window is None else allowed & (distance < window)
+
+
+def _prompt(span: tuple[int, int]) -> Iterator[AttentionBlock]:
+    chunks = _chunks(span) if span[1] - span[0] > WHOLE_PROMPT_TOKENS else [span]
+    for start, end in chunks:
+        yield AttentionBlock((start, end), ((span[0], end),), causal=start == span[0])
 
 
 def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:

@@ -123,11 +123,17 @@ class _LinearLogprobs(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits @ narrow_weight).to(hidden.dtype)
                 if needs_weight:
-                    part = grad_logits.t() @ narrow[rows]
-                    grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+                    grad_weight = _add_product(grad_weight, grad_logits.t(), narrow[rows], weight.dtype)
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in ``dtype``, in place; without a product of its own where the dtypes allow it."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 def _grad_logits(

@@ -68,6 +68,8 @@ def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
     kind, dtype = hidden_states.device.type, hidden_states.dtype
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
+    if not torch.is_grad_enabled():
+        return _normed(hidden_states, self.weight, self.variance_epsilon, dtype)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
@@ -112,24 +114,33 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm in ``dtype``, and the factors ``(..., 1)`` of the tokens in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = _dot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(dtype), scale
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Over the last dimension, ``(..., 1)``; autocast would take `torch.linalg.vecdot` in a dtype of its own."""
+    return (a * b).sum(-1, keepdim=True)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Everything in float32 or wider: autocast, off here, would take a dot product in its own dtype."""
+    """Everything in float32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-            ctx.save_for_backward(x, weight, scale)
-            return (wide * scale).mul_(weight).to(dtype)
+        out, scale = _normed(x, weight, eps, dtype)
+        ctx.save_for_backward(x, weight, scale)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            grad, normed = grad.to(scale.dtype), x * scale
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-            grad = grad * weight
-            mean = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)
-            return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None, None
+        grad, normed = grad.to(scale.dtype), x * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        mean = _dot(grad, normed).div_(x.shape[-1])
+        return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None, None

@@ -114,6 +114,10 @@ class Policy(nn.Module):
             )
         return output.last_hidden_state
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``(rows, H)`` last hidden states -> ``(rows, V)``, in the dtype of the products; for sampling."""
+        return nn.functional.linear(hidden, self.output_weight)
+
     @contextmanager
     def _caching(self) -> Iterator[None]:
         """transformers' layers drop a cache without a word where they recompute activations, gradient or not."""

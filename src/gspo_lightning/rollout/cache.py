@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
-from gspo_lightning.packing.attention import attend
+from gspo_lightning.rollout.cascade import Partial, combine, partial_attention
 
 
 class PrefillCache(Cache):
@@ -31,39 +30,46 @@ class PrefillCache(Cache):
 
 
 class DecodeCache(Cache):
-    """Preallocated keys and values of R rows; prompts end at the same slot, so all rows write the same slot.
+    """Keys and values of R rows that go on from n prompts, in the dtype attention computes in.
 
-    They are kept in the dtype attention computes in: under autocast a float32 cache would be cast whole at every token.
+    A prompt is kept and read once per token, however many rows go on from it: ``prompts[layer]`` is
+    ``(2, n, kv_heads, P, D)``, right-aligned. What the rows draw has a place of its own, ``drawn[layer]``
+    ``(2, R, kv_heads, slots, D)``, preallocated; all rows write the same slot. Rows that finish are dropped by moving
+    rows from the end into their place: copying is proportional to what finished, not to what goes on.
 
-    ``buffers[layer]`` is ``(2, R, kv_heads, slots, D)``. The first ``slots_filled`` slots hold tokens; row r uses
-    those from ``slots_prompt - prompt_length_r`` on. Rows that finish are dropped by moving rows from the end
-    into their place: copying is proportional to what finished, not to what goes on.
+    Args:
+        prefill: of the prompts; emptied.
+        prompt_lengths: of the n prompts.
+        repeats: rows per prompt, which lie together at first.
+        new_tokens: slots.
     """
 
     def __init__(self, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int) -> None:
         super().__init__(layers=[])
-        self.slots_prompt = max(prompt_lengths)
-        self.slots_filled = self.slots_prompt
         self.rows = len(prompt_lengths) * repeats
-        self.buffers = [
-            _spread(key, value, prompt_lengths, repeats, self.slots_prompt + new_tokens)
-            for key, value in prefill.states
-        ]
-        prefill.states.clear()
-        device = self.buffers[0].device
-        start = torch.tensor([self.slots_prompt - n for n in prompt_lengths], device=device).repeat_interleave(repeats)
-        slots = torch.arange(self.slots_prompt + new_tokens, device=device)
-        self.visible = slots >= start[:, None]
+        self.slots_filled = 0
+        self.prompts: list[Tensor] = []
+        self.drawn: list[Tensor] = []
+        while prefill.states:
+            prompts = _align(*prefill.states.pop(0), prompt_lengths)
+            self.prompts.append(prompts)
+            self.drawn.append(prompts.new_empty(2, self.rows, prompts.shape[2], new_tokens, prompts.shape[4]))
+        device = self.prompts[0].device
+        self.prompt_of_row = torch.arange(len(prompt_lengths), device=device).repeat_interleave(repeats)
+        self.layer = 0
+        """The one whose keys were written last, which is the one that attends."""
+        self._padding = _padding(prompt_lengths, self.prompts[0])
+        self._arrange()
 
     @torch.compiler.disable  # slots and rows change with every token
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots."""
-        buffer = self.buffers[layer_idx]
-        buffer[0, : self.rows, :, self.slots_filled] = key_states[:, :, 0]
-        buffer[1, : self.rows, :, self.slots_filled] = value_states[:, :, 0]
-        filled = buffer[:, : self.rows, :, : self.slots_filled + 1]
+        """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots of what was drawn."""
+        self.layer, drawn = layer_idx, self.drawn[layer_idx]
+        drawn[0, : self.rows, :, self.slots_filled] = key_states[:, :, 0]
+        drawn[1, : self.rows, :, self.slots_filled] = value_states[:, :, 0]
+        filled = drawn[:, : self.rows, :, : self.slots_filled + 1]
         return filled[0], filled[1]
 
     def advance(self) -> None:
@@ -74,28 +80,64 @@ class DecodeCache(Cache):
         """Drops rows where ``alive`` ``(R,)`` is False; returns the old row number of each remaining row."""
         order = torch.arange(self.rows, device=alive.device)
         count = int(alive.sum())
+        if count == self.rows:
+            return order
         holes = (~alive[:count]).nonzero().squeeze(1)
         movers = count + alive[count:].nonzero().squeeze(1)
         order[holes] = movers
         if len(holes):
-            for buffer in self.buffers:
-                buffer[:, holes, :, : self.slots_filled] = buffer[:, movers, :, : self.slots_filled]
-            self.visible[holes] = self.visible[movers]
+            for drawn in self.drawn:
+                drawn[:, holes, :, : self.slots_filled] = drawn[:, movers, :, : self.slots_filled]
         self.rows = count
+        self.prompt_of_row = self.prompt_of_row[order[:count]]
+        self._arrange()
         return order[:count]
 
     def layout(self) -> DecodeLayout:
         """The attention of the next token."""
-        return DecodeLayout(self.visible[: self.rows, : self.slots_filled + 1])
+        return DecodeLayout(self)
+
+    def attend_to_prompts(self, query: Tensor, reach: int | None, scaling: float) -> Partial:
+        """Attention of ``query`` ``(R, kv_heads, repeats, D)`` to the prompt of each row.
+
+        Args:
+            query: of the layer in hand, query heads that share a key head together.
+            reach: so many of the last slots of the prompts are seen; None for all.
+            scaling: factor on the scores.
+        """
+        rows, kv_heads, repeats, size = query.shape
+        prompts = self.prompts[self.layer]
+        slots = prompts.shape[3] if reach is None else min(reach, prompts.shape[3])
+        key, value = prompts[..., -slots:, :]
+        bias = None if self._padding is None else self._padding[..., -slots:]
+        # All rows of a prompt are queries of one call: (n, kv_heads, most * repeats, D).
+        if self._places is None:
+            grid = query
+        else:
+            grid = query.new_zeros(len(key) * self._most, kv_heads, repeats, size)
+            grid[self._places] = query
+        grid = grid.view(len(key), self._most, kv_heads, repeats, size).transpose(1, 2).flatten(2, 3)
+        out, total = partial_attention(grid, key, value, bias, scaling)
+        out = out.unflatten(2, (self._most, repeats)).transpose(1, 2).flatten(0, 1)
+        total = total.unflatten(2, (self._most, repeats)).transpose(1, 2).flatten(0, 1)
+        return (out, total) if self._places is None else (out[self._places], total[self._places])
+
+    def _arrange(self) -> None:
+        """The place of each row in a table of prompts by rows; None if the rows fill it in order."""
+        of_prompt = torch.nn.functional.one_hot(self.prompt_of_row, self.prompts[0].shape[1])
+        counts = of_prompt.cumsum(0)
+        self._most = int(counts[-1].max()) if self.rows else 0
+        number = counts.gather(1, self.prompt_of_row[:, None]).squeeze(1) - 1
+        places = self.prompt_of_row * self._most + number
+        in_order = torch.equal(places, torch.arange(self.prompts[0].shape[1] * self._most, device=places.device))
+        self._places: Tensor | None = None if in_order else places
 
 
 class DecodeLayout:
-    """One new token per row looks at the visible slots of its row."""
+    """One new token per row looks at its prompt and at what its row has drawn."""
 
-    def __init__(self, visible: Tensor) -> None:
-        self.visible = visible
-        self._masks: dict[int | None, Tensor] = {}
-        self._biases: dict[int | None, Tensor] = {}
+    def __init__(self, cache: DecodeCache) -> None:
+        self.cache = cache
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
@@ -105,43 +147,33 @@ class DecodeLayout:
         The query heads that share a key head are taken as several queries of it, so keys are never repeated.
         """
         rows, heads, _, size = query.shape
-        mask = self._mask(window)
-        if sinks is not None:
-            repeats = heads // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-            return attend(query, key, value, mask, scaling=scaling, sinks=sinks)
         grouped = query.to(key.dtype).view(rows, key.shape[1], heads // key.shape[1], size)
-        bias = self._bias(window, key.dtype)
-        out = scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scaling)
-        return out.reshape(rows, heads, 1, size)
-
-    def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The mask as a term of the scores, made once per token: every layer would convert a boolean mask again."""
-        if window not in self._biases:
-            mask = self._mask(window)
-            self._biases[window] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-                ~mask, -torch.inf
-            )
-        return self._biases[window]
-
-    def _mask(self, window: int | None) -> Tensor:
-        if window not in self._masks:
-            slots = torch.arange(self.visible.shape[1], device=self.visible.device)
-            near = self.visible if window is None else self.visible & (slots > slots[-1] - window)
-            self._masks[window] = near[:, None, None, :]
-        return self._masks[window]
+        near = slice(None) if window is None else slice(-window, None)
+        parts = [partial_attention(grouped, key[:, :, near], value[:, :, near], None, scaling)]
+        reach = None if window is None else window - key.shape[2]
+        if reach is None or reach > 0:
+            parts.append(self.cache.attend_to_prompts(grouped, reach, scaling))
+        return combine(parts, sinks).to(key.dtype).reshape(rows, heads, 1, size)
 
 
-def _spread(key: Tensor, value: Tensor, prompt_lengths: Sequence[int], repeats: int, slots: int) -> Tensor:
-    """Packed ``(1, kv_heads, T, D)`` keys and values -> ``(2, rows, kv_heads, slots, D)``, prompts right-aligned."""
+def _align(key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed ``(1, kv_heads, T, D)`` keys and values -> ``(2, n, kv_heads, P, D)``, right-aligned."""
     _, heads, _, size = key.shape
     kind = key.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key.dtype
-    buffer = torch.zeros(2, len(prompt_lengths), repeats, heads, slots, size, dtype=dtype, device=key.device)
-    end_slot, start = max(prompt_lengths), 0
-    for row, length in enumerate(prompt_lengths):
-        span, place = slice(start, start + length), slice(end_slot - length, end_slot)
-        buffer[0, row, :, :, place] = key[0, :, span]
-        buffer[1, row, :, :, place] = value[0, :, span]
+    aligned = torch.zeros(2, len(lengths), heads, max(lengths), size, dtype=dtype, device=key.device)
+    start = 0
+    for row, length in enumerate(lengths):
+        aligned[0, row, :, -length:] = key[0, :, start : start + length]
+        aligned[1, row, :, -length:] = value[0, :, start : start + length]
         start += length
-    return buffer.view(2, len(prompt_lengths) * repeats, heads, slots, size)
+    return aligned
+
+
+def _padding(lengths: Sequence[int], like: Tensor) -> Tensor | None:
+    """``(n, 1, 1, P)`` term of the scores that hides what is in front of shorter prompts; None if none is shorter."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    hidden = torch.arange(longest) < longest - torch.tensor(lengths)[:, None]
+    return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None, None].to(like.device)

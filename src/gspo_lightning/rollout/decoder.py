@@ -78,11 +78,8 @@ class Decoder:
 
     def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
         """The next token ``(R,)`` of each row, and which rows go on."""
-        tokens, logprobs = sample(self._logits(hidden), self.uniforms[:, step], self.sampling, self.seen)
+        tokens, logprobs = sample(self.policy.logits(hidden), self.uniforms[:, step], self.sampling, self.seen)
         return tokens, self._record(tokens, logprobs)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden, self.policy.output_weight)
 
     def _record(self, tokens: Tensor, logprobs: Tensor) -> list[bool]:
         """Appends the drawn tokens; returns which rows go on."""

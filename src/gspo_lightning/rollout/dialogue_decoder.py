@@ -59,7 +59,7 @@ class DialogueDecoder(Decoder):
             index = torch.tensor(drawing)
             seen = self.seen[index.to(hidden.device)] if self.seen is not None else None
             uniforms = self.uniforms[index, step]
-            drawn = sample(self._logits(hidden[index.to(hidden.device)]), uniforms, self.sampling, seen)
+            drawn = sample(self.policy.logits(hidden[index.to(hidden.device)]), uniforms, self.sampling, seen)
             for number, token, logprob in zip(drawing, *(x.tolist() for x in drawn), strict=True):
                 tokens[number], logprobs[number] = token, logprob
         sampled = set(drawing)

@@ -84,7 +84,9 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """
     rows, size = probabilities.shape
     width = -(-size // _BLOCKS)
-    padded = torch.nn.functional.pad(probabilities, (0, width * _BLOCKS - size)).view(rows, _BLOCKS, width)
+    missing = width * _BLOCKS - size
+    padded = torch.nn.functional.pad(probabilities, (0, missing)) if missing else probabilities
+    padded = padded.view(rows, _BLOCKS, width)
     block_cdf = padded.sum(dim=-1).double().cumsum(dim=-1)
     goal = uniforms.to(block_cdf.device)[:, None] * block_cdf[:, -1:]
     block = torch.searchsorted(block_cdf, goal, right=True).clamp_(max=_BLOCKS - 1)

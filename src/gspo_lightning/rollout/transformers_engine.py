@@ -18,6 +18,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.rollout.dialogue_decoder import DialogueDecoder
 from gspo_lightning.rollout.padded_decoder import PaddedDecoder
+from gspo_lightning.rollout.prepacked import prepacked_weights
 from gspo_lightning.sharding import in_step
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
@@ -36,7 +37,8 @@ class TransformersEngine:
         """See `RolloutEngine.generate`; with ``environments`` every completion is a dialogue."""
         at_once = max(1, self.max_concurrent // sampling.num_generations)
         completions: list[list[Completion]] = []
-        with in_step(policy, rollout=True):
+        rows = min(at_once, len(prompts)) * sampling.num_generations
+        with in_step(policy, rollout=True), prepacked_weights(policy, rows):
             for start in range(0, len(prompts), at_once):
                 batch = (policy, prompts[start : start + at_once], sampling, seed)
                 completions += self._decoder(*batch).run()

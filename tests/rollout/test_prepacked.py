@@ -1,0 +1,69 @@
+"""Prepacked weights give the same bits, serve every product of a decoding step, and are gone behind the rollout."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rollout import TransformersEngine, transformers_engine
+from gspo_lightning.rollout.prepacked import prepacked_weights
+from gspo_lightning.types import SamplingParams
+from tests.support import make_prompt, micro_policy
+
+HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 products of oneDNN")
+SAMPLING = SamplingParams(num_generations=4, max_completion_length=12, temperature=0.8)
+
+
+@pytest.fixture
+def prompts():
+    return [make_prompt(list(range(30, 30 + length)), f"p{n}") for n, length in enumerate((3, 9, 6))]
+
+
+def generate(policy, prompts):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return TransformersEngine().generate(policy, prompts, SAMPLING, seed=3)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)], ids=["full", "lora"])
+def test_the_completions_and_their_log_probabilities_are_the_same_bits(micro_model_dir, lora, prompts, monkeypatch):
+    policy = PolicyLoader(str(micro_model_dir), lora=lora).load()
+    packed = generate(policy, prompts)
+    monkeypatch.setattr(transformers_engine, "prepacked_weights", lambda *_: nullcontext())
+    plain = generate(policy, prompts)
+    for group, other in zip(packed.completions, plain.completions, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert torch.equal(a.token_ids, b.token_ids)
+            assert torch.equal(a.sampler_logprobs, b.sampler_logprobs)
+
+
+@needs_bfloat16
+def test_no_product_of_a_decoding_step_reads_a_plain_weight(micro_model_dir, prompts, monkeypatch):
+    policy = PolicyLoader(str(micro_model_dir)).load()
+    monkeypatch.setattr(nn.functional, "linear", lambda *_: pytest.fail("a product with a plain weight"))
+    generate(policy, prompts)
+
+
+@needs_bfloat16
+def test_nothing_is_left_behind_a_rollout_and_the_next_sees_new_weights(micro_model_dir, prompts):
+    policy = PolicyLoader(str(micro_model_dir)).load()
+    first = generate(policy, prompts)
+    assert "logits" not in vars(policy)
+    assert not any("forward" in vars(m) for m in policy.modules() if type(m) is nn.Linear)
+    with torch.no_grad():
+        for module in policy.modules():
+            if type(module) is nn.Linear:
+                module.weight.mul_(1.5)
+    second = generate(policy, prompts)
+    assert [c.text for g in first.completions for c in g] != [c.text for g in second.completions for c in g]
+
+
+def test_float32_products_keep_their_weights(micro_model_dir):
+    policy = micro_policy(micro_model_dir)
+    with prepacked_weights(policy, 8):
+        assert "logits" not in vars(policy)
