@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from gspo_lightning import passes, rollout_update, update
+from gspo_lightning import module, passes, rollout_update, update
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.policy import load
 from gspo_lightning.rollout import transformers_engine
@@ -84,10 +85,22 @@ def plain_layers() -> None:
     load.lighten = lambda model: 0  # type: ignore[attr-defined, assignment]
 
 
+def plain_weights() -> None:
+    """oneDNN brings the weights of a rollout into its own order at every token."""
+    transformers_engine.prepacked_weights = lambda *_: nullcontext()  # type: ignore[attr-defined, assignment]
+
+
+def late_moments() -> None:
+    """Adam makes its moments in its first step."""
+    module.allocate_moments = lambda optimizer: None  # type: ignore[attr-defined, assignment]
+
+
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,
     "no padding in the update": padding,
     "no old pass for the first minibatch": old_pass_for_all,
     "ended rows leave the decoder": no_compaction,
     "layers that keep less": plain_layers,
+    "weights packed once per rollout": plain_weights,
+    "moments made first": late_moments,
 }

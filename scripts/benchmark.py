@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, vlm  # noqa: E402
+from benchmarks.results_plot import plot  # noqa: E402
 from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
 
 WARM_UP_STEPS = 2
@@ -53,7 +54,7 @@ def main() -> None:
     ).stdout.strip()
     if arguments.check or arguments.write_baseline:
         sys.exit(run_guard(model, arguments))
-    results = {}
+    results = earlier(arguments.out, arguments.threads)
     for name in arguments.scenarios:
         scenario = SCENARIOS[name]
         rates = [matmul_rate(scenario.precision, arguments.threads)]
@@ -65,9 +66,30 @@ def main() -> None:
             rates.append(matmul_rate(scenario.precision, arguments.threads))
         results[name] = summarise(scenario, rounds, statistics.median(rates))
         print(show(scenario, results[name]), flush=True)
-    facts = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads, "scenarios": results}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        facts = {"machine": processor(), "threads": arguments.threads, "scenarios": results}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        picture = plot(results, processor(), arguments.threads)
+        arguments.out.with_suffix(".svg").write_text(picture)
+
+
+def earlier(out: Path, threads: int) -> dict[str, Result]:
+    """Scenarios that were measured on such a machine before and stay in the file until they are measured again."""
+    if not out.exists():
+        return {}
+    facts = json.loads(out.read_text())
+    same = facts["machine"] == processor() and facts["threads"] == threads
+    return dict(facts["scenarios"]) if same else {}
+
+
+def processor() -> str:
+    """The name of the processor, and whether it has units for bfloat16 matrices."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")), "")
+    return name + (" with AMX" if "amx_bf16" in facts else "")
 
 
 def parse() -> argparse.Namespace:

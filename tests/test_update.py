@@ -15,6 +15,7 @@ from gspo_lightning.guarded_step import NonFiniteGradientError, allocate_moments
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.run_state import restore_run_state, run_state
 from gspo_lightning.types import Completion
 from gspo_lightning.update import UpdateSettings, split_minibatches, token_budget
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
@@ -172,10 +173,10 @@ def test_lora_reference_is_the_model_without_its_adapter(micro_model_dir, monkey
 def test_full_reference_is_a_frozen_copy_outside_the_checkpoint(micro_model_dir):
     settings = Settings(objective={"beta": 0.1})
     _, module = update_of(micro_model_dir, settings)
-    assert module._frozen and all(not p.requires_grad for p in module._frozen[0].parameters())
+    assert module.references and all(not p.requires_grad for p in module.references[0].parameters())
     assert len(module.state_dict()) == len(micro_policy(micro_model_dir).state_dict())
     assert torch.equal(
-        torch.cat([p.flatten() for p in module._frozen[0].parameters()]),
+        torch.cat([p.flatten() for p in module.references[0].parameters()]),
         torch.cat([p.flatten() for p in micro_policy(micro_model_dir).parameters()]),
     )
 
@@ -348,7 +349,7 @@ def test_the_reference_moves_towards_the_policy_by_the_given_share(micro_model_d
     # One sync, after rollout 2: replay the run up to there for the policy of that moment.
     _, then = update_of(micro_model_dir, Settings(objective={"beta": 0.1}, rollouts=2))
     for reference, first, policy in zip(
-        module._frozen[0].parameters(), start.parameters(), then.policy.parameters(), strict=True
+        module.references[0].parameters(), start.parameters(), then.policy.parameters(), strict=True
     ):
         assert torch.allclose(reference, 0.75 * first + 0.25 * policy, rtol=1e-12, atol=1e-14)
 
@@ -411,3 +412,18 @@ def test_any_loss_at_any_level_gives_the_same_update_for_any_plan_and_order(data
         folder, Settings(objective=objective, update={**shared, "max_tokens_per_microbatch": budget}), shuffled
     )
     assert (ours - whole).norm() <= 1e-6 * whole.norm() + 1e-12
+
+
+def test_a_reference_that_has_moved_stays_where_it_is_when_a_resumed_run_no_longer_moves_it(micro_model_dir):
+    moving = Settings(objective={"beta": 0.1}, update={"ref_sync_every_n_rollouts": 1}, rollouts=1)
+    _, module = update_of(micro_model_dir, moving)
+    checkpoint = {"gspo_lightning": run_state(module)}
+    still = Settings(objective={"beta": 0.1}, rollouts=1)
+    for _ in range(2):  # the second run goes on from a checkpoint of the first that no longer moves it
+        _, resumed = update_of(micro_model_dir, still)
+        restore_run_state(resumed, checkpoint["gspo_lightning"])
+        for ours, moved in zip(resumed.references[0].parameters(), module.references[0].parameters(), strict=True):
+            assert torch.equal(ours, moved)
+        checkpoint = {"gspo_lightning": run_state(resumed)}
+    start = micro_policy(micro_model_dir)
+    assert not torch.equal(next(start.parameters()), next(module.references[0].parameters()))

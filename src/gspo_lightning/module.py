@@ -15,14 +15,13 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, rollout_metrics
-from gspo_lightning.distributed import add_metrics, global_sum, whole
+from gspo_lightning.distributed import add_metrics, global_sum
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, allocate_moments, parameter_groups
@@ -40,6 +39,7 @@ from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
+from gspo_lightning.run_state import refuse_other_model, restore_run_state, run_state, trained_part
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
@@ -92,9 +92,9 @@ class GSPOModule(L.LightningModule):
         self.strict_loading = False
         self.policy_loader, self.rewards = policy_loader, rewards
         self.engine: RolloutEngine = engine or TransformersEngine()
-        self._ahead = OneStepOff(self.engine) if getattr(engine, "staleness", 0) else None
-        if self._ahead is not None:
-            self.engine = self._ahead
+        self.ahead = OneStepOff(self.engine) if getattr(engine, "staleness", 0) else None
+        if self.ahead is not None:
+            self.engine = self.ahead
             if max_draws:
                 raise UserError(
                     f"dynamic_sampling.max_draws={max_draws} and rollout.engine.staleness=1 exclude each other: which "
@@ -106,7 +106,8 @@ class GSPOModule(L.LightningModule):
         self.validator = Validator(validation or ValidationSettings(), rewards, sampling, seed)
         self.max_rollouts, self.seed, self.max_draws = max_rollouts, seed, max_draws
         self.policy: Policy | None = None
-        self._frozen: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
+        self.references: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
+        self.reference_moves = bool(self.update_settings.ref_sync_every_n_rollouts)
         self._forward_chosen = False
         self._restored: dict[str, Tensor] = {}
         self.rollouts_done = 0
@@ -133,18 +134,18 @@ class GSPOModule(L.LightningModule):
             return
         self.policy = self.policy_loader.load()
         if self.objective.needs_ref and not self.policy.has_adapter:
-            self._frozen = [self.policy_loader.load_reference(self.policy)]
+            self.references = [self.policy_loader.load_reference(self.policy)]
         if self.device_mesh is not None:
             self._shard(self.device_mesh)
 
     def _shard(self, mesh: DeviceMesh) -> None:
         """Splits the weights over ranks; what needs them whole and by other entries comes before."""
         assert self.policy is not None
-        if self._ahead is not None:
+        if self.ahead is not None:
             raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
         self._choose_forward()
         gather = getattr(self.trainer.strategy, "gather_for_rollouts", True)
-        for policy in (self.policy, *self._frozen):
+        for policy in (self.policy, *self.references):
             shard_policy(policy, mesh, gather_for_rollouts=gather)
         self.engine = gathered(self.engine, self.policy_loader)
 
@@ -172,15 +173,15 @@ class GSPOModule(L.LightningModule):
         """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""
         self._choose_forward()
 
-    def on_train_start(self) -> None:
-        """Behind what a checkpoint held, before the first activations."""
-        assert self.policy is not None
-        if self.device.type == "cpu" and self.policy.shards is None:
-            allocate_moments(cast(LightningOptimizer, self.optimizers()).optimizer)
-
     def on_validation_start(self) -> None:
         """The same, where nothing is trained or validation comes first."""
         self._choose_forward()
+
+    def on_train_start(self) -> None:
+        """Makes the optimizer's moments, behind what a checkpoint held and before the first activations."""
+        assert self.policy is not None
+        if self.device.type == "cpu" and self.policy.shards is None:
+            allocate_moments(cast(LightningOptimizer, self.optimizers()).optimizer)
 
     def _choose_forward(self) -> None:
         assert self.policy is not None
@@ -188,7 +189,7 @@ class GSPOModule(L.LightningModule):
             return
         self._forward_chosen = True
         choose_forward(self.policy)
-        for reference in self._frozen:
+        for reference in self.references:
             if self.policy.is_padded and not reference.is_padded:
                 reference.fall_back()
 
@@ -211,8 +212,8 @@ class GSPOModule(L.LightningModule):
             else:
                 self.last_scored = self._collect(batch.prompts)
         torch.clear_autocast_cache()
-        if self._ahead is not None and self._ahead.is_stale:
-            self.stopwatch.seconds["rollout_ahead"] = self._ahead.seconds
+        if self.ahead is not None and self.ahead.is_stale:
+            self.stopwatch.seconds["rollout_ahead"] = self.ahead.seconds
         return None
 
     def _collect(self, prompts: list[Prompt]) -> ScoredRollout:
@@ -274,22 +275,22 @@ class GSPOModule(L.LightningModule):
 
     def _passes(self) -> Passes:
         assert self.policy is not None
-        frozen = self._frozen[0] if self._frozen else None
+        frozen = self.references[0] if self.references else None
         settings = self.update_settings
-        behaviour = self._ahead.behaviour if self._ahead is not None and self._ahead.is_stale else None
+        behaviour = self.ahead.behaviour if self.ahead is not None and self.ahead.is_stale else None
         return Passes(
             self.policy, frozen, self._objective_now, self.sampling.temperature, settings.log_entropy, behaviour
         )
 
     def _sample_ahead(self) -> None:
         """Begins the next rollout; its old log-probabilities will be those of the weights as they are now."""
-        if self._ahead is None or self.rollouts_done + 1 >= self.max_rollouts:
+        if self.ahead is None or self.rollouts_done + 1 >= self.max_rollouts:
             return
         batch_at = getattr(getattr(self.trainer, "datamodule", None), "batch_at", None)
         if batch_at is None:
             raise UserError("rollout.engine.staleness=1 needs a data module with batch_at(): PromptDataModule")
         assert self.policy is not None
-        self._ahead.launch(
+        self.ahead.launch(
             self.policy,
             batch_at(self.batch_in_hand.cursor).prompts,
             self.sampling,
@@ -314,8 +315,8 @@ class GSPOModule(L.LightningModule):
     def _sync_reference(self) -> None:
         """Moves the frozen reference towards the policy, if it is time to."""
         every = self.update_settings.ref_sync_every_n_rollouts
-        if every and (self.rollouts_done + 1) % every == 0 and self._frozen and self.policy is not None:
-            move_reference(self._frozen[0], self.policy, self.update_settings.ref_model_mixup_alpha)
+        if every and (self.rollouts_done + 1) % every == 0 and self.references and self.policy is not None:
+            move_reference(self.references[0], self.policy, self.update_settings.ref_model_mixup_alpha)
 
     # ---------------------------------------------------------------- book-keeping
 
@@ -358,34 +359,11 @@ class GSPOModule(L.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained parameters alone: a frozen base comes from where it was loaded."""
-        state = super().state_dict(*args, **kwargs)
-        # With duplicates: a tied output embedding has two names.
-        every = self.named_parameters(remove_duplicate=False)
-        frozen = {name for name, parameter in every if not parameter.requires_grad}
-        # A frozen weight in 4 bits brings entries of its own along, such as `weight.absmax`.
-        return {
-            name: value
-            for name, value in state.items()
-            if name not in frozen and f"{name.partition('.weight.')[0]}.weight" not in frozen
-        }
+        return trained_part(super().state_dict(*args, **kwargs), self.named_parameters(remove_duplicate=False))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters of the run."""
-        from gspo_lightning import __version__
-
-        checkpoint["gspo_lightning"] = {
-            "version": __version__,
-            "rollouts_done": self.rollouts_done,
-            "counts": dict(self.counts),
-            "nonfinite_in_a_row": self.guarded_step.nonfinite_in_a_row,
-            "optimizer": self._optimizer_name,
-        }
-        if self._ahead is not None:
-            checkpoint["gspo_lightning"]["ahead"] = self._ahead.state_dict()
-        if self.update_settings.ref_sync_every_n_rollouts:
-            checkpoint["gspo_lightning"]["reference"] = [
-                {name: whole(value) for name, value in policy.state_dict().items()} for policy in self._frozen
-            ]
+        checkpoint["gspo_lightning"] = run_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the counters and refuses the checkpoint of another model."""
@@ -394,27 +372,7 @@ class GSPOModule(L.LightningModule):
             self.refuse_other_model({name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()})
             if self.trainer.precision == "bf16-true":
                 self._restored = dict(checkpoint["state_dict"])
-        state = checkpoint["gspo_lightning"]
-        self._refuse_other_optimizer(state.get("optimizer"))
-        self.rollouts_done, self.counts = state["rollouts_done"], {**self.counts, **state["counts"]}
-        self.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        if self._ahead is not None and self.policy is not None:
-            self._ahead.load_state_dict(state.get("ahead", {}), self.policy)
-        for policy, weights in zip(self._frozen, state.get("reference", ()), strict=False):
-            set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
-
-    @property
-    def _optimizer_name(self) -> str:
-        factory: Any = getattr(self.optimizer_factory, "func", self.optimizer_factory)
-        return getattr(factory, "__name__", type(factory).__name__)
-
-    def _refuse_other_optimizer(self, saved: str | None) -> None:
-        """Its states mean nothing to another one."""
-        if saved is not None and saved != self._optimizer_name:
-            raise UserError(
-                f"optimizer: the checkpoint was saved with {saved}, not {self._optimizer_name}; go on with that one, "
-                "or start anew from the exported model (model=path model.path=.../model)"
-            )
+        restore_run_state(self, checkpoint["gspo_lightning"])
 
     def refuse_other_model(self, saved: dict[str, tuple[int, ...]]) -> None:
         """Refuses the weights of another model, by the shapes they have in a checkpoint.
@@ -422,10 +380,4 @@ class GSPOModule(L.LightningModule):
         Raises:
             UserError: a trained parameter is missing there or has another shape.
         """
-        own = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
-        if other := sorted(name for name, shape in own.items() if saved.get(name) != shape):
-            raise UserError(
-                f"ckpt_path: the checkpoint is of another model or adapter: {len(other)} trained parameters are "
-                f"missing or of another shape, the first is {other[0]} (here {own[other[0]]}, there "
-                f"{saved.get(other[0], 'none')})"
-            )
+        refuse_other_model([(n, p) for n, p in self.named_parameters() if p.requires_grad], saved)

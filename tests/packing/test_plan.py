@@ -35,6 +35,16 @@ def test_a_group_over_budget_is_split_and_others_fill_the_gaps():
     ]
 
 
+def test_micro_batches_are_as_few_as_first_fit_needs_and_evenly_filled():
+    # First fit would put three of these four into the first.
+    plans = plan_micro_batches([10] * 4, [[(0, 20)]] * 4, 100)
+    assert [[part.group for part in plan] for plan in plans] == [[0, 2], [1, 3]]
+    # The longest by turns to where the least is would make 36 and 48 of these; first fit keeps to the budget.
+    lengths = [22, 20, 14, 14, 14]
+    plans = plan_micro_batches([1] * 5, [[(0, n - 1)] for n in lengths], 42)
+    assert sorted(sum(lengths[part.group] for part in plan) for plan in plans) == [42, 42]
+
+
 def test_groups_without_survivors_are_left_out():
     assert plan_micro_batches([10, 2], [[], [(1, 3)]], 20) == [(GroupSlice(1, (1,)),)]
     assert plan_micro_batches([10], [[]], 20) == []

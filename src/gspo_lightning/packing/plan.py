@@ -16,13 +16,19 @@ class GroupSlice:
 
 MicroBatchPlan = tuple[GroupSlice, ...]
 
+_Part = tuple[int, GroupSlice]
+"""With its forwarded tokens."""
+
 
 def plan_micro_batches(
     prompt_lengths: Sequence[int],
     completion_lengths: Sequence[Sequence[tuple[int, int]]],
     max_tokens: int,
 ) -> list[MicroBatchPlan]:
-    """Distributes groups over micro-batches of at most ``max_tokens`` forwarded tokens (first fit, longest first).
+    """Distributes groups over the fewest micro-batches of at most ``max_tokens`` forwarded tokens, evenly filled.
+
+    As many as first fit, longest first, needs; the same number of them is then filled evenly where that stays within
+    the budget, because the largest decides how much memory an update takes.
 
     A group longer than the budget is split between completions; its prompt is then forwarded once per part. A
     single sequence longer than the budget gets a micro-batch of its own. The plan depends on lengths alone, so
@@ -34,26 +40,44 @@ def plan_micro_batches(
             Groups without any are left out.
         max_tokens: budget per micro-batch.
     """
-    parts: list[tuple[int, GroupSlice]] = []
+    parts: list[_Part] = []
     for group, (prompt, completions) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
         parts.extend(_split_group(group, prompt, completions, max_tokens))
-    bins: list[list[GroupSlice]] = []
+    parts.sort(key=lambda item: -item[0])
+    bins = _first_fit(parts, max_tokens)
+    even = _evenly(parts, len(bins))
+    if all(len(part) == 1 or sum(tokens for tokens, _ in part) <= max_tokens for part in even):
+        bins = even
+    return [tuple(sorted((s for _, s in part), key=lambda s: (s.group, s.completions))) for part in bins]
+
+
+def _first_fit(parts: list[_Part], max_tokens: int) -> list[list[_Part]]:
+    bins: list[list[_Part]] = []
     free: list[int] = []
-    for tokens, part in sorted(parts, key=lambda item: -item[0]):
-        place = next((number for number, room in enumerate(free) if room >= tokens), None)
+    for part in parts:
+        place = next((number for number, room in enumerate(free) if room >= part[0]), None)
         if place is None:
             bins.append([])
             free.append(max_tokens)
             place = len(bins) - 1
         bins[place].append(part)
-        free[place] -= tokens
-    return [tuple(sorted(part, key=lambda s: (s.group, s.completions))) for part in bins]
+        free[place] -= part[0]
+    return bins
 
 
-def _split_group(
-    group: int, prompt: int, completions: Sequence[tuple[int, int]], max_tokens: int
-) -> list[tuple[int, GroupSlice]]:
-    parts: list[tuple[int, GroupSlice]] = []
+def _evenly(parts: list[_Part], count: int) -> list[list[_Part]]:
+    """The next longest to where the least is."""
+    bins: list[list[_Part]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for part in parts:
+        place = filled.index(min(filled))
+        bins[place].append(part)
+        filled[place] += part[0]
+    return bins
+
+
+def _split_group(group: int, prompt: int, completions: Sequence[tuple[int, int]], max_tokens: int) -> list[_Part]:
+    parts: list[_Part] = []
     members: list[int] = []
     tokens = prompt
     for number, length in completions:

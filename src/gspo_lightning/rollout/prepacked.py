@@ -1,8 +1,8 @@
 """Weights in the order in memory that a CPU's bfloat16 products read, for as long as a rollout lasts.
 
-oneDNN brings the weight of a product into blocks of its own first, every time. With the few rows of a decoding step that
-costs as much as the product itself (49,152 x 576 by 16 rows: 10.8 ms, of which 6.1), and the weights of a rollout do
-not change: they are brought into blocks once. The numbers are the same to the last bit.
+oneDNN brings the weight of a product into blocks of its own first, every time. With the few rows of a decoding step
+that costs as much as the product itself (49,152 x 576 by 16 rows: 10.8 ms, of which 6.1), and the weights of a rollout
+do not change: they are brought into blocks once. The numbers are the same to the last bit.
 """
 
 from __future__ import annotations
