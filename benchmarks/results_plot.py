@@ -27,7 +27,7 @@ def plot(scenarios: dict[str, Any], machine: str, threads: int) -> str:
     unit = WIDTH / most
     bottom = TOP + ROW * len(rows)
     parts = [
-        f'<text x="{LEFT}" y="18">TRL 1.16.0 / gspo_lightning, {threads} threads, {machine}</text>',
+        f'<text x="{LEFT}" y="18">TRL / gspo_lightning, {threads} threads, {machine}</text>',
         f'<rect class="time" x="{LEFT}" y="28" width="12" height="12"/>'
         f'<text x="{LEFT + 18}" y="38">time of a step</text>',
         f'<rect class="memory" x="{LEFT + 140}" y="28" width="12" height="12"/>'

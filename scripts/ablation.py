@@ -47,8 +47,7 @@ def main() -> None:
         [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    # Rows that are not run again stay.
-    results: dict[str, dict[str, Any]] = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
+    results = earlier(arguments.out, arguments.threads)
     print("| without | rollout, CPU-s | update, CPU-s | peak, GiB | step, times ours |\n|---|---|---|---|---|")
     for name in arguments.rows:
         scenarios = ROWS[name]
@@ -62,6 +61,12 @@ def main() -> None:
         cells = [f"{ours[k]:.2f} → {without[k]:.2f}" for k in ("rollout_cpu_s", "update_cpu_s", "peak_rss_gb")]
         ratio = (without["rollout_cpu_s"] + without["update_cpu_s"]) / (ours["rollout_cpu_s"] + ours["update_cpu_s"])
         print(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |", flush=True)
+
+
+def earlier(out: Path, threads: int) -> dict[str, dict[str, Any]]:
+    """Rows that were measured with as many threads stay until they are run again."""
+    found = json.loads(out.read_text()) if out.exists() else {"threads": threads, "rows": {}}
+    return dict(found["rows"]) if found["threads"] == threads else {}
 
 
 def facts(result: dict[str, Any]) -> dict[str, float]:

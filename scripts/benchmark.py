@@ -89,7 +89,7 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     name = next((line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")), "")
-    return name + (" with AMX" if "amx_bf16" in facts else "")
+    return (name or platform.processor() or platform.machine()) + (" with AMX" if "amx_bf16" in facts else "")
 
 
 def parse() -> argparse.Namespace:

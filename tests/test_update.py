@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
 from hypothesis import given
@@ -257,6 +258,18 @@ def test_moments_made_early_change_no_bit_of_any_step(kind, fused):
     assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
     for number, state in late_state.items():
         assert all(torch.equal(value, early_state[number][key]) for key, value in state.items())
+
+
+def test_moments_are_there_before_the_first_rollout(micro_model_dir):
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            (optimizer,) = trainer.optimizers
+            self.made = len(optimizer.state), len([p for p in module.parameters() if p.requires_grad])
+
+    look = Look()
+    settings = Settings(optimizer=functools.partial(torch.optim.AdamW, lr=0.01))
+    update_of(micro_model_dir, settings, callbacks=[look])
+    assert look.made[0] == look.made[1] > 0
 
 
 def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir):

@@ -120,8 +120,12 @@ def estimate(
         gradients = sum(_bytes(p) for p in trained)
         count, trained_count = sum(p.numel() for p in named), sum(p.numel() for p in trained)
         rows = min(max(len(prompts) * num_generations, validation_rows), max_concurrent)
-        slots = max(len(prompt.input_ids) for prompt in prompts) + max_completion_length
-        rollout = _rollout_bytes(policy, rows, slots, precision)
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        # Prompts are held once; those of a validation have a row each.
+        held = max(min(len(prompts), max_concurrent // num_generations), min(validation_rows, max_concurrent))
+        rollout = _rollout_bytes(policy, rows, held * longest + rows * max_completion_length, precision)
+        if not on_gpu and max_concurrent and loader.quantization is None:
+            rollout += _packed_bytes(policy, precision)
     per_parameter = OPTIMIZER_BYTES.get(optimizer)
     parts = {
         "weights": weights,
@@ -208,12 +212,25 @@ def _saved_bytes(policy: Policy, micro: MicroBatch, precision: str) -> float:
 
 
 def _rollout_bytes(policy: Policy, rows: int, slots: int, precision: str) -> float:
-    """Keys and values of the rows decoded at a time, each of so many tokens, and the logits of one step."""
+    """Keys and values of so many tokens, prompts once, and the logits of one step of all rows."""
     text = policy.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    item = 2 if "bf16" in precision or "16" in str(policy.output_weight.dtype) else policy.output_weight.element_size()
-    cache = 2 * text.num_hidden_layers * rows * slots * text.num_key_value_heads * size * item
+    cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * _product_bytes(policy, precision)
     return float(cache + LOGITS_COPIES * rows * policy.output_weight.shape[0] * 4)
+
+
+def _product_bytes(policy: Policy, precision: str) -> int:
+    narrow = "bf16" in precision or "16" in str(policy.output_weight.dtype)
+    return 2 if narrow else policy.output_weight.element_size()
+
+
+def _packed_bytes(policy: Policy, precision: str) -> float:
+    """The copy of the weights that `gspo_lightning.rollout.prepacked` holds while a rollout lasts."""
+    if policy.output_weight.dtype == torch.float64:
+        return 0.0
+    body = policy.vision.language_model if policy.vision is not None else policy.base_model.model
+    count = sum(m.weight.numel() for m in body.modules() if type(m) is nn.Linear) + policy.output_weight.numel()
+    return float(count * _product_bytes(policy, precision))
 
 
 def _quantised_share(loader: PolicyLoader, policy: Policy) -> float:

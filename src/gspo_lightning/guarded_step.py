@@ -35,28 +35,22 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the state of torch's Adams before the first activations, on a CPU.
+    """Makes the state of torch's Adams before the first update, on a CPU.
 
     They would make it in their first step, scattered over the holes that activations have left; what stays there cuts
-    the memory of every later step in pieces (0.4 GiB of 4.2 with prompts of 256 tokens).
+    the memory of every later step in pieces (0.35 GiB of 4.2 with prompts of 256 tokens).
 
     Args:
         optimizer: any; others than Adam and AdamW, and one that has a state, are left alone.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or optimizer.state:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+            parameter.grad = parameter.new_zeros(()).expand(parameter.shape)
+        # What `step` does before it steps.
+        optimizer._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
     optimizer.zero_grad()
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 class GuardedStep:

@@ -178,7 +178,7 @@ class GSPOModule(L.LightningModule):
         self._choose_forward()
 
     def on_train_start(self) -> None:
-        """Makes the optimizer's moments, behind what a checkpoint held and before the first activations."""
+        """Makes the optimizer's moments, behind what a checkpoint held and before the first update."""
         assert self.policy is not None
         if self.device.type == "cpu" and self.policy.shards is None:
             allocate_moments(cast(LightningOptimizer, self.optimizers()).optimizer)

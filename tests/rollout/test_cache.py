@@ -72,7 +72,30 @@ def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(
         cache.advance()
         kept = cache.keep(torch.tensor([row not in leaving.get(step, ()) for row in rows]))
         rows = [rows[index] for index in kept.tolist()]
+    # One prompt of three is left without rows: less than half, so that it stays.
+    assert cache.prompts[0].shape[1] == len(lengths)
     assert rows and not set(rows) & set.union(*leaving.values())
+
+
+def test_prompts_are_dropped_when_half_of_them_have_no_rows():
+    generator = torch.Generator().manual_seed(5)
+    lengths = [4, 2, 6, 3, 5]
+    key, value = (torch.randn(1, KV_HEADS, sum(lengths), SIZE, generator=generator).double() for _ in range(2))
+    prefill = PrefillCache()
+    prefill.update(key, value, 0)
+    cache = DecodeCache(prefill, lengths, 2, 4)
+    kept = cache.keep(torch.tensor([False, False, False, True, False, False, True, False, False, False]))
+    assert cache.prompts[0].shape[1] == 2
+    query, own_key, own_value = (torch.randn(2, n, 1, SIZE, generator=generator).double() for n in (HEADS, 2, 2))
+    states = cache.update(own_key, own_value, 0)
+    out = cache.layout().attend(query, *states, scaling=0.4, window=None, sinks=None)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    for number, row in enumerate(kept.tolist()):
+        span = slice(ends[row // 2] - lengths[row // 2], ends[row // 2])
+        keys = torch.cat([key[0, :, span], own_key[number]], dim=1)
+        values = torch.cat([value[0, :, span], own_value[number]], dim=1)
+        expected = reference(query[number, :, 0], keys, values, 0.4, None, None)
+        assert torch.allclose(out[number, :, 0], expected, rtol=1e-12, atol=1e-13)
 
 
 def test_a_prompt_is_kept_once_whatever_the_number_of_rows():

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.rollout import TransformersEngine, transformers_engine
+from gspo_lightning.rollout import TransformersEngine, prepacked, transformers_engine
 from gspo_lightning.rollout.prepacked import prepacked_weights
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
 
-HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BFLOAT16 = prepacked._is_worthwhile(torch.zeros(1, 1, dtype=torch.bfloat16))
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no bfloat16 products of oneDNN")
 SAMPLING = SamplingParams(num_generations=4, max_completion_length=12, temperature=0.8)
 
@@ -24,18 +24,26 @@ def prompts():
     return [make_prompt(list(range(30, 30 + length)), f"p{n}") for n, length in enumerate((3, 9, 6))]
 
 
-def generate(policy, prompts):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def generate(policy, prompts, autocast=True):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         return TransformersEngine().generate(policy, prompts, SAMPLING, seed=3)
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("autocast", [True, False], ids=["mixed", "bf16-true"])
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)], ids=["full", "lora"])
-def test_the_completions_and_their_log_probabilities_are_the_same_bits(micro_model_dir, lora, prompts, monkeypatch):
-    policy = PolicyLoader(str(micro_model_dir), lora=lora).load()
-    packed = generate(policy, prompts)
+def test_the_completions_and_their_log_probabilities_are_the_same_bits(
+    micro_model_dir, lora, autocast, prompts, monkeypatch
+):
+    """Also of an adapter in float32 on a base in bfloat16, without autocast."""
+    policy = PolicyLoader(str(micro_model_dir), lora=lora, dtype="float32" if autocast else "bfloat16").load()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)  # B begins at zero
+    packed = generate(policy, prompts, autocast)
     monkeypatch.setattr(transformers_engine, "prepacked_weights", lambda *_: nullcontext())
-    plain = generate(policy, prompts)
+    plain = generate(policy, prompts, autocast)
     for group, other in zip(packed.completions, plain.completions, strict=True):
         for a, b in zip(group, other, strict=True):
             assert torch.equal(a.token_ids, b.token_ids)
@@ -63,7 +71,24 @@ def test_nothing_is_left_behind_a_rollout_and_the_next_sees_new_weights(micro_mo
     assert [c.text for g in first.completions for c in g] != [c.text for g in second.completions for c in g]
 
 
-def test_float32_products_keep_their_weights(micro_model_dir):
+def test_float32_products_are_the_same_within_rounding(micro_model_dir, prompts, monkeypatch):
+    policy = PolicyLoader(str(micro_model_dir)).load()
+    packed = TransformersEngine().generate(policy, prompts, SAMPLING, seed=3)
+    monkeypatch.setattr(transformers_engine, "prepacked_weights", lambda *_: nullcontext())
+    plain = TransformersEngine().generate(policy, prompts, SAMPLING, seed=3)
+    for group, other in zip(packed.completions, plain.completions, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert torch.equal(a.token_ids, b.token_ids)
+            assert torch.allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@needs_bfloat16
+def test_compiled_layers_keep_their_weights(micro_model_dir, prompts):
+    compiled = generate(PolicyLoader(str(micro_model_dir), compile=True).load(), prompts)
+    assert all(1 <= len(c.token_ids) <= 12 for group in compiled.completions for c in group)
+
+
+def test_float64_products_keep_their_weights(micro_model_dir):
     policy = micro_policy(micro_model_dir)
     with prepacked_weights(policy, 8):
         assert "logits" not in vars(policy)

@@ -29,7 +29,7 @@ TILE_QUERIES = 128
 """Longer groups are cut into tiles of whole completions with at least this many queries where they have them."""
 
 WHOLE_PROMPT_TOKENS = 512
-"""Longer prompts are cut into chunks: the scores of a whole prompt are half waste."""
+"""On CPUs longer prompts are cut into chunks: the scores of a whole prompt are half waste."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,21 @@ class SharedPrefixLayout:
             end = start + group.num_tokens
             prompt = (start, start + group.prompt_length)
             if group.num_tokens == group.prompt_length:
-                yield from _prompt(prompt)
+                yield from self._prompt(prompt)
             elif group.num_tokens <= WHOLE_GROUP_TOKENS:
                 yield AttentionBlock((start, end), ((start, end),), causal=False)
             else:
-                yield from _prompt(prompt)
+                yield from self._prompt(prompt)
                 for tile in _tiles(prompt[1], group.completion_lengths):
                     for chunk in _chunks(tile):
                         yield AttentionBlock(chunk, (prompt, (tile[0], chunk[1])), causal=False)
             start = end
+
+    def _prompt(self, span: tuple[int, int]) -> Iterator[AttentionBlock]:
+        # The fused kernels of GPUs leave the upper half out by themselves.
+        is_long = self.device.type == "cpu" and span[1] - span[0] > WHOLE_PROMPT_TOKENS
+        for start, end in _chunks(span) if is_long else [span]:
+            yield AttentionBlock((start, end), ((span[0], end),), causal=start == span[0])
 
     def mask(self, number: int, window: int | None = None) -> Tensor:
         """Boolean ``(queries, keys)`` mask of block ``number``, True where a query may look.
@@ -135,12 +141,6 @@ class SharedPrefixLayout:
         distance = self._positions[queries, None] - self._positions[None, keys]
         allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
         return allowed if window is None else allowed & (distance < window)
-
-
-def _prompt(span: tuple[int, int]) -> Iterator[AttentionBlock]:
-    chunks = _chunks(span) if span[1] - span[0] > WHOLE_PROMPT_TOKENS else [span]
-    for start, end in chunks:
-        yield AttentionBlock((start, end), ((span[0], end),), causal=start == span[0])
 
 
 def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:

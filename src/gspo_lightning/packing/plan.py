@@ -25,7 +25,7 @@ def plan_micro_batches(
     completion_lengths: Sequence[Sequence[tuple[int, int]]],
     max_tokens: int,
 ) -> list[MicroBatchPlan]:
-    """Distributes groups over the fewest micro-batches of at most ``max_tokens`` forwarded tokens, evenly filled.
+    """Distributes groups over few micro-batches of at most ``max_tokens`` forwarded tokens, evenly filled.
 
     As many as first fit, longest first, needs; the same number of them is then filled evenly where that stays within
     the budget, because the largest decides how much memory an update takes.

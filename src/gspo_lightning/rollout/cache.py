@@ -35,7 +35,8 @@ class DecodeCache(Cache):
     A prompt is kept and read once per token, however many rows go on from it: ``prompts[layer]`` is
     ``(2, n, kv_heads, P, D)``, right-aligned. What the rows draw has a place of its own, ``drawn[layer]``
     ``(2, R, kv_heads, slots, D)``, preallocated; all rows write the same slot. Rows that finish are dropped by moving
-    rows from the end into their place: copying is proportional to what finished, not to what goes on.
+    rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
+    rows are dropped when they are half of all.
 
     Args:
         prefill: of the prompts; emptied.
@@ -90,6 +91,7 @@ class DecodeCache(Cache):
                 drawn[:, holes, :, : self.slots_filled] = drawn[:, movers, :, : self.slots_filled]
         self.rows = count
         self.prompt_of_row = self.prompt_of_row[order[:count]]
+        self._drop_prompts()
         self._arrange()
         return order[:count]
 
@@ -121,6 +123,17 @@ class DecodeCache(Cache):
         out = out.unflatten(2, (self._most, repeats)).transpose(1, 2).flatten(0, 1)
         total = total.unflatten(2, (self._most, repeats)).transpose(1, 2).flatten(0, 1)
         return (out, total) if self._places is None else (out[self._places], total[self._places])
+
+    def _drop_prompts(self) -> None:
+        total = self.prompts[0].shape[1]
+        live = self.prompt_of_row.unique()
+        if not 0 < 2 * len(live) <= total:
+            return
+        for layer, prompts in enumerate(self.prompts):
+            self.prompts[layer] = prompts[:, live]
+        if self._padding is not None:
+            self._padding = self._padding[live]
+        self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
 
     def _arrange(self) -> None:
         """The place of each row in a table of prompts by rows; None if the rows fill it in order."""

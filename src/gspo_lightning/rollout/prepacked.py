@@ -1,8 +1,9 @@
-"""Weights in the order in memory that a CPU's bfloat16 products read, for as long as a rollout lasts.
+"""Weights in the order in memory that a CPU's products read, for as long as a rollout lasts.
 
 oneDNN brings the weight of a product into blocks of its own first, every time. With the few rows of a decoding step
 that costs as much as the product itself (49,152 x 576 by 16 rows: 10.8 ms, of which 6.1), and the weights of a rollout
-do not change: they are brought into blocks once. The numbers are the same to the last bit.
+do not change: they are brought into blocks once. Bfloat16 products keep their bits; float32 ones, which MKL would
+multiply otherwise, are another sum of the same terms.
 """
 
 from __future__ import annotations
@@ -23,23 +24,28 @@ from gspo_lightning.policy.model import Policy
 def prepacked_weights(policy: Policy, rows: int) -> Iterator[None]:
     """Around the forwards of a rollout without gradient, during which no weight changes.
 
-    Without effect where nothing is gained: on GPUs, in float32, on weights that are sharded or quantised.
+    A second copy of these weights, in the dtype of the products, is held meanwhile. Without effect where nothing is
+    gained: on GPUs, in float64, on weights that are sharded, quantised or in compiled layers.
 
     Args:
         policy: whose linear layers and output embedding are multiplied.
         rows: of a decoding step.
     """
-    if policy.is_padded or policy.shards is not None or not _is_worthwhile(policy.output_weight):
-        yield
-        return
+    modules = [] if policy.is_padded or policy.shards is not None else list(_body(policy).modules())
+    if any(module._compiled_call_impl is not None for module in modules):
+        modules = []
     with ExitStack() as stack:
-        for module in _body(policy).modules():
-            if type(module) is nn.Linear and "forward" not in vars(module):
-                stack.callback(delattr, module, "forward")
-                module.forward = _product(module.weight, module.bias, rows)  # type: ignore[method-assign]
-        stack.callback(delattr, policy, "logits")
-        policy.logits = _product(policy.output_weight, None, rows)  # type: ignore[method-assign]
+        for module in modules:
+            if type(module) is nn.Linear and "forward" not in vars(module) and _is_worthwhile(module.weight):
+                _replace(stack, module, "forward", _product(module.weight, module.bias, rows))
+        if modules and _is_worthwhile(policy.output_weight):
+            _replace(stack, policy, "logits", _product(policy.output_weight, None, rows))
         yield
+
+
+def _replace(stack: ExitStack, owner: nn.Module, name: str, method: Callable[[Tensor], Tensor]) -> None:
+    setattr(owner, name, method)
+    stack.callback(delattr, owner, name)
 
 
 def _body(policy: Policy) -> nn.Module:
@@ -47,25 +53,28 @@ def _body(policy: Policy) -> nn.Module:
     return policy.vision.language_model if policy.vision is not None else body
 
 
-def _is_worthwhile(weight: Tensor) -> bool:
-    """Whether products with it are oneDNN's bfloat16 ones."""
+def _dtype(weight: Tensor) -> torch.dtype:
+    """Of the products with it."""
     kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return (
-        kind == "cpu"
-        and dtype == torch.bfloat16
-        and platform.machine() == "x86_64"
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+
+
+def _is_worthwhile(weight: Tensor) -> bool:
+    """Whether oneDNN has such products."""
+    if weight.device.type != "cpu" or platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():
+        return False
+    dtype = _dtype(weight)
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    """``x -> x @ weight.T + bias`` in bfloat16."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), rows)
-    return functools.partial(_linear, packed, None if bias is None else bias.detach().bfloat16())
+    """``x -> x @ weight.T + bias`` in the dtype of the products."""
+    dtype = _dtype(weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
+    return functools.partial(_linear, packed, None if bias is None else bias.detach().to(dtype), dtype)
 
 
-def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, "none", [], "")
+def _linear(packed: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
     return result
