@@ -75,16 +75,26 @@ def test_activations_are_what_autograd_keeps_of_the_largest_micro_batch(micro_mo
 
 
 def test_the_cache_of_a_rollout_by_hand(micro_model_dir):
-    """2 layers of keys and values, 2 heads of 16, float32; rows of the longest prompt and a whole completion; 4 x logits."""
+    """2 layers of keys and values, 2 heads of 16, float32: prompts once, whole completions; 4 x logits of all rows."""
     vocabulary = micro_policy(micro_model_dir).output_weight.shape[0]
 
-    def by_hand(rows):
-        return 2 * 2 * rows * (9 + 8) * 2 * 16 * 4 + 4 * rows * vocabulary * 4
+    def by_hand(prompts, rows):
+        return 2 * 2 * (prompts * 9 + rows * 8) * 2 * 16 * 4 + 4 * rows * vocabulary * 4
 
-    assert of(micro_model_dir).rollout == by_hand(12)
-    assert of(micro_model_dir, validation_rows=40).rollout == by_hand(40)
-    assert of(micro_model_dir, validation_rows=40, max_concurrent=30).rollout == by_hand(30)
+    assert of(micro_model_dir).rollout == by_hand(4, 12)
+    assert of(micro_model_dir, validation_rows=40).rollout == by_hand(40, 40)
+    assert of(micro_model_dir, validation_rows=40, max_concurrent=30).rollout == by_hand(30, 30)
     assert of(micro_model_dir, max_concurrent=0).rollout == 0
+
+
+@pytest.mark.parametrize(("precision", "item"), [("32-true", 4), ("bf16-mixed", 2)])
+def test_on_a_cpu_a_rollout_holds_its_weights_once_more(micro_model_dir, precision, item):
+    policy = micro_policy(micro_model_dir)
+    linear = sum(m.weight.numel() for m in policy.base_model.model.modules() if isinstance(m, torch.nn.Linear))
+    more = (linear + policy.output_weight.numel()) * item
+    plain, packed = (of(micro_model_dir, precision=precision, on_gpu=gpu) for gpu in (True, False))
+    assert packed.rollout == plain.rollout + more
+    assert of(micro_model_dir, on_gpu=False, max_concurrent=0).rollout == 0
 
 
 def test_the_peak_of_a_gpu_is_that_of_the_phase_that_needs_more(micro_model_dir):
@@ -93,7 +103,7 @@ def test_the_peak_of_a_gpu_is_that_of_the_phase_that_needs_more(micro_model_dir)
     assert found.total == fixed + max(found.parts[ACTIVATIONS], found.rollout)
     program = process.parts["program and libraries"]
     assert 0.1 * GIB < program < 4 * GIB
-    assert process.total == fixed + found.parts[ACTIVATIONS] + found.rollout + program
+    assert process.total == fixed + found.parts[ACTIVATIONS] + process.rollout + program
 
 
 def test_a_quantised_base_takes_a_fraction_of_its_linear_layers(micro_model_dir):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WHOLE_GROUP_TOKENS = 256
 """Groups up to this many tokens are attended to in one call; a quadratic mask is cheaper than many calls there."""
 
-TILE_QUERIES = 128
+TILE_QUERIES = 64
 """Longer groups are cut into tiles of whole completions with at least this many queries where they have them."""
 
 WHOLE_PROMPT_TOKENS = 512
