@@ -8,7 +8,6 @@ sliding windows are covered because models that have them would be wrong without
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -181,11 +180,11 @@ class _Runs:
         self.runs = x.split([end - start for start, end in pairwise(self.edges)], dim=2)
 
     def __call__(self, *spans: tuple[int, int]) -> Tensor:
-        parts = []
+        parts: list[Tensor] = []
         for start, end in spans:
             parts += self.runs[bisect_left(self.edges, start) : bisect_left(self.edges, end)]
         return _concatenate(parts)
 
 
-def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
