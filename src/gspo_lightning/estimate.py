@@ -228,8 +228,7 @@ def _packed_bytes(policy: Policy, precision: str) -> float:
     """The copy of the weights that `gspo_lightning.rollout.prepacked` holds while a rollout lasts."""
     if policy.output_weight.dtype == torch.float64:
         return 0.0
-    body = policy.vision.language_model if policy.vision is not None else policy.base_model.model
-    count = sum(m.weight.numel() for m in body.modules() if type(m) is nn.Linear) + policy.output_weight.numel()
+    count = sum(m.weight.numel() for m in policy.body.modules() if type(m) is nn.Linear) + policy.output_weight.numel()
     return float(count * _product_bytes(policy, precision))
 
 
@@ -238,8 +237,9 @@ def _quantised_share(loader: PolicyLoader, policy: Policy) -> float:
     if loader.quantization is None:
         return 1.0
     bits = {"nf4": 4.13, "int8": 8.0}[loader.quantization]
-    body = policy.vision.language_model if policy.vision is not None else policy.base_model.model
-    linear = sum(_bytes(m.weight) for m in body.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+    linear = sum(
+        _bytes(m.weight) for m in policy.body.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad
+    )
     everything = sum(_bytes(p) for p in policy.parameters())
     return 1.0 - linear / everything * (1.0 - bits / (8 * DTYPES[loader.dtype].itemsize))
 

@@ -92,3 +92,10 @@ def test_float64_products_keep_their_weights(micro_model_dir):
     policy = micro_policy(micro_model_dir)
     with prepacked_weights(policy, 8):
         assert "logits" not in vars(policy)
+
+
+def test_nothing_is_packed_where_a_rank_samples_nothing(micro_model_dir):
+    policy = PolicyLoader(str(micro_model_dir)).load()
+    for rows, packed in ((0, False), (8, prepacked._is_worthwhile(policy.output_weight))):
+        with prepacked_weights(policy, rows):
+            assert ("logits" in vars(policy)) == packed

@@ -64,6 +64,12 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
 
     @property
+    def body(self) -> nn.Module:
+        """The language layers without the output embedding."""
+        body: Any = self.base_model.model if self.vision is None else self.vision.language_model
+        return body
+
+    @property
     def config(self) -> Any:
         return self.base_model.config
 
@@ -97,15 +103,12 @@ class Policy(nn.Module):
     def _hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt] = (), **kwargs: Any
     ) -> Tensor:
-        body: Any = self.base_model.model
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         caching = self._caching() if "past_key_values" in kwargs else nullcontext()
         with caching, fused_attention(input_ids.device):
-            if self.vision is not None:
-                body = self.vision.language_model
-                if prompts:
-                    inputs = self.vision.inputs(input_ids, layout, prompts)
-            output = body(
+            if self.vision is not None and prompts:
+                inputs = self.vision.inputs(input_ids, layout, prompts)
+            output = self.body(
                 **inputs,
                 attention_mask=layout_mask(input_ids.device),
                 layout=layout,

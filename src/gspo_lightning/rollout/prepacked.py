@@ -12,7 +12,6 @@ import functools
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,9 @@ def prepacked_weights(policy: Policy, rows: int) -> Iterator[None]:
 
     Args:
         policy: whose linear layers and output embedding are multiplied.
-        rows: of a decoding step.
+        rows: of a decoding step; nothing is packed for none.
     """
-    modules = [] if policy.is_padded or policy.shards is not None else list(_body(policy).modules())
+    modules = [] if not rows or policy.is_padded or policy.shards is not None else list(policy.body.modules())
     if any(module._compiled_call_impl is not None for module in modules):
         modules = []
     with ExitStack() as stack:
@@ -46,11 +45,6 @@ def prepacked_weights(policy: Policy, rows: int) -> Iterator[None]:
 def _replace(stack: ExitStack, owner: nn.Module, name: str, method: Callable[[Tensor], Tensor]) -> None:
     setattr(owner, name, method)
     stack.callback(delattr, owner, name)
-
-
-def _body(policy: Policy) -> nn.Module:
-    body: Any = policy.base_model.model
-    return policy.vision.language_model if policy.vision is not None else body
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
