@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gspo_lightning import module, passes, rollout_update, update
+from gspo_lightning import passes, rollout_update, update
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.policy import load
 from gspo_lightning.rollout import transformers_engine
@@ -90,11 +90,6 @@ def plain_weights() -> None:
     transformers_engine.prepacked_weights = lambda *_: nullcontext()  # type: ignore[attr-defined, assignment]
 
 
-def late_moments() -> None:
-    """Adam makes its moments in its first step."""
-    module.allocate_moments = lambda optimizer: None  # type: ignore[attr-defined, assignment]
-
-
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,
     "no padding in the update": padding,
@@ -102,5 +97,4 @@ ABLATIONS: dict[str, Callable[[], None]] = {
     "ended rows leave the decoder": no_compaction,
     "layers that keep less": plain_layers,
     "weights packed once per rollout": plain_weights,
-    "moments made first": late_moments,
 }

@@ -21,7 +21,6 @@ from benchmarks.scenarios import SCENARIOS, Scenario  # noqa: E402
 from scripts.benchmark import run  # noqa: E402
 
 QUICK, PAPER, SILENT = SCENARIOS["quickstart"], SCENARIOS["paper"], SCENARIOS["half_silent"]
-LONG_PROMPT = SCENARIOS["long_prompt"]
 ROWS: dict[str, tuple[Scenario, Scenario]] = {
     # Saving -> (with it, without it).
     "prefix sharing in the update": (QUICK, replace(QUICK, ablate="prefix sharing in the update")),
@@ -31,7 +30,6 @@ ROWS: dict[str, tuple[Scenario, Scenario]] = {
     "no old pass for the first minibatch": (PAPER, replace(PAPER, ablate="no old pass for the first minibatch")),
     "layers that keep less": (QUICK, replace(QUICK, ablate="layers that keep less")),
     "weights packed once per rollout": (QUICK, replace(QUICK, ablate="weights packed once per rollout")),
-    "moments made first": (LONG_PROMPT, replace(LONG_PROMPT, ablate="moments made first")),
     "bfloat16 products": (QUICK, replace(QUICK, precision="fp32")),
 }
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-import lightning as L
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from gspo_lightning.guarded_step import NonFiniteGradientError, allocate_moments
+from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
@@ -233,43 +232,6 @@ def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a
     assert module.counts["nonfinite_steps"] == 2
     with pytest.raises(NonFiniteGradientError, match=r"3 optimizer steps in a row .* Lower optimizer.lr"):
         update_of(micro_model_dir, Settings(update={"num_minibatches": 2}, rollouts=2))
-
-
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("fused", [False, True])
-def test_moments_made_early_change_no_bit_of_any_step(kind, fused):
-    def train(early):
-        torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(7))]
-        groups = [{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0.0}]
-        optimizer = kind(groups, lr=0.01, weight_decay=0.1, fused=fused)
-        if early:
-            before = [w.detach().clone() for w in weights]
-            allocate_moments(optimizer)
-            assert len(optimizer.state) == 2 and all(w.grad is None for w in weights)
-            assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-        for _ in range(3):
-            for weight in weights:
-                weight.grad = torch.randn_like(weight)
-            optimizer.step()
-        return weights, optimizer.state_dict()["state"]
-
-    (late, late_state), (early, early_state) = train(False), train(True)
-    assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
-    for number, state in late_state.items():
-        assert all(torch.equal(value, early_state[number][key]) for key, value in state.items())
-
-
-def test_moments_are_there_before_the_first_rollout(micro_model_dir):
-    class Look(L.Callback):
-        def on_train_batch_start(self, trainer, module, *_):
-            (optimizer,) = trainer.optimizers
-            self.made = len(optimizer.state), len([p for p in module.parameters() if p.requires_grad])
-
-    look = Look()
-    settings = Settings(optimizer=functools.partial(torch.optim.AdamW, lr=0.01))
-    update_of(micro_model_dir, settings, callbacks=[look])
-    assert look.made[0] == look.made[1] > 0
 
 
 def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir):

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +23,7 @@ from gspo_lightning.collect import collect_rollout, rollout_metrics
 from gspo_lightning.distributed import add_metrics, global_sum
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
-from gspo_lightning.guarded_step import GuardedStep, allocate_moments, parameter_groups
+from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
 from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.passes import Passes
@@ -176,12 +175,6 @@ class GSPOModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """The same, where nothing is trained or validation comes first."""
         self._choose_forward()
-
-    def on_train_start(self) -> None:
-        """Makes the optimizer's moments, behind what a checkpoint held and before the first update."""
-        assert self.policy is not None
-        if self.device.type == "cpu" and self.policy.shards is None:
-            allocate_moments(cast(LightningOptimizer, self.optimizers()).optimizer)
 
     def _choose_forward(self) -> None:
         assert self.policy is not None
