@@ -46,6 +46,22 @@ def test_a_stop_saves_the_rollout_in_hand_behind_a_validation_that_is_due(rollou
     assert stop._timer is None
 
 
+def test_a_signal_during_a_validation_stops_behind_it(tmp_path, capsys):
+    """Otherwise one more rollout would run, past the line that says where the run stopped, and be announced again."""
+    module = SimpleNamespace(rollouts_done=3, max_rollouts=100)
+    trainer = Trainer(module)
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=1, validate_every_n_rollouts=3)
+    stop = GracefulStop(checkpoint, grace_s=60)
+    for callback in (checkpoint, stop):
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert not trainer.should_stop
+    stop._on_signal(signal.SIGTERM, None)
+    for callback in (checkpoint, stop):
+        callback.on_validation_end(trainer, module)
+    assert trainer.should_stop and stop._timer is None
+    assert f"Stopped after rollout 3, saved in {checkpoint.last}" in capsys.readouterr().out
+
+
 def test_a_new_checkpoint_replaces_the_last_and_keeps_the_one_before(tmp_path):
     module = SimpleNamespace(rollouts_done=0, max_rollouts=100)
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=2)

@@ -217,8 +217,9 @@ class GracefulStop(L.Callback):
             self._leave(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The boundary of a rollout with a validation."""
+        """The boundary of a rollout with a validation, during which the signal may have come."""
         if self.received is not None and self.checkpoint.saved_at == pl_module.rollouts_done:
+            trainer.should_stop = True
             self._leave(pl_module)
 
     def _leave(self, pl_module: Any) -> None:
