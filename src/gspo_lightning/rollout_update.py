@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -83,7 +85,8 @@ class RolloutUpdate:
         while True:
             attempt = Attempt(fresh, denominator)
             try:
-                rounds = self._accumulate(minibatch, fixed, attempt)
+                with casts_kept(module.device):
+                    rounds = self._accumulate(minibatch, fixed, attempt)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -140,3 +143,20 @@ class RolloutUpdate:
         module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
         if norm is not None:
             add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})
+
+
+@contextmanager
+def casts_kept(device: torch.device) -> Iterator[None]:
+    """Autocast narrows each weight once for all micro-batches inside, not once for each.
+
+    Lightning turns autocast's cache off. It holds two bytes per weight, which autograd holds anyway as long as a
+    forward is not through its backward, but where activations are recomputed; on GPUs a cast costs next to nothing,
+    so there it stays off.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(before)

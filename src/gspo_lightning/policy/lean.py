@@ -78,17 +78,21 @@ def lean_mlp(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     if not torch.is_grad_enabled():
         return self.down_proj(nn.functional.silu(gate).mul_(up))
-    product = _Gated.apply(gate, up)
-    again = _Again(gate.detach(), up.detach(), product)
+    activated: list[Tensor] = []
+    product = _Gated.apply(gate, up, activated)
+    again = _Again(gate.detach(), up.detach(), product, activated)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
         return self.down_proj(product)
 
 
 class _Again:
-    """Saved-tensor hooks: the product is forgotten, and multiplied again when the backward asks for it."""
+    """Saved-tensor hooks: the product is forgotten, and multiplied again when the backward asks for it.
 
-    def __init__(self, gate: Tensor, up: Tensor, product: Tensor) -> None:
-        self.gate, self.up, self.storage = gate, up, product.untyped_storage()._cdata
+    ``activated`` then has the activated gate, which the backward of `_Gated` takes out again.
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor, product: Tensor, activated: list[Tensor]) -> None:
+        self.gate, self.up, self.storage, self.activated = gate, up, product.untyped_storage()._cdata, activated
 
     def pack(self, tensor: Tensor) -> Any:
         if tensor.untyped_storage()._cdata != self.storage:
@@ -98,20 +102,24 @@ class _Again:
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        return nn.functional.silu(self.gate).mul_(self.up).as_strided(*packed)
+        self.activated[:] = [nn.functional.silu(self.gate)]
+        return (self.activated[0] * self.up).as_strided(*packed)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activated: list[Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.activated = activated
         return nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
+        # Empty where the product was not asked for: its weight has no gradient.
+        activated = ctx.activated.pop() if ctx.activated else nn.functional.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
