@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Config
 
 from gspo_lightning.policy.attention import attention_implementation, register
-from gspo_lightning.policy.load import DTYPES, PolicyLoader, compile_layers, load_config, packs_pictures
+from gspo_lightning.policy.load import DTYPES, PolicyLoader, compile_layers
 from gspo_lightning.policy.micro import character_tokenizer
 from gspo_lightning.policy.processor import ImageTextProcessor
+from gspo_lightning.policy.reading import load_config
 from gspo_lightning.policy.tiny_vlm import CHAT_TEMPLATE
+from gspo_lightning.policy.vision import packs_pictures
 
 SPECIAL = (
     "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import guard, vlm  # noqa: E402
+from benchmarks import guard, processor, vlm  # noqa: E402
 from benchmarks.results_plot import plot  # noqa: E402
 from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
 
@@ -66,10 +65,10 @@ def main() -> None:
             rates.append(matmul_rate(scenario.precision, arguments.threads))
         results[name] = summarise(scenario, rounds, statistics.median(rates))
         print(show(scenario, results[name]), flush=True)
-        facts = {"machine": processor(), "threads": arguments.threads, "scenarios": results}
+        facts = {"machine": processor.name(), "threads": arguments.threads, "scenarios": results}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-        picture = plot(results, processor(), arguments.threads)
+        picture = plot(results, processor.name(), arguments.threads)
         arguments.out.with_suffix(".svg").write_text(picture)
 
 
@@ -78,18 +77,8 @@ def earlier(out: Path, threads: int) -> dict[str, Result]:
     if not out.exists():
         return {}
     facts = json.loads(out.read_text())
-    same = facts["machine"] == processor() and facts["threads"] == threads
+    same = facts["machine"] == processor.name() and facts["threads"] == threads
     return dict(facts["scenarios"]) if same else {}
-
-
-def processor() -> str:
-    """The name of the processor, and whether it has units for bfloat16 matrices."""
-    try:
-        facts = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")), "")
-    return (name or platform.processor() or platform.machine()) + (" with AMX" if "amx_bf16" in facts else "")
 
 
 def parse() -> argparse.Namespace:
@@ -110,11 +99,14 @@ def parse() -> argparse.Namespace:
 
 def run_guard(model: str, arguments: argparse.Namespace) -> int:
     """The exit code of ``--check`` and ``--write-baseline``."""
-    now = guard.measure(lambda side: run(side, sys.executable, GUARD, model, 2, threads=1))
+
+    def measure(side: str) -> Result:
+        return run(side, sys.executable, GUARD, model, 2, threads=1)
+
     if arguments.write_baseline:
-        guard.BASELINE.write_text(json.dumps(now, indent=1) + "\n")
+        guard.write_baseline(measure, processor.units())
         return 0
-    return 0 if guard.check(now) else 1
+    return 0 if guard.check(measure, processor.units()) else 1
 
 
 def run(side: str, python: str, scenario: Scenario, model: str, steps: int, threads: int) -> Result:

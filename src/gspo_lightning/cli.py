@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,23 +25,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gspo_lightning import config, first_error
-from gspo_lightning.build import build_callbacks, build_data, build_module, build_trainer, rollouts_of_epochs
-from gspo_lightning.callbacks import RunRecorder
-from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint, disk_error
+from gspo_lightning.build import build_data, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.errors import UserError
 from gspo_lightning.estimate import estimate
 from gspo_lightning.guarded_step import NonFiniteGradientError
-from gspo_lightning.module import GSPOModule
-from gspo_lightning.policy.export import export_policy
-from gspo_lightning.policy.hub import push
 from gspo_lightning.redact import masked, redacted
-from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
+from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
-from gspo_lightning.report.model_card import model_card
 from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError
-from gspo_lightning.sharding import whole_policy
-from gspo_lightning.timing import peak_rss_gb
+from gspo_lightning.training_run import TrainingRun
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
@@ -177,7 +169,11 @@ def _train(cfg: DictConfig) -> float | None:
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     module = build_module(plain)
     with contextlib.closing(module.rewards):
-        return TrainingRun(plain, run_dir, ckpt_path, module, datamodule).execute()
+        training = TrainingRun(plain, run_dir, ckpt_path, module, datamodule)
+        accuracy = training.execute()
+    if training.stopped and HydraConfig.get().mode != RunMode.RUN:
+        raise SweepStopped(f"{training.stopped}; the jobs behind it were not run")
+    return accuracy
 
 
 def _dry_run(plain: dict[str, Any]) -> None:
@@ -211,97 +207,6 @@ def _evaluate(cfg: DictConfig) -> None:
         trainer.validate(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
         print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
-
-
-class TrainingRun:
-    """Validate, train, validate, export, report."""
-
-    def __init__(
-        self, plain: dict[str, Any], run_dir: Path, ckpt_path: Path | None, module: GSPOModule, datamodule: Any
-    ) -> None:
-        self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
-        self.ckpt_path = ckpt_path
-        self.checkpoint = RolloutCheckpoint(
-            run_dir / "checkpoints",
-            plain["checkpoint"]["every_n_rollouts"],
-            plain["validation"]["every_n_rollouts"],
-            plain["checkpoint"]["keep_last"],
-        )
-        resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
-        # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
-        self.recorder = RunRecorder(run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"])
-        self.stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"])
-        callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
-        self.trainer = build_trainer(plain, callbacks)
-        first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)
-
-    def execute(self) -> float | None:
-        """Runs all of it; returns the held-out sampled accuracy at the end."""
-        if self.ckpt_path is None:
-            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
-        start = time.perf_counter()
-        ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
-        try:
-            self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
-        except OSError as error:
-            raise disk_error(self.run_dir, error) or error from error
-        except RolloutError as error:
-            if not self.checkpoint.last.exists():
-                raise
-            raise type(error)(f"{error}; saved, go on with ckpt_path={self.checkpoint.last}") from error
-        wall_s = time.perf_counter() - start
-        if self.module.rollouts_done < self.module.max_rollouts:
-            done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
-            print(f"{done}; go on with ckpt_path={self.checkpoint.last}", flush=True)
-            if self.stop.received is not None and HydraConfig.get().mode != RunMode.RUN:
-                raise SweepStopped(f"{done} in {self.run_dir}; the jobs behind it were not run")
-            return None
-        # Lightning validates when it stops, but not where a run was resumed behind its last rollout.
-        if not self.module.last_validation:
-            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
-        self._finish(wall_s)
-        return self.module.last_validation.get("val/sampled_accuracy")
-
-    def _finish(self, wall_s: float) -> None:
-        assert self.module.policy is not None
-        export_dir = None
-        if self.plain["export"]["enabled"]:
-            policy = whole_policy(self.module.policy, self.module.policy_loader)
-            if policy is not None:
-                merge = self.plain["export"]["merge_lora"]
-                export_dir = export_policy(policy, self.run_dir / "model", merge_lora=merge)
-        if self.trainer.is_global_zero:
-            summary = write_summary(self.run_dir, self._facts(wall_s, export_dir))
-            report = render_report(self.run_dir)
-            print_result_table(Console(), self.run_dir, report)
-            if export_dir is not None:
-                self._publish(export_dir, summary)
-
-    def _publish(self, folder: Path, summary: dict[str, Any]) -> None:
-        """The model card beside the weights, and both on the hub if that is asked for."""
-        settings = self.plain["export"]
-        is_adapter = (folder / "adapter_config.json").exists()
-        card = model_card(redacted(self.plain), summary, is_adapter=is_adapter)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        if settings["push_to_hub"]:
-            print(f"uploaded to {push(folder, settings['push_to_hub'], private=settings['private'])}", flush=True)
-
-    def _facts(self, wall_s: float, export_dir: Path | None) -> dict[str, Any]:
-        counts = self.module.counts
-        return {
-            "seed": self.plain["seed"],
-            "steps": self.module.rollouts_done,
-            "optimizer_steps": counts["optimizer_steps"],
-            "wall_s": wall_s,
-            "train_tokens": counts["train_tokens"],
-            "rollout_tokens": counts["rollout_tokens"],
-            "tokens_per_s": (counts["train_tokens"] + counts["rollout_tokens"]) / wall_s,
-            "peak_rss_gb": peak_rss_gb(),
-            "model": self.plain["model"]["path"],
-            "precision": self.plain["trainer"]["precision"],
-            "threads": torch.get_num_threads(),
-            "export_dir": None if export_dir is None else str(export_dir),
-        }
 
 
 def _make_run_dir(folder: Path) -> Path:

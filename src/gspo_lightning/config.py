@@ -14,7 +14,7 @@ from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.hub import check_push
-from gspo_lightning.policy.load import check_quantization
+from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.targets import check_targets
 from gspo_lightning.update import BUSY_CPU, BUSY_GPU, check_minibatches, token_budget
 

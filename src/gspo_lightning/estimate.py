@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
-from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora, load_config, packs_pictures, vision_parts
+from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.reading import load_config
+from gspo_lightning.policy.vision import packs_pictures, vision_parts
 from gspo_lightning.timing import rss_gb
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
 from gspo_lightning.update import MicroBatch, UpdateSettings, build_micro_batch, split_minibatches

@@ -39,7 +39,7 @@ class RolloutUpdate:
     def prepare(self, minibatches: list[Minibatch]) -> None:
         """What stays fixed during the update: old and reference log-probabilities, and the selection of tokens."""
         module, self._minibatches = self.module, list(minibatches)
-        with module.stopwatch("old_logprobs"):
+        with module.stopwatch("old_logprobs"), casts_kept(module.device):
             fixed = self.passes.before_update(self.scored, minibatches)
         if self.passes.behaviour is not None:
             self._compare_with_sampler(fixed)
@@ -147,7 +147,7 @@ class RolloutUpdate:
 
 @contextmanager
 def casts_kept(device: torch.device) -> Iterator[None]:
-    """Autocast narrows each weight once for all micro-batches inside, not once for each.
+    """Autocast narrows each trained weight once for all micro-batches inside, not once for each.
 
     Lightning turns autocast's cache off. It holds two bytes per weight, which autograd holds anyway as long as a
     forward is not through its backward, but where activations are recomputed; on GPUs a cast costs next to nothing,

@@ -12,7 +12,7 @@ from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.bundled import resolve_model
-from gspo_lightning.policy.load import load_tokenizer
+from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.types import Prompt, SamplingParams
 from tests.support import make_prompt, micro_policy

@@ -11,8 +11,9 @@ from gspo_lightning.packing import pack
 from gspo_lightning.policy import vision as vision_module
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from gspo_lightning.policy.export import export_policy
-from gspo_lightning.policy.load import LoraSettings, PolicyLoader, check_quantization
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.processor import ImageTextProcessor, load_processor
+from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.policy.tiny_vlm import build_processor
 from tests.support import relative_distance
 from tests.vision.models import FAMILIES, padded_vision_logprobs, picture_prompt, vision_policy

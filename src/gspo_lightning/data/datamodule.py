@@ -18,9 +18,9 @@ from gspo_lightning.data.vision import VisionSettings, encode_conversation, imag
 from gspo_lightning.distributed import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
-from gspo_lightning.policy.load import has_vision, load_config
 from gspo_lightning.policy.processor import load_processor
-from gspo_lightning.policy.reading import load_tokenizer
+from gspo_lightning.policy.reading import load_config, load_tokenizer
+from gspo_lightning.policy.vision import has_vision
 from gspo_lightning.types import Messages, Prompt, PromptBatch
 
 OverlongPrompts = Literal["error", "drop"]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
-    Mxfp4Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,10 +23,10 @@ from gspo_lightning.policy.check import SLOW
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.processor import load_processor
-from gspo_lightning.policy.reading import load_tokenizer, reading
-from gspo_lightning.policy.vision import FAMILIES
+from gspo_lightning.policy.quantization import keep_packing, quantization_arguments
+from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
+from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, vision_parts
 
-_NOT_QUANTISED = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -115,27 +111,28 @@ class PolicyLoader:
             features_from=features_from,
         )
 
-    def _bitsandbytes(self) -> BitsAndBytesConfig:
-        check_quantization(self.quantization, self.lora)
-        if self.quantization == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTISED)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=_NOT_QUANTISED,
-        )
-
     def load_model(self) -> PreTrainedModel:
         """The bare model with our attention, in training mode (no layer of it may have dropout)."""
         register()
-        path = resolve_model(self.path)
         config = load_config(self.path)
-        vision, packs = has_vision(config), packs_pictures(config)
-        if self.train_vision and not vision:
+        self._check_parts(config)
+        model = self._read(config)
+        if getattr(model, "is_quantized", False):  # asked for, or because the folder holds such weights
+            keep_packing(model)
+        if self.dtype == "float64" and model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # the grouped product of the others has no float64
+        self._freeze_parts(model)
+        if self.compile:
+            compile_layers(model)
+        elif not self.gradient_checkpointing:
+            lighten(model)
+        return model.train()
+
+    def _check_parts(self, config: Any) -> None:
+        """Refuses to train a half that the model lacks, or that cannot be trained."""
+        if self.train_vision and not has_vision(config):
             raise UserError(f"model.train_vision=true has no effect: {self.path} has no vision tower; remove it")
-        if self.train_vision and not packs:
+        if self.train_vision and not packs_pictures(config):
             raise UserError(
                 f"model.train_vision=true: the vision tower of {config.model_type} stays frozen; those of "
                 f"{', '.join(FAMILIES)} can be trained"
@@ -146,27 +143,18 @@ class PolicyLoader:
                 "lora=none"
             )
         check_attention(self.attention, self.dtype)
-        attention = attention_implementation(self.attention, packs)
-        if vision and not packs:
+
+    def _read(self, config: Any) -> PreTrainedModel:
+        """The weights, in bits and with the attention that were asked for."""
+        attention = attention_implementation(self.attention, packs_pictures(config))
+        if has_vision(config) and not packs_pictures(config):
             rank_zero_warn(f"model type {config.model_type} reads pictures in a way that packing does not know; {SLOW}")
             attention = "eager"
-        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        quantised = {} if self.quantization is None else {"quantization_config": self._bitsandbytes()}
-        if _is_mxfp4(config):
-            if self.quantization is not None:
-                raise UserError(
-                    f"model.quantization={self.quantization}: the experts of {config.model_type} are no layers that "
-                    "bitsandbytes can quantise; set it to null (its MXFP4 weights are trained on in bfloat16)"
-                )
-            quantised = {"quantization_config": Mxfp4Config(dequantize=True)}
-        elif getattr(config, "quantization_config", None) and self.lora is None:
-            raise UserError(
-                f"model.path={self.path} holds quantised weights, which cannot be trained; add an adapter: "
-                "lora=language"
-            )
+        kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+        quantised = quantization_arguments(self.quantization, self.lora, self.path, config)
         with reading(self.path, "the model", "check the folder and model.overrides"):
             model, found = kind.from_pretrained(
-                path,
+                resolve_model(self.path),
                 dtype=DTYPES[self.dtype],
                 attn_implementation=attention,
                 use_safetensors=True,
@@ -176,27 +164,15 @@ class PolicyLoader:
                 **self.overrides,
             )
         _refuse_random_weights(self.path, found)
-        if getattr(model, "is_quantized", False):  # asked for, or because the folder holds such weights
-            keep_packing(model)
-        if self.dtype == "float64" and model._can_set_experts_implementation():
-            model.set_experts_implementation("eager")  # the grouped product of the others has no float64
-        if vision and not self.train_vision:
+        return model
+
+    def _freeze_parts(self, model: PreTrainedModel) -> None:
+        if not self.train_vision:
             for part in vision_parts(model).values():
                 part.requires_grad_(False)
         if not self.train_language:
             model.requires_grad_(False)
             model.model.visual.requires_grad_(True)
-        if self.compile:
-            compile_layers(model)
-        elif not self.gradient_checkpointing:
-            lighten(model)
-        return model.train()
-
-
-def _is_mxfp4(config: Any) -> bool:
-    """Whether the weights lie on the disk in MXFP4, as gpt-oss is published: its kernels have no backward."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    return dict(quantization).get("quant_method") == "mxfp4"
 
 
 def check_attention(form: AttentionForm, dtype: str) -> None:
@@ -215,70 +191,6 @@ def compile_layers(model: PreTrainedModel) -> None:
     layers: Any = model.get_decoder().layers
     for layer in layers:
         layer.compile(dynamic=True)
-
-
-def check_quantization(quantization: str | None, lora: Any) -> None:
-    """Refuses a quantised base where it cannot work.
-
-    Raises:
-        UserError: there is no GPU for 8 bits, or no adapter to train.
-    """
-    if quantization is None:
-        return
-    if quantization == "int8" and not torch.cuda.is_available():
-        raise UserError("model.quantization=int8 needs a GPU, and there is none here; nf4 runs on a CPU too")
-    if lora is None:
-        raise UserError(f"model.quantization={quantization} leaves no weight to train; add an adapter: lora=language")
-
-
-def keep_packing(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights at the first forward in evaluation mode on a CPU.
-
-    After that its backward and its dequantisation read the old layout: gradients are wrong without a word.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def load_config(path: str) -> Any:
-    """The config of a model folder or of a model on the hub.
-
-    Raises:
-        UserError: it is neither here nor to be had.
-    """
-    folder = resolve_model(path)
-    with reading(path, "config.json", "check the folder, or the version of transformers"):
-        try:
-            return AutoConfig.from_pretrained(folder)
-        except OSError as error:
-            if Path(folder).is_dir():
-                raise
-            raise UserError(
-                f"model.path={path}: not in the cache and the hub cannot be reached; give model.path=/my/folder with "
-                "the weights. Offline examples: experiment=gspo_qwen_vl_tiny, model=smollm2_135m"
-            ) from error
-
-
-def has_vision(config: Any) -> bool:
-    """Whether a model of this config reads pictures."""
-    return getattr(config, "vision_config", None) is not None
-
-
-def packs_pictures(config: Any) -> bool:
-    """Whether its pictures can be packed: their positions and features are known here. Others run padded."""
-    return has_vision(config) and config.model_type in FAMILIES
-
-
-def vision_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What a model has besides its language model and its head, by name: the tower, the projector."""
-    decoder = model.get_decoder()
-    body: nn.Module = model.model
-    if decoder is body:
-        return {}
-    return {name: part for name, part in body.named_children() if part is not decoder}
 
 
 def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from gspo_lightning.errors import UserError
@@ -46,3 +48,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     with reading(path, "the tokenizer", "copy tokenizer.json and tokenizer_config.json into the model's folder"):
         return AutoTokenizer.from_pretrained(resolve_model(path))
+
+
+def load_config(path: str) -> Any:
+    """The config of a model folder or of a model on the hub.
+
+    Raises:
+        UserError: it is neither here nor to be had.
+    """
+    folder = resolve_model(path)
+    with reading(path, "config.json", "check the folder, or the version of transformers"):
+        try:
+            return AutoConfig.from_pretrained(folder)
+        except OSError as error:
+            if Path(folder).is_dir():
+                raise
+            raise UserError(
+                f"model.path={path}: not in the cache and the hub cannot be reached; give model.path=/my/folder with "
+                "the weights. Offline examples: experiment=gspo_qwen_vl_tiny, model=smollm2_135m"
+            ) from error

@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gspo_lightning.errors import UserError
@@ -30,6 +30,25 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 TOKEN_TYPE = {"image": 1, "video": 2}
 """Value of ``mm_token_type_ids`` at the placeholders of a modality; 0 is text."""
+
+
+def has_vision(config: Any) -> bool:
+    """Whether a model of this config reads pictures."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def packs_pictures(config: Any) -> bool:
+    """Whether its pictures can be packed: their positions and features are known here. Others run padded."""
+    return has_vision(config) and config.model_type in FAMILIES
+
+
+def vision_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What a model has besides its language model and its head, by name: the tower, the projector."""
+    decoder = model.get_decoder()
+    body: nn.Module = model.model
+    if decoder is body:
+        return {}
+    return {name: part for name, part in body.named_children() if part is not decoder}
 
 
 @dataclass(frozen=True)

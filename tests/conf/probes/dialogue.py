@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gspo_lightning.policy.bundled import resolve_model
-from gspo_lightning.policy.load import load_tokenizer
+from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.types import Prompt
 from tests.conf.probes.base import Probe, built
 from tests.conf.probes.data import around, task_in
