@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gspo_lightning import passes, rollout_update, update
+from gspo_lightning import passes, rollout_update, threads, update
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.policy import load
 from gspo_lightning.rollout import transformers_engine
@@ -90,6 +91,20 @@ def plain_weights() -> None:
     transformers_engine.prepacked_weights = lambda *_: nullcontext()  # type: ignore[attr-defined, assignment]
 
 
+def casts_per_micro_batch() -> None:
+    """Autocast narrows every weight for every micro-batch."""
+    rollout_update.casts_kept = lambda device: nullcontext()  # type: ignore[attr-defined, assignment]
+
+
+def large_blocks_mapped() -> None:
+    """glibc maps blocks over 32 MiB one by one and gives them back when they are freed."""
+    libc = ctypes.CDLL(None)
+    for name, value in ((threads.M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20)):
+        libc.mallopt(name, value)
+
+
+M_MMAP_THRESHOLD = -3
+
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,
     "no padding in the update": padding,
@@ -97,4 +112,6 @@ ABLATIONS: dict[str, Callable[[], None]] = {
     "ended rows leave the decoder": no_compaction,
     "layers that keep less": plain_layers,
     "weights packed once per rollout": plain_weights,
+    "weights narrowed once per step": casts_per_micro_batch,
+    "large blocks of freed memory kept": large_blocks_mapped,
 }

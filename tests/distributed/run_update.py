@@ -1,4 +1,4 @@
-"""One update on 1 or 2 ranks for each loss; writes weights, metrics and counters. Run as a script by test_ranks.py."""
+"""Single updates on 1 or 2 ranks; writes weights, metrics and counters of each. Run as a script by test_ranks.py."""
 
 from __future__ import annotations
 
@@ -55,20 +55,21 @@ def main() -> None:
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--case", default="plain")
-    parser.add_argument("--losses", nargs="+", default=["grpo"], help="one after the other, all from the same weights")
+    parser.add_argument("--runs", type=json.loads, default=[[]], help="more arguments for each of several updates")
+    parser.add_argument("--loss", default="grpo")
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--quantile", type=float, default=1.0, help="of the tokens of highest entropy")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--budget", type=int, default=30)
     parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
-    a = parser.parse_args()
     warnings.filterwarnings("ignore")
-    for loss in a.losses:
-        update(a, loss)
+    for number, more in enumerate(parser.parse_args().runs):
+        update(parser.parse_args([*sys.argv[1:], *more]), number)
 
 
-def update(a: argparse.Namespace, loss: str) -> None:
+def update(a: argparse.Namespace, number: int) -> None:
+    loss = a.loss
     level = "token" if loss in ("cispo", "gmpo") else "sequence"
     settings = Settings(
         objective={
@@ -102,7 +103,7 @@ def update(a: argparse.Namespace, loss: str) -> None:
     runner.fit(module, DataLoader(Rows(), batch_size=None))
     everything = weights(module)
     if runner.is_global_zero:
-        out = a.out.with_name(f"{a.out.stem}-{loss}.pt")
+        out = a.out.with_name(f"{a.out.stem}-{number}.pt")
         torch.save(everything, out)
         metrics = {k: v for k, v in module.last_metrics.items() if not k.startswith(("time/", "perf/", "count/"))}
         out.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "counts": module.counts}))

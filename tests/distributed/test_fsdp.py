@@ -85,7 +85,14 @@ def test_an_adapter_goes_on_to_the_bit(micro_model_dir, tmp_path):
     )
 
 
-@pytest.mark.parametrize("what", ["gathered", "layer by layer", "first_rank", "every_rank", "first_rank-lora"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "layer by layer",
+        "first_rank-lora",
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("gathered", "first_rank", "every_rank")),
+    ],
+)
 def test_ranks_stay_in_step_and_engines_see_whole_weights(what, micro_model_dir, tmp_path):
     run("run_engines.py", what, micro_model_dir, cwd=tmp_path)
     assert len(list(tmp_path.glob("*.done"))) == 2

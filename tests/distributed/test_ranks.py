@@ -20,20 +20,20 @@ SCRIPT = Path(__file__).parent / "run_update.py"
 
 def update(folder, out, devices, *arguments):
     """Weights and facts of the one update that a process makes."""
-    (found,) = updates(folder, out, devices, ["grpo"], *arguments)
+    (found,) = updates(folder, out, devices, [[]], *arguments)
     return found
 
 
-def updates(folder, out, devices, losses, *arguments):
-    """Those of one update for each loss, in one process per rank."""
-    arguments = ("--losses", *losses, *arguments)
+def updates(folder, out, devices, runs, *arguments):
+    """Those of several updates, one after the other in one process per rank, all from the same weights."""
+    arguments = ("--runs", json.dumps(runs), *arguments)
     command = [sys.executable, str(SCRIPT), str(folder), str(out), "--devices", str(devices), *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**environment, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=240, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    outs = [out.with_name(f"{out.stem}-{loss}.pt") for loss in losses]
+    outs = [out.with_name(f"{out.stem}-{number}.pt") for number in range(len(runs))]
     return [(torch.load(o, weights_only=True), json.loads(o.with_suffix(".json").read_text())) for o in outs]
 
 
@@ -50,15 +50,20 @@ CASES = {
     "tokens of highest entropy": ["--quantile", "0.4"],
     "tokens of highest entropy, one rank without signal": ["--quantile", "0.4", "--case", "one rank without signal"],
 }
-RUNS = [
-    *(pytest.param("ddp", case, id=f"{name}, DDP") for name, case in (CASES | AUXILIARY).items()),
-    *(pytest.param("fsdp", case, id=f"{name}, FSDP2") for name, case in CASES.items()),
-]
+RUNS = [*(("ddp", name) for name in CASES | AUXILIARY), *(("fsdp", name) for name in CASES)]
 
 
 @functools.cache
-def on_one_rank(folder, scratch, *arguments):
-    return update(folder, scratch / f"one{'_'.join(arguments)}.pt", 1, *arguments)
+def on_one_rank(folder, scratch):
+    return update(folder, scratch / "one.pt", 1)
+
+
+@functools.cache
+def all_cases(folder, scratch, devices, strategy):
+    """The updates of `CASES`, and of `AUXILIARY` where the strategy can have it, by name: one start for all."""
+    cases = CASES | AUXILIARY if strategy == "ddp" else CASES
+    found = updates(folder, scratch / f"{strategy}{devices}.pt", devices, list(cases.values()), "--strategy", strategy)
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -66,16 +71,16 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("one-rank")
 
 
-@pytest.mark.parametrize(("strategy", "arguments"), RUNS)
-def test_two_ranks_give_the_update_of_one(strategy, arguments, micro_model_dir, scratch, tmp_path):
+@pytest.mark.parametrize(("strategy", "case"), RUNS)
+def test_two_ranks_give_the_update_of_one(strategy, case, micro_model_dir, scratch):
     from tests.support import micro_policy
 
-    one, facts_one = on_one_rank(micro_model_dir, scratch, *arguments)
-    two, facts_two = update(micro_model_dir, tmp_path / "two.pt", 2, "--strategy", strategy, *arguments)
-    if arguments == ["--case", "no signal at all"]:
+    one, facts_one = all_cases(micro_model_dir, scratch, 1, "ddp")[case]
+    two, facts_two = all_cases(micro_model_dir, scratch, 2, strategy)[case]
+    if case == "no signal at all":
         assert torch.equal(one, two)
         assert facts_one["counts"]["skipped_steps"] == facts_two["counts"]["skipped_steps"] == 1
-    elif "--lora" not in arguments:
+    elif case != "LoRA":
         start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir).parameters()])
         assert relative_distance(two - start, one - start) < 1e-12
     assert relative_distance(two, one) < 1e-12
@@ -84,11 +89,12 @@ def test_two_ranks_give_the_update_of_one(strategy, arguments, micro_model_dir, 
 
 
 OTHER_LOSSES = sorted(set(LOSSES) - {"grpo"})
+EACH_LOSS = [["--loss", loss] for loss in OTHER_LOSSES]
 
 
 @functools.cache
 def every_loss_on_one_rank(folder, scratch):
-    return updates(folder, scratch / "every.pt", 1, OTHER_LOSSES)
+    return updates(folder, scratch / "every.pt", 1, EACH_LOSS)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -97,14 +103,15 @@ def test_every_loss_on_two_ranks_gives_the_update_of_one(strategy, micro_model_d
 
     start = torch.cat([p.detach().flatten() for p in micro_policy(micro_model_dir).parameters()])
     ones = every_loss_on_one_rank(micro_model_dir, scratch)
-    twos = updates(micro_model_dir, tmp_path / "two.pt", 2, OTHER_LOSSES, "--strategy", strategy)
+    twos = updates(micro_model_dir, tmp_path / "two.pt", 2, EACH_LOSS, "--strategy", strategy)
     for loss, (one, facts_one), (two, facts_two) in zip(OTHER_LOSSES, ones, twos, strict=True):
         assert relative_distance(two - start, one - start) < 1e-12, loss
         assert facts_two["counts"] == facts_one["counts"], loss
         assert facts_two["metrics"] == pytest.approx(facts_one["metrics"], rel=1e-9, nan_ok=True), loss
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_layers_on_two_ranks_give_the_update_of_plain_ones_on_one(
     strategy, micro_model_dir, scratch, tmp_path
 ):
@@ -125,8 +132,18 @@ def test_in_float32_too(strategy, micro_model_dir, tmp_path):
     assert relative_distance((two - start).double(), (one - start).double()) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "LoRA"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("strategy", "lora"),
+    [
+        pytest.param("ddp", [], id="full-ddp"),
+        pytest.param("fsdp", ["--lora"], id="LoRA-fsdp"),
+        pytest.param("ddp", ["--lora"], id="LoRA-ddp", marks=SLOW),
+        pytest.param("fsdp", [], id="full-fsdp", marks=SLOW),
+    ],
+)
 def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, strategy, smollm2_dir, tmp_path):
     from gspo_lightning.policy.tiny_vlm import build_processor
     from tests.vision.models import vision_policy

@@ -62,8 +62,15 @@ def assert_same_run(folder, whole):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("after", [2, 3])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("how", "after"),
+    [
+        (signal.SIGINT, 2),
+        (signal.SIGTERM, 3),  # a validation is due
+        pytest.param(signal.SIGINT, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_and_resumed_run_is_bit_identical_to_one_never_stopped(after, how, whole, tmp_path):
     code, output = run_and_stop(tmp_path / "cut", after, how)
     assert code == 0, output
@@ -73,7 +80,11 @@ def test_a_stopped_and_resumed_run_is_bit_identical_to_one_never_stopped(after, 
 
 
 @pytest.mark.parametrize(
-    ("array", "job"), [({}, "77"), ({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"}, "70_7")]
+    ("array", "job"),
+    [
+        ({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"}, "70_7"),
+        pytest.param({}, "77", marks=pytest.mark.slow),
+    ],
 )
 def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, tmp_path, monkeypatch):
     """SIGUSR1, as ``sbatch --signal=USR1@120 --requeue`` sends it, with a `scontrol` that writes down its arguments."""

@@ -215,12 +215,17 @@ def test_serve_never_prints_the_key_and_wants_one_for_other_hosts(sandbox: Sandb
 def test_ci_runs_the_test_script_in_an_environment_of_its_own(sandbox: Sandbox, outcome: int) -> None:
     write_program(
         sandbox.root / "scripts/test.sh",
-        f'#!/bin/sh\nmkdir -p "$GSPO_VENV"; echo "$GSPO_VENV $GSPO_CACHE $*" >> "$CALLS"; exit {outcome}\n',
+        f"""#!/bin/sh
+mkdir -p "$GSPO_VENV/bin"; echo "$GSPO_VENV $GSPO_CACHE $*" >> "$CALLS"
+printf '#!/bin/sh\\necho "$*" >> "$CALLS"\\n' > "$GSPO_VENV/bin/python"; chmod +x "$GSPO_VENV/bin/python"
+exit {outcome}
+""",
     )
     result = sandbox.run(".ci/run", "--slow", GSPO_VENV="/somewhere", GSPO_CACHE="/else")
     assert result.returncode == outcome
     venv, cache, argument = sandbox.calls[0].split()
     assert argument == "--slow"
+    assert (sandbox.calls[-1] == "scripts/benchmark.py --check") == (outcome == 0)
     assert Path(venv).parent == Path(cache).parent
     assert not Path(venv).parent.exists(), "the scratch folder must be removed"
 

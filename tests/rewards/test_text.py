@@ -160,8 +160,9 @@ def test_hostile_text_gets_a_reward_at_once(text, math):
         (value,) = reward([text], answer=["A" if isinstance(reward, MultipleChoice) else "7"])
         assert value in (0.0, -2.0) or (value == 1.0 and "</SOLUTION>" in text)
     extract_code(text)
-    assert time.process_time() - start < 1.0
-    assert min(seconds_to_refuse(math, text) for _ in range(2)) < 1.0
+    # Half a second on a machine of its own. What these texts are made for takes minutes.
+    assert time.process_time() - start < 3.0
+    assert min(seconds_to_refuse(math, text) for _ in range(2)) < 3.0
 
 
 def test_a_completion_that_computes_for_ever_is_ended_and_the_next_is_judged(math):
