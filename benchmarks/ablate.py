@@ -98,12 +98,10 @@ def casts_per_micro_batch() -> None:
 
 def large_blocks_mapped() -> None:
     """glibc maps blocks over 32 MiB one by one and gives them back when they are freed."""
-    libc = ctypes.CDLL(None)
-    for name, value in ((threads.M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20)):
-        libc.mallopt(name, value)
+    threshold = -3  # M_MMAP_THRESHOLD
+    for name, value in ((threads.M_MMAP_MAX, 65536), (threshold, 32 << 20)):
+        ctypes.CDLL(None).mallopt(name, value)
 
-
-M_MMAP_THRESHOLD = -3
 
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,

@@ -264,7 +264,7 @@ def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir
 
 
 def test_weights_are_narrowed_once_per_step_whatever_the_micro_batches(micro_model_dir, monkeypatch):
-    """Bit-identically to narrowing them for every micro-batch."""
+    """Bit-identically to narrowing them for every micro-batch, and anew for every step: a stale cast would change bits."""
     from tests.training import Batches, build_module
 
     class Casts(TorchDispatchMode):

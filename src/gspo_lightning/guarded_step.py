@@ -67,7 +67,7 @@ class GuardedStep:
             optimizer.step()
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         optimizer.zero_grad()
-        # The weights have changed, and training_step is one autocast region: its cached casts are stale.
+        # Around a loop of one's own torch's autocast keeps casts, and these weights have changed.
         torch.clear_autocast_cache()
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteGradientError(

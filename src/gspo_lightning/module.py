@@ -204,7 +204,6 @@ class GSPOModule(L.LightningModule):
                 )
             else:
                 self.last_scored = self._collect(batch.prompts)
-        torch.clear_autocast_cache()
         if self.ahead is not None and self.ahead.is_stale:
             self.stopwatch.seconds["rollout_ahead"] = self.ahead.seconds
         return None
@@ -341,7 +340,6 @@ class GSPOModule(L.LightningModule):
         """Greedy and sampled completions of held-out prompts."""
         assert self.policy is not None
         self.validator.update(self.policy, self.engine, batch.prompts)
-        torch.clear_autocast_cache()
 
     def on_validation_epoch_end(self) -> None:
         """Publishes ``last_validation`` and ``validation_samples``, and logs the former."""

@@ -99,8 +99,6 @@ class OneStepOff:
         for mine, current in zip(self.behaviour.parameters(), policy.parameters(), strict=True):
             if current.requires_grad:
                 mine.copy_(current)
-        # Autocast keeps casts of weights; these were of the version before.
-        torch.clear_autocast_cache()
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -46,8 +46,6 @@ class RolloutUpdate:
         with module.stopwatch("ref_logprobs"):
             reference = self.passes.reference(self.scored, minibatches)
             self._fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
-        # Autocast keeps the casts made without gradient; they must not serve a forward with gradient.
-        torch.clear_autocast_cache()
 
     def run(self) -> None:
         """``num_iterations`` steps on each minibatch."""
@@ -151,9 +149,11 @@ def casts_kept(device: torch.device) -> Iterator[None]:
 
     Lightning turns autocast's cache off. It holds two bytes per weight, which autograd holds anyway as long as a
     forward is not through its backward, but where activations are recomputed; on GPUs a cast costs next to nothing,
-    so there it stays off.
+    so there it stays off. No cast comes in or goes out: those made without gradient would cut a forward with gradient
+    off its weights, and those made before an optimizer step are stale behind it.
     """
     before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(device.type == "cpu")
     try:
         yield

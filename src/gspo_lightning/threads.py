@@ -50,8 +50,8 @@ def keep_freed_memory() -> bool:
 
     A training step frees and allocates gigabytes of activations; without this every step pays again for the page
     faults. Blocks of any size come from the heap: glibc maps those over 32 MiB (a chunk of logits, the gradient of an
-    embedding) one by one and gives them back when they are freed, which cost the quickstart 200,000 faults and half a
-    second per update. Returns whether the C library took it; others than glibc do not know the call.
+    embedding) one by one and gives them back when they are freed. Returns whether the C library took it; others than
+    glibc do not know the call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -69,11 +69,10 @@ def main() -> None:
 
 
 def update(a: argparse.Namespace, number: int) -> None:
-    loss = a.loss
-    level = "token" if loss in ("cispo", "gmpo") else "sequence"
+    level = "token" if a.loss in ("cispo", "gmpo") else "sequence"
     settings = Settings(
         objective={
-            "loss_type": loss,
+            "loss_type": a.loss,
             "importance_sampling_level": level,
             "top_entropy_quantile": a.quantile,
         },  # fmt: skip

@@ -132,16 +132,13 @@ def test_in_float32_too(strategy, micro_model_dir, tmp_path):
     assert relative_distance((two - start).double(), (one - start).double()) < 1e-5
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("strategy", "lora"),
     [
         pytest.param("ddp", [], id="full-ddp"),
         pytest.param("fsdp", ["--lora"], id="LoRA-fsdp"),
-        pytest.param("ddp", ["--lora"], id="LoRA-ddp", marks=SLOW),
-        pytest.param("fsdp", [], id="full-fsdp", marks=SLOW),
+        pytest.param("ddp", ["--lora"], id="LoRA-ddp", marks=pytest.mark.slow),
+        pytest.param("fsdp", [], id="full-fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, strategy, smollm2_dir, tmp_path):
