@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gspo_lightning import passes, rollout_update, threads, update
+from gspo_lightning import passes, rollout_update, update
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.policy import load
 from gspo_lightning.rollout import transformers_engine
@@ -91,18 +90,6 @@ def plain_weights() -> None:
     transformers_engine.prepacked_weights = lambda *_: nullcontext()  # type: ignore[attr-defined, assignment]
 
 
-def casts_per_micro_batch() -> None:
-    """Autocast narrows every weight for every micro-batch."""
-    rollout_update.casts_kept = lambda device: nullcontext()  # type: ignore[attr-defined, assignment]
-
-
-def large_blocks_mapped() -> None:
-    """glibc maps blocks over 32 MiB one by one and gives them back when they are freed."""
-    threshold = -3  # M_MMAP_THRESHOLD
-    for name, value in ((threads.M_MMAP_MAX, 65536), (threshold, 32 << 20)):
-        ctypes.CDLL(None).mallopt(name, value)
-
-
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,
     "no padding in the update": padding,
@@ -110,6 +97,4 @@ ABLATIONS: dict[str, Callable[[], None]] = {
     "ended rows leave the decoder": no_compaction,
     "layers that keep less": plain_layers,
     "weights packed once per rollout": plain_weights,
-    "weights narrowed once per step": casts_per_micro_batch,
-    "large blocks of freed memory kept": large_blocks_mapped,
 }

@@ -30,8 +30,6 @@ ROWS: dict[str, tuple[Scenario, Scenario]] = {
     "no old pass for the first minibatch": (PAPER, replace(PAPER, ablate="no old pass for the first minibatch")),
     "layers that keep less": (QUICK, replace(QUICK, ablate="layers that keep less")),
     "weights packed once per rollout": (QUICK, replace(QUICK, ablate="weights packed once per rollout")),
-    "weights narrowed once per step": (QUICK, replace(QUICK, ablate="weights narrowed once per step")),
-    "large blocks of freed memory kept": (QUICK, replace(QUICK, ablate="large blocks of freed memory kept")),
     "bfloat16 products": (QUICK, replace(QUICK, precision="fp32")),
 }
 

@@ -67,7 +67,7 @@ class GuardedStep:
             optimizer.step()
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         optimizer.zero_grad()
-        # Around a loop of one's own torch's autocast keeps casts, and these weights have changed.
+        # Where autocast keeps casts (Lightning's does not): the weights have changed.
         torch.clear_autocast_cache()
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteGradientError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -39,13 +37,15 @@ class RolloutUpdate:
     def prepare(self, minibatches: list[Minibatch]) -> None:
         """What stays fixed during the update: old and reference log-probabilities, and the selection of tokens."""
         module, self._minibatches = self.module, list(minibatches)
-        with module.stopwatch("old_logprobs"), casts_kept(module.device):
+        with module.stopwatch("old_logprobs"):
             fixed = self.passes.before_update(self.scored, minibatches)
         if self.passes.behaviour is not None:
             self._compare_with_sampler(fixed)
         with module.stopwatch("ref_logprobs"):
             reference = self.passes.reference(self.scored, minibatches)
             self._fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
+        # Where autocast keeps casts (Lightning's does not): those made without gradient must not serve one with.
+        torch.clear_autocast_cache()
 
     def run(self) -> None:
         """``num_iterations`` steps on each minibatch."""
@@ -83,8 +83,7 @@ class RolloutUpdate:
         while True:
             attempt = Attempt(fresh, denominator)
             try:
-                with casts_kept(module.device):
-                    rounds = self._accumulate(minibatch, fixed, attempt)
+                rounds = self._accumulate(minibatch, fixed, attempt)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -141,22 +140,3 @@ class RolloutUpdate:
         module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
         if norm is not None:
             add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})
-
-
-@contextmanager
-def casts_kept(device: torch.device) -> Iterator[None]:
-    """Autocast narrows each trained weight once for all micro-batches inside, not once for each.
-
-    Lightning turns autocast's cache off. It holds two bytes per weight, which autograd holds anyway as long as a
-    forward is not through its backward, but where activations are recomputed; on GPUs a cast costs next to nothing,
-    so there it stays off. No cast comes in or goes out: those made without gradient would cut a forward with gradient
-    off its weights, and those made before an optimizer step are stale behind it.
-    """
-    before = torch.is_autocast_cache_enabled()
-    torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(device.type == "cpu")
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(before)
