@@ -15,12 +15,12 @@ def case(rows=13, hidden=6, vocabulary=31, dtype=torch.float64):
     return h, w, torch.randint(0, vocabulary, (rows,))
 
 
-@pytest.mark.parametrize("chunk_rows", [1000, 16])
+@pytest.mark.parametrize("vocabulary", [31, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_equals_log_softmax_of_all_logits(chunk_rows, temperature, with_entropy, monkeypatch):
-    h, w, targets = case(rows=40)
-    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", chunk_rows * 4 * len(w))
+def test_equals_log_softmax_of_all_logits(vocabulary, temperature, with_entropy, monkeypatch):
+    h, w, targets = case(rows=40, vocabulary=vocabulary)
+    monkeypatch.setitem(logprobs.SLICE_BYTES, "cpu", 128 * 8 * len(h))  # eight slices of 1000
     ours, entropy = linear_logprobs(h, w, targets, temperature=temperature, with_entropy=with_entropy)
     log_p = torch.log_softmax(h @ w.t() / temperature, dim=-1)
     expected = log_p.gather(1, targets[:, None]).squeeze(1)

@@ -1,9 +1,12 @@
 """Log-probabilities and entropies straight from hidden states, without ever holding all logits.
 
-``log p(y | h) = (h . w_y) / tau - logsumexp_v((h . w_v) / tau)``. The vocabulary product and the log-softmax of the
-forward are in float32 whatever the body ran in: a clip width of 3e-4 on a sequence's mean log-ratio would drown
-in bfloat16 logits. The backward recomputes the products chunk by chunk, in the dtype of the autocast region (its
-rounding reaches the gradient as it does in every other layer, but no ratio).
+``log p(y | h) = (h . w_y) / tau - logsumexp_v((h . w_v) / tau)``. The vocabulary is taken in slices: the sums over it
+are put together as in the online softmax (arXiv 1805.02867), and the backward recomputes the logits slice by slice,
+whose part of the head's gradient is then complete. A slice stays in a processor's cache from product to product.
+
+The products of the forward are in float32 whatever the body ran in: a clip width of 3e-4 on a sequence's mean
+log-ratio would drown in bfloat16 logits. Those of the backward are in the dtype of the autocast region (its rounding
+reaches the gradient as it does in every other layer, but no ratio).
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from gspo_lightning.packing.products import float32_products
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Logits held at a time: on a GPU a product of few rows would be bound by reading the weight."""
+SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+"""Of the logits held at a time, and of the weights they come from: near a CPU's cache, enough to occupy a GPU."""
 
 
 def linear_logprobs(
@@ -58,25 +61,32 @@ def logits_logprobs(
     return logprobs, -torch.linalg.vecdot(log_p.exp(), log_p) if with_entropy else torch.zeros_like(logprobs)
 
 
-def _chunks(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
-    rows = len(hidden)
-    size = max(16, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (dtype.itemsize * vocabulary))
-    count = max(1, -(-rows // size))
-    size = -(-rows // count) if rows else 1
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _slices(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    held = SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cpu"]) // (dtype.itemsize * max(1, *hidden.shape))
+    count = -(-vocabulary // max(128, held))
+    size = -(-vocabulary // count)
+    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _logits(hidden: Tensor, weight: Tensor, narrow: torch.dtype) -> Callable[[slice], Tensor]:
-    """Logits of some rows in float32 or wider; ``narrow`` is the dtype of the other products of this training step."""
+def _scaled_logits(hidden: Tensor, narrow: torch.dtype, temperature: float) -> Callable[[Tensor], Tensor]:
+    """Rows of the weight -> ``(L, rows)`` logits over the temperature, in float32 or wider.
+
+    Args:
+        narrow: dtype of the other products of this training step.
+    """
     if hidden.is_cuda and narrow == torch.bfloat16:
-        return float32_products(hidden, weight)
-    wide = _wide(hidden)
-    weight_t = weight.to(wide.dtype).t()
-    return lambda rows: wide[rows] @ weight_t
+        product = float32_products(hidden)
+        return product if temperature == 1.0 else lambda weight: product(weight).div_(temperature)
+    scaled = _over(_wide(hidden), temperature)
+    return lambda weight: scaled @ weight.to(scaled.dtype).t()
+
+
+def _over(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1.0 else x / temperature
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -91,81 +101,131 @@ class _LinearLogprobs(torch.autograd.Function):
         backward_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_zeros(len(hidden), dtype=dtype)
-        logits_of = _logits(hidden, weight, backward_dtype)
-        for rows in _chunks(hidden, weight.shape[0], dtype):
-            logits = logits_of(rows)
-            if temperature != 1.0:
-                logits.div_(temperature)
-            log_p = torch.log_softmax(logits, dim=-1)
-            logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
-            if with_entropy:
-                entropy[rows] = -torch.linalg.vecdot(torch.exp(log_p, out=logits), log_p)
-        ctx.save_for_backward(hidden, weight, targets, logprobs, entropy)
+        logits_of = _scaled_logits(hidden, backward_dtype, temperature)
+        slices = _slices(hidden, len(weight), dtype)
+        parts = [_summed(logits_of(weight[part]), targets - part.start, with_entropy) for part in slices]
+        logprobs, normaliser, entropy = _together(*(torch.stack(sums) for sums in zip(*parts, strict=True)))
+        if not with_entropy:
+            entropy.zero_()
+        ctx.save_for_backward(hidden, weight, targets, logprobs, normaliser, entropy)
         ctx.temperature, ctx.with_entropy, ctx.backward_dtype = temperature, with_entropy, backward_dtype
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, logprobs, entropy = ctx.saved_tensors
+        hidden, weight, targets, logprobs, normaliser, entropy = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        narrow, narrow_weight = hidden.to(ctx.backward_dtype), weight.to(ctx.backward_dtype)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None
+        narrow, scaled = ctx.backward_dtype, _over(_wide(hidden), ctx.temperature)
+        # What all logits of a row are multiplied by goes to the narrow side of the products.
+        factor = -(torch.ones_like(logprobs) if ctx.with_entropy else grad_logprobs)[:, None]
+        rows, weighted_rows = scaled.to(narrow), (scaled * factor).to(narrow)
+        grad_hidden = torch.zeros_like(scaled) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(hidden, weight.shape[0], ctx.backward_dtype):
-                g, h = grad_logprobs[rows, None], (grad_entropy[rows, None], entropy[rows, None])
-                grad_logits = _grad_logits(
-                    narrow[rows] @ narrow_weight.t(), targets[rows, None], logprobs[rows, None], g,
-                    h if ctx.with_entropy else None, ctx.temperature,
-                )  # fmt: skip
+            for part in _slices(hidden, len(weight), narrow):
+                narrow_weight = weight[part].to(narrow)
+                logits = rows @ narrow_weight.t()
+                inside = targets - part.start
+                if ctx.with_entropy:
+                    gradients = grad_logprobs, grad_entropy
+                    grad = _with_entropy(logits, inside, logprobs, normaliser, entropy, gradients)
+                else:
+                    grad = _without_entropy(logits, inside, logprobs, normaliser)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad_logits @ narrow_weight).to(hidden.dtype)
-                if needs_weight:
-                    grad_weight = _add_product(grad_weight, grad_logits.t(), narrow[rows], weight.dtype)
-        if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)
+                    _add_product(grad_hidden, grad, narrow_weight)
+                if grad_weight is not None:
+                    _put_product(grad_weight[part], grad.t(), weighted_rows)
+        if grad_hidden is not None:
+            grad_hidden = _over(grad_hidden.mul_(factor), ctx.temperature).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a @ b`` in ``dtype``, in place; without a product of its own where the dtypes allow it."""
-    if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
+def _summed(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Sums over a slice of the vocabulary; overwrites ``logits`` ``(L, slice)``.
+
+    Args:
+        targets: ``(L,)``, counted from the slice's beginning; they may lie outside.
+
+    Returns:
+        each ``(L,)``: the largest logit m; the sum of ``exp(l - m)``; ``l - m`` of the target, -inf outside; and the
+        sum of ``exp(l - m) (l - m)``, zeros if that is not asked for.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    logits.sub_(largest)
+    place, inside = _place(targets, logits.shape[1])
+    chosen = logits[place].masked_fill(~inside, -torch.inf)
+    moment = torch.zeros_like(chosen)
+    if with_entropy:
+        moment = torch.linalg.vecdot(logits.exp(), logits)
+    return largest.squeeze(1), logits.exp_().sum(-1), chosen, moment
 
 
-def _grad_logits(
+def _together(largest: Tensor, total: Tensor, chosen: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, normaliser ``logsumexp(l)`` and entropy ``(L,)`` from `_summed` of all slices ``(n, L)``."""
+    overall = largest.amax(0)
+    below = largest - overall
+    scale = below.exp()
+    log_sum = (total * scale).sum(0).log()
+    mean = ((moment + below * total) * scale).sum(0) / log_sum.exp()
+    return (chosen + below).amax(0) - log_sum, overall + log_sum, log_sum - mean
+
+
+def _without_entropy(logits: Tensor, targets: Tensor, logprobs: Tensor, normaliser: Tensor) -> Tensor:
+    """``p - onehot(y)`` of a slice, in its dtype: the negative gradient of ``log p(y)`` by the logits.
+
+    In a narrow dtype ``p(y) - 1`` would lose the gradient of every confident token, so the target's entry comes from
+    the forward's log-probability.
+
+    Args:
+        logits: ``(L, slice)``, overwritten; all others ``(L,)``.
+        targets: counted from the slice's beginning.
+    """
+    grad = _wide(logits).sub_(normaliser[:, None]).exp_().to(logits.dtype)
+    return _set(grad, targets, torch.expm1(logprobs))
+
+
+def _with_entropy(
     logits: Tensor,
     targets: Tensor,
     logprobs: Tensor,
-    grad_logprobs: Tensor,
-    entropy: tuple[Tensor, Tensor] | None,
-    temperature: float,
+    normaliser: Tensor,
+    entropy: Tensor,
+    gradients: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Gradient with respect to the raw logits of some rows, in their dtype; overwrites ``logits``.
+    """The same for log-probability and entropy, whose gradient is ``-p (log p + entropy)``, times ``gradients``."""
+    of_logprobs, of_entropy = gradients
+    log_p = _wide(logits).sub_(normaliser[:, None])
+    factor = (log_p + entropy[:, None]).mul_(of_entropy[:, None]).add_(of_logprobs[:, None])
+    grad = log_p.exp_().mul_(factor).to(logits.dtype)
+    own = torch.expm1(logprobs) * of_logprobs + logprobs.exp() * of_entropy * (logprobs + entropy)
+    return _set(grad, targets, own)
 
-    ``d log p(y) / d logits = onehot(y) - p`` and ``d entropy / d logits = -p (log p + entropy)``. In a narrow dtype
-    ``p(y) - 1`` would lose the gradient of every confident token, so the target's entry is set from the forward's
-    log-probability instead.
 
-    Args:
-        logits: ``(rows, V)``; all others ``(rows, 1)``.
-        entropy: incoming gradient and value of the entropy, if it takes part.
-    """
-    if temperature != 1.0:
-        logits.div_(temperature)
-    if entropy is None:
-        grad = torch.softmax(logits, dim=-1).mul_(-grad_logprobs.to(logits.dtype))
-        target = -torch.expm1(logprobs) * grad_logprobs
+def _set(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    """Puts the values ``(L,)`` where the targets lie in this slice."""
+    place, inside = _place(targets, grad.shape[1])
+    grad[place] = torch.where(inside, values.to(grad.dtype), grad[place])
+    return grad
+
+
+def _place(targets: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Row and column of each target, or of some entry of its row; and whether it lies in a slice of this size."""
+    rows = torch.arange(len(targets), device=targets.device)
+    return (rows, targets.clamp(0, size - 1)), (targets >= 0) & (targets < size)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``; without a product of its own where the dtypes allow it."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
     else:
-        grad_entropy, value = entropy
-        log_p = torch.log_softmax(_wide(logits), dim=-1)
-        factor = grad_logprobs + grad_entropy * (log_p + value)
-        grad = log_p.exp_().mul_(factor).neg_().to(logits.dtype)
-        target = -torch.expm1(logprobs) * grad_logprobs - logprobs.exp() * grad_entropy * (logprobs + value)
-    # Into the flat tensor: a scatter over a dimension copies the whole tensor first on CPUs.
-    first = torch.arange(0, grad.numel(), grad.shape[1], device=grad.device)
-    grad.view(-1).index_copy_(0, first + targets.squeeze(1), target.squeeze(1).to(grad.dtype))
-    return grad.div_(temperature) if temperature != 1.0 else grad
+        total.add_(a @ b)
+
+
+def _put_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b``."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)

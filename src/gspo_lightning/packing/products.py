@@ -14,27 +14,30 @@ import torch
 from torch import Tensor
 
 
-def float32_products(a: Tensor, b: Tensor) -> Callable[[slice], Tensor]:
-    """Rows of ``a @ b.T`` in float32, from bfloat16 products.
+def float32_products(a: Tensor) -> Callable[[Tensor], Tensor]:
+    """``a @ b.T`` in float32, from bfloat16 products.
 
     Args:
-        a: ``(N, H)`` float32 or bfloat16.
-        b: ``(M, H)`` float32 or bfloat16; taken apart once, whatever the number of calls.
+        a: ``(N, H)`` float32 or bfloat16; taken apart once, whatever the number of calls.
 
     Returns:
-        rows of ``a`` -> ``(rows, M)`` float32.
+        ``(M, H)`` float32 or bfloat16 b -> ``(N, M)`` float32.
     """
-    if a.dtype == b.dtype == torch.bfloat16:
-        return lambda rows: _product(a[rows], b)
-    high, low = _split(b)
     # One product over three times the columns: high x high + high x low + low x high.
-    columns = torch.cat([high, low, high], dim=1)
-    return lambda rows: _product(_high_high_low(a[rows]), columns)
+    high, low = _split(a)
+    columns = torch.cat([high, high, low], dim=1)
+
+    def product(b: Tensor) -> Tensor:
+        if a.dtype == b.dtype == torch.bfloat16:
+            return _product(a, b)
+        return _product(columns, _high_low_high(b))
+
+    return product
 
 
-def _high_high_low(x: Tensor) -> Tensor:
+def _high_low_high(x: Tensor) -> Tensor:
     high, low = _split(x)
-    return torch.cat([high, high, low], dim=1)
+    return torch.cat([high, low, high], dim=1)
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
