@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.lean import lean_mlp, lean_norm, lighten
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.policy.rotary import rotate
 from tests.support import flat_gradient, micro_policy, random_groups, relative_distance
 
 CONFIG = LlamaConfig(hidden_size=6, intermediate_size=10, num_attention_heads=1)
@@ -48,11 +49,34 @@ def test_derivatives_of_the_mlp_are_finite_differences_and_those_of_transformers
         assert relative_distance(a, b) < 1e-12
 
 
+def test_derivatives_of_the_rotation_are_finite_differences_and_it_is_that_of_transformers():
+    # Halves with angles of their own: the backward must not take them for each other.
+    query, key = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.randn(2, 5, 1, 8, dtype=torch.float64)
+    angles = torch.rand(2, 5, 8, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    inputs = query.requires_grad_(), key.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), inputs)
+    for ours, theirs in zip(
+        rotate(query, key, cos, sin), apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2), strict=True
+    ):
+        assert relative_distance(ours, theirs) < 1e-14
+
+
+def test_a_rotation_in_bfloat16_is_rounded_once():
+    query, key = torch.randn(1, 40, 3, 8).bfloat16(), torch.randn(1, 40, 1, 8).bfloat16()
+    angles = torch.rand(1, 40, 4).repeat(1, 1, 2)
+    exact = apply_rotary_pos_emb(query.double(), key.double(), angles.double().cos(), angles.double().sin(), 2)
+    for ours, there in zip(rotate(query, key, angles.cos(), angles.sin()), exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # Half a unit in the last place, of which bfloat16 has 8 bits.
+        assert ((ours.double() - there).abs() <= 2**-9 * 2.001 * there.abs().clamp(min=1e-3)).all()
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
 def test_a_loaded_model_computes_what_transformers_does(dtype, bound, micro_model_dir):
     lean = PolicyLoader(str(micro_model_dir), dtype=str(dtype).removeprefix("torch.")).load()
     changed = [m for m in lean.base_model.modules() if "forward" in vars(m)]
-    assert len(changed) == 6  # two norms and the MLP of two layers
+    assert len(changed) == 8  # two norms, the attention and the MLP of two layers
     found = []
     for policy in (lean, micro_policy(micro_model_dir, dtype)):
         logprobs, _ = policy(pack(GROUPS, torch.device("cpu")))
@@ -108,7 +132,7 @@ def test_a_norm_that_computes_something_else_is_left_alone(micro_model_dir, monk
 
     model = micro_policy(micro_model_dir, torch.float32).base_model
     model.model.layers[0].input_layernorm.__class__ = Gemma
-    assert lighten(model) == 5
+    assert lighten(model) == 7
     assert "forward" not in vars(model.model.layers[0].input_layernorm)
 
 

@@ -1,13 +1,15 @@
-"""Layers that keep less for their backward: norms and gated MLPs of the Llama family, as functions of our own.
+"""Layers that keep and do less: norms, attention and gated MLPs of the Llama family, as functions of our own.
 
 transformers' RMSNorm keeps three tensors of its input's size, and every linear layer behind it casts its output anew;
 its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
-answers in the dtype of the products, and the MLP keeps gate and up alone and multiplies them again in the backward.
+answers in the dtype of the products, the MLP keeps gate and up alone and multiplies them again in the backward, and
+attention rotates queries and keys in a third of the operations (`gspo_lightning.policy.rotary`).
 Numbers are those of transformers but for the last bit; `lighten` compares them before it changes anything.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gspo_lightning.policy.rotary import rotate
 
 FAMILIES = frozenset(
     f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
 )
 """Layers whose two norms feed linear layers and nothing else, so that their output may have the dtype of those."""
+
+ATTENTIONS = frozenset(
+    f"{name}Attention" for name in ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
+)
+"""Projections, norms of the heads where there are any, rotation, cache, attention, projection; in this order."""
 
 
 def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
@@ -39,9 +49,12 @@ def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
             continue
         for module, lean in (
             (layer.input_layernorm, lean_norm),
+            (layer.self_attn, lean_attention),
             (layer.post_attention_layernorm, lean_norm),
             (layer.mlp, lean_mlp),
         ):
+            if lean is lean_attention and type(module).__name__ not in ATTENTIONS:
+                continue
             kind = type(module), next(module.parameters()).dtype
             if kind not in verdicts:
                 verdicts[kind] = not check or _computes_the_same(module, lean)
@@ -52,15 +65,22 @@ def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, lean: Callable[..., Tensor]) -> bool:
+def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
     """Whether the function is that of this class, of which a version may do something else."""
     weight = next(module.parameters())
     if not weight.is_floating_point():  # a quantised one
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
-    expected, found = module(x).double(), lean(module, x).double()
-    return bool((expected - found).norm() <= 4 * torch.finfo(x.dtype).eps * expected.norm() + 1e-6 * expected.norm())
+    more = {}
+    if lean is lean_attention:
+        angles = torch.rand(1, 3, module.head_dim // 2, generator=generator).to(x).repeat(1, 1, 2)  # type: ignore[arg-type, operator]
+        more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    expected, found = module(x, **more), lean(module, x, **more)
+    if lean is lean_attention:
+        expected, found = expected[0], found[0]
+    distance, size = (found.double() - expected.double()).norm(), expected.double().norm()
+    return bool(distance <= 4 * torch.finfo(x.dtype).eps * size + 1e-6 * size)
 
 
 def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -71,6 +91,32 @@ def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _normed(hidden_states, self.weight, self.variance_epsilon, dtype)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+
+
+def lean_attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention with queries and keys rotated together; arguments and results are those of transformers."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+    if hasattr(self, "q_norm"):
+        query, key = self.q_norm(query), self.k_norm(key)
+    query, key = rotate(query, key, *position_embeddings)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    eager = sys.modules[type(self).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+    out, weights = attend(
+        self, query, key, value, attention_mask, dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling, sliding_window=getattr(self, "sliding_window", None), **kwargs,
+    )  # fmt: skip
+    return self.o_proj(out.flatten(2)), weights
 
 
 def lean_mlp(self: Any, x: Tensor) -> Tensor:
