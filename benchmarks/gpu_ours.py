@@ -14,7 +14,7 @@ from benchmarks.worker_ours import TimedModule, make_prompt, parameter_counts, t
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
-from gspo_lightning.update import BUSY_CPU, BUSY_GPU
+from gspo_lightning.update import busy_tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     module = train(
-        scenario, loader, prompts_of(case, scenario, loader, steps), steps, BUSY_GPU if on_gpu else BUSY_CPU,
+        scenario, loader, prompts_of(case, scenario, loader, steps), steps, busy_tokens(on_gpu, narrow=True),
         engine=RandomEngine() if case.get("random") else None, accelerator="gpu" if on_gpu else "cpu",
     )  # fmt: skip
     assert module.policy is not None

@@ -28,7 +28,7 @@ from gspo_lightning.rewards import RewardSet, RewardSpec  # noqa: E402
 from gspo_lightning.rollout import TransformersEngine  # noqa: E402
 from gspo_lightning.schedule import Schedule  # noqa: E402
 from gspo_lightning.types import Prompt, PromptBatch, SamplingParams  # noqa: E402
-from gspo_lightning.update import BUSY_CPU, UpdateSettings, token_budget  # noqa: E402
+from gspo_lightning.update import UpdateSettings, busy_tokens, token_budget  # noqa: E402
 from gspo_lightning.validation import ValidationSettings  # noqa: E402
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     loader = PolicyLoader(model)
     tokenizer = loader.load_tokenizer()
     prompts = [make_prompt(i, row, scenario, tokenizer, model) for i, row in enumerate(scenario.rows(tokenizer, steps))]
-    module = train(scenario, loader, prompts, steps, BUSY_CPU)
+    module = train(scenario, loader, prompts, steps, busy_tokens(on_gpu=False, narrow=scenario.precision == "bf16"))
     assert module.policy is not None
     body, head = parameter_counts(module.policy)
     report(TimedModule.clock, body_parameters=body, head_parameters=head)

@@ -16,7 +16,7 @@ from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.targets import check_targets
-from gspo_lightning.update import BUSY_CPU, BUSY_GPU, check_minibatches, token_budget
+from gspo_lightning.update import busy_tokens, check_minibatches, token_budget
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def _token_budget(plain: dict[str, Any]) -> int:
         plain["data"]["max_prompt_length"],
         rollout["max_completion_length"],
         rollout["num_generations"],
-        BUSY_GPU if on_gpu else BUSY_CPU,
+        busy_tokens(on_gpu, narrow=plain["trainer"]["precision"] != "32-true"),
     )
 
 

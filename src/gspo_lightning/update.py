@@ -11,8 +11,17 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
-BUSY_CPU, BUSY_GPU = 1024, 8192
-"""Tokens of a micro-batch that keep the device busy: on a CPU more of them only take memory."""
+
+def busy_tokens(on_gpu: bool, narrow: bool) -> int:
+    """Tokens of a micro-batch that keep the device busy; more of them only take memory.
+
+    Args:
+        on_gpu: or else on a CPU.
+        narrow: products in a narrower dtype than the weights, which are cast for every micro-batch.
+    """
+    if on_gpu:
+        return 8192
+    return 1536 if narrow else 1024
 
 
 def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:

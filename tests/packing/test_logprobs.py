@@ -64,6 +64,15 @@ def test_under_bfloat16_autocast_the_gradient_of_a_confident_token_keeps_its_siz
     assert relative_distance(ours, expected) < 0.1
 
 
+def test_a_confident_token_keeps_its_digits():
+    # Its log-probability is what is left of 1: the difference of two logits near 100 would have lost it.
+    w = torch.zeros(1000, 2)
+    w[999, 0], w[:, 1] = 17.0, 90.0
+    value, _ = linear_logprobs(torch.ones(1, 2), w, torch.tensor([999]))
+    exact = -torch.log1p(999 * torch.exp(torch.tensor(-17.0, dtype=torch.float64)))
+    assert value.item() == pytest.approx(exact.item(), abs=3e-7)  # sums near 1 go in steps of 1.2e-7
+
+
 def test_no_rows_give_no_logprobs_and_zero_gradient():
     h, w, _ = case(rows=0)
     ours, _ = linear_logprobs(h, w, torch.empty(0, dtype=torch.long))

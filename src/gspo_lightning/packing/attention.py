@@ -29,7 +29,7 @@ def shared_prefix_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one packed row.
+    """Attention of one packed row. Tokens behind those of the layout, which fill it up, get zeros.
 
     Args:
         query: ``(1, heads, T, D)``.
@@ -52,6 +52,8 @@ def shared_prefix_attention(
         q, k, v = q_of(block.query), k_of(*block.key_spans), v_of(*block.key_spans)
         mask = None if sinks is None and _is_causal(block, window) else layout.mask(number, window)
         outputs.append(attend(q, k, v, mask, scaling=scaling, sinks=sinks))
+    if layout.num_tokens < query.shape[2]:
+        outputs.append(torch.zeros_like(query[:, :, layout.num_tokens :]))
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
@@ -96,6 +98,7 @@ class _GroupedHeads(torch.autograd.Function):
         _, heads, tokens, size = query.shape
         # The order in memory that the projection behind it reads.
         out = query.new_empty(1, tokens, heads, size).transpose(1, 2)
+        out[:, :, layout.num_tokens :] = 0
         grouped, result = _by_key_head(query, key), _by_key_head(out, key)
         for number, block in enumerate(layout.blocks):
             span = slice(*block.query)
@@ -110,6 +113,7 @@ class _GroupedHeads(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grad_query = torch.empty_like(query)
+        grad_query[:, :, ctx.layout.num_tokens :] = 0
         # Float32: a prompt's keys collect from every block of its completions.
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = (torch.zeros_like(x[0], dtype=wide) for x in (key, value))
@@ -176,7 +180,7 @@ class _Runs:
 
     def __init__(self, x: Tensor, layout: SharedPrefixLayout) -> None:
         spans = [span for block in layout.blocks for span in (block.query, *block.key_spans)]
-        self.edges = sorted({edge for span in spans for edge in span})
+        self.edges = sorted({edge for span in spans for edge in span} | {x.shape[2]})
         self.runs = x.split([end - start for start, end in pairwise(self.edges)], dim=2)
 
     def __call__(self, *spans: tuple[int, int]) -> Tensor:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from gspo_lightning.packing.products import float32_products
+from gspo_lightning.packing.products import float32_products, rows_missing
 
 SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 """Of the logits held at a time, and of the weights they come from: near a CPU's cache, enough to occupy a GPU."""
@@ -48,8 +49,12 @@ def linear_logprobs(
     backward_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         backward_dtype = torch.get_autocast_dtype(hidden.device.type)
+    count = len(hidden)
+    missing = rows_missing(count, hidden.device, backward_dtype)
+    hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)
+        out = _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)
+    return out[0][:count], out[1][:count]
 
 
 def logits_logprobs(
@@ -63,8 +68,8 @@ def logits_logprobs(
 
 def _slices(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     held = SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cpu"]) // (dtype.itemsize * max(1, *hidden.shape))
-    count = -(-vocabulary // max(128, held))
-    size = -(-vocabulary // count)
+    # A power of two: kernels for odd sizes are slow, and take up to 50 ms to be made.
+    size = max(128, 1 << held.bit_length() >> 1)
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gspo_lightning.packing import PackedBatch, linear_logprobs
+from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, linear_logprobs
+from gspo_lightning.packing.products import rows_missing
 from gspo_lightning.policy.attention import fused_attention, layout_mask
 from gspo_lightning.policy.padded import padded_logprobs
 from gspo_lightning.policy.vision import Vision
@@ -103,11 +105,15 @@ class Policy(nn.Module):
     def _hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt] = (), **kwargs: Any
     ) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         caching = self._caching() if "past_key_values" in kwargs else nullcontext()
+        tokens = input_ids.shape[1]
         with caching, fused_attention(input_ids.device):
             if self.vision is not None and prompts:
                 inputs = self.vision.inputs(input_ids, layout, prompts)
+            else:
+                is_row = isinstance(layout, SharedPrefixLayout)
+                missing = rows_missing(tokens, input_ids.device, self._product_dtype) if is_row else 0
+                inputs = {"input_ids": pad(input_ids, (0, missing)), "position_ids": pad(position_ids, (0, missing))}
             output = self.body(
                 **inputs,
                 attention_mask=layout_mask(input_ids.device),
@@ -115,7 +121,12 @@ class Policy(nn.Module):
                 use_cache="past_key_values" in kwargs,
                 **kwargs,
             )
-        return output.last_hidden_state
+        return output.last_hidden_state[:, :tokens]
+
+    @property
+    def _product_dtype(self) -> torch.dtype:
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_weight.dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(rows, H)`` last hidden states -> ``(rows, V)``, in the dtype of the products; for sampling."""
