@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from gspo_lightning import passes, rollout_update, update
-from gspo_lightning.packing import GroupSlice, MicroBatchPlan
-from gspo_lightning.policy import load
+from gspo_lightning.packing import GroupSlice, MicroBatchPlan, logprobs
+from gspo_lightning.policy import load, model
 from gspo_lightning.rollout import transformers_engine
 from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.types import Dialogue, ScoredRollout
@@ -85,6 +85,11 @@ def plain_layers() -> None:
     load.lighten = lambda model: 0  # type: ignore[attr-defined, assignment]
 
 
+def odd_rows() -> None:
+    """Rows of products have any number of tokens."""
+    model.rows_missing = logprobs.rows_missing = lambda *_: 0  # type: ignore[attr-defined]
+
+
 def plain_weights() -> None:
     """oneDNN brings the weights of a rollout into its own order at every token."""
     transformers_engine.prepacked_weights = lambda *_: nullcontext()  # type: ignore[attr-defined, assignment]
@@ -97,4 +102,5 @@ ABLATIONS: dict[str, Callable[[], None]] = {
     "ended rows leave the decoder": no_compaction,
     "layers that keep less": plain_layers,
     "weights packed once per rollout": plain_weights,
+    "rows filled up to whole tiles": odd_rows,
 }

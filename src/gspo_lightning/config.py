@@ -250,7 +250,7 @@ def _token_budget(plain: dict[str, Any]) -> int:
         plain["data"]["max_prompt_length"],
         rollout["max_completion_length"],
         rollout["num_generations"],
-        busy_tokens(on_gpu, narrow=plain["trainer"]["precision"] != "32-true"),
+        busy_tokens(on_gpu, narrow=str(plain["trainer"]["precision"]).endswith("-mixed")),
     )
 
 

@@ -60,10 +60,14 @@ class GuardedStep:
         Raises:
             NonFiniteGradientError: this was the last of ``max_nonfinite_steps`` in a row.
         """
-        norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.max_grad_norm)
-        norm = whole(norm)
+        with_gradient = [p for p in parameters if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        norm = whole(total)
         finite = bool(torch.isfinite(norm))
         if finite:
+            # Below, the factor would be 1: a pass over all gradients that changes nothing.
+            if norm + 1e-6 > self.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(with_gradient, self.max_grad_norm, total)
             optimizer.step()
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         optimizer.zero_grad()

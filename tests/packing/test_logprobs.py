@@ -64,6 +64,40 @@ def test_under_bfloat16_autocast_the_gradient_of_a_confident_token_keeps_its_siz
     assert relative_distance(ours, expected) < 0.1
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_drawn_tokens_are_nearer_than_those_of_a_softmax_over_bfloat16_logits(with_entropy, temperature):
+    # Logits near 30 come in steps of 0.125 once they are rounded; those of likely tokens are shifted near 0 before.
+    h, w, _ = case(rows=64, hidden=64, vocabulary=3000, dtype=torch.float32)
+    with torch.no_grad():
+        h.mul_(0.8)
+        logits = h.double() @ w.double().t() / temperature
+        targets = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+    g = torch.randn(2, 64)
+
+    def gradient(logprobs, entropy):
+        return torch.autograd.grad((logprobs * g[0] + with_entropy * entropy * g[1]).sum(), [h, w])
+
+    def of(logits):
+        log_p = torch.log_softmax(logits / temperature, -1)
+        return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+    exact = gradient(*of(h.double() @ w.double().t()))
+    rounded = gradient(*of((h.bfloat16() @ w.bfloat16().t()).float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradient(*linear_logprobs(h, w, targets, temperature=temperature, with_entropy=with_entropy))
+    assert logits.abs().max() > 20
+    for a, b, there in zip(ours, rounded, exact, strict=True):
+        assert relative_distance(a, there) < relative_distance(b, there)
+
+
+def test_a_target_outside_of_the_vocabulary_is_refused():
+    h, w, targets = case()
+    for wrong in (-1, len(w)):
+        with pytest.raises(RuntimeError, match="outside of the vocabulary"):
+            linear_logprobs(h, w, targets.clone().fill_(wrong))
+
+
 def test_a_confident_token_keeps_its_digits():
     # Its log-probability is what is left of 1: the difference of two logits near 100 would have lost it.
     w = torch.zeros(1000, 2)

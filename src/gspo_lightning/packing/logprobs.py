@@ -1,8 +1,8 @@
 """Log-probabilities and entropies straight from hidden states, without ever holding all logits.
 
 ``log p(y | h) = (h . w_y) / tau - logsumexp_v((h . w_v) / tau)``. The vocabulary is taken in slices: the sums over it
-are put together as in the online softmax (arXiv 1805.02867), and the backward recomputes the logits slice by slice,
-whose part of the head's gradient is then complete. A slice stays in a processor's cache from product to product.
+are put together as in the online softmax (arXiv 1805.02867), and the backward recomputes the logits slice by slice and
+writes each slice's part of the head's gradient once. A slice stays in a processor's cache from product to product.
 
 The products of the forward are in float32 whatever the body ran in: a clip width of 3e-4 on a sequence's mean
 log-ratio would drown in bfloat16 logits. Those of the backward are in the dtype of the autocast region (its rounding
@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from gspo_lightning.packing.products import float32_products, rows_missing
 
 SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
-"""Of the logits held at a time, and of the weights they come from: near a CPU's cache, enough to occupy a GPU."""
+"""Of a slice's logits, and of its weights: near a CPU's cache, enough to occupy a GPU. Copies of them come on top."""
 
 
 def linear_logprobs(
@@ -45,16 +45,21 @@ def linear_logprobs(
     Returns:
         ``(L,)`` log-probabilities and ``(L,)`` entropies in nats, float32 (float64 for float64 input), both with
         gradient to ``hidden`` and ``weight``.
+
+    Raises:
+        RuntimeError: a target is no row of ``weight`` (on a GPU: at the next synchronisation).
     """
+    torch._assert_async(((targets >= 0) & (targets < len(weight))).all(), "a target outside of the vocabulary")
     backward_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         backward_dtype = torch.get_autocast_dtype(hidden.device.type)
     count = len(hidden)
     missing = rows_missing(count, hidden.device, backward_dtype)
-    hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
+    if missing:
+        hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
     with torch.autocast(hidden.device.type, enabled=False):
         out = _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, backward_dtype)
-    return out[0][:count], out[1][:count]
+    return (out[0][:count], out[1][:count]) if missing else out
 
 
 def logits_logprobs(
@@ -69,7 +74,7 @@ def logits_logprobs(
 def _slices(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     held = SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cpu"]) // (dtype.itemsize * max(1, *hidden.shape))
     # A power of two: kernels for odd sizes are slow, and take up to 50 ms to be made.
-    size = max(128, 1 << held.bit_length() >> 1)
+    size = max(128, (1 << held.bit_length()) >> 1)
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
@@ -77,21 +82,19 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _scaled_logits(hidden: Tensor, narrow: torch.dtype, temperature: float) -> Callable[[Tensor], Tensor]:
+def _scaled_logits(
+    hidden: Tensor, weight_dtype: torch.dtype, narrow: torch.dtype, temperature: float
+) -> Callable[[Tensor], Tensor]:
     """Rows of the weight -> ``(L, rows)`` logits over the temperature, in float32 or wider.
 
     Args:
         narrow: dtype of the other products of this training step.
     """
     if hidden.is_cuda and narrow == torch.bfloat16:
-        product = float32_products(hidden)
+        product = float32_products(hidden, weight_dtype)
         return product if temperature == 1.0 else lambda weight: product(weight).div_(temperature)
-    scaled = _over(_wide(hidden), temperature)
+    scaled = _wide(hidden) / temperature
     return lambda weight: scaled @ weight.to(scaled.dtype).t()
-
-
-def _over(x: Tensor, temperature: float) -> Tensor:
-    return x if temperature == 1.0 else x / temperature
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -106,7 +109,7 @@ class _LinearLogprobs(torch.autograd.Function):
         backward_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logits_of = _scaled_logits(hidden, backward_dtype, temperature)
+        logits_of = _scaled_logits(hidden, weight.dtype, backward_dtype, temperature)
         slices = _slices(hidden, len(weight), dtype)
         parts = [_summed(logits_of(weight[part]), targets - part.start, with_entropy) for part in slices]
         logprobs, normaliser, entropy = _together(*(torch.stack(sums) for sums in zip(*parts, strict=True)))
@@ -121,28 +124,32 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, logprobs, normaliser, entropy = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        narrow, scaled = ctx.backward_dtype, _over(_wide(hidden), ctx.temperature)
+        narrow, temperature = ctx.backward_dtype, ctx.temperature
+        rows, wide = hidden.to(narrow), _wide(hidden)
         # What all logits of a row are multiplied by goes to the narrow side of the products.
-        factor = -(torch.ones_like(logprobs) if ctx.with_entropy else grad_logprobs)[:, None]
-        rows, weighted_rows = scaled.to(narrow), (scaled * factor).to(narrow)
-        grad_hidden = torch.zeros_like(scaled) if needs_hidden else None
+        factor = -(torch.ones_like(logprobs) if ctx.with_entropy else grad_logprobs)[:, None] / temperature
+        weighted_rows = (wide * factor).to(narrow)
+        # Taken off inside the product, before it is rounded: what is left of a likely token's logit is small.
+        shift = -normaliser.to(narrow)
+        rest = (shift + normaliser)[:, None]
+        grad_hidden = torch.zeros_like(wide) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(hidden, len(weight), narrow):
                 narrow_weight = weight[part].to(narrow)
-                logits = rows @ narrow_weight.t()
+                shifted = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature)
+                log_p = shifted.to(wide.dtype).sub_(rest)
                 inside = targets - part.start
                 if ctx.with_entropy:
-                    gradients = grad_logprobs, grad_entropy
-                    grad = _with_entropy(logits, inside, logprobs, normaliser, entropy, gradients)
+                    grad = _grad_of_both(log_p, inside, logprobs, entropy, grad_logprobs, grad_entropy, narrow)
                 else:
-                    grad = _without_entropy(logits, inside, logprobs, normaliser)
+                    grad = _set(log_p.exp_().to(narrow), inside, torch.expm1(logprobs))
                 if grad_hidden is not None:
                     _add_product(grad_hidden, grad, narrow_weight)
                 if grad_weight is not None:
                     _put_product(grad_weight[part], grad.t(), weighted_rows)
         if grad_hidden is not None:
-            grad_hidden = _over(grad_hidden.mul_(factor), ctx.temperature).to(hidden.dtype)
+            grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -176,39 +183,36 @@ def _together(largest: Tensor, total: Tensor, chosen: Tensor, moment: Tensor) ->
     return (chosen + below).amax(0) - log_sum, overall + log_sum, log_sum - mean
 
 
-def _without_entropy(logits: Tensor, targets: Tensor, logprobs: Tensor, normaliser: Tensor) -> Tensor:
-    """``p - onehot(y)`` of a slice, in its dtype: the negative gradient of ``log p(y)`` by the logits.
-
-    In a narrow dtype ``p(y) - 1`` would lose the gradient of every confident token, so the target's entry comes from
-    the forward's log-probability.
-
-    Args:
-        logits: ``(L, slice)``, overwritten; all others ``(L,)``.
-        targets: counted from the slice's beginning.
-    """
-    grad = _wide(logits).sub_(normaliser[:, None]).exp_().to(logits.dtype)
-    return _set(grad, targets, torch.expm1(logprobs))
-
-
-def _with_entropy(
-    logits: Tensor,
+def _grad_of_both(
+    log_p: Tensor,
     targets: Tensor,
     logprobs: Tensor,
-    normaliser: Tensor,
     entropy: Tensor,
-    gradients: tuple[Tensor, Tensor],
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    narrow: torch.dtype,
 ) -> Tensor:
-    """The same for log-probability and entropy, whose gradient is ``-p (log p + entropy)``, times ``gradients``."""
-    of_logprobs, of_entropy = gradients
-    log_p = _wide(logits).sub_(normaliser[:, None])
-    factor = (log_p + entropy[:, None]).mul_(of_entropy[:, None]).add_(of_logprobs[:, None])
-    grad = log_p.exp_().mul_(factor).to(logits.dtype)
-    own = torch.expm1(logprobs) * of_logprobs + logprobs.exp() * of_entropy * (logprobs + entropy)
+    """The negative gradient by the logits of a slice, of log-probabilities and entropies together.
+
+    ``d log p(y) / d l = onehot(y) - p`` and ``d entropy / d l = -p (log p + entropy)``.
+
+    Args:
+        log_p: ``(L, slice)``, overwritten; all others ``(L,)``.
+        targets: counted from the slice's beginning.
+        narrow: dtype of the result.
+    """
+    factor = (log_p + entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logprobs[:, None])
+    grad = log_p.exp_().mul_(factor).to(narrow)
+    own = torch.expm1(logprobs) * grad_logprobs + logprobs.exp() * grad_entropy * (logprobs + entropy)
     return _set(grad, targets, own)
 
 
 def _set(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    """Puts the values ``(L,)`` where the targets lie in this slice."""
+    """Puts the values ``(L,)`` where the targets lie in this slice.
+
+    In a narrow dtype ``p(y) - 1`` would lose the gradient of every confident token, so the target's entry comes from
+    the forward's log-probability.
+    """
     place, inside = _place(targets, grad.shape[1])
     grad[place] = torch.where(inside, values.to(grad.dtype), grad[place])
     return grad

@@ -7,20 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROWS = 32
-"""Of a tile of the matrix units, and of their slower relatives."""
+TILE_ROWS = 32
+"""What kernels for AMX take at a time; those of other processors like multiples of it too."""
 
 
 def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
     """Rows of zeros to put behind the operands of bfloat16 products on a CPU; none elsewhere.
 
     oneDNN makes a kernel for every shape: 3 ms and up to 2 MB for a number of rows that it has not seen, in each of 20
-    products of a training step. Multiples of ``ROWS`` come again, and a product over so many rows is a third faster.
+    products of a training step. Multiples of ``TILE_ROWS`` come again, and a product over so many is a third faster.
     """
-    return -rows % ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 0
+    return -rows % TILE_ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 0
 
 
-def float32_products(a: Tensor) -> Callable[[Tensor], Tensor]:
+def float32_products(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """``a @ b.T`` in float32 from bfloat16 products, for GPUs, whose float32 ones run at a tenth of the speed.
 
     The matrix units multiply bfloat16 numbers exactly and add them up in float32; what an ordinary bfloat16 product
@@ -30,20 +30,17 @@ def float32_products(a: Tensor) -> Callable[[Tensor], Tensor]:
 
     Args:
         a: ``(N, H)`` float32 or bfloat16; taken apart once, whatever the number of calls.
+        dtype: of b, one of the two.
 
     Returns:
-        ``(M, H)`` float32 or bfloat16 b -> ``(N, M)`` float32.
+        b ``(M, H)`` -> ``(N, M)`` float32.
     """
+    if a.dtype == dtype == torch.bfloat16:
+        return lambda b: _product(a, b)
     # One product over three times the columns: high x high + high x low + low x high.
     high, low = _split(a)
     columns = torch.cat([high, high, low], dim=1)
-
-    def product(b: Tensor) -> Tensor:
-        if a.dtype == b.dtype == torch.bfloat16:
-            return _product(a, b)
-        return _product(columns, _high_low_high(b))
-
-    return product
+    return lambda b: _product(columns, _high_low_high(b))
 
 
 def _high_low_high(x: Tensor) -> Tensor:

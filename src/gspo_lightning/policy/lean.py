@@ -4,7 +4,7 @@ transformers' RMSNorm keeps three tensors of its input's size, and every linear 
 its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
 answers in the dtype of the products, the MLP keeps gate and up alone and multiplies them again in the backward, and
 attention rotates queries and keys in a third of the operations (`gspo_lightning.policy.rotary`).
-Numbers are those of transformers but for the last bit; `lighten` compares them before it changes anything.
+Numbers are those of transformers but for roundings; `lighten` compares them before it changes anything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ FAMILIES = frozenset(
 ATTENTIONS = frozenset(
     f"{name}Attention" for name in ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
 )
-"""Projections, norms of the heads where there are any, rotation, cache, attention, projection; in this order."""
+"""Projections, norms of the heads where there are any, rotation, cache, attention, projection; in this order.
+
+Mistral's reads its window from the config.
+"""
 
 
 def lighten(model: PreTrainedModel, *, check: bool = True) -> int:

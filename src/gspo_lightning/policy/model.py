@@ -111,9 +111,11 @@ class Policy(nn.Module):
             if self.vision is not None and prompts:
                 inputs = self.vision.inputs(input_ids, layout, prompts)
             else:
+                # Not rows with pictures: every architecture has inputs of its own that would be filled with them.
                 is_row = isinstance(layout, SharedPrefixLayout)
-                missing = rows_missing(tokens, input_ids.device, self._product_dtype) if is_row else 0
-                inputs = {"input_ids": pad(input_ids, (0, missing)), "position_ids": pad(position_ids, (0, missing))}
+                if missing := rows_missing(tokens, input_ids.device, self._product_dtype) if is_row else 0:
+                    input_ids, position_ids = pad(input_ids, (0, missing)), pad(position_ids, (0, missing))
+                inputs = {"input_ids": input_ids, "position_ids": position_ids}
             output = self.body(
                 **inputs,
                 attention_mask=layout_mask(input_ids.device),

@@ -19,8 +19,8 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     Args:
         query: ``(B, T, heads, D)``.
         key: ``(B, T, kv_heads, D)`` in the same dtype.
-        cos: ``(B, T, D)`` of the positions' angles.
-        sin: ``(B, T, D)``.
+        cos: ``(B, T, D)`` or ``(1, T, D)``, of the positions' angles.
+        sin: in the shape of ``cos``.
 
     Returns:
         both, turned, in their shapes and dtype.
@@ -47,10 +47,13 @@ def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> t
     both = query.new_empty(shape, dtype=torch.promote_types(torch.promote_types(query.dtype, cos.dtype), torch.float32))
     for part, source in zip(both.split(heads, dim=2), (query, key), strict=True):
         part.copy_(source)
-    turned = query.new_empty(shape)
-    (a, b), (to_a, to_b) = both.chunk(2, -1), turned.chunk(2, -1)
+    a, b = both.chunk(2, -1)
     (cos_a, cos_b), (sin_a, sin_b) = (x[:, :, None].chunk(2, -1) for x in (cos, sin))
-    to_a.copy_((a * cos_a).addcmul_(b, sin_b if back else sin_a, value=1 if back else -1))
-    to_b.copy_((b * cos_b).addcmul_(a, sin_a if back else sin_b, value=-1 if back else 1))
-    turned_query, turned_key = turned.split(heads, dim=2)
-    return turned_query, turned_key
+    turned_a = (a * cos_a).addcmul_(b, sin_b if back else sin_a, value=1 if back else -1)
+    turned_b = (b * cos_b).addcmul_(a, sin_a if back else sin_b, value=-1 if back else 1)
+    # Tensors of their own: a cache that keeps the keys must not keep the queries with them.
+    turned = query.new_empty(query.shape), key.new_empty(key.shape)
+    for out, *halves in zip(turned, turned_a.split(heads, dim=2), turned_b.split(heads, dim=2), strict=True):
+        for target, half in zip(out.chunk(2, -1), halves, strict=True):
+            target.copy_(half)
+    return turned
