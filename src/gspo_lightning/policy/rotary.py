@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FEW = 2**16
+"""Elements of queries and keys up to which the number of calls decides, as in a decoding step."""
+
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turns the pairs ``(x[i], x[i + D / 2])`` of every head; in float32 or wider, rounded once.
@@ -25,7 +28,16 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     Returns:
         both, turned, in their shapes and dtype.
     """
+    if not torch.is_grad_enabled() and query.numel() + key.numel() <= FEW:
+        return _turn_few(query, cos, sin), _turn_few(key, cos, sin)
     return _Rotation.apply(query, key, cos, sin)
+
+
+def _turn_few(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    wide = torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos[:, :, None].to(wide), sin[:, :, None].to(wide)
+    return (x * cos).add_(torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
