@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[Scenario, Scenario]] = {
     "no old pass for the first minibatch": (PAPER, replace(PAPER, ablate="no old pass for the first minibatch")),
     "layers that keep less": (QUICK, replace(QUICK, ablate="layers that keep less")),
     "weights packed once per rollout": (QUICK, replace(QUICK, ablate="weights packed once per rollout")),
+    "rows filled up to whole tiles": (QUICK, replace(QUICK, ablate="rows filled up to whole tiles")),
     "bfloat16 products": (QUICK, replace(QUICK, precision="fp32")),
 }
 

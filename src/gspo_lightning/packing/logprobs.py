@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from gspo_lightning.packing.products import float32_products, rows_missing
+from gspo_lightning.packing.products import float32_products, product_dtype, rows_missing
 
 SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 """Of a slice's logits, and of its weights: near a CPU's cache, enough to occupy a GPU. Copies of them come on top."""
@@ -50,10 +50,7 @@ def linear_logprobs(
         RuntimeError: a target is no row of ``weight`` (on a GPU: at the next synchronisation).
     """
     torch._assert_async(((targets >= 0) & (targets < len(weight))).all(), "a target outside of the vocabulary")
-    backward_dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        backward_dtype = torch.get_autocast_dtype(hidden.device.type)
-    count = len(hidden)
+    backward_dtype, count = product_dtype(hidden), len(hidden)
     missing = rows_missing(count, hidden.device, backward_dtype)
     if missing:
         hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))

@@ -20,6 +20,13 @@ def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
     return -rows % TILE_ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 0
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of products with this operand: autocast's, where it is on and the operand is not in float64."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
 def float32_products(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """``a @ b.T`` in float32 from bfloat16 products, for GPUs, whose float32 ones run at a tenth of the speed.
 

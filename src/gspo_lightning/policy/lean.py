@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.policy.rotary import rotate
 
 FAMILIES = frozenset(
@@ -88,9 +89,7 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
 
 def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products behind it take."""
-    kind, dtype = hidden_states.device.type, hidden_states.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = product_dtype(hidden_states)
     if not torch.is_grad_enabled():
         return _normed(hidden_states, self.weight, self.variance_epsilon, dtype)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, linear_logprobs
-from gspo_lightning.packing.products import rows_missing
+from gspo_lightning.packing.products import product_dtype, rows_missing
 from gspo_lightning.policy.attention import fused_attention, layout_mask
 from gspo_lightning.policy.padded import padded_logprobs
 from gspo_lightning.policy.vision import Vision
@@ -113,7 +113,11 @@ class Policy(nn.Module):
             else:
                 # Not rows with pictures: every architecture has inputs of its own that would be filled with them.
                 is_row = isinstance(layout, SharedPrefixLayout)
-                if missing := rows_missing(tokens, input_ids.device, self._product_dtype) if is_row else 0:
+                if (
+                    missing := rows_missing(tokens, input_ids.device, product_dtype(self.output_weight))
+                    if is_row
+                    else 0
+                ):
                     input_ids, position_ids = pad(input_ids, (0, missing)), pad(position_ids, (0, missing))
                 inputs = {"input_ids": input_ids, "position_ids": position_ids}
             output = self.body(
@@ -124,11 +128,6 @@ class Policy(nn.Module):
                 **kwargs,
             )
         return output.last_hidden_state[:, :tokens]
-
-    @property
-    def _product_dtype(self) -> torch.dtype:
-        kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_weight.dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(rows, H)`` last hidden states -> ``(rows, V)``, in the dtype of the products; for sampling."""

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.policy.model import Policy
 
 
@@ -47,24 +48,17 @@ def _replace(stack: ExitStack, owner: nn.Module, name: str, method: Callable[[Te
     stack.callback(delattr, owner, name)
 
 
-def _dtype(weight: Tensor) -> torch.dtype:
-    """Of the products with it."""
-    kind = weight.device.type
-    autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
-
-
 def _is_worthwhile(weight: Tensor) -> bool:
     """Whether oneDNN has such products."""
     if weight.device.type != "cpu" or platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():
         return False
-    dtype = _dtype(weight)
+    dtype = product_dtype(weight)
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
     """``x -> x @ weight.T + bias`` in the dtype of the products."""
-    dtype = _dtype(weight)
+    dtype = product_dtype(weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
     return functools.partial(_linear, packed, None if bias is None else bias.detach().to(dtype), dtype)
 
