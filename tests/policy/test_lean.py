@@ -77,6 +77,17 @@ def test_a_rotation_in_bfloat16_is_rounded_once():
         assert ((ours.double() - there).abs() <= 2**-9 * 2.001 * there.abs().clamp(min=1e-3)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_are_rotated_to_the_same_bits_with_and_without_gradient(dtype):
+    """Old log-probabilities come from a pass without; the ratio of unmoved weights is exactly one."""
+    query, key = torch.randn(1, 40, 3, 8).to(dtype), torch.randn(1, 40, 1, 8).to(dtype)
+    angles = 100 * torch.rand(1, 40, 4).repeat(1, 1, 2)
+    with torch.no_grad():
+        few = rotate(query, key, angles.cos(), angles.sin())
+    for a, b in zip(few, rotate(query.requires_grad_(), key, angles.cos(), angles.sin()), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
 def test_a_loaded_model_computes_what_transformers_does(dtype, bound, micro_model_dir):
     lean = PolicyLoader(str(micro_model_dir), dtype=str(dtype).removeprefix("torch.")).load()
