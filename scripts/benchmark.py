@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, processor, vlm  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
 from benchmarks.results_plot import plot  # noqa: E402
 from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
 
@@ -112,9 +113,12 @@ def run_guard(model: str, arguments: argparse.Namespace) -> int:
 def run(side: str, python: str, scenario: Scenario, model: str, steps: int, threads: int) -> Result:
     """One fresh process; the result is its last line of output."""
     task = json.dumps({"scenario": scenario.as_dict(), "model": model, "steps": WARM_UP_STEPS + steps})
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [python, "-m", f"benchmarks.worker_{side}", task], cwd=ROOT, env=environment, capture_output=True, text=True
+        [python, "-m", f"benchmarks.worker_{side}", task],
+        cwd=ROOT,
+        env=environment(threads),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(f"{side} failed on {scenario.name}:\n{done.stderr[-3000:]}")

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment  # noqa: E402
 from benchmarks.quality_plot import plot, summary  # noqa: E402
 
 Curve = dict[str, list[float]]
@@ -46,11 +47,10 @@ def main() -> None:
 
 def measure(seeds: list[int], rollouts: int, threads: int, out: Path) -> None:
     """Runs both sides for each seed; what is done is on disk after each of them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1"}
     results: dict[str, Any] = {"threads": threads, "rollouts": rollouts, "curves": {"ours": {}, "trl": {}}}
     for seed in seeds:
         for side, run in (("ours", run_ours), ("trl", run_trl)):
-            results["curves"][side][str(seed)] = curve = run(seed, rollouts, environment)
+            results["curves"][side][str(seed)] = curve = run(seed, rollouts, environment(threads))
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{side} seed {seed}: {curve['seconds'][-1]:.0f} s", flush=True)
 

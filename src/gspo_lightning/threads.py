@@ -1,8 +1,9 @@
 """Thread settings that must be in the environment before torch is imported.
 
 OpenMP's default is to spin while it waits. With any other load on the machine the spinning threads
-fight for the cores that the working ones need: a rollout of 13 s was measured at 180 s. A bounded spin
-(``GOMP_SPINCOUNT``) keeps the speed of an idle machine and survives company.
+fight for the cores that the working ones need: a rollout of 13 s was measured at 180 s. A short spin
+(``GOMP_SPINCOUNT``) survives company. It has a price: threads that fell asleep must be woken, and a
+machine with nothing else to do is faster with a long one (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -88,6 +88,47 @@ def test_compiled_layers_keep_their_weights(micro_model_dir, prompts):
     assert all(1 <= len(c.token_ids) <= 12 for group in compiled.completions for c in group)
 
 
+@needs_bfloat16
+def test_layers_with_the_same_input_are_one_product(micro_model_dir, prompts, monkeypatch):
+    policy = PolicyLoader(str(micro_model_dir)).load()
+    widths = []
+    original = prepacked._linear
+
+    def spy(packed, bias, dtype, x):
+        out = original(packed, bias, dtype, x)
+        widths.append(out.shape[-1])
+        return out
+
+    monkeypatch.setattr(prepacked, "_linear", spy)
+    generate(policy, prompts)
+    layer = policy.body.layers[0]
+    attention = [m.out_features for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)]
+    size = layer.self_attn.o_proj.out_features
+    per_layer = [sum(attention), size, 2 * layer.mlp.gate_proj.out_features, size]
+    step = per_layer * len(policy.body.layers) + [len(policy.output_weight)]
+    assert widths[: len(step)] == step
+    assert len(widths) % len(step) == 0
+
+
+@needs_bfloat16
+def test_a_product_together_is_that_of_each_layer_whatever_it_is_given(micro_model_dir):
+    """Also out of order, and with biases: the slices are those of the input at hand."""
+    policy = PolicyLoader(str(micro_model_dir)).load()
+    attention = policy.body.layers[0].self_attn
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    size = attention.q_proj.in_features
+    for number, layer in enumerate(layers):
+        layer.bias = nn.Parameter(torch.full((layer.out_features,), float(number)))
+    first, second = torch.randn(2, 8, size)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        calls = [(0, first), (1, first), (0, second), (1, first), (2, second), (2, first)]
+        expected = [layers[number](x) for number, x in calls]
+        with prepacked_weights(policy, 8):
+            found = [layers[number](x) for number, x in calls]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-6)
+
+
 def test_float64_products_keep_their_weights(micro_model_dir):
     policy = micro_policy(micro_model_dir)
     with prepacked_weights(policy, 8):

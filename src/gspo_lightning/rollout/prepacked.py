@@ -3,14 +3,15 @@
 oneDNN brings the weight of a product into blocks of its own first, every time. With the few rows of a decoding step
 that costs as much as the product itself (49,152 x 576 by 16 rows: 10.8 ms, of which 6.1), and the weights of a rollout
 do not change: they are brought into blocks once. Bfloat16 products keep their bits; float32 ones, which MKL would
-multiply otherwise, are another sum of the same terms.
+multiply otherwise, are another sum of the same terms. Layers that read the same input are one product: a call of its
+own costs a small one as much as its weight does.
 """
 
 from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.policy.model import Policy
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that read the same input, in the order of their calls."""
 
 
 @contextmanager
@@ -35,12 +39,27 @@ def prepacked_weights(policy: Policy, rows: int) -> Iterator[None]:
     if any(module._compiled_call_impl is not None for module in modules):
         modules = []
     with ExitStack() as stack:
-        for module in modules:
-            if type(module) is nn.Linear and "forward" not in vars(module) and _is_worthwhile(module.weight):
-                _replace(stack, module, "forward", _product(module.weight, module.bias, rows))
+        for layers in _by_input(modules):
+            forwards = _products([layer.weight for layer in layers], [layer.bias for layer in layers], rows)
+            for layer, forward in zip(layers, forwards, strict=True):
+                _replace(stack, layer, "forward", forward)
         if modules and _is_worthwhile(policy.output_weight):
-            _replace(stack, policy, "logits", _product(policy.output_weight, None, rows))
+            _replace(stack, policy, "logits", _products([policy.output_weight], [None], rows)[0])
         yield
+
+
+def _by_input(modules: Sequence[nn.Module]) -> Iterator[list[nn.Linear]]:
+    """The linear layers whose product can be another, each once; those of a list read the same input."""
+    left = {m: None for m in modules if type(m) is nn.Linear and "forward" not in vars(m) and _is_worthwhile(m.weight)}
+    for module in modules:
+        for names in SIBLINGS:
+            layers = [layer for name in names if (layer := getattr(module, name, None)) in left]
+            kinds = {(layer.in_features, layer.weight.dtype, layer.bias is None) for layer in layers}
+            if len(layers) == len(names) and len(kinds) == 1:
+                yield layers
+                for layer in layers:
+                    del left[layer]
+    yield from ([layer] for layer in left)
 
 
 def _replace(stack: ExitStack, owner: nn.Module, name: str, method: Callable[[Tensor], Tensor]) -> None:
@@ -56,11 +75,35 @@ def _is_worthwhile(weight: Tensor) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    """``x -> x @ weight.T + bias`` in the dtype of the products."""
-    dtype = product_dtype(weight)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
-    return functools.partial(_linear, packed, None if bias is None else bias.detach().to(dtype), dtype)
+def _products(weights: list[Tensor], biases: list[Tensor | None], rows: int) -> list[Callable[[Tensor], Tensor]]:
+    """``x -> x @ weight.T + bias`` in the dtype of the products, for layers that are called in this order."""
+    dtype = product_dtype(weights[0])
+    weight = torch.cat([weight.detach().to(dtype) for weight in weights]) if len(weights) > 1 else weights[0].detach()
+    present = [bias.detach() for bias in biases if bias is not None]
+    bias = torch.cat(present).to(dtype) if present else None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
+    product = functools.partial(_linear, packed, bias, dtype)
+    if len(weights) == 1:
+        return [product]
+    together = _Together(product, [len(weight) for weight in weights])
+    return [functools.partial(together, number) for number in range(len(weights))]
+
+
+class _Together:
+    """Several products with one input: the first call computes all, the last one forgets them."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+        self.product, self.sizes = product, sizes
+        self.input: Tensor | None = None
+        self.parts: Sequence[Tensor] = ()
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        if x is not self.input:
+            self.input, self.parts = x, self.product(x).split(self.sizes, -1)
+        part = self.parts[number]
+        if number == len(self.sizes) - 1:
+            self.input, self.parts = None, ()
+        return part
 
 
 def _linear(packed: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
