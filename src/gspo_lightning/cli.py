@@ -1,4 +1,4 @@
-"""What `train.py` and `evaluate.py` do; with `config.py` the only place that knows Hydra."""
+"""What `train.py` and `evaluate.py` do, from the command line to the exit code."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
     _refuse_foreign(good)
     if good.is_dir() != sharded:
         kind, way = (
-            ("in parts, one per rank", "trainer=fsdp") if good.is_dir() else ("in one file", "trainer=ddp or auto")
+            ("in parts, one per rank", "trainer=fsdp")
+            if good.is_dir()
+            else ("in one file", "trainer=ddp or trainer=default")
         )
         raise UserError(f"ckpt_path={good}: was saved {kind}; go on with {way}, on any number of devices")
     if ckpt_path == AUTO:

@@ -164,5 +164,5 @@ def test_one_kind_of_checkpoint_is_not_taken_for_the_other(half, tmp_path):
     with pytest.raises(UserError, match="in parts, one per rank; go on with trainer=fsdp"):
         find_checkpoint(str(half), tmp_path)
     torch.save({"gspo_lightning": {}}, tmp_path / "one.ckpt")
-    with pytest.raises(UserError, match="in one file; go on with trainer=ddp or auto"):
+    with pytest.raises(UserError, match="in one file; go on with trainer=ddp or trainer=default"):
         find_checkpoint(str(tmp_path / "one.ckpt"), tmp_path, sharded=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo_lightning.packing import attention
+from gspo_lightning.packing import SharedPrefixLayout
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from tests.support import micro_policy
 
@@ -17,11 +17,10 @@ def test_a_known_architecture_passes(dtype, bound, micro_model_dir):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_attention_to_the_wrong_tokens_is_refused(dtype, micro_model_dir, monkeypatch):
-    def blind(query, key, value, mask, **kwargs):
-        return original(query, key, value, torch.ones_like(mask).tril(), **kwargs)  # completions see each other
+    def blind(self, queries, keys, window):  # completions see each other
+        return self.positions[queries][..., None] >= self.positions[keys][..., None, :]
 
-    original = attention.attend
-    monkeypatch.setattr(attention, "attend", blind)
+    monkeypatch.setattr(SharedPrefixLayout, "allowed", blind)
     with pytest.raises(PackingMismatchError, match="LlamaForCausalLM: packed log-probabilities are .* away"):
         check_packing(micro_policy(micro_model_dir, dtype))
 

@@ -15,7 +15,7 @@ Notes = dict[str, Any]
 
 _OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
-    "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
 _SCHEDULERS = {
     "constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",

@@ -33,7 +33,7 @@ class Objective:
     epsilon: float | None = None
     """Lower clip width; None takes the default of the ratio level."""
     epsilon_high: float | None = None
-    """Upper clip width; None takes the default of the level, or ``epsilon`` if only that is given."""
+    """Upper clip width; None takes the default of the loss or of the level, or ``epsilon`` if only that is given."""
     delta: float | None = None
     """Cap of the ratio from above (two-sided clip); None for none."""
     beta: float = 0.0

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
+from gspo_lightning.packing.blocks import BlockBatch, GatheredBlocks, gather_blocks
 from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout
 
 
@@ -44,7 +45,7 @@ def shared_prefix_attention(
         ``(1, heads, T, D)``.
     """
     if query.device.type == "cpu" and sinks is None:
-        return _GroupedHeads.apply(query, key, value, layout, scaling, window)
+        return _GatheredAttention.apply(query, key, value, _gathered(layout, query, key, window), scaling)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     q_of, k_of, v_of = (_Runs(x, layout) for x in (query, key, value))
     outputs = []
@@ -73,87 +74,89 @@ def attend(
     return weights[..., :-1].to(value.dtype) @ value
 
 
-class _GroupedHeads(torch.autograd.Function):
-    """The blocks of a row on a CPU: fused forwards, and a backward of plain batched products.
+class _GatheredAttention(torch.autograd.Function):
+    """A row on a CPU: fused forwards over batches of blocks, and a backward of plain batched products.
 
-    The backward of the fused CPU kernel runs small blocks at a tenth of the matrix-product rate (166 queries of 9
-    heads in bfloat16: 4.0 ms against 1.4 ms). The forward stays fused because it keeps its scores in float32; those of
-    the backward are in the dtype of the products, whose rounding reaches gradients but no ratio. Nothing but the row
-    itself is kept in between: the query heads that share a key head are rows of one product with it, so that keys are
-    never repeated, and a block's keys are gathered again for its backward.
+    The backward of the fused CPU kernel runs small blocks at a tenth of the matrix-product rate. The forward stays
+    fused because it keeps its scores in float32; those of the backward are in the dtype of the products, whose rounding
+    reaches gradients but no ratio. Nothing but the row itself is kept in between: blocks are gathered again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: SharedPrefixLayout,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: GatheredBlocks, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
-        _, heads, tokens, size = query.shape
-        # The order in memory that the projection behind it reads.
-        out = query.new_empty(1, tokens, heads, size).transpose(1, 2)
-        out[:, :, layout.num_tokens :] = 0
-        grouped, result = _by_key_head(query, key), _by_key_head(out, key)
-        for number, block in enumerate(layout.blocks):
-            span = slice(*block.query)
-            q = grouped[:, :, span]
-            k, v = (_gather(x, block).expand(-1, q.shape[1], -1, -1) for x in (key, value))
-            mask = None if _is_causal(block, window) else layout.mask(number, window)
-            result[:, :, span] = attend(q, k, v, mask, scaling=scaling, sinks=None)
-        return out
+        ctx.plan, ctx.scaling = plan, scaling
+        queries, keys, values = (_rows(x) for x in (query, key, value))
+        parts = []
+        for batch in plan.batches:
+            grouped = (len(batch.bias), key.shape[1], -1, query.shape[3])
+            q = queries.index_select(0, batch.query_rows).view(grouped)
+            k, v = (x.index_select(0, batch.key_rows).view(grouped) for x in (keys, values))
+            out = scaled_dot_product_attention(q, k, v, attn_mask=batch.bias_of(1), scale=scaling)
+            parts.append(out.reshape(-1, query.shape[3]))
+        return _scatter(parts, plan, query)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        grad_query[:, :, ctx.layout.num_tokens :] = 0
-        # Float32: a prompt's keys collect from every block of its completions.
-        wide = torch.promote_types(key.dtype, torch.float32)
-        grad_key, grad_value = (torch.zeros_like(x[0], dtype=wide) for x in (key, value))
-        grouped, incoming, outgoing = (_by_key_head(x, key) for x in (query, grad, grad_query))
+        plan, size = ctx.plan, query.shape[3]
+        queries, keys, values, grads = (_rows(x) for x in (query, key, value, grad))
+        parts: list[tuple[Tensor, ...]] = []
         with torch.autocast(query.device.type, enabled=False):
-            for number, block in enumerate(ctx.layout.blocks):
-                span = slice(*block.query)
-                q, g = grouped[:, :, span], incoming[:, :, span]
-                k, v = (_gather(x, block)[:, 0] for x in (key, value))
-                mask = ctx.layout.mask(number, ctx.window)
-                grads = _dense_backward(q.flatten(1, 2), k, v, g.flatten(1, 2), mask, ctx.scaling)
-                outgoing[:, :, span] = grads[0].view_as(q)
-                start = 0
-                for first, end in block.key_spans:
-                    part = slice(start, start := start + end - first)
-                    grad_key[:, first:end] += grads[1][:, part]
-                    grad_value[:, first:end] += grads[2][:, part]
-        return grad_query, grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None, None, None
+            for batch in plan.batches:
+                q, g = (x.index_select(0, batch.query_rows) for x in (queries, grads))
+                g.index_fill_(0, batch.no_query, 0)
+                k, v = (x.index_select(0, batch.key_rows).view(batch.shape[0], -1, size) for x in (keys, values))
+                q, g = (x.view(batch.shape[0], -1, size) for x in (q, g))
+                parts.append(_dense_backward(q, k, v, g, batch, ctx.scaling))
+        of_queries, of_keys, of_values = ([x.view(-1, size) for x in some] for some in zip(*parts, strict=True))
+        return (
+            _scatter(of_queries, plan, query),
+            _summed(of_keys, plan, key),
+            _summed(of_values, plan, value),
+            None,
+            None,
+        )
 
 
 def _dense_backward(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, mask: Tensor, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, batch: BlockBatch, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block: ``query`` and ``grad`` ``(kv_heads, repeats * Q, D)``, keys ``(kv_heads, K, D)``."""
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    scores.view(len(scores), -1, *mask.shape).masked_fill_(~mask, -torch.inf)
-    weights = torch.softmax(scores, dim=-1)
-    grad_weights = grad @ value.transpose(-1, -2)
+    """Gradients of a batch: queries ``(B * kv_heads, repeats * Q, D)`` and keys ``(B * kv_heads, K, D)``."""
+    bias = batch.bias_of(len(key) // len(batch.bias)).view(batch.shape)
+    weights = torch.softmax(torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling), dim=-1)
+    grad_weights = grad @ value.transpose(1, 2)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
-    return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad
+    return grad_scores @ key, grad_scores.transpose(1, 2) @ query, weights.transpose(1, 2) @ grad
 
 
-def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
-    """``(1, heads, T, D)`` -> ``(kv_heads, repeats, T, D)``, a view."""
-    return x[0].unflatten(0, (key.shape[1], -1))
+def _gathered(layout: SharedPrefixLayout, query: Tensor, key: Tensor, window: int | None) -> GatheredBlocks:
+    kind = query.shape[2], query.shape[1], key.shape[1], window, query.dtype
+    if kind not in layout.gathered:
+        layout.gathered[kind] = gather_blocks(layout, *kind)
+    return layout.gathered[kind]
 
 
-def _gather(x: Tensor, block: AttentionBlock) -> Tensor:
-    """The keys of a block, ``(1, kv_heads, T, D)`` -> ``(kv_heads, 1, K, D)``."""
-    return _concatenate([x[:, :, slice(*span)] for span in block.key_spans]).transpose(0, 1)
+def _rows(x: Tensor) -> Tensor:
+    """``(1, heads, T, D)`` -> ``(T * heads, D)``, a view of what a projection gave."""
+    return x[0].transpose(0, 1).reshape(-1, x.shape[3])
+
+
+def _scatter(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
+    """Rows of all batches -> ``(1, heads, T, D)``, in the order in memory that the projection behind it reads."""
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = rows.index_select(0, plan.place).view(like.shape[2], like.shape[1], like.shape[3])
+    out[plan.num_tokens :] = 0
+    return out.transpose(0, 1)[None]
+
+
+def _summed(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
+    """Rows of all batches -> ``(1, kv_heads, T, D)``: a prompt's keys collect from every block of its completions."""
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    # Sums over bags of rows, in float32 or wider.
+    total = embedding_bag(plan.members, rows, plan.starts, mode="sum")
+    return total.view(like.shape[2], like.shape[1], like.shape[3]).transpose(0, 1)[None]
 
 
 def _is_causal(block: AttentionBlock, window: int | None) -> bool:

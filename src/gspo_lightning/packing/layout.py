@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from gspo_lightning.packing.blocks import GatheredBlocks
+
 WHOLE_GROUP_TOKENS = 256
 """Groups up to this many tokens are attended to in one call; a quadratic mask is cheaper than many calls there."""
 
 TILE_QUERIES = 64
 """Longer groups are cut into tiles of whole completions with at least this many queries where they have them."""
+
+FINE_TILE_QUERIES = 32
+"""The same where blocks are gathered into batches: fewer scores for nothing, more copies of a prompt's keys."""
 
 WHOLE_PROMPT_TOKENS = 512
 """On CPUs longer prompts are cut into chunks: the scores of a whole prompt are half waste."""
@@ -78,6 +83,8 @@ class SharedPrefixLayout:
     device: torch.device
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     """By sliding window, of the one-kernel form (`gspo_lightning.packing.flex`)."""
+    gathered: dict[tuple[Any, ...], GatheredBlocks] = field(default_factory=dict, repr=False)
+    """By tokens, heads, window and dtype, of `gspo_lightning.packing.blocks`."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,20 +110,24 @@ class SharedPrefixLayout:
         numbers = torch.arange(len(lengths)).repeat_interleave(counts)
         return numbers.to(self.device), torch.tensor(prompts).repeat_interleave(counts).to(self.device)
 
-    def _blocks(self) -> Iterator[AttentionBlock]:
+    def fine_blocks(self) -> tuple[AttentionBlock, ...]:
+        """The blocks for batches of them (`gspo_lightning.packing.blocks`): no group is one whatever its size."""
+        return tuple(self._blocks(whole_group=0, tile=FINE_TILE_QUERIES))
+
+    def _blocks(self, whole_group: int = WHOLE_GROUP_TOKENS, tile: int = TILE_QUERIES) -> Iterator[AttentionBlock]:
         start = 0
         for group in self.groups:
             end = start + group.num_tokens
             prompt = (start, start + group.prompt_length)
             if group.num_tokens == group.prompt_length:
                 yield from self._prompt(prompt)
-            elif group.num_tokens <= WHOLE_GROUP_TOKENS:
+            elif group.num_tokens <= whole_group:
                 yield AttentionBlock((start, end), ((start, end),), causal=False)
             else:
                 yield from self._prompt(prompt)
-                for tile in _tiles(prompt[1], group.completion_lengths):
-                    for chunk in _chunks(tile):
-                        yield AttentionBlock(chunk, (prompt, (tile[0], chunk[1])), causal=False)
+                for span in _tiles(prompt[1], group.completion_lengths, tile):
+                    for chunk in _chunks(span):
+                        yield AttentionBlock(chunk, (prompt, (span[0], chunk[1])), causal=False)
             start = end
 
     def _prompt(self, span: tuple[int, int]) -> Iterator[AttentionBlock]:
@@ -136,9 +147,12 @@ class SharedPrefixLayout:
 
     def _build_mask(self, block: AttentionBlock, window: int | None) -> Tensor:
         keys = torch.cat([torch.arange(*span, device=self.device) for span in block.key_spans])
-        queries = torch.arange(*block.query, device=self.device)
-        segment_q, segment_k = self._segments[queries, None], self._segments[None, keys]
-        distance = self._positions[queries, None] - self._positions[None, keys]
+        return self.allowed(torch.arange(*block.query, device=self.device), keys, window)
+
+    def allowed(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+        """Tokens ``(..., Q)`` and ``(..., K)`` of the same groups -> ``(..., Q, K)``, True where a query may look."""
+        segment_q, segment_k = self._segments[queries][..., None], self._segments[keys][..., None, :]
+        distance = self._positions[queries][..., None] - self._positions[keys][..., None, :]
         allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
         return allowed if window is None else allowed & (distance < window)
 
@@ -154,11 +168,11 @@ def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-def _tiles(start: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Spans of whole consecutive completions, each closed once it holds ``TILE_QUERIES`` tokens."""
+def _tiles(start: int, lengths: tuple[int, ...], least: int) -> Iterator[tuple[int, int]]:
+    """Spans of whole consecutive completions, each closed once it holds at least so many tokens."""
     tile_start = start
     for end in accumulate(lengths, initial=start):
-        if end - tile_start >= TILE_QUERIES:
+        if end - tile_start >= least:
             yield tile_start, end
             tile_start = end
     end = start + sum(lengths)

@@ -25,7 +25,10 @@ from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """Generates with the training model itself: no second copy of the weights, nothing to synchronise."""
+    """Generates with the training model itself: nothing to synchronise.
+
+    On CPUs a copy of the weights in the dtype of the products is held while a rollout lasts.
+    """
 
     max_concurrent: int = 256
     """Completions decoded at a time; more prompts than fit are taken in turn."""

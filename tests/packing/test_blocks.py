@@ -1,0 +1,82 @@
+"""Blocks gathered into batches: their shapes by hand, and that filling them up and cutting them changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, blocks
+from gspo_lightning.packing.attention import shared_prefix_attention
+from gspo_lightning.packing.blocks import gather_blocks
+from tests.support import relative_distance
+
+CPU = torch.device("cpu")
+
+
+def layout_of(*groups):
+    return SharedPrefixLayout(tuple(GroupLayout(*group) for group in groups), CPU)
+
+
+def attention_and_gradients(layout, tokens, window=None):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(1, heads, tokens, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2, 6)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    out = shared_prefix_attention(*inputs, layout, scaling=0.3, window=window)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def by_definition(layout, tokens, window=None):
+    """Every query against every key of the row, under one mask of groups, completions and positions."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(1, heads, tokens, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2, 6)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    numbers, prompts = layout.owners()
+    position, real = layout.positions, layout.num_tokens
+    looks = ((numbers[:, None] == numbers) | (prompts[:, None] == numbers)) & (position[:, None] >= position)
+    if window is not None:
+        looks &= position[:, None] - position < window
+    scores = query[:, :, :real] @ key[:, :, :real].repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    weights = scores.masked_fill(~looks, -torch.inf).softmax(-1)
+    out = torch.nn.functional.pad(weights @ value[:, :, :real].repeat_interleave(3, 1), (0, 0, 0, tokens - real))
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def test_the_shapes_of_the_quickstart_by_hand():
+    """45 + 8 x 15: completions by threes (45 >= 32), the last two together; 16 is what lengths are filled up to."""
+    gathered = gather_blocks(layout_of((45, (15,) * 8), (45, (15,) * 8)), 330, 9, 3, None, torch.float32)
+    shapes = [(len(batch.bias), *batch.bias.shape[1:]) for batch in gathered.batches]
+    assert shapes == [(2, 48, 48), (4, 48, 96), (2, 32, 80)]
+    # 9,728 scores a group and head, where one block has 165 x 165 = 27,225.
+    assert sum(b * q * k for b, q, k in shapes) == 2 * (48 * 48 + 2 * 48 * 96 + 32 * 80)
+    assert [batch.shape for batch in gathered.batches] == [(6, 144, 48), (12, 144, 96), (6, 96, 80)]
+
+
+@pytest.mark.parametrize("window", [None, 7], ids=["full", "window"])
+@pytest.mark.parametrize("most", [1, 2**20], ids=["one block a batch", "all that are alike"])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [(5, (3, 9, 1)), (21, (17, 2)), (4, ())],
+        [(70, (40, 150, 33)), (3, (1, 1, 1, 1))],
+        [(530, (3,)), (16, (16, 16))],  # a prompt in chunks; lengths that need no filling
+    ],
+    ids=["short", "long completions", "long prompt"],
+)
+def test_batches_of_blocks_give_what_the_definition_gives_in_float64(groups, most, window, monkeypatch):
+    monkeypatch.setattr(blocks, "MOST_SCORES", most)
+    layout = layout_of(*groups)
+    tokens = layout.num_tokens + 6
+    found = attention_and_gradients(layout, tokens, window)
+    for ours, theirs in zip(found, by_definition(layout, tokens, window), strict=True):
+        assert relative_distance(ours, theirs) < 1e-14
+        assert (ours[:, :, layout.num_tokens :] == 0).all()
+
+
+def test_batches_are_cut_evenly(monkeypatch):
+    """Eleven blocks of 6 heads x 16 x 32 = 3,072 scores: at most 10,000 are three of them, so four batches."""
+    monkeypatch.setattr(blocks, "MOST_SCORES", 10_000)
+    assert [len(batch) for batch in blocks._cut([object()] * 11, 3072)] == [2, 3, 3, 3]
