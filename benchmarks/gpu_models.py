@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Config
 
 from gspo_lightning.policy.attention import attention_implementation, register
+from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.load import DTYPES, PolicyLoader, compile_layers
 from gspo_lightning.policy.micro import character_tokenizer
 from gspo_lightning.policy.processor import ImageTextProcessor
@@ -122,4 +123,6 @@ class RandomLoader(PolicyLoader):
         model = random_model(self.path, DTYPES[self.dtype], self.device, attention)
         if self.compile:
             compile_layers(model)
+        elif not self.gradient_checkpointing:
+            lighten(model)
         return model.train()

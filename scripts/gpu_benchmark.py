@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 Case = dict[str, Any]
 
+LEFT_OUT = "left out: --seconds were over"
+
 
 def main() -> None:
     arguments = parse()
@@ -54,17 +57,23 @@ def main() -> None:
     if device == "cuda":
         facts |= {"device": torch.cuda.get_device_name(), "matmul_tflops": matmul_rate() / 1e12}
         print(f"{facts['device']}, torch {torch.__version__}, bfloat16 products {facts['matmul_tflops']:.0f} TFLOP/s")
+    end = time.monotonic() + arguments.seconds
     rate = facts.get("matmul_tflops", float("nan")) * 1e12
     table = [case(name, TABLE, device, arguments.steps) for name in names]
     for entry in table:
         if MODELS[entry["model"]].vision is not None:
-            text = 64 if arguments.tiny else TABLE.prompt_tokens - 200
+            text = 128  # a token per character: the question alone is about 100
             entry["scenario"] = scenario_of(replace(TABLE, pictures=True, prompt_tokens=VISUAL_TOKENS + text))
     if "table" in arguments.parts:
-        facts["ours"] = collect("ours", sys.executable, table)
+        facts["ours"] = collect("ours", sys.executable, table, end)
         if (peer := peer_python()) is not None:
-            facts["trl"] = collect("trl", peer, table)
+            facts["trl"] = collect("trl", peer, table, end)
         print(show_table(facts, rate), flush=True)
+        save(facts, arguments.out)
+    if "variants" in arguments.parts:
+        cases = [case(names[0], SWEEP, device, 2, random=True, name=n, **options) for n, options in VARIANTS.items()]
+        facts["variants"] = collect("ours", sys.executable, cases, end)
+        print(show_updates(facts["variants"], rate, lambda c: str(c["name"])))
         save(facts, arguments.out)
     if "sweeps" in arguments.parts:
         cases = [
@@ -72,14 +81,12 @@ def main() -> None:
             for key, values in SWEEPS.items()
             for value in (values[:2] if arguments.tiny else values)
         ]
-        facts["sweeps"] = collect("ours", sys.executable, cases)
+        facts["sweeps"] = collect("ours", sys.executable, cases, end)
         print(show_updates(facts["sweeps"], rate, lambda c: f"{c['sweep']} {c['scenario'][c['sweep']]}"), flush=True)
         save(facts, arguments.out)
-    if "variants" in arguments.parts:
-        cases = [case(names[0], SWEEP, device, 2, random=True, name=n, **options) for n, options in VARIANTS.items()]
-        facts["variants"] = collect("ours", sys.executable, cases)
-        print(show_updates(facts["variants"], rate, lambda c: str(c["name"])))
-    save(facts, arguments.out)
+    results = [result for part in ("ours", "variants", "sweeps") for result in facts.get(part, [])]
+    if any(result.get("error", LEFT_OUT) != LEFT_OUT for result in results):
+        sys.exit(1)
 
 
 def save(facts: dict[str, Any], out: Path) -> None:
@@ -92,6 +99,7 @@ def parse() -> argparse.Namespace:
     parts = ["table", "sweeps", "variants"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=2, help="of the table that count")
+    parser.add_argument("--seconds", type=float, default=threading.TIMEOUT_MAX, help="what does not fit is left out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--tiny", action="store_true", help="a random model of no size, on the CPU")
     return parser.parse_args()
@@ -119,14 +127,17 @@ def peer_python() -> str | None:
     return None
 
 
-def collect(side: str, python: str, cases: list[Case]) -> list[Case]:
-    """Results of a fresh process, case by case; one that failed says so in ``error``."""
+def collect(side: str, python: str, cases: list[Case], end: float) -> list[Case]:
+    """Results of a fresh process, case by case; one that failed or was not reached by ``end`` has an ``error``."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     command = [python, "-m", f"benchmarks.gpu_{side}", json.dumps(cases)]
     start, results = time.monotonic(), []
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
+        timer = threading.Timer(max(0.0, min(end - start, threading.TIMEOUT_MAX)), process.kill)
+        timer.daemon = True
+        timer.start()
         for line in process.stdout:
             if line.startswith('{"case"'):
                 result = json.loads(line)
@@ -138,7 +149,9 @@ def collect(side: str, python: str, cases: list[Case]) -> list[Case]:
         if process.wait() or len(results) < len(cases):
             errors.seek(0)
             print(errors.read()[-2000:], file=sys.stderr)
-    return results
+        timer.cancel()
+    why = LEFT_OUT if time.monotonic() >= end else "the process ended before"
+    return results + [{"case": case, "error": why} for case in cases[len(results) :]]
 
 
 def shortly(result: Case) -> str:

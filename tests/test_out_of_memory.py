@@ -15,6 +15,7 @@ from tests.training import Batches, Settings, build_module, scripted_prompts, tr
 
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
 }
 

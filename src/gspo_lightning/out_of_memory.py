@@ -16,12 +16,14 @@ from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.types import ScoredRollout
 from gspo_lightning.update import Minibatch
 
+_WORDS = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Of the CPU's allocator, and of what libraries and kernels allocate by themselves."""
 _LOWER = "lower update.max_tokens_per_microbatch"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or on the CPU (torch has no class of its own for the latter)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed; only those by torch's own allocator for GPUs have a class."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _WORDS)
 
 
 def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan, MicroBatchPlan]:

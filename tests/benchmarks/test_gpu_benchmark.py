@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from importlib import util
 from pathlib import Path
 
@@ -34,3 +36,9 @@ def test_operations_are_six_per_weight_and_token_and_four_where_the_weights_are_
     }
     # 20 prompt tokens and 24 of completions reach the layers (the last of each predicts nothing); 30 are predicted.
     assert gpu_benchmark.update_flops(case) == pytest.approx(share * (6 * 1000 * 44 + 6 * 100 * 30))
+
+
+def test_what_the_time_does_not_suffice_for_is_left_out_and_said(gpu_benchmark):
+    case = gpu_benchmark.case("tiny", gpu_benchmark.TABLE, "cpu", 1)
+    found = gpu_benchmark.collect("ours", sys.executable, [case, case], time.monotonic())
+    assert found == [{"case": case, "error": gpu_benchmark.LEFT_OUT}] * 2

@@ -62,9 +62,18 @@ def flex_shared_prefix_attention(
     return out * share.unsqueeze(-1).to(out.dtype)
 
 
+FLOAT32_SHARED_MEMORY = 160 * 1024
+"""Bytes a block may have on the cards where the kernel is compiled for float32."""
+
+
 def can_flex(query: Tensor) -> bool:
     """Whether the kernel can be compiled for these queries: on a GPU with Triton, and not in float64."""
-    return query.is_cuda and query.dtype != torch.float64 and has_triton()
+    if not query.is_cuda or query.dtype == torch.float64 or not has_triton():
+        return False
+    # The tiles of wide heads in float32 do not fit into the shared memory of smaller cards.
+    properties = torch.cuda.get_device_properties(query.device)
+    room: int = getattr(properties, "shared_memory_per_block_optin", 0)
+    return query.dtype != torch.float32 or room >= FLOAT32_SHARED_MEMORY
 
 
 def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
@@ -120,7 +129,8 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    # Dtype, gradient, autocast and every head size are a graph each; beyond the usual 8 torch computes all scores.
+    return torch.compile(flex_attention, dynamic=True, recompile_limit=64)  # type: ignore[call-overload]
 
 
 def _plain(*args: Any, **kwargs: Any) -> Any:

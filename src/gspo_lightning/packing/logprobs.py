@@ -134,8 +134,8 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(hidden, len(weight), narrow):
                 narrow_weight = weight[part].to(narrow)
-                shifted = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature)
-                log_p = shifted.to(wide.dtype).sub_(rest)
+                log_p = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature).to(wide.dtype)
+                log_p.sub_(rest)
                 inside = targets - part.start
                 if ctx.with_entropy:
                     grad = _grad_of_both(log_p, inside, logprobs, entropy, grad_logprobs, grad_entropy, narrow)
@@ -145,6 +145,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     _add_product(grad_hidden, grad, narrow_weight)
                 if grad_weight is not None:
                     _put_product(grad_weight[part], grad.t(), weighted_rows)
+                del log_p, grad  # else they live while those of the next slice are made
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None

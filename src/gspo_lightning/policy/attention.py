@@ -8,13 +8,10 @@ attention, so ``generate`` and padded batches of the same model keep working.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -103,23 +100,16 @@ def _with_sinks(
 
 
 def register() -> None:
-    """Makes the names of all forms known to transformers; calling it again changes nothing."""
+    """Makes the names of all forms known to transformers; calling it again changes nothing.
+
+    cuDNN's attention, which torch prefers on recent GPUs, is switched off: it plans anew for every shape, and every
+    decoding step has its own. For good, because layers that are recomputed choose a kernel again in the backward, and
+    what another one kept would not fit.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for form in get_args(AttentionForm):
         AttentionInterface.register(attention_name(form), functools.partial(attention_forward, form=form))
         AttentionMaskInterface.register(attention_name(form), sdpa_mask)
-
-
-@contextmanager
-def fused_attention(device: torch.device) -> Iterator[None]:
-    """Around forwards of rows whose lengths change: torch's fused kernels but cuDNN's.
-
-    cuDNN, which torch prefers on recent GPUs, plans anew for every shape, and every decoding step has its own.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        yield
 
 
 def layout_mask(device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, linear_logprobs
 from gspo_lightning.packing.products import product_dtype, rows_missing
-from gspo_lightning.policy.attention import fused_attention, layout_mask
+from gspo_lightning.policy.attention import layout_mask
 from gspo_lightning.policy.padded import padded_logprobs
 from gspo_lightning.policy.vision import Vision
 from gspo_lightning.types import Prompt
@@ -107,7 +107,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         caching = self._caching() if "past_key_values" in kwargs else nullcontext()
         tokens = input_ids.shape[1]
-        with caching, fused_attention(input_ids.device):
+        with caching:
             if self.vision is not None and prompts:
                 inputs = self.vision.inputs(input_ids, layout, prompts)
             else:
@@ -160,9 +160,12 @@ class Policy(nn.Module):
         """
         if self.is_padded:
             return padded_logprobs(self.base_model, packed, temperature, with_entropy)
-        hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)
+        hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)[0]
+        # The end of a prompt predicts for all its completions, so a backward adds up. In an order of its own: that of
+        # `index_select` on a GPU, that of indexing on a CPU; a resumed run would have other bits.
+        at = packed.predictor_index
         return linear_logprobs(
-            hidden[0].index_select(0, packed.predictor_index),
+            hidden[at] if hidden.is_cuda else hidden.index_select(0, at),
             self.output_weight,
             packed.target_ids,
             temperature=temperature,
