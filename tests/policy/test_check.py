@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo_lightning.packing import SharedPrefixLayout
+from gspo_lightning.packing import blocks
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from tests.support import micro_policy
 
@@ -17,10 +17,10 @@ def test_a_known_architecture_passes(dtype, bound, micro_model_dir):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_attention_to_the_wrong_tokens_is_refused(dtype, micro_model_dir, monkeypatch):
-    def blind(self, queries, keys, window):  # completions see each other
-        return self.positions[queries][..., None] >= self.positions[keys][..., None, :]
+    def blind(positions, segments, queries, keys, window):  # completions see each other
+        return positions[queries][..., None] >= positions[keys][..., None, :]
 
-    monkeypatch.setattr(SharedPrefixLayout, "allowed", blind)
+    monkeypatch.setattr(blocks, "may_look", blind)
     with pytest.raises(PackingMismatchError, match="LlamaForCausalLM: packed log-probabilities are .* away"):
         check_packing(micro_policy(micro_model_dir, dtype))
 

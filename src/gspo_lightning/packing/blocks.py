@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout
+from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout, may_look
+
+Array = np.ndarray[Any, Any]
 
 QUANTUM = 16
 """Queries and keys of a block are filled up to a multiple of it."""
@@ -66,7 +70,7 @@ class GatheredBlocks:
 def gather_blocks(
     layout: SharedPrefixLayout, tokens: int, heads: int, kv_heads: int, window: int | None, dtype: torch.dtype
 ) -> GatheredBlocks:
-    """Made once per row and kind of layer.
+    """Made once per row and kind of layer; of lengths alone, in NumPy, so that rows without memory have it too.
 
     Args:
         layout: of the row.
@@ -81,51 +85,59 @@ def gather_blocks(
         by_shape.setdefault((_filled(_length(block.query)), _filled(sum(map(_length, block.key_spans)))), []).append(
             block
         )
+    positions, segments = np.array(layout.position_list()), np.array(layout.segment_list())
     batches = []
-    place = torch.zeros(tokens, heads, dtype=torch.int64)
+    place = np.zeros((tokens, heads), dtype=np.int64)
     key_tokens, key_places = [], []
     queries_before = keys_before = 0
     for (length, key_length), alike in by_shape.items():
         for blocks in _cut(alike, heads * length * key_length):
             query, is_query = _indices([[block.query] for block in blocks], length)
             key, is_key = _indices([block.key_spans for block in blocks], key_length)
-            allowed = layout.allowed(query, key, window) & is_key[:, None] | ~is_query[:, :, None]
+            looks = may_look(positions, segments, query, key, window)
+            allowed = looks & is_key[:, None] | ~is_query[:, :, None]
             batches.append(_batch(query, is_query, key, allowed, heads, kv_heads, dtype))
             # In the order of the rows of a batch: block, head, token.
-            numbers = torch.arange(len(blocks) * heads * length).view(len(blocks), heads, length).transpose(1, 2)
-            place[query[is_query]] = queries_before + numbers[is_query]
-            numbers = torch.arange(len(blocks) * kv_heads * key_length).view(len(blocks), kv_heads, key_length)
+            numbers = np.arange(len(blocks) * heads * length).reshape(len(blocks), heads, length)
+            place[query[is_query]] = queries_before + numbers.swapaxes(1, 2)[is_query]
+            numbers = np.arange(len(blocks) * kv_heads * key_length).reshape(len(blocks), kv_heads, key_length)
             key_tokens.append(key[is_key])
-            key_places.append(keys_before + numbers.transpose(1, 2)[is_key])
+            key_places.append(keys_before + numbers.swapaxes(1, 2)[is_key])
             queries_before += len(blocks) * heads * length
             keys_before += len(blocks) * kv_heads * key_length
     # Of each token and key head, in the order of the blocks: sums do not depend on anything else.
-    keys = (torch.cat(key_tokens)[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
-    members = torch.cat(key_places).flatten()[keys.argsort(stable=True)]
-    counts = torch.bincount(keys, minlength=tokens * kv_heads)
-    return GatheredBlocks(tuple(batches), place.flatten(), members, layout.num_tokens, counts.cumsum(0) - counts)
-
-
-def _batch(
-    query: Tensor, is_query: Tensor, key: Tensor, allowed: Tensor, heads: int, kv_heads: int, dtype: torch.dtype
-) -> BlockBatch:
-    repeats, (blocks, length), key_length = heads // kv_heads, query.shape, key.shape[1]
-    bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
-    return BlockBatch(
-        shape=(blocks * kv_heads, repeats * length, key_length),
-        query_rows=(query[:, None] * heads + torch.arange(heads)[:, None]).flatten(),
-        key_rows=(key[:, None] * kv_heads + torch.arange(kv_heads)[:, None]).flatten(),
-        no_query=(~is_query)[:, None].expand(-1, heads, -1).flatten().nonzero().squeeze(1),
-        bias=bias,
+    keys = (np.concatenate(key_tokens)[:, None] * kv_heads + np.arange(kv_heads)).ravel()
+    members = np.concatenate(key_places).ravel()[keys.argsort(kind="stable")]
+    counts = np.bincount(keys, minlength=tokens * kv_heads)
+    return GatheredBlocks(
+        tuple(batches),
+        torch.from_numpy(place.ravel()),
+        torch.from_numpy(members),
+        layout.num_tokens,
+        torch.from_numpy(counts.cumsum() - counts),
     )
 
 
-def _indices(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> tuple[Tensor, Tensor]:
+def _batch(
+    query: Array, is_query: Array, key: Array, allowed: Array, heads: int, kv_heads: int, dtype: torch.dtype
+) -> BlockBatch:
+    repeats, (blocks, length), key_length = heads // kv_heads, query.shape, key.shape[1]
+    is_head = np.repeat(is_query[:, None], heads, axis=1)
+    return BlockBatch(
+        shape=(blocks * kv_heads, repeats * length, key_length),
+        query_rows=torch.from_numpy((query[:, None] * heads + np.arange(heads)[:, None]).ravel()),
+        key_rows=torch.from_numpy((key[:, None] * kv_heads + np.arange(kv_heads)[:, None]).ravel()),
+        no_query=torch.from_numpy(np.flatnonzero(~is_head)),
+        bias=torch.from_numpy(np.where(allowed, np.float32(0), np.float32(-np.inf))).to(dtype),
+    )
+
+
+def _indices(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> tuple[Array, Array]:
     """Tokens ``(B, length)`` of each block's spans, 0 behind them; and which are theirs."""
-    tokens = torch.zeros(len(spans), length, dtype=torch.int64)
-    theirs = torch.zeros(len(spans), length, dtype=torch.bool)
+    tokens = np.zeros((len(spans), length), dtype=np.int64)
+    theirs = np.zeros((len(spans), length), dtype=bool)
     for number, some in enumerate(spans):
-        run = torch.cat([torch.arange(*span) for span in some])
+        run = np.concatenate([np.arange(*span) for span in some])
         tokens[number, : len(run)] = run
         theirs[number, : len(run)] = True
     return tokens, theirs

@@ -89,12 +89,20 @@ class SharedPrefixLayout:
 
     def __post_init__(self) -> None:
         self.blocks = tuple(self._blocks())
-        self._positions = torch.tensor([p for g in self.groups for p in g.local_positions()], device=self.device)
-        self._segments = torch.tensor([s for g in self.groups for s in g.segments()], device=self.device)
+        self._positions = torch.tensor(self.position_list(), device=self.device)
+        self._segments = torch.tensor(self.segment_list(), device=self.device)
 
     @property
     def num_tokens(self) -> int:
         return sum(group.num_tokens for group in self.groups)
+
+    def position_list(self) -> list[int]:
+        """`positions` as numbers."""
+        return [position for group in self.groups for position in group.local_positions()]
+
+    def segment_list(self) -> list[int]:
+        """0 for every token of a prompt, 1..G for those of its group's completions."""
+        return [segment for group in self.groups for segment in group.segments()]
 
     @property
     def positions(self) -> Tensor:
@@ -147,14 +155,19 @@ class SharedPrefixLayout:
 
     def _build_mask(self, block: AttentionBlock, window: int | None) -> Tensor:
         keys = torch.cat([torch.arange(*span, device=self.device) for span in block.key_spans])
-        return self.allowed(torch.arange(*block.query, device=self.device), keys, window)
+        queries = torch.arange(*block.query, device=self.device)
+        return may_look(self._positions, self._segments, queries, keys, window)
 
-    def allowed(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-        """Tokens ``(..., Q)`` and ``(..., K)`` of the same groups -> ``(..., Q, K)``, True where a query may look."""
-        segment_q, segment_k = self._segments[queries][..., None], self._segments[keys][..., None, :]
-        distance = self._positions[queries][..., None] - self._positions[keys][..., None, :]
-        allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
-        return allowed if window is None else allowed & (distance < window)
+
+def may_look(positions: Any, segments: Any, queries: Any, keys: Any, window: int | None) -> Any:
+    """Tokens ``(..., Q)`` and ``(..., K)`` of the same groups -> ``(..., Q, K)``, True where a query may look.
+
+    All tensors, or all arrays of NumPy; positions and segments are those of the row's tokens.
+    """
+    segment_q, segment_k = segments[queries][..., None], segments[keys][..., None, :]
+    distance = positions[queries][..., None] - positions[keys][..., None, :]
+    allowed = ((segment_k == segment_q) | (segment_k == 0)) & (distance >= 0)
+    return allowed if window is None else allowed & (distance < window)
 
 
 def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:
