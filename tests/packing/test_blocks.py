@@ -50,7 +50,7 @@ def test_the_shapes_of_the_quickstart_by_hand():
     gathered = gather_blocks(layout_of((45, (15,) * 8), (45, (15,) * 8)), 330, 9, 3, None, torch.float32)
     shapes = [(len(batch.bias), *batch.bias.shape[1:]) for batch in gathered.batches]
     assert shapes == [(2, 48, 48), (4, 48, 96), (2, 32, 80)]
-    # 9,728 scores a group and head, where one block has 165 x 165 = 27,225.
+    # 14,080 scores a group and head, where one block has 165 x 165 = 27,225.
     assert sum(b * q * k for b, q, k in shapes) == 2 * (48 * 48 + 2 * 48 * 96 + 32 * 80)
     assert [batch.shape for batch in gathered.batches] == [(6, 144, 48), (12, 144, 96), (6, 96, 80)]
 
