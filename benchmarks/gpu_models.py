@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Config
 
 from gspo_lightning.policy.attention import attention_implementation, register
-from gspo_lightning.policy.lean import lighten
-from gspo_lightning.policy.load import DTYPES, PolicyLoader, compile_layers
+from gspo_lightning.policy.load import DTYPES, PolicyLoader
 from gspo_lightning.policy.micro import character_tokenizer
 from gspo_lightning.policy.processor import ImageTextProcessor
 from gspo_lightning.policy.reading import load_config
@@ -121,8 +120,5 @@ class RandomLoader(PolicyLoader):
         register()
         attention = attention_implementation(self.attention, packs_pictures(load_config(self.path)))
         model = random_model(self.path, DTYPES[self.dtype], self.device, attention)
-        if self.compile:
-            compile_layers(model)
-        elif not self.gradient_checkpointing:
-            lighten(model)
+        self.change_layers(model)
         return model.train()

@@ -17,23 +17,23 @@ def layout_of(*groups):
     return SharedPrefixLayout(tuple(GroupLayout(*group) for group in groups), CPU)
 
 
-def attention_and_gradients(layout, tokens, window=None):
+def drawn(tokens):
+    """The same numbers every time: queries, keys, values, and the gradient that comes in."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value, grad = (
-        torch.randn(1, heads, tokens, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2, 6)
-    )
-    inputs = [x.requires_grad_() for x in (query, key, value)]
+    inputs = [torch.randn(1, heads, tokens, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2)]
+    grad = torch.randn(1, 6, tokens, 8, generator=generator, dtype=torch.float64)
+    return *(x.requires_grad_() for x in inputs), grad
+
+
+def attention_and_gradients(layout, tokens, window=None):
+    *inputs, grad = drawn(tokens)
     out = shared_prefix_attention(*inputs, layout, scaling=0.3, window=window)
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
 def by_definition(layout, tokens, window=None):
     """Every query against every key of the row, under one mask of groups, completions and positions."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, grad = (
-        torch.randn(1, heads, tokens, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2, 6)
-    )
-    inputs = [x.requires_grad_() for x in (query, key, value)]
+    query, key, value, grad = drawn(tokens)
     numbers, prompts = layout.owners()
     position, real = layout.positions, layout.num_tokens
     looks = ((numbers[:, None] == numbers) | (prompts[:, None] == numbers)) & (position[:, None] >= position)
@@ -42,7 +42,7 @@ def by_definition(layout, tokens, window=None):
     scores = query[:, :, :real] @ key[:, :, :real].repeat_interleave(3, 1).transpose(2, 3) * 0.3
     weights = scores.masked_fill(~looks, -torch.inf).softmax(-1)
     out = torch.nn.functional.pad(weights @ value[:, :, :real].repeat_interleave(3, 1), (0, 0, 0, tokens - real))
-    return [out, *torch.autograd.grad(out, inputs, grad)]
+    return [out, *torch.autograd.grad(out, (query, key, value), grad)]
 
 
 def test_the_shapes_of_the_quickstart_by_hand():

@@ -164,12 +164,6 @@ def _is_causal(block: AttentionBlock, window: int | None) -> bool:
     return block.causal and (window is None or block.query[1] - block.query[0] <= window)
 
 
-def autocast_dtype(x: Tensor) -> Tensor:
-    """Casts to the autocast dtype where autocast is on: once per row, not once per block."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """``(1, kv_heads, T, D)`` -> ``(1, heads, T, D)``, each key/value head serving consecutive query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -16,9 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gspo_lightning.packing.attention import attend, autocast_dtype, repeat_heads, shared_prefix_attention
+from gspo_lightning.packing.attention import attend, repeat_heads, shared_prefix_attention
 from gspo_lightning.packing.flex import can_flex, flex_shared_prefix_attention
 from gspo_lightning.packing.layout import SharedPrefixLayout
+from gspo_lightning.packing.products import product_dtype
 
 ATTENTION_NAME = "gspo_shared_prefix"
 
@@ -78,7 +79,8 @@ def attention_forward(
         raise NotImplementedError("dropout and soft-capped scores are not part of the shared-prefix attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layout, SharedPrefixLayout):
-        query, key, value = (autocast_dtype(x) for x in (query, key, value))
+        # Once per row, not once per block.
+        query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
         flex = form == "flex" or (form == "auto" and can_flex(query))
         attention = flex_shared_prefix_attention if flex else shared_prefix_attention
         out = attention(query, key, value, layout, scaling=scale, window=sliding_window, sinks=s_aux)

@@ -122,11 +122,15 @@ class PolicyLoader:
         if self.dtype == "float64" and model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # the grouped product of the others has no float64
         self._freeze_parts(model)
+        self.change_layers(model)
+        return model.train()
+
+    def change_layers(self, model: PreTrainedModel) -> None:
+        """Compiled or leaner layers; recomputed ones stay as they are."""
         if self.compile:
             compile_layers(model)
         elif not self.gradient_checkpointing:
             lighten(model)
-        return model.train()
 
     def _check_parts(self, config: Any) -> None:
         """Refuses to train a half that the model lacks, or that cannot be trained."""

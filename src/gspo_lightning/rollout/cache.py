@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.rollout.cascade import Partial, combine, partial_attention
 
 
@@ -172,9 +173,7 @@ class DecodeLayout:
 def _align(key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
     """Packed ``(1, kv_heads, T, D)`` keys and values -> ``(2, n, kv_heads, P, D)``, right-aligned."""
     _, heads, _, size = key.shape
-    kind = key.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key.dtype
-    aligned = torch.zeros(2, len(lengths), heads, max(lengths), size, dtype=dtype, device=key.device)
+    aligned = torch.zeros(2, len(lengths), heads, max(lengths), size, dtype=product_dtype(key), device=key.device)
     start = 0
     for row, length in enumerate(lengths):
         aligned[0, row, :, -length:] = key[0, :, start : start + length]
