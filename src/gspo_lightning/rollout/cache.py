@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from gspo_lightning.packing.products import product_dtype
-from gspo_lightning.rollout.cascade import Partial, combine, partial_attention
+
+KeysValues = tuple[Tensor, Tensor]
+"""``(rows, kv_heads, tokens, D)`` each."""
 
 
 class PrefillCache(Cache):
@@ -18,7 +20,7 @@ class PrefillCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.states: list[tuple[Tensor, Tensor]] = []
+        self.states: list[KeysValues] = []
 
     @torch.compiler.disable  # slots and rows change with every token
     def update(
@@ -31,13 +33,15 @@ class PrefillCache(Cache):
 
 
 class DecodeCache(Cache):
-    """Keys and values of R rows that go on from n prompts, in the dtype attention computes in.
+    """Keys and values of R rows that go on from n prompts.
 
-    A prompt is kept and read once per token, however many rows go on from it: ``prompts[layer]`` is
-    ``(2, n, kv_heads, P, D)``, right-aligned. What the rows draw has a place of its own, ``drawn[layer]``
+    A prompt is kept and read once per token, however many rows go on from it: ``prompts[layer]`` are keys and values
+    ``(n, kv_heads, P, D)``, right-aligned. What the rows draw has a place of its own, ``drawn[layer]``
     ``(2, R, kv_heads, slots, D)``, preallocated; all rows write the same slot. Rows that finish are dropped by moving
     rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
     rows are dropped when they are half of all.
+
+    On CPUs both are in the dtype of the scores, so that nothing is cast per token.
 
     Args:
         prefill: of the prompts; emptied.
@@ -50,17 +54,19 @@ class DecodeCache(Cache):
         super().__init__(layers=[])
         self.rows = len(prompt_lengths) * repeats
         self.slots_filled = 0
-        self.prompts: list[Tensor] = []
+        self.prompts: list[KeysValues] = []
         self.drawn: list[Tensor] = []
         while prefill.states:
-            prompts = _align(*prefill.states.pop(0), prompt_lengths)
+            keys, values = prefill.states.pop(0)
+            # A dimension of all keys lies side by side in memory: products with them take half the time.
+            prompts = _align(keys, prompt_lengths).mT.contiguous().mT, _align(values, prompt_lengths)
             self.prompts.append(prompts)
-            self.drawn.append(prompts.new_empty(2, self.rows, prompts.shape[2], new_tokens, prompts.shape[4]))
-        device = self.prompts[0].device
+            self.drawn.append(prompts[1].new_empty(2, self.rows, keys.shape[1], new_tokens, keys.shape[3]))
+        device = self.prompts[0][0].device
         self.prompt_of_row = torch.arange(len(prompt_lengths), device=device).repeat_interleave(repeats)
         self.layer = 0
         """The one whose keys were written last, which is the one that attends."""
-        self._padding = _padding(prompt_lengths, self.prompts[0])
+        self._padding = _padding(prompt_lengths, self.prompts[0][0])
         self._arrange()
 
     @torch.compiler.disable  # slots and rows change with every token
@@ -100,55 +106,60 @@ class DecodeCache(Cache):
         """The attention of the next token."""
         return DecodeLayout(self)
 
-    def attend_to_prompts(self, query: Tensor, reach: int | None, scaling: float) -> Partial:
-        """Attention of ``query`` ``(R, kv_heads, repeats, D)`` to the prompt of each row.
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """``(R, kv_heads, repeats, E)`` -> ``(n * kv_heads, most * repeats, E)``: a block per prompt and key head."""
+        (_, kv_heads, repeats, size), prompts = x.shape, len(self.prompts[0][0])
+        if self._places is not None:
+            grid = x.new_zeros(prompts * self._most, kv_heads, repeats, size)
+            grid[self._places] = x
+            x = grid
+        x = x.view(prompts, self._most, kv_heads, repeats, size).transpose(1, 2)
+        return x.reshape(prompts * kv_heads, self._most * repeats, size)
+
+    def by_row(self, x: Tensor, kv_heads: int) -> Tensor:
+        """Back again."""
+        x = x.view(len(x) // kv_heads, kv_heads, self._most, x.shape[1] // self._most, x.shape[2])
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self._places is None else x[self._places]
+
+    def seen_of_prompts(self, reach: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values ``(n, kv_heads, P, D)`` of the layer in hand, and what hides padding ``(n, 1, 1, P)``.
 
         Args:
-            query: of the layer in hand, query heads that share a key head together.
             reach: so many of the last slots of the prompts are seen; None for all.
-            scaling: factor on the scores.
         """
-        rows, kv_heads, repeats, size = query.shape
-        prompts = self.prompts[self.layer]
-        slots = prompts.shape[3] if reach is None else min(reach, prompts.shape[3])
-        key, value = prompts[..., -slots:, :]
-        bias = None if self._padding is None else self._padding[..., -slots:]
-        # All rows of a prompt are queries of one call: (n, kv_heads, most * repeats, D).
-        if self._places is None:
-            grid = query
-        else:
-            grid = query.new_zeros(len(key) * self._most, kv_heads, repeats, size)
-            grid[self._places] = query
-        grid = grid.view(len(key), self._most, kv_heads, repeats, size).transpose(1, 2).flatten(2, 3)
-        out, total = partial_attention(grid, key, value, bias, scaling)
-        out = out.unflatten(2, (self._most, repeats)).transpose(1, 2).flatten(0, 1)
-        total = total.unflatten(2, (self._most, repeats)).transpose(1, 2).flatten(0, 1)
-        return (out, total) if self._places is None else (out[self._places], total[self._places])
+        keys, values = self.prompts[self.layer]
+        first = 0 if reach is None else max(0, keys.shape[2] - reach)
+        padding = None if self._padding is None else self._padding[..., first:]
+        return keys[:, :, first:], values[:, :, first:], padding
 
     def _drop_prompts(self) -> None:
-        total = self.prompts[0].shape[1]
+        total = len(self.prompts[0][0])
         live = self.prompt_of_row.unique()
         if not 0 < 2 * len(live) <= total:
             return
-        for layer, prompts in enumerate(self.prompts):
-            self.prompts[layer] = prompts[:, live]
+        self.prompts = [(keys.mT[live].mT, values[live]) for keys, values in self.prompts]
         if self._padding is not None:
             self._padding = self._padding[live]
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
 
     def _arrange(self) -> None:
         """The place of each row in a table of prompts by rows; None if the rows fill it in order."""
-        of_prompt = torch.nn.functional.one_hot(self.prompt_of_row, self.prompts[0].shape[1])
+        of_prompt = torch.nn.functional.one_hot(self.prompt_of_row, len(self.prompts[0][0]))
         counts = of_prompt.cumsum(0)
         self._most = int(counts[-1].max()) if self.rows else 0
         number = counts.gather(1, self.prompt_of_row[:, None]).squeeze(1) - 1
         places = self.prompt_of_row * self._most + number
-        in_order = torch.equal(places, torch.arange(self.prompts[0].shape[1] * self._most, device=places.device))
+        in_order = torch.equal(places, torch.arange(of_prompt.shape[1] * self._most, device=places.device))
         self._places: Tensor | None = None if in_order else places
 
 
 class DecodeLayout:
-    """One new token per row looks at its prompt and at what its row has drawn."""
+    """One new token per row looks at its prompt and at what its row has drawn.
+
+    A prompt's keys are read once for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv 2402.05099).
+    Plain batched products: torch's fused attention on CPUs takes longer for its call than for a few keys.
+    """
 
     def __init__(self, cache: DecodeCache) -> None:
         self.cache = cache
@@ -158,27 +169,45 @@ class DecodeLayout:
     ) -> Tensor:
         """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)``; returns ``(R, heads, 1, D)``.
 
-        The query heads that share a key head are taken as several queries of it, so keys are never repeated.
+        Scores and sums in float32 or wider. The query heads that share a key head are several queries of it, so keys
+        are never repeated.
         """
-        rows, heads, _, size = query.shape
-        grouped = query.to(key.dtype).view(rows, key.shape[1], heads // key.shape[1], size)
+        (rows, heads, _, size), kv_heads = query.shape, key.shape[1]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        reach = None if window is None else max(0, window - key.shape[2])
         near = slice(None) if window is None else slice(-window, None)
-        parts = [partial_attention(grouped, key[:, :, near], value[:, :, near], None, scaling)]
-        reach = None if window is None else window - key.shape[2]
-        if reach is None or reach > 0:
-            parts.append(self.cache.attend_to_prompts(grouped, reach, scaling))
-        return combine(parts, sinks).to(key.dtype).reshape(rows, heads, 1, size)
+        *of_prompts, padding = self.cache.seen_of_prompts(reach)
+        prompt_key, prompt_value, key, value = (
+            x.flatten(0, 1).to(wide) for x in (*of_prompts, key[:, :, near], value[:, :, near])
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            scaled = query.to(wide).view(rows, kv_heads, -1, size) * scaling
+            to_prompts = torch.bmm(self.cache.by_prompt(scaled), prompt_key.mT)
+            if padding is not None:
+                to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
+            to_drawn = torch.bmm(scaled.flatten(0, 1), key.mT).unflatten(0, (rows, kv_heads))
+            scores = [self.cache.by_row(to_prompts, kv_heads), to_drawn]
+            if sinks is not None:
+                scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))
+            weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
+            to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
+            out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), prompt_value), kv_heads)
+            out = torch.baddbmm(out.flatten(0, 1), to_drawn.flatten(0, 1), value)
+        return out.to(query.dtype).view(rows, heads, 1, size)
 
 
-def _align(key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Packed ``(1, kv_heads, T, D)`` keys and values -> ``(2, n, kv_heads, P, D)``, right-aligned."""
-    _, heads, _, size = key.shape
-    aligned = torch.zeros(2, len(lengths), heads, max(lengths), size, dtype=product_dtype(key), device=key.device)
-    start = 0
-    for row, length in enumerate(lengths):
-        aligned[0, row, :, -length:] = key[0, :, start : start + length]
-        aligned[1, row, :, -length:] = value[0, :, start : start + length]
-        start += length
+def _align(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, in the dtype of the cache.
+
+    The row may be filled up: more tokens than the prompts have are left out.
+    """
+    _, heads, _, size = x.shape
+    dtype = product_dtype(x)
+    if x.device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    aligned = torch.zeros(len(lengths), heads, max(lengths), size, dtype=dtype, device=x.device)
+    for row, part in enumerate(x[0, :, : sum(lengths)].split(list(lengths), dim=1)):
+        aligned[row, :, -part.shape[1] :] = part
     return aligned
 
 
