@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.packing import linear_logprobs, logprobs
+from gspo_lightning.packing.logprobs import _own_entry
 from tests.support import relative_distance
 
 
@@ -112,3 +113,14 @@ def test_no_rows_give_no_logprobs_and_zero_gradient():
     ours, _ = linear_logprobs(h, w, torch.empty(0, dtype=torch.long))
     assert ours.shape == (0,)
     assert torch.autograd.grad(ours.sum(), [w])[0].abs().sum() == 0
+
+
+def test_the_entry_of_a_target_keeps_the_digits_of_the_forward_in_a_narrow_gradient():
+    logprobs = torch.tensor([-9.0, -6.83, -0.7, -1e-3, -1e-9, 0.0])
+    rest = torch.tensor([0.031, -0.0284, 0.0611, 0.007, -0.05, 0.02])
+    rounded, factor = _own_entry(logprobs, rest, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded * factor, torch.expm1(logprobs), rtol=2e-7, atol=0)
+    # All other entries of the row are p exp(rest): they are off by one rounding at most.
+    assert torch.allclose(factor * rest.exp(), torch.ones(6), rtol=2**-8, atol=0)
+    assert _own_entry(logprobs, 0 * rest, torch.float32)[1].eq(1).all()

@@ -123,29 +123,32 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         narrow, temperature = ctx.backward_dtype, ctx.temperature
         rows, wide = hidden.to(narrow), _wide(hidden)
-        # What all logits of a row are multiplied by goes to the narrow side of the products.
-        factor = -(torch.ones_like(logprobs) if ctx.with_entropy else grad_logprobs)[:, None] / temperature
-        weighted_rows = (wide * factor).to(narrow)
         # Taken off inside the product, before it is rounded: what is left of a likely token's logit is small.
         shift = -normaliser.to(narrow)
-        rest = (shift + normaliser)[:, None]
+        rest = shift + normaliser
+        own, own_factor = _own_entry(logprobs, rest, narrow)
+        # What all logits of a row are multiplied by goes to the narrow side of the products.
+        factor = -(torch.ones_like(logprobs) if ctx.with_entropy else grad_logprobs * own_factor)[:, None] / temperature
+        weighted_rows = (wide * factor).to(narrow)
         grad_hidden = torch.zeros_like(wide) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(hidden, len(weight), narrow):
                 narrow_weight = weight[part].to(narrow)
-                log_p = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature).to(wide.dtype)
-                log_p.sub_(rest)
+                # Log-probabilities plus the rest.
+                grad = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature)
                 inside = targets - part.start
                 if ctx.with_entropy:
+                    log_p = grad.to(wide.dtype).sub_(rest[:, None])
                     grad = _grad_of_both(log_p, inside, logprobs, entropy, grad_logprobs, grad_entropy, narrow)
+                    del log_p
                 else:
-                    grad = _set(log_p.exp_().to(narrow), inside, torch.expm1(logprobs))
+                    grad = _set(grad.exp_(), inside, own)
                 if grad_hidden is not None:
                     _add_product(grad_hidden, grad, narrow_weight)
                 if grad_weight is not None:
                     _put_product(grad_weight[part], grad.t(), weighted_rows)
-                del log_p, grad  # else they live while those of the next slice are made
+                del grad  # else it lives while that of the next slice is made
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -179,6 +182,16 @@ def _together(largest: Tensor, total: Tensor, chosen: Tensor, moment: Tensor) ->
     log_sum = (total * scale).sum(0).log()
     mean = ((moment + below * total) * scale).sum(0) / log_sum.exp()
     return (chosen + below).amax(0) - log_sum, overall + log_sum, log_sum - mean
+
+
+def _own_entry(logprobs: Tensor, rest: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``p - 1`` of the targets in rows of ``exp(rest) p``, rounded, and the factors that undo both ``(L,)``.
+
+    The factors take the rounding with them: the target's entry, most of a row's gradient, is as exact as the forward.
+    """
+    own = torch.expm1(logprobs)
+    rounded = (own * rest.exp()).to(narrow)
+    return rounded, torch.where(rounded == 0, rest.neg().exp(), own / rounded)
 
 
 def _grad_of_both(

@@ -173,17 +173,16 @@ class _Gated(torch.autograd.Function):
 def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The norm in ``dtype``, and the factors ``(..., 1)`` of the tokens in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = _dot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).mul_(weight).to(dtype), scale
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Over the last dimension, ``(..., 1)``; autocast would take `torch.linalg.vecdot` in a dtype of its own."""
-    return (a * b).sum(-1, keepdim=True)
-
-
 class _RMSNorm(torch.autograd.Function):
-    """Everything in float32 or wider."""
+    """Everything in float32 or wider. With ``y = s w x``, ``s = (mean(x^2) + eps)^-1/2`` and g the gradient of y:
+
+    that of x is ``s g w - s^3 x sum(g w x) / H``, and both it and that of w are sums over ``g x``.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -195,8 +194,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        grad, normed = grad.to(scale.dtype), x * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        mean = _dot(grad, normed).div_(x.shape[-1])
-        return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None, None
+        grad, wide = grad.to(scale.dtype), x.to(scale.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            products = (grad * wide).flatten(0, -2)
+            needed = ctx.needs_input_grad[1]
+            grad_weight = (scale.view(1, -1) @ products).view_as(weight).to(weight.dtype) if needed else None
+            along = (products @ weight.to(scale.dtype)).view_as(scale).mul_(scale.pow(3)).div_(-x.shape[-1])
+        return (grad * weight).mul_(scale).addcmul_(wide, along).to(x.dtype), grad_weight, None, None
