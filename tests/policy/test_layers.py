@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
@@ -44,16 +47,22 @@ def test_log_probabilities_and_gradients_are_those_of_plain_layers(checkpointing
     assert graphs[1] == graphs[2], "another row length compiled anew"
 
 
-def test_completions_are_those_of_plain_layers(micro_model_dir, compilations):
+def test_completions_are_those_of_plain_layers_and_every_layer_is_compiled(micro_model_dir, compilations, tmp_path):
+    # More layers than torch compiles graphs of one function: each has a number, which a cache asks for.
+    config = AutoConfig.from_pretrained(micro_model_dir, num_hidden_layers=10)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for file in micro_model_dir.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
     sampling = SamplingParams(num_generations=3, max_completion_length=12)
     prompts = [make_prompt([5, 6, 7], "a"), make_prompt([9, 4], "b")]
-    rollouts = [
-        TransformersEngine().generate(loaded(micro_model_dir, compile=flag), prompts, sampling, seed=3)
-        for flag in (False, True)
-    ]
-    assert compilations["unique_graphs"] > 0
+    policies = [loaded(tmp_path, compile=flag) for flag in (False, True)]
+    rollouts = [TransformersEngine().generate(policy, prompts, sampling, seed=3) for policy in policies]
     plain, compiled = ([c.token_ids.tolist() for group in r.completions for c in group] for r in rollouts)
     assert compiled == plain
+    policies[1](pack(random_groups([(7, [3, 5]), (4, [2])], 90), torch.device("cpu")))[0].sum().backward()
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 0
+    assert compilations["unique_graphs"] < 20
 
 
 def test_the_one_kernel_attention_is_refused_where_it_cannot_run(micro_model_dir, monkeypatch):

@@ -191,10 +191,15 @@ def check_attention(form: AttentionForm, dtype: str) -> None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Every layer of the language half becomes a compiled one, at its first forward and for rows of all lengths."""
+    """Every layer of the language half becomes a compiled one, at its first forward; from the second, for all lengths.
+
+    One graph serves all layers. A cache asks each for its number, which would otherwise be a constant: every layer a
+    graph of its own, and those beyond the limit not compiled at all, in training neither.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
     layers: Any = model.get_decoder().layers
     for layer in layers:
-        layer.compile(dynamic=True)
+        layer.compile(recompile_limit=64)
 
 
 def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
