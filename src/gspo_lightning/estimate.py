@@ -125,7 +125,10 @@ def estimate(
         longest = max(len(prompt.input_ids) for prompt in prompts)
         # Prompts are held once; those of a validation have a row each.
         held = max(min(len(prompts), max_concurrent // num_generations), min(validation_rows, max_concurrent))
-        rollout = _rollout_bytes(policy, rows, held * longest + rows * max_completion_length, precision)
+        slots = held * longest + rows * max_completion_length
+        # On a CPU keys and values are held in the dtype of the scores.
+        item = max(_product_bytes(policy, precision), 0 if on_gpu else 4)
+        rollout = _rollout_bytes(policy, rows, slots, item)
         if not on_gpu and max_concurrent and loader.quantization is None:
             rollout += _packed_bytes(policy, precision)
     per_parameter = OPTIMIZER_BYTES.get(optimizer)
@@ -213,11 +216,11 @@ def _saved_bytes(policy: Policy, micro: MicroBatch, precision: str) -> float:
     return float(sum(seen.values()))
 
 
-def _rollout_bytes(policy: Policy, rows: int, slots: int, precision: str) -> float:
-    """Keys and values of so many tokens, prompts once, and the logits of one step of all rows."""
+def _rollout_bytes(policy: Policy, rows: int, slots: int, item: int) -> float:
+    """Keys and values of ``item`` bytes of so many tokens, prompts once, and the logits of one step of all rows."""
     text = policy.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * _product_bytes(policy, precision)
+    cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * item
     return float(cache + LOGITS_COPIES * rows * policy.output_weight.shape[0] * 4)
 
 

@@ -115,6 +115,24 @@ def test_no_rows_give_no_logprobs_and_zero_gradient():
     assert torch.autograd.grad(ours.sum(), [w])[0].abs().sum() == 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_large_logits_in_bfloat16_give_the_gradient_of_float64(temperature):
+    # Normalisers near 200 and 400 are rounded by up to 0.5 and 1 before they are taken off: all of it must come back.
+    torch.manual_seed(4)
+    h, w, g, targets = torch.randn(40, 64), torch.randn(500, 64) * 0.1, torch.randn(40), torch.randint(500, (40,))
+    h[:, 0], w[:, 0] = 14.0, 14.0
+    h, w = (x.bfloat16().float().requires_grad_() for x in (h, w))  # numbers that products in bfloat16 take as they are
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = linear_logprobs(h, w, targets, temperature=temperature)
+    ours = torch.autograd.grad((value * g).sum(), [h, w])
+    h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
+    exact = torch.log_softmax(h64 @ w64.t() / temperature, -1).gather(1, targets[:, None]).squeeze(1)
+    expected = torch.autograd.grad((exact * g.double()).sum(), [h64, w64])
+    for a, b in zip(ours, expected, strict=True):
+        # The constant's own gradient is a sum that cancels.
+        assert relative_distance(a[:, 1:], b[:, 1:]) < 0.01
+
+
 def test_the_entry_of_a_target_keeps_the_digits_of_the_forward_in_a_narrow_gradient():
     logprobs = torch.tensor([-9.0, -6.83, -0.7, -1e-3, -1e-9, 0.0])
     rest = torch.tensor([0.031, -0.0284, 0.0611, 0.007, -0.05, 0.02])

@@ -24,7 +24,8 @@ def loaded(folder, **settings):
 def compilations():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters["stats"]
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=torch._dynamo.config.allow_unspec_int_on_nn_module):
+        yield torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
 
 

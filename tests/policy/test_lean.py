@@ -58,8 +58,8 @@ def test_derivatives_of_the_rotation_are_finite_differences_and_it_is_that_of_tr
     assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), inputs)
     theirs = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
     with torch.no_grad():
-        few = rotate(query, key, cos, sin)  # as in a decoding step
-    for ours in (rotate(query, key, cos, sin), few):
+        without = rotate(query, key, cos, sin)
+    for ours in (rotate(query, key, cos, sin), without):
         for a, b in zip(ours, theirs, strict=True):
             assert relative_distance(a, b) < 1e-14
 
@@ -69,22 +69,23 @@ def test_a_rotation_in_bfloat16_is_rounded_once():
     angles = torch.rand(1, 40, 4).repeat(1, 1, 2)
     exact = apply_rotary_pos_emb(query.double(), key.double(), angles.double().cos(), angles.double().sin(), 2)
     with torch.no_grad():
-        few = rotate(query, key, angles.cos(), angles.sin())
+        without = rotate(query, key, angles.cos(), angles.sin())
     trained = rotate(query.clone().requires_grad_(), key, angles.cos(), angles.sin())
-    for ours, there in zip([*trained, *few], [*exact, *exact], strict=True):
+    for ours, there in zip([*trained, *without], [*exact, *exact], strict=True):
         assert ours.dtype == torch.bfloat16
         # Half a unit in the last place, of which bfloat16 has 8 bits.
         assert ((ours.double() - there).abs() <= 2**-9 * 2.001 * there.abs().clamp(min=1e-3)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_few_tokens_are_rotated_to_the_same_bits_with_and_without_gradient(dtype):
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_tokens_are_rotated_to_the_same_bits_with_and_without_gradient(dtype, tokens):
     """Old log-probabilities come from a pass without; the ratio of unmoved weights is exactly one."""
-    query, key = torch.randn(1, 40, 3, 8).to(dtype), torch.randn(1, 40, 1, 8).to(dtype)
-    angles = 100 * torch.rand(1, 40, 4).repeat(1, 1, 2)
+    query, key = torch.randn(1, tokens, 3, 8).to(dtype), torch.randn(1, tokens, 1, 8).to(dtype)
+    angles = 100 * torch.rand(1, tokens, 4).repeat(1, 1, 2)
     with torch.no_grad():
-        few = rotate(query, key, angles.cos(), angles.sin())
-    for a, b in zip(few, rotate(query.requires_grad_(), key, angles.cos(), angles.sin()), strict=True):
+        without = rotate(query, key, angles.cos(), angles.sin())
+    for a, b in zip(without, rotate(query.requires_grad_(), key, angles.cos(), angles.sin()), strict=True):
         assert torch.equal(a, b)
 
 

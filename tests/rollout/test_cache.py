@@ -27,11 +27,19 @@ def reference(query, keys, values, scaling, window, sinks):
 @pytest.mark.parametrize("window", [None, 1, 4, 8], ids="window {}".format)
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4]], ids=["ragged", "equal"])
-def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(window, with_sinks, lengths):
+@pytest.mark.parametrize("kind", ["float64", "bf16-mixed", "bf16-true"])
+def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(window, with_sinks, lengths, kind):
+    """In bfloat16 too everything but the operands, and the result of bf16-true, is float32 at least."""
     generator = torch.Generator().manual_seed(3)
+    dtype = {"float64": torch.float64, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}[kind]
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16-mixed")
+    bounds = {"float64": (1e-12, 1e-13), "bf16-mixed": (2e-6, 1e-6), "bf16-true": (2**-8, 1e-6)}[kind]
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def rounded(x):
+        return (x if kind == "float64" else x.bfloat16()).double()
 
     sinks = random(HEADS) if with_sinks else None
     prefill = PrefillCache()
@@ -39,11 +47,16 @@ def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(wi
     packed = [[random(1, KV_HEADS, sum(lengths) + 3, SIZE) for _ in range(2)] for _ in range(2)]
     for layer, (key, value) in enumerate(packed):
         prefill.update(key, value, layer)
-    cache = DecodeCache(prefill, lengths, REPEATS, STEPS)
+    with mixed:
+        cache = DecodeCache(prefill, lengths, REPEATS, STEPS)
+    held = torch.promote_types(dtype, torch.float32)
+    assert {x.dtype for x in (*cache.prompts[0], cache.drawn[0])} == {held}
     # What every row has seen, kept apart: (layer, row) -> [keys, values], each (kv_heads, n, D).
     ends = torch.tensor(lengths).cumsum(0).tolist()
     seen = {
-        (layer, row): [x[0, :, ends[row // REPEATS] - lengths[row // REPEATS] : ends[row // REPEATS]] for x in states]
+        (layer, row): [
+            rounded(x[0, :, ends[row // REPEATS] - lengths[row // REPEATS] : ends[row // REPEATS]]) for x in states
+        ]
         for layer, states in enumerate(packed)
         for row in range(len(lengths) * REPEATS)
     }
@@ -54,14 +67,18 @@ def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(wi
         layout = cache.layout()
         for layer in range(2):
             query = random(len(rows), HEADS, 1, SIZE)
-            key, value = cache.update(*(random(len(rows), KV_HEADS, 1, SIZE) for _ in range(2)), layer)
-            out = layout.attend(query, key, value, scaling=0.4, window=window, sinks=sinks)
+            with mixed:
+                key, value = cache.update(*(random(len(rows), KV_HEADS, 1, SIZE) for _ in range(2)), layer)
+                out = layout.attend(query, key, value, scaling=0.4, window=window, sinks=sinks)
+            assert out.dtype == dtype
             for number, row in enumerate(rows):
                 own = seen[layer, row]
-                own[0] = torch.cat([own[0], key[number, :, -1:]], dim=1)
-                own[1] = torch.cat([own[1], value[number, :, -1:]], dim=1)
-                expected = reference(query[number, :, 0], *own, 0.4, window, sinks)
-                assert torch.allclose(out[number, :, 0], expected, rtol=1e-12, atol=1e-13), (step, layer, row)
+                own[0] = torch.cat([own[0], key[number, :, -1:].double()], dim=1)
+                own[1] = torch.cat([own[1], value[number, :, -1:].double()], dim=1)
+                asked, sink = rounded(query[number, :, 0]), None if sinks is None else sinks.double()
+                expected, (relative, absolute) = reference(asked, *own, 0.4, window, sink), bounds
+                found = out[number, :, 0].double()
+                assert torch.allclose(found, expected, rtol=relative, atol=absolute), (step, layer, row)
         cache.advance()
         kept = cache.keep(torch.tensor([row not in leaving.get(step, ()) for row in rows]))
         rows = [rows[index] for index in kept.tolist()]
@@ -78,7 +95,7 @@ def test_prompts_are_dropped_when_half_of_them_have_no_rows():
     prefill.update(key, value, 0)
     cache = DecodeCache(prefill, lengths, 2, 4)
     kept = cache.keep(torch.tensor([False, False, False, True, False, False, True, False, False, False]))
-    assert len(cache.prompts[0][0]) == 2
+    assert len(cache.prompts[0][0]) == 2 and cache.prompts[0][0].mT.is_contiguous()
     query, own_key, own_value = (torch.randn(2, n, 1, SIZE, generator=generator).double() for n in (HEADS, 2, 2))
     states = cache.update(own_key, own_value, 0)
     out = cache.layout().attend(query, *states, scaling=0.4, window=None, sinks=None)

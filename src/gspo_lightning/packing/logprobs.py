@@ -124,6 +124,7 @@ class _LinearLogprobs(torch.autograd.Function):
         narrow, temperature = ctx.backward_dtype, ctx.temperature
         rows, wide = hidden.to(narrow), _wide(hidden)
         # Taken off inside the product, before it is rounded: what is left of a likely token's logit is small.
+        # What its own rounding left is `rest`: a row holds log-probabilities plus that.
         shift = -normaliser.to(narrow)
         rest = shift + normaliser
         own, own_factor = _own_entry(logprobs, rest, narrow)
@@ -135,20 +136,18 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(hidden, len(weight), narrow):
                 narrow_weight = weight[part].to(narrow)
-                # Log-probabilities plus the rest.
-                grad = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature)
+                shifted = torch.addmm(shift[:, None], rows, narrow_weight.t(), alpha=1 / temperature)
                 inside = targets - part.start
                 if ctx.with_entropy:
-                    log_p = grad.to(wide.dtype).sub_(rest[:, None])
-                    grad = _grad_of_both(log_p, inside, logprobs, entropy, grad_logprobs, grad_entropy, narrow)
-                    del log_p
+                    shifted = shifted.to(wide.dtype).sub_(rest[:, None])
+                    grad = _grad_of_both(shifted, inside, logprobs, entropy, grad_logprobs, grad_entropy, narrow)
                 else:
-                    grad = _set(grad.exp_(), inside, own)
+                    grad = _set(shifted.exp_(), inside, own)
                 if grad_hidden is not None:
                     _add_product(grad_hidden, grad, narrow_weight)
                 if grad_weight is not None:
                     _put_product(grad_weight[part], grad.t(), weighted_rows)
-                del grad  # else it lives while that of the next slice is made
+                del shifted, grad  # else they live while those of the next slice are made
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None

@@ -181,7 +181,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
 class _RMSNorm(torch.autograd.Function):
     """Everything in float32 or wider. With ``y = s w x``, ``s = (mean(x^2) + eps)^-1/2`` and g the gradient of y:
 
-    that of x is ``s g w - s^3 x sum(g w x) / H``, and both it and that of w are sums over ``g x``.
+    that of x is ``s g w - s^3 x sum(g w x) / H`` (``along`` is the factor of x), that of w ``sum(s g x)`` over tokens.
     """
 
     @staticmethod
@@ -198,6 +198,7 @@ class _RMSNorm(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             products = (grad * wide).flatten(0, -2)
             needed = ctx.needs_input_grad[1]
-            grad_weight = (scale.view(1, -1) @ products).view_as(weight).to(weight.dtype) if needed else None
+            # Products with vectors, which no setting lets a GPU compute in TF32.
+            grad_weight = (products.t() @ scale.flatten()).view_as(weight).to(weight.dtype) if needed else None
             along = (products @ weight.to(scale.dtype)).view_as(scale).mul_(scale.pow(3)).div_(-x.shape[-1])
         return (grad * weight).mul_(scale).addcmul_(wide, along).to(x.dtype), grad_weight, None, None

@@ -41,7 +41,8 @@ class DecodeCache(Cache):
     rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
     rows are dropped when they are half of all.
 
-    On CPUs both are in the dtype of the scores, so that nothing is cast per token.
+    The numbers are rounded to the dtype of the products, as in training. On CPUs they are held in that of the scores, so
+    that nothing is cast per token.
 
     Args:
         prefill: of the prompts; emptied.
@@ -75,8 +76,8 @@ class DecodeCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots of what was drawn."""
         self.layer, drawn = layer_idx, self.drawn[layer_idx]
-        drawn[0, : self.rows, :, self.slots_filled] = key_states[:, :, 0]
-        drawn[1, : self.rows, :, self.slots_filled] = value_states[:, :, 0]
+        for place, states in zip(drawn, (key_states, value_states), strict=True):
+            place[: self.rows, :, self.slots_filled] = states[:, :, 0].to(product_dtype(states))
         filled = drawn[:, : self.rows, :, : self.slots_filled + 1]
         return filled[0], filled[1]
 
@@ -138,7 +139,8 @@ class DecodeCache(Cache):
         live = self.prompt_of_row.unique()
         if not 0 < 2 * len(live) <= total:
             return
-        self.prompts = [(keys.mT[live].mT, values[live]) for keys, values in self.prompts]
+        for layer, (keys, values) in enumerate(self.prompts):
+            self.prompts[layer] = keys.mT[live].mT, values[live]
         if self._padding is not None:
             self._padding = self._padding[live]
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
@@ -157,7 +159,7 @@ class DecodeCache(Cache):
 class DecodeLayout:
     """One new token per row looks at its prompt and at what its row has drawn.
 
-    A prompt's keys are read once for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv 2402.05099).
+    A prompt's keys are one operand for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv 2402.05099).
     Plain batched products: torch's fused attention on CPUs takes longer for its call than for a few keys.
     """
 
@@ -169,30 +171,31 @@ class DecodeLayout:
     ) -> Tensor:
         """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)``; returns ``(R, heads, 1, D)``.
 
-        Scores and sums in float32 or wider. The query heads that share a key head are several queries of it, so keys
-        are never repeated.
+        Scores and sums in float32 or wider of numbers in the dtype of the products. The query heads that share a key
+        head are several queries of it, so keys are never repeated.
         """
         (rows, heads, _, size), kv_heads = query.shape, key.shape[1]
         wide = torch.promote_types(query.dtype, torch.float32)
+
+        def operand(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).to(wide)
+
         reach = None if window is None else max(0, window - key.shape[2])
         near = slice(None) if window is None else slice(-window, None)
-        *of_prompts, padding = self.cache.seen_of_prompts(reach)
-        prompt_key, prompt_value, key, value = (
-            x.flatten(0, 1).to(wide) for x in (*of_prompts, key[:, :, near], value[:, :, near])
-        )
+        prompt_key, prompt_value, padding = self.cache.seen_of_prompts(reach)
+        scaled = query.to(product_dtype(query)).to(wide).view(rows, kv_heads, -1, size) * scaling
         with torch.autocast(query.device.type, enabled=False):
-            scaled = query.to(wide).view(rows, kv_heads, -1, size) * scaling
-            to_prompts = torch.bmm(self.cache.by_prompt(scaled), prompt_key.mT)
+            to_prompts = torch.bmm(self.cache.by_prompt(scaled), operand(prompt_key).mT)
             if padding is not None:
                 to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
-            to_drawn = torch.bmm(scaled.flatten(0, 1), key.mT).unflatten(0, (rows, kv_heads))
+            to_drawn = torch.bmm(operand(scaled), operand(key[:, :, near]).mT).unflatten(0, (rows, kv_heads))
             scores = [self.cache.by_row(to_prompts, kv_heads), to_drawn]
             if sinks is not None:
                 scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))
             weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
             to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
-            out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), prompt_value), kv_heads)
-            out = torch.baddbmm(out.flatten(0, 1), to_drawn.flatten(0, 1), value)
+            out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), operand(prompt_value)), kv_heads)
+            out = torch.baddbmm(operand(out), operand(to_drawn), operand(value[:, :, near]))
         return out.to(query.dtype).view(rows, heads, 1, size)
 
 
@@ -201,11 +204,9 @@ def _align(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
     The row may be filled up: more tokens than the prompts have are left out.
     """
-    _, heads, _, size = x.shape
-    dtype = product_dtype(x)
-    if x.device.type == "cpu":
-        dtype = torch.promote_types(dtype, torch.float32)
-    aligned = torch.zeros(len(lengths), heads, max(lengths), size, dtype=dtype, device=x.device)
+    x = x.to(product_dtype(x))
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3], dtype=dtype)
     for row, part in enumerate(x[0, :, : sum(lengths)].split(list(lengths), dim=1)):
         aligned[row, :, -part.shape[1] :] = part
     return aligned
