@@ -194,8 +194,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Every layer of the language half becomes a compiled one, at its first forward; from the second, for all lengths.
 
     One graph serves all layers. A cache asks each for its number, which would otherwise be a constant: every layer a
-    graph of its own, and those beyond the limit not compiled at all, in training neither. The setting that says so holds
-    for all of torch.compile in this process: layers are compiled when they run.
+    graph of its own, and those beyond the limit not compiled at all, in training neither. The setting that says so
+    holds for all of torch.compile in this process: layers are compiled when they run.
     """
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     layers: Any = model.get_decoder().layers

@@ -41,8 +41,8 @@ class DecodeCache(Cache):
     rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
     rows are dropped when they are half of all.
 
-    The numbers are rounded to the dtype of the products, as in training. On CPUs they are held in that of the scores, so
-    that nothing is cast per token.
+    The numbers are rounded to the dtype of the products, as in training. On CPUs they are held in that of the scores,
+    so that nothing is cast per token.
 
     Args:
         prefill: of the prompts; emptied.
@@ -159,8 +159,8 @@ class DecodeCache(Cache):
 class DecodeLayout:
     """One new token per row looks at its prompt and at what its row has drawn.
 
-    A prompt's keys are one operand for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv 2402.05099).
-    Plain batched products: torch's fused attention on CPUs takes longer for its call than for a few keys.
+    A prompt's keys are one operand for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv
+    2402.05099). Plain batched products: torch's fused attention on CPUs takes longer for its call than for a few keys.
     """
 
     def __init__(self, cache: DecodeCache) -> None:
