@@ -27,13 +27,20 @@ def reference(query, keys, values, scaling, window, sinks):
 @pytest.mark.parametrize("window", [None, 1, 4, 8], ids="window {}".format)
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4]], ids=["ragged", "equal"])
-@pytest.mark.parametrize("kind", ["float64", "bf16-mixed", "bf16-true"])
-def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(window, with_sinks, lengths, kind):
-    """In bfloat16 too everything but the operands, and the result of bf16-true, is float32 at least."""
+@pytest.mark.parametrize("kind", ["float64", "bf16-mixed", "bf16-true", "bf16 fused"])
+def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(
+    window, with_sinks, lengths, kind, monkeypatch
+):
+    """In bfloat16 too everything but the operands, and the result of bf16-true, is float32 at least.
+
+    The fused kernel rounds its weights as well, and each of its two parts.
+    """
+    if kind == "bf16 fused":
+        monkeypatch.setattr("gspo_lightning.rollout.cache.FEW_KEYS", 0)
     generator = torch.Generator().manual_seed(3)
-    dtype = {"float64": torch.float64, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}[kind]
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16-mixed")
-    bounds = {"float64": (1e-12, 1e-13), "bf16-mixed": (2e-6, 1e-6), "bf16-true": (2**-8, 1e-6)}[kind]
+    dtype = {"float64": torch.float64, "bf16-true": torch.bfloat16}.get(kind, torch.float32)
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32)
+    bounds = {"float64": (1e-12, 1e-13), "bf16-mixed": (2e-6, 1e-6), "bf16-true": (2**-8, 1e-6)}.get(kind, (0, 2**-6))
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -49,7 +56,7 @@ def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(wi
         prefill.update(key, value, layer)
     with mixed:
         cache = DecodeCache(prefill, lengths, REPEATS, STEPS)
-    held = torch.promote_types(dtype, torch.float32)
+    held = torch.bfloat16 if kind == "bf16 fused" else torch.promote_types(dtype, torch.float32)
     assert {x.dtype for x in (*cache.prompts[0], cache.drawn[0])} == {held}
     # What every row has seen, kept apart: (layer, row) -> [keys, values], each (kv_heads, n, D).
     ends = torch.tensor(lengths).cumsum(0).tolist()

@@ -10,6 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from gspo_lightning.packing.products import product_dtype
+from gspo_lightning.rollout.cascade import combine, partial_attention
+
+FEW_KEYS = 96
+"""Of a prompt and its completion, in a cache on a CPU: so many take less time in float32 than in a fused kernel."""
 
 KeysValues = tuple[Tensor, Tensor]
 """``(rows, kv_heads, tokens, D)`` each."""
@@ -41,8 +45,8 @@ class DecodeCache(Cache):
     rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
     rows are dropped when they are half of all.
 
-    The numbers are rounded to the dtype of the products, as in training. On CPUs they are held in that of the scores,
-    so that nothing is cast per token.
+    The numbers are rounded to the dtype of the products, as in training. On CPUs few keys are held in that of the
+    scores, so that nothing is cast per token.
 
     Args:
         prefill: of the prompts; emptied.
@@ -59,10 +63,14 @@ class DecodeCache(Cache):
         self.drawn: list[Tensor] = []
         while prefill.states:
             keys, values = prefill.states.pop(0)
-            # A dimension of all keys lies side by side in memory: products with them take half the time.
-            prompts = _align(keys, prompt_lengths).mT.contiguous().mT, _align(values, prompt_lengths)
-            self.prompts.append(prompts)
-            self.drawn.append(prompts[1].new_empty(2, self.rows, keys.shape[1], new_tokens, keys.shape[3]))
+            few = max(prompt_lengths) + new_tokens <= FEW_KEYS
+            prompt_keys, prompt_values = (_align(x, prompt_lengths, widen=few) for x in (keys, values))
+            if prompt_keys.dtype != torch.bfloat16:
+                # A dimension of all keys side by side in memory: plain products take half the time. Fused kernels
+                # read tokens, and do not look at strides.
+                prompt_keys = prompt_keys.mT.contiguous().mT
+            self.prompts.append((prompt_keys, prompt_values))
+            self.drawn.append(prompt_values.new_empty(2, self.rows, keys.shape[1], new_tokens, keys.shape[3]))
         device = self.prompts[0][0].device
         self.prompt_of_row = torch.arange(len(prompt_lengths), device=device).repeat_interleave(repeats)
         self.layer = 0
@@ -140,7 +148,8 @@ class DecodeCache(Cache):
         if not 0 < 2 * len(live) <= total:
             return
         for layer, (keys, values) in enumerate(self.prompts):
-            self.prompts[layer] = keys.mT[live].mT, values[live]
+            kept = keys[live] if keys.is_contiguous() else keys.mT[live].mT
+            self.prompts[layer] = kept, values[live]
         if self._padding is not None:
             self._padding = self._padding[live]
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
@@ -160,7 +169,7 @@ class DecodeLayout:
     """One new token per row looks at its prompt and at what its row has drawn.
 
     A prompt's keys are one operand for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv
-    2402.05099). Plain batched products: torch's fused attention on CPUs takes longer for its call than for a few keys.
+    2402.05099). The query heads that share a key head are several queries of it, so keys are never repeated.
     """
 
     def __init__(self, cache: DecodeCache) -> None:
@@ -171,41 +180,66 @@ class DecodeLayout:
     ) -> Tensor:
         """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)``; returns ``(R, heads, 1, D)``.
 
-        Scores and sums in float32 or wider of numbers in the dtype of the products. The query heads that share a key
-        head are several queries of it, so keys are never repeated.
+        Scores and sums are in float32 or wider, of numbers in the dtype of the products.
         """
-        (rows, heads, _, size), kv_heads = query.shape, key.shape[1]
+        grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
+        reach = None if window is None else max(0, window - key.shape[2])
+        near = slice(None) if window is None else slice(-window, None)
+        fused = key.device.type == "cpu" and key.dtype == torch.bfloat16
+        attend = self._fused if fused else self._products
+        with torch.autocast(query.device.type, enabled=False):
+            out = attend(grouped, key[:, :, near], value[:, :, near], reach, scaling, sinks)
+        return out.to(query.dtype).reshape(query.shape)
+
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
+    ) -> Tensor:
+        """Prompt and drawn tokens by a fused kernel each, whose call takes longer than a few keys do."""
+        parts = [partial_attention(query, key, value, None, scaling)]
+        if reach != 0:
+            kv_heads = key.shape[1]
+            prompt_key, prompt_value, padding = self.cache.seen_of_prompts(reach)
+            grid = self.cache.by_prompt(query).unflatten(0, (-1, kv_heads))
+            out, total = partial_attention(grid, prompt_key, prompt_value, padding, scaling)
+            total = self.cache.by_row(total.flatten(0, 1)[..., None], kv_heads).squeeze(-1)
+            parts.append((self.cache.by_row(out.flatten(0, 1), kv_heads), total))
+        return combine(parts, sinks)
+
+    def _products(
+        self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
+    ) -> Tensor:
+        """One softmax over the scores of both, by plain batched products."""
+        rows, kv_heads = query.shape[:2]
         wide = torch.promote_types(query.dtype, torch.float32)
 
         def operand(x: Tensor) -> Tensor:
             return x.flatten(0, 1).to(wide)
 
-        reach = None if window is None else max(0, window - key.shape[2])
-        near = slice(None) if window is None else slice(-window, None)
         prompt_key, prompt_value, padding = self.cache.seen_of_prompts(reach)
-        scaled = query.to(product_dtype(query)).to(wide).view(rows, kv_heads, -1, size) * scaling
-        with torch.autocast(query.device.type, enabled=False):
-            to_prompts = torch.bmm(self.cache.by_prompt(scaled), operand(prompt_key).mT)
-            if padding is not None:
-                to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
-            to_drawn = torch.bmm(operand(scaled), operand(key[:, :, near]).mT).unflatten(0, (rows, kv_heads))
-            scores = [self.cache.by_row(to_prompts, kv_heads), to_drawn]
-            if sinks is not None:
-                scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))
-            weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
-            to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
-            out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), operand(prompt_value)), kv_heads)
-            out = torch.baddbmm(operand(out), operand(to_drawn), operand(value[:, :, near]))
-        return out.to(query.dtype).view(rows, heads, 1, size)
+        scaled = query.to(wide) * scaling
+        to_prompts = torch.bmm(self.cache.by_prompt(scaled), operand(prompt_key).mT)
+        if padding is not None:
+            to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
+        to_drawn = torch.bmm(operand(scaled), operand(key).mT).unflatten(0, (rows, kv_heads))
+        scores = [self.cache.by_row(to_prompts, kv_heads), to_drawn]
+        if sinks is not None:
+            scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))
+        weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
+        to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
+        out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), operand(prompt_value)), kv_heads)
+        return torch.baddbmm(operand(out), operand(to_drawn), operand(value)).view(query.shape)
 
 
-def _align(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, in the dtype of the cache.
+def _align(x: Tensor, lengths: Sequence[int], *, widen: bool) -> Tensor:
+    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned.
 
-    The row may be filled up: more tokens than the prompts have are left out.
+    Args:
+        x: may be filled up: more tokens than the prompts have are left out.
+        lengths: of the prompts.
+        widen: on CPUs, to float32 after rounding to the dtype of the products.
     """
     x = x.to(product_dtype(x))
-    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    dtype = torch.promote_types(x.dtype, torch.float32) if widen and x.device.type == "cpu" else x.dtype
     aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3], dtype=dtype)
     for row, part in enumerate(x[0, :, : sum(lengths)].split(list(lengths), dim=1)):
         aligned[row, :, -part.shape[1] :] = part
