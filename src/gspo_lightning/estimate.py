@@ -23,6 +23,7 @@ from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.reading import load_config
 from gspo_lightning.policy.vision import packs_pictures, vision_parts
+from gspo_lightning.rollout.cache import FEW_KEYS
 from gspo_lightning.timing import rss_gb
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
 from gspo_lightning.update import MicroBatch, UpdateSettings, build_micro_batch, split_minibatches
@@ -126,9 +127,9 @@ def estimate(
         # Prompts are held once; those of a validation have a row each.
         held = max(min(len(prompts), max_concurrent // num_generations), min(validation_rows, max_concurrent))
         slots = held * longest + rows * max_completion_length
-        # On a CPU keys and values are held in the dtype of the scores.
-        item = max(_product_bytes(policy, precision), 0 if on_gpu else 4)
-        rollout = _rollout_bytes(policy, rows, slots, item)
+        # On a CPU few keys are held in the dtype of the scores (`DecodeCache`).
+        widened = 4 if not on_gpu and longest + max_completion_length <= FEW_KEYS else 0
+        rollout = _rollout_bytes(policy, rows, slots, max(_product_bytes(policy, precision), widened))
         if not on_gpu and max_concurrent and loader.quantization is None:
             rollout += _packed_bytes(policy, precision)
     per_parameter = OPTIMIZER_BYTES.get(optimizer)

@@ -161,8 +161,9 @@ def test_test_script_selects_tiers_and_passes_the_rest_to_pytest(
     sandbox: Sandbox, options: list[str], marks: str
 ) -> None:
     sandbox.run("scripts/test.sh", *options, "-k", "a b")
+    workers = "" if options else "-n 2 --dist loadfile "
     assert sandbox.installs[1].endswith("[test]")
-    assert sandbox.calls[-1] == f"-m pytest -n 2 --dist loadfile -m {marks} -k a b"
+    assert sandbox.calls[-1] == f"-m pytest {workers}-m {marks} -k a b"
 
 
 def test_vllm_gets_an_environment_of_its_own_from_the_lock_alone_and_once(sandbox: Sandbox) -> None:

@@ -45,8 +45,8 @@ class DecodeCache(Cache):
     rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
     rows are dropped when they are half of all.
 
-    The numbers are rounded to the dtype of the products, as in training. On CPUs few keys are held in that of the
-    scores, so that nothing is cast per token.
+    The numbers are rounded to the dtype of the products, as in training. On CPUs they are held in that of the scores,
+    so that nothing is cast per token, but for many keys in bfloat16, which a fused kernel reads (`fused`).
 
     Args:
         prefill: of the prompts; emptied.
@@ -61,17 +61,15 @@ class DecodeCache(Cache):
         self.slots_filled = 0
         self.prompts: list[KeysValues] = []
         self.drawn: list[Tensor] = []
+        device, dtype = prefill.states[0][0].device, product_dtype(prefill.states[0][0])
+        many = max(prompt_lengths) + new_tokens > FEW_KEYS
+        self.fused = device.type == "cpu" and dtype == torch.bfloat16 and many
+        if device.type == "cpu" and not self.fused:
+            dtype = torch.promote_types(dtype, torch.float32)
         while prefill.states:
-            keys, values = prefill.states.pop(0)
-            few = max(prompt_lengths) + new_tokens <= FEW_KEYS
-            prompt_keys, prompt_values = (_align(x, prompt_lengths, widen=few) for x in (keys, values))
-            if prompt_keys.dtype != torch.bfloat16:
-                # A dimension of all keys side by side in memory: plain products take half the time. Fused kernels
-                # read tokens, and do not look at strides.
-                prompt_keys = prompt_keys.mT.contiguous().mT
-            self.prompts.append((prompt_keys, prompt_values))
-            self.drawn.append(prompt_values.new_empty(2, self.rows, keys.shape[1], new_tokens, keys.shape[3]))
-        device = self.prompts[0][0].device
+            keys, values = (_align(x, prompt_lengths, dtype) for x in prefill.states.pop(0))
+            self.prompts.append((self._laid_out(keys.mT), values))
+            self.drawn.append(values.new_empty(2, self.rows, values.shape[1], new_tokens, values.shape[3]))
         self.prompt_of_row = torch.arange(len(prompt_lengths), device=device).repeat_interleave(repeats)
         self.layer = 0
         """The one whose keys were written last, which is the one that attends."""
@@ -142,14 +140,21 @@ class DecodeCache(Cache):
         padding = None if self._padding is None else self._padding[..., first:]
         return keys[:, :, first:], values[:, :, first:], padding
 
+    def _laid_out(self, keys: Tensor) -> Tensor:
+        """``(n, kv_heads, D, P)`` -> ``(n, kv_heads, P, D)``, in the order in memory that attention reads fastest.
+
+        A product takes half the time where a dimension of all keys lies side by side. The fused kernel takes tokens to
+        lie so whatever the strides say.
+        """
+        return keys.mT.contiguous() if self.fused else keys.contiguous().mT
+
     def _drop_prompts(self) -> None:
         total = len(self.prompts[0][0])
         live = self.prompt_of_row.unique()
         if not 0 < 2 * len(live) <= total:
             return
         for layer, (keys, values) in enumerate(self.prompts):
-            kept = keys[live] if keys.is_contiguous() else keys.mT[live].mT
-            self.prompts[layer] = kept, values[live]
+            self.prompts[layer] = self._laid_out(keys.mT[live]), values[live]
         if self._padding is not None:
             self._padding = self._padding[live]
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
@@ -185,8 +190,7 @@ class DecodeLayout:
         grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
         reach = None if window is None else max(0, window - key.shape[2])
         near = slice(None) if window is None else slice(-window, None)
-        fused = key.device.type == "cpu" and key.dtype == torch.bfloat16
-        attend = self._fused if fused else self._products
+        attend = self._fused if self.cache.fused else self._products
         with torch.autocast(query.device.type, enabled=False):
             out = attend(grouped, key[:, :, near], value[:, :, near], reach, scaling, sinks)
         return out.to(query.dtype).reshape(query.shape)
@@ -230,16 +234,15 @@ class DecodeLayout:
         return torch.baddbmm(operand(out), operand(to_drawn), operand(value)).view(query.shape)
 
 
-def _align(x: Tensor, lengths: Sequence[int], *, widen: bool) -> Tensor:
-    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned.
+def _align(x: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, rounded to the dtype of the products.
 
     Args:
         x: may be filled up: more tokens than the prompts have are left out.
         lengths: of the prompts.
-        widen: on CPUs, to float32 after rounding to the dtype of the products.
+        dtype: of the result, that of the products or wider.
     """
     x = x.to(product_dtype(x))
-    dtype = torch.promote_types(x.dtype, torch.float32) if widen and x.device.type == "cpu" else x.dtype
     aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3], dtype=dtype)
     for row, part in enumerate(x[0, :, : sum(lengths)].split(list(lengths), dim=1)):
         aligned[row, :, -part.shape[1] :] = part
