@@ -21,7 +21,7 @@ def busy_tokens(on_gpu: bool, narrow: bool) -> int:
     """
     if on_gpu:
         return 8192
-    return 1536 if narrow else 1024
+    return 2304 if narrow else 1024
 
 
 def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:

@@ -22,6 +22,7 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.patches import multiply_patches
 from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.quantization import keep_packing, quantization_arguments
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
@@ -126,7 +127,8 @@ class PolicyLoader:
         return model.train()
 
     def change_layers(self, model: PreTrainedModel) -> None:
-        """Compiled or leaner layers; recomputed ones stay as they are."""
+        """Compiled or leaner layers; recomputed ones stay as they are. Patches of pictures are multiplied."""
+        multiply_patches(model)
         if self.compile:
             compile_layers(model)
         elif not self.gradient_checkpointing:

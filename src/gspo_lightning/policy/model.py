@@ -15,6 +15,7 @@ from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, linear_logpr
 from gspo_lightning.packing.products import product_dtype, rows_missing
 from gspo_lightning.policy.attention import layout_mask
 from gspo_lightning.policy.padded import padded_logprobs
+from gspo_lightning.policy.tied import tied_weight
 from gspo_lightning.policy.vision import Vision
 from gspo_lightning.types import Prompt
 
@@ -160,13 +161,14 @@ class Policy(nn.Module):
         """
         if self.is_padded:
             return padded_logprobs(self.base_model, packed, temperature, with_entropy)
-        hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)[0]
+        with tied_weight(self.base_model.get_input_embeddings(), self.output_weight) as head:
+            hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)[0]
         # The end of a prompt predicts for all its completions, so a backward adds up. In an order of its own: that of
         # `index_select` on a GPU, that of indexing on a CPU; a resumed run would have other bits.
         at = packed.predictor_index
         return linear_logprobs(
             hidden[at] if hidden.is_cuda else hidden.index_select(0, at),
-            self.output_weight,
+            head,
             packed.target_ids,
             temperature=temperature,
             with_entropy=with_entropy,
