@@ -38,9 +38,13 @@ class Sandbox:
             shutil.copy(ROOT / name, self.root / name)
         self.log = folder / "calls"
         write_program(self.root / ".venv/bin/python", FAKE_VENV_PYTHON.replace("{real}", sys.executable))
+        # .ci/run installs system programs where it may: not from a test.
+        self.programs = folder / "programs"
+        write_program(self.programs / "apt-get", "#!/bin/sh\n")
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ}
+        kept["PATH"] = os.pathsep.join([str(self.programs), os.environ["PATH"]])
         self.log.unlink(missing_ok=True)
         return subprocess.run(
             ["bash", str(self.root / script), *arguments],
