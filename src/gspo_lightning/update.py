@@ -20,7 +20,7 @@ def busy_tokens(on_gpu: bool, narrow: bool) -> int:
 
     Args:
         on_gpu: or else on a CPU.
-        narrow: products in a narrower dtype than the weights, which are cast for every micro-batch.
+        narrow: products in a narrower dtype than the weights.
     """
     if on_gpu:
         return 8192

@@ -43,8 +43,7 @@ class Sandbox:
         write_program(self.programs / "apt-get", "#!/bin/sh\n")
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ}
-        kept["PATH"] = os.pathsep.join([str(self.programs), os.environ["PATH"]])
+        kept = {"HOME": os.environ["HOME"], "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}"}
         self.log.unlink(missing_ok=True)
         return subprocess.run(
             ["bash", str(self.root / script), *arguments],

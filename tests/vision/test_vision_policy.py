@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
+from gspo_lightning.policy import patches
 from gspo_lightning.policy import vision as vision_module
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from gspo_lightning.policy.export import export_policy
@@ -50,6 +51,12 @@ def trained(policy):
 def test_the_tower_is_frozen_by_default_and_trains_by_choice(folder):
     assert not any("visual" in name for name in trained(PolicyLoader(str(folder)).load()))
     assert any("visual" in name for name in trained(PolicyLoader(str(folder), train_vision=True).load()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}])
+def test_a_loaded_tower_multiplies_its_patches(folder, settings):
+    tower = PolicyLoader(str(folder), **settings).load().base_model.model.visual
+    assert tower.patch_embed.proj.forward.__func__ is patches._product
 
 
 def test_the_tower_may_train_alone_and_only_with_itself(folder):
