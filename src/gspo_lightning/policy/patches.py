@@ -1,8 +1,8 @@
 """The first layer of a vision tower as the matrix product that it is.
 
 The Qwen-VL towers cut a picture into patches beforehand and then convolve every patch with kernels of its own size.
-Libraries take the long way for such a convolution: 0.4 s on a CPU for 2048 patches of 14 x 14 in bfloat16, whose product
-takes 6 ms.
+Libraries take the long way for such a convolution: 0.4 s on a CPU for 2048 patches of 14 x 14 in bfloat16, whose
+product takes 6 ms.
 """
 
 from __future__ import annotations
