@@ -8,8 +8,9 @@ import torch
 from gspo_lightning.packing import linear_logprobs, pack
 from gspo_lightning.policy.attention import attention_implementation
 from gspo_lightning.policy.check import check_packing
-from gspo_lightning.policy.load import PolicyLoader
-from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rollout import TransformersEngine, decoder
+from gspo_lightning.rollout.steps import Steps, can_record
 from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, make_prompt, micro_policy, padded_logprobs, random_groups, relative_distance
 from tests.vision.models import padded_vision_logprobs, picture_prompt, vision_policy
@@ -117,3 +118,38 @@ def test_the_sampler_gives_the_log_probabilities_of_the_packed_pass(compiled, mi
         own, _ = policy(pack(groups, CUDA), 0.7)
     theirs = torch.cat([c.sampler_logprobs for group in rollout.completions for c in group])
     torch.testing.assert_close(own.float().cpu(), theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["full", "LoRA"])
+def test_a_graph_of_a_decoding_step_draws_what_its_layers_do(lora, micro_model_dir, monkeypatch):
+    policy = PolicyLoader(str(micro_model_dir), lora=lora).load().to(CUDA)
+    monkeypatch.setattr(type(policy), "eos_token_ids", tuple(range(0, 90, 30)))
+    prompts = [make_prompt(prompt, uid=str(n)) for n, (prompt, _) in enumerate(GROUPS)]
+    sampling = SamplingParams(8, 150, temperature=1.2)
+    assert can_record(policy)
+    ours = TransformersEngine().generate(policy, prompts, sampling, 1)
+    monkeypatch.setattr(decoder, "steps_of", Steps)
+    theirs = TransformersEngine().generate(policy, prompts, sampling, 1)
+    lengths = set()
+    for a, b in zip(sum(ours.completions, []), sum(theirs.completions, []), strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs, atol=1e-5, rtol=0)
+        lengths.add(len(a.token_ids))
+    assert min(lengths) < 5 and max(lengths) > 64  # rows left, and one graph was outgrown
+
+
+def test_in_bfloat16_the_sampler_is_as_near_to_float32_as_the_packed_pass_is(micro_model_dir):
+    policy = PolicyLoader(str(micro_model_dir)).load().to(CUDA)
+    prompts = [make_prompt(prompt, uid=str(n)) for n, (prompt, _) in enumerate(GROUPS)]
+    with torch.autocast("cuda", torch.bfloat16):
+        rollout = TransformersEngine().generate(policy, prompts, SamplingParams(4, 40), 1)
+    groups = [
+        (p.input_ids, [c.token_ids for c in group]) for p, group in zip(prompts, rollout.completions, strict=True)
+    ]
+    sampled = torch.cat([c.sampler_logprobs for group in rollout.completions for c in group])
+    with torch.no_grad():
+        exact = policy(pack(groups, CUDA))[0].float().cpu()
+        with torch.autocast("cuda", torch.bfloat16):
+            packed = policy(pack(groups, CUDA))[0].float().cpu()
+    # The packed pass has float32 logits, the sampler's are rounded.
+    assert (sampled - exact).abs().mean() < 3 * (packed - exact).abs().mean() + 2**-9

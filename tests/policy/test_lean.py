@@ -103,6 +103,13 @@ def test_a_loaded_model_computes_what_transformers_does(dtype, bound, micro_mode
         assert relative_distance(a, b) < bound
 
 
+def test_layers_are_compared_where_their_weights_lie_whatever_the_default_device_is(micro_model_dir):
+    """The Trainer builds the policy where the accelerator is the default device."""
+    model = micro_policy(micro_model_dir).base_model
+    with torch.device("meta"):
+        assert lighten(model) == 8
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["full", "LoRA"])
 def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(lora, micro_model_dir, monkeypatch):
     found = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
+from gspo_lightning.packing.compiling import allow_graphs
 from gspo_lightning.packing.layout import SharedPrefixLayout
 
 BLOCK = 128
@@ -130,7 +131,8 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     # Dtype, gradient, autocast and every head size are a graph each; beyond the usual 8 torch computes all scores.
-    return torch.compile(flex_attention, dynamic=True, recompile_limit=64)  # type: ignore[call-overload]
+    allow_graphs()
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _plain(*args: Any, **kwargs: Any) -> Any:

@@ -75,10 +75,11 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
     if not weight.is_floating_point():  # a quantised one
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    # The device by name: the Trainer builds the policy where another one is the default.
+    x = torch.randn(1, 3, weight.shape[-1], generator=generator, device="cpu").to(weight.device, weight.dtype)
     more = {}
     if lean is lean_attention:
-        angles = torch.rand(1, 3, module.head_dim // 2, generator=generator).to(x).repeat(1, 1, 2)  # type: ignore[arg-type, operator]
+        angles = torch.rand(1, 3, module.head_dim // 2, generator=generator, device="cpu").to(x).repeat(1, 1, 2)  # type: ignore[arg-type, operator]
         more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
     expected, found = module(x, **more), lean(module, x, **more)
     if lean is lean_attention:
@@ -90,6 +91,11 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
 def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products behind it take."""
     dtype = product_dtype(hidden_states)
+    if hidden_states.is_cuda:
+        # One kernel, which keeps as little; on a CPU it takes longer than ours on long rows.
+        with torch.autocast("cuda", enabled=False):
+            size = hidden_states.shape[-1:]
+            return nn.functional.rms_norm(hidden_states, size, self.weight, self.variance_epsilon).to(dtype)
     if not torch.is_grad_enabled():
         return _normed(hidden_states, self.weight, self.variance_epsilon, dtype)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)

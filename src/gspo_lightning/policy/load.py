@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.packing.compiling import allow_graphs
 from gspo_lightning.policy.attention import AttentionForm, attention_implementation, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
@@ -196,13 +197,14 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Every layer of the language half becomes a compiled one, at its first forward; from the second, for all lengths.
 
     One graph serves all layers. A cache asks each for its number, which would otherwise be a constant: every layer a
-    graph of its own, and those beyond the limit not compiled at all, in training neither. The setting that says so
-    holds for all of torch.compile in this process: layers are compiled when they run.
+    graph of its own, and those beyond the limit not compiled at all, in training neither. The settings that say so
+    hold for all of torch.compile in this process: layers are compiled when they run.
     """
+    allow_graphs()
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     layers: Any = model.get_decoder().layers
     for layer in layers:
-        layer.compile(recompile_limit=64)
+        layer.compile()
 
 
 def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:

@@ -124,5 +124,5 @@ def _initialise(model: Module, seed: int) -> None:
                 parameter.fill_(1.0)
                 continue
             std = _EMBEDDING_STD if "embed" in name else parameter.shape[1] ** -0.5
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
             parameter.copy_(noise * std)

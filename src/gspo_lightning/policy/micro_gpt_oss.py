@@ -53,7 +53,7 @@ def build_micro_gpt_oss(folder: str | os.PathLike[str], seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu")
             if "layernorm" in name or name == "model.norm.weight":
                 parameter.fill_(1.0)
             elif parameter.dim() == 1 or name.endswith("_bias"):

@@ -11,6 +11,7 @@ from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
 from gspo_lightning.rollout.sampling import row_uniforms, sample
+from gspo_lightning.rollout.steps import steps_of
 from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -42,20 +43,19 @@ class Decoder:
     def run(self) -> list[list[Completion]]:
         """Decodes until every row has ended."""
         hidden, cache, positions = self._prefill()
+        forward = steps_of(self.policy, cache)
         for step in range(self.sampling.max_completion_length):
             tokens, alive = self._next(hidden, step)
             if not any(alive) or step + 1 == self.sampling.max_completion_length:
                 break
-            kept = cache.keep(torch.tensor(alive, device=tokens.device))
-            self._keep(kept)
-            tokens = tokens[kept]
-            positions = positions[kept] + 1
+            if not all(alive):
+                kept = cache.keep(torch.tensor(alive, device=tokens.device))
+                self._keep(kept)
+                tokens, positions = tokens[kept], positions[kept]
+            positions = positions + 1
             if self.seen is not None:
                 self.seen.scatter_(1, tokens[:, None], True)
-            hidden = self.policy.hidden_states(
-                tokens[:, None], positions[:, None], cache.layout(), past_key_values=cache
-            )[:, -1]
-            cache.advance()
+            hidden = forward(tokens, positions)
         return self._completions()
 
     def _prefill(self) -> tuple[Tensor, DecodeCache, Tensor]:
