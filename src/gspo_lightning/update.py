@@ -11,6 +11,9 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
+LARGE_GPU = 40 * 2**30
+"""Bytes of a card on which starting kernels takes longer than they do with less than 16384 tokens."""
+
 
 def busy_tokens(on_gpu: bool, narrow: bool) -> int:
     """Tokens of a micro-batch that keep the device busy; more of them only take memory.
@@ -23,8 +26,13 @@ def busy_tokens(on_gpu: bool, narrow: bool) -> int:
         narrow: products in a narrower dtype than the weights.
     """
     if on_gpu:
-        return 8192
+        return 16384 if _gpu_memory() >= LARGE_GPU else 8192
     return 2304 if narrow else 1024
+
+
+def _gpu_memory() -> float:
+    """Bytes; where there is no GPU to ask, that of a large one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else torch.inf
 
 
 def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:

@@ -10,7 +10,7 @@ from gspo_lightning.policy.attention import attention_implementation
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import TransformersEngine, decoder
-from gspo_lightning.rollout.steps import Steps, can_record
+from gspo_lightning.rollout.steps import GraphSteps, Steps, steps_of
 from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, make_prompt, micro_policy, padded_logprobs, random_groups, relative_distance
 from tests.vision.models import padded_vision_logprobs, picture_prompt, vision_policy
@@ -125,17 +125,24 @@ def test_a_graph_of_a_decoding_step_draws_what_its_layers_do(lora, micro_model_d
     policy = PolicyLoader(str(micro_model_dir), lora=lora).load().to(CUDA)
     monkeypatch.setattr(type(policy), "eos_token_ids", tuple(range(0, 90, 30)))
     prompts = [make_prompt(prompt, uid=str(n)) for n, (prompt, _) in enumerate(GROUPS)]
-    sampling = SamplingParams(8, 150, temperature=1.2)
-    assert can_record(policy)
-    ours = TransformersEngine().generate(policy, prompts, sampling, 1)
-    monkeypatch.setattr(decoder, "steps_of", Steps)
-    theirs = TransformersEngine().generate(policy, prompts, sampling, 1)
+    kinds = []
+
+    def recorded(policy, cache):
+        kinds.append(steps_of(policy, cache))
+        return kinds[-1]
+
+    with torch.autocast("cuda", torch.bfloat16):
+        monkeypatch.setattr(decoder, "steps_of", recorded)
+        ours = TransformersEngine().generate(policy, prompts, SamplingParams(8, 150, temperature=1.2), 1)
+        monkeypatch.setattr(decoder, "steps_of", Steps)
+        theirs = TransformersEngine().generate(policy, prompts, SamplingParams(8, 150, temperature=1.2), 1)
+    assert isinstance(kinds[0], GraphSteps)
     lengths = set()
     for a, b in zip(sum(ours.completions, []), sum(theirs.completions, []), strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         torch.testing.assert_close(a.sampler_logprobs, b.sampler_logprobs, atol=1e-5, rtol=0)
         lengths.add(len(a.token_ids))
-    assert min(lengths) < 5 and max(lengths) > 64  # rows left, and one graph was outgrown
+    assert min(lengths) < 5 and max(lengths) > 64  # rows left, and another graph was recorded
 
 
 def test_in_bfloat16_the_sampler_is_as_near_to_float32_as_the_packed_pass_is(micro_model_dir):

@@ -1,4 +1,7 @@
-"""Decoding steps of fixed shapes: what a CUDA graph records computes what the layers do, whatever rows leave."""
+"""Decoding steps of fixed shapes, as a CUDA graph records them: they draw what others draw, whatever rows leave.
+
+The kernel is replaced by its definition, in the dtype of the model, and the graph by a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,25 @@ import itertools
 import pytest
 import torch
 
-from gspo_lightning.rollout import TransformersEngine, decoder, steps
-from gspo_lightning.rollout.steps import GraphSteps, Steps, can_record
+from gspo_lightning.rollout import TransformersEngine, decoder, flash_cache, steps
+from gspo_lightning.rollout.cache import DecodeCache
+from gspo_lightning.rollout.flash_cache import FlashCache
+from gspo_lightning.rollout.steps import GraphSteps, Steps
 from gspo_lightning.types import SamplingParams
+from tests.packing.test_flash import forward
 from tests.support import make_prompt, micro_policy
 
 
 class Recorded(GraphSteps):
-    """Its replay runs on what the cache's attributes were when it was recorded, as the kernels of a graph do."""
+    """Its replay knows what the cache's attributes were when it was recorded and nothing else, as a graph does."""
 
     def __init__(self, policy, cache):
         super().__init__(policy, cache, self.record)
-        self.graphs = []
+        self.rows = []
 
     def record(self, function):
         then = dict(vars(self.cache))
-        self.graphs.append((self._fixed.rows, self._fixed.width))
+        self.rows.append(self.cache.rows)
 
         def replay():
             now = dict(vars(self.cache))
@@ -43,22 +49,30 @@ def prompts():
     ]
 
 
-@pytest.mark.parametrize("first_width", [1, 2, 64])
-@pytest.mark.parametrize("count", [5, 2], ids=["ragged", "equal"])
-def test_recorded_steps_draw_the_same_tokens(count, first_width, prompts, micro_model_dir, monkeypatch):
+@pytest.fixture
+def policy(micro_model_dir, monkeypatch):
     policy = micro_policy(micro_model_dir)
-    # A third of all tokens end a completion: rows leave from the first step to the last.
+    # A quarter of all tokens end a completion: rows leave from the first step to the last.
     monkeypatch.setattr(type(policy), "eos_token_ids", tuple(range(0, 90, 4)))
-    monkeypatch.setattr(steps, "FIRST_WIDTH", first_width)
-    sampling, chosen = SamplingParams(6, 20, temperature=1.3), prompts[-count:]
+    return policy
+
+
+@pytest.mark.parametrize("kind", [Steps, Recorded])
+@pytest.mark.parametrize("count", [5, 2], ids=["ragged", "equal"])
+def test_steps_of_fixed_shapes_draw_the_same_tokens(count, kind, prompts, policy, monkeypatch):
+    sampling, chosen = SamplingParams(12, 20, temperature=1.3), prompts[-count:]
     expected = TransformersEngine().generate(policy, chosen, sampling, 1)
     made = []
 
-    def recorded(policy, cache):
-        made.append(Recorded(policy, cache))
+    def of(policy, cache):
+        for drawn in cache.drawn:
+            drawn.fill_(torch.nan)  # of memory that was somebody else's
+        made.append(kind(policy, cache))
         return made[0]
 
-    monkeypatch.setattr(decoder, "steps_of", recorded)
+    monkeypatch.setattr(flash_cache, "flash_forward", forward)
+    monkeypatch.setattr(decoder, "cache_of", lambda policy, *settings: FlashCache(*settings))
+    monkeypatch.setattr(decoder, "steps_of", of)
     found = TransformersEngine().generate(policy, chosen, sampling, 1)
     lengths = set()
     for ours, theirs in zip(sum(found.completions, []), sum(expected.completions, []), strict=True):
@@ -66,31 +80,19 @@ def test_recorded_steps_draw_the_same_tokens(count, first_width, prompts, micro_
         assert (ours.sampler_logprobs - theirs.sampler_logprobs).abs().max() < 1e-6  # kept in float32
         lengths.add(len(ours.token_ids))
     assert len(lengths) > 4
-    rows, widths = zip(*made[0].graphs, strict=True)
-    assert widths[0] == min(2 * first_width if first_width == 1 else first_width, 20)  # the first step filled a slot
-    if first_width == 64:  # the slots suffice: graphs are for fewer and fewer rows
-        assert count == 2 or len(rows) > 1
-        assert all(4 * after <= before for before, after in itertools.pairwise(rows))
-    else:
-        assert len(set(widths)) >= 3 and list(widths) == sorted(widths)
+    if kind is Recorded:  # graphs are for fewer and fewer rows
+        rows = made[0].rows
+        assert len(rows) > 1 and all(4 * after <= before for before, after in itertools.pairwise(rows))
 
 
-def test_slots_that_nothing_was_written_to_are_not_read(prompts, micro_model_dir, monkeypatch):
-    """Memory that was somebody else's may hold numbers that are none."""
-    policy = micro_policy(micro_model_dir)
-    monkeypatch.setattr(type(policy), "eos_token_ids", ())
+def test_a_cpu_goes_through_the_layers(prompts, policy, monkeypatch):
+    caches = []
 
-    def poisoned(policy, cache):
-        for drawn in cache.drawn:
-            drawn.fill_(torch.nan)
-        return Recorded(policy, cache)
+    def of(policy, cache):
+        caches.append(cache)
+        return steps.steps_of(policy, cache)
 
-    monkeypatch.setattr(decoder, "steps_of", poisoned)
-    rollout = TransformersEngine().generate(policy, prompts, SamplingParams(2, 9), 1)
-    assert all(torch.isfinite(c.sampler_logprobs).all() for group in rollout.completions for c in group)
-
-
-def test_a_cpu_steps_through_the_layers(micro_model_dir):
-    policy = micro_policy(micro_model_dir)
-    assert not can_record(policy)
-    assert type(steps.steps_of(policy, None)) is Steps
+    monkeypatch.setattr(decoder, "steps_of", of)
+    TransformersEngine().generate(policy, prompts, SamplingParams(2, 3), 1)
+    assert type(caches[0]) is DecodeCache
+    assert type(steps.steps_of(policy, caches[0])) is Steps

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from gspo_lightning.packing.blocks import GatheredBlocks
+    from gspo_lightning.packing.flash import FlashCalls
 
 WHOLE_GROUP_TOKENS = 256
 """Groups up to this many tokens are attended to in one call; a quadratic mask is cheaper than many calls there."""
@@ -83,6 +84,8 @@ class SharedPrefixLayout:
     device: torch.device
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     """By sliding window, of the one-kernel form (`gspo_lightning.packing.flex`)."""
+    flash_calls: FlashCalls | None = field(default=None, repr=False)
+    """Of `gspo_lightning.packing.flash`."""
     gathered: dict[tuple[Any, ...], GatheredBlocks] = field(default_factory=dict, repr=False)
     """By tokens, heads, window and dtype, of `gspo_lightning.packing.blocks`."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gspo_lightning.packing.attention import attend, repeat_heads, shared_prefix_attention
+from gspo_lightning.packing.flash import can_flash, flash_shared_prefix_attention
 from gspo_lightning.packing.flex import can_flex, flex_shared_prefix_attention
 from gspo_lightning.packing.layout import SharedPrefixLayout
 from gspo_lightning.packing.products import product_dtype
@@ -25,7 +26,8 @@ ATTENTION_NAME = "gspo_shared_prefix"
 
 AttentionForm = Literal["auto", "sdpa", "flex"]
 """How a packed row is attended to: block by block with torch's fused kernels (``sdpa``), in one block-sparse kernel
-(``flex``), or whichever suits the device (``auto``)."""
+that is compiled first (``flex``), or as suits device and model (``auto``), which on a GPU is FlashAttention in
+bfloat16 without windows and sinks, and ``flex`` else."""
 
 
 def attention_name(form: AttentionForm) -> str:
@@ -81,8 +83,11 @@ def attention_forward(
     if isinstance(layout, SharedPrefixLayout):
         # Once per row, not once per block.
         query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
-        flex = form == "flex" or (form == "auto" and can_flex(query))
-        attention = flex_shared_prefix_attention if flex else shared_prefix_attention
+        attention = shared_prefix_attention
+        if form == "auto" and can_flash(query, sliding_window, s_aux):
+            attention = flash_shared_prefix_attention
+        elif form == "flex" or (form == "auto" and can_flex(query)):
+            attention = flex_shared_prefix_attention
         out = attention(query, key, value, layout, scaling=scale, window=sliding_window, sinks=s_aux)
     else:
         out = layout.attend(query, key, value, scaling=scale, window=sliding_window, sinks=s_aux)

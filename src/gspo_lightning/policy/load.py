@@ -59,7 +59,8 @@ class PolicyLoader:
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
     attention: AttentionForm = "auto"
-    """Of packed rows: ``flex`` is one kernel for GPUs, ``sdpa`` goes block by block, ``auto`` suits the device."""
+    """Of packed rows: ``flex`` is one compiled kernel for GPUs, ``sdpa`` goes block by block, ``auto`` suits device and
+    model."""
     compile: bool = False
     """Compile the layers (torch.compile): a minute at the start, fewer and larger kernels on a GPU."""
     quantization: Literal["nf4", "int8"] | None = None

@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 
 from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.rollout.cascade import combine, partial_attention
-from gspo_lightning.rollout.fixed_shapes import FixedShapes
 
 FEW_KEYS = 96
 """Of a prompt and its completion, in a cache on a CPU: so many take less time in float32 than in a fused kernel."""
@@ -59,7 +58,7 @@ class DecodeCache(Cache):
     def __init__(self, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int) -> None:
         super().__init__(layers=[])
         self.rows = len(prompt_lengths) * repeats
-        self.slots, self.slots_filled = new_tokens, 0
+        self.slots_filled = 0
         self.prompts: list[KeysValues] = []
         self.drawn: list[Tensor] = []
         device, dtype = prefill.states[0][0].device, product_dtype(prefill.states[0][0])
@@ -75,8 +74,6 @@ class DecodeCache(Cache):
         self.layer = 0
         """The one whose keys were written last, which is the one that attends."""
         self._padding = _padding(prompt_lengths, self.prompts[0][0])
-        self.fixed: FixedShapes | None = None
-        self._places: Tensor | None = None
         self._arrange()
 
     @torch.compiler.disable  # slots and rows change with every token
@@ -85,29 +82,10 @@ class DecodeCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots of what was drawn."""
         self.layer, drawn = layer_idx, self.drawn[layer_idx]
-        if self.fixed is not None:
-            return self.fixed.write(drawn, key_states, value_states)
         for place, states in zip(drawn, (key_states, value_states), strict=True):
             place[: self.rows, :, self.slots_filled] = states[:, :, 0].to(product_dtype(states))
         filled = drawn[:, : self.rows, :, : self.slots_filled + 1]
         return filled[0], filled[1]
-
-    def fix_shapes(self, width: int) -> FixedShapes:
-        """From now on a step's tensors keep their shapes and places in memory, though rows leave and slots fill.
-
-        Args:
-            width: slots that a step looks at; those that are not filled yet are hidden from it.
-        """
-        assert not self.fused, "the fused kernel hides nothing"
-        self.fixed = None
-        self._drop_prompts()
-        self._arrange()
-        for drawn in self.drawn:  # what is hidden has weight 0, and 0 times whatever lies there may not be 0
-            drawn[:, :, :, self.slots_filled : width] = 0
-        size = len(self.prompts[0][0]) * self._most
-        self.fixed = FixedShapes(self.rows, width, size, self.drawn[0])
-        self._arrange()
-        return self.fixed
 
     def advance(self) -> None:
         """The forward of one token is over."""
@@ -127,8 +105,7 @@ class DecodeCache(Cache):
                 drawn[:, holes, :, : self.slots_filled] = drawn[:, movers, :, : self.slots_filled]
         self.rows = count
         self.prompt_of_row = self.prompt_of_row[order[:count]]
-        if self.fixed is None:
-            self._drop_prompts()
+        self._drop_prompts()
         self._arrange()
         return order[:count]
 
@@ -183,18 +160,14 @@ class DecodeCache(Cache):
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
 
     def _arrange(self) -> None:
-        """The place of each row in a table of prompts by rows; None if the rows fill it in order, and may leave it."""
+        """The place of each row in a table of prompts by rows; None if the rows fill it in order."""
         of_prompt = torch.nn.functional.one_hot(self.prompt_of_row, len(self.prompts[0][0]))
         counts = of_prompt.cumsum(0)
-        if self.fixed is None:
-            self._most = int(counts[-1].max()) if self.rows else 0
+        self._most = int(counts[-1].max()) if self.rows else 0
         number = counts.gather(1, self.prompt_of_row[:, None]).squeeze(1) - 1
         places = self.prompt_of_row * self._most + number
-        if self.fixed is not None:
-            self._places = self.fixed.arrange(places)
-            return
         in_order = torch.equal(places, torch.arange(of_prompt.shape[1] * self._most, device=places.device))
-        self._places = None if in_order else places
+        self._places: Tensor | None = None if in_order else places
 
 
 class DecodeLayout:
@@ -214,7 +187,6 @@ class DecodeLayout:
 
         Scores and sums are in float32 or wider, of numbers in the dtype of the products.
         """
-        assert window is None or self.cache.fixed is None, "a window moves with every token"
         grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
         reach = None if window is None else max(0, window - key.shape[2])
         near = slice(None) if window is None else slice(-window, None)
@@ -253,8 +225,6 @@ class DecodeLayout:
         if padding is not None:
             to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
         to_drawn = torch.bmm(operand(scaled), operand(key).mT).unflatten(0, (rows, kv_heads))
-        if self.cache.fixed is not None:
-            self.cache.fixed.hide_unfilled(to_drawn)
         scores = [self.cache.by_row(to_prompts, kv_heads), to_drawn]
         if sinks is not None:
             scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))

@@ -10,8 +10,9 @@ from torch import Tensor
 from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
+from gspo_lightning.rollout.flash_cache import FlashCache
 from gspo_lightning.rollout.sampling import row_uniforms, sample
-from gspo_lightning.rollout.steps import steps_of
+from gspo_lightning.rollout.steps import cache_of, steps_of
 from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -58,7 +59,7 @@ class Decoder:
             hidden = forward(tokens, positions)
         return self._completions()
 
-    def _prefill(self) -> tuple[Tensor, DecodeCache, Tensor]:
+    def _prefill(self) -> tuple[Tensor, DecodeCache | FlashCache, Tensor]:
         """Forwards the unique prompts in one packed row; returns last hidden states, cache and positions per row."""
         lengths = [len(prompt.input_ids) for prompt in self.prompts]
         layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)
@@ -69,7 +70,7 @@ class Decoder:
         )
         ends = torch.tensor(lengths, device=row.device).cumsum(0) - 1
         count = self.sampling.num_generations
-        cache = DecodeCache(prefill, lengths, count, self.sampling.max_completion_length)
+        cache = cache_of(self.policy, prefill, lengths, count, self.sampling.max_completion_length)
         return (
             hidden[0, ends].repeat_interleave(count, dim=0),
             cache,

@@ -6,41 +6,56 @@ graph is told once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.packing.flash import can_flash
+from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.policy.lean import FAMILIES
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.cache import DecodeCache
-
-FIRST_WIDTH = 64
-"""Slots that the first graph looks at; the next one looks at twice as many."""
+from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
+from gspo_lightning.rollout.flash_cache import FlashCache
 
 FEWER_ROWS = 4
-"""A graph for fewer rows is recorded when so many times as many have been computed as are left."""
+"""Another graph is recorded when so many times as many rows are computed as go on."""
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a function of fixed tensors, and returns one that does the same with what is in them then."""
 
 
-def steps_of(policy: Policy, cache: DecodeCache) -> Steps:
+def cache_of(
+    policy: Policy, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int
+) -> DecodeCache | FlashCache:
+    """The decoding cache that suits device and model; arguments are those of the caches."""
+    kind: Any = DecodeCache
+    some_keys = prefill.states[0][0][:, :, :1]
+    if _attends_to_all(policy) and can_flash(some_keys.to(product_dtype(some_keys)), None, None):
+        kind = FlashCache
+    return kind(prefill, prompt_lengths, repeats, new_tokens)
+
+
+def steps_of(policy: Policy, cache: DecodeCache | FlashCache) -> Steps:
     """The way to step that suits the policy and its device."""
-    return GraphSteps(policy, cache) if can_record(policy) else Steps(policy, cache)
+    if isinstance(cache, FlashCache) and _starts_the_same_kernels(policy):
+        return GraphSteps(policy, cache)
+    return Steps(policy, cache)
 
 
-def can_record(policy: Policy) -> bool:
-    """Whether a forward of single tokens starts the same kernels every time, on a GPU.
-
-    Not with experts, who are chosen by the data, with windows, which move, or with weights that come from other ranks.
-    """
-    if policy.device.type != "cuda" or policy.shards is not None or getattr(policy.base_model, "is_quantized", False):
-        return False
-    layers = list(policy.base_model.get_decoder().layers)
-    is_compiled = any(layer._compiled_call_impl is not None for layer in layers)
+def _attends_to_all(policy: Policy) -> bool:
+    """Without windows and sinks, as far as we know the architecture."""
+    layers: Any = policy.base_model.get_decoder().layers
     is_known = all(type(layer).__name__ in FAMILIES for layer in layers)
-    return is_known and not is_compiled and getattr(policy.body.config, "sliding_window", None) is None
+    return is_known and getattr(policy.body.config, "sliding_window", None) is None
+
+
+def _starts_the_same_kernels(policy: Policy) -> bool:
+    """At every token; not so where weights come from other ranks, are unpacked, or code is compiled meanwhile."""
+    layers: Any = policy.base_model.get_decoder().layers
+    is_compiled = any(layer._compiled_call_impl is not None for layer in layers)
+    return policy.shards is None and not is_compiled and not getattr(policy.base_model, "is_quantized", False)
 
 
 class Steps:
@@ -51,7 +66,7 @@ class Steps:
         cache: of the rows; it is written to.
     """
 
-    def __init__(self, policy: Policy, cache: DecodeCache) -> None:
+    def __init__(self, policy: Policy, cache: DecodeCache | FlashCache) -> None:
         self.policy, self.cache = policy, cache
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -69,12 +84,14 @@ class GraphSteps(Steps):
     """The same, recorded: all of a step's kernels are started at once.
 
     Args:
-        policy: see `can_record`.
+        policy: see `Policy.hidden_states`.
         cache: of the rows; it is written to.
         record: makes a graph of a function.
     """
 
-    def __init__(self, policy: Policy, cache: DecodeCache, record: Record | None = None) -> None:
+    cache: FlashCache
+
+    def __init__(self, policy: Policy, cache: FlashCache, record: Record | None = None) -> None:
         super().__init__(policy, cache)
         self._record = record or cuda_graph
         self._replay: Callable[[], None] | None = None
@@ -85,24 +102,17 @@ class GraphSteps(Steps):
         if not self._is_warm:  # libraries make their plans at the first call, which no graph may hold
             self._is_warm = True
             return super().__call__(tokens, positions)
-        rows, cache = len(tokens), self.cache
-        if self._replay is None or cache.slots_filled == self._fixed.width or rows * FEWER_ROWS <= self._fixed.rows:
-            self._replay = self._new_graph(tokens, positions)
+        if self._replay is None or len(tokens) * FEWER_ROWS <= self.cache.rows:
+            self._replay = None  # its memory is free before the next one takes some
+            self.cache.hold()
+            self._tokens, self._positions = tokens[:, None].clone(), positions[:, None].clone()
+            self._replay = self._record(self._run)
+        rows = len(tokens)
         self._tokens[:rows, 0] = tokens
         self._positions[:rows, 0] = positions
-        self._fixed.begin(cache.slots_filled)
         self._replay()
-        cache.advance()
+        self.cache.advance()
         return self._hidden[:rows]
-
-    def _new_graph(self, tokens: Tensor, positions: Tensor) -> Callable[[], None]:
-        self._replay = None  # its memory is free before the next one takes some
-        width = FIRST_WIDTH
-        while width <= self.cache.slots_filled:
-            width *= 2
-        self._fixed = self.cache.fix_shapes(min(width, self.cache.slots))
-        self._tokens, self._positions = tokens[:, None].clone(), positions[:, None].clone()
-        return self._record(self._run)
 
     def _run(self) -> None:
         self._hidden = self._forward(self._tokens, self._positions)
