@@ -169,8 +169,8 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
         )
     with torch.device("meta"):
         model = kind.from_config(config, attn_implementation=attention, dtype=DTYPES[loader.dtype]).train()
-        if not (loader.gradient_checkpointing or loader.compile):
-            lighten(model, check=False)
+        if not loader.compile:
+            lighten(model, recomputed=loader.gradient_checkpointing, check=False)
         if loader.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not loader.train_vision:

@@ -82,6 +82,8 @@ class SharedPrefixLayout:
 
     groups: tuple[GroupLayout, ...]
     device: torch.device
+    may_compile: bool = True
+    """False for a row that is looked at once: no kernel is made for it unless the model was told to have one."""
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
     """By sliding window, of the one-kernel form (`gspo_lightning.packing.flex`)."""
     flash_calls: FlashCalls | None = field(default=None, repr=False)

@@ -86,7 +86,7 @@ def attention_forward(
         attention = shared_prefix_attention
         if form == "auto" and can_flash(query, sliding_window, s_aux):
             attention = flash_shared_prefix_attention
-        elif form == "flex" or (form == "auto" and can_flex(query)):
+        elif form == "flex" or (form == "auto" and layout.may_compile and can_flex(query)):
             attention = flex_shared_prefix_attention
         out = attention(query, key, value, layout, scaling=scale, window=sliding_window, sinks=s_aux)
     else:

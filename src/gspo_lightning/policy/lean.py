@@ -36,13 +36,14 @@ Mistral's reads its window from the config.
 """
 
 
-def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
+def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = True) -> int:
     """Replaces what can be replaced, in place; returns the number of modules changed, 0 for an unknown architecture.
 
-    Not together with recomputed or compiled layers, which keep less by themselves.
+    Not together with compiled layers, which do less by themselves.
 
     Args:
         model: before any adapter is put on it.
+        recomputed: the layers' activations are; their MLPs stay as they are, for nothing is kept anyway.
         check: compare the numbers first; a model without weights has none.
     """
     changed = 0
@@ -58,6 +59,8 @@ def lighten(model: PreTrainedModel, *, check: bool = True) -> int:
             (layer.mlp, lean_mlp),
         ):
             if lean is lean_attention and type(module).__name__ not in ATTENTIONS:
+                continue
+            if lean is lean_mlp and recomputed:
                 continue
             kind = type(module), next(module.parameters()).dtype
             if kind not in verdicts:

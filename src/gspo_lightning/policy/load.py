@@ -129,12 +129,12 @@ class PolicyLoader:
         return model.train()
 
     def change_layers(self, model: PreTrainedModel) -> None:
-        """Compiled or leaner layers; recomputed ones stay as they are. Patches of pictures are multiplied."""
+        """Compiled or leaner layers. Patches of pictures are multiplied."""
         multiply_patches(model)
         if self.compile:
             compile_layers(model)
-        elif not self.gradient_checkpointing:
-            lighten(model)
+        else:
+            lighten(model, recomputed=self.gradient_checkpointing)
 
     def _check_parts(self, config: Any) -> None:
         """Refuses to train a half that the model lacks, or that cannot be trained."""
