@@ -27,7 +27,7 @@ from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 class TransformersEngine:
     """Generates with the training model itself: nothing to synchronise.
 
-    On CPUs a copy of the weights in the dtype of the products is held while a rollout lasts.
+    A copy of the weights in the dtype of the products is held while a rollout lasts; on GPUs where it is another.
     """
 
     max_concurrent: int = 256
