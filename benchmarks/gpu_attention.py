@@ -1,4 +1,4 @@
-"""Attention of one layer over a shared-prefix row on a GPU, block by block and in one kernel: docs/performance.md.
+"""Attention of one layer over a shared-prefix row on a GPU in its three forms: docs/performance.md.
 
 python -m benchmarks.gpu_attention
 """
@@ -11,9 +11,15 @@ from collections.abc import Callable
 import torch
 
 from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, shared_prefix_attention
+from gspo_lightning.packing.flash import flash_shared_prefix_attention
 from gspo_lightning.packing.flex import flex_shared_prefix_attention
 
 ROWS = ([GroupLayout(256, (256,) * 8)] * 4, [GroupLayout(1024, (1024,) * 8)], [GroupLayout(45, (16,) * 8)] * 48)
+FORMS = {
+    "FlashAttention": flash_shared_prefix_attention,
+    "FlexAttention": flex_shared_prefix_attention,
+    "blocks": shared_prefix_attention,
+}
 HEADS = ((16, 2, 128), (14, 2, 64))
 """Query heads, key heads, size of a head."""
 
@@ -38,7 +44,7 @@ def main() -> None:
                 torch.randn(1, n, layout.num_tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
                 for n in (heads, key_heads, key_heads)
             )
-            for name, form in (("blocks", shared_prefix_attention), ("kernel", flex_shared_prefix_attention)):
+            for name, form in FORMS.items():
 
                 def forward(form=form, q=query, k=key, v=value, layout=layout, size=size) -> torch.Tensor:  # type: ignore[no-untyped-def]
                     return form(q, k, v, layout, scaling=size**-0.5)

@@ -40,6 +40,7 @@ SWEEPS = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "model.attention=flex": {"attention": "flex"},
     "model.attention=sdpa": {"attention": "sdpa"},
     "model.compile=true": {"compile": True},
 }
