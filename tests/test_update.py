@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.run_state import restore_run_state, run_state
 from gspo_lightning.types import Completion
-from gspo_lightning.update import UpdateSettings, split_minibatches, token_budget
+from gspo_lightning.update import UpdateSettings, busy_tokens, split_minibatches, token_budget
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
 from tests.training import Settings, scripted_prompts, trainer, update_of, weights
 
@@ -70,6 +71,13 @@ def test_the_update_is_the_same_for_every_token_budget(budget, kind, micro_model
 )
 def test_the_budget_that_auto_takes_keeps_groups_whole_behind_long_prompts(lengths, budget):
     assert token_budget(*lengths, busy=1024) == budget
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [((80, 80), 16384), ((40,), 16384), ((80, 24), 8192), ((), 16384)], ids=str)
+def test_a_large_gpu_takes_more_tokens_and_the_smallest_decides(gib, tokens, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gib))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(total_memory=gib[d] * 2**30))
+    assert busy_tokens(on_gpu=True, narrow=True) == tokens
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo"])

@@ -130,7 +130,7 @@ def estimate(
         # On a CPU few keys are held in the dtype of the scores (`DecodeCache`).
         widened = 4 if not on_gpu and longest + max_completion_length <= FEW_KEYS else 0
         rollout = _rollout_bytes(policy, rows, slots, max(_product_bytes(policy, precision), widened))
-        if max_concurrent and loader.quantization is None:
+        if max_concurrent and loader.quantization is None and not loader.compile:
             rollout += _packed_bytes(policy, precision, on_gpu)
     per_parameter = OPTIMIZER_BYTES.get(optimizer)
     parts = {
@@ -232,7 +232,7 @@ def _product_bytes(policy: Policy, precision: str) -> int:
 
 def _packed_bytes(policy: Policy, precision: str, on_gpu: bool) -> float:
     """The copy of the weights that `gspo_lightning.rollout.prepacked` holds while a rollout lasts."""
-    is_narrowed = _product_bytes(policy, precision) < policy.output_weight.element_size()
+    is_narrowed = precision.endswith("-mixed") and policy.output_weight.dtype == torch.float32
     if policy.output_weight.dtype == torch.float64 or (on_gpu and not is_narrowed):
         return 0.0
     count = sum(m.weight.numel() for m in policy.body.modules() if type(m) is nn.Linear) + policy.output_weight.numel()

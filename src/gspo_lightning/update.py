@@ -12,7 +12,7 @@ from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro
 from gspo_lightning.types import ScoredRollout
 
 LARGE_GPU = 40 * 2**30
-"""Bytes of a card on which starting kernels takes longer than they do with less than 16384 tokens."""
+"""Bytes of a card that has room for 16384 tokens; with fewer, starting its kernels takes longer than running them."""
 
 
 def busy_tokens(on_gpu: bool, narrow: bool) -> int:
@@ -31,8 +31,9 @@ def busy_tokens(on_gpu: bool, narrow: bool) -> int:
 
 
 def _gpu_memory() -> float:
-    """Bytes; where there is no GPU to ask, that of a large one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else torch.inf
+    """Bytes of the smallest; where there is no GPU to ask, those of a large one."""
+    devices = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(d).total_memory for d in devices), default=torch.inf)
 
 
 def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:

@@ -1,4 +1,4 @@
-"""On CUDA: the one-kernel attention against the block-by-block one, both against float64, gradients included."""
+"""On CUDA: the three forms of the attention against float64, gradients included."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 LAYOUTS = {
     "ragged": (GroupLayout(6, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))),
     "several blocks of scores": (GroupLayout(200, (150, 3, 40)), GroupLayout(90, (7, 61))),
+    "single tokens": (GroupLayout(1, (1,)), GroupLayout(1, ())),
     "long": (GroupLayout(700, (300, 512, 41)), GroupLayout(64, (64,) * 8)),
 }
 FORMS = {

@@ -49,7 +49,7 @@ def test_packed_equals_padded(form, dtype, bound, micro_model_dir):
         assert relative_distance(ours.cpu(), there) < bound
 
 
-@pytest.mark.parametrize("form", ["sdpa", "flex"])
+@pytest.mark.parametrize("form", ["auto", "sdpa", "flex"])
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16-mixed", "bf16-true"])
 def test_in_bfloat16_packed_is_as_near_to_float64_as_padded(mixed, form, micro_model_dir):
     policy = micro_policy(micro_model_dir, torch.float32 if mixed else torch.bfloat16).to(CUDA)

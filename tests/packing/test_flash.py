@@ -95,6 +95,8 @@ def test_the_calls_of_a_row_by_hand():
     assert (calls.prompts.longest_query, calls.prompts.longest_key) == (4, 2)
     assert calls.completion_tokens.tolist() == [2, 3, 4, 5, 11, 12]
     assert calls.prompt_tokens.tolist() == [0, 1, 10]
+    single = flash_calls(SharedPrefixLayout((GroupLayout(1, (1,)),), torch.device("cpu")))
+    assert (single.own.longest_query, single.own.longest_key) == (2, 2)  # at 1 another kernel would answer
     assert flash_calls(SharedPrefixLayout((GroupLayout(3, ()),), torch.device("cpu"))).prompts is None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.packing import blocks
-from gspo_lightning.policy.check import NARROW_TOLERANCE, PackingMismatchError, check_packing
+from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from gspo_lightning.policy.load import PolicyLoader
 from tests.support import micro_policy
 
@@ -18,8 +18,7 @@ def test_a_known_architecture_passes(dtype, bound, micro_model_dir):
 
 def test_a_trained_model_in_bfloat16_passes():
     """Thirty layers of rounding; padding more or less changes nothing and says nothing about it."""
-    policy = PolicyLoader("bundled:smollm2-135m-instruct", dtype="bfloat16").load()
-    assert 1e-3 < check_packing(policy) < NARROW_TOLERANCE / 2
+    assert 1e-3 < check_packing(PolicyLoader("bundled:smollm2-135m-instruct", dtype="bfloat16").load()) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -32,9 +31,10 @@ def test_attention_to_the_wrong_tokens_is_refused(dtype, micro_model_dir, monkey
         check_packing(micro_policy(micro_model_dir, dtype))
 
 
-def test_a_head_that_scales_its_logits_is_refused(micro_model_dir):
-    policy = micro_policy(micro_model_dir, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_scales_its_logits_is_refused(dtype, micro_model_dir):
+    policy = micro_policy(micro_model_dir, dtype)
     original = policy.base_model.lm_head.forward
-    policy.base_model.lm_head.forward = lambda hidden: 2 * original(hidden)
+    policy.base_model.lm_head.forward = lambda hidden: 1.1 * original(hidden)
     with pytest.raises(PackingMismatchError):
         check_packing(policy)

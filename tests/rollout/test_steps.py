@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gspo_lightning.rollout import TransformersEngine, decoder, flash_cache, steps
-from gspo_lightning.rollout.cache import DecodeCache
+from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
 from gspo_lightning.rollout.flash_cache import FlashCache
 from gspo_lightning.rollout.steps import GraphSteps, Steps
 from gspo_lightning.types import SamplingParams
@@ -27,7 +27,7 @@ class Recorded(GraphSteps):
         self.rows = []
 
     def record(self, function):
-        then = dict(vars(self.cache))
+        then, place = dict(vars(self.cache)), []
         self.rows.append(self.cache.rows)
 
         def replay():
@@ -35,6 +35,8 @@ class Recorded(GraphSteps):
             vars(self.cache).update(then)
             function()
             vars(self.cache).update(now)
+            place.append(self._hidden)
+            self._hidden = place[0].copy_(self._hidden)
 
         return replay
 
@@ -59,8 +61,9 @@ def policy(micro_model_dir, monkeypatch):
 
 @pytest.mark.parametrize("kind", [Steps, Recorded])
 @pytest.mark.parametrize("count", [5, 2], ids=["ragged", "equal"])
-def test_steps_of_fixed_shapes_draw_the_same_tokens(count, kind, prompts, policy, monkeypatch):
-    sampling, chosen = SamplingParams(12, 20, temperature=1.3), prompts[-count:]
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_steps_of_fixed_shapes_draw_the_same_tokens(penalty, count, kind, prompts, policy, monkeypatch):
+    sampling, chosen = SamplingParams(12, 20, temperature=1.3, repetition_penalty=penalty), prompts[-count:]
     expected = TransformersEngine().generate(policy, chosen, sampling, 1)
     made = []
 
@@ -83,6 +86,20 @@ def test_steps_of_fixed_shapes_draw_the_same_tokens(count, kind, prompts, policy
     if kind is Recorded:  # graphs are for fewer and fewer rows
         rows = made[0].rows
         assert len(rows) > 1 and all(4 * after <= before for before, after in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize("why", ["hooks", "dynamic rotation", None])
+def test_what_a_graph_cannot_hold_goes_through_the_layers(why, policy, monkeypatch):
+    states = torch.zeros(1, 2, 4, 16)
+    prefill = PrefillCache()
+    prefill.update(states, states, 0)
+    cache = FlashCache(prefill, [4], 2, 3)
+    policy.base_model.get_input_embeddings().register_forward_hook(lambda *_: None)  # as peft does
+    if why == "hooks":
+        policy.base_model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+    if why == "dynamic rotation":
+        monkeypatch.setattr(policy.base_model.model.rotary_emb, "rope_type", "dynamic")
+    assert type(steps.steps_of(policy, cache)) is (Steps if why else GraphSteps)
 
 
 def test_a_cpu_goes_through_the_layers(prompts, policy, monkeypatch):

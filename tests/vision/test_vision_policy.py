@@ -36,8 +36,11 @@ def test_the_first_use_check_passes_with_a_picture(family):
     assert policy.vision.calls > 0
 
 
-def test_the_first_use_check_refuses_positions_that_ignore_pictures(monkeypatch):
-    policy = vision_policy("qwen2_5_vl")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_first_use_check_refuses_positions_that_ignore_pictures(family, dtype, monkeypatch):
+    policy = vision_policy(family, dtype)
+    check_packing(policy)
     one_axis = lambda self, layout, prompts: layout.positions.expand(4, 1, -1)  # noqa: E731
     monkeypatch.setattr(vision_module.Vision, "positions", one_axis)
     with pytest.raises(PackingMismatchError):

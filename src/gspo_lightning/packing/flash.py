@@ -34,6 +34,7 @@ def can_flash(query: Tensor, window: int | None, sinks: Tensor | None) -> bool:
     """Whether the kernel knows this attention: bfloat16 or float16 on a GPU, without windows and sinks."""
     return (
         query.is_cuda
+        and torch.version.hip is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and window is None
         and sinks is None
@@ -55,7 +56,7 @@ def flash_shared_prefix_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`shared_prefix_attention` in two calls of a kernel; the same arguments and result, where `can_flash` says so."""
-    assert window is None and sinks is None
+    assert window is None and sinks is None and query.shape[2] == layout.num_tokens
     if layout.flash_calls is None:
         layout.flash_calls = flash_calls(layout)
     # The kernel reads (tokens, heads, D), which is how the projections wrote it.

@@ -27,7 +27,7 @@ ATTENTION_NAME = "gspo_shared_prefix"
 AttentionForm = Literal["auto", "sdpa", "flex"]
 """How a packed row is attended to: block by block with torch's fused kernels (``sdpa``), in one block-sparse kernel
 that is compiled first (``flex``), or as suits device and model (``auto``), which on a GPU is FlashAttention in
-bfloat16 without windows and sinks, and ``flex`` else."""
+bfloat16 without windows and sinks, else ``flex`` where it can be compiled."""
 
 
 def attention_name(form: AttentionForm) -> str:

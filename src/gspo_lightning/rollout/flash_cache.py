@@ -64,6 +64,7 @@ class FlashCache(Cache):
         self._arrange()
         self._is_held = True
 
+    @torch.compiler.disable  # else every layer would be a graph of its own
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,19 @@ def _attends_to_all(policy: Policy) -> bool:
 
 
 def _starts_the_same_kernels(policy: Policy) -> bool:
-    """At every token; not so where weights come from other ranks, are unpacked, or code is compiled meanwhile."""
-    layers: Any = policy.base_model.get_decoder().layers
-    is_compiled = any(layer._compiled_call_impl is not None for layer in layers)
-    return policy.shards is None and not is_compiled and not getattr(policy.base_model, "is_quantized", False)
+    """At every token, and asks for no number meanwhile.
+
+    Not so where weights come from other ranks or are unpacked, where code is compiled, where hooks look at what comes
+    out, and where positions choose the rotation.
+    """
+    if policy.shards is not None or getattr(policy.base_model, "is_quantized", False):
+        return False
+    modules: list[Any] = list(policy.body.modules())
+    is_compiled = any(module._compiled_call_impl is not None for module in modules)
+    embedding = policy.base_model.get_input_embeddings()  # peft's hook there asks for gradients and nothing else
+    is_watched = any((m._forward_hooks or m._forward_pre_hooks) and m is not embedding for m in modules)
+    is_dynamic = any("dynamic" in kind or kind == "longrope" for m in modules if (kind := getattr(m, "rope_type", "")))
+    return not (is_compiled or is_watched or is_dynamic)
 
 
 class Steps:
