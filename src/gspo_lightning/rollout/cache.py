@@ -93,21 +93,17 @@ class DecodeCache(Cache):
 
     def keep(self, alive: Tensor) -> Tensor:
         """Drops rows where ``alive`` ``(R,)`` is False; returns the old row number of each remaining row."""
-        order = torch.arange(self.rows, device=alive.device)
-        count = int(alive.sum())
-        if count == self.rows:
-            return order
-        holes = (~alive[:count]).nonzero().squeeze(1)
-        movers = count + alive[count:].nonzero().squeeze(1)
-        order[holes] = movers
+        kept, holes, movers = moves(alive)
+        if len(kept) == self.rows:
+            return kept
         if len(holes):
             for drawn in self.drawn:
                 drawn[:, holes, :, : self.slots_filled] = drawn[:, movers, :, : self.slots_filled]
-        self.rows = count
-        self.prompt_of_row = self.prompt_of_row[order[:count]]
+        self.rows = len(kept)
+        self.prompt_of_row = self.prompt_of_row[kept]
         self._drop_prompts()
         self._arrange()
-        return order[:count]
+        return kept
 
     def layout(self) -> DecodeLayout:
         """The attention of the next token."""
@@ -232,6 +228,20 @@ class DecodeLayout:
         to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
         out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), operand(prompt_value)), kv_heads)
         return torch.baddbmm(operand(out), operand(to_drawn), operand(value)).view(query.shape)
+
+
+def moves(alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Old row numbers of the rows that stay, in their new order; the places to be filled, and the rows that fill them.
+
+    Args:
+        alive: ``(R,)`` bool.
+    """
+    count = int(alive.sum())
+    kept = torch.arange(count, device=alive.device)
+    holes = (~alive[:count]).nonzero().squeeze(1)
+    movers = count + alive[count:].nonzero().squeeze(1)
+    kept[holes] = movers
+    return kept, holes, movers
 
 
 def _align(x: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:

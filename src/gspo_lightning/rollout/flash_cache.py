@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from gspo_lightning.packing.flash import Part, Spans, add_part, flash_forward
 from gspo_lightning.packing.products import product_dtype
-from gspo_lightning.rollout.cache import PrefillCache
+from gspo_lightning.rollout.cache import PrefillCache, moves
 
 
 class FlashCache(Cache):
@@ -48,11 +48,15 @@ class FlashCache(Cache):
         self._longest_prompt = max([2, *prompt_lengths])
         self._slot = torch.zeros(1, dtype=torch.long, device=self._device)
         self._layer = 0
-        self.hold()
-        self._is_held = False
+        self._fit()
 
     def hold(self) -> None:
         """From now on a step has as many rows as go on now, and its tensors keep their places, though rows leave."""
+        self._fit()
+        self._is_held = True
+
+    def _fit(self) -> None:
+        """A step has as many rows as go on now."""
         self.rows = self.live
         self._prompt_of_row = self._prompt_of_row[: self.rows].clone()
         self._used = torch.full((self.rows,), self.slots_filled + 1, dtype=torch.int32, device=self._device)
@@ -62,7 +66,6 @@ class FlashCache(Cache):
         row_ends = torch.empty_like(self._prompt_ends)
         self._shared = Spans(row_ends, self._prompt_ends, max(2, self.rows), self._longest_prompt, False)
         self._arrange()
-        self._is_held = True
 
     @torch.compiler.disable  # else every layer would be a graph of its own
     def update(
@@ -82,22 +85,17 @@ class FlashCache(Cache):
 
     def keep(self, alive: Tensor) -> Tensor:
         """Drops rows where ``alive`` ``(R,)`` is False; returns the old row number of each remaining row."""
-        order = torch.arange(self.live, device=alive.device)
-        count = int(alive.sum())
-        holes = (~alive[:count]).nonzero().squeeze(1)
-        movers = count + alive[count:].nonzero().squeeze(1)
-        order[holes] = movers
+        kept, holes, movers = moves(alive)
         if len(holes):
             for drawn in self.drawn:
                 drawn[:, holes, : self.slots_filled] = drawn[:, movers, : self.slots_filled]
         self._prompt_of_row[holes] = self._prompt_of_row[movers]
-        self.live = count
+        self.live = len(kept)
         if self._is_held:
             self._arrange()
         else:
-            self.hold()
-            self._is_held = False
-        return order[:count]
+            self._fit()
+        return kept
 
     def layout(self) -> FlashCache:
         """The attention of the next token."""
