@@ -23,7 +23,7 @@ LONGEST_WINDOW = 1024
 
 NARROW_FACTOR = 2.5
 """In narrower dtypes: this many times what rounding does, which has been measured at 0.1 to 0.9 times of it (bfloat16
-and 4 bits, 2 to 30 layers, trained or not); forgotten sinks, windows or pictures were 4 times of it and more."""
+and 4 bits, 2 to 30 layers, trained or not); forgotten sinks, windows or pictures were 3 times of it and more."""
 
 
 class PackingMismatchError(RuntimeError):
