@@ -7,6 +7,7 @@ tensor: nothing is known here about any architecture.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.reading import load_config
 from gspo_lightning.policy.vision import packs_pictures, vision_parts
-from gspo_lightning.rollout.cache import FEW_KEYS
+from gspo_lightning.rollout.block_cache import rows_per_block
 from gspo_lightning.timing import rss_gb
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
 from gspo_lightning.update import MicroBatch, UpdateSettings, build_micro_batch, split_minibatches
@@ -124,12 +125,11 @@ def estimate(
         count, trained_count = sum(p.numel() for p in named), sum(p.numel() for p in trained)
         rows = min(max(len(prompts) * num_generations, validation_rows), max_concurrent)
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        # Prompts are held once; those of a validation have a row each.
-        held = max(min(len(prompts), max_concurrent // num_generations), min(validation_rows, max_concurrent))
-        slots = held * longest + rows * max_completion_length
-        # On a CPU few keys are held in the dtype of the scores (`DecodeCache`).
-        widened = 4 if not on_gpu and longest + max_completion_length <= FEW_KEYS else 0
-        rollout = _rollout_bytes(policy, rows, slots, max(_product_bytes(policy, precision), widened))
+        # Prompts are held once, on a CPU once per block of their rows; those of a validation have a row each.
+        width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
+        held = min(len(prompts), max_concurrent // num_generations) * math.ceil(num_generations / width)
+        slots = max(held, min(validation_rows, max_concurrent)) * longest + rows * max_completion_length
+        rollout = _rollout_bytes(policy, rows, slots, _product_bytes(policy, precision))
         if max_concurrent and loader.quantization is None and not loader.compile:
             rollout += _packed_bytes(policy, precision, on_gpu)
     per_parameter = OPTIMIZER_BYTES.get(optimizer)

@@ -89,6 +89,22 @@ def test_tokens_are_rotated_to_the_same_bits_with_and_without_gradient(dtype, to
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("parts", [[24, 8, 8], [8, 24, 8], [24, 8, 8, 16]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_one_product_are_rotated_as_others_are(dtype, parts):
+    """They are read where they lie if the keys come right behind the queries, and left as they are."""
+    product = torch.randn(6, 1, sum(parts)).to(dtype)
+    before = product.clone()
+    query, key, *_ = (x.unflatten(-1, (-1, 8)) for x in product.split(parts, dim=-1))
+    angles = torch.rand(6, 1, 4).repeat(1, 1, 2)
+    with torch.no_grad():
+        for q, k in ((query, key), (key, query)):
+            expected = rotate(q.clone(), k.clone(), angles.cos(), angles.sin())
+            for a, b in zip(rotate(q, k, angles.cos(), angles.sin()), expected, strict=True):
+                assert torch.equal(a, b)
+    assert torch.equal(product, before)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
 def test_a_loaded_model_computes_what_transformers_does(dtype, bound, micro_model_dir):
     lean = PolicyLoader(str(micro_model_dir), dtype=str(dtype).removeprefix("torch.")).load()

@@ -88,7 +88,7 @@ def test_the_cache_of_a_rollout_by_hand(micro_model_dir):
 
 
 @pytest.mark.parametrize(("precision", "item"), [("32-true", 4), ("bf16-mixed", 2)])
-def test_a_rollout_holds_its_weights_once_more_and_on_a_cpu_its_cache_in_float32(
+def test_a_rollout_holds_its_weights_once_more_and_on_a_cpu_a_prompt_for_every_block_of_rows(
     micro_model_dir, precision, item, monkeypatch
 ):
     policy = micro_policy(micro_model_dir)
@@ -97,10 +97,10 @@ def test_a_rollout_holds_its_weights_once_more_and_on_a_cpu_its_cache_in_float32
     gpu, cpu = (of(micro_model_dir, precision=precision, on_gpu=gpu).rollout for gpu in (True, False))
     # On a GPU weights are copied where autocast would narrow them for every token.
     plain = gpu - (copy if item == 2 else 0)
-    assert cpu == plain + copy + 2 * 2 * (4 * 9 + 12 * 8) * 2 * 16 * (4 - item)
-    monkeypatch.setattr("gspo_lightning.estimate.FEW_KEYS", 9 + 8 - 1)
-    many = of(micro_model_dir, precision=precision, on_gpu=False)
-    assert many.rollout == plain + copy
+    assert cpu == plain + copy
+    monkeypatch.setattr("gspo_lightning.rollout.block_cache.MOST_ROWS", 2)
+    blocks = of(micro_model_dir, precision=precision, on_gpu=False)
+    assert blocks.rollout == cpu + 2 * 2 * 4 * 9 * 2 * 16 * item
     assert of(micro_model_dir, on_gpu=False, max_concurrent=0).rollout == 0
 
 

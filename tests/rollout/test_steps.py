@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gspo_lightning.rollout import TransformersEngine, decoder, flash_cache, steps
-from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
+from gspo_lightning.rollout.block_cache import BlockCache
+from gspo_lightning.rollout.cache import PrefillCache
 from gspo_lightning.rollout.flash_cache import FlashCache
 from gspo_lightning.rollout.steps import GraphSteps, Steps
 from gspo_lightning.types import SamplingParams
@@ -111,5 +112,5 @@ def test_a_cpu_goes_through_the_layers(prompts, policy, monkeypatch):
 
     monkeypatch.setattr(decoder, "steps_of", of)
     TransformersEngine().generate(policy, prompts, SamplingParams(2, 3), 1)
-    assert type(caches[0]) is DecodeCache
+    assert type(caches[0]) is BlockCache
     assert type(steps.steps_of(policy, caches[0])) is Steps

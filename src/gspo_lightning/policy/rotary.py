@@ -44,15 +44,27 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    heads, half = [query.shape[2], key.shape[2]], query.shape[3] // 2
-    shape = (*query.shape[:2], sum(heads), query.shape[3])
-    both = query.new_empty(shape, dtype=torch.promote_types(torch.promote_types(query.dtype, cos.dtype), torch.float32))
-    for part, source in zip(both.split(heads, dim=2), (query, key), strict=True):
-        part.copy_(source)
-    cos, sin, sign = cos[:, :, None], sin[:, :, None], 1 if back else -1
-    turned = both * cos
-    turned[..., :half].addcmul_(both[..., half:], sin[..., half:] if back else sin[..., :half], value=sign)
-    turned[..., half:].addcmul_(both[..., :half], sin[..., :half] if back else sin[..., half:], value=-sign)
-    # Tensors of their own: a cache that keeps the keys must not keep the queries with them.
-    query, key = (part.to(query.dtype, copy=True) for part in turned.split(heads, dim=2))
+    half, sign = query.shape[3] // 2, 1 if back else -1
+    wide = torch.promote_types(torch.promote_types(query.dtype, cos.dtype), torch.float32)
+    both = _side_by_side(query, key, wide)
+    turned = both * cos[:, :, None]
+    (first, second), (sin_first, sin_second) = both.split(half, dim=-1), sin[:, :, None].split(half, dim=-1)
+    turned_first, turned_second = turned.split(half, dim=-1)
+    turned_first.addcmul_(second, sin_second if back else sin_first, value=sign)
+    turned_second.addcmul_(first, sin_first if back else sin_second, value=-sign)
+    query, key = (part.to(query.dtype) for part in turned.split([query.shape[2], key.shape[2]], dim=2))
     return query, key
+
+
+def _side_by_side(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, T, heads + kv_heads, D)`` in this dtype; as they lie, where one product gave both."""
+    heads, size = query.shape[2:]
+    shape = (*query.shape[:2], heads + key.shape[2], size)
+    is_one = key.untyped_storage()._cdata == query.untyped_storage()._cdata
+    behind = key.storage_offset() - query.storage_offset() == heads * size
+    if is_one and behind and query.stride() == key.stride() == (*query.stride()[:2], size, 1):
+        return query.as_strided(shape, query.stride()).to(dtype)
+    both = query.new_empty(shape, dtype=dtype)
+    for part, source in zip(both.split([heads, key.shape[2]], dim=2), (query, key), strict=True):
+        part.copy_(source)
+    return both

@@ -10,10 +10,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from gspo_lightning.packing.products import product_dtype
-from gspo_lightning.rollout.cascade import combine, partial_attention
-
-FEW_KEYS = 96
-"""Of a prompt and its completion, in a cache on a CPU: so many take less time in float32 than in a fused kernel."""
 
 KeysValues = tuple[Tensor, Tensor]
 """``(rows, kv_heads, tokens, D)`` each."""
@@ -32,12 +28,13 @@ class PrefillCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Stores ``(1, kv_heads, T, D)`` of layer ``layer_idx``."""
         assert layer_idx == len(self.states)
-        self.states.append((key_states, value_states))
+        # Of their own: they may be parts of a product that has the queries too.
+        self.states.append((key_states.clone(), value_states.clone()))
         return key_states, value_states
 
 
 class DecodeCache(Cache):
-    """Keys and values of R rows that go on from n prompts.
+    """Keys and values of R rows that go on from n prompts, on any device and for any architecture.
 
     A prompt is kept and read once per token, however many rows go on from it: ``prompts[layer]`` are keys and values
     ``(n, kv_heads, P, D)``, right-aligned. What the rows draw has a place of its own, ``drawn[layer]``
@@ -45,8 +42,7 @@ class DecodeCache(Cache):
     rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
     rows are dropped when they are half of all.
 
-    The numbers are rounded to the dtype of the products, as in training. On CPUs they are held in that of the scores,
-    so that nothing is cast per token, but for many keys in bfloat16, which a fused kernel reads (`fused`).
+    The numbers are rounded to the dtype of the products, as in training.
 
     Args:
         prefill: of the prompts; emptied.
@@ -61,14 +57,10 @@ class DecodeCache(Cache):
         self.slots_filled = 0
         self.prompts: list[KeysValues] = []
         self.drawn: list[Tensor] = []
-        device, dtype = prefill.states[0][0].device, product_dtype(prefill.states[0][0])
-        many = max(prompt_lengths) + new_tokens > FEW_KEYS
-        self.fused = device.type == "cpu" and dtype == torch.bfloat16 and many
-        if device.type == "cpu" and not self.fused:
-            dtype = torch.promote_types(dtype, torch.float32)
+        device = prefill.states[0][0].device
         while prefill.states:
-            keys, values = (_align(x, prompt_lengths, dtype) for x in prefill.states.pop(0))
-            self.prompts.append((self._laid_out(keys.mT), values))
+            keys, values = (align(x, prompt_lengths) for x in prefill.states.pop(0))
+            self.prompts.append((keys, values))
             self.drawn.append(values.new_empty(2, self.rows, values.shape[1], new_tokens, values.shape[3]))
         self.prompt_of_row = torch.arange(len(prompt_lengths), device=device).repeat_interleave(repeats)
         self.layer = 0
@@ -136,21 +128,13 @@ class DecodeCache(Cache):
         padding = None if self._padding is None else self._padding[..., first:]
         return keys[:, :, first:], values[:, :, first:], padding
 
-    def _laid_out(self, keys: Tensor) -> Tensor:
-        """``(n, kv_heads, D, P)`` -> ``(n, kv_heads, P, D)``, in the order in memory that attention reads fastest.
-
-        A product takes half the time where a dimension of all keys lies side by side. The fused kernel takes tokens to
-        lie so whatever the strides say.
-        """
-        return keys.mT.contiguous() if self.fused else keys.contiguous().mT
-
     def _drop_prompts(self) -> None:
         total = len(self.prompts[0][0])
         live = self.prompt_of_row.unique()
         if not 0 < 2 * len(live) <= total:
             return
         for layer, (keys, values) in enumerate(self.prompts):
-            self.prompts[layer] = self._laid_out(keys.mT[live]), values[live]
+            self.prompts[layer] = keys[live], values[live]
         if self._padding is not None:
             self._padding = self._padding[live]
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
@@ -186,24 +170,9 @@ class DecodeLayout:
         grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
         reach = None if window is None else max(0, window - key.shape[2])
         near = slice(None) if window is None else slice(-window, None)
-        attend = self._fused if self.cache.fused else self._products
         with torch.autocast(query.device.type, enabled=False):
-            out = attend(grouped, key[:, :, near], value[:, :, near], reach, scaling, sinks)
+            out = self._products(grouped, key[:, :, near], value[:, :, near], reach, scaling, sinks)
         return out.to(query.dtype).reshape(query.shape)
-
-    def _fused(
-        self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
-    ) -> Tensor:
-        """Prompt and drawn tokens by a fused kernel each, whose call takes longer than a few keys do."""
-        parts = [partial_attention(query, key, value, None, scaling)]
-        if reach != 0:
-            kv_heads = key.shape[1]
-            prompt_key, prompt_value, padding = self.cache.seen_of_prompts(reach)
-            grid = self.cache.by_prompt(query).unflatten(0, (-1, kv_heads))
-            out, total = partial_attention(grid, prompt_key, prompt_value, padding, scaling)
-            total = self.cache.by_row(total.flatten(0, 1)[..., None], kv_heads).squeeze(-1)
-            parts.append((self.cache.by_row(out.flatten(0, 1), kv_heads), total))
-        return combine(parts, sinks)
 
     def _products(
         self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
@@ -244,16 +213,15 @@ def moves(alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return kept, holes, movers
 
 
-def _align(x: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, rounded to the dtype of the products.
+def align(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, in the dtype of the products.
 
     Args:
         x: may be filled up: more tokens than the prompts have are left out.
         lengths: of the prompts.
-        dtype: of the result, that of the products or wider.
     """
     x = x.to(product_dtype(x))
-    aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3], dtype=dtype)
+    aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3])
     for row, part in enumerate(x[0, :, : sum(lengths)].split(list(lengths), dim=1)):
         aligned[row, :, -part.shape[1] :] = part
     return aligned

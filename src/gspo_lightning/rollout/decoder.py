@@ -9,10 +9,9 @@ from torch import Tensor
 
 from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
-from gspo_lightning.rollout.flash_cache import FlashCache
+from gspo_lightning.rollout.cache import PrefillCache
 from gspo_lightning.rollout.sampling import row_uniforms, sample
-from gspo_lightning.rollout.steps import cache_of, steps_of
+from gspo_lightning.rollout.steps import DecodingCache, cache_of, steps_of
 from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -59,7 +58,7 @@ class Decoder:
             hidden = forward(tokens, positions)
         return self._completions()
 
-    def _prefill(self) -> tuple[Tensor, DecodeCache | FlashCache, Tensor]:
+    def _prefill(self) -> tuple[Tensor, DecodingCache, Tensor]:
         """Forwards the unique prompts in one packed row; returns last hidden states, cache and positions per row."""
         lengths = [len(prompt.input_ids) for prompt in self.prompts]
         layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)

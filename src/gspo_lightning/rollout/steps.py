@@ -16,11 +16,14 @@ from gspo_lightning.packing.flash import can_flash
 from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.policy.lean import FAMILIES
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.block_cache import BlockCache
 from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
 from gspo_lightning.rollout.flash_cache import FlashCache
 
 FEWER_ROWS = 4
 """Another graph is recorded when so many times as many rows are computed as go on."""
+
+DecodingCache = DecodeCache | BlockCache | FlashCache
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a function of fixed tensors, and returns one that does the same with what is in them then."""
@@ -28,16 +31,16 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 def cache_of(
     policy: Policy, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int
-) -> DecodeCache | FlashCache:
+) -> DecodingCache:
     """The decoding cache that suits device and model; arguments are those of the caches."""
-    kind: Any = DecodeCache
     some_keys = prefill.states[0][0][:, :, :1]
+    kind: Any = BlockCache if some_keys.device.type == "cpu" else DecodeCache
     if _attends_to_all(policy) and can_flash(some_keys.to(product_dtype(some_keys)), None, None):
         kind = FlashCache
     return kind(prefill, prompt_lengths, repeats, new_tokens)
 
 
-def steps_of(policy: Policy, cache: DecodeCache | FlashCache) -> Steps:
+def steps_of(policy: Policy, cache: DecodingCache) -> Steps:
     """The way to step that suits the policy and its device."""
     if isinstance(cache, FlashCache) and _starts_the_same_kernels(policy):
         return GraphSteps(policy, cache)
@@ -75,7 +78,7 @@ class Steps:
         cache: of the rows; it is written to.
     """
 
-    def __init__(self, policy: Policy, cache: DecodeCache | FlashCache) -> None:
+    def __init__(self, policy: Policy, cache: DecodingCache) -> None:
         self.policy, self.cache = policy, cache
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
