@@ -2,8 +2,9 @@
 
 transformers' RMSNorm keeps three tensors of its input's size, and every linear layer behind it casts its output anew;
 its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
-answers in the dtype of the products, the MLP keeps gate and up alone and multiplies them again in the backward, and
-attention rotates queries and keys in a third of the operations (`gspo_lightning.policy.rotary`).
+answers in the dtype of the products, the layers behind it keep nothing and norm once more in the backward, the MLP
+keeps gate and up alone and multiplies them again, and attention rotates queries and keys in a third of the operations
+(`gspo_lightning.policy.rotary`).
 Numbers are those of transformers but for roundings; `lighten` compares them before it changes anything.
 """
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gspo_lightning.packing.products import product_dtype
+from gspo_lightning.policy.remade import Remade, remade
 from gspo_lightning.policy.rotary import rotate
 
 FAMILIES = frozenset(
@@ -49,13 +51,14 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
     changed = 0
     verdicts: dict[Any, bool] = {}
     layers: Any = model.get_decoder().layers
+    norm = lean_norm if recomputed else remade_norm
     for layer in layers:
         if type(layer).__name__ not in FAMILIES:
             continue
         for module, lean in (
-            (layer.input_layernorm, lean_norm),
+            (layer.input_layernorm, norm),
             (layer.self_attn, lean_attention),
-            (layer.post_attention_layernorm, lean_norm),
+            (layer.post_attention_layernorm, norm),
             (layer.mlp, lean_mlp),
         ):
             if lean is lean_attention and type(module).__name__ not in ATTENTIONS:
@@ -104,6 +107,17 @@ def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
+def remade_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """The same, whose result the layers behind it need not keep."""
+    out = lean_norm(self, hidden_states)
+    if torch.is_grad_enabled():
+        x, weight, dtype = hidden_states.detach(), self.weight.detach(), out.dtype
+        # On a GPU another kernel gave these numbers, which differ in their last bits.
+        if not x.is_cuda:
+            out.remade = Remade(out, lambda: _normed(x, weight, self.variance_epsilon, dtype)[0])  # type: ignore[attr-defined]
+    return out
+
+
 def lean_attention(
     self: Any,
     hidden_states: Tensor,
@@ -114,7 +128,8 @@ def lean_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Self-attention with queries and keys rotated together; arguments and results are those of transformers."""
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+    with remade(hidden_states):
+        query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)
     query, key = rotate(query, key, *position_embeddings)
@@ -132,35 +147,20 @@ def lean_attention(
 
 def lean_mlp(self: Any, x: Tensor) -> Tensor:
     """``down(silu(gate(x)) * up(x))``, whose product is not kept."""
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    with remade(x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
     if not torch.is_grad_enabled():
         return self.down_proj(nn.functional.silu(gate).mul_(up))
     activated: list[Tensor] = []
     product = _Gated.apply(gate, up, activated)
-    again = _Again(gate.detach(), up.detach(), product, activated)
-    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+    gate, up = gate.detach(), up.detach()
+
+    def again() -> Tensor:
+        activated[:] = [nn.functional.silu(gate)]  # which the backward of `_Gated` takes out again
+        return activated[0] * up
+
+    with Remade(product, again).hooks():
         return self.down_proj(product)
-
-
-class _Again:
-    """Saved-tensor hooks: the product is forgotten, and multiplied again when the backward asks for it.
-
-    ``activated`` then has the activated gate, which the backward of `_Gated` takes out again.
-    """
-
-    def __init__(self, gate: Tensor, up: Tensor, product: Tensor, activated: list[Tensor]) -> None:
-        self.gate, self.up, self.storage, self.activated = gate, up, product.untyped_storage()._cdata, activated
-
-    def pack(self, tensor: Tensor) -> Any:
-        if tensor.untyped_storage()._cdata != self.storage:
-            return tensor
-        return tensor.shape, tensor.stride(), tensor.storage_offset()
-
-    def unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        self.activated[:] = [nn.functional.silu(self.gate)]
-        return (self.activated[0] * self.up).as_strided(*packed)
 
 
 class _Gated(torch.autograd.Function):
