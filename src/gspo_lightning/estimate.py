@@ -127,8 +127,9 @@ def estimate(
         longest = max(len(prompt.input_ids) for prompt in prompts)
         # Prompts are held once, on a CPU once per block of their rows; those of a validation have a row each.
         width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
-        held = min(len(prompts), max_concurrent // num_generations) * math.ceil(num_generations / width)
-        slots = max(held, min(validation_rows, max_concurrent)) * longest + rows * max_completion_length
+        blocks = min(len(prompts), max_concurrent // num_generations) * math.ceil(num_generations / width)
+        alone = min(validation_rows, max_concurrent)
+        slots = max(blocks, alone) * longest + max(blocks * width, alone) * max_completion_length
         rollout = _rollout_bytes(policy, rows, slots, _product_bytes(policy, precision))
         if max_concurrent and loader.quantization is None and not loader.compile:
             rollout += _packed_bytes(policy, precision, on_gpu)

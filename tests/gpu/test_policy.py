@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from gspo_lightning.packing import linear_logprobs, pack
+from gspo_lightning.policy import lean
 from gspo_lightning.policy.attention import attention_implementation
 from gspo_lightning.policy.check import check_packing
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
@@ -62,6 +65,17 @@ def test_in_bfloat16_packed_is_as_near_to_float64_as_padded(mixed, form, micro_m
         plain = outcome(policy, padded(policy))
     for ours, theirs, there in zip(packed, plain, exact, strict=True):
         assert relative_distance(ours.cpu(), there) < 1.5 * relative_distance(theirs.cpu(), there)
+
+
+def test_norms_that_are_made_again_leave_gradients_as_they_are(micro_model_dir, monkeypatch):
+    found = []
+    for hooks in (lean.remade, lambda x: nullcontext()):
+        monkeypatch.setattr(lean, "remade", hooks)
+        policy = PolicyLoader(str(micro_model_dir)).load().to(CUDA)
+        with torch.autocast("cuda", torch.bfloat16):
+            found.append(outcome(policy, policy(pack(GROUPS, CUDA))[0]))
+    for ours, kept in zip(*found, strict=True):
+        assert torch.equal(ours, kept)
 
 
 def test_log_probabilities_from_bfloat16_products_are_those_of_float32():

@@ -100,7 +100,8 @@ def test_a_rollout_holds_its_weights_once_more_and_on_a_cpu_a_prompt_for_every_b
     assert cpu == plain + copy
     monkeypatch.setattr("gspo_lightning.rollout.block_cache.MOST_ROWS", 2)
     blocks = of(micro_model_dir, precision=precision, on_gpu=False)
-    assert blocks.rollout == cpu + 2 * 2 * 4 * 9 * 2 * 16 * item
+    # Two blocks of two places for three rows: four prompts more, and four places.
+    assert blocks.rollout == cpu + 2 * 2 * (4 * 9 + 4 * 8) * 2 * 16 * item
     assert of(micro_model_dir, on_gpu=False, max_concurrent=0).rollout == 0
 
 

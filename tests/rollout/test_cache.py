@@ -170,3 +170,16 @@ def test_short_prompts_beside_long_ones_see_no_padding():
 )
 def test_a_block_has_few_rows_and_blocks_are_alike(rows, prompt, new, expected):
     assert rows_per_block(rows, prompt, new) == expected
+
+
+def test_layers_may_differ_in_their_query_heads():
+    prefill = PrefillCache()
+    for layer in range(2):
+        prefill.update(torch.zeros(1, KV_HEADS, 5, SIZE), torch.zeros(1, KV_HEADS, 5, SIZE), layer)
+    cache = BlockCache(prefill, [5], 3, 4)
+    own = torch.ones(3, KV_HEADS, 1, SIZE)
+    for layer, heads in enumerate((6, 8)):
+        cache.update(own, own, layer)
+        out = cache.layout().attend(torch.zeros(3, heads, 1, SIZE), own, own, scaling=1.0, window=None, sinks=None)
+        # Five zeros and a one, all looked at alike.
+        assert torch.allclose(out, torch.full((3, heads, 1, SIZE), 1 / 6), atol=1e-6)

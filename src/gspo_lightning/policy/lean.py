@@ -45,7 +45,8 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
 
     Args:
         model: before any adapter is put on it.
-        recomputed: the layers' activations are; their MLPs stay as they are, for nothing is kept anyway.
+        recomputed: the layers' activations are: nothing is kept anyway, so their MLPs stay as they are and their norms
+            are not made again once more.
         check: compare the numbers first; a model without weights has none.
     """
     changed = 0
@@ -97,13 +98,8 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
 def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products behind it take."""
     dtype = product_dtype(hidden_states)
-    if hidden_states.is_cuda:
-        # One kernel, which keeps as little; on a CPU it takes longer than ours on long rows.
-        with torch.autocast("cuda", enabled=False):
-            size = hidden_states.shape[-1:]
-            return nn.functional.rms_norm(hidden_states, size, self.weight, self.variance_epsilon).to(dtype)
-    if not torch.is_grad_enabled():
-        return _normed(hidden_states, self.weight, self.variance_epsilon, dtype)[0]
+    if hidden_states.is_cuda or not torch.is_grad_enabled():
+        return _norm(hidden_states, self.weight, self.variance_epsilon, dtype)
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
@@ -112,9 +108,8 @@ def remade_norm(self: Any, hidden_states: Tensor) -> Tensor:
     out = lean_norm(self, hidden_states)
     if torch.is_grad_enabled():
         x, weight, dtype = hidden_states.detach(), self.weight.detach(), out.dtype
-        # On a GPU another kernel gave these numbers, which differ in their last bits.
-        if not x.is_cuda:
-            out.remade = Remade(out, lambda: _normed(x, weight, self.variance_epsilon, dtype)[0])  # type: ignore[attr-defined]
+        again = Remade(out, lambda: _norm(x, weight, self.variance_epsilon, dtype))
+        out.remade = again  # type: ignore[attr-defined]
     return out
 
 
@@ -177,6 +172,14 @@ class _Gated(torch.autograd.Function):
         # Empty where the product was not asked for: its weight has no gradient.
         activated = ctx.activated.pop() if ctx.activated else nn.functional.silu(gate)
         return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if not x.is_cuda:
+        return _normed(x, weight, eps, dtype)[0]
+    # One kernel, which keeps as little; on a CPU it takes longer than ours on long rows.
+    with torch.autocast("cuda", enabled=False):
+        return nn.functional.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

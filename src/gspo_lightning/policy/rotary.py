@@ -34,7 +34,9 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(query, key, cos, sin, back=False)
+        # Apart: attention takes their rows to pieces, and again in its backward.
+        query, key = (x.contiguous() for x in _turn(query, key, cos, sin, back=False))
+        return query, key
 
     @staticmethod
     @once_differentiable

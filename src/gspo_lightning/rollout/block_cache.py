@@ -1,4 +1,4 @@
-"""The decoding cache of CPUs: the rows of a prompt are a block, and a layer's attention is one fused call.
+"""The decoding cache of CPUs: rows of a prompt are a block, and a layer's attention to all blocks is one fused call.
 
 An operation on few numbers takes as long to start as it runs, and attention row by row is many of them. In a block all
 rows ask all keys, and a bias hides from a row what the others have drawn: more products than are needed in a fifth of
@@ -80,7 +80,7 @@ class BlockCache(Cache):
 
     ``states[layer]`` is ``(2, blocks, kv_heads, P + slots * width, D)`` in the dtype of the products: the prompt of a
     block's rows, right-aligned, and behind it slot by slot what they have drawn. Rows that end leave holes; once half
-    of the places are holes, the others move together.
+    of the places are holes, the others move together. A row of NaN makes those of its block NaN too.
 
     Args:
         prefill: of the prompts; emptied.
@@ -102,7 +102,7 @@ class BlockCache(Cache):
             self.states.append(self._with_slots(prompts[:, self._blocks.prompt_of_block]))
         self._layer = 0
         """The one whose keys were written last, which is the one that attends."""
-        self._bias: Tensor | None = None
+        self._biases: dict[int, Tensor] = {}
 
     @property
     def rows(self) -> int:
@@ -168,7 +168,7 @@ class BlockCache(Cache):
 
     def _bias_for(self, repeats: int) -> Tensor:
         """``(blocks, 1, width * repeats, P + slots * width)``: -inf where a query does not look."""
-        if self._bias is None:
+        if repeats not in self._biases:  # the heads of a layer need not be as many as those of another
             blocks = self._blocks
             prompt = torch.arange(self._longest) >= (self._longest - self._lengths)[blocks.prompt_of_block, None]
             if prompt.all():
@@ -176,8 +176,8 @@ class BlockCache(Cache):
             own = torch.eye(blocks.width, dtype=torch.bool).repeat_interleave(repeats, 0).repeat(1, self.slots)
             looks = torch.cat([prompt[:, None].expand(-1, len(own), -1), own.expand(len(prompt), -1, -1)], dim=-1)
             bias = torch.zeros(looks.shape, dtype=self.states[0].dtype).masked_fill_(~looks, -torch.inf)
-            self._bias = bias[:, None].expand(blocks.count, -1, -1, -1)
-        return self._bias
+            self._biases[repeats] = bias[:, None].expand(blocks.count, -1, -1, -1)
+        return self._biases[repeats]
 
     def _with_slots(self, prompts: Tensor) -> Tensor:
         """``(2, blocks, kv_heads, P, D)`` -> with room for what is drawn."""
@@ -186,7 +186,8 @@ class BlockCache(Cache):
         return room
 
     def _move_together(self) -> None:
-        old, self._bias = self._blocks, None
+        old = self._blocks
+        self._biases.clear()
         prompt_of_row = old.prompt_of_row()
         mean = len(prompt_of_row) / len(prompt_of_row.unique())
         new = self._blocks = _arranged(prompt_of_row, rows_per_block(mean, self._longest, self.slots))
