@@ -7,6 +7,7 @@ the operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def rows_per_block(rows: float, prompt_length: int, new_tokens: int) -> int:
         new_tokens: that a row may draw.
     """
     most = MOST_ROWS if new_tokens <= prompt_length else MOST_ROWS // 2
-    return -int(-rows // -(-rows // most))
+    return math.ceil(rows / math.ceil(rows / most))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def sample(
         tokens = scores.argmax(dim=-1)
         return tokens, torch.log_softmax(scores, dim=-1).gather(1, tokens[:, None]).squeeze(1)
     if params.temperature != 1.0:
-        scores = scores.div_(params.temperature) if scores is not logits else scores / params.temperature
+        scores = scores / params.temperature
     probabilities = torch.softmax(keep_likely(scores, params), dim=-1)
     tokens = invert_cdf(probabilities, uniforms)
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
