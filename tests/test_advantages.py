@@ -30,6 +30,12 @@ def test_batch_scaling_divides_by_the_std_of_all_rewards():
     assert torch.allclose(AdvantageEstimator("batch")(rewards), expected, rtol=1e-12)
 
 
+def test_batch_scaling_of_a_share_divides_by_the_std_of_all_ranks():
+    rewards = tensor([[1.0, 0.0], [3.0, 0.0]])
+    shares = [AdvantageEstimator("batch")(share, rewards.flatten()) for share in rewards.split(1)]
+    assert torch.equal(torch.cat(shares), AdvantageEstimator("batch")(rewards))
+
+
 def test_none_only_subtracts_the_mean():
     assert AdvantageEstimator("none")(tensor([[1.0, 0.0, 2.0]])).tolist() == [[0.0, -1.0, 1.0]]
 

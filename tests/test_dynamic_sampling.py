@@ -9,17 +9,16 @@ import pytest
 import torch
 
 from gspo_lightning import dynamic_sampling
-from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dynamic_sampling import draw_until_signal
 from gspo_lightning.errors import UserError
-from gspo_lightning.types import Completion, Prompt, PromptBatch, ScoredRollout
+from gspo_lightning.types import Completion, Prompt, PromptBatch, RewardedRollout
 
 
-def scored(prompts: list[Prompt], rewards: list[list[float]]) -> ScoredRollout:
+def rewarded(prompts: list[Prompt], rewards: list[list[float]]) -> RewardedRollout:
     table = torch.tensor(rewards, dtype=torch.float64)
     completions = [[Completion(torch.tensor([5]), "", torch.zeros(1), "stop") for _ in row] for row in rewards]
-    return ScoredRollout(prompts, completions, ("r",), table[..., None], table, AdvantageEstimator()(table))
+    return RewardedRollout(prompts, completions, ("r",), table[..., None], table)
 
 
 class Numbers:
@@ -38,15 +37,16 @@ class Numbers:
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
         return PromptBatch(self._take(batch.cursor, counts[0]), batch.cursor + sum(counts))
 
-    def collect(self, prompts: list[Prompt]) -> ScoredRollout:
+    def collect(self, prompts: list[Prompt]) -> RewardedRollout:
         self.collected.append([int(p.uid) for p in prompts])
-        return scored(prompts, [[1.0, 1.0] if int(p.uid) in self.silent else [0.0, float(p.uid) + 1] for p in prompts])
+        return rewarded(
+            prompts, [[1.0, 1.0] if int(p.uid) in self.silent else [0.0, float(p.uid) + 1] for p in prompts]
+        )
 
 
-def run(silent: set[int], max_draws: int, advantages=None):
+def run(silent: set[int], max_draws: int):
     source = Numbers(silent)
-    result = draw_until_signal(source, source.collect, advantages or AdvantageEstimator(), max_draws)
-    return source, *result
+    return source, *draw_until_signal(source, source.collect, max_draws)
 
 
 def test_silent_groups_are_replaced_in_place_until_all_have_signal():
@@ -76,20 +76,14 @@ def test_a_rank_with_signal_runs_along_while_another_draws(monkeypatch):
         dynamic_sampling, "gather_values", lambda values: torch.tensor([int(values), next(others)], dtype=torch.float64)
     )
     source = Numbers(set())
-    draw_until_signal(source, source.collect, AdvantageEstimator(), 3, lambda: along.append(len(source.collected)))
+    draw_until_signal(source, source.collect, 3, lambda: along.append(len(source.collected)))
     assert along == [1] and source.collected == [[0, 1, 2]]
-
-
-def test_advantages_that_compare_the_batch_are_those_of_the_final_rollout():
-    batch_scaled = AdvantageEstimator(scale_rewards="batch")
-    _, rollout, _, _ = run({0}, 1, batch_scaled)
-    assert torch.equal(rollout.advantages, batch_scaled(torch.tensor([[0, 4], [0, 2], [0, 3]], dtype=torch.float64)))
 
 
 class Logging(Numbers):
     """Rewards that log: the prompt's number per completion, a second column now and then, and a sum."""
 
-    def collect(self, prompts: list[Prompt]) -> ScoredRollout:
+    def collect(self, prompts: list[Prompt]) -> RewardedRollout:
         numbers = [int(p.uid) for p in prompts for _ in range(2)]
         columns = {"number": numbers} | ({"late": [n * 10 for n in numbers]} if numbers[0] else {})
         logged = {"reward_log/number": (torch.tensor(float(sum(numbers))), torch.tensor(float(len(numbers))))}
@@ -98,7 +92,7 @@ class Logging(Numbers):
 
 def test_what_rewards_log_follows_the_groups_and_columns_that_come_late_are_empty_before():
     source = Logging({0, 2})
-    rollout = draw_until_signal(source, source.collect, AdvantageEstimator(), 1)[0]
+    rollout = draw_until_signal(source, source.collect, 1)[0]
     assert [p.uid for p in rollout.prompts] == ["3", "1", "4"]
     assert rollout.extra_columns == {"number": [3, 3, 1, 1, 4, 4], "late": [30, 30, None, None, 40, 40]}
     # Sums are over everything that was scored, the discarded groups included.

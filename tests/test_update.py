@@ -18,7 +18,7 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.run_state import restore_run_state, run_state
 from gspo_lightning.types import Completion
-from gspo_lightning.update import UpdateSettings, busy_tokens, split_minibatches, token_budget
+from gspo_lightning.update import UpdateSettings, busy_tokens, minibatch_order, split_minibatches, token_budget
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
 from tests.training import Settings, scripted_prompts, trainer, update_of, weights
 
@@ -289,6 +289,24 @@ def test_every_loss_takes_a_finite_step_that_raises_good_and_lowers_bad_completi
             gain += (module.last_scored.advantages[b, g] * (new - old)[start:end].mean()).item()
             start = end
     assert gain > 0
+
+
+def test_a_prompts_minibatch_does_not_depend_on_how_many_ranks_there_are():
+    """24 prompts in 3 minibatches: every three in a row give one to each, on 1, 2, 4 or 8 ranks."""
+
+    def membership(ranks: int) -> dict[int, int]:
+        share, found = 24 // ranks, {}
+        for rank in range(ranks):
+            order = minibatch_order(share, 3, seed=5, first=rank * share)
+            size = share // 3
+            found |= {rank * share + prompt: place // size for place, prompt in enumerate(order)}
+        return found
+
+    whole = membership(1)
+    assert sorted(whole) == list(range(24))
+    assert all({whole[start], whole[start + 1], whole[start + 2]} == {0, 1, 2} for start in range(0, 24, 3))
+    assert membership(2) == membership(4) == membership(8) == whole
+    assert len({tuple(minibatch_order(24, 3, seed, 0)) for seed in range(20)}) == 20
 
 
 def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):

@@ -77,6 +77,8 @@ class Settings:
     lora: Any = None
     train_vision: bool = False
     compile: bool = False
+    gradient_checkpointing: bool = False
+    advantages: Any = "group"
     rollouts: int = 1
 
 
@@ -89,11 +91,12 @@ def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOM
             lora=settings.lora,
             train_vision=settings.train_vision,
             compile=settings.compile,
+            gradient_checkpointing=settings.gradient_checkpointing,
         ),  # fmt: skip
         engine=ScriptedEngine(),
         rewards=RewardSet({"scripted": RewardSpec(scripted_reward)}),
         objective=Objective(max_completion_length=8, **settings.objective),
-        advantages=AdvantageEstimator(),
+        advantages=AdvantageEstimator(settings.advantages),
         sampling=SamplingParams(num_generations=generations, max_completion_length=8),
         optimizer=settings.optimizer,
         schedule=Schedule("constant"),

@@ -19,12 +19,20 @@ class AdvantageEstimator:
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide by the unbiased standard deviation of the group, of the whole batch, or not at all (Dr. GRPO)."""
+    """Divide by the unbiased standard deviation of the group, of the batch on all ranks, or not at all (Dr. GRPO)."""
     baseline: Literal["mean", "rloo"] = "mean"
     """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
 
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """``(B, G)`` rewards to ``(B, G)`` advantages. G must be at least 2."""
+    def __call__(self, rewards: Tensor, everyone: Tensor | None = None) -> Tensor:
+        """Rewards to advantages.
+
+        Args:
+            rewards: ``(B, G)``; G must be at least 2.
+            everyone: ``(N,)`` rewards of the whole batch, where ``rewards`` are one rank's share of it.
+
+        Returns:
+            ``(B, G)`` advantages.
+        """
         count = rewards.shape[1]
         if count < 2:
             raise ValueError("a group needs at least two completions to be compared")
@@ -34,7 +42,7 @@ class AdvantageEstimator:
         if self.scale_rewards == "group":
             centred = centred / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
         elif self.scale_rewards == "batch":
-            centred = centred / (rewards.std() + STD_EPSILON)
+            centred = centred / ((rewards if everyone is None else everyone).std() + STD_EPSILON)
         return centred.masked_fill(silent_groups(rewards)[:, None], 0.0)
 
 

@@ -2,44 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from gspo_lightning.advantages import AdvantageEstimator, silent_groups
 from gspo_lightning.dialogue.turns import turn_advantages
+from gspo_lightning.distributed import gather_values
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.timing import Stopwatch
-from gspo_lightning.types import Metrics, Prompt, SamplingParams, ScoredRollout
+from gspo_lightning.types import Metrics, Prompt, RewardedRollout, SamplingParams, ScoredRollout
 
 
 def collect_rollout(
     policy: Policy,
     engine: RolloutEngine,
     rewards: RewardSet,
-    advantages: AdvantageEstimator,
     prompts: list[Prompt],
     sampling: SamplingParams,
     *,
     seed: int,
     stopwatch: Stopwatch,
-) -> ScoredRollout:
-    """Samples ``sampling.num_generations`` completions per prompt and gives each a reward and an advantage."""
+) -> RewardedRollout:
+    """Samples ``sampling.num_generations`` completions per prompt and gives each a reward."""
     with stopwatch("rollout"):
         rollout = engine.generate(policy, prompts, sampling, seed)
     with stopwatch("reward"):
         by_function = rewards(rollout.prompts, rollout.completions)
-    combined = rewards.combine(by_function)
-    return ScoredRollout(
+    return RewardedRollout(
         prompts=rollout.prompts,
         completions=rollout.completions,
         reward_names=rewards.names,
         rewards_by_function=by_function,
-        rewards=combined,
-        advantages=advantages(combined),
-        turn_advantages=turn_advantages(rollout.completions, combined, advantages),
+        rewards=rewards.combine(by_function),
         logged=rewards.logged_metrics(),
         extra_columns=rewards.log.columns,
+    )
+
+
+def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredRollout:
+    """Gives each completion of a rollout its advantage. All ranks call it together: one setting compares the batch.
+
+    Raises:
+        UserError: an environment rewards turns, and rewards are to be scaled by the batch.
+    """
+    turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
+    if turns is not None and advantages.scale_rewards == "batch":
+        raise UserError(
+            "the environment rewards turns, which are compared within a group, but advantages.scale_rewards=batch "
+            "divides by the spread of whole completions; set it to group or none"
+        )
+    return ScoredRollout(
+        **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
+        advantages=advantages(rollout.rewards, gather_values(rollout.rewards.flatten())),
+        turn_advantages=turns,
     )
 
 

@@ -13,10 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import AdvantageEstimator, silent_groups
-from gspo_lightning.dialogue.turns import turn_advantages
+from gspo_lightning.advantages import silent_groups
 from gspo_lightning.distributed import add_metrics, gather_values, rank, world_size
-from gspo_lightning.types import Metrics, Prompt, PromptBatch, ScoredRollout
+from gspo_lightning.types import Metrics, Prompt, PromptBatch, RewardedRollout
 
 
 @runtime_checkable
@@ -57,21 +56,20 @@ class Drawn:
 
 def draw_until_signal(
     source: PromptSource,
-    collect: Callable[[list[Prompt]], ScoredRollout],
-    advantages: AdvantageEstimator,
+    collect: Callable[[list[Prompt]], RewardedRollout],
     max_draws: int,
     run_along: Callable[[], object] = lambda: None,
-) -> tuple[ScoredRollout, PromptBatch, Drawn]:
+) -> tuple[RewardedRollout, PromptBatch, Drawn]:
     """Collects a rollout and replaces groups whose rewards are all equal, at most ``max_draws`` times.
 
     Where other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
     Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
     """
     batch = source.first()
-    scored = collect(batch.prompts)
+    rollout = collect(batch.prompts)
     drawn = Drawn(enabled=True)
     for _ in range(max_draws):
-        silent = silent_groups(scored.rewards).nonzero().flatten().tolist()
+        silent = silent_groups(rollout.rewards).nonzero().flatten().tolist()
         counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
         if not sum(counts):
             break
@@ -81,47 +79,43 @@ def draw_until_signal(
             drawn,
             draws=drawn.draws + 1,
             extra_prompts=drawn.extra_prompts + counts[rank()],
-            discarded_tokens=drawn.discarded_tokens + _tokens(scored, silent),
+            discarded_tokens=drawn.discarded_tokens + _tokens(rollout, silent),
         )
         if not silent:
             run_along()
         else:
-            scored = _replace(scored, silent, collect(more.prompts), advantages)
-    return scored, batch, replace(drawn, silent_left=int(silent_groups(scored.rewards).sum()))
+            rollout = _replace(rollout, silent, collect(more.prompts))
+    return rollout, batch, replace(drawn, silent_left=int(silent_groups(rollout.rewards).sum()))
 
 
-def _tokens(scored: ScoredRollout, groups: list[int]) -> int:
-    return sum(completion.num_trained for group in groups for completion in scored.completions[group])
+def _tokens(rollout: RewardedRollout, groups: list[int]) -> int:
+    return sum(completion.num_trained for group in groups for completion in rollout.completions[group])
 
 
-def _replace(
-    scored: ScoredRollout, places: list[int], fresh: ScoredRollout, advantages: AdvantageEstimator
-) -> ScoredRollout:
-    """The rollout with the fresh groups at ``places``; advantages anew, because they may compare the whole batch."""
+def _replace(rollout: RewardedRollout, places: list[int], fresh: RewardedRollout) -> RewardedRollout:
+    """The rollout with the fresh groups at ``places``."""
 
     def merge(old: Tensor, new: Tensor) -> Tensor:
         merged = old.clone()
         merged[places] = new
         return merged
 
-    prompts, completions = list(scored.prompts), list(scored.completions)
+    prompts, completions = list(rollout.prompts), list(rollout.completions)
     for place, prompt, members in zip(places, fresh.prompts, fresh.completions, strict=True):
         prompts[place], completions[place] = prompt, members
-    rewards = merge(scored.rewards, fresh.rewards)
+    rewards = merge(rollout.rewards, fresh.rewards)
     columns = {
-        name: _merged_column(scored.extra_columns.get(name), fresh.extra_columns.get(name), places, rewards)
-        for name in scored.extra_columns | fresh.extra_columns
+        name: _merged_column(rollout.extra_columns.get(name), fresh.extra_columns.get(name), places, rewards)
+        for name in rollout.extra_columns | fresh.extra_columns
     }
-    logged = dict(scored.logged)
+    logged = dict(rollout.logged)
     add_metrics(logged, fresh.logged)
     return replace(
-        scored,
+        rollout,
         prompts=prompts,
         completions=completions,
-        rewards_by_function=merge(scored.rewards_by_function, fresh.rewards_by_function),
+        rewards_by_function=merge(rollout.rewards_by_function, fresh.rewards_by_function),
         rewards=rewards,
-        advantages=advantages(rewards),
-        turn_advantages=turn_advantages(completions, rewards, advantages),
         logged=logged,
         extra_columns=columns,
     )

@@ -8,7 +8,7 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.collect import collect_rollout, rollout_metrics
-from gspo_lightning.distributed import add_metrics, global_sum
+from gspo_lightning.collect import collect_rollout, compare, rollout_metrics
+from gspo_lightning.distributed import add_metrics, gather_values, global_sum, rank
 from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
@@ -42,8 +42,8 @@ from gspo_lightning.run_state import refuse_other_model, restore_run_state, run_
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
-from gspo_lightning.types import Prompt, PromptBatch, SamplingParams, ScoredRollout
-from gspo_lightning.update import Minibatch, UpdateSettings, split_minibatches
+from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
+from gspo_lightning.update import Minibatch, UpdateSettings, minibatch_order, split_minibatches
 from gspo_lightning.validation import ValidationSettings, Validator
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
@@ -108,7 +108,6 @@ class GSPOModule(L.LightningModule):
         self.references: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self.reference_moves = bool(self.update_settings.ref_sync_every_n_rollouts)
         self._forward_chosen = False
-        self._restored: dict[str, Tensor] = {}
         self.rollouts_done = 0
         self.counts = {
             "optimizer_steps": 0,
@@ -151,22 +150,24 @@ class GSPOModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
         assert self.policy is not None
-        if self.policy.has_adapter:
-            self._widen_adapter()
         optimizer = self.optimizer_factory(parameter_groups(self.policy.parameters()))
         steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
 
-    def _widen_adapter(self) -> None:
-        """Under bf16-true the adapter goes back to float32, which Lightning has narrowed with the base by now.
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As of any module; but an adapter stays as wide as it is where the precision bf16-true narrows its base.
 
-        In bfloat16 most of its updates would be rounded away. What a checkpoint held was narrowed too.
+        In bfloat16 most of its updates would be rounded away. Not later: a strategy synchronises the gradients of the
+        tensors that it finds behind this call.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-                saved = self._restored.get(name, parameter.data)
-                parameter.data = saved.to(parameter.device, torch.float32)
-        self._restored = {}
+        adapted = self.policy is not None and self.policy.has_adapter
+        if not adapted or self._trainer is None or self._trainer.precision != "bf16-true":
+            return super().to(*args, **kwargs)
+        kept = [(parameter, parameter.data) for parameter in self.parameters() if parameter.requires_grad]
+        super().to(*args, **kwargs)
+        for parameter, data in kept:
+            parameter.data = data.to(parameter.device)
+        return self
 
     def on_fit_start(self) -> None:
         """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""
@@ -199,21 +200,25 @@ class GSPOModule(L.LightningModule):
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         with self.trainer.precision_plugin.forward_context():
             if self.max_draws:
-                self.last_scored, self.batch_in_hand, self._drawn = draw_until_signal(
-                    self._source(), self._collect, self.advantages, self.max_draws, self._run_along
+                rollout, self.batch_in_hand, self._drawn = draw_until_signal(
+                    self._source(), self._collect, self.max_draws, self._run_along
                 )
             else:
-                self.last_scored = self._collect(batch.prompts)
+                rollout = self._collect(batch.prompts)
+            self.last_scored = self._compare(rollout)
         if self.ahead is not None and self.ahead.is_stale:
             self.stopwatch.seconds["rollout_ahead"] = self.ahead.seconds
         return None
 
-    def _collect(self, prompts: list[Prompt]) -> ScoredRollout:
+    def _collect(self, prompts: list[Prompt]) -> RewardedRollout:
         assert self.policy is not None
-        scored = collect_rollout(
-            self.policy, self.engine, self.rewards, self.advantages, prompts, self.sampling,
+        return collect_rollout(
+            self.policy, self.engine, self.rewards, prompts, self.sampling,
             seed=rollout_seed(self.seed, self.rollouts_done), stopwatch=self.stopwatch,
         )  # fmt: skip
+
+    def _compare(self, rollout: RewardedRollout) -> ScoredRollout:
+        scored = compare(rollout, self.advantages)
         if scored.turn_advantages is not None and self.objective.importance_sampling_level == "sequence":
             raise UserError(
                 "the environment rewards turns, but objective.importance_sampling_level=sequence has one advantage per "
@@ -295,13 +300,15 @@ class GSPOModule(L.LightningModule):
         return self.objective.at(self.rollouts_done / max(1, self.max_rollouts - 1))
 
     def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
-        generator = torch.Generator().manual_seed(rollout_seed(self.seed, self.rollouts_done))
+        count = len(scored.prompts)
+        before = int(gather_values(torch.tensor([count]))[: rank()].sum())
+        seed = rollout_seed(self.seed, self.rollouts_done)
         return split_minibatches(
             scored,
             self.update_settings,
             zero_advantage_is_free=self._objective_now.zero_advantage_is_free,
             mask_truncated=self.objective.mask_truncated_completions,
-            order=torch.randperm(len(scored.prompts), generator=generator).tolist(),
+            order=minibatch_order(count, self.update_settings.num_minibatches, seed, before),
         )
 
     def _sync_reference(self) -> None:
@@ -361,8 +368,6 @@ class GSPOModule(L.LightningModule):
         # A sharded one has no weights here: its strategy loads them, and asks the same question.
         if "state_dict" in checkpoint:
             self.refuse_other_model({name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()})
-            if self.trainer.precision == "bf16-true":
-                self._restored = dict(checkpoint["state_dict"])
         restore_run_state(self, checkpoint["gspo_lightning"])
 
     def refuse_other_model(self, saved: dict[str, tuple[int, ...]]) -> None:

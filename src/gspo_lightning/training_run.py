@@ -74,7 +74,7 @@ class TrainingRun:
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
             print(f"{done}; go on with ckpt_path={self.checkpoint.last}", flush=True)
-            if self.stop.received is not None:
+            if self.stop.stopping:
                 self.stopped = f"{done} in {self.run_dir}"
             return None
         # Lightning validates when it stops, but not where a run was resumed behind its last rollout.

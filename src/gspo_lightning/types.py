@@ -152,8 +152,8 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class ScoredRollout:
-    """A rollout with everything the update needs but the log-probabilities of the policy."""
+class RewardedRollout:
+    """A rollout whose completions have rewards, not yet compared with each other."""
 
     prompts: list[Prompt]
     completions: list[list[Completion]]
@@ -162,14 +162,20 @@ class ScoredRollout:
     """``(B, G, K)`` float64; NaN where a function said it does not apply."""
     rewards: Tensor
     """``(B, G)`` float64: the combined reward."""
+    logged: Metrics = field(default_factory=dict, kw_only=True)
+    """What reward functions logged by TRL's ``log_metric``."""
+    extra_columns: dict[str, list[Any]] = field(default_factory=dict, kw_only=True)
+    """Lists of B x G values that reward functions logged by TRL's ``log_extra``."""
+
+
+@dataclass(frozen=True)
+class ScoredRollout(RewardedRollout):
+    """A rollout with everything the update needs but the log-probabilities of the policy."""
+
     advantages: Tensor
     """``(B, G)`` float64."""
-    logged: Metrics = field(default_factory=dict)
-    """What reward functions logged by TRL's ``log_metric``."""
     turn_advantages: list[list[tuple[float, ...]]] | None = None
     """B lists of G: an advantage for each turn of a dialogue whose environment rewards turns; else None."""
-    extra_columns: dict[str, list[Any]] = field(default_factory=dict)
-    """Lists of B x G values that reward functions logged by TRL's ``log_extra``."""
 
     def is_silent(self, group: int, number: int) -> bool:
         """Whether every token of a completion has advantage zero."""

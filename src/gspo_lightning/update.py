@@ -92,6 +92,25 @@ def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
         )
 
 
+def minibatch_order(prompts: int, minibatches: int, seed: int, first: int) -> list[int]:
+    """The prompts of a rank in the order of the minibatches they go to, drawn by chance.
+
+    Each run of ``minibatches`` prompts gives one to every minibatch. So every rank has as much to do in each, and a
+    prompt's minibatch does not depend on how many ranks there are.
+
+    Args:
+        prompts: of this rank.
+        minibatches: optimizer steps per pass; divides ``prompts`` on every rank.
+        seed: of the rollout, the same on all ranks.
+        first: prompts of the ranks before this one.
+    """
+    check_minibatches(prompts, minibatches, 1)
+    generator = torch.Generator().manual_seed(seed)
+    runs = [torch.randperm(minibatches, generator=generator) for _ in range((first + prompts) // minibatches)]
+    members = torch.stack(runs[first // minibatches :]) + torch.arange(0, prompts, minibatches)[:, None]
+    return members.T.flatten().tolist()
+
+
 @dataclass(frozen=True)
 class Minibatch:
     """The prompts of one optimizer step and the plan by which their surviving completions are forwarded."""

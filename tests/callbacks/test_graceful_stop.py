@@ -6,6 +6,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 
@@ -27,7 +28,7 @@ class Trainer:
 
 @pytest.mark.parametrize(("rollout", "due"), [(4, False), (3, True)])
 def test_a_stop_saves_the_rollout_in_hand_behind_a_validation_that_is_due(rollout, due, tmp_path, capsys):
-    module = SimpleNamespace(rollouts_done=rollout, max_rollouts=100)
+    module = SimpleNamespace(rollouts_done=rollout, max_rollouts=100, device=torch.device("cpu"))
     trainer = Trainer(module)
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=50, validate_every_n_rollouts=3)
     stop = GracefulStop(checkpoint, grace_s=60)
@@ -48,7 +49,7 @@ def test_a_stop_saves_the_rollout_in_hand_behind_a_validation_that_is_due(rollou
 
 def test_a_signal_during_a_validation_stops_behind_it(tmp_path, capsys):
     """Otherwise one more rollout would run, past the line that says where the run stopped, and be announced again."""
-    module = SimpleNamespace(rollouts_done=3, max_rollouts=100)
+    module = SimpleNamespace(rollouts_done=3, max_rollouts=100, device=torch.device("cpu"))
     trainer = Trainer(module)
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=1, validate_every_n_rollouts=3)
     stop = GracefulStop(checkpoint, grace_s=60)
@@ -63,7 +64,7 @@ def test_a_signal_during_a_validation_stops_behind_it(tmp_path, capsys):
 
 
 def test_a_new_checkpoint_replaces_the_last_and_keeps_the_one_before(tmp_path):
-    module = SimpleNamespace(rollouts_done=0, max_rollouts=100)
+    module = SimpleNamespace(rollouts_done=0, max_rollouts=100, device=torch.device("cpu"))
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=2)
     for module.rollouts_done in range(1, 7):
         checkpoint.on_train_batch_end(Trainer(module), module, None, None, 0)
@@ -73,7 +74,7 @@ def test_a_new_checkpoint_replaces_the_last_and_keeps_the_one_before(tmp_path):
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_alone(tmp_path):
-    module = SimpleNamespace(rollouts_done=2, max_rollouts=100)
+    module = SimpleNamespace(rollouts_done=2, max_rollouts=100, device=torch.device("cpu"))
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=1)
     checkpoint.save(Trainer(module), module)
     broken = Trainer(module)

@@ -59,7 +59,8 @@ def main() -> None:
     settings = Settings(
         # A reference that follows the policy is part of a checkpoint too.
         objective={"beta": 0.04},
-        update={"max_tokens_per_microbatch": 40} | ({} if a.lora else {"ref_sync_every_n_rollouts": 2}),
+        update={"max_tokens_per_microbatch": 40, "num_minibatches": 2}
+        | ({} if a.lora else {"ref_sync_every_n_rollouts": 2}),
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
         lora=LoraSettings(r=2) if a.lora else None,
         rollouts=ROLLOUTS,

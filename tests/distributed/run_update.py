@@ -34,6 +34,11 @@ def prompts(case: str):
     if case == "no signal at all":
         for row in rows:
             row.sample["scripted"] = [(number, 0.25) for number, _ in row.sample["scripted"]]
+    if case == "truncated":  # more of the second rank's than of the first one's
+        for place, group in enumerate(rows):
+            for number, completion in enumerate(group.sample["completions"]):
+                reason = "length" if number < place - 1 else "stop"
+                group.sample["completions"][number] = replace(completion, finish_reason=reason)
     if case == ONE_RANK_SEES:
         pictures = [picture_prompt(row.uid, 3, (4, 2 + 2 * n), 2, seed=n) for n, row in enumerate(rows[:2])]
         seeing = [replace(p, sample=row.sample) for p, row in zip(pictures, rows, strict=False)]
@@ -62,6 +67,12 @@ def main() -> None:
     parser.add_argument("--quantile", type=float, default=1.0, help="of the tokens of highest entropy")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--budget", type=int, default=30)
+    parser.add_argument("--level", default="")
+    parser.add_argument("--beta", type=float, default=0.0, help="of the KL to the weights before the update")
+    parser.add_argument("--minibatches", type=int, default=1)
+    parser.add_argument("--advantages", default="group", help="what their scale is measured on")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
     warnings.filterwarnings("ignore")
     for number, more in enumerate(parser.parse_args().runs):
@@ -69,18 +80,22 @@ def main() -> None:
 
 
 def update(a: argparse.Namespace, number: int) -> None:
-    level = "token" if a.loss in ("cispo", "gmpo") else "sequence"
+    level = a.level or ("token" if a.loss in ("cispo", "gmpo") else "sequence")
     settings = Settings(
         objective={
             "loss_type": a.loss,
             "importance_sampling_level": level,
             "top_entropy_quantile": a.quantile,
+            "beta": a.beta,
+            "mask_truncated_completions": a.case == "truncated",
         },  # fmt: skip
-        update={"max_tokens_per_microbatch": a.budget},
+        update={"max_tokens_per_microbatch": a.budget, "num_minibatches": a.minibatches},
+        advantages=a.advantages,
         dtype=a.dtype,
         lora=LoraSettings(r=2) if a.lora else None,
         train_vision=a.case == ONE_RANK_SEES,
         compile=a.compile,
+        gradient_checkpointing=a.checkpointing,
     )
     torch.manual_seed(0)  # of the adapter
     module = build_module(a.model, settings)
@@ -98,7 +113,7 @@ def update(a: argparse.Namespace, number: int) -> None:
             return iter(Loader())
 
     strategy = FSDP2Strategy() if a.strategy == "fsdp" else "ddp" if a.devices > 1 else "auto"
-    runner = trainer(devices=a.devices, strategy=strategy, max_epochs=1)
+    runner = trainer(devices=a.devices, strategy=strategy, max_epochs=1, precision=a.precision)
     runner.fit(module, DataLoader(Rows(), batch_size=None))
     everything = weights(module)
     if runner.is_global_zero:

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
-MICRO = ["experiment=micro", "checkpoint.every_n_rollouts=1"]
-SHORT = [*MICRO, "max_rollouts=8", "validation.every_n_rollouts=3"]
-
-
-def run(*arguments, script="train.py", expect=0, **popen):
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120, **popen
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def metrics(folder):
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
-
-
-def run_and_stop(folder, after, how, *arguments):
-    """Starts a run and sends a signal once it has reported rollout ``after``."""
-    command = [sys.executable, "train.py", *SHORT, f"hydra.run.dir={folder}", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = []
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith(f"rollout {after}/"):
-            process.send_signal(how)
-    return process.wait(60), "".join(output)
+from tests.command_line import MICRO, SHORT, assert_same_run, metrics, run, run_and_stop
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +20,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run(*SHORT, f"hydra.run.dir={folder}")
     return folder
-
-
-def assert_same_run(folder, whole):
-    assert metrics(folder) == metrics(whole)
-    assert (folder / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
-    ours, expected = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +59,23 @@ def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, 
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
     run(*SHORT, f"hydra.run.dir={tmp_path / 'run'}", "ckpt_path=auto")
     assert_same_run(tmp_path / "run", whole)
+
+
+AS_SUBMITIT = """
+import runpy, signal, sys
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit("the launcher requeues the job"))
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_the_handler_of_a_launcher_is_called_behind_the_end_of_the_run(whole, tmp_path):
+    """submitit announces the end of a job by SIGUSR2; its own handler would end the process in mid-rollout."""
+    code, output = run_and_stop(tmp_path, 3, signal.SIGUSR2, start=["-c", AS_SUBMITIT])
+    assert code == 1 and output.endswith("the launcher requeues the job\n"), output
+    assert output.index("saved in") < output.index("the launcher requeues")
+    run(*SHORT, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
+    assert_same_run(tmp_path, whole)
 
 
 def test_a_killed_run_with_a_damaged_checkpoint_resumes_from_the_one_before(whole, tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and a graceful end on SIGINT and SIGTERM."""
+"""Checkpoints that are written whole or not at all, and a graceful end on a signal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gspo_lightning.callbacks.files import flush_to_disk
 from gspo_lightning.callbacks.requeue import requeue
+from gspo_lightning.distributed import global_max
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
 
@@ -186,29 +188,39 @@ class RolloutCheckpoint(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """On SIGINT, SIGTERM or SIGUSR1: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
+    """On a signal: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
 
-    A second signal stops at once. After ``grace_s`` the process ends with code 143, and the last boundary's checkpoint
-    stands. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120 --requeue``): it is requeued.
+    SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
+    --requeue``): it is requeued. SIGUSR2 is heard where a launcher has a handler for it, as submitit has; that is
+    called behind the end of the run and requeues the job. A signal to one of several ranks stops them all behind the
+    same rollout. A second signal stops at once. After ``grace_s`` the process ends with code 128 plus the signal, and
+    the last boundary's checkpoint stands.
     """
 
     def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float) -> None:
         self.checkpoint, self.grace_s = checkpoint, grace_s
         self.received: int | None = None
+        """The signal that this process got."""
+        self.stopping = 0
+        """The same on all ranks at a boundary: 1 if one of them got a signal, 2 if that was SIGUSR1."""
         self.is_first_rank = True
         self._timer: threading.Timer | None = None
         self._before: dict[int, Any] = {}
+        self._launcher: Callable[[int, FrameType | None], Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the signals (Lightning has installed its own handlers before)."""
         self.is_first_rank = trainer.is_global_zero
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGUSR2)
+        self._launcher = handler if callable(handler) else None
+        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGUSR2] if self._launcher else []))
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The boundary: save and leave, behind the validation if one is due."""
-        if self.received is None:
+        if not self._agree(pl_module):
             return
         trainer.should_stop = True
         self.checkpoint.save(trainer, pl_module)
@@ -218,18 +230,33 @@ class GracefulStop(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The boundary of a rollout with a validation, during which the signal may have come."""
-        if self.received is not None and self.checkpoint.saved_at == pl_module.rollouts_done:
+        if self._agree(pl_module) and self.checkpoint.saved_at == pl_module.rollouts_done:
             trainer.should_stop = True
             self._leave(pl_module)
 
+    def _agree(self, pl_module: Any) -> bool:
+        """Whether to stop here: ranks that stopped behind different rollouts would wait for each other for ever."""
+        self.stopping = global_max(max(self.stopping, self._wanted), pl_module.device)
+        return self.stopping > 0
+
+    @property
+    def _wanted(self) -> int:
+        return 0 if self.received is None else 2 if self.received == signal.SIGUSR1 else 1
+
     def _leave(self, pl_module: Any) -> None:
         self._cancel()
-        print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
+        if self.is_first_rank:
+            print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
         self._requeue()
 
     def _requeue(self) -> None:
-        if self.received == signal.SIGUSR1 and self.is_first_rank:
+        if self.is_first_rank and max(self.stopping, self._wanted) == 2:
             print(requeue(), flush=True)
+
+    def hand_over(self) -> None:
+        """Calls the launcher's handler of the signal that ended the run, if there is one; it may end the process."""
+        if self.received == signal.SIGUSR2 and self._launcher is not None:
+            self._launcher(self.received, None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""
@@ -251,8 +278,11 @@ class GracefulStop(L.Callback):
         stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
         print(f"Stopped without the rollout in hand; {stands}", flush=True)
         self._requeue()
-        # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
-        os._exit(128 + (self.received or signal.SIGTERM))
+        try:
+            self.hand_over()
+        finally:
+            # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
+            os._exit(128 + (self.received or signal.SIGTERM))
 
     def _cancel(self) -> None:
         if self._timer is not None:

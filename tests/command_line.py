@@ -1,0 +1,49 @@
+"""`python train.py` as users run it: started, stopped by a signal, and what it leaves."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+MICRO = ["experiment=micro", "checkpoint.every_n_rollouts=1"]
+SHORT = [*MICRO, "max_rollouts=8", "validation.every_n_rollouts=3"]
+
+
+def run(*arguments, script="train.py", expect=0, **popen):
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120, **popen
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def run_and_stop(folder, after, how, *arguments, start=("train.py",)):
+    """Starts a run and sends a signal to its first process once it has reported rollout ``after``."""
+    command = [sys.executable, *start, *SHORT, f"hydra.run.dir={folder}", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith(f"rollout {after}/"):
+            process.send_signal(how)
+    return process.wait(60), "".join(output)
+
+
+def assert_same_run(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    assert (folder / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    ours, expected = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -1,0 +1,59 @@
+"""`python train.py trainer=ddp`: the run of one rank, stopped by a signal to one process, and gone on with on any number."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.command_line import SHORT, assert_same_run, metrics, run, run_and_stop
+from tests.support import relative_distance
+
+WIDE = ["model.dtype=float64", "trainer.accelerator=cpu"]
+TWO_RANKS = ["trainer=ddp", *WIDE, "trainer.devices=2"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run on two ranks that is never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(*SHORT, *TWO_RANKS, f"hydra.run.dir={folder}")
+    return folder
+
+
+def assert_equal_up_to_order(folder, straight):
+    """Sums over ranks are in another order, which is all that differs."""
+    for row, expected in zip(metrics(folder), metrics(straight), strict=True):
+        for name in row.keys() & expected.keys():
+            assert (row[name] == "") == (expected[name] == ""), name
+            if row[name]:
+                assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-9, abs=1e-9), name
+    ours, expected = (load_file(f / "model" / "model.safetensors") for f in (folder, straight))
+    assert all(relative_distance(ours[name], expected[name]) < 1e-9 for name in expected)
+
+
+def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_path):
+    run(*SHORT, *WIDE, f"hydra.run.dir={tmp_path}")
+    assert_equal_up_to_order(tmp_path, straight)
+
+
+@pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_process_stops_all_behind_one_rollout_and_the_run_goes_on(how, straight, tmp_path):
+    code, output = run_and_stop(tmp_path / "cut", 3, how, *TWO_RANKS)
+    assert code == 0, output
+    assert output.count("Stopped after rollout") == 1
+    assert output.count("outside of a Slurm job") == (how == signal.SIGUSR1)
+    last = f"ckpt_path={tmp_path / 'cut' / 'checkpoints' / 'last.ckpt'}"
+    run(*SHORT, *TWO_RANKS, f"hydra.run.dir={tmp_path / 'two'}", last)
+    assert_same_run(tmp_path / "two", straight)
+    if how == signal.SIGTERM:
+        run(*SHORT, *WIDE, f"hydra.run.dir={tmp_path / 'one'}", last)
+        assert_equal_up_to_order(tmp_path / "one", straight)
+
+
+def test_from_one_rank_to_two(straight, tmp_path):
+    code, output = run_and_stop(tmp_path, 2, signal.SIGINT, *WIDE)
+    assert code == 0, output
+    run(*SHORT, *TWO_RANKS, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
+    assert_equal_up_to_order(tmp_path, straight)
