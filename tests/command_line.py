@@ -23,10 +23,14 @@ def run(*arguments, script="train.py", expect=0, **popen):
     return done
 
 
-def metrics(folder):
+def rows(folder):
     with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+        return list(csv.DictReader(file))
+
+
+def metrics(folder):
+    """What a run must give again: all but times."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows(folder)]
 
 
 def run_and_stop(folder, after, how, *arguments, start=("train.py",)):

@@ -64,6 +64,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
             "or start anew from the exported model (model=path model.path=.../model)"
         )
     module.rollouts_done, module.counts = state["rollouts_done"], {**module.counts, **state["counts"]}
+    # What the next rollout adds to these is what its pace is measured by.
+    module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
     if module.ahead is not None and module.policy is not None:
         module.ahead.load_state_dict(state.get("ahead", {}), module.policy)

@@ -157,15 +157,23 @@ def in_step(policy: Policy, *, rollout: bool = False) -> Iterator[None]:
     shards.reshard()
 
 
-def trained_weights(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """Every trained weight, whole, on the CPU; empty unless ``keep``. All ranks must ask, one parameter at a time."""
-    weights = {}
+@torch.no_grad()
+def copy_trained_weights(module: nn.Module, target: nn.Module | None) -> None:
+    """Brings every trained weight, whole, into the parameter of its name. All ranks must call it together.
+
+    One parameter is whole at a time, so ``target`` is the only copy of the model that this makes anyone hold.
+
+    Args:
+        module: whose weights may be split over ranks.
+        target: unsharded; None on a rank that keeps nothing.
+    """
+    own = {} if target is None else dict(target.named_parameters())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             value = whole(parameter.detach())
-            if keep:
-                weights[name] = value.cpu()
-    return weights
+            if target is not None:
+                own[name].copy_(value)
+            del value  # before the next one is gathered
 
 
 def whole_policy(policy: Policy, loader: PolicyLoader) -> Policy | None:
@@ -175,9 +183,6 @@ def whole_policy(policy: Policy, loader: PolicyLoader) -> Policy | None:
     """
     if policy.shards is None:
         return None if rank() else policy
-    weights = trained_weights(policy, keep=rank() == 0)
-    if rank():
-        return None
-    fresh = loader.load()
-    fresh.load_state_dict(weights, strict=False)
+    fresh = None if rank() else loader.load()
+    copy_trained_weights(policy, fresh)
     return fresh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from gspo_lightning import sharding
 from gspo_lightning.distributed import rank, whole
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.rollout import TransformersEngine
@@ -39,6 +41,7 @@ def check_engine(model: str, samples_on: str, lora: LoraSettings | None) -> None
     settings = Settings(lora=lora, rollouts=2)
     module = build_module(model, settings)
     module.engine = engine = Seeing(samples_on)
+    most = count_whole_weights()
     trainer(devices=2, strategy=FSDP2Strategy()).fit(module, Batches(scripted_prompts(count=2), 2).loader())
     module.engine.generate(module.policy, [], GREEDY, 0)
     gets_copy = samples_on == "every_rank" or rank() == 0
@@ -47,6 +50,22 @@ def check_engine(model: str, samples_on: str, lora: LoraSettings | None) -> None
         value = whole(mine.detach())  # of all ranks
         assert not gets_copy or torch.equal(value, theirs), name
     assert all(policy is engine.seen[-1] for policy in engine.seen)
+    assert most == [1]
+
+
+def count_whole_weights() -> list[int]:
+    """The largest number of gathered weights that were there at one time, from now on."""
+    there: list[weakref.ref] = []
+    most = [0]
+
+    def counted(tensor):
+        value = whole(tensor)
+        there[:] = [reference for reference in there if reference() is not None] + [weakref.ref(value)]
+        most[0] = max(most[0], len(there))
+        return value
+
+    sharding.whole = counted
+    return most
 
 
 def check_unequal(model: str, gather: bool) -> None:

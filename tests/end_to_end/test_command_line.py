@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.command_line import MICRO, SHORT, assert_same_run, metrics, run, run_and_stop
+from tests.command_line import MICRO, SHORT, assert_same_run, metrics, rows, run, run_and_stop
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ def test_a_stopped_and_resumed_run_is_bit_identical_to_one_never_stopped(after, 
     assert "Stopped after rollout" in output and "saved in" in output
     run(*SHORT, f"hydra.run.dir={tmp_path / 'new'}", f"ckpt_path={tmp_path / 'cut' / 'checkpoints' / 'last.ckpt'}")
     assert_same_run(tmp_path / "new", whole)
+    before = 0.0
+    for row in rows(tmp_path / "new")[1:]:  # the first is of the validation at the start
+        sampled = float(row["count/rollout_tokens"]) - before
+        assert float(row["perf/rollout_tokens_per_s"]) * float(row["time/rollout_s"]) == pytest.approx(sampled)
+        before += sampled
 
 
 @pytest.mark.parametrize(

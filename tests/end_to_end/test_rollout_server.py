@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gspo_lightning.rollout.vllm_server import VLLMServerEngine
 from tests.rollout.fake_server import FakeServer
 from tests.support import relative_distance
 
@@ -71,7 +72,8 @@ def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir,
         "data.task.num_validation=5", "data.validation_batch_size=2",
     ]  # fmt: skip
     results = {}
-    for ranks, trainer in ((1, []), (2, ["trainer=ddp"])):
+    fsdp = ["trainer=fsdp", "trainer.accelerator=cpu"]
+    for ranks, trainer in ((1, []), (2, ["trainer=ddp"]), ("2 with parts", fsdp)):
         server = FakeServer(micro_model_dir)
         try:
             done = train(server, tmp_path / str(ranks), *common, *trainer)
@@ -81,7 +83,14 @@ def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir,
         finally:
             server.close()
         results[ranks] = records(tmp_path / str(ranks))
-    (rows_one, _, one), (rows_two, _, two) = results[1], results[2]
+    rows_one, _, one = results.pop(1)
+    for rows_two, _, two in results.values():
+        assert_like_one_rank(rows_one, one, rows_two, two, micro_model_dir)
+    # The copy of a policy in parts is on the rank that asks.
+    assert VLLMServerEngine.samples_on == "first_rank"
+
+
+def assert_like_one_rank(rows_one, one, rows_two, two, micro_model_dir):
     for before, after in zip(rows_one, rows_two, strict=True):
         for name in ("val/accuracy", "val/reward", "reward/mean", "grad_norm", "completion/mean_tokens"):
             assert float(after[name] or 0) == pytest.approx(float(before[name] or 0), rel=1e-4), (name, before, after)

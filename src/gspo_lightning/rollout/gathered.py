@@ -11,7 +11,7 @@ from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import RolloutEngine
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
-from gspo_lightning.sharding import trained_weights
+from gspo_lightning.sharding import copy_trained_weights
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
 
 
@@ -20,7 +20,7 @@ class GatheredEngine:
     """Gives ``engine`` a policy on the CPU that is whole and up to date.
 
     There is one such copy on every rank, or on rank 0 alone if the engine has ``samples_on = "first_rank"``.
-    Weights arrive one parameter at a time, so a rank that keeps none never holds more than one of them.
+    Weights arrive one parameter at a time, so no rank ever holds more than that copy and one parameter.
     """
 
     engine: RolloutEngine
@@ -36,13 +36,10 @@ class GatheredEngine:
         with precision:
             return self.engine.generate(self._copy or policy, prompts, sampling, seed)
 
-    @torch.no_grad()
     def _refresh(self, policy: Policy) -> None:
-        keep = rank() == 0 or getattr(self.engine, "samples_on", "every_rank") == "every_rank"
-        weights = trained_weights(policy, keep=keep)
-        if keep:
+        if rank() == 0 or getattr(self.engine, "samples_on", "every_rank") == "every_rank":
             self._copy = self._copy or self.loader.load()
-            self._copy.load_state_dict(weights, strict=False)
+        copy_trained_weights(policy, self._copy)
 
 
 def gathered(engine: RolloutEngine, loader: PolicyLoader) -> RolloutEngine:

@@ -85,6 +85,9 @@ class VLLMServerEngine:
         self._proven: dict[str, tuple[str, str]] = {}
         """Server address -> (instance, version) whose fingerprint was right."""
 
+    samples_on = "first_rank"
+    """Where a copy of a sharded policy is kept (`GatheredEngine`)."""
+
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
         refuse_images(prompts)
