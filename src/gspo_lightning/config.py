@@ -45,9 +45,10 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
             "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
         )
     strategy = plain["trainer"]["strategy"]
-    if isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed")):
+    name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
+    if name.startswith(("fsdp", "FSDPStrategy", "deepspeed", "DeepSpeed")):
         raise UserError(
-            f"trainer.strategy={strategy} flattens or moves the weights that rollouts and LoRA need as they are; use "
+            f"trainer.strategy={name} flattens or moves the weights that rollouts and LoRA need as they are; use "
             "trainer=fsdp, which is FSDP2, or trainer=ddp"
         )
     if is_sharded(plain):
@@ -58,6 +59,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     check_targets(plain)
     check_calls(plain)
     _check_roots(plain)
+    _check_router(plain["model"])
     update, rollout, data = plain["update"], plain["rollout"], plain["data"]
     longest = data["max_prompt_length"] + rollout["max_completion_length"]
     if update["max_tokens_per_microbatch"] < longest:
@@ -113,6 +115,16 @@ def _check_sharding(plain: dict[str, Any]) -> None:
         raise UserError("rollout.engine.staleness=1 needs whole weights in one process; set it to 0 with trainer=fsdp")
 
 
+def _check_router(model: dict[str, Any]) -> None:
+    """Models with experts bring an auxiliary loss along, which their own training reads."""
+    for key in ("output_router_logits", "router_aux_loss_coef"):
+        if (model.get("overrides") or {}).get(key):
+            raise UserError(
+                f"model.overrides.{key} has no effect: the policy gradient alone moves a router here; remove it, or "
+                "add the term in a subclass (GSPOModule.auxiliary_loss)"
+            )
+
+
 def _check_environment(plain: dict[str, Any]) -> None:
     """The reward of an environment needs one."""
     for name, spec in plain["reward"].get("functions", {}).items():
@@ -141,6 +153,7 @@ _LEAST = {
     "data.prompts_per_rollout": 1,
     "data.max_prompt_length": 1,
     "validation.num_generations": 1,
+    "trainer.num_nodes": 1,
     "dynamic_sampling.max_draws": 0,
     "update.ref_sync_every_n_rollouts": 0,
 }

@@ -465,6 +465,7 @@ DATA = [
 ]
 
 MODELS = [
+    Case("model", "a router's auxiliary loss", ["+model.overrides.output_router_logits=true"], "no effect"),
     Case("model", "a folder that is no model", ["model.path={tmp}"], "config.json"),
     Case(
         "model",
@@ -634,6 +635,8 @@ RUNS = [
     Case("run", "4-bit weights in parts", ["trainer=fsdp", "model.quantization=nf4", "lora=language"], "trainer=fsdp"),
     Case("run", "8-bit optimizer states in parts", ["trainer=fsdp", "optimizer=adamw_8bit"], "trainer=fsdp"),
     Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
+    Case("run", "FSDP1 by its class", ["trainer.strategy={_target_: lightning.pytorch.strategies.FSDPStrategy}"], "trainer.strategy=FSDPStrategy"),
+    Case("run", "no node", ["trainer.num_nodes=0"], "trainer.num_nodes=0 must be at least 1"),
 ]  # fmt: skip
 
 CASES = [*CONFIG, *OBJECTIVE, *OPTIMIZER, *UPDATE, *ROLLOUT, *DATA, *MODELS, *ENVIRONMENTS, *REWARDS, *RUNS]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tests.command_line import SHORT, assert_same_run, metrics, run, run_and_stop
+from tests.command_line import ROOT, SHORT, assert_same_run, metrics, run, run_and_stop
 from tests.support import relative_distance
 
 WIDE = ["model.dtype=float64", "trainer.accelerator=cpu"]
@@ -36,6 +42,35 @@ def assert_equal_up_to_order(folder, straight):
 def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_path):
     run(*SHORT, *WIDE, f"hydra.run.dir={tmp_path}")
     assert_equal_up_to_order(tmp_path, straight)
+
+
+def test_a_run_on_two_nodes_is_that_of_two_processes_on_one(straight, tmp_path):
+    """Started once per node, as ``srun`` or a person does."""
+    command = [sys.executable, "train.py", *SHORT, *TWO_RANKS, "trainer.devices=1", "trainer.num_nodes=2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = [
+        subprocess.Popen(
+            [*command, f"hydra.run.dir={tmp_path}"], cwd=ROOT, env={**os.environ, **address, "NODE_RANK": str(number)}
+        )
+        for number in range(2)
+    ]
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    assert_same_run(tmp_path, straight)
+
+
+def test_a_checkpoint_in_parts_becomes_one_model_on_any_number_of_processes(tmp_path):
+    """By going on from it for no further rollout."""
+    sharded = [*SHORT, "trainer=fsdp", "trainer.accelerator=cpu", "max_rollouts=3", "validation.every_n_rollouts=null"]
+    run(*sharded, "checkpoint.keep_last=2", f"hydra.run.dir={tmp_path / 'run'}")
+    numbered = tmp_path / "run" / "checkpoints" / "rollout-000003.ckpt"
+    assert sorted(path.name for path in numbered.parent.glob("rollout-*")) == ["rollout-000002.ckpt", numbered.name]
+    run(*sharded, "trainer.devices=1", f"ckpt_path={numbered}", f"hydra.run.dir={tmp_path / 'one'}")
+    ours, expected = (load_file(tmp_path / f / "model" / "model.safetensors") for f in ("one", "run"))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
 
 
 def test_a_signal_to_one_process_stops_all_behind_one_rollout_and_the_run_goes_on(straight, tmp_path):

@@ -67,11 +67,12 @@ def check_packing(policy: Policy) -> float:
     row.layout.may_compile = False
     packed, _ = policy(row)
     plain = reference_logprobs(policy, prompt, completions, vision)
-    bound, size = TOLERANCE.get(policy.output_weight.dtype), plain.norm()
+    dtype = _coarsest_dtype(policy)
+    bound, size = TOLERANCE.get(dtype), plain.norm()
     if bound is None:
         # Log-probabilities of random tokens are far from 0 and near to each other.
         size = (plain - plain.mean()).norm()
-        with rounded_embeddings(policy):
+        with rounded_embeddings(policy, dtype):
             rounded = reference_logprobs(policy, prompt, completions, vision)
         bound = NARROW_FACTOR * ((rounded - plain).norm() / size).item()
     distance = ((packed - plain).norm() / size).item()
@@ -84,15 +85,20 @@ def check_packing(policy: Policy) -> float:
     return distance
 
 
+def _coarsest_dtype(policy: Policy) -> torch.dtype:
+    """What a forward rounds to: a base in few bits multiplies in a narrow dtype, whatever the rest is kept in."""
+    return torch.bfloat16 if getattr(policy.base_model, "is_quantized", False) else policy.output_weight.dtype
+
+
 @contextmanager
-def rounded_embeddings(policy: Policy) -> Iterator[None]:
-    """Every number that comes out of the input embedding is one or two units in its last place too large or small."""
+def rounded_embeddings(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
+    """Every number from the input embedding is one or two units of ``dtype`` in its last place too large or small."""
     embedding = policy.base_model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
 
     def moved(module: Any, inputs: Any, output: Tensor) -> Tensor:
         signs = 2 * torch.randint(0, 2, output.shape, generator=generator, device="cpu") - 1
-        return (output * (1 + signs.to(output.device) * torch.finfo(output.dtype).eps / 2)).to(output.dtype)
+        return (output * (1 + signs.to(output.device) * torch.finfo(dtype).eps / 2)).to(output.dtype)
 
     hook = embedding.register_forward_hook(moved)
     try:
