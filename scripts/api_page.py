@@ -103,10 +103,13 @@ def _inline(text: str, whole: bool = True) -> str:
 
 
 def _field_docs(thing: type) -> dict[str, str]:
-    """The strings under annotated fields, which Python itself does not keep."""
+    """The strings under annotated fields, those of a base first, which Python itself does not keep."""
+    found = {}
+    for base in thing.__bases__:
+        if base.__module__.startswith("gspo_lightning."):
+            found |= _field_docs(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
     for field, after in zip(body.body, body.body[1:], strict=False):
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:

@@ -34,14 +34,15 @@ def metrics(folder):
 
 
 def run_and_stop(folder, after, how, *arguments, start=("train.py",)):
-    """Starts a run and sends a signal to its first process once it has reported rollout ``after``."""
+    """Starts a run and sends a signal, or several, to its first process once it has reported rollout ``after``."""
     command = [sys.executable, *start, *SHORT, f"hydra.run.dir={folder}", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = []
     for line in process.stdout:
         output.append(line)
         if line.startswith(f"rollout {after}/"):
-            process.send_signal(how)
+            for number in how if isinstance(how, tuple) else (how,):
+                process.send_signal(number)
     return process.wait(60), "".join(output)
 
 

@@ -61,7 +61,7 @@ KINDS = {
 def test_the_update_is_that_of_enough_memory(where, error, kind, micro_model_dir, monkeypatch, capsys):
     # Two passes over two minibatches, so that old log-probabilities must follow the cut.
     settings = Settings(objective=KINDS[kind], update={"num_minibatches": 2, "num_iterations": 2})
-    prompts = scripted_prompts()
+    prompts = scripted_prompts(count=8)
     enough = fit(build_module(micro_model_dir, settings), prompts)
     limit = Limit(monkeypatch, 24, where, ERRORS[error])
     short = fit(build_module(micro_model_dir, settings), prompts)

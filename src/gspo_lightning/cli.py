@@ -171,7 +171,8 @@ def _train(cfg: DictConfig) -> float | None:
     with contextlib.closing(module.rewards):
         training = TrainingRun(plain, run_dir, ckpt_path, module, datamodule)
         accuracy = training.execute()
-    training.stop.hand_over()
+    if training.stopped:
+        training.stop.hand_over()
     if training.stopped and HydraConfig.get().mode != RunMode.RUN:
         raise SweepStopped(f"{training.stopped}; the jobs behind it were not run")
     return accuracy

@@ -55,9 +55,10 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
             "the environment rewards turns, which are compared within a group, but advantages.scale_rewards=batch "
             "divides by the spread of whole completions; set it to group or none"
         )
+    everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
     return ScoredRollout(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
-        advantages=advantages(rollout.rewards, gather_values(rollout.rewards.flatten())),
+        advantages=advantages(rollout.rewards, *everyone),
         turn_advantages=turns,
     )
 

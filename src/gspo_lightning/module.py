@@ -43,7 +43,7 @@ from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
 from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
-from gspo_lightning.update import Minibatch, UpdateSettings, minibatch_order, split_minibatches
+from gspo_lightning.update import Minibatch, UpdateSettings, check_minibatches, minibatch_order, split_minibatches
 from gspo_lightning.validation import ValidationSettings, Validator
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
@@ -300,15 +300,16 @@ class GSPOModule(L.LightningModule):
         return self.objective.at(self.rollouts_done / max(1, self.max_rollouts - 1))
 
     def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
-        count = len(scored.prompts)
-        before = int(gather_values(torch.tensor([count]))[: rank()].sum())
+        settings, counts = self.update_settings, gather_values(torch.tensor([len(scored.prompts)])).tolist()
+        for count in counts:
+            check_minibatches(count, settings.num_minibatches, 1)
         seed = rollout_seed(self.seed, self.rollouts_done)
         return split_minibatches(
             scored,
-            self.update_settings,
+            settings,
             zero_advantage_is_free=self._objective_now.zero_advantage_is_free,
             mask_truncated=self.objective.mask_truncated_completions,
-            order=minibatch_order(count, self.update_settings.num_minibatches, seed, before),
+            order=minibatch_order(counts[rank()], settings.num_minibatches, seed, sum(counts[: rank()])),
         )
 
     def _sync_reference(self) -> None:

@@ -174,7 +174,7 @@ class ScoredRollout(RewardedRollout):
 
     advantages: Tensor
     """``(B, G)`` float64."""
-    turn_advantages: list[list[tuple[float, ...]]] | None = None
+    turn_advantages: list[list[tuple[float, ...]]] | None = field(default=None, kw_only=True)
     """B lists of G: an advantage for each turn of a dialogue whose environment rewards turns; else None."""
 
     def is_silent(self, group: int, number: int) -> bool:

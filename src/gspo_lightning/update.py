@@ -85,7 +85,7 @@ def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
     Raises:
         UserError: they do not divide evenly.
     """
-    if prompts % ranks or prompts // ranks % minibatches:
+    if not prompts or prompts % ranks or prompts // ranks % minibatches:
         shares = f" x {ranks} ranks = {minibatches * ranks}" if ranks > 1 else ""
         raise UserError(
             f"data.prompts_per_rollout={prompts} must be divisible by update.num_minibatches={minibatches}{shares}"
@@ -104,7 +104,6 @@ def minibatch_order(prompts: int, minibatches: int, seed: int, first: int) -> li
         seed: of the rollout, the same on all ranks.
         first: prompts of the ranks before this one.
     """
-    check_minibatches(prompts, minibatches, 1)
     generator = torch.Generator().manual_seed(seed)
     runs = [torch.randperm(minibatches, generator=generator) for _ in range((first + prompts) // minibatches)]
     members = torch.stack(runs[first // minibatches :]) + torch.arange(0, prompts, minibatches)[:, None]

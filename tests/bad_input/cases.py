@@ -541,6 +541,20 @@ ENVIRONMENTS = [
         ],
         "set it to sequence_token",
     ),
+    Case(
+        "environment",
+        "rewards of turns on the scale of the batch",
+        [
+            "environment=guess_the_number",
+            "environment.make.turn_rewards=true",
+            "data=secret_number",
+            "reward=environment",
+            "data.max_prompt_length=256",
+            "objective.importance_sampling_level=sequence_token",
+            "advantages=batch",
+        ],
+        "set it to group or none",
+    ),
 ]
 
 REWARDS = [

@@ -22,7 +22,7 @@ from tests.support import has_module
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLUGINS = {"hparams_search=": "hydra_plugins.hydra_optuna_sweeper", "two_processes": "hydra_plugins.hydra_joblib_launcher",
-           "slurm_gpu": "hydra_plugins.hydra_submitit_launcher", "rollout=vllm": "vllm"}  # fmt: skip
+           "slurm_gpu": "hydra_plugins.hydra_submitit_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher", "rollout=vllm": "vllm"}  # fmt: skip
 
 
 def blocks(kind):

@@ -68,7 +68,7 @@ def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, 
 
 AS_SUBMITIT = """
 import runpy, signal, sys
-signal.signal(signal.SIGUSR2, lambda *_: sys.exit("the launcher requeues the job"))
+signal.signal(signal.SIGUSR2, lambda *_: (print("the launcher requeues the job"), sys.exit(144)))
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """
@@ -76,11 +76,26 @@ runpy.run_path("train.py", run_name="__main__")
 
 def test_the_handler_of_a_launcher_is_called_behind_the_end_of_the_run(whole, tmp_path):
     """submitit announces the end of a job by SIGUSR2; its own handler would end the process in mid-rollout."""
-    code, output = run_and_stop(tmp_path, 3, signal.SIGUSR2, start=["-c", AS_SUBMITIT])
-    assert code == 1 and output.endswith("the launcher requeues the job\n"), output
+    how = (signal.SIGTERM, signal.SIGUSR2)  # of a preempted job
+    code, output = run_and_stop(tmp_path, 3, how, "ckpt_path=auto", start=["-c", AS_SUBMITIT])
+    assert code == 144 and output.endswith("the launcher requeues the job\n"), output
     assert output.index("saved in") < output.index("the launcher requeues")
     run(*SHORT, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("after", "ckpt_path", "grace_s", "called"), [(3, "null", 60, False), (8, "auto", 60, False), (3, "auto", 0, True)]
+)
+def test_a_launcher_requeues_what_would_go_on(after, ckpt_path, grace_s, called, tmp_path):
+    """And not what would begin anew, or has ended; also where the rollout in hand does not fit the grace period."""
+    settings = [f"ckpt_path={ckpt_path}", f"checkpoint.grace_s={grace_s}"]
+    code, output = run_and_stop(tmp_path, after, signal.SIGUSR2, *settings, start=["-c", AS_SUBMITIT])
+    assert (code == 144) == ("the launcher requeues" in output) == called, output
+    assert called or code == 0
+    assert ("not requeued: without ckpt_path=auto" in output) == (ckpt_path == "null")
+    if after == 8:  # the held-out prompts are measured all the same
+        assert rows(tmp_path)[-1]["step"] == "8" and rows(tmp_path)[-1]["val/accuracy"]
 
 
 def test_a_killed_run_with_a_damaged_checkpoint_resumes_from_the_one_before(whole, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
 from gspo_lightning.errors import UserError
 from gspo_lightning.resume import is_whole
-from tests.end_to_end.test_command_line import ROOT, SHORT, metrics, run
+from tests.command_line import ROOT, SHORT, metrics, run
 
 
 class Trainer(SimpleNamespace):

@@ -131,7 +131,6 @@ def test_the_offline_recipe_runs_the_code_of_completions_and_learns_the_letter(t
         sys.executable,
         "train.py",
         "experiment=gspo_gpt_oss_tiny",
-        "max_rollouts=6",
         f"hydra.run.dir={tmp_path}",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -141,6 +140,6 @@ def test_the_offline_recipe_runs_the_code_of_completions_and_learns_the_letter(t
     names, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
     share = [float(row[names.index("reward/letter_share")]) for row in rows if row[names.index("reward/letter_share")]]
     judged = [float(row[names.index("reward/matmul")]) for row in rows if row[names.index("reward/matmul")]]
-    assert len(share) == len(judged) == 6
-    assert share[-1] > 2 * share[0] + 0.02
+    assert len(share) == len(judged) == 15
+    assert share[0] < 0.05 and share[-1] > 0.2
     assert max(judged) < 0

@@ -191,16 +191,21 @@ class GracefulStop(L.Callback):
     """On a signal: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
 
     SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
-    --requeue``): it is requeued. SIGUSR2 is heard where a launcher has a handler for it, as submitit has; that is
-    called behind the end of the run and requeues the job. A signal to one of several ranks stops them all behind the
-    same rollout. A second signal stops at once. After ``grace_s`` the process ends with code 128 plus the signal, and
-    the last boundary's checkpoint stands.
+    --requeue``): it is requeued. SIGUSR2 is heard where a launcher has a handler for it, as submitit has, which
+    requeues the job: whoever runs the Trainer calls it behind the run (`hand_over`). A signal to one of several ranks
+    stops them all behind the same rollout. A second one of a kind stops at once: a scheduler may send two kinds for one
+    thing. After ``grace_s`` the process ends with code 128 plus the signal, and the last boundary's checkpoint stands.
+
+    Args:
+        checkpoint: what saves.
+        grace_s: seconds for the rollout in hand and its checkpoint.
+        goes_on: whether a launcher's job that is started again goes on from there; it is not requeued to begin anew.
     """
 
-    def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float) -> None:
-        self.checkpoint, self.grace_s = checkpoint, grace_s
-        self.received: int | None = None
-        """The signal that this process got."""
+    def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float, goes_on: bool = True) -> None:
+        self.checkpoint, self.grace_s, self.goes_on = checkpoint, grace_s, goes_on
+        self.received: list[int] = []
+        """The signals that this process got."""
         self.stopping = 0
         """The same on all ranks at a boundary: 1 if one of them got a signal, 2 if that was SIGUSR1."""
         self.is_first_rank = True
@@ -225,7 +230,8 @@ class GracefulStop(L.Callback):
         trainer.should_stop = True
         self.checkpoint.save(trainer, pl_module)
         if not self.checkpoint.wanted:
-            trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
+            if pl_module.rollouts_done < pl_module.max_rollouts:
+                trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
             self._leave(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -241,7 +247,7 @@ class GracefulStop(L.Callback):
 
     @property
     def _wanted(self) -> int:
-        return 0 if self.received is None else 2 if self.received == signal.SIGUSR1 else 1
+        return 2 if signal.SIGUSR1 in self.received else int(bool(self.received))
 
     def _leave(self, pl_module: Any) -> None:
         self._cancel()
@@ -254,9 +260,13 @@ class GracefulStop(L.Callback):
             print(requeue(), flush=True)
 
     def hand_over(self) -> None:
-        """Calls the launcher's handler of the signal that ended the run, if there is one; it may end the process."""
-        if self.received == signal.SIGUSR2 and self._launcher is not None:
-            self._launcher(self.received, None)
+        """Calls the launcher's handler of SIGUSR2, if that is what stopped the run; it may end the process."""
+        if self._launcher is None or signal.SIGUSR2 not in self.received:
+            return
+        if not self.goes_on:
+            print("not requeued: without ckpt_path=auto it would begin anew", flush=True)
+        else:
+            self._launcher(signal.SIGUSR2, None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""
@@ -266,9 +276,11 @@ class GracefulStop(L.Callback):
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if number in self.received:
             self._give_up()
-        self.received = number
+        self.received.append(number)
+        if len(self.received) > 1:
+            return
         print(f"{signal.Signals(number).name}: finishing the rollout in hand (at most {self.grace_s:g} s)", flush=True)
         self._timer = threading.Timer(self.grace_s, self._give_up)
         self._timer.daemon = True
@@ -277,12 +289,15 @@ class GracefulStop(L.Callback):
     def _give_up(self) -> None:
         stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
         print(f"Stopped without the rollout in hand; {stands}", flush=True)
-        self._requeue()
+        code: Any = 128 + (self.received or [signal.SIGTERM])[0]
         try:
+            self._requeue()
             self.hand_over()
+        except SystemExit as wish:
+            code = wish.code if isinstance(wish.code, int) else 1
         finally:
             # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
-            os._exit(128 + (self.received or signal.SIGTERM))
+            os._exit(code % 256)
 
     def _cancel(self) -> None:
         if self._timer is not None:
