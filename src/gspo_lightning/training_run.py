@@ -12,7 +12,8 @@ from rich.console import Console
 from gspo_lightning import first_error
 from gspo_lightning.build import build_callbacks, build_trainer
 from gspo_lightning.callbacks import RunRecorder
-from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint, disk_error
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error
+from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push

@@ -1,8 +1,9 @@
 """What a run leaves behind and shows: recorder, progress line, checkpoints, graceful stop."""
 
-from gspo_lightning.callbacks.checkpoint import GracefulStop, RolloutCheckpoint
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.callbacks.completions import CompletionsTable
 from gspo_lightning.callbacks.detect_anomaly import DetectAnomaly, NonFiniteLayerError
+from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.callbacks.health import Health
 from gspo_lightning.callbacks.progress import ProgressLine
 from gspo_lightning.callbacks.recorder import RunRecorder

@@ -1,15 +1,11 @@
-"""Checkpoints that are written whole or not at all, and a graceful end on a signal."""
+"""Checkpoints that are written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -17,8 +13,6 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gspo_lightning.callbacks.files import flush_to_disk
-from gspo_lightning.callbacks.requeue import requeue
-from gspo_lightning.distributed import global_max
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
 
@@ -185,121 +179,3 @@ class RolloutCheckpoint(L.Callback):
         self.saved_at, self.wanted = pl_module.rollouts_done, False
         if self.keep_last and trainer.is_global_zero:
             keep_numbered(self.last, pl_module.rollouts_done, self.keep_last)
-
-
-class GracefulStop(L.Callback):
-    """On a signal: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
-
-    SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
-    --requeue``): it is requeued. SIGUSR2 is heard where a launcher has a handler for it, as submitit has, which
-    requeues the job: whoever runs the Trainer calls it behind the run (`hand_over`). A signal to one of several ranks
-    stops them all behind the same rollout. A second one of a kind stops at once: a scheduler may send two kinds for one
-    thing. After ``grace_s`` the process ends with code 128 plus the signal, and the last boundary's checkpoint stands.
-
-    Args:
-        checkpoint: what saves.
-        grace_s: seconds for the rollout in hand and its checkpoint.
-        goes_on: whether a launcher's job that is started again goes on from there; it is not requeued to begin anew.
-    """
-
-    def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float, goes_on: bool = True) -> None:
-        self.checkpoint, self.grace_s, self.goes_on = checkpoint, grace_s, goes_on
-        self.received: list[int] = []
-        """The signals that this process got."""
-        self.stopping = 0
-        """The same on all ranks at a boundary: 1 if one of them got a signal, 2 if that was SIGUSR1."""
-        self.is_first_rank = True
-        self._timer: threading.Timer | None = None
-        self._before: dict[int, Any] = {}
-        self._launcher: Callable[[int, FrameType | None], Any] | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the signals (Lightning has installed its own handlers before)."""
-        self.is_first_rank = trainer.is_global_zero
-        if threading.current_thread() is not threading.main_thread():
-            return
-        handler = signal.getsignal(signal.SIGUSR2)
-        self._launcher = handler if callable(handler) else None
-        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGUSR2] if self._launcher else []))
-        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The boundary: save and leave, behind the validation if one is due."""
-        if not self._agree(pl_module):
-            return
-        trainer.should_stop = True
-        self.checkpoint.save(trainer, pl_module)
-        if not self.checkpoint.wanted:
-            if pl_module.rollouts_done < pl_module.max_rollouts:
-                trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
-            self._leave(pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The boundary of a rollout with a validation, during which the signal may have come."""
-        if self._agree(pl_module) and self.checkpoint.saved_at == pl_module.rollouts_done:
-            trainer.should_stop = True
-            self._leave(pl_module)
-
-    def _agree(self, pl_module: Any) -> bool:
-        """Whether to stop here: ranks that stopped behind different rollouts would wait for each other for ever."""
-        self.stopping = global_max(max(self.stopping, self._wanted), pl_module.device)
-        return self.stopping > 0
-
-    @property
-    def _wanted(self) -> int:
-        return 2 if signal.SIGUSR1 in self.received else int(bool(self.received))
-
-    def _leave(self, pl_module: Any) -> None:
-        self._cancel()
-        if self.is_first_rank:
-            print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
-        self._requeue()
-
-    def _requeue(self) -> None:
-        if self.is_first_rank and max(self.stopping, self._wanted) == 2:
-            print(requeue(), flush=True)
-
-    def hand_over(self) -> None:
-        """Calls the launcher's handler of SIGUSR2, if that is what stopped the run; it may end the process."""
-        if self._launcher is None or signal.SIGUSR2 not in self.received:
-            return
-        if not self.goes_on:
-            print("not requeued: without ckpt_path=auto it would begin anew", flush=True)
-        else:
-            self._launcher(signal.SIGUSR2, None)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the signals back."""
-        self._cancel()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number in self.received:
-            self._give_up()
-        self.received.append(number)
-        if len(self.received) > 1:
-            return
-        print(f"{signal.Signals(number).name}: finishing the rollout in hand (at most {self.grace_s:g} s)", flush=True)
-        self._timer = threading.Timer(self.grace_s, self._give_up)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _give_up(self) -> None:
-        stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
-        print(f"Stopped without the rollout in hand; {stands}", flush=True)
-        code: Any = 128 + (self.received or [signal.SIGTERM])[0]
-        try:
-            self._requeue()
-            self.hand_over()
-        except SystemExit as wish:
-            code = wish.code if isinstance(wish.code, int) else 1
-        finally:
-            # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
-            os._exit(code % 256)
-
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None

@@ -53,6 +53,9 @@ class VLLMServerEngine:
             weights that are one update old (`gspo_lightning.one_step_off`).
     """
 
+    samples_on = "first_rank"
+    """Where a copy of a sharded policy is kept (`GatheredEngine`)."""
+
     def __init__(
         self,
         urls: list[str],
@@ -84,9 +87,6 @@ class VLLMServerEngine:
         self._trained: int | None = None
         self._proven: dict[str, tuple[str, str]] = {}
         """Server address -> (instance, version) whose fingerprint was right."""
-
-    samples_on = "first_rank"
-    """Where a copy of a sharded policy is kept (`GatheredEngine`)."""
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
