@@ -27,7 +27,7 @@ from rich.console import Console
 from gspo_lightning import config, first_error
 from gspo_lightning.build import build_data, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.errors import UserError
-from gspo_lightning.estimate import estimate
+from gspo_lightning.estimate import Ranks, estimate
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.redact import masked, redacted
 from gspo_lightning.report import print_evaluation
@@ -182,9 +182,12 @@ def _dry_run(plain: dict[str, Any]) -> None:
     """The table of `gspo_lightning.estimate` for the first prompts of the run."""
     datamodule = build_data(plain)
     module = build_module(plain)
+    prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
+    share = len(prompts) // ranks.count
+    shares = [prompts[start : start + share] for start in range(0, share * ranks.count, share)]
     found = estimate(
         module.policy_loader,
-        datamodule.batch_at(0).prompts,
+        max(shares, key=lambda prompts: sum(len(prompt.input_ids) for prompt in prompts)),
         num_generations=module.sampling.num_generations,
         max_completion_length=module.sampling.max_completion_length,
         validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,
@@ -194,8 +197,15 @@ def _dry_run(plain: dict[str, Any]) -> None:
         needs_reference=module.objective.needs_ref,
         precision=plain["trainer"]["precision"],
         on_gpu=torch.cuda.is_available() and plain["trainer"]["accelerator"] != "cpu",
+        ranks=ranks,
     )
     Console().print(found.table())
+
+
+def _ranks(plain: dict[str, Any]) -> Ranks:
+    sharded = config.is_sharded(plain)
+    gather = sharded and plain["trainer"]["strategy"].get("gather_for_rollouts", True)
+    return Ranks(config.ranks(plain), sharded, gather_for_rollouts=gather)
 
 
 def _evaluate(cfg: DictConfig) -> None:

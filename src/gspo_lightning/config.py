@@ -101,6 +101,12 @@ def is_sharded(plain: dict[str, Any]) -> bool:
     )
 
 
+def ranks(plain: dict[str, Any]) -> int:
+    """Processes that will train together; where ``devices`` leaves their number to the machine, one per node."""
+    devices, nodes = plain["trainer"]["devices"], plain["trainer"]["num_nodes"]
+    return int(devices * nodes) if isinstance(devices, int) and devices > 0 else int(nodes)
+
+
 def _check_sharding(plain: dict[str, Any]) -> None:
     """What cannot be split over ranks."""
     if plain["model"].get("quantization"):
@@ -218,9 +224,7 @@ def _check_minibatches(plain: dict[str, Any]) -> None:
 
     With ``devices=auto`` the number of ranks is known when they have started; `split_minibatches` asks again.
     """
-    devices, nodes = plain["trainer"]["devices"], plain["trainer"]["num_nodes"]
-    ranks = devices * nodes if isinstance(devices, int) and devices > 0 else 1
-    check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks)
+    check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks(plain))
 
 
 def _check_roots(plain: dict[str, Any]) -> None:

@@ -1,29 +1,24 @@
 """What a run will need, before any weight is loaded: ``python train.py ... dry_run=true``.
 
-The model is built with fake tensors (torch's `FakeTensorMode`), which have shapes and no memory. The largest
-micro-batch of the first rollout goes through the training forward, and what autograd would keep is counted tensor by
-tensor: nothing is known here about any architecture.
+The largest micro-batch of the first rollout goes through the training forward of a policy without memory
+(`gspo_lightning.policy.fake`), and what autograd would keep is counted tensor by tensor: nothing is known here about
+any architecture.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from gspo_lightning.errors import UserError
-from gspo_lightning.policy.attention import attention_implementation, register
-from gspo_lightning.policy.lean import lighten
-from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
+from gspo_lightning.policy.fake import fake_policy, saved_bytes
+from gspo_lightning.policy.load import DTYPES, PolicyLoader
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.policy.reading import load_config
-from gspo_lightning.policy.vision import packs_pictures, vision_parts
 from gspo_lightning.rollout.block_cache import rows_per_block
 from gspo_lightning.timing import rss_gb
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
@@ -76,6 +71,17 @@ class Estimate:
 ACTIVATIONS = "activations of the largest micro-batch"
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together."""
+
+    count: int = 1
+    sharded: bool = False
+    """Each holds its share of weights, gradients and optimizer states (trainer=fsdp), not all of them."""
+    gather_for_rollouts: bool = True
+    """As `gspo_lightning.sharding.FSDP2Strategy` has it."""
+
+
 def estimate(
     loader: PolicyLoader,
     prompts: list[Prompt],
@@ -89,8 +95,9 @@ def estimate(
     needs_reference: bool,
     precision: str,
     on_gpu: bool,
+    ranks: Ranks = Ranks(),
 ) -> Estimate:
-    """The memory of a run on one device.
+    """The memory of each process of a run, on its device.
 
     Args:
         loader: of the policy.
@@ -104,118 +111,103 @@ def estimate(
         needs_reference: whether the objective needs one; an adapter's is the policy without it.
         precision: as the Trainer names it.
         on_gpu: whether the memory is a GPU's; then the program and its libraries are not counted.
+        ranks: the processes, of which this is one.
     """
-    register()
-    completions = _longest(len(prompts), num_generations, max_completion_length)
-    scored = _scored(prompts, completions)
-    minibatches = split_minibatches(
-        scored, update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
-    )
-    plans = [plan for minibatch in minibatches for plan in minibatch.plan]
-    micro = max((build_micro_batch(scored, plan, torch.device("cpu")) for plan in plans), key=_tokens)
-    wrapped = _without_weights(loader)
+    micro, micro_batches = _largest_micro_batch(prompts, num_generations, max_completion_length, update)
+    rows = min(max(len(prompts) * num_generations, validation_rows), max_concurrent)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _make_fake(wrapped)
-        policy = _policy(loader, wrapped)
-        activations = _saved_bytes(policy, micro, precision)
-        named = list(policy.parameters())
-        trained = [p for p in named if p.requires_grad]
-        weights = sum(_bytes(p) for p in named) * (_quantised_share(loader, policy))
-        gradients = sum(_bytes(p) for p in trained)
-        count, trained_count = sum(p.numel() for p in named), sum(p.numel() for p in trained)
-        rows = min(max(len(prompts) * num_generations, validation_rows), max_concurrent)
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        # Prompts are held once, on a CPU once per block of their rows; those of a validation have a row each.
-        width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
-        blocks = min(len(prompts), max_concurrent // num_generations) * math.ceil(num_generations / width)
-        alone = min(validation_rows, max_concurrent)
-        slots = max(blocks, alone) * longest + max(blocks * width, alone) * max_completion_length
+        policy = fake_policy(loader)
+        activations = saved_bytes(policy, micro.packed, precision)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        parts = _model_parts(policy, loader, optimizer, needs_reference, ranks)
+        slots = _cache_slots(prompts, num_generations, max_completion_length, validation_rows, max_concurrent, on_gpu)
         rollout = _rollout_bytes(policy, rows, slots, _product_bytes(policy, precision))
         if max_concurrent and loader.quantization is None and not loader.compile:
             rollout += _packed_bytes(policy, precision, on_gpu)
-    per_parameter = OPTIMIZER_BYTES.get(optimizer)
-    parts = {
-        "weights": weights,
-        "gradients": float(gradients),
-        f"optimizer ({optimizer})": 2.0 * gradients if per_parameter is None else per_parameter * trained_count,
-    }
-    if needs_reference and loader.lora is None:
-        parts["reference"] = weights
+        if max_concurrent and ranks.sharded and ranks.gather_for_rollouts:
+            rollout += parts["weights"] * ranks.count  # beside this process's share
+        count, trained_count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained)
     parts[ACTIVATIONS] = activations
     if not on_gpu:
         parts["program and libraries"] = rss_gb() * GIB
+    each = " on each process" if ranks.count > 1 else ""
     pace = {
-        "per rollout": f"{len(prompts)} prompts x {num_generations} completions",
+        "processes": str(ranks.count),
+        f"per rollout{each}": f"{len(prompts)} prompts x {num_generations} completions",
         "longest completion": f"{max_completion_length} tokens",
         "decoded at a time": f"{rows} completions" if max_concurrent else "elsewhere",
         "optimizer steps per rollout": str(update.num_minibatches * update.num_iterations),
-        "forwarded at a time": f"{_tokens(micro)} tokens, {len(plans)} micro-batches",
+        "forwarded at a time": f"{_tokens(micro)} tokens, {micro_batches} micro-batches",
         "precision": precision,
     }
     return Estimate(count, trained_count, parts, rollout, pace, on_gpu)
 
 
-def _without_weights(loader: PolicyLoader) -> nn.Module:
-    """The model as `PolicyLoader.load` builds it, adapter included, on the meta device."""
-    config = load_config(loader.path)
-    for name, value in loader.overrides.items():
-        setattr(config, name, value)
-    vision = packs_pictures(config)
-    kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    attention = attention_implementation("sdpa", vision)
-    if loader.dtype != "bfloat16" and getattr(config.get_text_config(), "num_local_experts", None):
-        raise UserError(
-            f"dry_run: a model with experts can be estimated with model.dtype=bfloat16 alone, not {loader.dtype}: "
-            "torch knows no shape for their grouped product otherwise"
-        )
-    with torch.device("meta"):
-        model = kind.from_config(config, attn_implementation=attention, dtype=DTYPES[loader.dtype]).train()
-        if not loader.compile:
-            lighten(model, recomputed=loader.gradient_checkpointing, check=False)
-        if loader.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if not loader.train_vision:
-            for part in vision_parts(model).values():
-                part.requires_grad_(False)
-        return model if loader.lora is None else add_lora(model, loader.lora, loader.train_vision)
+def _largest_micro_batch(
+    prompts: list[Prompt], num_generations: int, max_completion_length: int, update: UpdateSettings
+) -> tuple[MicroBatch, int]:
+    """Of one rollout whose completions are all as long as they may be; and how many micro-batches it has."""
+    scored = _scored(prompts, _longest(len(prompts), num_generations, max_completion_length))
+    minibatches = split_minibatches(
+        scored, update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
+    )
+    plans = [plan for minibatch in minibatches for plan in minibatch.plan]
+    return max((build_micro_batch(scored, plan, torch.device("cpu")) for plan in plans), key=_tokens), len(plans)
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Puts fake tensors in place of those of the meta device; tied ones stay tied. Moving a module would swap them."""
-    made: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fresh = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-                module._parameters[name] = made.setdefault(id(parameter), fresh)  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+def _model_parts(
+    policy: Policy, loader: PolicyLoader, optimizer: str, needs_reference: bool, ranks: Ranks
+) -> dict[str, float]:
+    """Bytes of what every process holds of the model from the first step to the last."""
+    share = 1 / ranks.count if ranks.sharded else 1.0
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    weights = share * sum(_bytes(p) for p in policy.parameters()) * _quantised_share(loader, policy)
+    gradients = share * sum(_bytes(p) for p in trained)
+    per_parameter = OPTIMIZER_BYTES.get(optimizer)
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        f"optimizer ({optimizer})": (
+            2.0 * gradients if per_parameter is None else share * per_parameter * sum(p.numel() for p in trained)
+        ),
+    }
+    if needs_reference and loader.lora is None:
+        parts["reference"] = weights
+    if ranks.sharded:
+        parts["layers gathered to compute"] = _gathered_bytes(policy)
+    return parts
 
 
-def _policy(loader: PolicyLoader, model: nn.Module) -> Policy:
-    vision = packs_pictures(load_config(loader.path))
-    return Policy(model, None, has_adapter=loader.lora is not None, has_vision=vision)
+def _gathered_bytes(policy: Policy) -> float:
+    """Whole weights of what is outside of the layers and of two layers, of which one arrives while the other computes;
+    and for the largest of these units what FSDP2 sends and receives: its weights once more, or its gradients twice.
+    """
+    layers: Any = policy.base_model.get_decoder().layers
+    inside = [list(unit.parameters()) for unit in layers]
+    known = {id(p) for unit in inside for p in unit}
+    outside = [p for p in policy.parameters() if id(p) not in known]
+    gradients = max(sum(_bytes(p) for p in unit if p.requires_grad) for unit in [outside, *inside])
+    weights = [sum(map(_bytes, unit)) for unit in [outside, *inside]]
+    return float(weights[0] + 2 * max(weights[1:]) + max(*weights, 2 * gradients))
 
 
-def _saved_bytes(policy: Policy, micro: MicroBatch, precision: str) -> float:
-    """What autograd keeps of a training forward, parameters left out. Casts of weights to bfloat16 are among it."""
-    own = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
-    seen: dict[int, int] = {}
-    # What is kept must live until it is counted: a storage that is freed may give its address to the next one.
-    alive: list[torch.Tensor] = []
+def _cache_slots(
+    prompts: list[Prompt],
+    num_generations: int,
+    max_completion_length: int,
+    validation_rows: int,
+    max_concurrent: int,
+    on_gpu: bool,
+) -> int:
+    """Tokens whose keys and values are held at a time.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-        return tensor
-
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), mixed:
-        policy(replace(micro.packed, prompts=()))
-    return float(sum(seen.values()))
+    Prompts are held once, on a CPU once per block of their rows; those of a validation have a row each.
+    """
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
+    blocks = min(len(prompts), max_concurrent // num_generations) * math.ceil(num_generations / width)
+    alone = min(validation_rows, max_concurrent)
+    return max(blocks, alone) * longest + max(blocks * width, alone) * max_completion_length
 
 
 def _rollout_bytes(policy: Policy, rows: int, slots: int, item: int) -> float:

@@ -183,6 +183,7 @@ def _pack(completion: Completion) -> dict[str, Tensor | str]:
         "text": completion.text,
         "sampler_logprobs": completion.sampler_logprobs,
         "finish_reason": completion.finish_reason,
+        "thinking": completion.thinking,
     }
 
 

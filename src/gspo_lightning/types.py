@@ -128,13 +128,15 @@ class Completion:
     token_ids: Tensor
     """``(C,)`` int64 on the CPU, C >= 1; the end-of-sequence token is part of it when it was sampled."""
     text: str
-    """Decoded without special tokens."""
+    """Decoded without special tokens; in harmony the ``final`` channel alone."""
     sampler_logprobs: Tensor
     """``(C,)`` float32: log-probability of each token under the distribution it was drawn from (0 where it was not
     drawn: the tokens of an environment)."""
     finish_reason: FinishReason
     dialogue: Dialogue | None = None
     """Set where an environment took part."""
+    thinking: str = ""
+    """Before the text, in other channels (harmony)."""
 
     @property
     def num_trained(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +113,8 @@ def update(a: argparse.Namespace, number: int) -> None:
         def __iter__(self):
             return iter(Loader())
 
-    strategy = FSDP2Strategy() if a.strategy == "fsdp" else "ddp" if a.devices > 1 else "auto"
+    several = DDPStrategy(gradient_as_bucket_view=True) if a.devices > 1 else "auto"  # as in conf/trainer/ddp.yaml
+    strategy = FSDP2Strategy() if a.strategy == "fsdp" else several
     runner = trainer(devices=a.devices, strategy=strategy, max_epochs=1, precision=a.precision)
     runner.fit(module, DataLoader(Rows(), batch_size=None))
     everything = weights(module)

@@ -1,20 +1,23 @@
-"""Adapters over a base in bfloat16: they stay in float32, every update reaches them, and a resumed run is the same."""
+"""Adapters over a base in bfloat16 stay in float32; with them, 4-bit bases and 8-bit moments a resumed run is the same."""
 
 from __future__ import annotations
 
 import functools
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
+from gspo_lightning import __version__
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.load import LoraSettings
 from tests.conf.test_every_key import run
-from tests.training import Batches, Settings, build_module, scripted_prompts, trainer
+from tests.support import relative_distance
+from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-NARROW = ["lora=language", "trainer.precision=bf16-true", "checkpoint.every_n_rollouts=2"]
 
 
 def test_under_bf16_true_every_entry_of_the_adapter_moves(micro_model_dir):
@@ -35,13 +38,44 @@ def test_under_bf16_true_every_entry_of_the_adapter_moves(micro_model_dir):
     assert moved.abs().max() < 4e-5
 
 
-def test_a_resumed_run_is_bit_identical(tmp_path):
-    run(tmp_path / "whole", *NARROW, "max_rollouts=4")
-    run(tmp_path / "half", *NARROW, "max_rollouts=2")
-    run(tmp_path / "half", *NARROW, "max_rollouts=4", "ckpt_path=auto")
-    whole, resumed = (load_file(tmp_path / f / "model" / "adapter_model.safetensors") for f in ("whole", "half"))
+CASES = {
+    "adapter over bfloat16": ["lora=language", "trainer.precision=bf16-true"],
+    "adapter over 4 bits, 8-bit moments": ["lora=language", "model.quantization=nf4", "optimizer=adamw_8bit"],
+    "8-bit moments": ["optimizer=adamw_8bit"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_bit_identical(case, tmp_path):
+    common = [*CASES[case], "checkpoint.every_n_rollouts=2"]
+    run(tmp_path / "whole", *common, "max_rollouts=4")
+    run(tmp_path / "half", *common, "max_rollouts=2")
+    half = torch.load(tmp_path / "half" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert half["gspo_lightning"]["version"] == __version__
+    run(tmp_path / "half", *common, "max_rollouts=4", "ckpt_path=auto")
+    name = "adapter_model" if "lora=language" in common else "model"
+    whole, resumed = (load_file(tmp_path / f / "model" / f"{name}.safetensors") for f in ("whole", "half"))
     assert {value.dtype for value in whole.values()} == {torch.float32}
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    moments, again = (
+        [value for value in tree_leaves(saved["optimizer_states"][0]["state"]) if isinstance(value, torch.Tensor)]
+        for saved in (
+            torch.load(tmp_path / f / "checkpoints" / "last.ckpt", weights_only=True) for f in ("whole", "half")
+        )
+    )
+    # Those of the small matrices of an adapter are in float32 whatever the optimizer.
+    assert (torch.uint8 in {value.dtype for value in moments}) == (case == "8-bit moments")
+    assert len(moments) == len(again) and all(map(torch.equal, moments, again))
+
+
+def test_moments_in_eight_bits_follow_those_of_float32(micro_model_dir):
+    """Matrices of 4096 entries and more have their moments in 8 bits, in blocks."""
+    settings = {"lr": 1e-3, "weight_decay": 0.0}
+    eight, plain = (
+        update_of(micro_model_dir, Settings(dtype="float32", optimizer=functools.partial(kind, **settings), rollouts=6))
+        for kind in (bitsandbytes.optim.AdamW8bit, torch.optim.AdamW)
+    )
+    assert 1e-4 < relative_distance(eight[0], plain[0]) < 0.15
 
 
 def test_the_checkpoint_of_another_optimizer_is_refused(tmp_path):

@@ -151,6 +151,8 @@ def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -
                     "tokens": completion.num_trained,
                 }
             )
+            if completion.thinking:
+                entries[-1]["thinking"] = completion.thinking
             if completion.dialogue is not None:
                 entries[-1] |= {
                     "messages": completion.dialogue.messages,

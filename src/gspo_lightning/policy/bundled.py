@@ -189,7 +189,7 @@ _RECIPES = {
         disk_bytes=800 * 10**6,
     ),
     "micro": _Recipe(version=1, build=_build_micro, source="random weights, seed 0", disk_bytes=10**6),
-    "micro-gpt-oss": _Recipe(version=1, build=_build_micro_gpt_oss, source="random weights, seed 0", disk_bytes=10**7),
+    "micro-gpt-oss": _Recipe(version=2, build=_build_micro_gpt_oss, source="random weights, seed 0", disk_bytes=10**7),
 }
 
 

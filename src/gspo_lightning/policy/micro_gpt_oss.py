@@ -19,7 +19,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') + '\\n\\n"
-    "# Valid channels: analysis, commentary, final.<|end|>' }}"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>' }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
     "{{ '<|start|>assistant<|channel|>final<|message|>' + message['content'] + '<|end|>' }}"

@@ -175,7 +175,8 @@ def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -
 def _messages(completion: Completion) -> list[dict[str, Any]]:
     if completion.dialogue is not None:
         return completion.dialogue.messages
-    return [{"role": "assistant", "content": completion.text}]
+    thinking = {"thinking": completion.thinking} if completion.thinking else {}
+    return [{"role": "assistant", **thinking, "content": completion.text}]
 
 
 _IN_WORKER = f"{RewardFunctionError.__name__}: "

@@ -12,6 +12,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.cache import PrefillCache
 from gspo_lightning.rollout.sampling import row_uniforms, sample
 from gspo_lightning.rollout.steps import DecodingCache, cache_of, steps_of
+from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -121,9 +122,11 @@ class Decoder:
         return [done[start : start + count] for start in range(0, len(done), count)]
 
     def _completion(self, row: Row) -> Completion:
+        text, thinking = answer_and_thinking(self.policy.tokenizer, row.tokens)
         return Completion(
             token_ids=torch.tensor(row.tokens),
-            text=self._decode(row.tokens),
+            text=text,
+            thinking=thinking,
             sampler_logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
             finish_reason=row.finish_reason,
         )

@@ -63,6 +63,7 @@ class ReplayEngine:
                 record["completion"],
                 torch.tensor(record["sampler_logprobs"], dtype=torch.float32),
                 record["finish_reason"],
+                thinking=record.get("thinking", ""),
             )
             for record in records
         ]

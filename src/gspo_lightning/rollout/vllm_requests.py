@@ -12,6 +12,7 @@ from gspo_lightning.data.images import load_image
 from gspo_lightning.data.vision import image_parts
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.types import Completion, Prompt, SamplingParams
 
 
@@ -93,5 +94,5 @@ def completion(
     ids = torch.tensor(token_ids, dtype=torch.int64)
     if int(ids.min()) < 0 or int(ids.max()) >= policy.output_weight.shape[0]:
         raise ValueError("a token id outside the vocabulary")
-    text = policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-    return Completion(ids, text, values, finish_reason)  # type: ignore[arg-type]
+    text, thinking = answer_and_thinking(policy.tokenizer, token_ids)
+    return Completion(ids, text, values, finish_reason, thinking=thinking)  # type: ignore[arg-type]

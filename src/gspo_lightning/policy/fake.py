@@ -1,0 +1,96 @@
+"""A policy on fake tensors (torch's `FakeTensorMode`), which have shapes and no memory: what would a forward keep?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations import moe
+
+from gspo_lightning.packing import PackedBatch
+from gspo_lightning.policy.attention import attention_implementation, register
+from gspo_lightning.policy.lean import lighten
+from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.reading import load_config
+from gspo_lightning.policy.vision import packs_pictures, vision_parts
+
+
+def fake_policy(loader: PolicyLoader) -> Policy:
+    """The policy on tensors without memory; to be called under `FakeTensorMode`."""
+    register()
+    model = _without_weights(loader)
+    _make_fake(model)
+    vision = packs_pictures(load_config(loader.path))
+    return Policy(model, None, has_adapter=loader.lora is not None, has_vision=vision)
+
+
+def saved_bytes(policy: Policy, packed: PackedBatch, precision: str) -> float:
+    """What autograd keeps of a training forward, parameters left out. Casts of weights to bfloat16 are among it."""
+    own = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
+    seen: dict[int, int] = {}
+    # What is kept must live until it is counted: a storage that is freed may give its address to the next one.
+    alive: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), mixed, _products_of_experts_without_memory():
+        policy(replace(packed, prompts=()))
+    return float(sum(seen.values()))
+
+
+def _without_weights(loader: PolicyLoader) -> nn.Module:
+    """The model as `PolicyLoader.load` builds it, adapter included, on the meta device."""
+    config = load_config(loader.path)
+    for name, value in loader.overrides.items():
+        setattr(config, name, value)
+    vision = packs_pictures(config)
+    kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    attention = attention_implementation("sdpa", vision)
+    with torch.device("meta"):
+        model = kind.from_config(config, attn_implementation=attention, dtype=DTYPES[loader.dtype]).train()
+        if not loader.compile:
+            lighten(model, recomputed=loader.gradient_checkpointing, check=False)
+        if loader.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not loader.train_vision:
+            for part in vision_parts(model).values():
+                part.requires_grad_(False)
+        return model if loader.lora is None else add_lora(model, loader.lora, loader.train_vision)
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Puts fake tensors in place of those of the meta device; tied ones stay tied. Moving a module would swap them."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fresh = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), fresh)  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+
+
+@contextmanager
+def _products_of_experts_without_memory() -> Iterator[None]:
+    """The grouped product of experts by transformers' own operator, which keeps the same tensors: torch's has no shapes
+    for tensors without memory but in bfloat16.
+    """
+    can_use = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = can_use
