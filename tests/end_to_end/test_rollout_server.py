@@ -40,12 +40,12 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(stalene
     try:
         whole = train(server, tmp_path / "whole", ahead)
         assert whole.returncode == 0, whole.stderr
-        loads = server.count("gspo_load_file")
+        loads = server.count("gspo_load_folder")
         # In the middle of the third rollout: its weights have arrived, some of its prompts are answered. Sampled ahead,
         # that rollout has the weights of the second one's update, and the first two have the same.
         third = 3 - staleness
         server.fault = lambda path, number: (
-            "500" if server.count("gspo_load_file") >= loads + third and number % 2 else None
+            "500" if server.count("gspo_load_folder") >= loads + third and number % 2 else None
         )
         cut = train(server, tmp_path / "cut", "rollout.engine.max_attempts=3", ahead)
         assert cut.returncode == 4, cut.stdout + cut.stderr
@@ -79,7 +79,7 @@ def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir,
             done = train(server, tmp_path / str(ranks), *common, *trainer)
             assert done.returncode == 0, done.stderr
             # Once per version of the weights, and not once per rank.
-            assert server.count("gspo_load_file") == 3
+            assert server.count("gspo_load_folder") == 3
         finally:
             server.close()
         results[ranks] = records(tmp_path / str(ranks))
@@ -103,7 +103,7 @@ def assert_like_one_rank(rows_one, one, rows_two, two, micro_model_dir):
 def test_on_two_ranks_a_dead_server_ends_both_with_one_line_and_a_checkpoint(micro_model_dir, tmp_path):
     server = FakeServer(micro_model_dir)
     try:
-        server.fault = lambda path, number: "500" if server.count("gspo_load_file") >= 3 else None
+        server.fault = lambda path, number: "500" if server.count("gspo_load_folder") >= 3 else None
         done = train(server, tmp_path, "trainer=ddp", "rollout.engine.max_attempts=3")
     finally:
         server.close()

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.vllm_worker import model_shape
-from gspo_lightning.rollout.weights import checksum
+from gspo_lightning.rollout.weights import checksum, load_weights
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
 
@@ -100,7 +99,7 @@ class FakeServer:
                     "shape": model_shape(self.policy.config) | self.shape_changes, "logprobs_mode": "processed_logprobs",
                 }  # fmt: skip
                 return 200, json.dumps({"results": [result]}).encode()
-            if name == "gspo_load_file":
+            if name == "gspo_load_folder":
                 return 200, json.dumps({"results": [self.load(*body["args"])]}).encode()
             if name == "/reset_prefix_cache":
                 return 200, b'{"success": true}'
@@ -109,8 +108,8 @@ class FakeServer:
             return 200, json.dumps({"choices": self.complete(body)[1 if short else 0 :]}).encode()
 
     def load(self, path: str, version: str) -> dict[str, Any]:
-        weights = load_file(path)
-        total = checksum(weights[name] for name in sorted(weights))
+        total = checksum(value for _, value in load_weights(Path(path)))
+        weights = dict(load_weights(Path(path)))
         self.corrupt(weights)
         self.policy.base_model.load_state_dict(weights, strict=False)
         self.version = version

@@ -180,12 +180,11 @@ def _raw_llm(original, model, **settings):
 @pytest.mark.parametrize("how", ["left out", "changed"])
 def test_a_corrupted_synchronisation_stops_the_run(tensor, how, policy, prompts, start, monkeypatch):
     def corrupted(policy, dtype):
-        state = weights.full_weights(policy, dtype)
-        if how == "changed":
-            return state | {tensor: state[tensor] * 1.2}
-        return {name: value for name, value in state.items() if name != tensor}
+        for name, value in weights.named_weights(policy, dtype):
+            if name != tensor or how == "changed":
+                yield name, value * (1.2 if name == tensor else 1.0)
 
-    monkeypatch.setattr(vllm_engine, "full_weights", corrupted)
+    monkeypatch.setattr(vllm_engine, "named_weights", corrupted)
     with pytest.raises((WeightSyncError, ValueError), match="does not run the policy's weights|not initialized"):
         start().generate(policy, prompts, SAMPLING, seed=0)
 

@@ -121,10 +121,10 @@ def test_a_vision_weight_that_did_not_arrive_stops_the_run(model_dir, engine, mo
     from gspo_lightning.rollout import vllm_engine
 
     def without_merger(policy, dtype):
-        return {name: value for name, value in full_weights(policy, dtype).items() if "merger.mlp.2" not in name}
+        return ((name, value) for name, value in named_weights(policy, dtype) if "merger.mlp.2" not in name)
 
-    full_weights = vllm_engine.full_weights
-    monkeypatch.setattr(vllm_engine, "full_weights", without_merger)
+    named_weights = vllm_engine.named_weights
+    monkeypatch.setattr(vllm_engine, "named_weights", without_merger)
     policy = PolicyLoader(str(model_dir)).load()
     with pytest.raises(WeightSyncError, match="does not run the policy's weights"):
         engine.generate(policy, prompts_of(policy), SAMPLING, 1)

@@ -84,16 +84,16 @@ def test_weights_travel_when_they_changed_and_only_then(policy, start, tmp_path)
     engine, (server,) = start(None)
     for _ in range(3):
         engine.generate(policy, PROMPTS[:1], SAMPLING, seed=0)
-    assert server.count("gspo_load_file") == engine.syncs == 1
+    assert server.count("gspo_load_folder") == engine.syncs == 1
     move(policy)
     assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
-    assert server.count("gspo_load_file") == engine.syncs == 2
+    assert server.count("gspo_load_folder") == engine.syncs == 2
     assert [server.count(f"/reset_{name}_cache") for name in ("prefix", "mm", "encoder")] == [2, 2, 2]
     assert len(list((tmp_path / "sync").glob("*/*"))) == 1, "one version at a time"
 
 
 @pytest.mark.parametrize("fault", ["500", "404", "garbage", "nonsense", "short", "cut", "hang", "restart"])
-@pytest.mark.parametrize("where", [GENERATE, "gspo_status", "gspo_load_file", "/reset_prefix_cache"])
+@pytest.mark.parametrize("where", [GENERATE, "gspo_status", "gspo_load_folder", "/reset_prefix_cache"])
 def test_a_fault_anywhere_loses_nothing_and_counts_nothing_twice(fault, where, policy, start):
     # The second call of each kind: behind the probe, the first status, the first load.
     # Only one that hangs is to be waited for: a busy machine may be silent for longer.
@@ -112,7 +112,7 @@ def test_a_server_restarted_between_rollouts_gets_the_weights_again_before_it_is
     engine.generate(policy, PROMPTS, SAMPLING, seed=0)
     server.restart()
     assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
-    assert server.count("gspo_load_file") == 2
+    assert server.count("gspo_load_folder") == 2
 
 
 def test_a_server_restarted_with_another_model_is_left_out(policy, start):

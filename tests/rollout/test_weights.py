@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from gspo_lightning.rollout.weights import checksum
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rollout.weights import checksum, load_weights, named_weights, save_weights, weight_parts
+from tests.support import micro_policy
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64, torch.int8: torch.int8}
 
@@ -31,3 +34,46 @@ def test_the_order_of_tensors_counts_and_their_place_in_memory_does_not():
     assert checksum([first, second]) != checksum([second, first])
     shifted = torch.cat([torch.zeros(1), first])[1:]
     assert checksum([shifted, second]) == checksum([first, second])
+
+
+@pytest.mark.parametrize("model", ["micro", "micro-gpt-oss"])
+def test_weights_come_layer_by_layer_and_are_those_of_the_hub(model, tmp_path):
+    policy = PolicyLoader(f"bundled:{model}", dtype="float64").load()
+    policy.base_model.save_pretrained(tmp_path / "hub")
+    hub = load_file(tmp_path / "hub" / "model.safetensors")
+    parts = list(weight_parts(policy, torch.float64))
+    assert len(parts) == 1 + policy.config.num_hidden_layers
+    assert not any(".layers." in name for name in parts[0])
+    for number, part in enumerate(parts[1:]):
+        assert all(name.startswith(f"model.layers.{number}.") for name in part)
+    ours = {name: value for part in parts for name, value in part.items()}
+    assert ours.keys() == hub.keys() and all(torch.equal(ours[name], hub[name]) for name in hub)
+
+
+def test_written_weights_are_read_again_with_their_checksum_and_no_file_holds_more_than_a_part(
+    micro_model_dir, tmp_path
+):
+    policy = micro_policy(micro_model_dir, torch.float32)
+    total = save_weights(policy, torch.bfloat16, tmp_path / "w")
+    read = list(load_weights(tmp_path / "w"))
+    assert total == checksum(value for _, value in read)
+    expected = dict(named_weights(policy, torch.bfloat16))
+    assert len(read) == len(expected) and all(torch.equal(value, expected[name]) for name, value in read)
+    sizes = [sum(2 * v.numel() for v in part.values()) for part in weight_parts(policy, torch.float32)]
+    files = sorted((tmp_path / "w").iterdir())
+    assert [size <= file.stat().st_size < size + 4096 for size, file in zip(sizes, files, strict=True)] == [True] * 3
+
+
+def test_an_adapter_is_added_to_copies(micro_model_dir):
+    policy = PolicyLoader(str(micro_model_dir), dtype="float64", lora=LoraSettings(r=2, alpha=6)).load()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    before = {name: value.clone() for name, value in policy.base_model.named_parameters()}
+    merged = dict(named_weights(policy, torch.float64))
+    stem = "model.layers.1.self_attn.q_proj"
+    a, b = (before[f"{stem}.lora_{half}.default.weight"] for half in "AB")
+    torch.testing.assert_close(merged[f"{stem}.weight"], before[f"{stem}.base_layer.weight"] + 3 * b @ a)
+    assert not any("lora" in name or "base_layer" in name for name in merged)
+    assert all(torch.equal(value, before[name]) for name, value in policy.base_model.named_parameters())

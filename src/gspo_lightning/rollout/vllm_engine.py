@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from gspo_lightning.rollout.vllm_requests import completion, engine_input, reque
 from gspo_lightning.rollout.weights import (
     adapter_rank,
     checksum,
-    full_weights,
+    named_weights,
     save_adapter,
     shaken_adapter,
     trained_parameters,
@@ -227,7 +228,7 @@ class VLLMEngine:
         if policy.has_adapter and self.lora_sync == "adapter":
             self._send_adapter(policy)
         else:
-            weights = full_weights(policy, self.engine_dtype)
+            weights = partial(named_weights, policy, self.engine_dtype)
             self._llm.collective_rpc("gspo_load_weights", args=(weights, str(self.syncs)))
         self._reset_caches()
 

@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
-
 from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -28,7 +26,7 @@ from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
 from gspo_lightning.rollout.vllm_engine import engine_dtype
 from gspo_lightning.rollout.vllm_requests import refuse_images
 from gspo_lightning.rollout.vllm_worker import model_shape
-from gspo_lightning.rollout.weights import checksum, full_weights, save_adapter, trained_parameters
+from gspo_lightning.rollout.weights import checksum, save_adapter, save_weights, trained_parameters
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
@@ -142,11 +140,7 @@ class VLLMServerEngine:
         if adapter:
             self._weights = Weights(version, save_adapter(policy, path), "adapter", 0)
         else:
-            state = {name: value.cpu().contiguous() for name, value in full_weights(policy, self._dtype).items()}
-            path.mkdir()
-            save_file(state, path / "model.safetensors")
-            total = checksum(state[name] for name in sorted(state))
-            self._weights = Weights(version, path / "model.safetensors", "full", total)
+            self._weights = Weights(version, path, "full", save_weights(policy, self._dtype, path))
         if before is not None:
             shutil.rmtree(path.with_name(before.version))
 

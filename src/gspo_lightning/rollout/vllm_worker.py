@@ -9,13 +9,17 @@ without them.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gspo_lightning.rollout.weights import checksum
+from gspo_lightning.rollout.weights import checksum, load_weights
+
+NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 _INSTANCE = uuid.uuid4().hex
 
@@ -41,16 +45,16 @@ class WeightSync:
         """Remembers what the caller has loaded by other ways (an adapter)."""
         self.gspo_version: str | None = version
 
-    def gspo_load_file(self, path: str, version: str) -> dict[str, Any]:
-        """Loads all weights from a safetensors file; returns the checksum of what was read."""
-        weights = load_file(path)
-        self.gspo_load_weights(weights, version)
-        return {"checksum": checksum(weights[name] for name in sorted(weights))}
+    def gspo_load_folder(self, path: str, version: str) -> dict[str, Any]:
+        """Loads all weights from a folder of `save_weights`; returns the checksum of what was read."""
+        total = checksum(value for _, value in load_weights(Path(path)))
+        self.gspo_load_weights(partial(load_weights, Path(path)), version)
+        return {"checksum": total}
 
-    def gspo_load_weights(self, weights: dict[str, Tensor], version: str) -> None:
-        """Loads all weights, named as on the hub."""
+    def gspo_load_weights(self, weights: NamedWeights, version: str) -> None:
+        """Loads all weights, named as on the hub; ``weights`` may be asked for them twice."""
         self.gspo_version = None
-        self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
+        self.model_runner.reload_weights(weights_iterator=weights())
         model = self.model_runner.get_model()
         load_what_reload_skips(model, weights)
         restore_pixel_norm(model, self.model_runner.vllm_config)
@@ -89,13 +93,13 @@ def restore_pixel_norm(model: nn.Module, config: Any) -> None:
         norm.load_state_dict(build_mm_input_norm(config.model_config).state_dict())
 
 
-def load_what_reload_skips(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_what_reload_skips(model: nn.Module, weights: NamedWeights) -> None:
     """Experts and attention sinks of gpt-oss, which the layerwise reload leaves as they were."""
     if type(model).__name__ != "GptOssForCausalLM":
         return
     with torch.no_grad():
         model.load_weights(  # type: ignore[operator]
-            (name, value) for name, value in weights.items() if ".experts." in name or name.endswith(".sinks")
+            (name, value) for name, value in weights() if ".experts." in name or name.endswith(".sinks")
         )
     for module in model.modules():
         if hasattr(module, "w13_weight"):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from gspo_lightning.policy.model import Policy
 
+_LAYER = re.compile(r"^(.*?\.)?(layers|blocks)\.\d+\.")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,25 +38,62 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return total % 2**64
 
 
-@torch.no_grad()
-def full_weights(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight under its hub name, in ``dtype``; an adapter is added to copies, the base is only read.
+def weight_parts(policy: Policy, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Every weight under its hub name, in ``dtype``: first what is outside of the layers, then layer by layer, so that
+    whoever takes them one after the other never holds the model a second time.
 
-    Tied weights appear once, under the name of the input embedding. A float32 policy and ``dtype`` float32 share
-    memory: use the result before the next optimizer step.
+    An adapter is added to copies, the base is only read. Tied weights appear once, under the name of the input
+    embedding. A float32 policy and ``dtype`` float32 share memory: use a part before the next optimizer step.
     """
-    named = dict(policy.base_model.named_parameters())
-    state: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        if ".lora_" in name:
-            continue
-        value = parameter.detach()
-        if ".base_layer." in name and name.endswith(".weight"):
-            layer = policy.base_model.get_submodule(name.partition(".base_layer.")[0])
-            with torch.autocast(value.device.type, enabled=False):  # would round the product
-                value = value + layer.get_delta_weight("default").to(value.dtype)
-        state[name.replace(".base_layer.", ".")] = value.to(dtype)
-    return revert_weight_conversion(policy.base_model, state)
+    by_layer: dict[str, list[str]] = {"": []}
+    for name, _ in policy.base_model.named_parameters():
+        if ".lora_" not in name:
+            layer = _LAYER.search(name)
+            by_layer.setdefault(layer[0] if layer else "", []).append(name)
+    for names in by_layer.values():
+        yield _part(policy, names, dtype)
+
+
+def named_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The same, weight by weight."""
+    for part in weight_parts(policy, dtype):
+        yield from part.items()
+
+
+@torch.no_grad()
+def _part(policy: Policy, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    part = {name.replace(".base_layer.", "."): _weight(policy, name).to(dtype) for name in names}
+    # For some models the hub has other names, and other cuts of what is in a layer.
+    reverted: dict[str, Tensor] = revert_weight_conversion(policy.base_model, part)
+    return reverted
+
+
+def _weight(policy: Policy, name: str) -> Tensor:
+    value = policy.base_model.get_parameter(name).detach()
+    if ".base_layer." in name and name.endswith(".weight"):
+        layer = policy.base_model.get_submodule(name.partition(".base_layer.")[0])
+        with torch.autocast(value.device.type, enabled=False):  # would round the product
+            value = value + layer.get_delta_weight("default").to(value.dtype)
+    return value
+
+
+def save_weights(policy: Policy, dtype: torch.dtype, folder: Path) -> int:
+    """Writes `weight_parts` to ``folder``, a safetensors file each; returns the checksum of all."""
+
+    def written() -> Iterator[Tensor]:
+        for number, part in enumerate(weight_parts(policy, dtype)):
+            part = {name: value.cpu().contiguous() for name, value in sorted(part.items())}
+            save_file(part, folder / f"{number:05}.safetensors")
+            yield from part.values()
+
+    folder.mkdir()
+    return checksum(written())
+
+
+def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """What `save_weights` has written, in its order, one file in memory at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        yield from sorted(load_file(file).items())
 
 
 def save_adapter(policy: Policy, folder: Path) -> Path:
