@@ -1,4 +1,4 @@
-"""`python train.py trainer=ddp`: the run of one rank, stopped by a signal to one process, and gone on with on any number."""
+"""`python train.py` on several ranks: the run of one, stopped by a signal to one process, and gone on with on any number."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.command_line import ROOT, SHORT, assert_same_run, metrics, run, run_and_stop
-from tests.support import relative_distance
+from tests.command_line import MICRO, ROOT, SHORT, assert_equal_up_to_order, assert_same_run, run, run_and_stop
 
 WIDE = ["model.dtype=float64", "trainer.accelerator=cpu"]
 TWO_RANKS = ["trainer=ddp", *WIDE, "trainer.devices=2"]
@@ -26,17 +25,6 @@ def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     run(*SHORT, *TWO_RANKS, f"hydra.run.dir={folder}")
     return folder
-
-
-def assert_equal_up_to_order(folder, straight):
-    """Sums over ranks are in another order, which is all that differs."""
-    for row, expected in zip(metrics(folder), metrics(straight), strict=True):
-        for name in row.keys() & expected.keys():
-            assert (row[name] == "") == (expected[name] == ""), name
-            if row[name]:
-                assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-9, abs=1e-9), name
-    ours, expected = (load_file(f / "model" / "model.safetensors") for f in (folder, straight))
-    assert all(relative_distance(ours[name], expected[name]) < 1e-9 for name in expected)
 
 
 def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_path):
@@ -89,3 +77,21 @@ def test_from_one_rank_to_two(straight, tmp_path):
     assert code == 0, output
     run(*SHORT, *TWO_RANKS, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
     assert_equal_up_to_order(tmp_path, straight)
+
+
+GAME = [
+    "data=secret_number", "data.max_prompt_length=256", "data.task.num_validation=4", "reward=environment",
+    "environment=guess_the_number", "environment.make.turn_rewards=true", "rollout.max_completion_length=60",
+    "objective.importance_sampling_level=sequence_token", "rollout.stop=[a,e,i,o,u]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["an adapter", "dialogues"])
+def test_rollouts_of_a_split_policy_are_those_of_a_whole_one(case, tmp_path):
+    """Ranks step together in the engine of the process; they have other prompts and other turns."""
+    options = ["lora=language"] if case == "an adapter" else GAME
+    common = [*MICRO, *WIDE, *options, "max_rollouts=2", "validation.every_n_rollouts=null"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(*common, f"hydra.run.dir={one}")
+    run(*common, "trainer=fsdp", "trainer.accelerator=cpu", f"hydra.run.dir={two}")
+    assert_equal_up_to_order(two, one, "adapter_model" if case == "an adapter" else "model")

@@ -71,6 +71,10 @@ class NoTokenizer:
     """Stands for the tokenizer of models that have none."""
 
     eos_token_id = 1
+    unk_token_id = None
+
+    def convert_tokens_to_ids(self, token: str) -> None:
+        return None
 
     def decode(self, tokens: list[int], **_: Any) -> str:
         return " ".join(map(str, tokens))

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
+from tests.command_line import assert_equal_up_to_order
 from tests.vision.models import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +94,13 @@ def test_the_recipes_stop_without_a_gpu_in_one_line_that_names_the_offline_varia
     done = run(f"experiment={experiment}", f"hydra.run.dir={tmp_path / 'out'}")
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and "GPU" in line and "experiment=gspo_qwen_vl_tiny" in line
+
+
+def test_a_policy_split_over_two_ranks_samples_and_learns_what_a_whole_one_does(model_dir, rows, tmp_path):
+    """One rank's prompts have two pictures where the other's have one, or none."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    wide = ["model.dtype=float64", "validation.every_n_rollouts=null"]
+    for folder, more in ((one, []), (two, ["trainer=fsdp", "trainer.accelerator=cpu"])):
+        done = run(*arguments(model_dir, rows, folder), *wide, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal_up_to_order(two, one)
