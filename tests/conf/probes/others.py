@@ -108,9 +108,9 @@ def trainer(node: dict[str, Any], folder: Path) -> Any:
 
 
 def strategy(node: dict[str, Any], folder: Path) -> Any:
-    """How long a rank waits for the others, and whether weights are whole while it samples."""
+    """How long a rank waits for the others, whether weights are whole while it samples, and what DDP is told."""
     made = instantiate(node)
-    return made._timeout, getattr(made, "gather_for_rollouts", None)
+    return made._timeout, getattr(made, "gather_for_rollouts", None), getattr(made, "_ddp_kwargs", None)
 
 
 def minutes(node: dict[str, Any], folder: Path) -> Any:
@@ -137,7 +137,9 @@ PROBES = [
     Probe(["trainer=ddp"], "trainer", trainer, {
         "accelerator": "cpu", "devices": 3, "max_time": "00:01:00:00", "num_nodes": 2, "precision": "bf16-true", "strategy": "auto",
     }),
-    Probe(["trainer=ddp"], "trainer.strategy", strategy, {"timeout": {"_target_": "datetime.timedelta", "minutes": 3}}),
+    Probe(["trainer=ddp"], "trainer.strategy", strategy, {
+        "timeout": {"_target_": "datetime.timedelta", "minutes": 3}, "gradient_as_bucket_view": False,
+    }),
     Probe(["trainer=ddp"], "trainer.strategy.timeout", minutes, {"minutes": 3}),
     Probe(["trainer=fsdp"], "trainer.strategy", strategy, {
         "timeout": {"_target_": "datetime.timedelta", "minutes": 3}, "gather_for_rollouts": False,
