@@ -183,11 +183,11 @@ def _dry_run(plain: dict[str, Any]) -> None:
     datamodule = build_data(plain)
     module = build_module(plain)
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
-    share = len(prompts) // ranks.count
-    shares = [prompts[start : start + share] for start in range(0, share * ranks.count, share)]
+    size = len(prompts) // ranks.count
+    shares = [prompts[start : start + size] for start in range(0, size * ranks.count, size)]
     found = estimate(
         module.policy_loader,
-        max(shares, key=lambda prompts: sum(len(prompt.input_ids) for prompt in prompts)),
+        max(shares, key=lambda share: sum(len(prompt.input_ids) for prompt in share)),
         num_generations=module.sampling.num_generations,
         max_completion_length=module.sampling.max_completion_length,
         validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,

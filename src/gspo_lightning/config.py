@@ -102,9 +102,18 @@ def is_sharded(plain: dict[str, Any]) -> bool:
 
 
 def ranks(plain: dict[str, Any]) -> int:
-    """Processes that will train together; where ``devices`` leaves their number to the machine, one per node."""
-    devices, nodes = plain["trainer"]["devices"], plain["trainer"]["num_nodes"]
-    return int(devices * nodes) if isinstance(devices, int) and devices > 0 else int(nodes)
+    """Processes that will train together; ``devices`` may leave their number to this machine: one per GPU."""
+    trainer = plain["trainer"]
+    devices = trainer["devices"]
+    if isinstance(devices, list):
+        devices = len(devices)
+    if not isinstance(devices, int) or devices < 1:
+        devices = torch.cuda.device_count() if _on_gpu(trainer["accelerator"]) else 1
+    return int(devices * trainer["num_nodes"])
+
+
+def _on_gpu(accelerator: str) -> bool:
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def _check_sharding(plain: dict[str, Any]) -> None:
@@ -220,10 +229,7 @@ def _check_export(plain: dict[str, Any]) -> None:
 
 
 def _check_minibatches(plain: dict[str, Any]) -> None:
-    """Every rank must have as many prompts for each minibatch, and none left over.
-
-    With ``devices=auto`` the number of ranks is known when they have started; `split_minibatches` asks again.
-    """
+    """Every rank must have as many prompts for each minibatch, and none left over; `split_minibatches` asks again."""
     check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks(plain))
 
 
@@ -261,7 +267,7 @@ def _report(plain: dict[str, Any]) -> None:
 
 
 def _token_budget(plain: dict[str, Any]) -> int:
-    on_gpu = plain["trainer"]["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    on_gpu = _on_gpu(plain["trainer"]["accelerator"])
     rollout = plain["rollout"]
     return token_budget(
         plain["data"]["max_prompt_length"],
@@ -275,7 +281,7 @@ def _precision(precision: str, accelerator: str) -> str:
     """``auto`` is bf16-mixed where matrix products in bfloat16 are fast in hardware, else 32-true."""
     if precision != "auto":
         return precision
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if _on_gpu(accelerator):
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if cpu_has_bf16() else "32-true"
 

@@ -40,7 +40,9 @@ class Estimate:
     parts: dict[str, float]
     """Name -> bytes."""
     rollout: float
-    """Bytes of the key/value cache and the logits of a decoding step."""
+    """Bytes of the key/value cache, the logits of a decoding step and the packed copy of the weights."""
+    whole: float
+    """Bytes of the whole weights that a process of trainer=fsdp holds while it samples."""
     pace: dict[str, str]
     """What decides how long a rollout takes."""
     on_gpu: bool
@@ -48,8 +50,9 @@ class Estimate:
     @property
     def total(self) -> float:
         """Bytes at the peak. A GPU's allocator uses memory of the rollout again; a process on a CPU keeps it."""
-        kept = sum(value for name, value in self.parts.items() if name != ACTIVATIONS)
-        needed = (self.parts[ACTIVATIONS], self.rollout)
+        passing = (ACTIVATIONS, GATHERED)
+        kept = sum(value for name, value in self.parts.items() if name not in passing)
+        needed = (sum(self.parts.get(name, 0.0) for name in passing), self.rollout + self.whole)
         return kept + (max(needed) if self.on_gpu else sum(needed))
 
     def table(self) -> Table:
@@ -60,7 +63,10 @@ class Estimate:
         table.add_column(justify="right")
         table.add_row("parameters", f"{self.parameters / 1e6:,.1f} M")
         table.add_row("of which trained", f"{self.trained / 1e6:,.1f} M ({self.trained / self.parameters:.1%})")
-        for name, value in {**self.parts, "rollout: keys, values, logits": self.rollout}.items():
+        sampling = {"rollout: cache, logits, packed weights": self.rollout}
+        if self.whole:
+            sampling["rollout: whole weights"] = self.whole
+        for name, value in {**self.parts, **sampling}.items():
             table.add_row(name, f"{value / GIB:.2f} GiB")
         table.add_row(f"peak of the {'GPU' if self.on_gpu else 'process'}", f"{self.total / GIB:.2f} GiB")
         for name, setting in self.pace.items():
@@ -69,6 +75,7 @@ class Estimate:
 
 
 ACTIVATIONS = "activations of the largest micro-batch"
+GATHERED = "layers gathered to compute"
 
 
 @dataclass(frozen=True)
@@ -114,18 +121,19 @@ def estimate(
         ranks: the processes, of which this is one.
     """
     micro, micro_batches = _largest_micro_batch(prompts, num_generations, max_completion_length, update)
+    several = micro_batches > update.num_minibatches
     rows = min(max(len(prompts) * num_generations, validation_rows), max_concurrent)
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = fake_policy(loader)
         activations = saved_bytes(policy, micro.packed, precision)
         trained = [p for p in policy.parameters() if p.requires_grad]
-        parts = _model_parts(policy, loader, optimizer, needs_reference, ranks)
+        parts = _model_parts(policy, loader, optimizer, needs_reference, ranks, several)
         slots = _cache_slots(prompts, num_generations, max_completion_length, validation_rows, max_concurrent, on_gpu)
         rollout = _rollout_bytes(policy, rows, slots, _product_bytes(policy, precision))
-        if max_concurrent and loader.quantization is None and not loader.compile:
+        if max_concurrent and loader.quantization is None and not loader.compile and not ranks.sharded:
             rollout += _packed_bytes(policy, precision, on_gpu)
-        if max_concurrent and ranks.sharded and ranks.gather_for_rollouts:
-            rollout += parts["weights"] * ranks.count  # beside this process's share
+        is_whole = max_concurrent and ranks.sharded and ranks.gather_for_rollouts
+        whole = parts["weights"] * ranks.count if is_whole else 0.0  # beside this process's share
         count, trained_count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained)
     parts[ACTIVATIONS] = activations
     if not on_gpu:
@@ -140,7 +148,7 @@ def estimate(
         "forwarded at a time": f"{_tokens(micro)} tokens, {micro_batches} micro-batches",
         "precision": precision,
     }
-    return Estimate(count, trained_count, parts, rollout, pace, on_gpu)
+    return Estimate(count, trained_count, parts, rollout, whole, pace, on_gpu)
 
 
 def _largest_micro_batch(
@@ -156,9 +164,9 @@ def _largest_micro_batch(
 
 
 def _model_parts(
-    policy: Policy, loader: PolicyLoader, optimizer: str, needs_reference: bool, ranks: Ranks
+    policy: Policy, loader: PolicyLoader, optimizer: str, needs_reference: bool, ranks: Ranks, several: bool
 ) -> dict[str, float]:
-    """Bytes of what every process holds of the model from the first step to the last."""
+    """Bytes of what every process holds of the model; ``several`` micro-batches add up before gradients travel."""
     share = 1 / ranks.count if ranks.sharded else 1.0
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = share * sum(_bytes(p) for p in policy.parameters()) * _quantised_share(loader, policy)
@@ -174,7 +182,9 @@ def _model_parts(
     if needs_reference and loader.lora is None:
         parts["reference"] = weights
     if ranks.sharded:
-        parts["layers gathered to compute"] = _gathered_bytes(policy)
+        parts[GATHERED] = _gathered_bytes(policy)
+    elif ranks.count > 1 and several:
+        parts["gradients on their way"] = gradients
     return parts
 
 

@@ -128,7 +128,7 @@ class Completion:
     token_ids: Tensor
     """``(C,)`` int64 on the CPU, C >= 1; the end-of-sequence token is part of it when it was sampled."""
     text: str
-    """Decoded without special tokens; in harmony the ``final`` channel alone."""
+    """Decoded without special tokens; in harmony the ``final`` channel alone, but of a dialogue all."""
     sampler_logprobs: Tensor
     """``(C,)`` float32: log-probability of each token under the distribution it was drawn from (0 where it was not
     drawn: the tokens of an environment)."""

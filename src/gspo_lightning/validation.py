@@ -83,6 +83,8 @@ class Validator:
                         "answer": None if answer is None else str(answer),
                     }
                 )
+                if completion.thinking:
+                    self.samples[-1]["thinking"] = completion.thinking
                 shown = [picture for part in image_parts(prompt.prompt) if (picture := picture_of(part)) is not None]
                 if pictures := [thumbnail_uri(picture) for picture in shown]:
                     self.samples[-1]["images"] = pictures

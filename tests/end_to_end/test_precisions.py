@@ -40,7 +40,7 @@ def test_under_bf16_true_every_entry_of_the_adapter_moves(micro_model_dir):
 
 CASES = {
     "adapter over bfloat16": ["lora=language", "trainer.precision=bf16-true"],
-    "adapter over 4 bits, 8-bit moments": ["lora=language", "model.quantization=nf4", "optimizer=adamw_8bit"],
+    "adapter over 4 bits, 8-bit optimizer": ["lora=language", "model.quantization=nf4", "optimizer=adamw_8bit"],
     "8-bit moments": ["optimizer=adamw_8bit"],
 }
 

@@ -22,12 +22,16 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader, add_lora
 from gspo_lightning.policy.micro_gpt_oss import WINDOW
+from gspo_lightning.report import sections
+from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rewards.reward_set import call_arguments
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.rollout.vllm_requests import completion
 from gspo_lightning.types import SamplingParams, ScoredRollout
+from gspo_lightning.validation import ValidationSettings, Validator
 from tests.support import make_prompt, padded_logprobs, random_groups, relative_distance
+from tests.training import ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
 MODEL = "bundled:micro-gpt-oss"
@@ -148,6 +152,7 @@ CALL = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a":
         "<|channel|>final<|message|>4<|return|>",
         "<|message|>of no channel<|return|>",
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant" + CALL,
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant to=functions.f<|message|>{}<|call|>",
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant to=functions.f<|channel|>commentary<|message|>{}",
         "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>commentary<|message|>two<|end|>"
         "<|start|>assistant<|channel|>final<|message|>three",
@@ -164,9 +169,10 @@ def test_the_answer_is_the_final_channel_as_the_harmony_library_reads_it(said, w
     parsed = HARMONY.parse_messages_from_completion_tokens(
         HARMONY.encode(said, allowed_special="all"), harmony.Role.ASSISTANT
     )
-    texts = [(message.channel, message.content[0].text) for message in parsed]
-    assert answer == "".join(text for channel, text in texts if channel in (None, "final"))
-    assert thinking == "\n".join(text for channel, text in texts if channel in ("analysis", "commentary"))
+    for_reader = [message.channel in (None, "final") and message.recipient is None for message in parsed]
+    texts = [message.content[0].text for message in parsed]
+    assert answer == "".join(text for text, read in zip(texts, for_reader, strict=True) if read)
+    assert thinking == "\n".join(text for text, read in zip(texts, for_reader, strict=True) if not read)
 
 
 class OfGptOss:
@@ -199,7 +205,7 @@ def test_what_is_not_harmony_is_text(said, answer, thinking):
     assert answer_and_thinking(tokenizer, tokenizer.encode(said)) == (answer, thinking)
 
 
-def test_marks_spelled_out_are_text_to_a_tokenizer_without_them_and_marks_to_one_with_them(micro_model_dir):
+def test_marks_spelled_out_are_text_to_a_tokenizer_without_them(micro_model_dir):
     said = "<|channel|>analysis<|message|>a<|end|>"
     plain = AutoTokenizer.from_pretrained(micro_model_dir)
     assert answer_and_thinking(plain, plain.encode(said, add_special_tokens=False)) == (said, "")
@@ -217,6 +223,12 @@ def test_rewards_and_records_get_the_answer_and_beside_it_the_thinking(policy):
     scored = ScoredRollout([prompt], [[one]], ("r",), *(torch.zeros(shape) for shape in ((1, 1, 1), (1, 1), (1, 1))))
     (entry,) = completion_entries(1, scored)
     assert (entry["completion"], entry["thinking"]) == ("a 4", "a 7")
+    rewards = RewardSet({"length": RewardSpec(lambda completions, **_: [float(len(c)) for c in completions])})
+    validator = Validator(ValidationSettings(1), rewards, SamplingParams(1, 8), seed=0)
+    validator.update(policy, ScriptedEngine(), [replace(prompt, prompt="?", sample={"completions": [one]})])
+    assert validator.samples == [{"prompt": "?", "completion": "a 4", "reward": 3.0, "answer": None, "thinking": "a 7"}]
+    page = sections.completions(*[{"samples": validator.samples}] * 2)
+    assert page.count("a 7</div>") == page.count("a 4</div>") == 2
 
 
 def test_every_end_of_harmony_ends_a_completion(policy):

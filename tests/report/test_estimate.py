@@ -98,9 +98,16 @@ def test_under_fsdp_a_process_holds_its_share_and_what_is_gathered(micro_model_d
     layer = layers[0] + trained
     assert adapter.parts[gathered] == 4 * (outside + 2 * layer + max(outside, layer, 2 * trained))
     whole = of(micro_model_dir, ranks=Ranks(4, sharded=True))
-    assert whole.rollout == found.rollout + 4 * count
+    assert (whole.rollout, whole.whole, found.whole) == (found.rollout, 4 * count, 0)
+    fixed = sum(4 * n * count / 4 for n in (1, 1, 2))
+    assert whole.total == fixed + max(whole.parts[gathered] + whole.parts[ACTIVATIONS], whole.rollout + whole.whole)
+    # Nothing is packed where weights are split.
+    assert of(micro_model_dir, ranks=Ranks(4, sharded=True), on_gpu=False).rollout == found.rollout
     every = of(micro_model_dir, ranks=Ranks(4))
-    assert every.parts["weights"] == 4 * count and gathered not in every.parts
+    assert every.parts["weights"] == 4 * count and not {gathered, "gradients on their way"} & every.parts.keys()
+    small = UpdateSettings(num_minibatches=2, max_tokens_per_microbatch=40)
+    assert of(micro_model_dir, ranks=Ranks(4), update=small).parts["gradients on their way"] == 4 * count
+    assert "gradients on their way" not in of(micro_model_dir, update=small).parts
 
 
 def test_the_cache_of_a_rollout_by_hand(micro_model_dir):

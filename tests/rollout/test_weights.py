@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rollout import weights
 from gspo_lightning.rollout.weights import checksum, load_weights, named_weights, save_weights, weight_parts
 from tests.support import micro_policy
 
@@ -62,6 +63,15 @@ def test_written_weights_are_read_again_with_their_checksum_and_no_file_holds_mo
     sizes = [sum(2 * v.numel() for v in part.values()) for part in weight_parts(policy, torch.float32)]
     files = sorted((tmp_path / "w").iterdir())
     assert [size <= file.stat().st_size < size + 4096 for size, file in zip(sizes, files, strict=True)] == [True] * 3
+
+
+def test_no_layer_is_made_before_it_is_asked_for(micro_model_dir, monkeypatch):
+    policy, made = micro_policy(micro_model_dir, torch.float32), []
+    original = weights._weight
+    monkeypatch.setattr(weights, "_weight", lambda policy, name: made.append(name) or original(policy, name))
+    for number, _ in enumerate(weight_parts(policy, torch.bfloat16)):
+        layers = {name.split(".")[2] for name in made if ".layers." in name}
+        assert layers == {str(layer) for layer in range(number)}
 
 
 def test_an_adapter_is_added_to_copies(micro_model_dir):

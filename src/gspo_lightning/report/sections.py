@@ -185,7 +185,8 @@ def _side(when: str, sample: dict[str, Any] | None) -> str:
     reward = sample["reward"]
     style = "tag right" if reward is not None and reward >= 1 else "tag"
     tag = f'<div class="{style}">{when}, reward {_value(reward)}</div>'
-    return f'<div>{tag}<div class="text" dir="auto">{escape(str(sample["completion"]))}</div></div>'
+    thinking = f'<div class="text tag">{escape(str(sample["thinking"]))}</div>' if sample.get("thinking") else ""
+    return f'<div>{tag}{thinking}<div class="text" dir="auto">{escape(str(sample["completion"]))}</div></div>'
 
 
 def _card(label: str, value: str, main: bool = False) -> str:

@@ -3,8 +3,8 @@
 A reward function has TRL's signature, ``(prompts, completions, completion_ids, **columns) -> list[float | None]``,
 plain or ``async``, so that one written for TRL runs unchanged. Lists have one entry per completion, the completions
 of a prompt side by side; columns of the dataset row are repeated. A conversational prompt comes with
-conversational completions, ``[{"role": "assistant", "content": text}]``, a plain one with strings. None means "does
-not apply".
+conversational completions, ``[{"role": "assistant", "content": text}]`` (of gpt-oss with its other channels under
+``thinking``), a plain one with strings. None means "does not apply".
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import yaml
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.seeds import rollout_of_seed
+from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
@@ -43,9 +44,9 @@ class ReplayEngine:
             return TransformersEngine().generate(policy, prompts, sampling, seed)
         self._check_temperature(sampling)
         step = rollout_of_seed(seed) + 1
-        return Rollout(prompts, [self._completions(step, prompt, sampling) for prompt in prompts])
+        return Rollout(prompts, [self._completions(policy, step, prompt, sampling) for prompt in prompts])
 
-    def _completions(self, step: int, prompt: Prompt, sampling: SamplingParams) -> list[Completion]:
+    def _completions(self, policy: Policy, step: int, prompt: Prompt, sampling: SamplingParams) -> list[Completion]:
         records = self._records.get((step, prompt.uid), [])
         if not records:
             raise UserError(
@@ -63,7 +64,7 @@ class ReplayEngine:
                 record["completion"],
                 torch.tensor(record["sampler_logprobs"], dtype=torch.float32),
                 record["finish_reason"],
-                thinking=record.get("thinking", ""),
+                thinking=answer_and_thinking(policy.tokenizer, record["token_ids"])[1],
             )
             for record in records
         ]

@@ -1,12 +1,13 @@
 """Token ids -> what a completion says: to its reader, and in a channel of its own to itself.
 
 The harmony format of gpt-oss writes messages into channels, ``<|channel|>analysis<|message|>...<|end|>`` before
-``<|start|>assistant<|channel|>final<|message|>...<|return|>``. The reader gets the last channel alone.
+``<|start|>assistant<|channel|>final<|message|>...<|return|>``. The reader gets the ``final`` channel alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -47,13 +48,20 @@ def _messages(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> I
             elif token is not None:
                 header.append(token)
         elif token in ends:
-            name = header[header.index(channel) + 1 :] if channel in header else []
-            yield (_decode(tokenizer, name).split() or [""])[0], _decode(tokenizer, content)
+            yield _channel(tokenizer, header, channel), _decode(tokenizer, content)
             header, content = [], None
         else:
             content.append(token)  # type: ignore[arg-type]
 
 
+def _channel(tokenizer: PreTrainedTokenizerBase, header: list[int], mark: int | None) -> str:
+    """The first word behind the mark; a message to a tool, and to nobody's channel, is commentary."""
+    if mark in header:
+        return (_decode(tokenizer, header[header.index(mark) + 1 :]).split() or [""])[0]
+    return "commentary" if "to=" in _decode(tokenizer, header) else ""
+
+
+@lru_cache(maxsize=4)
 def _speaks_harmony(tokenizer: PreTrainedTokenizerBase) -> bool:
     return None not in (_id(tokenizer, _CHANNEL), _id(tokenizer, _MESSAGE))
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gspo_lightning.rollout.weights import checksum, load_weights
+from gspo_lightning.rollout.weights import RunningChecksum, checksum, load_weights
 
 NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -46,10 +45,18 @@ class WeightSync:
         self.gspo_version: str | None = version
 
     def gspo_load_folder(self, path: str, version: str) -> dict[str, Any]:
-        """Loads all weights from a folder of `save_weights`; returns the checksum of what was read."""
-        total = checksum(value for _, value in load_weights(Path(path)))
-        self.gspo_load_weights(partial(load_weights, Path(path)), version)
-        return {"checksum": total}
+        """Loads all weights from a folder of `save_weights`; returns the checksum of what vLLM was given."""
+        passes: list[RunningChecksum] = []
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            passes.append(RunningChecksum())
+            running = passes[-1]
+            for name, value in load_weights(Path(path)):
+                running.add(value)
+                yield name, value
+
+        self.gspo_load_weights(weights, version)
+        return {"checksum": passes[0].total}
 
     def gspo_load_weights(self, weights: NamedWeights, version: str) -> None:
         """Loads all weights, named as on the hub; ``weights`` may be asked for them twice."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from gspo_lightning.policy.model import Policy
 
-_LAYER = re.compile(r"^(.*?\.)?(layers|blocks)\.\d+\.")
+_LAYER = re.compile(r"^(.*?\.)?(layers?|blocks|h)\.\d+\.")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,8 +26,19 @@ def trained_parameters(policy: Policy) -> Iterator[Tensor]:
 
 def checksum(tensors: Iterable[Tensor]) -> int:
     """A number that changes with any bit of the tensors or with their order (exact integer sums, so repeatable)."""
-    total = 0
-    for number, tensor in enumerate(tensors):
+    running = RunningChecksum()
+    for tensor in tensors:
+        running.add(tensor)
+    return running.total
+
+
+class RunningChecksum:
+    """`checksum` of the tensors so far."""
+
+    def __init__(self) -> None:
+        self.total = self._count = 0
+
+    def add(self, tensor: Tensor) -> None:
         flat = tensor.detach().contiguous().view(-1)
         size = flat.element_size()
         # Eight bytes at a time where they fit: nothing to convert, and overflow only drops carries.
@@ -34,8 +46,8 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         if whole and flat.storage_offset() * size % 8:
             flat = flat.clone()
         bits = flat.view(torch.int64 if whole else _BITS[size])
-        total += (2 * number + 1) * int(bits.sum(dtype=torch.int64))
-    return total % 2**64
+        weighted = (2 * self._count + 1) * int(bits.sum(dtype=torch.int64))
+        self.total, self._count = (self.total + weighted) % 2**64, self._count + 1
 
 
 def weight_parts(policy: Policy, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
@@ -91,9 +103,15 @@ def save_weights(policy: Policy, dtype: torch.dtype, folder: Path) -> int:
 
 
 def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """What `save_weights` has written, in its order, one file in memory at a time."""
-    for file in sorted(folder.glob("*.safetensors")):
-        yield from sorted(load_file(file).items())
+    """What `save_weights` has written, in its order, one tensor in memory at a time.
+
+    All files are opened before the first is read: whoever removes the folder then takes nothing away.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(f, framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
+        for file in opened:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
 
 
 def save_adapter(policy: Policy, folder: Path) -> Path:
