@@ -244,3 +244,5 @@ def _quieten() -> None:
     # What is logged is already a mean over all ranks.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # The schedule goes on where a minibatch has no signal, and so no step; `count/skipped_steps` counts those.
+    warnings.filterwarnings("ignore", message=".*call of `lr_scheduler.step\\(\\)` before.*")
