@@ -202,12 +202,13 @@ def test_a_rank_without_a_picture_takes_part_in_the_update_of_the_tower(lora, st
 def test_experts_and_sinks_too(strategy, scratch, tmp_path):
     """gpt-oss: experts that no token of a rank chose have a gradient of zero there, and are split like the rest."""
     from gspo_lightning.policy.bundled import resolve_model
+    from tests.support import micro_policy
 
     cases = [[], ["--lora"]]
     folder = resolve_model("bundled:micro-gpt-oss")
     ones = experts_on_one_rank(folder, scratch)
     twos = updates(folder, tmp_path / "two.pt", 2, cases, "--strategy", strategy)
-    start = torch.cat([p.detach().double().flatten() for p in load_policy(folder).parameters()])
+    start = torch.cat([p.detach().double().flatten() for p in micro_policy(folder).parameters()])
     for case, (one, facts_one), (two, facts_two) in zip(cases, ones, twos, strict=True):
         before = torch.zeros_like(one) if case else start
         assert relative_distance(two - before, one - before) < 1e-7, case
@@ -218,9 +219,3 @@ def test_experts_and_sinks_too(strategy, scratch, tmp_path):
 @functools.cache
 def experts_on_one_rank(folder, scratch):
     return updates(folder, scratch / "experts.pt", 1, [[], ["--lora"]])
-
-
-def load_policy(folder):
-    from gspo_lightning.policy.load import PolicyLoader
-
-    return PolicyLoader(str(folder)).load()

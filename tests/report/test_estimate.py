@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from gspo_lightning import config
 from gspo_lightning.estimate import ACTIVATIONS, GIB, Ranks, estimate
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
@@ -169,6 +170,19 @@ def test_the_command_prints_the_table_of_one_of_its_processes_and_leaves_nothing
     assert "per rollout on each process" in done.stdout and "4 prompts x" in done.stdout
     assert "layers gathered" in done.stdout
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "gpus", "expected"),
+    [(2, 3, 0, 6), ([0, 2, 5], 1, 8, 3), ("auto", 2, 8, 16), (-1, 1, 4, 4), ("auto", 2, 0, 2)],
+)
+def test_how_many_processes_a_run_has(devices, nodes, gpus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    trainer = {"devices": devices, "num_nodes": nodes, "accelerator": "auto"}
+    assert config.ranks({"trainer": trainer}) == expected
+    on_cpu = {**trainer, "accelerator": "cpu"}
+    assert config.ranks({"trainer": on_cpu}) == (expected if isinstance(devices, list) or devices == 2 else nodes)
 
 
 @pytest.mark.slow

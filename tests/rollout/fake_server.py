@@ -108,8 +108,8 @@ class FakeServer:
             return 200, json.dumps({"choices": self.complete(body)[1 if short else 0 :]}).encode()
 
     def load(self, path: str, version: str) -> dict[str, Any]:
-        total = checksum(value for _, value in load_weights(Path(path)))
         weights = dict(load_weights(Path(path)))
+        total = checksum(weights.values())
         self.corrupt(weights)
         self.policy.base_model.load_state_dict(weights, strict=False)
         self.version = version

@@ -49,8 +49,7 @@ class WeightSync:
         passes: list[RunningChecksum] = []
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            passes.append(RunningChecksum())
-            running = passes[-1]
+            passes.append(running := RunningChecksum())
             for name, value in load_weights(Path(path)):
                 running.add(value)
                 yield name, value

@@ -39,6 +39,7 @@ class RunningChecksum:
         self.total = self._count = 0
 
     def add(self, tensor: Tensor) -> None:
+        """The next tensor."""
         flat = tensor.detach().contiguous().view(-1)
         size = flat.element_size()
         # Eight bytes at a time where they fit: nothing to convert, and overflow only drops carries.
