@@ -383,7 +383,17 @@ def test_quantiles_of_the_ratio_are_those_of_all_sequences(micro_model_dir, monk
     low = int(position)
     expected = ratios[low] + (position - low) * (ratios[min(low + 1, len(ratios) - 1)] - ratios[low])
     assert module.last_metrics["ratio/p99"] == pytest.approx(expected, rel=1e-12)
-    assert module.last_metrics["ratio/p50"] == pytest.approx(torch.tensor(ratios).double().quantile(0.5).item())
+    assert module.last_metrics["ratio/p50"] == pytest.approx(
+        torch.tensor(ratios).double().quantile(0.5).item(), rel=1e-12
+    )
+
+
+def test_quantiles_of_more_ratios_than_torch_counts():
+    from gspo_lightning.rollout_log import quantiles
+
+    values = torch.arange(2**24 + 1).flip(0)  # one more than torch.quantile takes
+    assert quantiles(values, [0.0, 0.25, 1.0]) == {0.0: 0, 0.25: 2**22, 1.0: 2**24}
+    assert quantiles(torch.tensor([3.0, 1.0]), [0.25]) == {0.25: 1.5}
 
 
 LEVELS_OF = {name: spec.levels or ("token",) for name, spec in LOSSES.items()}

@@ -154,20 +154,19 @@ class GSPOModule(L.LightningModule):
         steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
         return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As of any module; but an adapter stays as wide as it is where the precision bf16-true narrows its base.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of any module; but the precision bf16-true, which narrows the base, leaves adapters and buffers as wide.
 
-        In bfloat16 most of its updates would be rounded away. Not later: a strategy synchronises the gradients of the
-        tensors that it finds behind this call.
+        In bfloat16 most updates of an adapter would be rounded away, and rotary frequencies, which are buffers, would
+        turn a token 2048 places on by more than a radian too far. Split weights are exchanged by what they are
+        converted to, so widening them again behind the call would come too late.
         """
-        adapted = self.policy is not None and self.policy.has_adapter
-        if not adapted or self._trainer is None or self._trainer.precision != "bf16-true":
-            return super().to(*args, **kwargs)
-        kept = [(parameter, parameter.data) for parameter in self.parameters() if parameter.requires_grad]
-        super().to(*args, **kwargs)
-        for parameter, data in kept:
-            parameter.data = data.to(parameter.device)
-        return self
+        if self.policy is None or self._trainer is None or self._trainer.precision != "bf16-true":
+            return super()._apply(fn, recurse)
+        wide = {id(buffer) for buffer in self.buffers()}
+        if self.policy.has_adapter:
+            wide |= {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+        return super()._apply(lambda t: t.to(fn(t).device) if id(t) in wide else fn(t), recurse)
 
     def on_fit_start(self) -> None:
         """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,11 +39,28 @@ def rollout_values(
     if "gspo/ratio_noise_var" in values:
         values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
     if len(ratios):
-        levels = torch.tensor(RATIO_QUANTILES, dtype=torch.float64)
-        for level, value in zip(RATIO_QUANTILES, ratios.double().quantile(levels).tolist(), strict=True):
-            values[f"ratio/p{level * 100:g}"] = value
+        values |= {f"ratio/p{level * 100:g}": value for level, value in quantiles(ratios, RATIO_QUANTILES).items()}
     values["lr"] = lr
     values |= {f"count/{name}": float(count) for name, count in counts.items()}
     values |= stopwatch.metrics(values, before)
     values["perf/peak_rss_gb"] = peak_rss_gb()
     return values
+
+
+def quantiles(values: Tensor, levels: Sequence[float]) -> dict[float, float]:
+    """Quantiles with linear interpolation between neighbours, by level.
+
+    `torch.quantile` refuses more than 2**24 values, which a large rollout has of token ratios.
+
+    Args:
+        values: ``(N,)``, not empty.
+        levels: between 0 and 1.
+    """
+    ordered = values.sort().values
+    found = {}
+    for level in levels:
+        place = level * (len(ordered) - 1)
+        below = int(place)
+        low, high = ordered[below].item(), ordered[min(below + 1, len(ordered) - 1)].item()
+        found[level] = low + (place - below) * (high - low)
+    return found

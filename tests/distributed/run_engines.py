@@ -38,11 +38,13 @@ class Seeing:
 
 def check_engine(model: str, samples_on: str, lora: LoraSettings | None) -> None:
     torch.manual_seed(0)
-    settings = Settings(lora=lora, rollouts=2)
-    module = build_module(model, settings)
+    # The base of an adapter is narrowed behind the loading.
+    precision, dtype = ("bf16-true", "float32") if lora else ("32-true", "float64")
+    module = build_module(model, Settings(lora=lora, rollouts=2, dtype=dtype))
     module.engine = engine = Seeing(samples_on)
     most = count_whole_weights()
-    trainer(devices=2, strategy=FSDP2Strategy()).fit(module, Batches(scripted_prompts(count=2), 2).loader())
+    runner = trainer(devices=2, strategy=FSDP2Strategy(), precision=precision)
+    runner.fit(module, Batches(scripted_prompts(count=2), 2).loader())
     module.engine.generate(module.policy, [], GREEDY, 0)
     gets_copy = samples_on == "every_rank" or rank() == 0
     assert (engine.seen[-1] is not module.policy) == gets_copy

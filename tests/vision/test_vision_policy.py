@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -12,6 +15,7 @@ from gspo_lightning.policy import patches
 from gspo_lightning.policy import vision as vision_module
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
 from gspo_lightning.policy.export import export_policy
+from gspo_lightning.policy.fake import _without_weights
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.processor import ImageTextProcessor, load_processor
 from gspo_lightning.policy.quantization import check_quantization
@@ -45,6 +49,20 @@ def test_the_first_use_check_refuses_positions_that_ignore_pictures(family, dtyp
     monkeypatch.setattr(vision_module.Vision, "positions", one_axis)
     with pytest.raises(PackingMismatchError):
         check_packing(policy)
+
+
+def test_dropout_within_the_language_half_is_refused_and_can_be_switched_off(folder, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"Set model.overrides to \{text_config: \{attention_dropout: 0.0\}\}$"):
+        PolicyLoader(str(copy)).load()
+    without = PolicyLoader(str(copy), overrides={"text_config": {"attention_dropout": 0.0}})
+    for model in (without.load().base_model, _without_weights(without)):
+        text = model.config.text_config
+        assert (text.attention_dropout, text.hidden_size) == (0.0, config["text_config"]["hidden_size"])
 
 
 def trained(policy):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations import moe
 
 from gspo_lightning.packing import PackedBatch
@@ -53,8 +53,7 @@ def saved_bytes(policy: Policy, packed: PackedBatch, precision: str) -> float:
 def _without_weights(loader: PolicyLoader) -> nn.Module:
     """The model as `PolicyLoader.load` builds it, adapter included, on the meta device."""
     config = load_config(loader.path)
-    for name, value in loader.overrides.items():
-        setattr(config, name, value)
+    _override(config, loader.overrides)
     vision = packs_pictures(config)
     kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     attention = attention_implementation("sdpa", vision)
@@ -68,6 +67,15 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
             for part in vision_parts(model).values():
                 part.requires_grad_(False)
         return model if loader.lora is None else add_lora(model, loader.lora, loader.train_vision)
+
+
+def _override(config: Any, overrides: dict[str, Any]) -> None:
+    """Sets what `from_pretrained` would: entries of a config within the config one by one."""
+    for name, value in overrides.items():
+        if isinstance(value, dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
+            _override(getattr(config, name), value)
+        else:
+            setattr(config, name, value)
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -223,17 +223,30 @@ def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
 
 
 def _refuse_dropout(model: nn.Module) -> None:
-    config = model.config
-    active = {
-        key: value
-        for key, value in config.to_dict().items()  # type: ignore[union-attr, operator]
-        if re.search(r"drop(out)?(_rate|_prob)?$", key) and isinstance(value, float) and value > 0
-    }
+    active = _dropouts(model.config.to_dict())  # type: ignore[union-attr, operator]
     if active:
-        wanted = ", ".join(f"{key}: 0.0" for key in active)
+        wanted = _flow(_dropouts(model.config.to_dict(), instead=0.0))  # type: ignore[union-attr, operator]
         raise UserError(
-            f"the model's config has dropout ({active}); it breaks the ratio. Set model.overrides to {{{wanted}}}"
+            f"the model's config has dropout ({active}); it breaks the ratio. Set model.overrides to {wanted}"
         )
+
+
+def _dropouts(config: dict[str, Any], instead: float | None = None) -> dict[str, Any]:
+    """The rates above 0 of a config and of the configs within it, or ``instead`` in their places."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            if inner := _dropouts(value, instead):
+                found[key] = inner
+        elif isinstance(value, float) and value > 0 and re.search(r"drop(out)?(_rate|_prob)?$", key):
+            found[key] = value if instead is None else instead
+    return found
+
+
+def _flow(settings: dict[str, Any]) -> str:
+    """As Hydra's command line reads it."""
+    items = (f"{key}: {_flow(value) if isinstance(value, dict) else value}" for key, value in settings.items())
+    return f"{{{', '.join(items)}}}"
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:

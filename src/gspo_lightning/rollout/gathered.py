@@ -38,8 +38,16 @@ class GatheredEngine:
 
     def _refresh(self, policy: Policy) -> None:
         if rank() == 0 or getattr(self.engine, "samples_on", "every_rank") == "every_rank":
-            self._copy = self._copy or self.loader.load()
+            self._copy = self._copy or self._load(policy)
         copy_trained_weights(policy, self._copy)
+
+    def _load(self, policy: Policy) -> Policy:
+        """A copy in the dtypes of the policy: the precision bf16-true has narrowed what is frozen."""
+        copy = self.loader.load()
+        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+        for name, parameter in copy.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+        return copy
 
 
 def gathered(engine: RolloutEngine, loader: PolicyLoader) -> RolloutEngine:
