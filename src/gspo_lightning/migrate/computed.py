@@ -68,7 +68,6 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
     result.settings["data.max_prompt_length"] = longest
     if "max_prompt_length" not in config:
         result.added.append("data.max_prompt_length=512: TRL 1.16 has no limit; ours refuses a longer prompt by name")
-    result.settings["update.max_tokens_per_microbatch"] = max(4096, longest + config["max_completion_length"])
     return steps
 
 
