@@ -97,6 +97,9 @@ def test_soft_overlong_is_eq_13_of_dapo():
     """L_max 10, L_cache 4: 0 up to 6, then (6 - |y|) / 4, -1 above 10."""
     lengths = [0, 5, 6, 7, 8, 9, 10, 11, 99]
     assert SoftOverlong(10, 4)([[0] * n for n in lengths]) == [0, 0, 0, -0.25, -0.5, -0.75, -1, -1, -1]
+    # The paper's lengths, where nothing is said: no punishment up to 16384 of 20480.
+    assert SoftOverlong(20480)([[0] * n for n in (16384, 18432, 20480)]) == [0, -0.5, -1]
+    assert SoftOverlong(4)([[0] * n for n in (3, 4)]) == [0, -1]
 
 
 def test_length_target():

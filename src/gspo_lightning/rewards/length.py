@@ -16,25 +16,30 @@ class SoftOverlong:
 
     Args:
         max_tokens: L_max, usually ``rollout.max_completion_length``.
-        cache_tokens: L_cache, the width of the slope.
+        cache_tokens: L_cache, the width of the slope; None: a fifth of ``max_tokens``, as the paper has 4096 of 20480.
     """
 
     max_tokens: int
-    cache_tokens: int
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"SoftOverlong.max_tokens={self.max_tokens} must be at least 1")
-        if not 0 < self.cache_tokens <= self.max_tokens:
+        if not 0 < self.slope <= self.max_tokens:
             raise UserError(
                 f"SoftOverlong.cache_tokens={self.cache_tokens} must be at least 1 and at most "
                 f"max_tokens={self.max_tokens}"
             )
 
+    @property
+    def slope(self) -> int:
+        """Tokens over which the value falls from 0 to -1."""
+        return max(1, self.max_tokens // 5) if self.cache_tokens is None else self.cache_tokens
+
     def __call__(self, completion_ids: list[Any], **_: Any) -> list[float]:
         """One value in [-1, 0] per completion."""
-        free = self.max_tokens - self.cache_tokens
-        return [min(0.0, max(-1.0, (free - len(ids)) / self.cache_tokens)) for ids in completion_ids]
+        free = self.max_tokens - self.slope
+        return [min(0.0, max(-1.0, (free - len(ids)) / self.slope)) for ids in completion_ids]
 
 
 @dataclass(frozen=True)
