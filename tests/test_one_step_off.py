@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import threading
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
@@ -14,12 +17,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.rollout.weights import checksum, trained_parameters
 from gspo_lightning.types import Prompt, PromptBatch, Rollout, SamplingParams
-from tests.support import micro_policy, padded_logprobs, relative_distance
+from tests.support import make_prompt, micro_policy, padded_logprobs, relative_distance
 from tests.training import Settings, build_module, scripted_prompts, trainer, weights
+
+PROMPTS = [make_prompt(torch.arange(5, 9 + n), uid=f"t:{n}") for n in range(2)]
 
 
 @dataclass
@@ -232,6 +238,32 @@ def test_a_resumed_run_goes_on_bit_identically_with_the_pending_rollout(lost, mi
     assert torch.equal(weights(resumed), weights(whole))
     # Without its completions the third rollout is sampled once more, by the weights that would have; with them, never.
     assert len(engine.calls) == (2 if lost else 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({}, True), ({"seed": 7}, False), ({"temperature": 0.5}, False), ({"num_generations": 3}, False)],
+    ids=["same", "seed", "temperature", "generations"],
+)
+def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kept, micro_model_dir):
+    policy, sampling, seed = micro_policy(micro_model_dir), SamplingParams(4, 6), changes.get("seed", 3)
+    before, buffer = OneStepOff(Elsewhere()), io.BytesIO()
+    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    torch.save(before.state_dict(), buffer)
+    buffer.seek(0)
+    engine = Elsewhere()
+    ahead = OneStepOff(engine)
+    ahead.load_state_dict(torch.load(buffer, weights_only=True), policy)
+    asked = replace(sampling, **{name: value for name, value in changes.items() if name != "seed"})
+    rollout = ahead.generate(policy, PROMPTS, asked, seed)
+    assert [len(group) for group in rollout.completions] == [asked.num_generations] * len(PROMPTS)
+    assert (ahead.is_stale, len(engine.calls)) == (kept, 0 if kept else 1)
+    with warnings.catch_warnings(record=True) as lines:
+        warnings.simplefilter("always")
+        ahead.launch(policy, PROMPTS, asked, seed + 1, contextlib.nullcontext)
+    said = [str(line.message) for line in lines if "sampled ahead is dropped" in str(line.message)]
+    assert len(said) == (0 if kept else 1) and all("\n" not in line for line in said)
+    assert ahead.generate(policy, PROMPTS, asked, seed + 1).completions and ahead.is_stale
 
 
 def test_only_what_is_trained_is_copied(micro_model_dir):

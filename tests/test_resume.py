@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, timer
 
+from gspo_lightning.build import build_trainer
+from gspo_lightning.callbacks.time_limit import TimeLimit
 from gspo_lightning.errors import UserError
 from gspo_lightning.resume import find_checkpoint, is_whole
-from tests.training import Settings, build_module
+from gspo_lightning.rollout import EngineUnavailableError
+from gspo_lightning.training_run import TrainingRun
+from tests.training import Batches, Settings, build_module, scripted_prompts
 
 
 class Payload:
@@ -97,3 +103,54 @@ def test_the_checkpoint_of_another_model_is_refused_and_says_which_weight(change
         del state[name]
     with pytest.raises(UserError, match=rf"another model or adapter: 1 trained .*{name} .*there {there}"):
         module.on_load_checkpoint({"state_dict": state, "gspo_lightning": {}})
+
+
+class SixSeconds(Callback):
+    """A rollout takes that long on a clock that the test reads."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timer, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def on_train_batch_start(self, *_):
+        self.now += 6.0
+
+
+def test_a_limit_of_time_is_that_of_one_process(micro_model_dir, tmp_path, monkeypatch):
+    """Jobs of a Slurm chain with the same limit each go on; the second would end before its first rollout otherwise."""
+    clock, done, ckpt_path = SixSeconds(monkeypatch), [], None
+    limited = {"_target_": "lightning.Trainer", "accelerator": "cpu", "max_time": "00:00:00:10", "limit_val_batches": 0}
+    for job in range(3):
+        module = build_module(micro_model_dir, Settings(rollouts=9))
+        plain = {"trainer": limited, "validation": {"every_n_rollouts": None}, "logger": None}
+        trainer = build_trainer(plain, [clock])
+        batches = Batches(scripted_prompts(), batches=9).loader()
+        trainer.fit(module, batches, ckpt_path=ckpt_path, weights_only=True)
+        done.append(module.rollouts_done)
+        ckpt_path = tmp_path / f"{job}.ckpt"
+        trainer.save_checkpoint(ckpt_path)
+    assert done == [2, 4, 6]
+
+
+def test_a_checkpoint_that_holds_the_time_of_lightnings_timer_starts_the_clock_anew():
+    limit = TimeLimit("00:00:00:10")
+    assert limit.state_key == timer.Timer().state_key  # else Lightning warns that a callback is missing
+    limit.load_state_dict({"time_elapsed": {"train": 12.0}})
+    assert limit.time_remaining() == 10.0 and limit.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "saved"), [(2, "saved"), (1, "an earlier rollout is saved"), (None, "an earlier rollout is saved")]
+)
+def test_a_lost_engine_says_whether_the_last_rollout_is_saved(saved_at, saved, run_dir):
+    """Where one of several ranks may be alone with the error, nothing is written."""
+
+    def fit(*_, **__):
+        raise EngineUnavailableError("nobody is left")
+
+    run, last = object.__new__(TrainingRun), run_dir / "checkpoints" / "last.ckpt"
+    run.ckpt_path, run.datamodule, run.module = last, None, SimpleNamespace(rollouts_done=2)
+    run.trainer, run.checkpoint = SimpleNamespace(fit=fit), SimpleNamespace(last=last, saved_at=saved_at)
+    with pytest.raises(EngineUnavailableError) as error:
+        run.execute()
+    assert str(error.value) == f"nobody is left; {saved}, go on with ckpt_path={last}"

@@ -270,7 +270,7 @@ def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir
 
 @pytest.mark.parametrize("kind", list(LOSSES))
 def test_every_loss_takes_a_finite_step_that_raises_good_and_lowers_bad_completions(kind, micro_model_dir):
-    level = LOSSES[kind].levels[0]
+    level = LEVELS_OF[kind][0]
     settings = Settings(
         objective={"loss_type": kind, "importance_sampling_level": level},
         optimizer=functools.partial(torch.optim.SGD, lr=0.05),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -89,10 +90,13 @@ def _task(plain: dict[str, Any]) -> Any:
 
 
 def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
-    """The length of the run: ``max_rollouts``, or that of ``num_epochs`` passes over a finite task."""
-    epochs = plain["num_epochs"]
+    """The length of the run: ``max_rollouts``, or ``num_epochs`` passes over a finite task, whichever is shorter.
+
+    Warns where ``max_rollouts`` ends it before the epochs do.
+    """
+    epochs, limit = plain["num_epochs"], plain["max_rollouts"]
     if epochs is None:
-        return plain["max_rollouts"]
+        return limit
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
         raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
     if plain["dynamic_sampling"]["max_draws"]:
@@ -105,7 +109,11 @@ def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) ->
             f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
             "max_rollouts instead"
         )
-    return max(1, round(epochs * rollouts_per_epoch))
+    rollouts = max(1, round(epochs * rollouts_per_epoch))
+    if limit is None or rollouts <= limit:
+        return rollouts
+    warnings.warn(f"max_rollouts={limit} ends the run before num_epochs={epochs} ({rollouts} rollouts)", stacklevel=2)
+    return limit
 
 
 def build_callbacks(plain: dict[str, Any]) -> list[Any]:
@@ -113,12 +121,38 @@ def build_callbacks(plain: dict[str, Any]) -> list[Any]:
     return [build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]
 
 
+_INSTEAD = {
+    "callbacks": "add to the group callbacks",
+    "logger": "choose one with logger=",
+    "plugins": "subclass in a script of your own (docs/reuse.md)",
+    "max_epochs": "set max_rollouts or num_epochs",
+    "val_check_interval": "set validation.every_n_rollouts",
+    "check_val_every_n_epoch": "set validation.every_n_rollouts",
+    "log_every_n_steps": "every rollout is logged",
+    "num_sanity_val_steps": "there is always a validation before the run",
+    "enable_checkpointing": "set checkpoint.every_n_rollouts",
+    "enable_progress_bar": "the progress line is callbacks.progress",
+    "enable_model_summary": "dry_run=true prints what the model needs",
+    "inference_mode": "it is always off",
+}
+"""Arguments of the Trainer that `build_trainer` sets -> what to do for them."""
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """Refuses an argument of the Trainer that would be overwritten."""
+    for key in trainer:
+        if key in _INSTEAD:
+            raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")
+
+
 def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
     """The Lightning Trainer with what manual optimization and a prompt stream need."""
     every = plain["validation"]["every_n_rollouts"]
     loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
+    limit = {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": plain["trainer"].get("max_time")}
     ours = {
-        "callbacks": callbacks,
+        "callbacks": [*callbacks, *([limit] if limit["duration"] is not None else [])],
+        "max_time": None,
         "logger": loggers or False,
         "plugins": [StreamingCheckpointIO()],
         "max_epochs": -1,

@@ -33,7 +33,7 @@ from gspo_lightning.redact import masked, redacted
 from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.resume import find_checkpoint
-from gspo_lightning.rollout import RolloutError
+from gspo_lightning.rollout import RolloutError, closing_engine
 from gspo_lightning.training_run import TrainingRun
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -168,7 +168,7 @@ def _train(cfg: DictConfig) -> float | None:
         rank_zero_only(Console().print)(config_tree(shown))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     module = build_module(plain)
-    with contextlib.closing(module.rewards):
+    with contextlib.closing(module.rewards), closing_engine(module.engine):
         training = TrainingRun(plain, run_dir, ckpt_path, module, datamodule)
         accuracy = training.execute()
     if training.stopped:
@@ -215,7 +215,7 @@ def _evaluate(cfg: DictConfig) -> None:
     datamodule = build_data(plain)
     module = build_module(plain)
     trainer = build_trainer(plain, [])
-    with contextlib.closing(module.rewards):
+    with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
         print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)

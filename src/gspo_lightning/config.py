@@ -9,22 +9,34 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gspo_lightning.build import build
+from gspo_lightning.build import build, check_trainer
+from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
+from gspo_lightning.rollout.weights import refuse_merging
 from gspo_lightning.targets import check_targets
 from gspo_lightning.update import busy_tokens, check_minibatches, token_budget
 
+DEFAULT_ROLLOUTS = 30
+"""What max_rollouts=auto is without num_epochs."""
+
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The config with all interpolations resolved and machine-dependent choices made, as plain containers."""
+    """The config with all interpolations resolved and machine-dependent choices made, as plain containers.
+
+    Raises:
+        UserError: what cannot be resolved, or names and types of `config_sections.check_sections`.
+    """
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
+    if plain["max_rollouts"] == "auto":
+        plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain["num_epochs"] is None else None
+    check_sections(plain)  # before anything computes with it
     plain["trainer"]["precision"] = _precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
         plain["update"]["max_tokens_per_microbatch"] = _token_budget(plain)
@@ -56,9 +68,10 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     export = plain["export"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
+    refuse_merging(bool(plain["model"].get("quantization")), plain["rollout"]["engine"].get("lora_sync"))
     check_targets(plain)
+    check_trainer(plain["trainer"])
     check_calls(plain)
-    _check_roots(plain)
     _check_router(plain["model"])
     update, rollout, data = plain["update"], plain["rollout"], plain["data"]
     longest = data["max_prompt_length"] + rollout["max_completion_length"]
@@ -89,8 +102,11 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _check_environment(plain)
     _report(plain)
     if training:
+        _check_schedule(plain)
         _check_export(plain)
         _check_minibatches(plain)
+    else:
+        _check_measured(plain)
 
 
 def is_sharded(plain: dict[str, Any]) -> bool:
@@ -154,27 +170,6 @@ def _check_environment(plain: dict[str, Any]) -> None:
             )
 
 
-_LEAST = {
-    "seed": 0,
-    "overfit_rows": 0,
-    "max_rollouts": 1,
-    "checkpoint.every_n_rollouts": 1,
-    "checkpoint.grace_s": 0,
-    "checkpoint.keep_last": 0,
-    "update.num_iterations": 1,
-    "update.num_minibatches": 1,
-    "rollout.num_generations": 2,
-    "rollout.max_completion_length": 1,
-    "data.prompts_per_rollout": 1,
-    "data.max_prompt_length": 1,
-    "validation.num_generations": 1,
-    "trainer.num_nodes": 1,
-    "dynamic_sampling.max_draws": 0,
-    "update.ref_sync_every_n_rollouts": 0,
-}
-"""Smallest value of the settings that are counts."""
-
-
 def _check_optimizer(node: dict[str, Any]) -> None:
     """Its constructor knows what it accepts, and can be asked before there is a model."""
     if str(node.get("_target_")).startswith("bitsandbytes.optim.Paged") and not torch.cuda.is_available():
@@ -199,11 +194,6 @@ def _check_precision(plain: dict[str, Any]) -> None:
     if precision in ("64", "64-true") and dtype != "float64":
         raise UserError(f"trainer.precision={precision} needs weights that are loaded so; set model.dtype=float64")
     if plain["model"].get("lora"):
-        if precision == "bf16-true" and is_sharded(plain):
-            raise UserError(
-                "trainer.precision=bf16-true: trainer=fsdp would round the updates of the adapter away; use "
-                "trainer.precision=bf16-mixed with model.dtype=bfloat16"
-            )
         return
     # Updates of all weights at usual rates are smaller than the spacing of bfloat16.
     for key, value, fix in (("trainer.precision", precision, "bf16-mixed"), ("model.dtype", dtype, "float32")):
@@ -217,7 +207,10 @@ def _check_precision(plain: dict[str, Any]) -> None:
 def _check_export(plain: dict[str, Any]) -> None:
     """Folding an adapter into the weights needs one, and weights that do not round it away."""
     export, model = plain["export"], plain["model"]
-    if not export["enabled"] or not export["merge_lora"]:
+    if not export["merge_lora"]:
+        return
+    if not export["enabled"]:
+        _no_effect("export.merge_lora=true has no effect with export.enabled=false; set it to false", plain)
         return
     if not model.get("lora"):
         raise UserError("export.merge_lora=true has no effect: there is no adapter; set it to false")
@@ -228,23 +221,30 @@ def _check_export(plain: dict[str, Any]) -> None:
         )
 
 
+def _check_measured(plain: dict[str, Any]) -> None:
+    """What a measurement would pass over."""
+    if plain["ckpt_path"] is not None:
+        raise UserError(
+            f"ckpt_path={plain['ckpt_path']}: evaluate.py measures models, not checkpoints; name the folder that a run "
+            "exports: model=path model.path=<run>/model"
+        )
+    if plain["dry_run"]:
+        raise UserError("dry_run=true: evaluate.py always measures; train.py dry_run=true prints what a run would need")
+
+
+def _check_schedule(plain: dict[str, Any]) -> None:
+    scheduler = plain["scheduler"]
+    if scheduler.get("name") == "constant" and scheduler.get("min_ratio"):
+        _no_effect(
+            f"scheduler.min_ratio={scheduler['min_ratio']} has no effect with scheduler.name=constant; remove it, or "
+            "set scheduler=cosine or linear",
+            plain,
+        )
+
+
 def _check_minibatches(plain: dict[str, Any]) -> None:
     """Every rank must have as many prompts for each minibatch, and none left over; `split_minibatches` asks again."""
     check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks(plain))
-
-
-def _check_roots(plain: dict[str, Any]) -> None:
-    for key, least in _LEAST.items():
-        value: Any = plain
-        for part in key.split("."):
-            value = value[part]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"{key}={value!r} must be a whole number")
-        if key == "seed" and value >= 2**32:
-            raise UserError(f"seed={value} must be below 2^32")
-        if value < least:
-            why = "; a group of one has no one to be compared with" if key == "rollout.num_generations" else ""
-            raise UserError(f"{key}={value} must be at least {least}{why}")
 
 
 def _report(plain: dict[str, Any]) -> None:
@@ -257,13 +257,23 @@ def _report(plain: dict[str, Any]) -> None:
         ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
         ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
         has_adapter=bool(plain["model"].get("lora")),
+        staleness=plain["rollout"]["engine"].get("staleness", 0),
+        keep_zero_advantage=plain["update"]["keep_zero_advantage"],
     )
     for finding in findings:
-        if finding.kind == "warning" or (finding.kind == "no_effect" and plain["allow_no_effect"]):
+        if finding.kind == "no_effect":
+            _no_effect(finding.message, plain)
+        elif finding.kind == "warning":
             warnings.warn(finding.message, stacklevel=2)
         else:
-            hint = " (allow_no_effect=true turns this into a warning)" if finding.kind == "no_effect" else ""
-            raise UserError(finding.message + hint)
+            raise UserError(finding.message)
+
+
+def _no_effect(message: str, plain: dict[str, Any]) -> None:
+    """Refuses a setting without effect, or warns where ``allow_no_effect`` asks for that."""
+    if not plain["allow_no_effect"]:
+        raise UserError(f"{message} (allow_no_effect=true turns this into a warning)")
+    warnings.warn(message, stacklevel=3)
 
 
 def _token_budget(plain: dict[str, Any]) -> int:

@@ -45,22 +45,35 @@ def _check_call(node: dict[str, Any], key: str) -> None:
     except ValueError:
         return  # a class of C code, such as datetime.timedelta, does not say
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    hints = _hints(target)
-    for name, value in node.items():
-        if name in _HYDRA_KEYS:
-            continue
+    settings = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
+    for name in settings:
         if name not in parameters and not open_ended:
             known = ", ".join(sorted(set(parameters) - {"self", "args", "kwargs"}))
             raise UserError(f"{key}.{name}: {node['_target_']} has no such setting; it has {known}")
+    check_values(settings, key, hints_of(target))
+
+
+def check_values(node: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
+    """Refuses a value of the wrong type.
+
+    Args:
+        node: settings by name.
+        key: their place in the config, for the message; empty at the root.
+        hints: type hints by name; what has none may be anything.
+    """
+    for name, value in node.items():
         hint = hints.get(name)
-        if hint is not None and not isinstance(value, dict) and not _fits(value, hint):
-            raise UserError(f"{key}.{name}={value!r} has the wrong type; expected {_spell(hint)}")
+        is_call = isinstance(value, dict) and "_target_" in value  # what it returns is not known yet
+        if hint is not None and not is_call and not _fits(value, hint):
+            where = f"{key}.{name}" if key else name
+            raise UserError(f"{where}={value!r} has the wrong type; expected {_spell(hint)}")
 
 
-def _hints(target: Any) -> dict[str, Any]:
+def hints_of(target: Any) -> dict[str, Any]:
+    """Type hints of a class's constructor or of a function, by argument."""
     source = target.__init__ if inspect.isclass(target) else target
     try:
-        return typing.get_type_hints(source)
+        return {name: hint for name, hint in typing.get_type_hints(source).items() if name != "return"}
     except (NameError, TypeError):  # names only known to type checkers
         return {}
 
@@ -89,6 +102,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
+    if hint is bool:
+        return "true or false"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]

@@ -13,15 +13,17 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.rollout.engine import RolloutEngine, close_engine
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
@@ -49,7 +51,7 @@ class OneStepOff:
             RolloutError: what the engine raised, ahead or now.
         """
         pending = self._pending
-        if pending is not None and pending.key == _key(prompts, seed):
+        if pending is not None and pending.key == _key(prompts, sampling, seed):
             completions = pending.result()  # one that failed stays: the checkpoint saved now has to know of it
             self._pending, self.is_stale, self.seconds = None, True, pending.seconds
             if completions is None:  # lost with the process that generated it: the same again
@@ -58,8 +60,7 @@ class OneStepOff:
             return Rollout(prompts, completions)
         if pending is not None:
             pending.join()  # the engine does one thing at a time, such as a validation
-        else:
-            self.is_stale = False
+        self.is_stale = False
         return self.engine.generate(policy, prompts, sampling, seed)
 
     def launch(
@@ -72,6 +73,9 @@ class OneStepOff:
     ) -> None:
         """Begins the next rollout, from the weights as they are now, in a thread.
 
+        A pending one that this training rollout did not ask for is dropped, with a warning: it comes from a checkpoint
+        of other settings.
+
         Args:
             policy: its weights are copied before this returns.
             prompts: of the next rollout.
@@ -79,7 +83,12 @@ class OneStepOff:
             seed: of the next rollout.
             context: the precision that forwards run in; a thread begins without.
         """
-        assert self._pending is None
+        if self._pending is not None:
+            warnings.warn(
+                "rollout.engine.staleness=1: the rollout that the checkpoint had sampled ahead is dropped: its seed, "
+                "prompts or sampling settings are not those of this run, so this rollout was sampled anew",
+                stacklevel=2,
+            )
         self._copy(policy)
         behaviour = self.behaviour
         assert behaviour is not None
@@ -88,8 +97,12 @@ class OneStepOff:
             with torch.no_grad(), context():
                 return self.engine.generate(behaviour, prompts, sampling, seed).completions
 
-        self._pending = _Pending(_key(prompts, seed))
+        self._pending = _Pending(_key(prompts, sampling, seed))
         self._pending.start(generate)
+
+    def close(self) -> None:
+        """Closes the engine; a rollout under way is not waited for."""
+        close_engine(self.engine)
 
     @torch.no_grad()
     def _copy(self, policy: Policy) -> None:
@@ -162,8 +175,9 @@ class _Pending:
         return self.value
 
 
-def _key(prompts: list[Prompt], seed: int) -> tuple[Any, ...]:
-    return (seed, *(prompt.uid for prompt in prompts))
+def _key(prompts: list[Prompt], sampling: SamplingParams, seed: int) -> tuple[Any, ...]:
+    """All that decides what a policy samples."""
+    return (seed, astuple(sampling), *(prompt.uid for prompt in prompts))
 
 
 def _share_frozen(policy: Policy) -> Policy:

@@ -71,7 +71,8 @@ class TrainingRun:
         except RolloutError as error:
             if not self.checkpoint.last.exists():
                 raise
-            raise type(error)(f"{error}; saved, go on with ckpt_path={self.checkpoint.last}") from error
+            saved = "saved" if self.checkpoint.saved_at == self.module.rollouts_done else "an earlier rollout is saved"
+            raise type(error)(f"{error}; {saved}, go on with ckpt_path={self.checkpoint.last}") from error
         wall_s = time.perf_counter() - start
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"

@@ -113,11 +113,15 @@ class Dialogue:
     """The environment's, for the whole dialogue."""
     turn_rewards: tuple[float, ...] = ()
     """One for each of the policy's turns; empty if the environment rewards the whole alone."""
+    begins: Tensor | None = None
+    """``(C,)`` bool: the first token of each of the policy's turns. None: the environment has tokens between them."""
 
     def turn_index(self) -> Tensor:
         """``(C,)`` int64: the policy's turn, from 0, that a trained token belongs to."""
-        begins = self.trained.clone()
-        begins[1:] &= ~self.trained[:-1]
+        begins = self.begins
+        if begins is None:
+            begins = self.trained.clone()
+            begins[1:] &= ~self.trained[:-1]
         return begins.long().cumsum(0) - 1
 
 

@@ -127,6 +127,41 @@ CKPT = ["ckpt_path={tmp}/some.ckpt"]
 CONFIG = [
     Case("config", "an unknown key", ["rollout.temprature=1"], "rollout.temprature"),
     Case("config", "an unknown key at the root", ["max_rollout=3"], "max_rollout"),
+    Case(
+        "config",
+        "a key of other trainers, added with +",
+        ["+max_steps=100"],
+        "max_steps: there is no such setting, the nearest name is max_rollouts",
+    ),
+    Case("config", "a group's key at the root", ["+lora.r=3"], "the nearest name is model.lora"),
+    Case(
+        "config",
+        "a key that checkpoint lacks",
+        ["+checkpoint.save_total_limit=3"],
+        "checkpoint.save_total_limit: there is no such setting, the nearest name is checkpoint.every_n_rollouts; "
+        "checkpoint has every_n_rollouts, keep_last, grace_s",
+    ),
+    Case("config", "a key that export lacks", ["+export.enable=true"], "the nearest name is export.enabled"),
+    Case(
+        "config",
+        "a key that dynamic_sampling lacks",
+        ["+dynamic_sampling.draws=1"],
+        "the nearest name is dynamic_sampling.max_draws",
+    ),
+    Case(
+        "config",
+        "a key that rollout lacks",
+        ["+rollout.temprature=1"],
+        "the nearest name is rollout.temperature; rollout",
+    ),
+    Case(
+        "config",
+        "a key that validation lacks",
+        ["+validation.tresholds=1"],
+        "the nearest name is validation.threshold; validation has num_generations, reward, threshold, num_samples, "
+        "every_n_rollouts",
+    ),
+    Case("config", "no section at all", ["checkpoint=null"], "checkpoint=None must be a section with every_n_rollouts"),
     Case("config", "an unknown key, added with +", ["+data.max_prompt_len=3"], "data.max_prompt_len"),
     Case("config", "an unknown choice of a group", ["objective=gpso"], "objective/gpso"),
     Case("config", "an unknown group", ["objectives=gspo"], "objectives"),
@@ -148,6 +183,42 @@ CONFIG = [
         ["model.gradient_checkpointing=7"],
         "model.gradient_checkpointing=7 has the wrong type",
     ),
+    Case("config", "a word for a switch", ["dry_run=no"], "dry_run='no' has the wrong type; expected true or false"),
+    Case(
+        "config",
+        "a word for a switch of a section",
+        ["export.enabled=no"],
+        "export.enabled='no' has the wrong type; expected true or false",
+    ),
+    Case(
+        "config", "a word that would count as true", ["allow_no_effect=no"], "allow_no_effect='no' has the wrong type"
+    ),
+    Case("config", "another one", ["record_tokens=no"], "record_tokens='no' has the wrong type"),
+    Case(
+        "config",
+        "a word for a length",
+        ["data.max_prompt_length=long"],
+        "data.max_prompt_length='long' must be a whole number",
+    ),
+    Case(
+        "config",
+        "a Trainer argument that is ours",
+        ["+trainer.max_epochs=3"],
+        "trainer.max_epochs is not a setting here: set max_rollouts or num_epochs",
+    ),
+    Case(
+        "config",
+        "an interval that is ours",
+        ["+trainer.val_check_interval=50"],
+        "trainer.val_check_interval is not a setting here: set validation.every_n_rollouts",
+    ),
+    Case(
+        "config",
+        "a bar that is ours",
+        ["+trainer.enable_progress_bar=true"],
+        "trainer.enable_progress_bar is not a setting here: the progress line is callbacks.progress",
+    ),
+    Case("config", "a run without an end", ["max_rollouts=null"], "nothing ends the run; set one of them"),
     Case("config", "a seed that no generator takes", ["seed=99999999999999"], "seed=99999999999999 must be below 2^32"),
     Case("config", "a negative seed", ["seed=-1"], "seed=-1 must be at least 0"),
     Case("config", "no rollouts", ["max_rollouts=0"], "max_rollouts=0 must be at least 1"),
@@ -181,6 +252,24 @@ OBJECTIVE = [
     ),
     Case("objective", "a loss that does not exist", ["objective.loss_type=gppo"], "choose grpo"),
     Case("objective", "a clip that cannot act", ["update.num_minibatches=1"], "objective.epsilon cannot act"),
+    Case(
+        "objective",
+        "a lower width for CISPO",
+        ["objective=cispo", "objective.epsilon=0.2"],
+        "objective.epsilon has no effect on loss_type=cispo",
+    ),
+    Case(
+        "objective",
+        "a cap of the ratio for GMPO",
+        ["objective=gmpo", "objective.delta=2"],
+        "objective.delta has no effect on loss_type=gmpo",
+    ),
+    Case(
+        "objective",
+        "completions kept that are kept anyway",
+        ["objective.beta=0.1", "update.keep_zero_advantage=true"],
+        "update.keep_zero_advantage=true has no effect",
+    ),
     Case("objective", "a negative clip width", ["objective.epsilon=-0.1"], "objective.epsilon"),
     Case("objective", "a KL weight below 0", ["objective.beta=-0.1"], "objective.beta"),
     Case(
@@ -249,12 +338,6 @@ UPDATE = [
     Case("update", "double precision by halves", ["trainer.precision=64-true"], "set model.dtype=float64"),
     Case(
         "update",
-        "an adapter in bfloat16 that is split over ranks",
-        ["trainer=fsdp", "trainer.accelerator=cpu", "lora=language", "trainer.precision=bf16-true"],
-        "would round the updates of the adapter away",
-    ),
-    Case(
-        "update",
         "minibatches that do not divide the prompts of a rank",
         ["trainer=ddp", "trainer.accelerator=cpu", "data.prompts_per_rollout=6", "update.num_minibatches=2"],
         "update.num_minibatches=2 x 2 ranks = 4",
@@ -271,6 +354,18 @@ UPDATE = [
         ["export.enabled=true", "export.merge_lora=true", "lora=language", "model.quantization=nf4"],
         "the adapter would be rounded away",
     ),
+    Case(
+        "update",
+        "merging without an export",
+        ["export.merge_lora=true", "lora=language"],
+        "export.merge_lora=true has no effect with export.enabled=false; set it to false (allow_no_effect=true",
+    ),
+    Case(
+        "update",
+        "an end of a decay that there is not",
+        ["+scheduler.min_ratio=0.3"],
+        "scheduler.min_ratio=0.3 has no effect with scheduler.name=constant",
+    ),
     Case("update", "an unknown schedule", ["scheduler.name=exponential"], "scheduler.name"),
     Case("update", "a warm-up longer than the run", ["scheduler.warmup_ratio=2"], "warmup_ratio"),
     Case("update", "a precision that does not exist", ["trainer.precision=8-bit"], "8-bit"),
@@ -286,6 +381,14 @@ ROLLOUT = [
     Case(
         "rollout", "a repetition penalty", ["rollout.repetition_penalty=1.2"], "rollout.repetition_penalty must be 1.0"
     ),
+    Case(
+        "rollout",
+        "a word for a temperature",
+        ["rollout.temperature=hot"],
+        "rollout.temperature='hot' has the wrong type; expected float",
+    ),
+    Case("rollout", "a word for top_p", ["rollout.top_p=x"], "rollout.top_p='x' has the wrong type; expected float"),
+    Case("rollout", "one string for a list", ["rollout.stop=abc"], "rollout.stop='abc' has the wrong type"),
     Case("rollout", "top_p above 1", ["rollout.top_p=1.5"], "top_p"),
     Case("rollout", "a negative top_k", ["rollout.top_k=-1"], "top_k"),
     Case(
@@ -299,6 +402,12 @@ ROLLOUT = [
         "a server's address without http",
         ["rollout=vllm_server", "rollout.engine.urls=[localhost]"],
         "rollout.engine.urls",
+    ),
+    Case(
+        "rollout",
+        "an adapter merged into packed weights",
+        ["rollout=vllm_server", "rollout.engine.lora_sync=merged", "lora=language", "model.quantization=nf4"],
+        "rollout.engine.lora_sync=merged cannot add the adapter to a quantised base",
     ),
     Case("rollout", "no server at all", ["rollout=vllm_server", "rollout.engine.urls=[]"], "rollout.engine.urls=[]"),
     Case("rollout", "negative draws", ["dynamic_sampling.max_draws=-1"], "dynamic_sampling.max_draws=-1"),
@@ -644,6 +753,9 @@ RUNS = [
     Case("run", "a checkpoint of another model", CKPT, "some.ckpt", checkpoint({"state_dict": {"policy.model.w": torch.zeros(2)}})),
     Case("run", "an unknown health check", ["callbacks.health.stop_on=[boredom]"], "there is no check 'boredom'"),
     Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
+    Case("run", "a progress line every 0 rollouts", ["callbacks.progress.every_n_rollouts=0"], "callbacks.progress.every_n_rollouts=0 must be at least 1"),
+    Case("run", "a validation every 0 rollouts", ["validation.every_n_rollouts=0"], "validation.every_n_rollouts=0 must be at least 1; null: validate before"),
+    Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected float"),
     Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
     Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),
     Case("run", "4-bit weights in parts", ["trainer=fsdp", "model.quantization=nf4", "lora=language"], "trainer=fsdp"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
+from gspo_lightning.callbacks import checkpoint as checkpoint_module
+from gspo_lightning.rollout import WeightSyncError
 
 
 class Trainer:
@@ -88,3 +90,77 @@ def test_a_failed_write_leaves_the_last_checkpoint_alone(tmp_path):
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(broken, module)
     assert checkpoint.last.read_text() == "rollout 2"
+
+
+@pytest.mark.parametrize(
+    ("rollout", "goes_on", "line"),
+    [
+        (8, True, None),
+        (7, True, "Slurm job 77 is in the queue again; with ckpt_path=auto and the same hydra.run.dir it goes on"),
+        (7, False, "not requeued: without ckpt_path=auto it would begin anew"),
+    ],
+    ids=["done", "goes on", "would begin anew"],
+)
+@pytest.mark.parametrize("validation", [None, 1])
+def test_a_slurm_job_is_requeued_once_and_only_where_it_goes_on(
+    rollout, goes_on, line, validation, tmp_path, capsys, monkeypatch
+):
+    """Behind the last rollout Lightning validates, whether that is due or not: two boundaries."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    asked: list[list[str]] = []
+    monkeypatch.setattr("gspo_lightning.callbacks.requeue.subprocess.run", lambda call, **_: asked.append(call))
+    module = SimpleNamespace(rollouts_done=rollout, max_rollouts=8, device=torch.device("cpu"))
+    trainer = Trainer(module)
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=1, validate_every_n_rollouts=validation)
+    stop = GracefulStop(checkpoint, grace_s=60, goes_on=goes_on)
+    stop._on_signal(signal.SIGUSR1, None)
+    for callback in (checkpoint, stop):
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    for callback in (checkpoint, stop):
+        callback.on_validation_end(trainer, module)
+    said = [f"Stopped after rollout {rollout}, saved in {checkpoint.last}", *([line] if line else [])]
+    assert capsys.readouterr().out.splitlines()[1:] == said
+    assert asked == ([["scontrol", "requeue", "77"]] if line and goes_on else [])
+
+
+def test_a_run_that_fails_after_a_signal_leaves_no_alarm_and_gives_the_signals_back(tmp_path):
+    """The alarm would end the process inside the next job of a sweep."""
+    module = SimpleNamespace(rollouts_done=1, max_rollouts=8, device=torch.device("cpu"))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    stop = GracefulStop(RolloutCheckpoint(tmp_path, every_n_rollouts=1), grace_s=60)
+    stop.on_train_start(Trainer(module), module)
+    assert [signal.getsignal(number) for number in numbers] == [stop._on_signal] * 3
+    stop._on_signal(signal.SIGTERM, None)
+    alarm = stop._timer
+    stop.on_exception(Trainer(module), module, ValueError())
+    assert alarm.finished.is_set() and stop._timer is None
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+IN_PROCESS, SERVERS = SimpleNamespace(), SimpleNamespace(samples_on="first_rank")
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "saved"),
+    [
+        (IN_PROCESS, 1, True),
+        (IN_PROCESS, 2, False),
+        (SimpleNamespace(engine=IN_PROCESS), 2, False),
+        (SERVERS, 2, True),
+        (SimpleNamespace(engine=SERVERS), 2, True),
+    ],
+    ids=["one rank", "one of two ranks", "one of two sharded ranks", "servers", "servers of sharded ranks"],
+)
+def test_a_lost_engine_saves_the_run_unless_one_rank_may_be_alone_with_it(engine, ranks, saved, tmp_path, monkeypatch):
+    """The others would be in another collective, and all would wait until the time limit of the process group."""
+    monkeypatch.setattr(checkpoint_module, "world_size", lambda: ranks, raising=False)
+    module = SimpleNamespace(rollouts_done=2, max_rollouts=8, device=torch.device("cpu"), engine=engine)
+    trainer, waits = Trainer(module), []
+    trainer.state = SimpleNamespace(fn="fit")
+    trainer.strategy = SimpleNamespace(barrier=waits.append)
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=5)
+    checkpoint.on_exception(trainer, module, WeightSyncError("other weights"))
+    assert waits == (["checkpoint folder", "checkpoint"] if saved else [])
+    assert checkpoint.last.exists() is saved

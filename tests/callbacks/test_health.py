@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from gspo_lightning.callbacks import health as health_module
 from gspo_lightning.callbacks.health import CHECKS, METRICS, Facts, Health
 
 GOOD = {
@@ -24,7 +26,7 @@ def series(**changes):
     return rows
 
 
-def found(rows, clip=(0.03, 0.04), by_sequence=True, patience=3):
+def found(rows, clip=(0.97, 1.04), by_sequence=True, patience=3):
     health = Health(patience)
     said = []
     for end in range(1, len(rows) + 1):
@@ -34,7 +36,11 @@ def found(rows, clip=(0.03, 0.04), by_sequence=True, patience=3):
 
 CASES = {
     "noise_floor": ({"gspo__ratio_noise_floor": [0.0151]}, 15, "objective.epsilon"),
-    "clip_never_acts": ({"clip_frac_low": [0.0] * 3, "clip_frac_high": [0.0] * 3}, 15, "ratio/p99=1.02"),
+    "clip_never_acts": (
+        {"clip_frac_low": [0.0] * 3, "clip_frac_high": [0.0] * 3},
+        15,
+        "ratio/p99=1.02 lie inside [0.97, 1.04]",
+    ),
     "clip_takes_most": ({"clip_frac_low": [0.3] * 3, "clip_frac_high": [0.3] * 3}, 15, "optimizer.lr"),
     "no_signal": ({"frac_zero_std_groups": [1.0] * 3}, 15, "reward/mean=0.5"),
     "reward_collapse": ({"reward__mean": [0.1] * 4 + [0.9] * 5 + [0.4] * 3}, 15, "0.9 to 0.4"),
@@ -101,8 +107,7 @@ def test_unknown_checks_and_no_patience_are_refused():
 
 def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
     health = Health(patience=1)
-    spec = SimpleNamespace(uses_clip=False)
-    objective = SimpleNamespace(spec=spec, clip=None, importance_sampling_level="token")
+    objective = SimpleNamespace(ratio_bounds=None, importance_sampling_level="token")
     for silent in [1.0, 0.0] * 6:
         metrics = {"frac_zero_std_groups": silent, "reward/mean": 0.0}
         module = SimpleNamespace(objective=objective, last_metrics=metrics)
@@ -114,3 +119,49 @@ def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
 
 def test_every_metric_that_a_check_reads_is_kept():
     assert set(GOOD) == set(METRICS)
+
+
+def played(rows, capsys, folder, cut_at=(), stop_on=()):
+    """(rollout, line) of what is printed and the rollouts at which the run is told to end; resumed behind ``cut_at``."""
+    health, said, stops = Health(3, list(stop_on)), [], []
+    objective = SimpleNamespace(ratio_bounds=(0.97, 1.04), importance_sampling_level="sequence")
+    for rollout, row in enumerate(rows, start=1):
+        trainer = SimpleNamespace(is_global_zero=True, should_stop=False)
+        health.on_train_batch_end(trainer, SimpleNamespace(objective=objective, last_metrics=row))
+        said += [(rollout, line) for line in capsys.readouterr().out.splitlines()]
+        stops += [rollout] if trainer.should_stop else []
+        if rollout in cut_at:
+            torch.save(health.state_dict(), folder / "state")
+            health = Health(3, list(stop_on))
+            health.load_state_dict(torch.load(folder / "state", weights_only=True))
+    return said, stops
+
+
+def a_run_that_goes_wrong():
+    """Entropy, lengths, rewards and gradients leave what they were at first; a mismatch comes and goes."""
+    rows = series(
+        entropy=[0.09] * 4, completion__truncated_frac=[0.6, 0.7, 0.8], sampler_mismatch__abs_mean=[0.2, 0.0] * 4,
+        reward__mean=[0.1] * 7 + [0.9] * 5 + [0.4] * 3, grad_norm=[10.1],
+    )  # fmt: skip
+    del rows[5]["entropy"]
+    rows[6]["grad_norm"] = float("nan")
+    return rows
+
+
+@pytest.mark.parametrize("cut_at", [[7], [11], [12], [14], list(range(1, 15))], ids=str)
+def test_a_resumed_run_is_warned_and_ended_as_one_never_cut(cut_at, capsys, tmp_path):
+    rows, ends = a_run_that_goes_wrong(), ["reward_collapse", "length_explosion"]
+    whole, stops = played(rows, capsys, tmp_path, stop_on=ends)
+    assert [rollout for rollout, _ in whole] == [8, 10, 12, 12, 15, 15, 15] and stops == [15]
+    assert [rollout for rollout, line in whole if "entropy fell from 1 to 0.09 nats" in line] == [12]
+    assert played(rows, capsys, tmp_path, cut_at, ends) == (whole, stops)
+
+
+def test_a_long_run_keeps_its_first_rollouts_and_the_newest(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(health_module, "MOST_ROWS", 8)
+    health = Health()
+    objective = SimpleNamespace(ratio_bounds=None, importance_sampling_level="token")
+    for rollout in range(1, 21):
+        module = SimpleNamespace(objective=objective, last_metrics={"reward/mean": float(rollout)})
+        health.on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
+    assert health.state_dict()["columns"]["reward/mean"] == [1, 2, 15, 16, 17, 18, 19, 20]

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from gspo_lightning.callbacks import Watchdog, watchdog
+from gspo_lightning.callbacks import RolloutCheckpoint, Watchdog, watchdog
 from gspo_lightning.errors import UserError
 
-TRAINER, MODULE = SimpleNamespace(), SimpleNamespace(rollouts_done=4)
+TRAINER, MODULE = SimpleNamespace(callbacks=[]), SimpleNamespace(rollouts_done=4)
 
 
 class Clock:
@@ -114,6 +114,24 @@ def test_a_reward_that_never_returns_ends_the_run_and_is_named_in_the_stacks(tmp
     assert done.returncode == 1, done.stdout + done.stderr
     assert 'my_rewards.py", line 5 in f' in done.stderr
     assert "no rollout and no validation has ended for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_it_says_what_a_run_that_hangs_goes_on_from(is_saved, monkeypatch, tmp_path, capsys):
+    clock, dog = Clock(monkeypatch), Watchdog(factor=0, end_s=100)
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=1)
+    if is_saved:
+        checkpoint.last.touch()
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
+    dog.on_train_batch_start(SimpleNamespace(callbacks=[dog, checkpoint]), MODULE, None, 0)
+    clock.alarms[-1].ring()
+    stands = f"go on with ckpt_path={tmp_path}/last.ckpt" if is_saved else "no checkpoint was written yet"
+    assert codes == [1] and capsys.readouterr().err == (
+        "error: no rollout and no validation has ended for 100 s (callbacks.watchdog.end_s); above is where each "
+        f"thread stands; {stands}\n"
+    )
 
 
 @pytest.mark.parametrize("bad", [{"factor": 0.5}, {"min_rollouts": 0}, {"min_s": -1}, {"end_s": 0}])

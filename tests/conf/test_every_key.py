@@ -82,7 +82,7 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "record_tokens": (TOKENS, ["record_tokens=true"], []),
     "overfit_rows": (COMPLETIONS, ["overfit_rows=4"], []),
     "max_rollouts": (METRICS, ["max_rollouts=1"], []),
-    "num_epochs": (METRICS, ["num_epochs=1"], ROWS),
+    "num_epochs": (METRICS, ["num_epochs=0.2"], ROWS),
     "print_config": (SCREEN, ["print_config=false"], []),
     "checkpoint.every_n_rollouts": (FILES, ["checkpoint.every_n_rollouts=1"], []),
     "checkpoint.keep_last": (FILES, ["checkpoint.keep_last=1"], []),
@@ -233,6 +233,13 @@ def test_a_setting_without_effect_is_refused_and_a_warning_when_allowed():
         config.check(resolved(*BASE, *SINGLE, "objective.delta=9.0"))
     with pytest.warns(UserWarning, match="objective.delta cannot act"):
         config.check(resolved(*BASE, *SINGLE, "objective.delta=9.0", "allow_no_effect=true"))
+
+
+def test_one_step_off_a_clip_acts_with_one_optimizer_step_per_rollout():
+    ahead = [*BASE, "update.num_minibatches=1", "rollout=vllm_server", "rollout.engine.staleness=1"]
+    config.check(resolved(*ahead))
+    with pytest.raises(UserError, match="objective.epsilon cannot act"):
+        config.check(resolved(*ahead, "rollout.engine.staleness=0"))
 
 
 SINGLE = ["update.num_minibatches=1", "objective.epsilon=null", "objective.epsilon_high=null"]

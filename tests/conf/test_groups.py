@@ -10,8 +10,9 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from gspo_lightning import config
-from gspo_lightning.build import build, build_callbacks, build_module
+from gspo_lightning import build as build_module_of_config
+from gspo_lightning import config, config_sections
+from gspo_lightning.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.errors import UserError
 from tests.support import has_module
 
@@ -114,6 +115,65 @@ def test_every_setting_of_a_reward_stands_in_its_file():
         for node in nodes(yaml.safe_load(file.read_text())):
             if node["_target_"].startswith("gspo_lightning."):
                 assert inspect.signature(get_object(node["_target_"])).parameters.keys() == node.keys() - {"_target_"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 30),
+        (["max_rollouts=7"], 7),
+        (["num_epochs=2"], 240),
+        (["num_epochs=2", "max_rollouts=null"], 240),
+        (["num_epochs=2", "max_rollouts=7"], 7),
+        (["num_epochs=0.05", "max_rollouts=7"], 6),
+        (["experiment=gspo_qwen_vl"], 240),
+        (["experiment=gspo_qwen_vl", "max_rollouts=2"], 2),
+        (["experiment=gspo_qwen_vl", "debug=fast"], 2),
+    ],
+    ids=lambda x: ",".join(x) or "defaults" if isinstance(x, list) else None,
+)
+@pytest.mark.filterwarnings("ignore:max_rollouts")
+def test_the_shorter_of_rollouts_and_epochs_ends_the_run(overrides, expected):
+    """An epoch of 120 rollouts; the default length shortens no run of epochs."""
+    assert rollouts_of_epochs(resolved(*overrides), 120) == expected
+
+
+def test_evaluate_refuses_what_it_would_pass_over():
+    micro = ["experiment=micro", "logger=none"]
+    with pytest.raises(UserError) as of_checkpoint:
+        config.check(resolved(*micro, "ckpt_path=run/checkpoints/last.ckpt"), training=False)
+    assert str(of_checkpoint.value) == (
+        "ckpt_path=run/checkpoints/last.ckpt: evaluate.py measures models, not checkpoints; name the folder that a run "
+        "exports: model=path model.path=<run>/model"
+    )
+    with pytest.raises(UserError, match="^dry_run=true: evaluate.py always measures"):
+        config.check(resolved(*micro, "dry_run=true"), training=False)
+    config.check(resolved(*micro), training=False)
+
+
+def test_every_argument_that_we_give_the_trainer_is_refused_in_a_config(monkeypatch):
+    given = {}
+    monkeypatch.setattr(build_module_of_config, "instantiate", lambda node, **ours: given.update(ours))
+    plain = resolved("experiment=micro")
+    build_trainer(plain, [])
+    monkeypatch.undo()
+    overwritten = given.keys() - {"_convert_"} - plain["trainer"].keys()  # max_time is translated, not overwritten
+    assert {"max_epochs", "val_check_interval", "logger", "log_every_n_steps"} <= overwritten
+    for key in overwritten:
+        with pytest.raises(UserError, match=rf"^trainer\.{key} is not a setting here: "):
+            config.check({**plain, "trainer": {**plain["trainer"], key: 1}})
+
+
+def test_names_of_the_root_are_those_of_the_default_config():
+    """What is derived from the files is what Hydra composes from them."""
+    assert config_sections._root()[0].keys() == resolved("logger=none").keys()
+
+
+def test_settings_without_effect_are_warnings_where_that_is_allowed():
+    for override in ("export.merge_lora=true", "+scheduler.min_ratio=0.3"):
+        plain = resolved("experiment=micro", "export.enabled=false", override, "allow_no_effect=true")
+        with pytest.warns(UserWarning, match="has no effect with"):
+            config.check(plain)
 
 
 @pytest.mark.parametrize(

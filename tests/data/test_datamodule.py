@@ -65,6 +65,25 @@ def test_no_prompt_comes_twice_in_a_rollout_and_epochs_roll_on(tokenizer_dir: st
         assert len(set(_uids(batches[first : first + 2]))) == 8
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_passed_over_at_the_end_of_an_epoch_can_be_drawn_as_fresh_prompts(
+    seed: int, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 rows the second rollout takes 8 out of a new epoch; the other two are fresh, passed over or not."""
+    data = _data(_finite([1] * 10), tokenizer_dir, prompts=8, seed=seed)
+    data.cursor = 8
+    first = data.first()
+    assert (len(first), first.cursor) == (8, 18)
+    fresh = data.draw(first, [2])
+    assert len(set(_uids([first, fresh]))) == 10 and fresh.cursor == 20
+    shares = []
+    for rank in range(2):
+        _as_rank(monkeypatch, rank, 2)
+        shares.append((share := data.first(), data.draw(share, [1, 1])))
+    assert _uids([share for share, _ in shares]) == _uids([first])
+    assert _uids([drawn for _, drawn in shares]) == _uids([fresh])
+
+
 def test_ranks_together_see_what_one_rank_sees(tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1, 9, 1, 1, 9, 1, 1, 1, 9, 1, 1, 1]
     data = _data(_finite(lengths), tokenizer_dir, prompts=6, longest=5, overlong_prompts="drop")

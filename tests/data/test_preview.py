@@ -50,6 +50,15 @@ def test_the_preview_of_a_small_file_shows_each_row_once_and_finds_its_mistakes(
         _preview(*overrides, "data.task.num_validation=1")
 
 
+def test_the_preview_calls_nothing_that_a_run_would_refuse_to_call(tmp_path: Path) -> None:
+    call = ["~data.task.letters", "~data.task.num_validation", f"+data.task.name={tmp_path}/made"]
+    with pytest.raises(
+        UserError, match=r"^data\.task\._target_=os\.mkdir is not on the list of what a config may call"
+    ):
+        build_datamodule(["data=micro_letters", "model=micro", "data.task._target_=os.mkdir", *call])
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_data_config_becomes_a_data_module(name: str, tokenizer_dir: str) -> None:
     overrides = [f"data={name}", "model=path", f"model.path={tokenizer_dir}", "seed=7"]

@@ -39,6 +39,15 @@ def test_the_calculator_is_asked_and_the_last_turn_counts():
     assert calculator.step("It is 407.").text is None and calculator.reward() == 0.0
 
 
+def test_a_number_that_python_refuses_to_read_is_a_wrong_answer():
+    calculator = Calculator()
+    calculator.reset({"answer": "408"}, 0)
+    calculator.step("9" * 5_000)
+    assert calculator.reward() == 0.0
+    calculator.step("9" * 5_000 + " and 408")
+    assert calculator.reward() == 1.0
+
+
 def test_the_game_narrows_the_range_and_rewards_guesses_that_can_be_right():
     game = GuessTheNumber(turn_rewards=True)
     game.reset({"secret": 6, "low": 1, "high": 9}, 0)

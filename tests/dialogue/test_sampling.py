@@ -176,6 +176,29 @@ def test_turn_rewards_come_one_per_turn_and_a_turn_cut_by_length_earns_nothing(p
     assert {len(c.dialogue.turn_rewards) for c in everyone} >= {2, 3}
 
 
+class SaysNothing(Says):
+    """Two empty replies, which put no token between the turns of a plain prompt."""
+
+    def step(self, text):
+        reply = super().step(text)
+        return Reply(None if reply.text is None else "", reward=reply.reward)
+
+
+def test_turns_with_nothing_between_them_stay_apart(policy, prompts):
+    rollout = engine(functools.partial(SaysNothing, (0.1, 0.2, 0.3))).generate(policy, prompts, SAMPLING, seed=1)
+    turns_seen = set()
+    for completion in (c for group in rollout.completions for c in group):
+        own = completion.dialogue
+        assert own.trained.all()
+        index = own.turn_index()
+        parts = [completion.token_ids[index == n] for n in range(int(index.max()) + 1)]
+        texts = [policy.tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+        said = [m["content"] for m in own.messages if m["role"] == "assistant"]
+        assert texts == said
+        turns_seen.add(len(texts))
+    assert turns_seen >= {2, 3}
+
+
 def test_no_turns_are_refused():
     with pytest.raises(UserError, match="environment.max_turns=0 must be at least 1"):
         Environments(Says, max_turns=0)

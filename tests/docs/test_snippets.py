@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.support import has_module
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = (ROOT / "README.md").read_text()
 PLUGINS = {"hparams_search=": "hydra_plugins.hydra_optuna_sweeper", "two_processes": "hydra_plugins.hydra_joblib_launcher",
            "slurm_gpu": "hydra_plugins.hydra_submitit_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher", "rollout=vllm": "vllm"}  # fmt: skip
 
@@ -96,23 +98,43 @@ def check_training(words):
 def check_script(words):
     script = ROOT / words[0]
     assert script.exists(), f"{words[0]} does not exist"
+    # Options of this one are declared in the package.
+    home = ROOT / "src/gspo_lightning/migrate/__main__.py" if script.name == "from_trl.py" else script
     for option in (word for word in words[1:] if word.startswith("--")):
-        assert option in script.read_text(), f"{words[0]} has no {option}"
+        assert option in home.read_text(), f"{words[0]} has no {option}"
 
 
 def check_pip(words):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
-    for word in words:
-        extra = re.fullmatch(r"gspo-lightning\[(\w+)\]", word)
+    for word in (word for word in words if word != "-e"):
+        extra = re.fullmatch(r"(?:gspo-lightning|\.|/path/to/gspo_lightning)\[(\w+)\]", word)
         known = word == "pre-commit" or (extra and extra[1] in project["optional-dependencies"])
         assert word in pinned or known, f"{word} is not the pin of pyproject.toml"
 
 
+@pytest.fixture
+def own_project(tmp_path, monkeypatch):
+    """A folder with the reward functions of the README and their config, entered; returns the override that finds it."""
+    (python,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# my_rewards.py" in block)
+    (yaml,) = (
+        block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "# conf/reward/mine.yaml" in block
+    )
+    (tmp_path / "my_rewards.py").write_text(python)
+    (tmp_path / "conf/reward").mkdir(parents=True)
+    (tmp_path / "conf/reward/mine.yaml").write_text(yaml)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield f"hydra.searchpath=[file://{tmp_path}/conf]"
+    sys.modules.pop("my_rewards", None)
+
+
 @pytest.mark.parametrize("words", list(commands()))
 @pytest.mark.filterwarnings("ignore:objective", "ignore:.*hardly ever act")
-def test_a_command_is_one_that_works(words):
+def test_a_command_is_one_that_works(words, request):
     match words:
+        case ["gspo-train", "--config-dir", "conf", *rest]:
+            check_training([*rest, request.getfixturevalue("own_project")])
         case ["python", "train.py" | "evaluate.py", *rest] | ["gspo-train" | "gspo-eval", *rest]:
             check_training(rest)
         case ["python", "-m", "gspo_lightning.data.preview", *rest]:
@@ -127,6 +149,8 @@ def test_a_command_is_one_that_works(words):
             assert all((ROOT / word).exists() for word in rest if word.startswith("tests"))
         case ["pip", "install", *rest]:
             check_pip(rest)
+        case [".", "activate"]:  # of the environment that scripts/setup.sh makes
+            pass
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").exists()
         case _:
@@ -136,6 +160,17 @@ def test_a_command_is_one_that_works(words):
 @pytest.mark.parametrize("text", list(blocks("python")))
 def test_a_python_snippet_runs(text):
     exec(compile(text, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_a_right_and_long_answer_counts_as_right_under_the_reward_of_the_readme(own_project):
+    plain = resolved(["reward=mine", own_project])
+    config.check(plain)
+    rewards = build_module(plain).rewards
+    name, decides = next(iter(rewards.functions.items()))
+    completions = [[{"role": "assistant", "content": text}] for text in ("It is 42. " * 100, "It is 41.")]
+    assert name == "right" and plain["validation"]["reward"] is None
+    assert decides.function(completions, answer=[42, 42]) == [plain["validation"]["threshold"], 0.0]
+    assert rewards.functions["brief"].function(completions) == [0.0, 0.91]
 
 
 @pytest.mark.parametrize("text", list(blocks("yaml")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,24 +103,29 @@ def test_a_minibatch_without_signal_is_stepped_on_the_auxiliary_loss_alone(micro
 
 # ---------------------------------------------------------------- LightningCLI
 
-CLI = """
-from lightning.pytorch.cli import LightningCLI
-from gspo_lightning import GSPOModule, PromptDataModule
-
-cli = LightningCLI(GSPOModule, PromptDataModule, auto_configure_optimizers=False)
-assert cli.model.rollouts_done == 2, cli.model.rollouts_done
-assert cli.model.sampling.num_generations == 4 and cli.model.objective.clip == (0.03, 0.04)
+CHECKS = """
+    assert cli.model.rollouts_done == 2, cli.model.rollouts_done
+    assert cli.model.sampling.num_generations == 4 and cli.model.objective.clip == (0.03, 0.04)
+    print("trained")
 """
+
+
+def documented_program():
+    """The program of docs/reuse.md, as it stands there."""
+    (text,) = re.findall(
+        r"^```python\n(# program\.py.*?)^```", (ROOT / "docs/reuse.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    return text
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("jsonargparse"), reason="needs jsonargparse")
 def test_the_module_and_the_data_module_work_under_lightning_cli(tmp_path):
-    (tmp_path / "program.py").write_text(CLI)
+    (tmp_path / "program.py").write_text(documented_program() + CHECKS)
     config = ROOT / "examples" / "lightning_cli.yaml"
     done = subprocess.run(
         [sys.executable, "program.py", "fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path)],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "trained" in done.stdout, done.stderr
     assert (tmp_path / "config.yaml").exists() or list(tmp_path.rglob("config.yaml"))
     assert torch.is_grad_enabled()

@@ -84,7 +84,7 @@ def test_the_sample_of_the_gspo_page_converts_without_a_remainder_into_a_run_who
     assert (plain["scheduler"]["name"], plain["scheduler"]["warmup_ratio"]) == ("cosine", 0.1)
     assert plain["rollout"]["num_generations"] == 8 and plain["rollout"]["temperature"] == 0.9
     assert plain["data"]["max_prompt_length"] == plain["rollout"]["max_completion_length"] == 1024
-    assert update["max_grad_norm"] == 0.1 and plain["num_epochs"] == 2
+    assert update["max_grad_norm"] == 0.1 and plain["num_epochs"] == 2 and plain["max_rollouts"] is None
     # 8 completions x 4 accumulated batches = 32 per rollout = 4 prompts of 8; one step in TRL, four here.
     assert plain["data"]["prompts_per_rollout"] == 4
     assert update["num_minibatches"] == 4 and update["num_iterations"] == 1
@@ -134,7 +134,8 @@ CASES = {
         {"loss_type": "sapo", "sapo_temperature_pos": 0.9}, {"objective.loss_type": "sapo", "objective.tau_positive": 0.9, "objective.epsilon": None},
     ),
     "cispo": (
-        {"loss_type": "cispo", "epsilon_high": 4.0}, {"objective.epsilon": None, "objective.epsilon_high": 4.0},
+        {"loss_type": "cispo", "epsilon_high": 4.0, "delta": 6.0},
+        {"objective.epsilon": None, "objective.epsilon_high": 4.0, "objective.delta": None},
     ),
     "a reference": (
         {"beta": 0.04}, {"objective.beta": 0.04, "objective.kl_importance_weighted": True},
@@ -257,7 +258,9 @@ def test_epochs_become_rollouts_of_a_finite_task_and_are_refused_on_an_endless_o
         "data": {"task": {"name": "x"}},
         "dynamic_sampling": {"max_draws": 0},
     }
-    assert rollouts_of_epochs(plain, 10) == 15
+    assert rollouts_of_epochs(plain, 10) == rollouts_of_epochs({**plain, "max_rollouts": None}, 10) == 15
+    with pytest.warns(UserWarning, match=r"max_rollouts=4 ends the run before num_epochs=1.5 \(15 rollouts\)"):
+        assert rollouts_of_epochs({**plain, "max_rollouts": 4}, 10) == 4
     assert rollouts_of_epochs({**plain, "num_epochs": None}, None) == 30
     with pytest.raises(UserError, match="never runs out"):
         rollouts_of_epochs(plain, None)

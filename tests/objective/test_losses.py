@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_lightning.objective import LOSSES, Objective
+from gspo_lightning.objective import LOSSES, LossInputs, Objective
+from gspo_lightning.objective.losses import LossSpec
 
 LENGTHS = [3, 1, 5, 2, 4, 2]
 ADVANTAGES = [1.5, -0.7, -1.2, 0.9, 0.4, -0.3]
@@ -98,7 +99,7 @@ def hand(kind, old, new, advantages, level, low, high, delta=None):
     return value, np.concatenate(gradients)
 
 
-CASES = [(kind, level) for kind, spec in LOSSES.items() for level in spec.levels]
+CASES = [(kind, level) for kind, spec in LOSSES.items() for level in spec.levels or ("token",)]
 
 
 @pytest.mark.parametrize(("kind", "level"), CASES)
@@ -259,6 +260,104 @@ def test_metrics_of_a_two_by_three_example_by_hand():
     means = {name: (s / c).item() for name, (s, c) in metrics.items()}
     assert means["clip_frac_high"] == pytest.approx(2 / 5)  # exp(0.1) = 1.105 and exp(0.3) are above 1.1
     assert means["clip_frac_low"] == pytest.approx(1 / 5)
+
+
+# Log-ratios -0.5, -0.3, 0.3, 0.5, 2.0 once with advantage 1 and once with -1, then 2.0 with advantage 0: 11 tokens.
+# Their ratios: 0.607, 0.741, 1.350, 1.649, 7.389.
+EDGES = [-0.5, -0.3, 0.3, 0.5, 2.0]
+CLIPPED = {
+    # kind: (settings, tokens clipped from below, from above)
+    "grpo at 0.2 / 0.27": ("grpo", {}, 2, 3),  # 0.607, 0.741 below 0.8; 1.350, 1.649, 7.389 above 1.27
+    "grpo with a cap": ("grpo", {"delta": 1.5}, 2, 5),  # 1.649 and 7.389 with advantage -1 as well
+    "cispo at 5": ("cispo", {}, 0, 2),  # 7.389 of either sign
+    "cispo at 1.5": ("cispo", {"epsilon_high": 1.5}, 0, 4),  # 1.649 and 7.389 of either sign
+    "gmpo at 0.4": ("gmpo", {}, 1, 2),  # 0.607 below 0.670; 1.649, 7.389 above 1.492
+    "gmpo at 0.2 / 0.6": ("gmpo", {"epsilon": 0.2, "epsilon_high": 0.6}, 2, 1),
+}
+
+
+@pytest.mark.parametrize(("kind", "widths", "low", "high"), CLIPPED.values(), ids=CLIPPED.keys())
+def test_clip_metrics_count_what_the_loss_itself_clips(kind, widths, low, high):
+    objective = Objective(max_completion_length=4, importance_sampling_level="token", loss_type=kind, **widths)
+    shifts, advantages = [*EDGES, *EDGES, 2.0], [1.0] * 5 + [-1.0] * 5 + [0.0]
+    old = [np.array([-3.0])] * 11
+    _, _, metrics = call(objective, old, [o + d for o, d in zip(old, shifts, strict=True)], advantages)
+    assert (metrics["clip_frac_low"], metrics["clip_frac_high"]) == ((low, 11), (high, 11))
+
+
+def test_clip_metrics_of_a_sequence_are_the_share_of_its_tokens_that_are_clipped():
+    """Advantages per token: of four tokens at ratio exp(0.1), the two with a positive advantage are clipped."""
+    objective = Objective(max_completion_length=4, importance_sampling_level="sequence_token")
+    old, advantages = torch.full((4,), -1.0, dtype=torch.float64), torch.tensor([1.0, 1.0, -1.0, 0.0]).double()
+    metrics = objective(old + 0.1, old, advantages, torch.zeros(4, dtype=torch.long), torch.tensor([4])).metrics
+    assert (metrics["clip_frac_low"], metrics["clip_frac_high"]) == ((0, 1), (0.5, 1))
+
+
+def test_the_ratios_that_are_never_clipped():
+    def bounds(**settings):
+        return Objective(max_completion_length=4, **settings).ratio_bounds
+
+    assert bounds(epsilon=0.25, epsilon_high=0.5) == (0.75, 1.5)
+    assert bounds(loss_type="cispo") == (0.0, 5.0)
+    assert bounds(loss_type="gmpo") == pytest.approx((0.67032, 1.49182), abs=1e-5)
+    assert bounds(loss_type="sapo") is None
+    assert bounds(loss_type=lambda x: x.ratio) is None
+
+
+NO_CLIP = {"epsilon": 1e9, "epsilon_high": 1e9, "delta": None}
+
+
+def losses_of_tokens(kind, **widths):
+    """(loss of each token, inputs) for 400 completions of one token, at ratios from 0.1 to 10."""
+    rng = np.random.default_rng(3)
+    old, d = torch.tensor(rng.uniform(-6, -4, 400)), torch.tensor(rng.uniform(-2.3, 2.3, 400))
+    inputs = LossInputs(
+        old + d, d, d.exp(), torch.tensor(rng.normal(size=400)), torch.arange(400), torch.ones(400), **widths,
+        tau_positive=1.0, tau_negative=1.05,
+    )  # fmt: skip
+    return LOSSES[kind].function(inputs), inputs
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_the_masks_of_every_loss_are_the_tokens_whose_loss_the_clip_changes(kind):
+    widths = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": 1.6}
+    clipped, inputs = losses_of_tokens(kind, **widths)
+    free, _ = losses_of_tokens(kind, **NO_CLIP)
+    clip = LOSSES[kind].clip
+    if clip is None:
+        assert torch.equal(clipped, free), f"{kind} clips: give its LossSpec a Clip"
+        return
+    low, high = clip.masks(inputs)
+    assert not (low & high).any()
+    assert torch.equal(low | high, clipped != free)
+    assert 50 < (low | high).sum() < 390
+    # No ratio inside the bounds is clipped, and of those outside on either side that exist, some are.
+    smallest, largest = clip.bounds(0.3, 0.4)
+    assert inputs.ratio[low].max() < smallest if low.any() else smallest == 0
+    assert largest < inputs.ratio[high].min() < largest * 1.1
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_every_loss_reads_the_settings_that_its_spec_says(kind):
+    """What is not in ``reads`` is refused as without effect, and nothing else is."""
+    start = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": None}
+    before, _ = losses_of_tokens(kind, **start)
+    changed = {"epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6}
+    felt = {
+        key
+        for key, value in changed.items()
+        if not torch.equal(losses_of_tokens(kind, **start | {key: value})[0], before)
+    }
+    assert felt == set(LOSSES[kind].reads)
+
+
+def test_a_loss_cannot_be_registered_without_saying_what_it_clips():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'clip'"):
+        LossSpec(lambda x: x.ratio, "tokens")
+
+
+def test_a_width_that_the_loss_does_not_read_moves_no_other():
+    assert Objective(max_completion_length=4, loss_type="cispo", epsilon=0.2).clip == (0.0, 5.0)
 
 
 def test_clip_widths_belong_to_the_ratio_level():

@@ -21,6 +21,31 @@ CASES = {
     "a clip with one optimizer step": ({"epsilon": 0.1}, {"num_minibatches": 1}, "no_effect", "objective.epsilon cannot act"),
     "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
                                      {"num_minibatches": 1}, "no_effect", "has no effect on loss_type=reinforce"),
+    "a lower width of a loss with a cap alone": (
+        {"loss_type": "cispo", "importance_sampling_level": "token", "epsilon": 0.2}, {}, "no_effect",
+        "objective.epsilon has no effect on loss_type=cispo, which reads objective.epsilon_high; set it to null",
+    ),
+    "a cap of the ratio with cispo": (
+        {"loss_type": "cispo", "importance_sampling_level": "token", "delta": 1.3}, {}, "no_effect",
+        "objective.delta has no effect on loss_type=cispo, which reads objective.epsilon_high; set it to null",
+    ),
+    "a cap of the ratio with gmpo": (
+        {"loss_type": "gmpo", "importance_sampling_level": "token", "delta": 2.0}, {}, "no_effect",
+        "objective.delta has no effect on loss_type=gmpo, which reads objective.epsilon and objective.epsilon_high; set it to null",
+    ),
+    "a cap of weights below 1": (
+        {"loss_type": "cispo", "importance_sampling_level": "token", "epsilon_high": 0.2}, {"num_minibatches": 1}, "warning",
+        "objective.epsilon_high=0.2 is a bound of the ratio itself for loss_type=cispo",
+    ),
+    "reinforce one step off": (
+        {"loss_type": "reinforce"}, {"num_minibatches": 1, "staleness": 1}, "warning", "rollout.engine.staleness=1 makes every",
+    ),
+    "kept completions that are kept anyway": (
+        {"beta": 0.1}, {"keep_zero_advantage": True}, "no_effect", "update.keep_zero_advantage=true has no effect with a KL term",
+    ),
+    "kept completions with an entropy bonus": (
+        {"entropy_coef": 0.1}, {"keep_zero_advantage": True}, "no_effect", "every completion is forwarded then; set it to false",
+    ),
     "a wide clip at sequence level": ({"epsilon": 0.2}, {}, "warning", "will hardly ever act"),
     "a sequence's width at token level": ({"importance_sampling_level": "token", "epsilon": 0.03}, {}, "warning", "widths for the ratio of a sequence"),
     "a negative width": ({"epsilon": -0.1}, {}, "contradiction", "must not be negative"),
@@ -57,3 +82,32 @@ def test_found_with_its_kind_key_and_fix(settings, changes, kind, text):
 )
 def test_sound_settings_find_nothing(settings):
     assert findings(settings) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance_sampling_level": "token", "epsilon": 0.2, "delta": 2.0},
+        {"importance_sampling_level": "token", "loss_type": "cispo", "epsilon_high": 4.0},
+        {"off_policy_mask_threshold": 0.5},
+    ],
+)
+def test_one_step_off_the_ratio_is_not_1_and_a_clip_acts_with_one_optimizer_step(settings):
+    assert findings(settings, num_minibatches=1, staleness=1) == []
+    assert [kind for kind, _ in findings(settings, num_minibatches=1)] == ["no_effect"]
+
+
+def test_a_clip_that_the_loss_does_not_read_is_not_told_to_take_more_steps():
+    found = findings({"loss_type": "cispo", "importance_sampling_level": "token", "epsilon": 0.2}, num_minibatches=1)
+    assert [message for _, message in found if "cannot act" in message] == []
+
+
+def test_a_cap_of_weights_below_1_acts_on_policy_too():
+    found = findings(
+        {"loss_type": "cispo", "importance_sampling_level": "token", "epsilon_high": 0.2}, num_minibatches=1
+    )
+    assert [kind for kind, _ in found] == ["warning"]
+
+
+def test_completions_without_advantage_can_be_kept_where_they_would_be_left_out():
+    assert findings({}, keep_zero_advantage=True) == []

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -156,6 +157,23 @@ def test_what_was_sampled_has_the_log_probability_the_policy_gives_it(llava, pen
         )
         sampled = torch.cat([c.sampler_logprobs for group in first.completions for c in group])
         torch.testing.assert_close(llava(packed, 0.7)[0].float().detach(), sampled, atol=2e-5, rtol=0)
+
+
+def test_what_the_model_was_published_with_for_generate_does_not_change_what_is_sampled(llava, monkeypatch):
+    """The policy's log-probabilities know of no penalty, so the sampler must not either."""
+    model, sampling = llava.base_model, SamplingParams(3, 6, temperature=0.7)
+    plain = TransformersEngine().generate(llava, prompts_of(llava), sampling, 5)
+    own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3)
+    monkeypatch.setattr(model, "generation_config", own)
+    penalised = TransformersEngine().generate(llava, prompts_of(llava), sampling, 5)
+    for before, after in zip(sum(plain.completions, []), sum(penalised.completions, []), strict=True):
+        assert torch.equal(before.token_ids, after.token_ids)
+        assert torch.equal(before.sampler_logprobs, after.sampler_logprobs)
+    assert model.generation_config is own and own.repetition_penalty == 1.3
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TransformersEngine().generate(llava, prompts_of(llava), sampling, 5)
+    assert model.generation_config is own
 
 
 def test_stop_strings_and_ends_stop_their_row_alone(llava):

@@ -80,6 +80,16 @@ def test_two_servers_share_the_prompts_and_sample_what_one_would(policy, start):
     assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=5)) != tokens(rollout)
 
 
+def test_a_closed_engine_leaves_no_weights_and_can_sample_again(policy, start, tmp_path):
+    engine, _ = start(None)
+    first = engine.generate(policy, PROMPTS, SAMPLING, seed=5)
+    assert len(list((tmp_path / "sync").glob("gspo-weights-*/*"))) == 1
+    engine.close()
+    engine.close()
+    assert list((tmp_path / "sync").iterdir()) == []
+    assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=5)) == tokens(first)
+
+
 def test_weights_travel_when_they_changed_and_only_then(policy, start, tmp_path):
     engine, (server,) = start(None)
     for _ in range(3):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gspo_lightning.callbacks.files import flush_to_disk
+from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
 
@@ -115,6 +116,16 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     return UserError(f"cannot write {where} ({reason}); {stands}")
 
 
+def fails_on_all_ranks(engine: Any) -> bool:
+    """Whether a `RolloutError` of this engine, or of the one inside it, is raised on every rank at the same place."""
+    if world_size() == 1:
+        return True
+    while (inner := getattr(engine, "engine", None)) is not None:  # `GatheredEngine`, `OneStepOff`
+        engine = inner
+    # Such an engine asks on the first rank alone and tells the others what went wrong (`on_first_rank`).
+    return getattr(engine, "samples_on", "every_rank") == "first_rank"
+
+
 class RolloutCheckpoint(L.Callback):
     """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays ``previous.ckpt``.
 
@@ -161,9 +172,13 @@ class RolloutCheckpoint(L.Callback):
             self._write(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Saves a run that has lost its rollout engine: its weights are those of the last whole rollout."""
+        """Saves a run that has lost its rollout engine: its weights are those of the last whole rollout.
+
+        Not where one rank may be alone with the error: all ranks write together, so it would wait for the others.
+        """
         lost = isinstance(exception, RolloutError) and trainer.state.fn == "fit"
-        if lost and pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
+        is_unsaved = pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done
+        if lost and is_unsaved and fails_on_all_ranks(pl_module.engine):
             self._write(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -15,15 +15,18 @@ from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.distributed import global_max
 
+_BEGINS_ANEW = "not requeued: without ckpt_path=auto it would begin anew"
+
 
 class GracefulStop(L.Callback):
     """On a signal: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
 
     SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
-    --requeue``): it is requeued. SIGUSR2 is heard where a launcher has a handler for it, as submitit has, which
-    requeues the job: whoever runs the Trainer calls it behind the run (`hand_over`). A signal to one of several ranks
-    stops them all behind the same rollout. A second one of a kind stops at once: a scheduler may send two kinds for one
-    thing. After ``grace_s`` the process ends with code 128 plus the signal, and the last boundary's checkpoint stands.
+    --requeue``): it is requeued if rollouts are left and it goes on. SIGUSR2 is heard where a launcher has a handler
+    for it, as submitit has, which requeues the job: whoever runs the Trainer calls it behind the run (`hand_over`). A
+    signal to one of several ranks stops them all behind the same rollout. A second one of a kind stops at once: a
+    scheduler may send two kinds for one thing. After ``grace_s`` the process ends with code 128 plus the signal, and
+    the last boundary's checkpoint stands.
 
     Args:
         checkpoint: what saves.
@@ -38,6 +41,7 @@ class GracefulStop(L.Callback):
         self.stopping = 0
         """The same on all ranks at a boundary: 1 if one of them got a signal, 2 if that was SIGUSR1."""
         self.is_first_rank = True
+        self._left = self._requeued = False
         self._timer: threading.Timer | None = None
         self._before: dict[int, Any] = {}
         self._launcher: Callable[[int, FrameType | None], Any] | None = None
@@ -79,26 +83,41 @@ class GracefulStop(L.Callback):
         return 2 if signal.SIGUSR1 in self.received else int(bool(self.received))
 
     def _leave(self, pl_module: Any) -> None:
+        """Once: behind the last rollout both a batch and a validation end."""
         self._cancel()
+        if self._left:
+            return
+        self._left = True
         if self.is_first_rank:
             print(f"Stopped after rollout {pl_module.rollouts_done}, saved in {self.checkpoint.last}", flush=True)
-        self._requeue()
+        if pl_module.rollouts_done < pl_module.max_rollouts:
+            self._requeue()
 
     def _requeue(self) -> None:
-        if self.is_first_rank and max(self.stopping, self._wanted) == 2:
-            print(requeue(), flush=True)
+        """Once: a second signal may come while the run ends."""
+        if self._requeued or not self.is_first_rank or max(self.stopping, self._wanted) < 2:
+            return
+        self._requeued = True
+        print(requeue() if self.goes_on else _BEGINS_ANEW, flush=True)
 
     def hand_over(self) -> None:
         """Calls the launcher's handler of SIGUSR2, if that is what stopped the run; it may end the process."""
         if self._launcher is None or signal.SIGUSR2 not in self.received:
             return
         if not self.goes_on:
-            print("not requeued: without ckpt_path=auto it would begin anew", flush=True)
+            print(_BEGINS_ANEW, flush=True)
         else:
             self._launcher(signal.SIGUSR2, None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same: the alarm of a run that failed would end the next run of this process."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         self._cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)

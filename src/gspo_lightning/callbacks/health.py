@@ -6,6 +6,7 @@ hold, not again while it goes on, and anew when it comes back. See docs/troubles
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ class Facts:
     patience: int
     """Rollouts in a row before something that may pass by itself is said."""
     clip: tuple[float, float] | None
-    """(epsilon, epsilon_high) in force, None for a loss without a clip."""
+    """Smallest and largest ratio that is never clipped, None for a loss without a clip."""
     by_sequence: bool
     """Whether the ratio is that of a sequence."""
 
@@ -45,10 +46,13 @@ class Facts:
 def noise_floor(facts: Facts) -> str | None:
     """Rounding alone moves ``log s_i`` by more than half a clip width."""
     floor = facts.last("gspo/ratio_noise_floor")
-    if floor is None or facts.clip is None or not facts.by_sequence or 2 * floor <= min(facts.clip):
+    if floor is None or facts.clip is None or not facts.by_sequence:
+        return None
+    width = min(1 - facts.clip[0], facts.clip[1] - 1)
+    if 2 * floor <= width:
         return None
     return (
-        f"gspo/ratio_noise_floor={floor:.1e} is more than half of the clip width {min(facts.clip):g}: rounding decides "
+        f"gspo/ratio_noise_floor={floor:.1e} is more than half of the clip width {width:g}: rounding decides "
         "what is clipped; widen objective.epsilon, or use trainer.precision=32-true"
     )
 
@@ -60,19 +64,20 @@ def clip_never_acts(facts: Facts) -> str | None:
         return None
     return (
         f"nothing was clipped in {facts.patience} rollouts: ratio/p1={facts.last('ratio/p1'):.4g} and "
-        f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [1 - {facts.clip[0]:g}, 1 + {facts.clip[1]:g}]; narrow "
-        "objective.epsilon if the clip shall act"
+        f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [{facts.clip[0]:g}, {facts.clip[1]:g}]; narrow "
+        "objective.epsilon_high (and epsilon, where the loss reads it) if the clip shall act"
     )
 
 
 def clip_takes_most(facts: Facts) -> str | None:
-    """More than half of the rollout takes no gradient."""
+    """More than half of the rollout is clipped."""
     low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
     if low is None or high is None or min(a + b for a, b in zip(low, high, strict=True)) <= 0.5:
         return None
     return (
         f"more than half was clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen "
-        "objective.epsilon, or take fewer optimizer steps per rollout (update.num_minibatches)"
+        "objective.epsilon_high (and epsilon, where the loss reads it), or take fewer optimizer steps per rollout "
+        "(update.num_minibatches)"
     )
 
 
@@ -172,6 +177,8 @@ METRICS = (
 """What the checks read."""
 MOST_TIMES = 3
 """A state that comes and goes is said so often; after that the metrics tell."""
+MOST_ROWS = 4000
+"""So many rollouts are looked at: the first 1000, which are what later ones are compared with, and the newest."""
 
 
 class Health(L.Callback):
@@ -203,10 +210,11 @@ class Health(L.Callback):
         module = cast(GSPOModule, pl_module)
         now = module.last_metrics
         # What the checks read and no more: the rows of a long run add up.
-        self.rows.append({name: now[name] for name in METRICS if name in now and now[name] == now[name]})
-        clip = module.objective.clip if module.objective.spec.uses_clip else None
-        by_sequence = module.objective.importance_sampling_level != "token"
-        for name, line in self.findings(Facts(self.rows, self.patience, clip, by_sequence)):
+        self.rows.append({name: float(now[name]) for name in METRICS if name in now and now[name] == now[name]})
+        if len(self.rows) > MOST_ROWS:
+            del self.rows[MOST_ROWS // 4]
+        clip, level = module.objective.ratio_bounds, module.objective.importance_sampling_level
+        for name, line in self.findings(Facts(self.rows, self.patience, clip, level != "token")):
             self._said[name] += 1
             if trainer.is_global_zero and self._said[name] <= MOST_TIMES:
                 last = " (it comes and goes: not said again)" if self._said[name] == MOST_TIMES else ""
@@ -220,3 +228,15 @@ class Health(L.Callback):
         new = [(name, line) for name, line in found.items() if name not in self._holding]
         self._holding = set(found)
         return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on compares with and what was said: a column for each metric, NaN where it is not."""
+        columns = {name: [row.get(name, math.nan) for row in self.rows] for name in METRICS}
+        return {"columns": columns, "holding": sorted(self._holding), "said": dict(self._said)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
+        columns = state_dict["columns"]
+        rows = zip(*columns.values(), strict=True)
+        self.rows = [{n: v for n, v in zip(columns, row, strict=True) if v == v} for row in rows]
+        self._holding, self._said = set(state_dict["holding"]), Counter(state_dict["said"])

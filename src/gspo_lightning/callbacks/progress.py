@@ -11,6 +11,8 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from gspo_lightning.errors import UserError
+
 WIDE = 100
 """Columns of a terminal from which on the bar also says how many tokens were clipped."""
 
@@ -26,6 +28,8 @@ class ProgressLine(L.Callback):
     """
 
     def __init__(self, every_n_rollouts: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        if every_n_rollouts < 1:
+            raise UserError(f"callbacks.progress.every_n_rollouts={every_n_rollouts} must be at least 1")
         self.every_n_rollouts, self.clock = every_n_rollouts, clock
         self._progress: Progress | None = None
         self._start = 0.0
@@ -86,9 +90,8 @@ class ProgressLine(L.Callback):
 def describe(metrics: dict[str, float], left_s: float, clipped: bool = True) -> str:
     """The numbers of a rollout in one line; throughput is that of sampling and of the update."""
     parts = [f"reward {metrics['reward/mean']:.3f}", f"length {metrics['completion/mean_tokens']:.1f}"]
-    if clipped:
-        share = metrics.get("clip_frac_low", 0.0) + metrics.get("clip_frac_high", 0.0)
-        parts.append(f"clipped {share:.0%}")
+    if clipped and "clip_frac_high" in metrics:  # a loss without a clip has no such metric
+        parts.append(f"clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
     rollout, update = metrics["perf/rollout_tokens_per_s"], metrics["perf/train_tokens_per_s"]
     return "  ".join([*parts, f"{rollout:.0f} + {update:.0f} tokens/s", f"left {format_time(left_s)}"])
 

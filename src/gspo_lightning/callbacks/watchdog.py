@@ -8,10 +8,12 @@ import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.errors import UserError
 
 
@@ -43,6 +45,7 @@ class Watchdog(L.Callback):
         self._timer: threading.Timer | None = None
         self._end: threading.Timer | None = None
         self._start = 0.0
+        self._last: Path | None = None
 
     @property
     def limit_s(self) -> float | None:
@@ -54,6 +57,7 @@ class Watchdog(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Sets the alarms."""
         self._start = time.monotonic()
+        self._last = next((c.last for c in trainer.callbacks if isinstance(c, RolloutCheckpoint)), None)  # type: ignore[attr-defined]
         self._expect_progress()
         if (limit := self.limit_s) is not None:
             self._timer = threading.Timer(limit, self.report, [pl_module.rollouts_done + 1, limit])
@@ -93,9 +97,11 @@ class Watchdog(L.Callback):
     def give_up(self) -> None:
         """The stacks, a line, and the end: a thread that hangs cannot be stopped in any other way."""
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        is_saved = self._last is not None and self._last.exists()
+        stands = f"go on with ckpt_path={self._last}" if is_saved else "no checkpoint was written yet"
         print(
             f"error: no rollout and no validation has ended for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
-            "where each thread stands. The last checkpoint stands: go on with ckpt_path=auto",
+            f"where each thread stands; {stands}",
             file=sys.stderr,
             flush=True,
         )

@@ -178,10 +178,15 @@ class PromptDataModule(L.LightningDataModule):
         return self._batch(cursor, rank(), world_size())
 
     def first(self) -> PromptBatch:
-        """This rank's share of the rollout behind the last finished one, and the uids that rollout has taken."""
-        batch = self.batch_at(self.cursor)
-        self._taken = set(self._uids(self.cursor, batch.cursor))
-        return batch
+        """This rank's share of the rollout behind the last finished one; `draw` knows which prompts it has taken.
+
+        The whole rollout is made, also of the other ranks: rows passed over at the end of an epoch are none of it.
+        """
+        everyone = self._batch(self.cursor, 0, 1)
+        self._taken = {prompt.uid for prompt in everyone.prompts}
+        share = self.prompts_per_rollout // world_size()
+        mine = everyone.prompts[rank() * share : (rank() + 1) * share]
+        return PromptBatch(mine, everyone.cursor, everyone.dropped)
 
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
         """Fresh prompts behind ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
@@ -207,9 +212,6 @@ class PromptDataModule(L.LightningDataModule):
                 )
         start = sum(counts[: rank()])
         return PromptBatch(prompts[start : start + counts[rank()]], cursor, dropped)
-
-    def _uids(self, start: int, end: int) -> Iterator[str]:
-        return (self.stream.row_at(cursor)[0] for cursor in range(start, end))
 
     def _batch(self, cursor: int, my_rank: int, ranks: int) -> PromptBatch:
         prompts: list[Prompt] = []

@@ -32,15 +32,22 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def build_datamodule(overrides: Sequence[str]) -> PromptDataModule:
-    """The data module of the training config under these overrides."""
+    """The data module of the training config under these overrides.
+
+    Raises:
+        UserError: a ``_target_`` that a config may not call (docs/safety.md).
+    """
     from hydra import compose, initialize_config_module
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+
+    from gspo_lightning.targets import check_targets
 
     with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
         cfg = compose("train", overrides=list(overrides))
     # Resolved in place: the data group refers to keys of its siblings, such as model.path.
     OmegaConf.resolve(cfg.data)
+    check_targets(OmegaConf.to_container(cfg.data), "data")
     return instantiate(cfg.data, _convert_="all")
 
 

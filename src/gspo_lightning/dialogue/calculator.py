@@ -14,6 +14,8 @@ _INTEGER = re.compile(r"-?\d+")
 _OPERATIONS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _LONGEST = 40
 """Characters of an expression."""
+_LONGEST_NUMBER = 1000
+"""Characters of a number that can be an answer."""
 
 
 class Calculator:
@@ -35,7 +37,9 @@ class Calculator:
     def reward(self) -> float:
         """See `Environment.reward`."""
         found = _INTEGER.findall(self._last)
-        return float(bool(found) and "<calc>" not in self._last and int(found[-1]) == self._answer)
+        # Python refuses to read more than 4,300 digits.
+        said = int(found[-1]) if found and len(found[-1]) <= _LONGEST_NUMBER else None
+        return float(said is not None and "<calc>" not in self._last and said == self._answer)
 
 
 def evaluate(expression: str) -> str:

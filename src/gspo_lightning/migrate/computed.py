@@ -98,6 +98,7 @@ def _length(config: Config, result: Conversion, notes: Notes, steps: int) -> Non
     else:
         epochs = config["num_train_epochs"]
         result.settings["num_epochs"] = int(epochs) if float(epochs).is_integer() else epochs
+        result.settings["max_rollouts"] = None  # whatever recipe these settings are laid over
         notes["num_train_epochs"] = ("renamed", "num_epochs")
         notes["max_steps"] = ("same", "not positive: the epochs count")
 
@@ -154,8 +155,9 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
         no_clip = ("better default", "sapo has a gate in place of the clip; TRL ignores it in silence")
         notes[key] = no_clip if loss == "sapo" else ("same", f"objective.{key}")
     if loss == "cispo":
-        settings["objective.epsilon"] = None
-        notes["epsilon"] = ("better default", "cispo caps the ratio from above alone: objective.epsilon_high")
+        settings["objective.epsilon"] = settings["objective.delta"] = None
+        one_cap = ("better default", "cispo caps the ratio from above alone: objective.epsilon_high")
+        notes["epsilon"] = notes["delta"] = one_cap
     elif level != "token" and "epsilon" not in given and loss != "sapo":
         settings["objective.epsilon"] = None
         result.added.append("objective.epsilon=null: the paper's 3e-4 / 4e-4; TRL's default 0.2 never binds a sequence")

@@ -149,7 +149,10 @@ NONE: dict[str, tuple[Any, str]] = {
     "hub_strategy": ("every_save", "the export at the end is uploaded, checkpoints are not"),
     "hub_always_push": (False, "there is one upload, at the end"),
     "hub_revision": (None, "the upload goes to the main branch"),
-    "load_best_model_at_end": (False, "the last policy is exported; compare checkpoints with evaluate.py"),
+    "load_best_model_at_end": (
+        False,
+        "the last policy is exported; compare exports: evaluate.py model=path model.path=<run>/model",
+    ),
     "metric_for_best_model": (None, "the last policy is exported"),
     "greater_is_better": (None, "the last policy is exported"),
     "accelerator_config": (None, "devices and strategies are the group trainer"),

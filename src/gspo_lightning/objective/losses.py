@@ -1,13 +1,14 @@
 """The losses. Each is one function of flat tensors: it returns the loss of every token, before any averaging.
 
 A loss sees a `LossInputs` and returns ``(L,)`` values whose gradient is the loss's; `aggregation.py` weighs and adds
-them. To add one: write the function, put it in ``LOSSES`` with its aggregation, and add one YAML to
+them. To add one: write the function, put it in ``LOSSES`` with its aggregation and its clip, and add one YAML to
 ``conf/objective``; or keep it in your own package and name it by ``loss_type: {_target_: hydra.utils.get_method,
 path: ...}``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,28 +85,67 @@ def reinforce(x: LossInputs) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Where a loss clips, for metrics and messages; the loss itself does not look at it."""
+
+    masks: Callable[[LossInputs], tuple[Tensor, Tensor]]
+    """(clipped from below, clipped from above), each ``(L,)`` bool: where other widths would give another loss."""
+    bounds: Callable[[float, float], tuple[float, float]]
+    """(epsilon, epsilon_high) -> smallest and largest ratio that is never clipped."""
+
+
+def _surrogate_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
+    high = (x.ratio > 1 + x.epsilon_high) & (x.advantages > 0)
+    if x.delta is not None:
+        high = high | ((x.ratio > x.delta) & (x.advantages < 0))
+    return (x.ratio < 1 - x.epsilon) & (x.advantages < 0), high
+
+
+def _cispo_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
+    high = (x.ratio > x.epsilon_high) & (x.advantages != 0)
+    return torch.zeros_like(high), high
+
+
+def _gmpo_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
+    low = (x.log_ratio < -x.epsilon) & (x.advantages < 0)
+    return low, (x.log_ratio > x.epsilon_high) & (x.advantages > 0)
+
+
+SURROGATE_CLIP = Clip(_surrogate_masks, lambda low, high: (1 - low, 1 + high))
+CISPO_CLIP = Clip(_cispo_masks, lambda low, high: (0.0, high))
+GMPO_CLIP = Clip(_gmpo_masks, lambda low, high: (math.exp(-low), math.exp(high)))
+
+CLIP_KEYS = ("epsilon", "epsilon_high", "delta")
+
+
+@dataclass(frozen=True)
 class LossSpec:
     """A loss, how its tokens are averaged, and what it uses."""
 
     function: LossFunction
     aggregation: str
     """Name in `aggregation.AGGREGATIONS`."""
+    clip: Clip | None
+    """Where it clips; None if nowhere, or if that is not known (a function of the user's own)."""
+    reads: tuple[str, ...] = CLIP_KEYS
+    """Settings of the clip that it reads; the others are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
-    """Ratio levels it is defined for; empty if it uses no ratio of a level."""
+    """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
     """Own default clip widths; None takes those of the level."""
-    uses_clip: bool = True
 
 
 LOSSES: dict[str, LossSpec] = {
-    "grpo": LossSpec(clipped_surrogate, "sequence_mean"),
-    "dr_grpo": LossSpec(clipped_surrogate, "max_tokens"),
-    "bnpo": LossSpec(clipped_surrogate, "tokens"),
-    "dapo": LossSpec(clipped_surrogate, "tokens"),
-    "luspo": LossSpec(clipped_surrogate, "sequence_sum"),
-    "cispo": LossSpec(cispo, "tokens", levels=("token",), epsilons=(0.0, 5.0)),
-    "sapo": LossSpec(sapo, "sequence_mean", levels=("token", "sequence"), uses_clip=False),
-    "gmpo": LossSpec(gmpo, "sequence_mean", levels=("token",), epsilons=(0.4, 0.4)),
-    "reinforce": LossSpec(reinforce, "tokens", uses_clip=False),
+    "grpo": LossSpec(clipped_surrogate, "sequence_mean", SURROGATE_CLIP),
+    "dr_grpo": LossSpec(clipped_surrogate, "max_tokens", SURROGATE_CLIP),
+    "bnpo": LossSpec(clipped_surrogate, "tokens", SURROGATE_CLIP),
+    "dapo": LossSpec(clipped_surrogate, "tokens", SURROGATE_CLIP),
+    "luspo": LossSpec(clipped_surrogate, "sequence_sum", SURROGATE_CLIP),
+    "cispo": LossSpec(cispo, "tokens", CISPO_CLIP, ("epsilon_high",), levels=("token",), epsilons=(0.0, 5.0)),
+    "sapo": LossSpec(sapo, "sequence_mean", None, (), levels=("token", "sequence")),
+    "gmpo": LossSpec(
+        gmpo, "sequence_mean", GMPO_CLIP, ("epsilon", "epsilon_high"), levels=("token",), epsilons=(0.4, 0.4)
+    ),
+    "reinforce": LossSpec(reinforce, "tokens", None, (), levels=()),
 }
 """The registry behind ``objective.loss_type``."""

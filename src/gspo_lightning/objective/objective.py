@@ -67,7 +67,7 @@ class Objective:
         """The loss, its aggregation and its defaults."""
         if isinstance(self.loss_type, str):
             return LOSSES[self.loss_type]
-        return LossSpec(self.loss_type, "sequence_mean")
+        return LossSpec(self.loss_type, "sequence_mean", None)
 
     @property
     def aggregation(self) -> Aggregation:
@@ -78,9 +78,14 @@ class Objective:
     def clip(self) -> tuple[float, float]:
         """(epsilon, epsilon_high) in force."""
         low, high = self.spec.epsilons or CLIP_WIDTHS[self.importance_sampling_level]
-        if self.epsilon is not None:
+        if self.epsilon is not None and "epsilon" in self.spec.reads:
             low = high = self.epsilon
         return low, high if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float] | None:
+        """Smallest and largest ratio that is never clipped; None where there is no clip, or none that is known."""
+        return None if self.spec.clip is None else self.spec.clip.bounds(*self.clip)
 
     @property
     def needs_ref(self) -> bool:
@@ -179,15 +184,15 @@ class Objective:
 
     def _metrics(self, x: LossInputs) -> Metrics:
         """Ratios and clipping, per token or per sequence."""
-        ratio, advantage = self._per_unit(x.ratio.detach(), x), self._per_unit(x.advantages, x)
+        ratio = self._per_unit(x.ratio.detach(), x)
         metrics = {
             "ratio/mean": _mean(ratio),
             "log_ratio/abs_mean": _mean(ratio.log().abs()),
             "kl/old": _mean(-x.log_ratio),
         }
-        if self.spec.uses_clip:
-            metrics["clip_frac_low"] = _mean((ratio < 1 - x.epsilon) & (advantage < 0))
-            metrics["clip_frac_high"] = _mean((ratio > 1 + x.epsilon_high) & (advantage > 0))
+        if self.spec.clip is not None:
+            for side, mask in zip(("low", "high"), self.spec.clip.masks(x), strict=True):
+                metrics[f"clip_frac_{side}"] = _mean(self._per_unit(mask, x))
         return metrics
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from gspo_lightning.objective.losses import CLIP_KEYS
 from gspo_lightning.objective.objective import Objective
 
 WIDE_SEQUENCE_CLIP = 0.1
@@ -32,52 +34,69 @@ def check_objective(
     ref_sync_every_n_rollouts: int = 0,
     ref_model_mixup_alpha: float = 0.6,
     has_adapter: bool = False,
+    staleness: int = 0,
+    keep_zero_advantage: bool = False,
 ) -> list[Finding]:
-    """All findings, in a fixed order. Each names the key and the fix."""
+    """All findings, in a fixed order. Each names the key and the fix.
+
+    ``staleness`` is by how many rollouts the weights that sample are behind: above 0 no ratio is exactly 1.
+    """
     steps = num_iterations * num_minibatches
+    on_policy = steps == 1 and not staleness
     return [
-        *_clip(objective, steps),
-        *_loss(objective, steps),
+        *_clip(objective, on_policy),
+        *_widths(objective),
+        *_loss(objective, steps, staleness),
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
-        *_selection(objective, steps),
+        *_selection(objective, on_policy, keep_zero_advantage),
         *_counts(num_generations),
     ]
 
 
-def _clip(objective: Objective, steps: int) -> Iterator[Finding]:
-    low, high = objective.clip
-    chosen = [k for k in ("epsilon", "epsilon_high", "delta") if getattr(objective, k) is not None]
-    if steps == 1 and chosen:
+def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
+    reads = objective.spec.reads
+    chosen = [key for key in CLIP_KEYS if getattr(objective, key) is not None]
+    for key in chosen:
+        if key not in reads:
+            which = f", which reads {' and '.join(f'objective.{name}' for name in reads)}" if reads else ""
+            yield Finding(
+                "no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}{which}; set it to null"
+            )
+    smallest, largest = objective.ratio_bounds or (0.0, math.inf)
+    acting = [key for key in chosen if key in reads]
+    if on_policy and acting and smallest <= 1 <= largest:
         yield Finding(
             "no_effect",
-            f"objective.{chosen[0]} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
+            f"objective.{acting[0]} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
             "update.num_minibatches or update.num_iterations, or set it to null",
         )
-    if not objective.spec.uses_clip and chosen:
-        yield Finding(
-            "no_effect", f"objective.{chosen[0]} has no effect on loss_type={objective.loss_type}; set it to null"
-        )
+
+
+def _widths(objective: Objective) -> Iterator[Finding]:
+    (low, high), clips = objective.clip, objective.spec.clip is not None
     if low < 0 or high < 0:
         yield Finding("contradiction", f"objective.epsilon={low} and epsilon_high={high} must not be negative")
-    if objective.delta is not None and objective.delta < 1 + high:
+    if objective.delta is not None and "delta" in objective.spec.reads and objective.delta < 1 + high:
         yield Finding(
             "contradiction",
             f"objective.delta={objective.delta} is below 1 + epsilon_high = {1 + high}: it would "
             "undo the upper clip; raise it",
         )
-    if (
-        objective.importance_sampling_level != "token"
-        and objective.spec.uses_clip
-        and max(low, high) >= WIDE_SEQUENCE_CLIP
-    ):
+    if objective.loss_type == "cispo" and high < 1:
+        yield Finding(
+            "warning",
+            f"objective.epsilon_high={high} is a bound of the ratio itself for loss_type=cispo: below 1 it caps every "
+            "token that has not moved; usual is 5 (null)",
+        )
+    if objective.importance_sampling_level != "token" and clips and max(low, high) >= WIDE_SEQUENCE_CLIP:
         yield Finding(
             "warning",
             f"objective.epsilon={low}, epsilon_high={high} will hardly ever act at importance_sampling_level="
             f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves "
             "by hundredths; the paper uses 3e-4/4e-4",
         )
-    if objective.importance_sampling_level == "token" and objective.spec.uses_clip and 0 < low < NARROW_TOKEN_CLIP:
+    if objective.importance_sampling_level == "token" and clips and 0 < low < NARROW_TOKEN_CLIP:
         yield Finding(
             "warning",
             f"objective.epsilon={low}, epsilon_high={high} are widths for the ratio of a sequence; at "
@@ -86,15 +105,21 @@ def _clip(objective: Objective, steps: int) -> Iterator[Finding]:
         )
 
 
-def _loss(objective: Objective, steps: int) -> Iterator[Finding]:
+def _loss(objective: Objective, steps: int, staleness: int) -> Iterator[Finding]:
     level = objective.importance_sampling_level
-    if level not in objective.spec.levels:
+    if objective.spec.levels and level not in objective.spec.levels:
         yield Finding(
             "contradiction",
             f"objective.loss_type={objective.loss_type} is not defined for importance_sampling_level={level}; "
             f"use {' or '.join(objective.spec.levels)}",
         )
-    if objective.loss_type == "reinforce" and steps > 1:
+    if objective.loss_type == "reinforce" and staleness:
+        yield Finding(
+            "warning",
+            f"objective.loss_type=reinforce has no importance ratio, but rollout.engine.staleness={staleness} makes "
+            "every optimizer step off-policy; set it to 0, or use a loss with a ratio (objective=grpo)",
+        )
+    elif objective.loss_type == "reinforce" and steps > 1:
         yield Finding(
             "warning",
             f"objective.loss_type=reinforce has no importance ratio, but each rollout gives {steps} optimizer "
@@ -140,7 +165,7 @@ def _reference_sync(objective: Objective, every: int, alpha: float, has_adapter:
         yield Finding("contradiction", f"update.ref_model_mixup_alpha={alpha} must be above 0 and at most 1")
 
 
-def _selection(objective: Objective, steps: int) -> Iterator[Finding]:
+def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool) -> Iterator[Finding]:
     if not 0 < objective.top_entropy_quantile <= 1:
         yield Finding(
             "contradiction",
@@ -149,11 +174,17 @@ def _selection(objective: Objective, steps: int) -> Iterator[Finding]:
     threshold = objective.off_policy_mask_threshold
     if threshold is not None and threshold <= 0:
         yield Finding("contradiction", f"objective.off_policy_mask_threshold={threshold} must be above 0")
-    if threshold is not None and steps == 1:
+    if threshold is not None and on_policy:
         yield Finding(
             "no_effect",
             "objective.off_policy_mask_threshold cannot act: with one optimizer step per rollout the policy is the "
             "sampler; raise update.num_minibatches or update.num_iterations, or set it to null",
+        )
+    if keep_zero_advantage and not objective.zero_advantage_is_free:
+        yield Finding(
+            "no_effect",
+            "update.keep_zero_advantage=true has no effect with a KL term or an entropy bonus (objective.beta, "
+            "objective.entropy_coef): every completion is forwarded then; set it to false",
         )
     if objective.loss_type != "sapo":
         for key, default in (("tau_positive", 1.0), ("tau_negative", 1.05)):

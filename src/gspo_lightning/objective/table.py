@@ -13,7 +13,7 @@ def table() -> str:
     for name, spec in LOSSES.items():
         formula = (spec.function.__doc__ or "").split("``")[1].replace("|", "\\|")
         lines.append(
-            f"| [`{name}`]({name}.md) | `{formula}` | {', '.join(spec.levels)} "
+            f"| [`{name}`]({name}.md) | `{formula}` | {', '.join(spec.levels) or 'none'} "
             f"| `{AGGREGATIONS[spec.aggregation].formula}` | {_clip(name)} |".replace("|y_i|", "\\|y_i\\|")
         )
     return "\n".join(lines)
@@ -21,8 +21,10 @@ def table() -> str:
 
 def _clip(name: str) -> str:
     spec = LOSSES[name]
-    if not spec.uses_clip:
+    if spec.clip is None:
         return "none"
+    if spec.epsilons is not None and "epsilon" not in spec.reads:
+        return f"ratio at most {spec.epsilons[1]:g}"
     if spec.epsilons is not None:
         return f"{spec.epsilons[0]:g} / {spec.epsilons[1]:g}"
     widths = {level: CLIP_WIDTHS[level] for level in ("token", "sequence")}

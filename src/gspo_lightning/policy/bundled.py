@@ -84,7 +84,10 @@ def _known_names() -> str:
 
 def _check_model_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"model folder {folder} holds a LoRA adapter only; give the folder of its base model")
+        raise UserError(
+            f"model folder {folder} holds a LoRA adapter only; give the folder of its base model, or export whole "
+            "weights: the run's command with export.merge_lora=true and ckpt_path=<run folder>/checkpoints/last.ckpt"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json; give a folder written by save_pretrained")
     if any((folder / name).is_file() for name in WEIGHT_FILES):

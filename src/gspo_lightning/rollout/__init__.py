@@ -1,6 +1,12 @@
 """Rollout engines: who samples the completions."""
 
-from gspo_lightning.rollout.engine import EngineUnavailableError, RolloutEngine, RolloutError, WeightSyncError
+from gspo_lightning.rollout.engine import (
+    EngineUnavailableError,
+    RolloutEngine,
+    RolloutError,
+    WeightSyncError,
+    closing_engine,
+)
 from gspo_lightning.rollout.replay import ReplayEngine
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
 from gspo_lightning.rollout.vllm_engine import VLLMEngine
@@ -15,4 +21,5 @@ __all__ = [
     "VLLMEngine",
     "VLLMServerEngine",
     "WeightSyncError",
+    "closing_engine",
 ]

@@ -29,6 +29,8 @@ class _Turns:
     pending: deque[int] = field(default_factory=deque)
     """Tokens of the environment that have not been fed yet."""
     trained: list[bool] = field(default_factory=list)
+    begins: list[bool] = field(default_factory=list)
+    """The first token of each of the policy's turns: an empty reply leaves nothing else to tell two turns apart."""
     turn: list[int] = field(default_factory=list)
     """Tokens of the policy's turn under way."""
 
@@ -74,6 +76,7 @@ class DialogueDecoder(Decoder):
         row.tokens.append(token)
         row.logprobs.append(logprob)
         own.trained.append(sampled)
+        own.begins.append(sampled and not own.turn)
         if not sampled:
             return True
         own.turn.append(token)
@@ -103,7 +106,9 @@ class DialogueDecoder(Decoder):
             text="\n".join(map(_line, messages)),
             sampler_logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
             finish_reason=row.finish_reason,
-            dialogue=Dialogue(torch.tensor(own.trained), messages, reward, turn_rewards),
+            dialogue=Dialogue(
+                torch.tensor(own.trained), messages, reward, turn_rewards, begins=torch.tensor(own.begins)
+            ),
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 from gspo_lightning.policy.model import Policy
@@ -21,7 +23,11 @@ class WeightSyncError(RolloutError):
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from the current policy."""
+    """Samples completions from the current policy.
+
+    An engine that holds memory, processes or files also has a method ``close()``, which gives them back. It is called
+    when a run ends, also upon an error (`closing_engine`); an engine that holds nothing needs none.
+    """
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """``sampling.num_generations`` completions for each prompt, in the order of ``prompts``.
@@ -33,3 +39,23 @@ class RolloutEngine(Protocol):
             RolloutError: the engine cannot sample from the policy's weights.
         """
         ...
+
+
+def close_engine(engine: RolloutEngine) -> None:
+    """Calls the engine's ``close()``, if it has one."""
+    close = getattr(engine, "close", None)
+    if close is not None:
+        close()
+
+
+@contextlib.contextmanager
+def closing_engine(engine: RolloutEngine) -> Iterator[None]:
+    """Closes the engine at the end, so that the next run of this process finds its GPU and its shared memory free."""
+    try:
+        yield
+    except BaseException:
+        # What ended the run is what must be read, not what cannot be closed after it.
+        with contextlib.suppress(Exception):
+            close_engine(engine)
+        raise
+    close_engine(engine)

@@ -9,7 +9,7 @@ import torch
 from gspo_lightning.distributed import rank
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.engine import RolloutEngine
+from gspo_lightning.rollout.engine import RolloutEngine, close_engine
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
 from gspo_lightning.sharding import copy_trained_weights
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
@@ -35,6 +35,10 @@ class GatheredEngine:
         precision = torch.autocast("cpu", torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
         with precision:
             return self.engine.generate(self._copy or policy, prompts, sampling, seed)
+
+    def close(self) -> None:
+        """Closes the engine."""
+        close_engine(self.engine)
 
     def _refresh(self, policy: Policy) -> None:
         if rank() == 0 or getattr(self.engine, "samples_on", "every_rank") == "every_rank":

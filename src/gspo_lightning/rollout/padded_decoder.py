@@ -5,11 +5,13 @@ The tokens are still drawn by our sampler from the row's own random numbers, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from gspo_lightning.policy.padded import padding_id, repeated_media
 from gspo_lightning.rollout.decoder import Decoder, Row
@@ -35,21 +37,37 @@ class PaddedDecoder(Decoder):
         was_training = model.training
         model.eval()  # with gradient checkpointing a model in training mode has no cache
         try:
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **repeated_media(prompt.mm_inputs, len(mine), ids.shape[1], ids.device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=self.sampling.max_completion_length,
-                    do_sample=False,
-                    eos_token_id=None,
-                    pad_token_id=padding_id(self.policy.base_model),
-                ),
-                logits_processor=[draw],
-                stopping_criteria=[draw.ended],
-            )
+            with _blank_generation_config(self.policy.base_model):
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    **repeated_media(prompt.mm_inputs, len(mine), ids.shape[1], ids.device),
+                    generation_config=GenerationConfig(
+                        max_new_tokens=self.sampling.max_completion_length,
+                        do_sample=False,
+                        eos_token_id=None,
+                        pad_token_id=padding_id(self.policy.base_model),
+                    ),
+                    logits_processor=[draw],
+                    stopping_criteria=[draw.ended],
+                )
         finally:
             model.train(was_training)
+
+
+@contextmanager
+def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Takes the model's own settings of `generate` away for a while.
+
+    `generate` fills whatever its argument leaves open from them: a repetition penalty, tokens to suppress or beams that
+    a model was published with would change the scores our sampler draws from.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Draw(LogitsProcessor):

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from gspo_lightning.data.vision import VisionSettings
+from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
@@ -27,6 +28,7 @@ from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING
 from gspo_lightning.rollout.vllm_requests import completion, engine_input, request_fields
 from gspo_lightning.rollout.weights import (
     adapter_rank,
+    check_base,
     checksum,
     named_weights,
     save_adapter,
@@ -40,7 +42,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VLLMEngine:
-    """Samples with vLLM in this process. Starts at the first `generate`; several ranks have one each, on their device.
+    """Samples with vLLM in this process. Starts at the first `generate`; several ranks on CPUs have one each.
 
     Args:
         model: the policy's path, for config, tokenizer and (with an adapter) base weights.
@@ -142,6 +144,8 @@ class VLLMEngine:
             self._llm.wake_up()
 
     def _start(self, policy: Policy) -> None:
+        _refuse_other_gpus(policy.device)
+        check_base(policy, self.lora_sync)
         # Read by vLLM when it is imported. Its own process would need the weights sent over a pipe.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -255,6 +259,22 @@ class VLLMEngine:
         except ValueError as error:
             raise WeightSyncError(f"the vLLM engine does not run the policy's weights: it answered {error}") from error
         self._fingerprint.check(policy, probe, completions, "the vLLM engine")
+
+
+def _refuse_other_gpus(device: torch.device) -> None:
+    """The engine takes cuda:0, whatever the trainer's device is. Every rank comes to the same answer."""
+    if not torch.cuda.is_available():
+        return
+    if world_size() > 1:
+        raise UserError(
+            f"rollout=vllm samples on the first GPU alone, and {world_size()} processes train; use "
+            "rollout=vllm_server, or trainer.devices=1"
+        )
+    if device.type == "cuda" and device.index:
+        raise UserError(
+            f"rollout=vllm samples on cuda:0, and the policy is on {device}; use rollout=vllm_server, or choose the "
+            f"GPU by CUDA_VISIBLE_DEVICES={device.index} with trainer.devices=1"
+        )
 
 
 def _lora_settings(policy: Policy) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
 from gspo_lightning.rollout.vllm_engine import engine_dtype
 from gspo_lightning.rollout.vllm_requests import refuse_images
 from gspo_lightning.rollout.vllm_worker import model_shape
-from gspo_lightning.rollout.weights import checksum, save_adapter, save_weights, trained_parameters
+from gspo_lightning.rollout.weights import check_base, checksum, save_adapter, save_weights, trained_parameters
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
@@ -102,9 +102,10 @@ class VLLMServerEngine:
         return Rollout(prompts, on_first_rank(prompts, ask))
 
     def close(self) -> None:
-        """Removes the weights from ``sync_dir``; the servers go on."""
+        """Removes the weights from ``sync_dir``; the servers go on, and so does a later `generate`."""
         if self._folder is not None:
             self._folder.cleanup()
+        self._folder = self._weights = self._trained = None
 
     # ---------------------------------------------------------------- weights
 
@@ -112,6 +113,7 @@ class VLLMServerEngine:
         """Writes the weights if they have changed; the pool's `_prepare` brings them to each server."""
         self._policy = policy
         if self._folder is None:
+            check_base(policy, self.lora_sync)
             self._folder = self._make_folder()
             self._probe = probe_prompt(policy, self.max_model_len)
             self._dtype = engine_dtype(self.dtype, policy)
@@ -125,7 +127,8 @@ class VLLMServerEngine:
 
     def _make_folder(self) -> tempfile.TemporaryDirectory[str]:
         try:
-            return tempfile.TemporaryDirectory(prefix="gspo-weights-", dir=self.sync_dir)
+            # A run that fails does not wait for a rollout ahead, which may be writing when the folder goes.
+            return tempfile.TemporaryDirectory(prefix="gspo-weights-", dir=self.sync_dir, ignore_cleanup_errors=True)
         except OSError as error:
             raise UserError(
                 f"rollout.engine.sync_dir={self.sync_dir}: cannot write there ({error.strerror})"

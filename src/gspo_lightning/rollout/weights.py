@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,10 +14,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 
 _LAYER = re.compile(r"^(.*?\.)?(layers?|blocks|h)\.\d+\.")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def refuse_merging(quantised: bool, lora_sync: str | None) -> None:
+    """Refuses to add an adapter to copies of weights that are packed into few bits.
+
+    Raises:
+        UserError: names the key.
+    """
+    if quantised and lora_sync == "merged":
+        raise UserError(
+            "rollout.engine.lora_sync=merged cannot add the adapter to a quantised base (model.quantization); set "
+            "rollout.engine.lora_sync=adapter, or model.quantization=null"
+        )
+
+
+def check_base(policy: Policy, lora_sync: str) -> None:
+    """Refuses or warns where the policy's base is quantised: an engine reads a base of its own from its folder.
+
+    Raises:
+        UserError: see `refuse_merging`.
+    """
+    quantised = bool(getattr(policy.base_model, "is_quantized", False))
+    refuse_merging(quantised, lora_sync)
+    if quantised:
+        warnings.warn(
+            "the policy's base is quantised (model.quantization), and the engine samples from the weights as their "
+            "folder holds them: sampler_mismatch/abs_mean shows the difference, and mismatch= makes up for it",
+            stacklevel=2,
+        )
 
 
 def trained_parameters(policy: Policy) -> Iterator[Tensor]:

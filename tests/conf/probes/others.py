@@ -55,8 +55,7 @@ def progress(node: dict[str, Any], folder: Path) -> Any:
 def health(node: dict[str, Any], folder: Path) -> Any:
     """When a run without signal is warned about, and whether it ends."""
     callback = built(node)
-    spec = SimpleNamespace(uses_clip=False)
-    objective = SimpleNamespace(spec=spec, clip=None, importance_sampling_level="token")
+    objective = SimpleNamespace(ratio_bounds=None, importance_sampling_level="token")
     trainer = SimpleNamespace(is_global_zero=True, should_stop=False)
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
