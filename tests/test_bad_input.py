@@ -48,9 +48,6 @@ IN_A_PROCESS = [
     ["objective=gpso"],
     ["model.path=/nowhere/model"],
     ["rollout.temprature=1"],
-    ["+model.overrides.num_hidden_layers=5"],
-    ["reward.functions.letter_share.function.path=my_rewards.missing"],
-    ["reward.functions.letter_share.function.path=nowhere.f"],
     ["reward.functions.letter_share.function.path=my_rewards.leaves"],
     ["optimizer.lr=-1"],
 ]

@@ -86,7 +86,7 @@ GAME = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["an adapter", "dialogues"])
+@pytest.mark.parametrize("case", [pytest.param("an adapter", marks=pytest.mark.slow), "dialogues"])
 def test_rollouts_of_a_split_policy_are_those_of_a_whole_one(case, tmp_path):
     """Ranks step together in the engine of the process; they have other prompts and other turns."""
     options = ["lora=language"] if case == "an adapter" else GAME

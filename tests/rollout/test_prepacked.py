@@ -83,9 +83,15 @@ def test_float32_products_are_the_same_within_rounding(micro_model_dir, prompts,
 
 
 @needs_bfloat16
-def test_compiled_layers_keep_their_weights(micro_model_dir, prompts):
-    compiled = generate(PolicyLoader(str(micro_model_dir), compile=True).load(), prompts)
-    assert all(1 <= len(c.token_ids) <= 12 for group in compiled.completions for c in group)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_layers_keep_their_weights(compiled, micro_model_dir):
+    """A product that is exchanged would be compiled once more, and again behind the rollout."""
+    policy = PolicyLoader(str(micro_model_dir), compile=compiled).load()
+    with torch.autocast("cpu", torch.bfloat16), prepacked.prepacked_weights(policy, 8):
+        linear = [module for module in policy.body.modules() if isinstance(module, torch.nn.Linear)]
+        exchanged = {"forward" in vars(module) for module in linear}
+        assert (exchanged, "logits" in vars(policy)) == ({not compiled}, not compiled)
+    assert not any("forward" in vars(module) for module in linear) and "logits" not in vars(policy)
 
 
 @needs_bfloat16
