@@ -37,6 +37,8 @@ from gspo_lightning.rollout import RolloutError, closing_engine
 from gspo_lightning.training_run import TrainingRun
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+RUN_ERRORS = (NonFiniteGradientError, RolloutError)
+"""What ends a run that was well set up."""
 
 
 class SweepStopped(KeyboardInterrupt):
@@ -51,7 +53,7 @@ def run(main: Callable[[], Any]) -> None:
         sys.path.append(os.getcwd())
     try:
         main()
-    except (*USER_ERRORS, NonFiniteGradientError) as error:
+    except (*USER_ERRORS, *RUN_ERRORS) as error:
         _exit_with_line(error, _wants_traceback())
     except SweepStopped as stopped:
         print(f"error: {stopped}", file=sys.stderr, flush=True)
@@ -93,12 +95,12 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """
     try:
         return work(cfg)
-    except (*USER_ERRORS, NonFiniteGradientError, RolloutError) as error:
+    except (*USER_ERRORS, *RUN_ERRORS) as error:
         if HydraConfig.get().mode != RunMode.RUN:
             job = HydraConfig.get().job
             line = masked(f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}")
             print(f"failed: {line}", file=sys.stderr, flush=True)
-            raise (NonFiniteGradientError if isinstance(error, NonFiniteGradientError) else UserError)(line) from error
+            raise next((kind for kind in RUN_ERRORS if isinstance(error, kind)), UserError)(line) from error
         if first_error.several_ranks():
             line = masked(" ".join(str(error).split()))
             first_error.record(Path(HydraConfig.get().runtime.output_dir), line, _code(error))

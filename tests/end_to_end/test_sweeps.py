@@ -8,11 +8,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
+from gspo_lightning import cli
+from gspo_lightning.callbacks.detect_anomaly import NonFiniteLayerError
+from gspo_lightning.errors import UserError
 from gspo_lightning.report.compare import main as compare
 from gspo_lightning.report.runs import find_runs
+from gspo_lightning.rollout import EngineUnavailableError
 from tests.support import has_module
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +47,30 @@ def test_a_failing_job_has_its_line_and_the_others_run_and_can_be_compared(tmp_p
     assert [folder.name for folder in without] == ["0", "2"]
     assert compare([str(tmp_path)]) == 0
     assert "importance_sampling_level=token" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("a mistake"), 2),
+        (NonFiniteLayerError("not a number"), 3),
+        (EngineUnavailableError("no server left"), 4),
+        (ValueError("a fault of ours"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, monkeypatch, capsys):
+    job = SimpleNamespace(num=1, override_dirname="seed=2")
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, job=job))
+
+    def work(cfg):
+        raise error
+
+    with pytest.raises(ValueError if code is None else SystemExit) as ended:
+        cli.run(lambda: cli._job(work, OmegaConf.create()))
+    if code is not None:
+        assert ended.value.code == code
+        assert capsys.readouterr().err.splitlines()[0] == f"failed: job 1 (seed=2): {error}"
 
 
 def test_a_signal_ends_the_sweep_behind_the_job_in_hand(tmp_path):
