@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, timer
 from gspo_lightning.build import build_trainer
 from gspo_lightning.callbacks.time_limit import TimeLimit
 from gspo_lightning.errors import UserError
-from gspo_lightning.resume import find_checkpoint, is_whole
+from gspo_lightning.resume import find_checkpoint, goes_on, is_whole
 from gspo_lightning.rollout import EngineUnavailableError
 from gspo_lightning.training_run import TrainingRun
 from tests.training import Batches, Settings, build_module, scripted_prompts
@@ -154,3 +154,10 @@ def test_a_lost_engine_says_whether_the_last_rollout_is_saved(saved_at, saved, r
     with pytest.raises(EngineUnavailableError) as error:
         run.execute()
     assert str(error.value) == f"nobody is left; {saved}, go on with ckpt_path={last}"
+
+
+def test_a_command_goes_on_by_auto_or_by_naming_what_the_run_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    last = tmp_path / "run" / "last.ckpt"
+    names = ("auto", "run/last.ckpt", str(last), "run/rollout-000010.ckpt", "other/last.ckpt", None)
+    assert [goes_on(name, last) for name in names] == [True, True, True, False, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -36,7 +37,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     if plain["max_rollouts"] == "auto":
         plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain["num_epochs"] is None else None
-    check_sections(plain)  # before anything computes with it
+    check_sections(plain, re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg)))  # before anything computes with it
     plain["trainer"]["precision"] = _precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
         plain["update"]["max_tokens_per_microbatch"] = _token_budget(plain)
@@ -68,7 +69,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     export = plain["export"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
     check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
-    refuse_merging(bool(plain["model"].get("quantization")), plain["rollout"]["engine"].get("lora_sync"))
+    refuse_merging(bool(plain["model"].get("quantization")), (plain["rollout"]["engine"] or {}).get("lora_sync"))
     check_targets(plain)
     check_trainer(plain["trainer"])
     check_calls(plain)
@@ -207,10 +208,7 @@ def _check_precision(plain: dict[str, Any]) -> None:
 def _check_export(plain: dict[str, Any]) -> None:
     """Folding an adapter into the weights needs one, and weights that do not round it away."""
     export, model = plain["export"], plain["model"]
-    if not export["merge_lora"]:
-        return
-    if not export["enabled"]:
-        _no_effect("export.merge_lora=true has no effect with export.enabled=false; set it to false", plain)
+    if not export["enabled"] or not export["merge_lora"]:
         return
     if not model.get("lora"):
         raise UserError("export.merge_lora=true has no effect: there is no adapter; set it to false")
@@ -257,7 +255,7 @@ def _report(plain: dict[str, Any]) -> None:
         ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
         ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
         has_adapter=bool(plain["model"].get("lora")),
-        staleness=plain["rollout"]["engine"].get("staleness", 0),
+        staleness=(plain["rollout"]["engine"] or {}).get("staleness", 0),
         keep_zero_advantage=plain["update"]["keep_zero_advantage"],
     )
     for finding in findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
@@ -41,14 +42,15 @@ _LEAST = {
 _MAY_BE_NULL = ("max_rollouts", "validation.every_n_rollouts")
 
 
-def check_sections(plain: dict[str, Any]) -> None:
+def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
     """Refuses, in one line, an unknown setting, a count that is none, or a value of the wrong type.
 
     Args:
         plain: the resolved config. Nodes with a ``_target_`` are left to `config_types.check_calls`.
+        used: names at the root that interpolations refer to, such as a variable of the user's own.
     """
     root, elsewhere = _root()
-    _check_names("", plain, root, elsewhere)
+    _check_names("", {name: value for name, value in plain.items() if name not in used}, root, elsewhere)
     sections = {name: node for name, node in root.items() if isinstance(node, dict)}
     for name, node in sections.items():
         _check_names(name, plain[name], node)
@@ -97,18 +99,22 @@ def _check_names(section: str, node: Any, known: dict[str, Any], elsewhere: dict
         if name in known:
             continue
         spelled = {**{key: key for key in known}, **(elsewhere or {})}
-        nearest = spelled[get_close_matches(str(name), spelled, n=1, cutoff=0.0)[0]]
-        others = f"; {section} has {', '.join(known)}" if section else ""
         prefix = f"{section}." if section else ""
-        mine = nearest if "." in nearest else prefix + nearest
-        raise UserError(f"{prefix}{name}: there is no such setting, the nearest name is {mine}{others}")
+        others = f"; {section} has {', '.join(known)}" if section else ", and nothing refers to it"
+        near = [spelled[match] for match in get_close_matches(str(name), spelled, n=1, cutoff=0.4)]
+        hint = "".join(f", the nearest name is {n if '.' in n else prefix + n}" for n in near)
+        raise UserError(f"{prefix}{name}: there is no such setting{hint}{others}")
 
 
 def _check_counts(plain: dict[str, Any]) -> None:
     for key, least in _LEAST.items():
         value: Any = plain
-        for part in key.split("."):
-            value = value[part]
+        *sections, name = key.split(".")
+        for section in sections:
+            value = value[section]
+        if name not in value:  # the dataclass has a default, or says that it is missing
+            continue
+        value = value[name]
         if value is None and key in _MAY_BE_NULL:
             continue
         if isinstance(value, bool) or not isinstance(value, int):

@@ -96,3 +96,13 @@ def _refuse_foreign(path: Path) -> None:
 
 def _holds_code(path: Path) -> UserError:
     return UserError(f"ckpt_path={path}: holds pickled Python objects, which could run code; refused")
+
+
+def goes_on(ckpt_path: str | None, last: Path) -> bool:
+    """Whether the same command, given again, goes on from what this run saves.
+
+    Args:
+        ckpt_path: the setting.
+        last: where the run saves.
+    """
+    return ckpt_path == AUTO or (ckpt_path is not None and Path(ckpt_path).absolute() == last.absolute())

@@ -20,7 +20,7 @@ from gspo_lightning.policy.hub import push
 from gspo_lightning.redact import redacted
 from gspo_lightning.report import print_result_table, render_report, write_summary
 from gspo_lightning.report.model_card import model_card
-from gspo_lightning.resume import AUTO
+from gspo_lightning.resume import goes_on
 from gspo_lightning.rollout import RolloutError
 from gspo_lightning.sharding import whole_policy
 from gspo_lightning.timing import peak_rss_gb
@@ -53,7 +53,9 @@ class TrainingRun:
         resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
         self.recorder = RunRecorder(run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"])
-        self.stop = GracefulStop(self.checkpoint, plain["checkpoint"]["grace_s"], plain["ckpt_path"] == AUTO)
+        self.stop = GracefulStop(
+            self.checkpoint, plain["checkpoint"]["grace_s"], goes_on(plain["ckpt_path"], self.checkpoint.last)
+        )
         callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
         self.trainer = build_trainer(plain, callbacks)
         first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)

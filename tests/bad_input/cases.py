@@ -356,12 +356,6 @@ UPDATE = [
     ),
     Case(
         "update",
-        "merging without an export",
-        ["export.merge_lora=true", "lora=language"],
-        "export.merge_lora=true has no effect with export.enabled=false; set it to false (allow_no_effect=true",
-    ),
-    Case(
-        "update",
         "an end of a decay that there is not",
         ["+scheduler.min_ratio=0.3"],
         "scheduler.min_ratio=0.3 has no effect with scheduler.name=constant",

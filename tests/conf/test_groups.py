@@ -170,10 +170,17 @@ def test_names_of_the_root_are_those_of_the_default_config():
 
 
 def test_settings_without_effect_are_warnings_where_that_is_allowed():
-    for override in ("export.merge_lora=true", "+scheduler.min_ratio=0.3"):
-        plain = resolved("experiment=micro", "export.enabled=false", override, "allow_no_effect=true")
-        with pytest.warns(UserWarning, match="has no effect with"):
-            config.check(plain)
+    plain = resolved("experiment=micro", "+scheduler.min_ratio=0.3", "allow_no_effect=true")
+    with pytest.warns(UserWarning, match="has no effect with"):
+        config.check(plain)
+
+
+def test_a_root_key_of_the_users_own_is_accepted_where_something_refers_to_it():
+    plain = resolved("experiment=micro", "+my_size=4", "data.prompts_per_rollout=${my_size}", "debug=fast")
+    config.check({**plain, "export": {**plain["export"], "merge_lora": True}})  # not exported: not merged either
+    assert plain["data"]["prompts_per_rollout"] == 4
+    with pytest.raises(UserError, match="^my_size: there is no such setting.*, and nothing refers to it$"):
+        resolved("experiment=micro", "+my_size=4")
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,8 @@ def fails_on_all_ranks(engine: Any) -> bool:
     """Whether a `RolloutError` of this engine, or of the one inside it, is raised on every rank at the same place."""
     if world_size() == 1:
         return True
-    while (inner := getattr(engine, "engine", None)) is not None:  # `GatheredEngine`, `OneStepOff`
-        engine = inner
+    while not hasattr(engine, "samples_on") and (inner := getattr(engine, "engine", None)) is not None:
+        engine = inner  # out of `GatheredEngine` or `OneStepOff`
     # Such an engine asks on the first rank alone and tells the others what went wrong (`on_first_rank`).
     return getattr(engine, "samples_on", "every_rank") == "first_rank"
 

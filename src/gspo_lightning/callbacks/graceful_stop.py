@@ -15,7 +15,7 @@ from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.distributed import global_max
 
-_BEGINS_ANEW = "not requeued: without ckpt_path=auto it would begin anew"
+_BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not go on from here"
 
 
 class GracefulStop(L.Callback):

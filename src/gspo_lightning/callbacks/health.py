@@ -58,9 +58,9 @@ def noise_floor(facts: Facts) -> str | None:
 
 
 def clip_never_acts(facts: Facts) -> str | None:
-    """No ratio left the clip for a while."""
+    """No ratio left the clip for a while. A cap from above alone is a guard, which is not meant to act."""
     low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
-    if facts.clip is None or low is None or high is None or any(low) or any(high):
+    if facts.clip is None or facts.clip[0] <= 0 or low is None or high is None or any(low) or any(high):
         return None
     return (
         f"nothing was clipped in {facts.patience} rollouts: ratio/p1={facts.last('ratio/p1'):.4g} and "
@@ -228,6 +228,11 @@ class Health(L.Callback):
         new = [(name, line) for name, line in found.items() if name not in self._holding]
         self._holding = set(found)
         return new
+
+    @property
+    def state_key(self) -> str:
+        """Two with other settings may watch one run."""
+        return self._generate_state_key(patience=self.patience, stop_on=sorted(self.stop_on))
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on compares with and what was said: a column for each metric, NaN where it is not."""

@@ -15,8 +15,8 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
     """Writes weights (safetensors), config, tokenizer and image processor into ``folder``.
 
     A LoRA policy is saved as its adapter, or, with ``merge_lora``, folded into a copy of the weights: the policy
-    itself is never merged, because merging and unmerging drifts. What an earlier export of the other
-    kind left there is removed: transformers would load an adapter that lies beside merged weights on top of them.
+    itself is never merged, because merging and unmerging drifts. An adapter that an earlier
+    export left there is removed beside whole weights: transformers would load it on top of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = policy.model
@@ -29,8 +29,9 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
         with torch.no_grad():
             model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     model.save_pretrained(folder)  # type: ignore[operator]
-    for other in folder.glob("model*.safetensors*" if policy.has_adapter and not merge_lora else "adapter_*"):
-        other.unlink()
+    if not policy.has_adapter or merge_lora:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
     policy.tokenizer.save_pretrained(folder)
     if policy.processor is not None:
         policy.processor.save_pretrained(folder)

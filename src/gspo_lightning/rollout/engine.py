@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
+from gspo_lightning.distributed import world_size
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
 
@@ -54,8 +55,10 @@ def closing_engine(engine: RolloutEngine) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # What ended the run is what must be read, not what cannot be closed after it.
-        with contextlib.suppress(Exception):
-            close_engine(engine)
+        # What ended the run is what must be read, not what cannot be closed after it. One of several ranks has the
+        # others to tell first, and its process ends anyway.
+        if world_size() == 1:
+            with contextlib.suppress(Exception):
+                close_engine(engine)
         raise
     close_engine(engine)
