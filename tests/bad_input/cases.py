@@ -138,8 +138,7 @@ CONFIG = [
         "config",
         "a key that checkpoint lacks",
         ["+checkpoint.save_total_limit=3"],
-        "checkpoint.save_total_limit: there is no such setting; "
-        "checkpoint has every_n_rollouts, keep_last, grace_s",
+        "checkpoint.save_total_limit: there is no such setting; checkpoint has every_n_rollouts, keep_last, grace_s",
     ),
     Case("config", "a key that export lacks", ["+export.enable=true"], "the nearest name is export.enabled"),
     Case(
