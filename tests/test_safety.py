@@ -124,7 +124,8 @@ def test_no_file_of_a_run_and_nothing_on_the_screen_holds_a_secret(tmp_path, mon
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-        cfg.note = {"api_key": "${oc.env:MY_API_KEY}", "url": "https://${oc.env:MY_API_KEY}@host"}
+        cfg.note = {"api_key": "${oc.env:MY_API_KEY}", "url": "https://${oc.env:MY_API_KEY}@host", "rollouts": 2}
+        cfg.max_rollouts = "${note.rollouts}"  # a part of the user's own needs something that refers to it
     cli._train(cfg)
     out, err = capfd.readouterr()
     assert secret not in out + err
