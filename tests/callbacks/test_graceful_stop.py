@@ -150,8 +150,9 @@ IN_PROCESS, SERVERS = SimpleNamespace(), SimpleNamespace(samples_on="first_rank"
         (SimpleNamespace(engine=IN_PROCESS), 2, False),
         (SERVERS, 2, True),
         (SimpleNamespace(engine=SERVERS), 2, True),
+        (SimpleNamespace(engine=IN_PROCESS, samples_on="first_rank"), 2, True),
     ],
-    ids=["one rank", "one of two ranks", "one of two sharded ranks", "servers", "servers of sharded ranks"],
+    ids=["one rank", "one of two ranks", "one of two sharded ranks", "servers", "servers of sharded ranks", "its own"],
 )
 def test_a_lost_engine_saves_the_run_unless_one_rank_may_be_alone_with_it(engine, ranks, saved, tmp_path, monkeypatch):
     """The others would be in another collective, and all would wait until the time limit of the process group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 
@@ -96,6 +97,16 @@ def test_once_while_it_lasts_and_again_when_it_comes_back():
 def test_the_noise_floor_is_of_sequence_ratios_and_clips_alone():
     rows = series(gspo__ratio_noise_floor=[0.5])
     assert found(rows, by_sequence=False) == [] and found(rows, clip=None) == []
+
+
+def test_a_cap_from_above_alone_is_not_missed_where_it_does_not_act():
+    never = series(clip_frac_low=[0.0] * 15, clip_frac_high=[0.0] * 15)
+    assert [name for _, name, _ in found(never)] == ["clip_never_acts"]
+    assert found(never, clip=(0.0, 5.0)) == []
+
+
+def test_two_with_other_settings_watch_one_run():
+    L.Trainer(accelerator="cpu", logger=False, callbacks=[Health(3), Health(5), Health(5, ["no_signal"])])
 
 
 def test_unknown_checks_and_no_patience_are_refused():

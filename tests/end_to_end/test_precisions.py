@@ -33,7 +33,7 @@ def test_under_bf16_true_every_entry_of_the_adapter_moves(micro_model_dir):
     after = dict(module.policy.named_parameters())
     assert {p.dtype for n, p in after.items() if "lora" in n} == {torch.float32}
     assert {p.dtype for n, p in after.items() if "lora" not in n} == {torch.bfloat16}
-    # Rotary frequencies: in bfloat16 they would be off by up to 0.4 %, eight radians at position 2048.
+    # Rotary frequencies: in bfloat16 they would be off by up to 0.4 %, radians at position 2048.
     assert {n.rsplit(".")[-1] for n in buffers} == {"inv_freq", "original_inv_freq"}
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.policy.named_buffers())
     # Three steps at 1e-5 from numbers near 0.1, which are no numbers of bfloat16: its neighbours are 4e-4 away.

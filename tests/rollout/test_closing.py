@@ -12,6 +12,7 @@ from gspo_lightning import cli
 from gspo_lightning.errors import UserError
 from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.rollout import closing_engine
+from gspo_lightning.rollout import engine as engine_module
 from gspo_lightning.rollout.gathered import GatheredEngine
 from tests.conf.test_groups import composed
 
@@ -51,6 +52,17 @@ def test_what_ended_a_run_is_not_hidden_by_an_engine_that_does_not_close():
         raise UserError("the run's own")
     with pytest.raises(RuntimeError, match="closing"), closing_engine(Holding(RuntimeError("closing"))):
         pass
+
+
+def test_one_of_several_ranks_that_fails_tells_the_others_before_anything_else(monkeypatch):
+    monkeypatch.setattr(engine_module, "world_size", lambda: 2)
+    engine = Holding()
+    with pytest.raises(UserError), closing_engine(engine):
+        raise UserError("on this rank")
+    assert engine.closed == 0
+    with closing_engine(engine):
+        pass
+    assert engine.closed == 1
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])

@@ -131,7 +131,7 @@ class PromptDataModule(L.LightningDataModule):
                     )
 
     def _prompts_to_check(self) -> Iterator[Prompt]:
-        yield from self._batch(0, 0, 1).prompts
+        yield from self._rollout(0).prompts
         for number in range(len(self._validation_rows())):
             yield self._validation_prompt(number)
         size = self.task.num_train_rows or 0
@@ -175,18 +175,16 @@ class PromptDataModule(L.LightningDataModule):
 
     def batch_at(self, cursor: int) -> PromptBatch:
         """This rank's share of the rollout that begins at ``cursor``."""
-        return self._batch(cursor, rank(), world_size())
+        return self._share(self._rollout(cursor))
 
     def first(self) -> PromptBatch:
         """This rank's share of the rollout behind the last finished one; `draw` knows which prompts it has taken.
 
-        The whole rollout is made, also of the other ranks: rows passed over at the end of an epoch are none of it.
+        Rows passed over at the end of an epoch are none of them.
         """
-        everyone = self._batch(self.cursor, 0, 1)
+        everyone = self._rollout(self.cursor)
         self._taken = {prompt.uid for prompt in everyone.prompts}
-        share = self.prompts_per_rollout // world_size()
-        mine = everyone.prompts[rank() * share : (rank() + 1) * share]
-        return PromptBatch(mine, everyone.cursor, everyone.dropped)
+        return self._share(everyone)
 
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
         """Fresh prompts behind ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
@@ -213,7 +211,12 @@ class PromptDataModule(L.LightningDataModule):
         start = sum(counts[: rank()])
         return PromptBatch(prompts[start : start + counts[rank()]], cursor, dropped)
 
-    def _batch(self, cursor: int, my_rank: int, ranks: int) -> PromptBatch:
+    def _share(self, everyone: PromptBatch) -> PromptBatch:
+        size = self.prompts_per_rollout // world_size()
+        return PromptBatch(everyone.prompts[rank() * size : (rank() + 1) * size], everyone.cursor, everyone.dropped)
+
+    def _rollout(self, cursor: int) -> PromptBatch:
+        """The prompts of all ranks: which rows are too long decides where a rank's share begins."""
         prompts: list[Prompt] = []
         dropped = drops_in_a_row = epochs_begun = 0
         while len(prompts) < self.prompts_per_rollout:
@@ -229,8 +232,7 @@ class PromptDataModule(L.LightningDataModule):
             else:
                 prompts.append(prompt)
                 drops_in_a_row = 0
-        share = self.prompts_per_rollout // ranks
-        return PromptBatch(prompts[my_rank * share : (my_rank + 1) * share], cursor, dropped)
+        return PromptBatch(prompts, cursor, dropped)
 
     def _begins_epoch(self, cursor: int) -> bool:
         size = self.task.num_train_rows
