@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
@@ -47,6 +48,13 @@ def prompts(case: str):
     return rows
 
 
+class Before(L.Callback):
+    """The weights that the update starts from."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = weights(pl_module)
+
+
 class WithNorm(GSPOModule):
     """With a term that does not depend on the rollout: on every rank the same, so its mean over ranks is itself."""
 
@@ -56,10 +64,11 @@ class WithNorm(GSPOModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("models", type=json.loads, help="folders by name")
     parser.add_argument("out", type=Path)
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--strategy", default="ddp")
+    parser.add_argument("--model", default="micro", help="its name")
     parser.add_argument("--case", default="plain")
     parser.add_argument("--runs", type=json.loads, default=[[]], help="more arguments for each of several updates")
     parser.add_argument("--loss", default="grpo")
@@ -99,7 +108,7 @@ def update(a: argparse.Namespace, number: int) -> None:
         gradient_checkpointing=a.checkpointing,
     )
     torch.manual_seed(0)  # of the adapter
-    module = build_module(a.model, settings)
+    module = build_module(a.models[a.model], settings)
     if a.auxiliary:
         module.__class__ = WithNorm
 
@@ -115,12 +124,13 @@ def update(a: argparse.Namespace, number: int) -> None:
 
     several = DDPStrategy(gradient_as_bucket_view=True) if a.devices > 1 else "auto"  # as in conf/trainer/ddp.yaml
     strategy = FSDP2Strategy() if a.strategy == "fsdp" else several
-    runner = trainer(devices=a.devices, strategy=strategy, max_epochs=1, precision=a.precision)
+    before = Before()
+    runner = trainer(devices=a.devices, strategy=strategy, max_epochs=1, precision=a.precision, callbacks=[before])
     runner.fit(module, DataLoader(Rows(), batch_size=None))
-    everything = weights(module)
+    after = weights(module)
     if runner.is_global_zero:
         out = a.out.with_name(f"{a.out.stem}-{number}.pt")
-        torch.save(everything, out)
+        torch.save({"before": before.weights, "after": after}, out)
         metrics = {k: v for k, v in module.last_metrics.items() if not k.startswith(("time/", "perf/", "count/"))}
         out.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "counts": module.counts}))
 
