@@ -97,12 +97,13 @@ def check_unequal(model: str, gather: bool) -> None:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    what, model = sys.argv[1:]
-    if what in ("gathered", "layer by layer"):
-        check_unequal(model, what == "gathered")
-    else:
-        check_engine(model, what.removesuffix("-lora"), LoraSettings(r=2) if what.endswith("-lora") else None)
-    Path(f"{what}-{rank()}.done").touch()
+    model, *cases = sys.argv[1:]
+    for case in cases:
+        if case in ("gathered", "layer by layer"):
+            check_unequal(model, case == "gathered")
+        else:
+            check_engine(model, case.removesuffix("-lora"), LoraSettings(r=2) if case.endswith("-lora") else None)
+        Path(f"{case}-{rank()}.done").touch()
 
 
 if __name__ == "__main__":

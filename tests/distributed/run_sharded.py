@@ -1,9 +1,10 @@
-"""Four rollouts with sampling and AdamW under FSDP2, or the first or last two of them. Run as a script."""
+"""Runs of four rollouts with sampling and AdamW under FSDP2, or the first or last two of them. Run as a script."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -48,14 +49,19 @@ class Prompts(torch.utils.data.IterableDataset):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("folder", type=Path, help="what a run leaves goes by its name there")
     parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--runs", type=json.loads, required=True, help="more arguments for each of several, by name")
     parser.add_argument("--stop-after", type=int, default=ROLLOUTS)
-    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--resume", help="the name of a run with a checkpoint")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--gather", choices=["yes", "no"], default="yes")
-    a = parser.parse_args()
     warnings.filterwarnings("ignore")
+    for name, more in parser.parse_args().runs.items():
+        train(parser.parse_args([*sys.argv[1:], *more]), name)
+
+
+def train(a: argparse.Namespace, name: str) -> None:
     settings = Settings(
         # A reference that follows the policy is part of a checkpoint too.
         objective={"beta": 0.04},
@@ -69,9 +75,9 @@ def main() -> None:
     module = build_module(a.model, settings)
     module.engine = TransformersEngine(max_concurrent=4)
     strategy = FSDP2Strategy(gather_for_rollouts=a.gather == "yes")
-    saving = RolloutCheckpoint(a.out.parent / f"{a.out.stem}-checkpoints", every_n_rollouts=1)
+    saving = RolloutCheckpoint(a.folder / name, every_n_rollouts=1)
     runner = trainer(devices=a.devices, strategy=strategy, callbacks=[saving, Stop(a.stop_after)])
-    ckpt = find_checkpoint(str(a.resume), a.out.parent, sharded=True) if a.resume else None
+    ckpt = find_checkpoint(str(a.folder / a.resume / "last.ckpt"), a.folder, sharded=True) if a.resume else None
     runner.fit(module, torch.utils.data.DataLoader(Prompts(module), batch_size=None), ckpt_path=ckpt, weights_only=True)
     (optimizer,) = runner.optimizers
     moments = {
@@ -83,7 +89,8 @@ def main() -> None:
     if runner.is_global_zero:
         exported = torch.cat([p.detach().flatten() for p in policy.parameters() if p.requires_grad])
         assert torch.equal(exported, final)
-        torch.save({"weights": final, "moments": moments, "rollouts": module.rollouts_done}, a.out)
+        found = {"weights": final, "moments": moments, "rollouts": module.rollouts_done}
+        torch.save(found, a.folder / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -24,81 +25,75 @@ def run(script, *arguments, cwd=None):
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=cwd, env={**environment, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, cwd=cwd, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def sharded(model, out, *arguments):
-    run("run_sharded.py", model, out, *arguments)
-    return torch.load(out, weights_only=True)
+HALF = ["--stop-after", "2"]
 
 
 @pytest.fixture(scope="module")
-def straight(micro_model_dir, tmp_path_factory):
-    """Four rollouts in one go on two ranks."""
-    return sharded(micro_model_dir, tmp_path_factory.mktemp("straight") / "run.pt", "--devices", 2)
+def runs(micro_model_dir, tmp_path_factory):
+    """Runs by name, and the folder with their checkpoints. No process goes on from one that it wrote itself."""
+    folder = tmp_path_factory.mktemp("runs")
 
+    def start(devices, **runs):
+        run("run_sharded.py", micro_model_dir, folder, "--devices", devices, "--runs", json.dumps(runs))
+        return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in runs}
 
-@pytest.fixture(scope="module")
-def half(micro_model_dir, tmp_path_factory):
-    """The checkpoint behind two of them, on two ranks."""
-    out = tmp_path_factory.mktemp("half") / "run.pt"
-    assert sharded(micro_model_dir, out, "--devices", 2, "--stop-after", 2)["rollouts"] == 2
-    return out.parent / "run-checkpoints" / "last.ckpt"
+    adapter = {"adapter": ["--lora"], "adapter_half": ["--lora", *HALF]}
+    first = start(2, straight=[], half=HALF, every_token=["--gather", "no"], **adapter)
+    alone = start(1, two_then_one=["--resume", "half"], half_on_one=HALF)
+    resumed = start(
+        2, on=["--resume", "half"], one_then_two=["--resume", "half_on_one"],
+        adapter_on=["--lora", "--resume", "adapter_half"],
+    )  # fmt: skip
+    return first | alone | resumed, folder
 
 
 def assert_same(one, two, bound):
     assert one["rollouts"] == two["rollouts"] == 4
     assert relative_distance(one["weights"], two["weights"]) <= bound
+    assert one["moments"].keys() == two["moments"].keys()
     for name, moments in one["moments"].items():
         for kind, value in moments.items():
             assert relative_distance(two["moments"][name][kind], value) <= bound, (name, kind)
 
 
-def test_a_run_goes_on_to_the_bit(straight, half, micro_model_dir, tmp_path):
-    """Weights, Adam's moments and the reference that follows the policy."""
-    resumed = sharded(micro_model_dir, tmp_path / "run.pt", "--devices", 2, "--resume", half)
-    assert_same(resumed, straight, 0.0)
+@pytest.mark.parametrize(
+    ("name", "expected", "bound"),
+    [
+        ("on", "straight", 0.0),  # weights, Adam's moments and the reference that follows the policy
+        ("adapter_on", "adapter", 0.0),
+        ("every_token", "straight", 0.0),  # weights gathered for each token, not for each rollout
+        # In float64: ranks add up in another order, which is all that differs.
+        ("two_then_one", "straight", 1e-12),
+        ("one_then_two", "straight", 1e-12),
+    ],
+)
+def test_runs_that_are_the_same(name, expected, bound, runs):
+    found, _ = runs
+    for half in ("half", "half_on_one", "adapter_half"):
+        assert found[half]["rollouts"] == 2
+    assert_same(found[name], found[expected], bound)
 
 
-def test_from_two_ranks_to_one_and_from_one_to_two(straight, half, micro_model_dir, tmp_path):
-    """In float64: ranks add up in another order, which is all that differs."""
-    on_one = sharded(micro_model_dir, tmp_path / "one.pt", "--devices", 1, "--resume", half)
-    assert_same(on_one, straight, 1e-12)
-    sharded(micro_model_dir, tmp_path / "first.pt", "--devices", 1, "--stop-after", 2)
-    resume = tmp_path / "first-checkpoints" / "last.ckpt"
-    on_two = sharded(micro_model_dir, tmp_path / "two.pt", "--devices", 2, "--resume", resume)
-    assert_same(on_two, straight, 1e-12)
-
-
-def test_gathering_at_every_token_samples_the_same(straight, micro_model_dir, tmp_path):
-    assert_same(sharded(micro_model_dir, tmp_path / "run.pt", "--devices", 2, "--gather", "no"), straight, 0.0)
-
-
-def test_an_adapter_goes_on_to_the_bit(micro_model_dir, tmp_path):
-    whole_run = sharded(micro_model_dir, tmp_path / "run.pt", "--devices", 2, "--lora")
-    sharded(micro_model_dir, tmp_path / "half.pt", "--devices", 2, "--lora", "--stop-after", 2)
-    resume = tmp_path / "half-checkpoints" / "last.ckpt"
-    assert_same(
-        sharded(micro_model_dir, tmp_path / "on.pt", "--devices", 2, "--lora", "--resume", resume), whole_run, 0.0
+def test_ranks_stay_in_step_and_engines_see_whole_weights(micro_model_dir, tmp_path):
+    cases = ["layer by layer", "gathered", "first_rank", "first_rank-lora", "every_rank"]
+    run("run_engines.py", micro_model_dir, *cases, cwd=tmp_path)
+    assert sorted(path.stem for path in tmp_path.glob("*.done")) == sorted(
+        f"{c}-{rank}" for c in cases for rank in (0, 1)
     )
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "layer by layer",
-        "first_rank-lora",
-        *(pytest.param(what, marks=pytest.mark.slow) for what in ("gathered", "first_rank", "every_rank")),
-    ],
-)
-def test_ranks_stay_in_step_and_engines_see_whole_weights(what, micro_model_dir, tmp_path):
-    run("run_engines.py", what, micro_model_dir, cwd=tmp_path)
-    assert len(list(tmp_path.glob("*.done"))) == 2
-
-
 # ---------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def half(runs):
+    """The checkpoint behind two rollouts, on two ranks."""
+    return runs[1] / "half" / "last.ckpt"
 
 
 @pytest.fixture
