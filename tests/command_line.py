@@ -18,7 +18,7 @@ SHORT = [*MICRO, "max_rollouts=8", "validation.every_n_rollouts=3"]
 
 def run(*arguments, script="train.py", expect=0, **popen):
     done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120, **popen
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, **popen
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done

@@ -72,6 +72,7 @@ def test_a_signal_to_one_process_stops_all_behind_one_rollout_and_the_run_goes_o
     assert_equal_up_to_order(tmp_path / "one", straight)
 
 
+@pytest.mark.slow  # test_fsdp.py has the same of its checkpoints
 def test_from_one_rank_to_two(straight, tmp_path):
     code, output = run_and_stop(tmp_path, 2, signal.SIGINT, *WIDE)
     assert code == 0, output

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import openai_harmony as harmony
 import pytest
@@ -30,10 +27,10 @@ from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.rollout.vllm_requests import completion
 from gspo_lightning.types import SamplingParams, ScoredRollout
 from gspo_lightning.validation import ValidationSettings, Validator
+from tests.command_line import metrics, run
 from tests.support import make_prompt, padded_logprobs, random_groups, relative_distance
 from tests.training import ScriptedEngine
 
-ROOT = Path(__file__).parents[2]
 MODEL = "bundled:micro-gpt-oss"
 HARMONY = harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
 # Prompts and completions on both sides of the window, and a completion that begins inside and ends outside of it.
@@ -256,20 +253,15 @@ def test_published_weights_are_expanded_from_mxfp4_and_never_quantised_again(mon
 
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs a sandbox (apt-get install bubblewrap)")
-def test_the_offline_recipe_runs_the_code_of_completions_and_learns_the_letter(tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        "experiment=gspo_gpt_oss_tiny",
-        f"hydra.run.dir={tmp_path}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("rollouts", [4, pytest.param(15, marks=pytest.mark.slow)])  # as many as the recipe has
+def test_the_offline_recipe_runs_the_code_of_completions_and_learns_the_letter(rollouts, tmp_path):
+    done = run("experiment=gspo_gpt_oss_tiny", f"max_rollouts={rollouts}", f"hydra.run.dir={tmp_path}")
     assert "falling back" not in done.stderr
-    lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    names, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
-    share = [float(row[names.index("reward/letter_share")]) for row in rows if row[names.index("reward/letter_share")]]
-    judged = [float(row[names.index("reward/matmul")]) for row in rows if row[names.index("reward/matmul")]]
-    assert len(share) == len(judged) == 15
-    assert share[0] < 0.05 and share[-1] > 0.2
+    share, judged = (
+        [float(row[f"reward/{name}"]) for row in metrics(tmp_path) if row[f"reward/{name}"]]
+        for name in ("letter_share", "matmul")
+    )
+    assert len(share) == len(judged) == rollouts
+    assert share[0] < 0.05
+    assert share[-1] > share[0] if rollouts == 4 else share[-1] > 0.2
     assert max(judged) < 0
