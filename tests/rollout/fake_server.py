@@ -22,13 +22,16 @@ from tests.support import make_prompt, micro_policy
 class FakeServer:
     """Starts with random weights, like ``--load-format dummy``; ``fault(path, number)`` may name what goes wrong.
 
-    Faults: ``500``, ``404``, ``401``, ``garbage`` (not JSON), ``nonsense`` (JSON of another form), ``short`` (a completion is
-    missing), ``hang``, ``cut`` (no answer), ``restart`` (before answering; weights are random again).
+    Faults: ``500``, ``404``, ``401``, ``400``, ``garbage`` (not JSON), ``nonsense`` (JSON of another form), ``short`` (a
+    completion is missing), ``misread`` (other weights than were written), ``in use`` (the cache is), ``hang``, ``cut`` (no
+    answer), ``restart`` (before answering; weights are random again). ``injected`` counts them.
     """
 
     def __init__(self, folder: Path, fault: Callable[[str, int], str | None] | None = None) -> None:
         self.folder, self.fault = folder, fault or (lambda path, number: None)
         self.shape_changes: dict[str, Any] = {}
+        self.status_changes: dict[str, Any] = {}
+        self.injected = 0
         self.corrupt: Callable[[dict[str, torch.Tensor]], None] = lambda weights: None
         self.calls: list[tuple[str, Any]] = []
         self.released = threading.Event()
@@ -72,6 +75,7 @@ class FakeServer:
         with self.lock:
             fault = self.fault(name, self.count(name))
             self.calls.append((name, body))
+            self.injected += fault is not None
         if fault == "hang":
             self.released.wait(30)
         if fault in ("hang", "cut"):
@@ -80,39 +84,42 @@ class FakeServer:
         if fault == "restart":
             self.restart()
         status, answer = 200, b"<html>busy</html>"
-        if fault in ("500", "404", "401"):
+        if fault in ("500", "404", "401", "400"):
             status, answer = int(fault), b'{"error": "injected"}'
         elif fault == "nonsense":
             answer = b'[{"choices": 3}]'
         elif fault != "garbage":
-            status, answer = self.answer(name, body, short=fault == "short")
+            status, answer = self.answer(name, body, fault)
         request.send_response(status)
         request.send_header("Content-Length", str(len(answer)))
         request.end_headers()
         request.wfile.write(answer)
 
-    def answer(self, name: str, body: dict[str, Any], short: bool) -> tuple[int, bytes]:
+    def answer(self, name: str, body: dict[str, Any], fault: str | None) -> tuple[int, bytes]:
         with self.lock:
             if name == "gspo_status":
                 result: Any = {
                     "instance": self.instance, "version": self.version, "dtype": "float32", "lora": False,
                     "shape": model_shape(self.policy.config) | self.shape_changes, "logprobs_mode": "processed_logprobs",
-                }  # fmt: skip
+                } | self.status_changes  # fmt: skip
                 return 200, json.dumps({"results": [result]}).encode()
             if name == "gspo_load_folder":
-                return 200, json.dumps({"results": [self.load(*body["args"])]}).encode()
+                loaded = self.load(*body["args"], misread=fault == "misread")
+                return 200, json.dumps({"results": [loaded]}).encode()
             if name == "/reset_prefix_cache":
-                return 200, b'{"success": true}'
+                return 200, json.dumps({"success": fault != "in use"}).encode()
             if name.startswith("/reset"):
                 return 200, b""
-            return 200, json.dumps({"choices": self.complete(body)[1 if short else 0 :]}).encode()
+            return 200, json.dumps({"choices": self.complete(body)[1 if fault == "short" else 0 :]}).encode()
 
-    def load(self, path: str, version: str) -> dict[str, Any]:
+    def load(self, path: str, version: str, expected: str, misread: bool) -> dict[str, Any]:
         weights = dict(load_weights(Path(path)))
+        if misread:
+            next(iter(weights.values())).view(torch.int32)[..., :1] ^= 1  # a difference that no fingerprint sees
         total = checksum(weights.values())
         self.corrupt(weights)
         self.policy.base_model.load_state_dict(weights, strict=False)
-        self.version = version
+        self.version = version if str(total) == expected else None
         return {"checksum": total}
 
     def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:

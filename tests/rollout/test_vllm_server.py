@@ -10,6 +10,7 @@ import torch
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import EngineUnavailableError, VLLMServerEngine, WeightSyncError, server_pool
 from gspo_lightning.rollout.http_client import Server
 from gspo_lightning.types import SamplingParams
@@ -102,19 +103,78 @@ def test_weights_travel_when_they_changed_and_only_then(policy, start, tmp_path)
     assert len(list((tmp_path / "sync").glob("*/*"))) == 1, "one version at a time"
 
 
-@pytest.mark.parametrize("fault", ["500", "404", "garbage", "nonsense", "short", "cut", "hang", "restart"])
-@pytest.mark.parametrize("where", [GENERATE, "gspo_status", "gspo_load_folder", "/reset_prefix_cache"])
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [
+        (where, fault)
+        for where in (GENERATE, "gspo_status", "gspo_load_folder", "/reset_prefix_cache")
+        for fault in ("500", "404", "garbage", "nonsense", "cut", "hang", "restart")
+    ]
+    + [(GENERATE, "short"), ("gspo_load_folder", "misread"), ("/reset_prefix_cache", "in use")],
+)
 def test_a_fault_anywhere_loses_nothing_and_counts_nothing_twice(fault, where, policy, start):
     # The second call of each kind: behind the probe, the first status, the first load.
     # Only one that hangs is to be waited for: a busy machine may be silent for longer.
     patience = 1.0 if fault == "hang" else 30.0
-    engine, _ = start(
+    engine, (server, _) = start(
         lambda path, number: fault if (path, number) == (where, 1) else None, None, request_timeout_s=patience
     )
     for seed in range(3):
         rollout = engine.generate(policy, PROMPTS, SAMPLING, seed)
         assert_whole_and_on_policy(policy, rollout)
         move(policy, seed)
+    assert server.injected == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "line"),
+    [
+        ("gspo_load_folder", "misread", "read other weights than were written to"),
+        ("/reset_prefix_cache", "in use", "did not reset its prefix cache; is somebody else using it"),
+        ("gspo_status", "404", "is no rollout server; start it by scripts/serve_rollouts.sh"),
+    ],
+)
+def test_weights_that_do_not_arrive_whole_are_never_sampled_from(where, fault, line, policy, start):
+    engine, (server,) = start(lambda path, number: fault if path == where else None, ready_timeout_s=0.3)
+    with pytest.raises(EngineUnavailableError, match=line):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert server.count(GENERATE) == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        (
+            {"logprobs_mode": "raw_logprobs"},
+            "ignores the temperature; start it with --logprobs-mode processed_logprobs",
+        ),
+        ({"dtype": "bfloat16"}, "computes in bfloat16; start it with --dtype float32"),
+    ],
+)
+def test_a_server_with_other_settings_is_not_used(what, line, policy, start):
+    engine, (server,) = start(None, ready_timeout_s=0.3)
+    server.status_changes = what
+    with pytest.raises(EngineUnavailableError, match=line):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert server.count("gspo_load_folder") == server.count(GENERATE) == 0
+
+
+def test_a_server_without_adapters_is_not_used_for_one(micro_model_dir, start):
+    policy = PolicyLoader(str(micro_model_dir), dtype="float32", lora=LoraSettings(r=2)).load()
+    engine, (server,) = start(None, ready_timeout_s=0.3)
+    with pytest.raises(
+        EngineUnavailableError, match="takes no adapters; start it with --enable-lora, or set lora_sync"
+    ):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert server.count("/v1/load_lora_adapter") == server.count(GENERATE) == 0
+
+
+def test_a_prompt_that_a_server_refuses_is_named(policy, start):
+    engine, (server,) = start(None)
+    engine.generate(policy, PROMPTS[:1], SAMPLING, seed=0)
+    server.fault = lambda path, number: "400" if path == GENERATE else None
+    with pytest.raises(UserError, match=r"row t:0: .*injected"):
+        engine.generate(policy, PROMPTS[:1], SAMPLING, seed=0)
 
 
 def test_a_server_restarted_between_rollouts_gets_the_weights_again_before_it_is_used(policy, start):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import weights
+from gspo_lightning.rollout.vllm_worker import WeightSync
 from gspo_lightning.rollout.weights import checksum, load_weights, named_weights, save_weights, weight_parts
 from tests.support import micro_policy
 
@@ -87,3 +88,19 @@ def test_an_adapter_is_added_to_copies(micro_model_dir):
     torch.testing.assert_close(merged[f"{stem}.weight"], before[f"{stem}.base_layer.weight"] + 3 * b @ a)
     assert not any("lora" in name or "base_layer" in name for name in merged)
     assert all(torch.equal(value, before[name]) for name, value in policy.base_model.named_parameters())
+
+
+class Worker(WeightSync):
+    """vLLM's, which counts what it is given as the version it is told."""
+
+    def gspo_load_weights(self, weights, version):
+        self.given, self.gspo_version = dict(weights()), version
+
+
+def test_a_worker_takes_weights_for_a_version_only_with_its_checksum(micro_model_dir, tmp_path):
+    policy, worker = micro_policy(micro_model_dir, torch.float32), Worker()
+    total = save_weights(policy, torch.float32, tmp_path / "weights")
+    assert worker.gspo_load_folder(str(tmp_path / "weights"), "one", str(total)) == {"checksum": total}
+    assert worker.gspo_version == "one" and worker.given.keys() == dict(named_weights(policy, torch.float32)).keys()
+    assert worker.gspo_load_folder(str(tmp_path / "weights"), "two", str(total + 1)) == {"checksum": total}
+    assert worker.gspo_version is None

@@ -62,7 +62,7 @@ class VLLMClient:
             self.server.post("/v1/load_lora_adapter", body, self.timeout_s, is_json=False)
             self._rpc("gspo_set_version", weights.version)
         else:
-            answer = self._rpc("gspo_load_folder", str(weights.path), weights.version)
+            answer = self._rpc("gspo_load_folder", str(weights.path), weights.version, str(weights.checksum))
             if answer.get("checksum") != weights.checksum:
                 raise ServerError(f"{self.url} read other weights than were written to {weights.path}")
         self.reset_caches()

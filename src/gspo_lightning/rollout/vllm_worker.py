@@ -44,8 +44,11 @@ class WeightSync:
         """Remembers what the caller has loaded by other ways (an adapter)."""
         self.gspo_version: str | None = version
 
-    def gspo_load_folder(self, path: str, version: str) -> dict[str, Any]:
-        """Loads all weights from a folder of `save_weights`; returns the checksum of what vLLM was given."""
+    def gspo_load_folder(self, path: str, version: str, expected: str) -> dict[str, Any]:
+        """Loads all weights from a folder of `save_weights`; returns the checksum of what vLLM was given.
+
+        They count as this version only if that is the expected one.
+        """
         passes: list[RunningChecksum] = []
 
         def weights() -> Iterator[tuple[str, Tensor]]:
@@ -55,6 +58,8 @@ class WeightSync:
                 yield name, value
 
         self.gspo_load_weights(weights, version)
+        if str(passes[0].total) != expected:
+            self.gspo_version = None
         return {"checksum": passes[0].total}
 
     def gspo_load_weights(self, weights: NamedWeights, version: str) -> None:
