@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.one_step_off import OneStepOff
+from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.rollout.weights import checksum, trained_parameters
@@ -83,13 +84,15 @@ class Data(L.LightningDataModule):
         return DataLoader(Batches(), batch_size=None)
 
 
-def module_with(folder, engine, rollouts=3, lr=0.05, **objective) -> GSPOModule:
+def module_with(folder, engine, rollouts=3, lr=0.05, lora=None, **objective) -> GSPOModule:
     settings = Settings(
         objective={"epsilon": 10.0, "epsilon_high": 10.0, **objective},
         update={"num_minibatches": 2},
         optimizer=functools.partial(torch.optim.SGD, lr=lr),
         rollouts=rollouts,
+        lora=lora,
     )
+    torch.manual_seed(0)  # of an adapter
     module = build_module(folder, settings)
     return GSPOModule(
         module.policy_loader, module.rewards, objective=module.objective, sampling=module.sampling,
@@ -212,9 +215,11 @@ def test_the_next_rollout_begins_before_the_update_and_the_update_does_not_wait_
     assert module.rollouts_done == 2
 
 
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["full", "LoRA"])
 @pytest.mark.parametrize("lost", [False, True], ids=["pending", "pending rollout lost"])
-def test_a_resumed_run_goes_on_bit_identically_with_the_pending_rollout(lost, micro_model_dir, tmp_path):
-    whole = module_with(micro_model_dir, Elsewhere(), rollouts=4, lr=0.5)
+def test_a_resumed_run_goes_on_bit_identically_with_the_pending_rollout(lost, lora, micro_model_dir, tmp_path):
+    module_of = functools.partial(module_with, micro_model_dir, rollouts=4, lr=0.5, lora=lora)
+    whole = module_of(Elsewhere())
     fit(whole)
 
     class Save(L.Callback):
@@ -223,7 +228,7 @@ def test_a_resumed_run_goes_on_bit_identically_with_the_pending_rollout(lost, mi
                 trainer.save_checkpoint(tmp_path / "x.ckpt")
 
     # Call 2 samples the third rollout ahead; where it fails, the checkpoint is saved all the same.
-    cut = module_with(micro_model_dir, Elsewhere(fail_at=2 if lost else None), rollouts=4, lr=0.5)
+    cut = module_of(Elsewhere(fail_at=2 if lost else None))
     runner = trainer(callbacks=[Save()])
     if lost:
         with pytest.raises(EngineUnavailableError, match="nobody is left"):
@@ -233,7 +238,7 @@ def test_a_resumed_run_goes_on_bit_identically_with_the_pending_rollout(lost, mi
     else:
         runner.fit(cut, datamodule=Data())
     engine = Elsewhere()
-    resumed = module_with(micro_model_dir, engine, rollouts=4, lr=0.5)
+    resumed = module_of(engine)
     trainer().fit(resumed, datamodule=Data(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
     assert torch.equal(weights(resumed), weights(whole))
     # Without its completions the third rollout is sampled once more, by the weights that would have; with them, never.
@@ -264,6 +269,36 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
     said = [str(line.message) for line in lines if "sampled ahead is dropped" in str(line.message)]
     assert len(said) == (0 if kept else 1) and all("\n" not in line for line in said)
     assert ahead.generate(policy, PROMPTS, asked, seed + 1).completions and ahead.is_stale
+
+
+def test_other_sampling_waits_for_the_pending_rollout_and_leaves_it(micro_model_dir):
+    """A validation in between: the engine does one thing at a time."""
+    policy, sampling, release, engine = (
+        micro_policy(micro_model_dir),
+        SamplingParams(2, 6),
+        threading.Event(),
+        Elsewhere(),
+    )
+    sample, busy = engine.generate, []
+
+    def alone(*arguments: Any) -> Rollout:
+        busy.append(len(busy))
+        if len(engine.calls) == 0:
+            threading.Timer(0.2, release.set).start()
+            assert release.wait(30)
+        try:
+            assert busy == [0]
+            return sample(*arguments)
+        finally:
+            busy.clear()
+
+    engine.generate = alone  # type: ignore[method-assign]
+    ahead = OneStepOff(engine)
+    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    between = ahead.generate(policy, PROMPTS, SamplingParams(1, 6), 9)
+    assert [len(group) for group in between.completions] == [1, 1] and not ahead.is_stale
+    assert ahead.generate(policy, PROMPTS, sampling, 3).completions and ahead.is_stale
+    assert [seed for seed, _, _ in engine.calls] == [3, 9]
 
 
 def test_only_what_is_trained_is_copied(micro_model_dir):

@@ -84,6 +84,14 @@ def test_one_sequence_that_does_not_fit_is_named_with_the_keys_to_lower(micro_mo
         fit(build_module(micro_model_dir, Settings()), scripted_prompts())
 
 
+def test_one_of_several_ranks_cannot_cut_alone(micro_model_dir, monkeypatch):
+    """The others would wait for a forward that does not come."""
+    Limit(monkeypatch, 24, "forward", ERRORS["cuda"])
+    monkeypatch.setattr("gspo_lightning.out_of_memory.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"of \d+ tokens on one of the ranks; lower update.max_tokens_per_microbatch"):
+        fit(build_module(micro_model_dir, Settings()), scripted_prompts(count=8))
+
+
 def test_other_errors_are_not_taken_for_it(micro_model_dir, monkeypatch):
     Limit(monkeypatch, 5, "forward", RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

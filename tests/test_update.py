@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +21,7 @@ from gspo_lightning.run_state import restore_run_state, run_state
 from gspo_lightning.types import Completion
 from gspo_lightning.update import UpdateSettings, busy_tokens, minibatch_order, split_minibatches, token_budget
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
-from tests.training import Settings, scripted_prompts, trainer, update_of, weights
+from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -242,6 +243,24 @@ def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a
         update_of(micro_model_dir, Settings(update={"num_minibatches": 2}, rollouts=2))
 
 
+def test_a_run_that_was_cut_gives_up_after_as_many_nonfinite_steps(micro_model_dir, monkeypatch):
+    from gspo_lightning.objective import Objective
+
+    _, good = update_of(micro_model_dir, Settings())
+    original = Objective.__call__
+    monkeypatch.setattr(
+        Objective, "__call__", lambda self, *a, **k: replace(r := original(self, *a, **k), loss=r.loss * float("nan"))
+    )
+    _, cut = update_of(micro_model_dir, Settings(update={"num_minibatches": 2}))
+    assert cut.guarded_step.nonfinite_in_a_row == 2
+    resumed = build_module(micro_model_dir, Settings(update={"num_minibatches": 2}, rollouts=2))
+    restore_run_state(resumed, run_state(cut))
+    with pytest.raises(NonFiniteGradientError, match="3 optimizer steps in a row"):
+        trainer().fit(resumed, Batches(scripted_prompts(), 2).loader())
+    restore_run_state(resumed, run_state(good))
+    assert resumed.guarded_step.nonfinite_in_a_row == 0
+
+
 def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir):
     """training_step is one autocast region; its cached casts must not outlive an optimizer step."""
     from gspo_lightning.objective import Objective
@@ -356,13 +375,25 @@ def test_the_reference_moves_towards_the_policy_by_the_given_share(micro_model_d
 
 
 def test_beta_end_weighs_the_kl_of_each_rollout_by_its_place_in_the_run(micro_model_dir):
-    """With beta_end = beta' the last rollout is that of a run with beta', from the same weights."""
-    schedule, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5, "beta_end": 0.1}, rollouts=2))
-    constant, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5}, rollouts=2))
-    first, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5}, rollouts=1))
-    ended, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5, "beta_end": 0.5 - 1e-12}, rollouts=2))
-    assert relative_distance(ended, constant) < 1e-9
-    assert relative_distance(schedule - first, constant - first) > 1e-3
+    """At the first step policy and reference are the same and the KL's gradient is zero, so of two rollouts the second
+    alone decides: its beta is that of the end; of three, the second one's is the mean of both ends."""
+    settings = {"beta": 0.5, "beta_end": 0.1}
+    ended, _ = update_of(micro_model_dir, Settings(objective=settings, rollouts=2))
+    constant, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.1}, rollouts=2))
+    other, _ = update_of(micro_model_dir, Settings(objective={"beta": 0.5}, rollouts=2))
+    assert relative_distance(ended, constant) < 1e-12
+    assert relative_distance(other, constant) > 1e-3
+
+    class Second(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if pl_module.rollouts_done == 2:
+                self.weights = weights(pl_module)
+
+    second = Second()
+    update_of(micro_model_dir, Settings(objective=settings, rollouts=3), callbacks=[second])
+    halfway, module = update_of(micro_model_dir, Settings(objective={"beta": 0.3}, rollouts=2))
+    start = weights(module) + halfway
+    assert relative_distance(start - second.weights, halfway) < 1e-12
 
 
 def test_quantiles_of_the_ratio_are_those_of_all_sequences(micro_model_dir, monkeypatch):

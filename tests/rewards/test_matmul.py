@@ -65,6 +65,16 @@ def test_slower_code_is_worth_less_and_the_clip_holds():
     assert parts(slow, speed_clip=0.5)[3] == -0.5
 
 
+@pytest.mark.parametrize(
+    ("reference_s", "time_s", "expected"),
+    [(2.0, 0.5, 2.0), (1.0, 1.0, 0.0), (1.0, 4.0, -2.0), (100.0, 1.0, 3.0), (1.0, 100.0, -3.0)],
+)
+def test_speed_is_the_binary_logarithm_of_the_ratio_of_times(reference_s, time_s, expected, monkeypatch):
+    reward = MatmulReward()
+    monkeypatch.setattr(MatmulReward, "_time", lambda *_: time_s)
+    assert reward._speed(None, random.Random(0), reference_s) == expected
+
+
 @needs_isolation
 def test_the_reference_is_right():
     assert parts(REFERENCE)[:3] == [1.0, 1.0, 3.0]
