@@ -9,6 +9,7 @@ import pytest
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import LengthTarget, MathVerify, MultipleChoice, SoftOverlong, TagFormat, TaggedNumber
 from gspo_lightning.rewards.code import extract_code
+from gspo_lightning.rewards.mathematics import math_equal
 from tests.rewards.test_functions import NASTY
 
 BOTH = "<REASONING>r</REASONING><SOLUTION>5</SOLUTION>"
@@ -79,6 +80,20 @@ def test_tagged_number_needs_one_block_and_does_not_apply_to_words():
         ("The answer is A. No, the answer is B.", "B"),
         (r"so \boxed{C}", "C"),
         ("answer is Because", None),
+        ("**Answer:** B", "B"),
+        ("**Answer**: B", "B"),
+        (r"so \boxed{\text{B}}", "B"),
+        (r"\boxed{\mathrm{(C)}}", "C"),
+        ("Final Answer: $B$", "B"),
+        ("Answer: `D`", "D"),
+        ("Answer：B", "B"),
+        ("The answer is: **B**", "B"),
+        ("The answer is option B.", "B"),
+        ("The correct answer: option C", "C"),
+        ("A) Paris is wrong because of that.\n\n**Answer:** B", "B"),
+        ("A) Paris is wrong.\nAnswer: none of these", None),
+        (r"A. It is \boxed{7}", None),
+        ("A's answer", None),
         ("E", None),
         ("", None),
     ],
@@ -131,10 +146,48 @@ def patient():
         (r"\boxed{x^2 + 2x + 1}", "$(x+1)^2$", 1),
         (r"\boxed{0.51}", "0.5", 0),
         ("no idea", "0.5", 0),
+        (r"\boxed{3}", r"3\sqrt{2}", 0),
+        (r"\boxed{2}", r"2\pi r", 0),
+        (r"\boxed{\frac12}", r"5\frac{1}{2}", 0),
+        (r"\boxed{1024}", "2^{10}", 1),
+        (r"\boxed{10}", r"10\%", 0),
+        (r"\boxed{6}", "5 or 6", 0),
+        (r"\boxed{2, 3}", "2,3", 1),
+        (r"\boxed{2.3}", "2,3", 0),
+        ("18", "18 dollars", 1),
+        (r"\boxed{18}", "The answer is $18.", 1),
+        ("−3", "-3", 1),
+        (r"\boxed{-3}", "−3", 1),
+        ("3", "-3", 0),
+        (r"\boxed{y + x}", "x+y", 1),
+        ("so it is 0.25", "25%", 1),
     ],
 )
 def test_math(text, answer, right, patient):
     assert patient([text], [answer]) == [right]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\frac{1}{2}", "x^2+1", "(1,2)", r"10\%", r"3\sqrt{2}", r"11\sqrt2", "x=5", r"2\text{ cm}", "[0,1)", r"\text{(A)}",
+        r"90^\circ", "1,234", "-5", r"5\frac{1}{2}", r"\$18.90", r"\{1,2,3\}", r"\text{Monday}", "A", "2^{10}",
+        r"(-\infty,2]\cup[3,\infty)", "3/4", "0.5", ".5", "12 cm", "y=2x+3", r"\pm 2", "2,3", "x+y", "6!", "1e5", r"2\pi r",
+        "5-2i", "025", "10_2", "1:2", "7.0", r"x \le 3", "3x - 1", "2n(n+1)", "5 or 6", "18 dollars", "25%", "1,234.56",
+        "no solution", r"\log_2 3", r"\sqrt[3]{2}", r"0.\overline{3}", r"\frac{5\pi}{6}\text{ radians}",
+    ],
+)  # fmt: skip
+def test_an_answer_of_mathematics_is_right_for_itself_in_a_box_and_in_a_tag(answer):
+    assert math_equal(rf"So the answer is $\boxed{{{answer}}}$.", answer) is True
+    assert math_equal(answer, answer, is_answer=True) is True
+    assert math_equal("7919", answer, is_answer=True) is False
+
+
+def test_a_tag_holds_an_answer_as_a_whole():
+    assert math_equal("3", r"3\sqrt{2}", is_answer=True) is False
+    assert math_equal(r"3\sqrt{2}", "3", is_answer=True) is False
+    assert math_equal("The answer is 5.", "5", is_answer=True) is True
+    assert math_equal(r"$x = 5$", "5", is_answer=True) is True
 
 
 def test_math_reads_a_tag_and_refuses_a_row_without_an_answer(math):

@@ -7,6 +7,7 @@ sympy computes what it reads: ``9^9^9^9`` never ends. So the comparison runs in 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,12 @@ from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutErro
 MAX_ANSWER_CHARACTERS = 2_000
 """A longer text is judged by its end."""
 _MAX_NESTING = 50
+_MINUS = "\N{MINUS SIGN}"
+_DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
+_ONE_NUMBER = re.compile(
+    r"(?:[a-z.,:;%°$€£\s]*[\s$€£])?[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?%?(?:[.°]|\s[a-z.,%°\s]*)?",
+    re.IGNORECASE,
+)
 
 # It warns at each call that its timeouts are off; here a process bounds it.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -29,7 +36,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 class MathVerify:
     r"""1 if the completion's answer is mathematically equal to the row's ``answer``, else 0.
 
-    Reads ``\boxed{}``, LaTeX and plain numbers as math-verify does, from the end of the completion.
+    Reads ``\boxed{}``, LaTeX and plain numbers as math-verify does, from the end of the completion. A row's answer, and
+    what stands in the tag, is an answer as a whole: read like what stands in a box, a number among words as the number.
 
     Args:
         tag: read the answer from the one block of this tag; None: from the whole text.
@@ -76,7 +84,7 @@ class MathVerify:
         if _nesting(found) > _MAX_NESTING:
             return 0.0
         try:
-            right = self._worker(found, answer, timeout_s=self.item_timeout_s)
+            right = self._worker(found, answer, self.tag is not None, timeout_s=self.item_timeout_s)
         except WorkerTimeoutError:
             self._worker.start()
             return 0.0
@@ -87,15 +95,38 @@ class MathVerify:
         return float(right)
 
 
-def math_equal(text: str, answer: str) -> bool | None:
+def math_equal(text: str, answer: str, is_answer: bool = False) -> bool | None:
     """Whether the text's answer equals ``answer``; None if there is none in ``answer``. Bounded by who calls it.
 
-    math-verify's own timeouts are signals, which cannot interrupt one long multiplication, so they are off.
+    Args:
+        text: what was written.
+        answer: what is right.
+        is_answer: the text is an answer and nothing else, as ``answer`` is.
     """
-    gold = parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
-    if not gold:
-        return None
-    return bool(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
+    text = text.replace(_MINUS, "-")
+    found = _readings(text) if is_answer else [_parse(text)]
+    right = _readings(answer.replace(_MINUS, "-"))
+    return any(verify(gold, one, timeout_seconds=None) for gold in right for one in found) if right else None
+
+
+def _readings(answer: str) -> list[list[Any]]:
+    """What a text that is an answer as a whole may mean.
+
+    Without delimiters math-verify looks for plain numbers first and takes a part for the whole: 3 of ``3\\sqrt{2}``.
+    """
+    answer = answer.strip()
+    if _DELIMITED.search(answer):
+        readings = [_parse(answer)]
+    else:
+        plain = [_parse(answer)] if _ONE_NUMBER.fullmatch(answer) else []
+        readings = [*plain, _parse(rf"\boxed{{{answer}}}")]
+    return [reading for reading in readings if reading]
+
+
+def _parse(text: str) -> list[Any]:
+    # Its own timeouts are signals, which cannot interrupt one long multiplication.
+    found: list[Any] = parse(text, parsing_timeout=None)
+    return found
 
 
 def _nesting(text: str) -> int:

@@ -147,8 +147,9 @@ class MultipleChoice:
     r"""The chosen letter is the row's ``answer``.
 
     The choice is read from the first of these that is there: the one block of ``tag``; the last ``\boxed{X}``; the last
-    "answer is X" or "Answer: X"; the beginning of the text (``B``, ``(B)``, ``B. because``). A letter somewhere in a
-    sentence is no choice: "A" is also a word.
+    "answer is X" or "Answer: X", in Markdown and LaTeX too (``**Answer:** B``, ``\boxed{\text{B}}``); the beginning of
+    a text (``B``, ``(B)``, ``B. because``) that names no answer later. A letter somewhere in a sentence is no choice:
+    "A" is also a word.
 
     Args:
         choices: the letters, such as ``ABCD``.
@@ -176,12 +177,15 @@ class MultipleChoice:
         return [float(self._choice(text_of(c)) == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
     def _choice(self, text: str) -> str | None:
-        letter = rf"[(\[*]{{0,3}}([{self.choices}])(?!\w)"
+        letter = rf"(?:[\s(\[*_`$\"']|\\(?:text|mathrm|mathbf|textbf)\{{){{0,9}}([{self.choices}])(?![\w'])"
         if self.tag is not None and (block := single_block(text, self.tag)) is not None:
             found = re.match(rf"\s{{0,100}}{letter}", block)
             return found[1] if found else None
-        for pattern in (rf"\\boxed\{{\s{{0,9}}{letter}", rf"(?i:answer)(?:\s{{1,9}}(?i:is))?:?\s{{0,9}}{letter}"):
+        says = r"(?i:answer)[*_]{0,3}\s{0,9}(?:[:：]|(?i:is)\b)[*_:]{0,4}"
+        for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|(?i:answer))(?:\s{{1,9}}(?i:option|choice))?{letter}"):
             if all_found := re.findall(pattern, text):
                 return str(all_found[-1])
+        if re.search(rf"{says}|\\boxed", text):
+            return None
         found = re.match(rf"\s{{0,100}}{letter}(?=[).:\]*,]|\s{{0,100}}\Z)", text)
         return found[1] if found else None
