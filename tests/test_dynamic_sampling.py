@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from gspo_lightning import dynamic_sampling
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.collect import compare, rollout_metrics
 from gspo_lightning.data import PromptDataModule
+from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.dynamic_sampling import draw_until_signal
 from gspo_lightning.errors import UserError
-from gspo_lightning.types import Completion, Prompt, PromptBatch, RewardedRollout
+from gspo_lightning.types import Completion, Dialogue, Prompt, PromptBatch, RewardedRollout
 
 
 def rewarded(prompts: list[Prompt], rewards: list[list[float]]) -> RewardedRollout:
@@ -47,6 +50,45 @@ class Numbers:
 def run(silent: set[int], max_draws: int):
     source = Numbers(silent)
     return source, *draw_until_signal(source, source.collect, max_draws)
+
+
+def dialogues(turn_rewards: Sequence[tuple[float, ...]]) -> list[Completion]:
+    """Of two turns of one token each."""
+    talk = [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    own = torch.tensor([True, False, True])
+    return [
+        Completion(torch.tensor([5, 6, 7]), "", torch.zeros(3), "stop", Dialogue(own, talk, 0.0, of_turns))
+        for of_turns in turn_rewards
+    ]
+
+
+def test_a_group_has_signal_if_the_returns_of_a_turn_differ():
+    completions = [
+        dialogues([(0.2, 0.2), (0.2, 0.0)]),  # returns 0.4 and 0.2, then 0.2 and 0.0
+        dialogues([(0.2, 0.2), (0.2, 0.2)]),
+        dialogues([(0.25, 0.0), (0.0, 0.25)]),  # the same at first, not behind the first turn
+        dialogues([(), ()]),
+    ]
+    rewards = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    assert silent_rollout(completions, rewards).tolist() == [False, True, False, True]
+    rewards[3, 1] = 1.0
+    assert silent_rollout(completions, rewards).tolist() == [False, True, False, False]
+    source = Numbers(set())
+
+    def collect(prompts: list[Prompt]) -> RewardedRollout:
+        found = source.collect(prompts)
+        return replace(found, completions=completions[:3], rewards=torch.zeros(3, 2, dtype=torch.float64))
+
+    rollout, _, drawn = draw_until_signal(source, collect, max_draws=0)
+    assert drawn.silent_left == 1
+    scored = compare(rollout, AdvantageEstimator())
+    assert [[scored.is_silent(b, g) for g in range(2)] for b in range(3)] == [[False] * 2, [True] * 2, [False] * 2]
+    zero_std, groups = rollout_metrics(scored)["frac_zero_std_groups"]
+    assert (zero_std.item(), groups.item()) == (1.0, 3.0)
 
 
 def test_silent_groups_are_replaced_in_place_until_all_have_signal():

@@ -301,6 +301,16 @@ def test_other_sampling_waits_for_the_pending_rollout_and_leaves_it(micro_model_
     assert [seed for seed, _, _ in engine.calls] == [3, 9]
 
 
+def test_a_rollout_ahead_that_failed_is_said_to_whoever_asks_next_and_stays(micro_model_dir):
+    """A validation in between: what failed would fail again, and its checkpoint has to know of it."""
+    policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
+    ahead = OneStepOff(Elsewhere(fail_at=0))
+    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    with pytest.raises(EngineUnavailableError, match="nobody is left"):
+        ahead.generate(policy, PROMPTS, SamplingParams(1, 6), 9)
+    assert ahead.state_dict()["completions"] is None
+
+
 def test_only_what_is_trained_is_copied(micro_model_dir):
     from gspo_lightning.one_step_off import _share_frozen
 

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, silent_groups
-from gspo_lightning.dialogue.turns import turn_advantages
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.dialogue.turns import silent_rollout, turn_advantages
 from gspo_lightning.distributed import gather_values
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -73,7 +73,7 @@ def rollout_metrics(scored: ScoredRollout) -> Metrics:
         "reward/std": (scored.rewards.std(dim=1).sum(), groups),
         "completion/mean_tokens": (lengths.sum(), sequences),
         "completion/truncated_frac": (cut.double().sum(), sequences),
-        "frac_zero_std_groups": (silent_groups(scored.rewards).double().sum(), groups),
+        "frac_zero_std_groups": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
         "advantage_std": (scored.advantages.std(dim=1).sum(), groups),
     }
     dialogues = [c.dialogue for group in scored.completions for c in group if c.dialogue is not None]

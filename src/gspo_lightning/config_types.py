@@ -63,8 +63,7 @@ def check_values(node: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
     """
     for name, value in node.items():
         hint = hints.get(name)
-        is_call = isinstance(value, dict) and "_target_" in value  # what it returns is not known yet
-        if hint is not None and not is_call and not _fits(value, hint):
+        if hint is not None and not _fits(value, hint):
             where = f"{key}.{name}" if key else name
             raise UserError(f"{where}={value!r} has the wrong type; expected {_spell(hint)}")
 
@@ -79,6 +78,8 @@ def hints_of(target: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, dict) and "_target_" in value:
+        return True  # what it returns is not known yet
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
@@ -95,7 +96,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if origin in (list, tuple) or hint in (list, tuple):
-        return isinstance(value, list | tuple)
+        of_one_kind = origin is list or arguments[1:] == (...,)
+        return isinstance(value, list | tuple) and (not of_one_kind or all(_fits(x, arguments[0]) for x in value))
     if origin is dict or hint is dict:
         return isinstance(value, dict)
     return hint is Any or value is not None
@@ -106,4 +108,6 @@ def _spell(hint: Any) -> str:
         return "true or false"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is list or get_args(hint)[1:] == (...,):
+        return f"a list of {_spell(get_args(hint)[0])}"
     return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]

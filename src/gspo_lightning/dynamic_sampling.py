@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import silent_groups
+from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.distributed import add_metrics, gather_values, rank, world_size
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, RewardedRollout
 
@@ -60,7 +60,7 @@ def draw_until_signal(
     max_draws: int,
     run_along: Callable[[], object] = lambda: None,
 ) -> tuple[RewardedRollout, PromptBatch, Drawn]:
-    """Collects a rollout and replaces groups whose rewards are all equal, at most ``max_draws`` times.
+    """Collects a rollout and replaces groups without signal (`silent_rollout`), at most ``max_draws`` times.
 
     Where other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
     Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
@@ -69,7 +69,7 @@ def draw_until_signal(
     rollout = collect(batch.prompts)
     drawn = Drawn(enabled=True)
     for _ in range(max_draws):
-        silent = silent_groups(rollout.rewards).nonzero().flatten().tolist()
+        silent = silent_rollout(rollout.completions, rollout.rewards).nonzero().flatten().tolist()
         counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
         if not sum(counts):
             break
@@ -85,7 +85,8 @@ def draw_until_signal(
             run_along()
         else:
             rollout = _replace(rollout, silent, collect(more.prompts))
-    return rollout, batch, replace(drawn, silent_left=int(silent_groups(rollout.rewards).sum()))
+    silent_left = int(silent_rollout(rollout.completions, rollout.rewards).sum())
+    return rollout, batch, replace(drawn, silent_left=silent_left)
 
 
 def _tokens(rollout: RewardedRollout, groups: list[int]) -> int:

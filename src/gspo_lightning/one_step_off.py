@@ -60,6 +60,8 @@ class OneStepOff:
             return Rollout(prompts, completions)
         if pending is not None:
             pending.join()  # the engine does one thing at a time, such as a validation
+            if pending.error is not None:
+                raise pending.error
         self.is_stale = False
         return self.engine.generate(policy, prompts, sampling, seed)
 

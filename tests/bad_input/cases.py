@@ -382,6 +382,30 @@ ROLLOUT = [
     ),
     Case("rollout", "a word for top_p", ["rollout.top_p=x"], "rollout.top_p='x' has the wrong type; expected float"),
     Case("rollout", "one string for a list", ["rollout.stop=abc"], "rollout.stop='abc' has the wrong type"),
+    Case(
+        "rollout",
+        "nothing for a list",
+        ["rollout.stop=null"],
+        "rollout.stop=None has the wrong type; expected a list of str",
+    ),
+    Case(
+        "rollout",
+        "a number among strings",
+        ["rollout.stop=[1]"],
+        "rollout.stop=[1] has the wrong type; expected a list of str",
+    ),
+    Case(
+        "rollout",
+        "a stop string of nothing",
+        ["rollout.stop=['']"],
+        "must be a list of strings of at least one character",
+    ),
+    Case(
+        "rollout",
+        "no prompt at a time",
+        ["rollout=vllm_server", "rollout.engine.max_in_flight=0"],
+        "rollout.engine.max_in_flight=0 must be at least 1",
+    ),
     Case("rollout", "top_p above 1", ["rollout.top_p=1.5"], "top_p"),
     Case("rollout", "a negative top_k", ["rollout.top_k=-1"], "top_k"),
     Case(

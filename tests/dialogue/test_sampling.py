@@ -136,6 +136,21 @@ def test_what_stands_between_turns_is_what_the_chat_template_puts_there():
         continuation(tokenizer, tool, {}, True, (3,))
 
 
+def test_a_chat_template_that_leaves_the_environments_words_out_is_refused():
+    tokenizer = load_tokenizer(resolve_model("bundled:smollm2-135m-instruct"))
+    turn = "<|im_start|>{{ m.role }}\n{{ %s }}<|im_end|>\n"
+    template = (
+        "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+    )
+    tool, eos = {"role": "tool", "content": 'a "quoted" word'}, (tokenizer.eos_token_id,)
+    tokenizer.chat_template = template % (turn % "m.content | tojson if m.role == 'tool' else m.content")
+    assert 'a \\"quoted\\" word' in tokenizer.decode(continuation(tokenizer, tool, {}, True, eos))
+    tokenizer.chat_template = template % ("{% if m.role != 'tool' %}" + turn % "m.content" + "{% endif %}")
+    with pytest.raises(UserError, match="the chat template leaves out what a message of role tool says"):
+        continuation(tokenizer, tool, {}, True, eos)
+    assert continuation(tokenizer, tool | {"role": "user"}, {}, True, eos)
+
+
 class Broken(Says):
     def step(self, text):
         raise ValueError("no such move")

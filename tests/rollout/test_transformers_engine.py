@@ -7,6 +7,7 @@ import torch
 
 from gspo_lightning.packing import pack
 from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
 
@@ -96,6 +97,17 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(policy, prompts):
         else:
             assert after.text == before.text
     assert hits
+
+
+def test_a_special_token_can_stop_and_parts_a_string(policy, prompts):
+    """As vLLM reads completions: with their special tokens."""
+    first, second = (policy.tokenizer.convert_ids_to_tokens(token) for token in (5, 6))
+    special = next(t for t in policy.tokenizer.all_special_ids if t not in policy.eos_token_ids)
+    name = policy.tokenizer.convert_ids_to_tokens(special)
+    decoder = Decoder(policy, prompts[:1], SamplingParams(1, 9, stop=(name, first + second)), 0)
+    assert [decoder._has_stop_string(row) for row in ([5, special], [5, 6], [5], [6, 5])] == [True, True, False, False]
+    without = Decoder(policy, prompts[:1], SamplingParams(1, 9, stop=(first + second,)), 0)
+    assert not without._has_stop_string([5, special, 6])
 
 
 def test_each_unique_prompt_is_forwarded_once(policy, prompts, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.errors import UserError
 
 _TURN = "ASSISTANT-TURN"
+_MESSAGE = "MESSAGE-OF-THE-ENVIRONMENT"
 
 
 def continuation(
@@ -35,16 +36,18 @@ def continuation(
         plain: the prompt is a string without a template: the text of the message follows as it is.
 
     Raises:
-        UserError: the chat template refuses the message, or does not end a turn with one of ``eos``.
+        UserError: the chat template refuses the message or leaves it out, or does not end a turn with one of ``eos``.
     """
     if plain:
         return list(tokenizer(str(message["content"]), add_special_tokens=False)["input_ids"])
-    talk = [{"role": "user", "content": "."}, {"role": "assistant", "content": _TURN}, message]
-    try:
-        text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses a message of role {message['role']}: {error}") from error
-    behind = str(text).rpartition(_TURN)[2].lstrip("\n")
+    behind = _behind_turn(tokenizer, message, template_kwargs)
+    if str(message["content"]).strip() not in behind:
+        known = message | {"content": _MESSAGE}  # the words themselves may be written in another way, such as JSON
+        if _MESSAGE not in _behind_turn(tokenizer, known, template_kwargs):
+            raise UserError(
+                f"the chat template leaves out what a message of role {message['role']} says; use another environment, "
+                "or a model whose template knows that role"
+            )
     for token in eos:
         end = tokenizer.decode([token])
         if behind.startswith(end):
@@ -54,3 +57,13 @@ def continuation(
         "the chat template does not end an assistant's turn with an end-of-sequence token of the model, so a dialogue "
         "cannot go on behind it"
     )
+
+
+def _behind_turn(tokenizer: PreTrainedTokenizerBase, message: dict[str, Any], template_kwargs: dict[str, Any]) -> str:
+    """What the chat template writes behind an assistant's turn that the message follows."""
+    talk = [{"role": "user", "content": "."}, {"role": "assistant", "content": _TURN}, message]
+    try:
+        text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a message of role {message['role']}: {error}") from error
+    return str(text).rpartition(_TURN)[2].lstrip("\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, silent_groups
 from gspo_lightning.types import Completion
 
 
@@ -25,6 +25,27 @@ def turn_advantages(
     if not any(c.dialogue is not None and c.dialogue.turn_rewards for group in completions for c in group):
         return None
     return [_of_group(group, rewards[number], estimator) for number, group in enumerate(completions)]
+
+
+def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
+    """Groups without signal, ``(B,)`` bool: all rewards are equal, and so are all returns of every turn.
+
+    Args:
+        completions: B lists of G.
+        rewards: ``(B, G)``.
+    """
+    silent = silent_groups(rewards)
+    for number in silent.nonzero().flatten().tolist():
+        group = completions[number]
+        if any(c.dialogue is not None and c.dialogue.turn_rewards for c in group):
+            returns = [_returns(c, whole) for c, whole in zip(group, rewards[number].tolist(), strict=True)]
+            silent[number] = not any(len(set(of_turn)) > 1 for of_turn in _by_turn(returns))
+    return silent
+
+
+def _by_turn(returns: list[list[float]]) -> list[list[float]]:
+    """Returns of the dialogues that have a turn, turn by turn."""
+    return [[own[turn] for own in returns if len(own) > turn] for turn in range(max(map(len, returns)))]
 
 
 def _of_group(group: list[Completion], rewards: torch.Tensor, estimator: AdvantageEstimator) -> list[tuple[float, ...]]:

@@ -98,7 +98,8 @@ class Decoder:
     def _has_stop_string(self, tokens: list[int]) -> bool:
         if not self.sampling.stop:
             return False
-        text = self._decode(tokens)
+        # Special tokens too: they may be what stops, and vLLM keeps them for this as well.
+        text = self.policy.tokenizer.decode(tokens, skip_special_tokens=False)
         return any(stop in text for stop in self.sampling.stop)
 
     def _keep(self, kept: Tensor) -> None:

@@ -57,7 +57,7 @@ def _with_picture(policy: Policy, text: Tensor, generator: torch.Generator) -> P
 
 
 class Fingerprint:
-    """Compares engines with the trainer; remembers the last probe to notice weights that never arrived."""
+    """Compares engines with the trainer; remembers what an engine sampled to notice weights that never arrived."""
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
@@ -89,9 +89,11 @@ class Fingerprint:
         return difference
 
     def _refuse_standstill(self, name: str, own: Tensor, tokens: list[int], theirs: Tensor) -> None:
-        before, self._last[name] = self._last.get(name), (own, tokens, theirs)
+        before = self._last.get(name)
         if before is None or before[1] != tokens or not torch.equal(before[2], theirs):
+            self._last[name] = own, tokens, theirs
             return
+        # Against the first time that it sampled this: many small steps are a large one.
         moved = (own - before[0]).abs().mean().item()
         if moved > 1e-4:
             raise WeightSyncError(

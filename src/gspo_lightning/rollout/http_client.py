@@ -70,6 +70,9 @@ class Server:
         start = time.monotonic()
         try:
             connection.connect()
+            with self._lock:  # an abort meanwhile had no socket to cut
+                if self._aborted:
+                    raise ServerError(f"{self.url}: not needed any more")
             connection.sock.settimeout(timeout_s)
             status, answer = self._send(connection, method, path, body)
         except (OSError, http.client.HTTPException) as error:

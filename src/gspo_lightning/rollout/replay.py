@@ -23,6 +23,8 @@ from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 Record = dict[str, Any]
 
+_DISTRIBUTION = ("temperature", "top_p", "top_k", "min_p")
+
 
 class ReplayEngine:
     """Gives each prompt the completions it had in the same rollout of another run.
@@ -42,7 +44,7 @@ class ReplayEngine:
         """See `RolloutEngine.generate`."""
         if all(":validation:" in prompt.uid for prompt in prompts):
             return TransformersEngine().generate(policy, prompts, sampling, seed)
-        self._check_temperature(sampling)
+        self._check_run(sampling)
         step = rollout_of_seed(seed) + 1
         return Rollout(prompts, [self._completions(policy, step, prompt, sampling) for prompt in prompts])
 
@@ -51,7 +53,8 @@ class ReplayEngine:
         if not records:
             raise UserError(
                 f"rollout=replay: row {prompt.uid} is not in rollout {step} of {self.run}; replay with the data, seed "
-                "and data.prompts_per_rollout of that run, and no more rollouts than it has"
+                "and data.prompts_per_rollout of that run, on one process, without dynamic sampling, and no more "
+                "rollouts than it has"
             )
         if len(records) != sampling.num_generations:
             raise UserError(
@@ -79,16 +82,28 @@ class ReplayEngine:
                     raise UserError(
                         f"rollout.engine.run={self.run}: that run did not record tokens; record_tokens=true does"
                     )
+                if "messages" in record:
+                    raise UserError(
+                        f"rollout.engine.run={self.run}: its completions are dialogues, whose records do not say which "
+                        "tokens are the policy's; they cannot be replayed"
+                    )
                 found.setdefault((record["step"], record["uid"]), []).append(record)
         return found
 
     @cached_property
-    def _temperature(self) -> float | None:
+    def _config(self) -> dict[str, Any]:
+        """That run's; empty where there is none."""
         file = self.run / "config.yaml"
-        return float(yaml.safe_load(file.read_text())["rollout"]["temperature"]) if file.is_file() else None
+        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found
 
-    def _check_temperature(self, sampling: SamplingParams) -> None:
-        if self._temperature is not None and self._temperature != sampling.temperature:
+    def _check_run(self, sampling: SamplingParams) -> None:
+        """Refuses what was sampled from another distribution, and what is not recorded as a whole."""
+        for key, then in self._config.get("rollout", {}).items():
+            if key in _DISTRIBUTION and then != getattr(sampling, key):
+                raise UserError(f"rollout.{key}={getattr(sampling, key)}: {self.run} was sampled at {then}; set that")
+        if self._config.get("dynamic_sampling", {}).get("max_draws"):
             raise UserError(
-                f"rollout.temperature={sampling.temperature}: {self.run} was sampled at {self._temperature}; set that"
+                f"rollout.engine.run={self.run}: it drew prompts in place of others (dynamic_sampling.max_draws), "
+                "which are not recorded; it cannot be replayed"
             )

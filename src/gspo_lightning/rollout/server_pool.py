@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -32,13 +32,15 @@ class Patience:
     ready_timeout_s: float = 600.0
     """For the first server at the start of a run."""
     request_timeout_s: float = 600.0
-    """For one answer: the completions of one prompt."""
+    """For one answer: the completions of one prompt, of which a server has ``max_in_flight`` at a time."""
     give_up_after_s: float = 120.0
     """Without any usable server, later on; a first attempt to load weights may take ``request_timeout_s``."""
     pause_s: float = 0.5
     """Before a failed server is tried again; doubles up to 30 s."""
     max_attempts: int = 8
     """Failed answers to one and the same prompt, whatever the servers."""
+    max_in_flight: int = 64
+    """Prompts that a server is asked at a time; what waits in its own queue would count as its silence."""
 
 
 class Member:
@@ -88,7 +90,8 @@ class ServerPool:
             EngineUnavailableError: no server was usable for as long as `Patience` allows.
         """
         for member in self.members:
-            member.ready = False  # the weights may have changed since
+            # The weights may have changed since; a run that ended in a preparation has not taken that back.
+            member.ready = member.preparing = False
         return _Run(self, jobs, work).results()
 
 
@@ -104,14 +107,15 @@ class _Run(Generic[Job, Result]):
         self.start = self.last_ready = self.last_said = time.monotonic()
 
     def results(self) -> list[Result]:
-        threads = ThreadPoolExecutor(max_workers=len(self.jobs) + len(self.pool.members))
+        servers = len(self.pool.members)
+        jobs = min(len(self.jobs), servers * self.pool.patience.max_in_flight)
+        threads = ThreadPoolExecutor(max_workers=jobs + servers)
         try:
             while len(self.done) < len(self.jobs):
                 self._prepare(threads)
                 self._hand_out(threads)
                 self._check_patience()
-                finished, _ = wait(self.futures, timeout=self._next_look(), return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in self._finished():
                     self._settle(future)
         finally:
             # What is still under way belongs to servers that are not needed (any more).
@@ -124,6 +128,12 @@ class _Run(Generic[Job, Result]):
                 member.server.revive()
         return [self.done[number] for number in range(len(self.jobs))]
 
+    def _finished(self) -> Set[Future[Any]]:
+        """What has ended, once something has or it is time to look around."""
+        if not self.futures:  # all servers rest; waiting for nothing would return at once
+            time.sleep(self._next_look())
+        return wait(self.futures, timeout=self._next_look(), return_when=FIRST_COMPLETED).done
+
     def _prepare(self, threads: ThreadPoolExecutor) -> None:
         for member in self.pool.members:
             if not member.ready and not member.preparing and time.monotonic() >= member.retry_at:
@@ -133,11 +143,12 @@ class _Run(Generic[Job, Result]):
     def _hand_out(self, threads: ThreadPoolExecutor) -> None:
         """Each job to the ready server with the least in hand."""
         ready = [member for member in self.pool.members if member.ready]
+        # Not all to the first that is up: those still being prepared get their share.
+        hopeful = sum(member.preparing and member.failures == 0 for member in self.pool.members)
         while self.queue and ready:
-            # Not all to the first that is up: those still being prepared get their share.
-            hopeful = sum(member.preparing and member.failures == 0 for member in self.pool.members)
             member = min(ready, key=lambda m: m.in_flight)
-            if member.in_flight >= -(-len(self.jobs) // (len(ready) + hopeful)) and hopeful:
+            share = -(-len(self.jobs) // (len(ready) + hopeful)) if hopeful else len(self.jobs)
+            if member.in_flight >= min(share, self.pool.patience.max_in_flight):
                 return
             job = self.queue.popleft()
             member.in_flight += 1

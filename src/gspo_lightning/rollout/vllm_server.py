@@ -46,6 +46,7 @@ class VLLMServerEngine:
         give_up_after_s: see `Patience`.
         pause_s: see `Patience`.
         max_attempts: see `Patience`.
+        max_in_flight: see `Patience`.
         tolerance: mean difference allowed between server and trainer on the probe in nats; None: by dtype.
         staleness: 0 samples every rollout from the current weights; 1 samples the next one while this one trains, from
             weights that are one update old (`gspo_lightning.one_step_off`).
@@ -68,13 +69,16 @@ class VLLMServerEngine:
         give_up_after_s: float = 120.0,
         pause_s: float = 0.5,
         max_attempts: int = 8,
+        max_in_flight: int = 64,
         tolerance: float | None = None,
         staleness: Literal[0, 1] = 0,
     ) -> None:
         if not urls or len(set(urls)) < len(urls):
             raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each once")
+        if max_in_flight < 1:
+            raise UserError(f"rollout.engine.max_in_flight={max_in_flight} must be at least 1")
         servers = [Server(url, os.environ.get(api_key_env)) for url in urls]
-        patience = Patience(ready_timeout_s, request_timeout_s, give_up_after_s, pause_s, max_attempts)
+        patience = Patience(ready_timeout_s, request_timeout_s, give_up_after_s, pause_s, max_attempts, max_in_flight)
         self.pool = ServerPool(servers, self._prepare, self._accept, patience)
         self.max_model_len = max_prompt_length + max_completion_length
         self.api_key_env, self.sync_dir, self.dtype, self.lora_sync = api_key_env, Path(sync_dir), dtype, lora_sync

@@ -1,0 +1,86 @@
+"""Jobs over servers without any server: what is handed out when, and what waits how."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+
+import pytest
+
+from gspo_lightning.rollout.engine import EngineUnavailableError, WeightSyncError
+from gspo_lightning.rollout.http_client import Server, ServerError
+from gspo_lightning.rollout.server_pool import Patience, ServerPool
+
+PATIENCE = Patience(ready_timeout_s=5.0, give_up_after_s=0.3, pause_s=0.01, max_in_flight=3)
+
+
+def servers(count):
+    return [Server(f"http://127.0.0.1:{port}") for port in range(1, count + 1)]
+
+
+def echo(server, job):
+    return job
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_is_asked_so_many_prompts_at_a_time(count):
+    lock, under_way, most, full = threading.Lock(), {}, {}, threading.Event()
+
+    def work(server, job):
+        with lock:
+            under_way[server.url] = under_way.get(server.url, 0) + 1
+            most[server.url] = max(most.get(server.url, 0), under_way[server.url])
+            if sum(under_way.values()) == 3 * count:
+                full.set()
+        assert full.wait(30)  # until all places are taken
+        with lock:
+            under_way[server.url] -= 1
+        return 2 * job
+
+    pool = ServerPool(servers(count), lambda server: None, lambda server, value: None, PATIENCE)
+    assert pool.run(range(20), work) == [2 * job for job in range(20)]
+    assert sorted(most.values()) == [3] * count
+
+
+def test_a_proof_that_failed_does_not_keep_the_server_out_of_the_next_round():
+    proofs = []
+
+    def accept(server, value):
+        proofs.append(value)
+        if len(proofs) == 1:
+            raise WeightSyncError("other weights")
+
+    pool = ServerPool(servers(1), lambda server: None, accept, PATIENCE)
+    with pytest.raises(WeightSyncError, match="other weights"):
+        pool.run([1], echo)
+    assert pool.run([1, 2], echo) == [1, 2]
+    assert len(proofs) == 2
+
+
+def test_while_all_servers_rest_nobody_spins(monkeypatch):
+    def prepare(server):
+        raise ServerError("down")
+
+    pool = ServerPool(servers(2), prepare, lambda server, value: None, Patience(0.3, pause_s=10.0))
+    looks, sleep = [], time.sleep
+    monkeypatch.setattr("gspo_lightning.rollout.server_pool.time.sleep", lambda s: (looks.append(s), sleep(s)))
+    with pytest.raises(
+        EngineUnavailableError, match=r"no rollout server was usable for 0.3 s \(ready_timeout_s\): down"
+    ):
+        pool.run([1], echo)
+    assert 1 <= len(looks) <= 20 and min(looks) >= 0.02
+
+
+def test_an_exchange_that_is_still_connecting_ends_with_the_others(monkeypatch):
+    server, sent = servers(1)[0], []
+
+    def connect(connection):
+        server.abort()
+        connection.sock = None
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    monkeypatch.setattr(http.client.HTTPConnection, "request", lambda *a, **k: sent.append(a))
+    with pytest.raises(ServerError, match="not needed any more"):
+        server.post("/x", {}, 30.0)
+    assert not sent
