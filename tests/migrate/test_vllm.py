@@ -53,5 +53,18 @@ def test_without_vllm_its_keys_ask_for_nothing():
     assert {v.kind for v in result.verdicts} == {"same"}
 
 
+def test_a_mask_has_no_lower_bound_that_was_not_asked_for():
+    mask = {**COLOCATED, "vllm_importance_sampling_mode": "token_mask"}
+    assert convert(mask).settings["objective.mismatch.low"] == 0.0
+    assert convert({**mask, "vllm_importance_sampling_clip_min": 0.5}).settings["objective.mismatch.low"] == 0.5
+    plain = checked({**SERVER, "vllm_importance_sampling_mode": "token_mask"})
+    assert (plain["objective"]["mismatch"]["low"], plain["objective"]["mismatch"]["high"]) == (0.0, 3.0)
+
+
+def test_one_engine_per_rank_is_what_a_tensor_parallel_size_of_one_asks_for():
+    (verdict,) = [v for v in convert({**COLOCATED, "vllm_tensor_parallel_size": 1}).verdicts if "tensor" in v.key]
+    assert verdict.kind == "same" and "each rank has an engine of its own" in verdict.note
+
+
 def test_no_correction_is_no_correction():
     assert convert({**COLOCATED, "vllm_importance_sampling_correction": False}).groups["mismatch"] == "none"

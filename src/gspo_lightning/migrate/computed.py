@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.migrate.steps import Config, Notes, intervals, length, schedule
 
 if TYPE_CHECKING:
     from gspo_lightning.migrate.convert import Conversion
 
-Config = dict[str, Any]
-Notes = dict[str, Any]
-
 _OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
-}  # fmt: skip
-_SCHEDULERS = {
-    "constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
-    "cosine_with_min_lr": "cosine",
 }  # fmt: skip
 _LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo")
 _LOGGERS = ("tensorboard", "wandb", "mlflow", "none")
@@ -27,21 +21,25 @@ PAPER_MINIBATCHES = 4
 """Optimizer steps per rollout in the GSPO paper."""
 
 
-def optimization(config: Config, given: Config, result: Conversion, notes: Notes, ranks: int) -> None:
-    """Batch sizes, length of the run, optimizer and schedule."""
+def optimization(config: Config, result: Conversion, notes: Notes, ranks: int) -> int:
+    """Batch sizes, length of the run, optimizer and schedule; returns TRL's optimizer steps per rollout."""
     steps = _batches(config, result, notes, ranks)
-    _length(config, result, notes, steps)
+    length(config, result, notes, steps)
     _optimizer(config, result, notes)
-    _schedule(config, result, notes, steps)
+    schedule(config, result, notes)
+    return steps
 
 
 def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> int:
     """Prompts per rollout and minibatches; returns TRL's optimizer steps per rollout."""
     accumulation, per_device = config["gradient_accumulation_steps"], config["per_device_train_batch_size"]
     generation, steps_per_generation = config.get("generation_batch_size"), config.get("steps_per_generation")
-    if generation and steps_per_generation:
-        raise UserError("generation_batch_size and steps_per_generation exclude each other; remove one")
     completions = generation or per_device * ranks * (steps_per_generation or accumulation)
+    if steps_per_generation and completions != per_device * ranks * steps_per_generation:  # a dumped config has both
+        raise UserError(
+            f"generation_batch_size={generation} and steps_per_generation={steps_per_generation} contradict each other "
+            f"with {ranks} ranks of per_device_train_batch_size={per_device}; remove one, or correct --ranks"
+        )
     group = config["num_generations"]
     per_step = per_device * ranks * accumulation
     if completions % group:
@@ -49,7 +47,13 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
             f"{completions} completions per rollout (per_device_train_batch_size x ranks x steps) are no multiple of "
             f"num_generations={group}; TRL refuses that too"
         )
-    prompts, minibatches = completions // group, max(1, completions // per_step)
+    if completions % per_step:
+        raise UserError(
+            f"{completions} completions per rollout are no multiple of the {per_step} of an optimizer step "
+            "(per_device_train_batch_size x ranks x gradient_accumulation_steps), so that steps would cross rollouts; "
+            "make steps_per_generation a multiple of gradient_accumulation_steps"
+        )
+    prompts, minibatches = completions // group, completions // per_step
     result.settings |= {"data.prompts_per_rollout": prompts, "update.num_minibatches": minibatches}
     steps = minibatches * config["num_iterations"]
     if prompts % minibatches:
@@ -89,20 +93,6 @@ def _divides(prompts: int) -> bool:
     return any(prompts % n == 0 for n in range(2, PAPER_MINIBATCHES + 1))
 
 
-def _length(config: Config, result: Conversion, notes: Notes, steps: int) -> None:
-    maximum = config.get("max_steps") or -1
-    if maximum > 0:
-        result.settings["max_rollouts"] = math.ceil(maximum / steps)
-        notes["max_steps"] = ("renamed", f"max_rollouts: {maximum} optimizer steps of TRL, {steps} per rollout")
-        notes["num_train_epochs"] = ("same", "max_steps goes before it, as in TRL")
-    else:
-        epochs = config["num_train_epochs"]
-        result.settings["num_epochs"] = int(epochs) if float(epochs).is_integer() else epochs
-        result.settings["max_rollouts"] = None  # whatever recipe these settings are laid over
-        notes["num_train_epochs"] = ("renamed", "num_epochs")
-        notes["max_steps"] = ("same", "not positive: the epochs count")
-
-
 def _optimizer(config: Config, result: Conversion, notes: Notes) -> None:
     name = str(config["optim"])
     if name in _OPTIMIZERS:
@@ -110,34 +100,10 @@ def _optimizer(config: Config, result: Conversion, notes: Notes) -> None:
         notes["optim"] = ("renamed", f"optimizer={_OPTIMIZERS[name]}")
     else:
         notes["optim"] = ("no counterpart", "write a config group conf/optimizer/<name>.yaml that names its class")
+    if not config["max_grad_norm"]:  # TRL clips above 0 alone
+        result.settings["update.max_grad_norm"] = math.inf
     result.settings["optimizer.betas"] = [config["adam_beta1"], config["adam_beta2"]]
     notes["adam_beta1"] = notes["adam_beta2"] = ("renamed", "optimizer.betas")
-
-
-def _schedule(config: Config, result: Conversion, notes: Notes, steps: int) -> None:
-    name = str(config["lr_scheduler_type"])
-    extra = config.get("lr_scheduler_kwargs") or {}
-    if name not in _SCHEDULERS:
-        notes["lr_scheduler_type"] = ("no counterpart", f"schedules are {', '.join(sorted(set(_SCHEDULERS.values())))}")
-        return
-    result.groups["scheduler"] = _SCHEDULERS[name]
-    notes["lr_scheduler_type"] = ("renamed", f"scheduler={_SCHEDULERS[name]}")
-    notes["lr_scheduler_kwargs"] = ("same", "empty")
-    if name == "cosine_with_min_lr" and set(extra) == {"min_lr_rate"}:
-        result.settings["scheduler.min_ratio"] = extra["min_lr_rate"]
-        notes["lr_scheduler_kwargs"] = ("renamed", "scheduler.min_ratio")
-    elif extra:
-        notes["lr_scheduler_kwargs"] = ("no counterpart", "scheduler.min_ratio alone, from min_lr_rate")
-    warmup, ratio = config.get("warmup_steps") or 0, config.get("warmup_ratio")
-    if ratio is None and warmup >= 1:
-        if (config.get("max_steps") or -1) <= 0:
-            notes["warmup_steps"] = ("no counterpart", "a share of the run: scheduler.warmup_ratio; give max_steps")
-            return
-        ratio = warmup / config["max_steps"]
-    ratio = float(warmup if ratio is None else ratio)
-    if ratio:
-        result.settings["scheduler.warmup_ratio"] = ratio
-    notes["warmup_steps"] = notes["warmup_ratio"] = ("renamed", "scheduler.warmup_ratio, a share of all steps")
 
 
 def objective(config: Config, given: Config, result: Conversion, notes: Notes) -> None:
@@ -155,9 +121,7 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
         no_clip = ("better default", "sapo has a gate in place of the clip; TRL ignores it in silence")
         notes[key] = no_clip if loss == "sapo" else ("same", f"objective.{key}")
     if loss == "cispo":
-        settings["objective.epsilon"] = settings["objective.delta"] = None
-        one_cap = ("better default", "cispo caps the ratio from above alone: objective.epsilon_high")
-        notes["epsilon"] = notes["delta"] = one_cap
+        _one_cap(config, given, result, notes)
     elif level != "token" and "epsilon" not in given and loss != "sapo":
         settings["objective.epsilon"] = None
         result.added.append("objective.epsilon=null: the paper's 3e-4 / 4e-4; TRL's default 0.2 never binds a sequence")
@@ -180,8 +144,21 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
     notes["multi_objective_aggregation"] = ("renamed", "reward.combine")
 
 
-def running(config: Config, given: Config, result: Conversion, notes: Notes) -> None:
-    """Precision, saving, validation, logging, sampling details."""
+def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) -> None:
+    """The one bound of cispo; TRL takes ``epsilon`` for it where ``epsilon_high`` is not given."""
+    cap = config.get("epsilon_high")
+    result.settings |= {"objective.epsilon": None, "objective.delta": None}
+    notes["delta"] = ("better default", "cispo caps the ratio from above alone: objective.epsilon_high")
+    notes["epsilon"] = notes["delta"]
+    if cap is None and "epsilon" in given:
+        result.settings["objective.epsilon_high"] = config["epsilon"]
+        notes["epsilon"] = ("renamed", "objective.epsilon_high, which TRL takes from it for cispo")
+    elif cap is None:
+        result.added.append("objective.epsilon_high=null: 5; TRL takes epsilon=0.2, which caps every token of cispo")
+
+
+def running(config: Config, result: Conversion, notes: Notes, steps: int) -> None:
+    """Precision, saving, validation, logging, sampling details; ``steps``: TRL's optimizer steps per rollout."""
     settings = result.settings
     if config.get("fp16"):
         notes["fp16"] = ("no counterpart", "float16 needs a loss scale, which a ratio clip does not survive; use bf16")
@@ -193,10 +170,12 @@ def running(config: Config, given: Config, result: Conversion, notes: Notes) -> 
     notes["use_cpu"] = ("renamed", "trainer.accelerator")
     if config.get("use_cpu"):
         settings["trainer.accelerator"] = "cpu"
-    _every(config, notes, settings, "save", "checkpoint.every_n_rollouts")
-    _every(config, notes, settings, "eval", "validation.every_n_rollouts")
-    _moving_reference(config, notes, settings)
+    intervals(config, settings, notes, steps)
     _logger(config, result, notes)
+    if config["top_k"] is not None:
+        settings["rollout.top_k"] = max(0, config["top_k"])  # -1 keeps all, as 0 does
+    if config.get("repetition_penalty") not in (None, 1.0):
+        notes["repetition_penalty"] = ("no counterpart", "a penalty for the history: ratios would be of another policy")
     notes["min_p"] = ("same", "rollout.min_p")
     if config.get("min_p"):
         settings["rollout.min_p"] = config["min_p"]
@@ -227,38 +206,13 @@ def _hub(config: Config, result: Conversion, notes: Notes) -> None:
         result.settings["export.private"] = False
 
 
-def _moving_reference(config: Config, notes: Notes, settings: Config) -> None:
-    steps, alpha = config.get("ref_model_sync_steps") or 512, config.get("ref_model_mixup_alpha") or 0.6
-    every = max(1, round(steps / (settings["update.num_minibatches"] * settings["update.num_iterations"])))
-    notes["sync_ref_model"] = notes["ref_model_sync_steps"] = (
-        "renamed",
-        "update.ref_sync_every_n_rollouts, in rollouts",
-    )
-    notes["ref_model_mixup_alpha"] = ("same", "update.ref_model_mixup_alpha")
-    if config.get("sync_ref_model"):
-        settings |= {"update.ref_sync_every_n_rollouts": every, "update.ref_model_mixup_alpha": alpha}
-
-
-def _every(config: Config, notes: Notes, settings: Config, what: str, ours: str) -> None:
-    strategy, steps = config.get(f"{what}_strategy"), config.get(f"{what}_steps")
-    per_rollout = settings.get("update.num_minibatches", 1) * settings.get("update.num_iterations", 1)
-    notes[f"{what}_strategy"] = ("renamed", ours)
-    notes[f"{what}_steps"] = ("renamed", f"{ours}, in rollouts of {per_rollout} steps")
-    if strategy in ("epoch", "best"):
-        notes[f"{what}_strategy"] = ("better default", f"{ours}: rollouts, not epochs; the end is always included")
-    elif strategy == "no" or (what == "eval" and strategy is None):
-        notes[f"{what}_strategy"] = ("better default", "before and after the run, always")
-    elif steps and steps >= 1:
-        settings[ours] = max(1, round(steps / per_rollout))
-
-
 def _logger(config: Config, result: Conversion, notes: Notes) -> None:
     wanted = config.get("report_to")
     names = [wanted] if isinstance(wanted, str) else list(wanted or [])
     notes["report_to"] = ("renamed", f"logger={names[0]}" if len(names) == 1 else "logger")
     if len(names) == 1 and names[0] in _LOGGERS:
         result.groups["logger"] = names[0]
-    elif names and names != ["all"]:
+    elif names:
         notes["report_to"] = (
             "better default",
             "logger=tensorboard, wandb, mlflow, csv or none; several: compose a group",

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import computed, vllm
-from gspo_lightning.migrate.trl_table import BETTER, COMPUTED, DEFAULTS, HARMLESS, NONE, RENAMED
+from gspo_lightning.migrate.trl_table import (
+    BETTER,
+    COMPUTED,
+    COUNTS,
+    DEFAULTS,
+    HARMLESS,
+    MAPPINGS,
+    NONE,
+    RENAMED,
+    SWITCHED_OFF_BY_NONE,
+)
 
 Kind = Literal["same", "renamed", "better default", "no counterpart"]
 
@@ -54,37 +65,63 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
         ranks: processes the batch sizes of the config are per-device of.
 
     Raises:
-        UserError: an unknown key, or batch sizes that do not hold whole groups.
+        UserError: an unknown key, a value of the wrong type, or batch sizes that do not hold whole groups.
     """
     result = Conversion()
     for key in given:
         if key not in RENAMED and key not in COMPUTED and key not in BETTER and key not in NONE:
             raise UserError(f"{key}: TRL 1.16.0's GRPOConfig has no such field; remove it or correct its name")
-    config = {**DEFAULTS, **given}
+    config = {**DEFAULTS, **{key: _read(key, value) for key, value in given.items()}}
     notes: dict[str, tuple[Kind, str]] = {}
     for key in (key for key in config if key in RENAMED):
         if config[key] is not None:
             result.settings[RENAMED[key]] = config[key]
         notes[key] = ("same" if RENAMED[key].split(".")[-1] == key else "renamed", RENAMED[key])
-    computed.optimization(config, given, result, notes, ranks)
+    steps = computed.optimization(config, result, notes, ranks)
     computed.objective(config, given, result, notes)
-    computed.running(config, given, result, notes)
+    computed.running(config, result, notes, steps)
     vllm.rollout(config, result, notes)
     for key, value in given.items():
         result.verdicts.append(_verdict(key, value, notes, result))
     return result
 
 
+def _read(key: str, value: Any) -> Any:
+    """The value as the rest reads it: a number where TRL has one, and a mapping where TRL takes JSON for it."""
+    default = DEFAULTS.get(key)
+    if value is None and key in SWITCHED_OFF_BY_NONE:
+        return None
+    if isinstance(default, int | float) and not isinstance(value, int | float):
+        raise UserError(f"{key}={value!r} is no number; TRL's default is {default}")
+    if key in COUNTS and value < 1:
+        raise UserError(f"{key}={value} must be at least 1")
+    if key in MAPPINGS and isinstance(value, str):
+        value = _json(value)
+    if key in MAPPINGS and value is not None and not isinstance(value, dict):
+        raise UserError(f"{key}={value}: neither a mapping nor JSON of one; write it as a mapping")
+    return value
+
+
+def _json(text: str) -> Any:
+    """What the text stands for, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _verdict(key: str, value: Any, notes: dict[str, tuple[Kind, str]], result: Conversion) -> Verdict:
     if key in notes:
         kind, note = notes[key]
-        if kind == "no counterpart":
+        if kind == "no counterpart" and not key.startswith(HARMLESS):
             result.blocking.append(key)
         return Verdict(key, value, kind, note)
     if key in BETTER:
         return Verdict(key, value, "better default", BETTER[key])
+    if key in COMPUTED:  # what it depends on blocks already
+        return Verdict(key, value, "no counterpart", "it belongs to a choice of TRL that has none here")
     default, why = NONE[key]
-    if value == default or (value is None and not default) or (default is None and not value):
+    if value is None or value == default or not (value or default):
         return Verdict(key, value, "same", "TRL's default, which asks for nothing")
     if key == "reward_weights" and all(math.isclose(weight, 1.0) for weight in value):
         return Verdict(key, value, "same", "1 is our default: reward.functions.<name>.weight")

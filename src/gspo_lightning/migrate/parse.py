@@ -53,9 +53,13 @@ def _python(text: str) -> ast.Module | None:
 
 
 def _call(tree: ast.Module) -> ast.Call | None:
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    named = (call for call in calls if ast.unparse(call.func).split(".")[-1].endswith("Config"))
-    return next((call for call in named if call.keywords), None)
+    """The call of ``GRPOConfig``; without one, that of another config, such as a subclass."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for ending in ("GRPOConfig", "Config"):
+        named = [call for call in calls if ast.unparse(call.func).split(".")[-1].endswith(ending)]
+        if named:
+            return next((call for call in named if call.keywords), None)
+    return None
 
 
 def _keywords(tree: ast.Module) -> dict[str, Any]:

@@ -105,6 +105,11 @@ BETTER: dict[str, str] = {
 }
 """Key -> what happens here without it. Nothing is lost by leaving it out."""
 
+_ACCELERATOR = {
+    "split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True,
+    "non_blocking": False, "gradient_accumulation_kwargs": None,
+}  # fmt: skip
+
 NONE: dict[str, tuple[Any, str]] = {
     "trust_remote_code": (False, "code of a model repository is never run"),
     "model_init_kwargs": (None, "set the fields of the group model: dtype, lora, overrides of the model's config"),
@@ -155,7 +160,7 @@ NONE: dict[str, tuple[Any, str]] = {
     ),
     "metric_for_best_model": (None, "the last policy is exported"),
     "greater_is_better": (None, "the last policy is exported"),
-    "accelerator_config": (None, "devices and strategies are the group trainer"),
+    "accelerator_config": (_ACCELERATOR, "devices and strategies are the group trainer"),
     "parallelism_config": (None, "devices and strategies are the group trainer"),
     "label_names": (None, "there are no labels"),
     "train_sampling_strategy": ("random", "prompts come in shuffled order; packing needs no grouping by length"),
@@ -173,8 +178,11 @@ NONE: dict[str, tuple[Any, str]] = {
 }
 """Key -> (TRL's default, why there is none). At its default a key asks for nothing."""
 
-HARMLESS = ("log_", "hub_", "trackio_", "save_on", "eval_", "ddp_", "local_rank", "debug", "label_names")
-"""Beginnings of the keys of ``NONE`` that do not change what is trained."""
+HARMLESS = (
+    "log_", "hub_", "trackio_", "save_", "eval_", "ddp_", "local_rank", "debug", "label_names", "tf32",
+    "torch_compile_",
+)  # fmt: skip
+"""Beginnings of the keys that do not change what is trained, with a counterpart or without."""
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-6, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0,
@@ -185,3 +193,12 @@ DEFAULTS: dict[str, Any] = {
     "scale_rewards": "group",
 }  # fmt: skip
 """TRL's values for what decides the result, where a config does not give them."""
+
+COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations")
+"""What the sizes of batches are computed from."""
+
+SWITCHED_OFF_BY_NONE = ("max_grad_norm", "top_k")
+"""Numbers that older releases take None for: no clip, and all of the vocabulary."""
+
+MAPPINGS = ("chat_template_kwargs", "lr_scheduler_kwargs")
+"""Keys that TRL also takes as JSON."""

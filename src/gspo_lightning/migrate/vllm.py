@@ -31,9 +31,10 @@ def rollout(config: dict[str, Any], result: Conversion, notes: Notes) -> None:
     for key in KEYS[2:9]:
         notes[key] = unused
     (_server if server else _colocated)(config, result.settings, notes)
-    if config.get("vllm_tensor_parallel_size", 1) > 1 and not server:
+    if not server:
+        kind = "no counterpart" if config.get("vllm_tensor_parallel_size", 1) > 1 else "same"
         why = "each rank has an engine of its own on its device; for a larger model start servers (rollout=vllm_server)"
-        notes["vllm_tensor_parallel_size"] = ("no counterpart", why)
+        notes["vllm_tensor_parallel_size"] = (kind, why)
     _correction(config, result, notes)
 
 
@@ -77,7 +78,7 @@ def _correction(config: dict[str, Any], result: Conversion, notes: Notes) -> Non
     else:
         result.settings["objective.mismatch.high"] = float(high)
     low = config.get(keys[3])
-    if low is not None and mode.endswith("truncate"):
-        notes[keys[3]] = ("no counterpart", "truncation caps a weight from above; a small weight stays what it is")
+    if mode.endswith("mask"):
+        result.settings["objective.mismatch.low"] = float(low or 0.0)
     elif low is not None:
-        result.settings["objective.mismatch.low"] = float(low)
+        notes[keys[3]] = ("no counterpart", "truncation caps a weight from above; a small weight stays what it is")

@@ -1,0 +1,68 @@
+"""Three ways of writing a config are read alike, and what cannot be read is refused in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.migrate import convert, parse_config
+
+
+def test_the_call_of_grpo_config_is_found_among_other_configs():
+    wanted = {"learning_rate": 1e-5, "num_generations": 8}
+    call = "args = GRPOConfig(learning_rate=1e-5, num_generations=8)\n"
+    for other in ("peft_config = LoraConfig(r=16, lora_alpha=32)\n", "bnb = BitsAndBytesConfig(load_in_4bit=True)\n"):
+        assert parse_config(other + call) == parse_config(call + other) == wanted
+    nested = "trainer = GRPOTrainer(peft_config=LoraConfig(r=16), args=trl.GRPOConfig(learning_rate=1e-5, num_generations=8))"
+    assert parse_config(nested) == wanted
+    assert parse_config(call.replace("GRPOConfig", "MyConfig")) == wanted
+
+
+def test_three_ways_of_writing_give_the_same_keys():
+    wanted = {"learning_rate": 5e-6, "report_to": "none", "beta": 0.0, "adam_beta2": 0.99}
+    assert parse_config(json.dumps(wanted)) == wanted
+    assert parse_config("learning_rate: 5e-6\nreport_to: none\nbeta: 0.0\nadam_beta2: 0.99\n") == wanted
+    keywords = "learning_rate = 5e-6, # slow\nreport_to = 'none', beta = 0.0, adam_beta2 = 1 - 0.01,"
+    assert parse_config(keywords) == wanted
+    program = f"!pip install trl\nfrom trl import GRPOConfig\nrate = 5e-6\nargs = GRPOConfig({keywords.replace('5e-6', 'rate')})\n"
+    assert parse_config(program) == wanted
+
+
+REFUSED = {
+    "code": ("GRPOConfig(output_dir=__import__('os').getcwd())", "output_dir=__import__('os').getcwd(): is not a literal"),
+    "an unknown name": ("GRPOConfig(learning_rate=rate)", "rate is not assigned a literal above"),
+    "a dictionary of keywords": ("GRPOConfig(**options, seed=1)", "without * and **"),
+    "an unknown field": ("GRPOConfig(learning_rte=1)", "learning_rte: TRL 1.16.0's GRPOConfig has no such field"),
+    "groups that do not fit": ("GRPOConfig(per_device_train_batch_size=6)", "no multiple of num_generations=8"),
+    "both batch settings": (
+        "GRPOConfig(generation_batch_size=8, steps_per_generation=2)", "contradict each other with 1 ranks",
+    ),
+    "half a step per rollout": (
+        "GRPOConfig(gradient_accumulation_steps=8, steps_per_generation=4)",
+        "32 completions per rollout are no multiple of the 64 of an optimizer step",
+    ),
+    "a step and a half per rollout": (
+        "GRPOConfig(gradient_accumulation_steps=8, steps_per_generation=12)",
+        "96 completions per rollout are no multiple of the 64 of an optimizer step",
+    ),
+    "a step of half a group": (
+        "GRPOConfig(per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=1)",
+        "does not hold whole groups",
+    ),
+    "a number that is none": ("per_device_train_batch_size: auto", "'auto' is no number; TRL's default is 8"),
+    "no number of epochs": ("GRPOConfig(num_train_epochs=None)", "num_train_epochs=None is no number"),
+    "groups of none": ("GRPOConfig(num_generations=0)", "num_generations=0 must be at least 1"),
+    "a mapping that is none": ("GRPOConfig(chat_template_kwargs='{x')", "chat_template_kwargs={x: neither a mapping nor"),
+    "JSON of no mapping": ("GRPOConfig(lr_scheduler_kwargs='3')", "lr_scheduler_kwargs=3: neither a mapping nor"),
+    "prose": ("this is not a config", "the config"),
+    "nothing": ("", "holds no keys"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_read_is_refused_in_one_line(text, message):
+    with pytest.raises(UserError) as caught:
+        convert(parse_config(text))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
