@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 
-from gspo_lightning.data import LargestOfFour, MicroLetters, PromptDataModule, RowsTask
+from gspo_lightning.data import LargestOfFour, MicroLetters, Mixture, PromptDataModule, RowsTask
 from gspo_lightning.data import datamodule as datamodule_module
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.errors import UserError
@@ -165,6 +165,43 @@ def test_columns_that_rewards_need_are_checked_in_every_row(tokenizer_dir: str) 
         UserError, match=r"row rows:train:\d: there is no column 'letter', which reward function f needs"
     ):
         data.check({"letter": "reward function f"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"), [(None, "is null"), ("", "is blank"), (" \n", "is blank"), (float("nan"), "is NaN")]
+)
+def test_an_answer_that_is_none_is_found_before_the_run(answer: Any, problem: str, tokenizer_dir: str) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "1"} for i in range(50)]
+    rows[37]["answer"] = answer
+    data = _data(RowsTask(rows, num_validation=0, conversational=False), tokenizer_dir)
+    data.check()
+    with pytest.raises(
+        UserError, match=rf"row rows:train:37: column 'answer' {problem}, which reward function f needs; the row has"
+    ):
+        data.check({"answer": "reward function f"})
+
+
+def test_the_check_walks_the_rows_of_each_task_of_a_mixture(tokenizer_dir: str) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "1"} for i in range(300)]
+    rows[217]["answer"] = None
+    finite = RowsTask(rows, num_validation=0, conversational=False)
+    data = _data(Mixture({"letters": MicroLetters(), "mine": finite}), tokenizer_dir)
+    data.check({"answer": {"letters of others": "reward function f"}, "letter": {"letters": "reward function g"}})
+    with pytest.raises(UserError, match=r"row mixture\.mine:train:217: column 'answer' is null, which f needs"):
+        data.check({"answer": {"mine": "f"}})
+    rows[150]["prompt"] = "q" * 17
+    with pytest.raises(UserError, match=r"row mixture\.mine:train:150: the prompt has 17 tokens"):
+        _data(Mixture({"letters": MicroLetters(), "mine": finite}), tokenizer_dir).check()
+
+
+def test_the_check_of_a_mixture_shares_its_rows_among_the_tasks() -> None:
+    finite = [RowsTask([{"prompt": f"q{i}"} for i in range(size)], num_validation=0) for size in (100, 3)]
+    mixture = Mixture({"a": finite[0], "b": finite[1], "c": MicroLetters()})
+    uids = [uid for uid, _ in mixture.spaced_rows(30)]
+    # Ten of each: every tenth row of a, all three of b, and of an endless task its first.
+    assert uids == [
+        *(f"mixture.a:train:{i}" for i in range(0, 100, 10)), *(f"mixture.b:train:{i}" for i in range(3)), "mixture.c:train:0"
+    ]  # fmt: skip
 
 
 def test_fewer_rows_than_a_rollout_are_refused(tokenizer_dir: str) -> None:

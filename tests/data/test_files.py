@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,8 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl line 2: not valid JSON"),
         ("a.jsonl", '{"a": 1}\n["a"]\n', r"a\.jsonl line 2: expected an object with columns, found list"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}\n", r"a\.jsonl line 2: not valid JSON \(Exceeds the limit"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", r"a\.jsonl line 1: .* too deep"),
         ("a.json", '{"a": 1}', r"a\.json: expected a list of objects, found one dict"),
         ("a.json", '[{"a": 1}, 5]', r"a\.json row 1: expected an object with columns, found int"),
         ("a.json", "[]", r"a\.json: the dataset is empty"),
@@ -72,3 +75,36 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"data\.task\.source=no-one/nothing, split train: cannot load it") as caught:
         read_hub("no-one/nothing", None, "train")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Four rows with classes, of which the last has none."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    kinds = datasets.Features({"prompt": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    return datasets.Dataset.from_dict({"prompt": list("abcd"), "label": [0, 1, None, -1]}, features=kinds)
+
+
+def test_classes_are_names_in_a_file_and_in_its_folder_and_none_is_null(labelled: Any, tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    labelled.to_parquet(tmp_path / "hub" / "train.parquet")
+    for rows in (read_file(str(tmp_path / "hub" / "train.parquet")), read_hub(str(tmp_path / "hub"), None, "train")):
+        assert [row["label"] for row in rows] == ["no", "yes", None, None]
+
+
+def test_a_folder_of_save_to_disk_is_read_by_its_split(labelled: Any, tmp_path: Path) -> None:
+    import datasets
+
+    one, several = str(tmp_path / "one"), str(tmp_path / "several")
+    labelled.save_to_disk(one)
+    datasets.DatasetDict({"train": labelled, "test": labelled.select([1])}).save_to_disk(several)
+    assert [row["label"] for row in read_hub(one, None, "train")] == ["no", "yes", None, None]
+    assert list(read_hub(several, None, "test")) == [{"prompt": "b", "label": "yes"}]
+    with pytest.raises(UserError, match=r"one: there is no split test; it has train$"):
+        read_hub(one, None, "test")
+    with pytest.raises(UserError, match=r"several: there is no split dev; it has train, test$"):
+        read_hub(several, None, "dev")
+    with pytest.raises(UserError, match=r"data\.task\.config_name=main has no effect on a folder of save_to_disk"):
+        read_hub(one, "main", "train")

@@ -50,6 +50,14 @@ def test_the_preview_of_a_small_file_shows_each_row_once_and_finds_its_mistakes(
         _preview(*overrides, "data.task.num_validation=1")
 
 
+def test_a_preview_of_nothing_is_refused(tokenizer_dir: str) -> None:
+    overrides = ["data=micro_letters", "model=path", f"model.path={tokenizer_dir}"]
+    with pytest.raises(UserError, match="--num=0 must be at least 1"):
+        _preview(*overrides, "--num", "0")
+    with pytest.raises(UserError, match=r"--validation: there are no held-out rows; raise data\.task\.num_validation"):
+        _preview(*overrides, "data.task.num_validation=0", "--validation")
+
+
 def test_the_preview_calls_nothing_that_a_run_would_refuse_to_call(tmp_path: Path) -> None:
     call = ["~data.task.letters", "~data.task.num_validation", f"+data.task.name={tmp_path}/made"]
     with pytest.raises(

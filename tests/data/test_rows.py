@@ -37,6 +37,40 @@ def test_a_training_row_with_a_held_out_prompt_is_left_out_and_said() -> None:
     assert len(held_out) == 4 and not train & held_out and task.num_train_rows == 2 * 16
 
 
+def _left(tmp_path: Path, train: str, held_out: Any, **settings: Any) -> list[Any]:
+    """The answers of training rows that are left, where the held-out rows are in a file of another kind."""
+    import datasets
+
+    (tmp_path / "train.jsonl").write_text(train)
+    path = tmp_path / "test.parquet"
+    datasets.Dataset.from_list(held_out).to_parquet(path)
+    task = RowsTask(str(tmp_path / "train.jsonl"), validation_split=str(path), num_validation=None, **settings)
+    with pytest.warns(UserWarning, match="training rows of .* are left out"):
+        return [task.train_row(i)["answer"] for i in range(task.num_train_rows)]
+
+
+def test_a_held_out_conversation_is_left_out_whatever_the_order_of_keys_and_nulls_of_arrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    talks = [[{"role": "user", "content": f"q{i}"}] for i in range(4)]
+    train = "".join(json.dumps({"prompt": talk, "answer": i}) + "\n" for i, talk in enumerate(talks))
+    held_out = [
+        {"prompt": [{"content": "q0", "role": "user", "name": None}]},
+        {"prompt": [{"content": "q2", "role": "user", "name": None}]},
+        {"prompt": [{"content": "q3", "role": "user", "name": "bob"}]},
+    ]
+    assert _left(tmp_path, train, held_out) == [1, 3]
+
+
+def test_a_held_out_number_is_the_same_as_its_text_in_a_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    train = "".join(json.dumps({"a": str(i), "b": i, "answer": i}) + "\n" for i in range(3))
+    assert _left(tmp_path, train, [{"a": 1, "b": "1"}], template="{a}+{b}?") == [0, 2]
+
+
 def test_without_duplicates_nothing_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,6 +92,46 @@ def test_a_datasets_object_serves_as_source_and_as_validation_rows() -> None:
     task = RowsTask(datasets.Dataset.from_list(_rows(10)), num_validation=3)
     train, held_out = _answers(task)
     assert len(held_out) == 3 and train | held_out == {str(i) for i in range(10)}
+
+
+def test_an_iterable_dataset_is_read_like_a_generator() -> None:
+    import datasets
+
+    task = RowsTask(datasets.Dataset.from_list(_rows(10)).to_iterable_dataset(), num_validation=3)
+    assert task.num_train_rows == 7
+
+
+def test_what_has_no_rows_in_order_is_refused_with_the_way_out() -> None:
+    import datasets
+    import pandas
+
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(_rows(3))})
+    for source, message in [
+        (splits, r"data\.task\.source of task rows is a DatasetDict of train; give one of them"),
+        (pandas.DataFrame(_rows(3)), r"is a DataFrame; give its rows: frame\.to_dict\('records'\)"),
+        (5, r"is a int; give a path"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            RowsTask(source, num_validation=0).train_row(0)
+
+
+def test_rows_of_python_are_kept_by_their_columns_like_those_of_a_file() -> None:
+    import datasets
+
+    rows = [{"prompt": f"q{i}", "answer": str(i % 2)} for i in range(10)]
+    for source in (rows, datasets.Dataset.from_list(rows)):
+        task = RowsTask(source, num_validation=2, keep_rows={"answer": "1"})
+        assert task.num_train_rows == 3 and _answers(task) == ({"1"}, {"1"})
+    with pytest.raises(UserError, match="rows row 0: expected a row with columns, found str"):
+        RowsTask(["p"], num_validation=0, keep_rows={"answer": "1"}).train_row(0)
+
+
+def test_a_blank_column_of_a_template_is_a_prompt_and_one_for_the_rewards_is_none() -> None:
+    row = {"q": "Why?", "context": "", "solution": " "}
+    task = RowsTask([row], num_validation=0, template="{hint}{q}", columns={"hint": "context"})
+    assert task.train_row(0)["prompt"] == [{"role": "user", "content": "Why?"}]
+    with pytest.raises(UserError, match=r"column 'solution' is blank \(data\.task\.columns\.answer\)"):
+        RowsTask([row], num_validation=0, prompt_column="q", columns={"answer": "solution"}).train_row(0)
 
 
 def test_a_generator_serves_as_source_and_is_read_once() -> None:
@@ -133,9 +207,12 @@ def test_plain_prompts_stay_strings_and_conversations_lose_their_nulls() -> None
             r"data\.task\.patterns\.a='\(#': not a pattern",
         ),
         ([{"q": None}], {"template": "{q}?"}, r"column 'q' is null \(data\.task\.template\)"),
+        ([{"q": float("nan")}], {"template": "{q}?"}, r"column 'q' is NaN \(data\.task\.template\)"),
+        ([{"prompt": "p"}], {"num_validation": -1}, r"data\.task\.num_validation=-1 must be at least 0"),
         ([{"q": "x"}], {"template": "{q} in \\boxed{}"}, r"double braces that are meant literally"),
         ([{"q": "x"}], {"template": "{q"}, r"data\.task\.template='\{q'"),
         ([{"q": "x"}], {"template": "no column"}, r"name a column in each pair of braces"),
+        ([{"q": [1]}], {"template": "{q:d}"}, r"rows row 0: data\.task\.template does not fit the row"),
         ([{"q": "x"}], {"template": "{q.b}"}, r"rows row 0: data\.task\.template does not fit the row"),
         ([{"prompt": "p"}], {"system_prompt": "s", "conversational": False}, r"system_prompt has no effect"),
         ([{"prompt": "p"}], {"num_validation": 1}, r"num_validation=1 must be less than the 1 rows"),

@@ -54,6 +54,19 @@ def test_what_the_template_refuses_is_said_with_the_row(tokenizer: Any) -> None:
         encode_prompt(TALK, tokenizer, where="row y")
 
 
+def test_half_a_character_is_refused_with_the_row(tokenizer: Any) -> None:
+    parts = [{"type": "image", "image": b"\xff"}, {"type": "text", "text": "q\udcff"}]
+    for prompt, half in [
+        ("q\ud800", r"\ud800"),
+        ([{"role": "user", "content": "\ud83d!"}], r"\ud83d"),
+        ([{"role": "user", "content": parts}], r"\udcff"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            encode_prompt(prompt, tokenizer, where="row x")
+        assert str(caught.value).startswith(f"row x: the prompt has '{half}', half a character")
+    assert tokenizer.decode(encode_prompt("\U0001f600a", tokenizer)).endswith("a")
+
+
 def test_the_default_system_prompt_of_smollm2_stays(smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     text = tokenizer.decode(encode_prompt(TALK, tokenizer))

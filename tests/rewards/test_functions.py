@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import exact_match, last_integer, letter_share, numeric_match
 
 NASTY = [
@@ -32,6 +33,19 @@ NASTY = [
         ("197", "97", 0),
         ("no number", "97", 0),
         ("97", 97, 1),
+        ("18", 18.0, 1),
+        ("18", "18.0", 1),
+        ("1000", 1e3, 1),
+        ("25", "025", 1),
+        ("025", "25", 1),
+        ("000", "0", 1),
+        ("-0", "0", 1),
+        ("5", "+5", 1),
+        ("1234", "1,234", 1),
+        ("x = −5", "-5", 1),
+        ("x = −5", "5", 0),
+        ("-5", "−5", 1),
+        ("5", "-5", 0),
     ],
 )
 def test_last_integer(text, answer, right):
@@ -48,10 +62,31 @@ def test_last_integer(text, answer, right):
         ("1,234.5", 1234.5, 1),
         ("-.5", "-0.5", 1),
         ("none", "1", 0),
+        ("it is −2.5", "-2.5", 1),
+        ("-2.5", "−2.5", 1),
+        ("1500", "1.5e3", 1),
     ],
 )
 def test_numeric_match(text, answer, right):
     assert numeric_match([text], [answer]) == [right]
+
+
+@pytest.mark.parametrize("answer", ["", "$18", "18.5", "2,3", "five", float("nan"), None, True])
+def test_an_answer_that_no_integer_can_be_is_refused(answer):
+    with pytest.raises(UserError, match=r"last_integer: the row's answer '.*' is no whole number"):
+        last_integer(["18"], [answer])
+
+
+@pytest.mark.parametrize("answer", ["", "$18", "1.000,50", "five", "1e999", float("nan"), None])
+def test_an_answer_that_is_no_number_is_refused(answer):
+    with pytest.raises(UserError, match=r"numeric_match: the row's answer '.*' is no number"):
+        numeric_match(["18"], [answer])
+
+
+@pytest.mark.parametrize("answer", ["", " \n", float("nan"), None])
+def test_saying_nothing_is_never_an_exact_match(answer):
+    with pytest.raises(UserError, match="exact_match: the row's answer is blank, null or NaN"):
+        exact_match([""], [answer])
 
 
 def test_exact_match_ignores_white_space_at_the_ends_alone():

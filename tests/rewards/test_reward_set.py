@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec
 from gspo_lightning.types import Completion, Prompt
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -59,7 +59,8 @@ def test_only_arguments_a_function_takes_are_passed():
 
 
 def test_none_becomes_nan_and_bools_and_tensors_become_numbers():
-    values = score(f=lambda completions: [None, True, torch.tensor(2.5), 3]).flatten().tolist()
+    table = score(f=lambda completions: [None, True, torch.tensor(2.5), 3], g=lambda completions: [0] * 4)
+    values = table[..., 0].flatten().tolist()
     assert math.isnan(values[0]) and values[1:] == [1.0, 2.5, 3.0]
 
 
@@ -110,6 +111,28 @@ def test_columns_that_functions_need_are_known_before_the_run():
 
     rewards = RewardSet({"a": RewardSpec(needs), "b": RewardSpec(lambda completions, prompts: [])})
     assert rewards.required_columns() == {"answer": "reward function a"}
+
+
+def test_columns_that_functions_of_some_tasks_need_are_needed_in_their_rows():
+    def needs(completions, answer, unit, **kwargs):
+        return []
+
+    def all_need(completions, unit):
+        return []
+
+    some = {"x": RewardSpec(ForTasks(needs, ["a", "b"])), "y": RewardSpec(ForTasks(needs, ["c"]))}
+    x, y = "reward function x", "reward function y"
+    by_task = {"a": x, "b": x, "c": y}
+    assert RewardSet(some).required_columns() == {"answer": by_task, "unit": by_task, "task": y}
+    everywhere = RewardSet({"z": RewardSpec(all_need), **some}).required_columns()
+    assert everywhere == {"answer": by_task, "unit": "reward function z", "task": y}
+
+
+def test_a_row_to_which_no_function_applies_is_named():
+    functions = {"f": lambda completions: [1, 1, 1, None], "g": lambda completions: [None] * 4}
+    with pytest.raises(UserError) as caught:
+        score(**functions)
+    assert str(caught.value).startswith("row t:1: no reward function applies to a completion (f, g returned None)")
 
 
 def test_combination_by_weight():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
 from pathlib import Path
@@ -229,6 +230,32 @@ def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypa
         p.receive(), p.receive()
 
 
+def test_a_trainer_with_more_than_a_thousand_open_files_can_judge():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this system allows no more than 1024 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = []
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        assert judge(RIGHT, sandbox="unsafe") == 1.0
+        assert judge("print(input())", [{"input": "y" * 300_000, "output": "y" * 300_000}], sandbox="unsafe") == 1.0
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_tests_of_both_forms_can_have_the_nulls_of_arrow():
+    """Arrow gives every test of a row the keys of all of them; a null that is expected stays."""
+    call = {"call": "f", "args": [], "expected": None, "input": None, "output": None}
+    program = {"call": None, "args": None, "expected": None, "input": "", "output": "7"}
+    code = "def f(): pass\nif __name__ == '__main__': print(7)"
+    assert judge(code, [call, program], sandbox="unsafe") == 1.0
+    assert judge(code.replace("7", "8"), [call, program], sandbox="unsafe", partial=True) == 0.5
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [
@@ -239,6 +266,7 @@ def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypa
         (lambda: CodeTests(failure=1.0), "CodeTests.failure"),
         (lambda: CodeTests(sandbox="docker"), "CodeTests.sandbox='docker'"),
         (lambda: CodeTests(sandbox="unsafe")([""], [[]]), "tests of row 0"),
+        (lambda: CodeTests(sandbox="unsafe")([""], [[{"input": None, "output": None}]]), "must have the keys"),
         (lambda: CodeTests(sandbox="unsafe")([""], [[{"assert": "x"}]]), "must have the keys call, args, expected"),
     ],
 )

@@ -49,6 +49,8 @@ def test_tag_format_of_other_tags_and_scores():
         ("1,234", "1234.0", 2),
         ("-.5", "-0.5", 2),
         ("1e3", "1000", 2),
+        ("−5", "-5", 2),
+        ("-5", "−5", 2),
         ("5 or 6", "5", 0),
         ("five", "5", 0),
         ("5/1", "5", 0),
@@ -198,6 +200,35 @@ def test_math_reads_a_tag_and_refuses_a_row_without_an_answer(math):
             tagged(["<answer>5</answer>"], [""])
     finally:
         tagged.close()
+
+
+CODE = "def f():\n    return 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (CODE, CODE),
+        (f"```\n{CODE}```", "\n" + CODE),
+        (f"so\n```python\n{CODE}```\nDone.", CODE),
+        (f"``` python\n{CODE}```", CODE),
+        (f"```Python3.11\n{CODE}```", CODE),
+        (f'```python title="a.py"\n{CODE}```', CODE),
+        (f"```python run\r\n{CODE}```", CODE),
+        (f"```{{python}}\n{CODE}```", CODE),
+        (f"```{{.python .numberLines}}\n{CODE}```", CODE),
+        ("```py = 3\nx = py\n```", "py = 3\nx = py\n"),
+        ("```x = 1\ny = x\n```", "x = 1\ny = x\n"),
+        (f"so\n```python\n{CODE}", CODE),
+        (f"```python\nbad\n``` no:\n```python\n{CODE}", CODE),
+        (f"```python\n{CODE}```\n```", CODE),
+        (f"```python\n{CODE}```\n```python\n", CODE),
+        ("``````", None),
+        ("", None),
+    ],
+)
+def test_code_is_the_last_block_that_holds_any_closed_or_not(text, code):
+    assert extract_code(text) == code
 
 
 HOSTILE = [

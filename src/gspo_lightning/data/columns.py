@@ -7,9 +7,14 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from gspo_lightning.data.mixture import TASK_COLUMN
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages
+
+Needed = Mapping[str, str | Mapping[str, str]]
+"""Column -> who needs it in every row, or by task of a mixture."""
 
 
 def template_columns(template: str, constant: bool = False) -> list[str]:
@@ -35,7 +40,7 @@ def fill_template(template: str, row: Row, where: str, constant: bool = False) -
         column_of(row, name, where, "data.task.template")
     try:
         return template.format(**row)
-    except (KeyError, IndexError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: data.task.template does not fit the row: {error!r}") from error
 
 
@@ -61,13 +66,39 @@ def as_mapping(row: Any, where: str) -> Row:
     return row  # type: ignore[return-value]
 
 
-def column_of(row: Row, column: str, where: str, key: str) -> Any:
-    """The value of a column, which must be there and not be null; ``key`` is the setting that asks for it."""
-    if row.get(column) is None:
-        problem = "is null" if column in row else "is missing"
+def column_of(row: Row, column: str, where: str, key: str, blank: bool = True) -> Any:
+    """The value of a column; ``key`` is the setting that asks for it, ``blank``: it may be text without a letter.
+
+    Raises:
+        UserError: it is missing, null, NaN or, unless it may be, blank.
+    """
+    value = row.get(column)
+    if is_missing(value) and not (blank and isinstance(value, str)):
         known = ", ".join(map(str, row))
-        raise UserError(f"{where}: column {column!r} {problem} ({key}); the row has {known}")
-    return row[column]
+        raise UserError(f"{where}: column {column!r} {_problem(row, column)} ({key}); the row has {known}")
+    return value
+
+
+def check_columns(row: Row, needed: Needed, where: str) -> None:
+    """Refuses a row in which a needed column is missing, null, NaN or blank.
+
+    Raises:
+        UserError: names the row, the column and who needs it.
+    """
+    for column, who in needed.items():
+        name = who if isinstance(who, str) else who.get(str(row.get(TASK_COLUMN)))
+        if name is not None and is_missing(row.get(column)):
+            problem = (
+                f"column {column!r} {_problem(row, column)}" if column in row else f"there is no column {column!r}"
+            )
+            raise UserError(f"{where}: {problem}, which {name} needs; the row has {', '.join(map(str, row))}")
+
+
+def _problem(row: Row, column: str) -> str:
+    value = row.get(column)
+    if column not in row:
+        return "is missing"
+    return "is null" if value is None else "is blank" if isinstance(value, str) else "is NaN"
 
 
 def extract(pattern: str, text: str, column: str, where: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from gspo_lightning.data.stream import PromptStream
+from gspo_lightning.data.columns import Needed, check_columns
+from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
 from gspo_lightning.data.vision import VisionSettings, encode_conversation, image_parts
@@ -26,7 +27,8 @@ from gspo_lightning.types import Messages, Prompt, PromptBatch
 OverlongPrompts = Literal["error", "drop"]
 
 ROWS_CHECKED = 5_000
-"""So many rows of a finite task, evenly spaced, are made into tokens before a run begins: a few seconds."""
+"""So many rows of a finite task, evenly spaced, are made into tokens before a run begins: a few seconds. Of a mixture
+about as many in all."""
 
 _DROPS_IN_A_ROW = 1_000
 
@@ -97,11 +99,12 @@ class PromptDataModule(L.LightningDataModule):
         size = self.task.num_train_rows
         return None if size is None else size // self.prompts_per_rollout
 
-    def check(self, required_columns: Mapping[str, str] | None = None) -> None:
+    def check(self, required_columns: Needed | None = None) -> None:
         """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.
 
         Args:
-            required_columns: column -> who needs it, such as ``{"answer": "reward function last_integer"}``.
+            required_columns: column -> who needs it, such as ``{"answer": "reward function last_integer"}``, or task of
+                a mixture -> who needs it in the rows of that task.
 
         Raises:
             UserError: there are too few rows, an option of the template has no effect, or a row lacks a column, is
@@ -123,21 +126,14 @@ class PromptDataModule(L.LightningDataModule):
         for prompt in self._prompts_to_check():
             if self.chat_template_kwargs and isinstance(prompt.prompt, str):
                 raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
-            for column, who in (required_columns or {}).items():
-                if prompt.sample.get(column) is None:
-                    raise UserError(
-                        f"row {prompt.uid}: there is no column {column!r}, which {who} needs; "
-                        f"the row has {', '.join(prompt.sample)}"
-                    )
+            check_columns(prompt.sample, required_columns or {}, f"row {prompt.uid}")
 
     def _prompts_to_check(self) -> Iterator[Prompt]:
         yield from self._rollout(0).prompts
         for number in range(len(self._validation_rows())):
             yield self._validation_prompt(number)
-        size = self.task.num_train_rows or 0
-        for index in range(0, size, -(-size // ROWS_CHECKED) or 1):
-            prompt = self._prompt(f"{self.task.name}:train:{index}", self.task.train_row(index))
-            if prompt is not None:
+        for uid, row in spaced_rows(self.task, ROWS_CHECKED):
+            if (prompt := self._prompt(uid, row)) is not None:
                 yield prompt
 
     def state_dict(self) -> dict[str, int]:
@@ -166,7 +162,7 @@ class PromptDataModule(L.LightningDataModule):
             for start in range(0, -(-count // world_size()), size)
         ]
         # Iterable: Lightning would give each rank a share of a list, and these batches are the rank's share already.
-        return DataLoader(_Listed(batches), batch_size=None)
+        return DataLoader(Listed(batches), batch_size=None)
 
     def finish(self, batch: PromptBatch) -> None:
         """The rollout on this batch is finished; a checkpoint taken now resumes behind it."""
@@ -283,16 +279,6 @@ class PromptDataModule(L.LightningDataModule):
                 "raise it: held-out prompts are never left out"
             )
         return prompt
-
-
-class _Listed(IterableDataset[PromptBatch]):
-    """Batches that are there already."""
-
-    def __init__(self, batches: list[PromptBatch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        return iter(self.batches)
 
 
 class _Batches(IterableDataset[PromptBatch]):

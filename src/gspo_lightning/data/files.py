@@ -17,6 +17,7 @@ from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 def is_file(source: str) -> bool:
@@ -48,15 +49,19 @@ def read_file(source: str) -> Sequence[Row]:
 
 
 def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
-    """A split of a dataset of the Hugging Face hub, or of a local folder that ``datasets`` understands.
+    """A split of a dataset of the Hugging Face hub, or of a local folder that ``datasets`` understands or wrote.
 
     Raises:
         UserError: it cannot be found, reached or read, or is empty; names dataset, split and cause.
     """
     import datasets
 
+    folder = Path(source).expanduser()
     try:
-        rows = datasets.load_dataset(source, config_name, split=split)
+        if any((folder / name).is_file() for name in _OF_SAVE_TO_DISK):
+            rows = _saved(datasets.load_from_disk(str(folder)), source, config_name, split)
+        else:
+            rows = datasets.load_dataset(source, config_name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"data.task.source={source}, split {split}: cannot load it: {cause[0]}") from error
@@ -65,13 +70,24 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     return _with_class_names(rows)
 
 
+def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
+    """The split of what ``save_to_disk`` wrote; a dataset alone is ``train``, and what its split was called."""
+    if config_name is not None:
+        raise UserError(f"data.task.config_name={config_name} has no effect on a folder of save_to_disk; make it null")
+    splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
+    if split not in splits:
+        raise UserError(f"data.task.source={source}: there is no split {split}; it has {', '.join(splits)}")
+    return splits[split]
+
+
 def _with_class_names(rows: Any) -> Sequence[Row]:
-    """Classes by their names, not by numbers: a reward compares what the model says."""
+    """Classes by their names, not by numbers: a reward compares what the model says. -1, for no class, becomes null."""
     import datasets
 
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            names = [None if number is None else feature.int2str(number) for number in rows[name]]
+            numbers = rows[name]
+            names = [None if number is None or number < 0 else feature.int2str(number) for number in numbers]
             rows = rows.remove_columns(name).add_column(name, names)
     return rows
 
@@ -113,7 +129,7 @@ def _read_parquet(path: Path) -> Sequence[Row]:
     said = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(CRITICAL)  # it prints a line of its own about a broken file
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return _with_class_names(datasets.load_dataset("parquet", data_files=str(path), split="train"))
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read") from error
     finally:
@@ -123,7 +139,9 @@ def _read_parquet(path: Path) -> Sequence[Row]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise UserError(f"{where}: not JSON that can be read: brackets within brackets, too deep") from error
+    except ValueError as error:  # malformed, or an integer of more digits than Python takes
         raise UserError(f"{where}: not valid JSON ({error})") from error
 
 

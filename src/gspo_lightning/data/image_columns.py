@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gspo_lightning.data.columns import as_mapping
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -83,7 +84,7 @@ def _column(rows: Any, column: str, source: str) -> Sequence[Any]:
         if column not in rows.column_names:
             raise UserError(f"{source}: there is no column {column!r} (data.task.keep_rows)")
         return rows[column]
-    return [row.get(column) for row in rows]
+    return [as_mapping(row, f"{source} row {number}").get(column) for number, row in enumerate(rows)]
 
 
 def _without_nulls(part: Row) -> Row:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gspo_lightning.data.stream import PromptStream
+from gspo_lightning.data.stream import PromptStream, spaced
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.errors import UserError
 
@@ -65,6 +66,16 @@ class Mixture:
     def validation_rows(self) -> list[Row]:
         """Those of every task, one task after the other."""
         return [_marked(row, name) for name, task in self.tasks.items() for row in task.validation_rows()]
+
+    def spaced_rows(self, most: int) -> Iterator[tuple[str, Row]]:
+        """Rows to be checked before a run, each under the number its task gives it.
+
+        At most ``most`` in all, an equal share of each finite task, and the first row of an endless one.
+        """
+        share = max(1, most // len(self.tasks))
+        for name, task in self.tasks.items():
+            for index in spaced(1 if task.num_train_rows is None else task.num_train_rows, share):
+                yield f"{self.name}.{name}:train:{index}", _marked(task.train_row(index), name)
 
     @property
     def _weights(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.datamodule import PromptDataModule
+from gspo_lightning.errors import UserError
 from gspo_lightning.types import Prompt
 
 
@@ -55,10 +56,14 @@ def show(datamodule: PromptDataModule, num: int, validation: bool, console: Cons
     """Prints ``num`` prompts with uid, token count, text behind the chat template, and the other columns.
 
     Raises:
-        UserError: what would stop a training run on this data.
+        UserError: what would stop a training run on this data, or there is nothing to show.
     """
+    if num < 1:
+        raise UserError(f"--num={num} must be at least 1")
     datamodule.check()
     prompts = first_prompts(datamodule, num, validation)
+    if not prompts:
+        raise UserError("--validation: there are no held-out rows; raise data.task.num_validation")
     for prompt in prompts:
         console.print(_panel(prompt, datamodule.tokenizer))
     lengths = [len(prompt.input_ids) for prompt in prompts]

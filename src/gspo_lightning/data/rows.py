@@ -34,6 +34,8 @@ class RowsTask:
     not depend on the run's seed; a training row whose prompt equals a held-out one is left out, with a
     warning that counts them.
 
+    A column that a template reads may be blank; one that ``columns`` names for the rewards may not.
+
     Mistakes raise ``UserError`` when rows are first asked for: constructing the task reads nothing.
     """
 
@@ -91,10 +93,9 @@ class RowsTask:
         if isinstance(self.source, str):
             self._refuse_ignored_settings()
             return self._read(self.source, self.split)
-        rows = self.source if hasattr(self.source, "__getitem__") else list(self.source)
-        if not len(rows):  # type: ignore[arg-type]
-            raise UserError(f"data.task.source of task {self.name}: the dataset is empty")
-        return rows  # type: ignore[return-value]
+        rows = _listed(self.source, f"data.task.source of task {self.name}")
+        kept: Sequence[Row] = kept_rows(rows, self.keep_rows, self.name)
+        return kept
 
     def _refuse_ignored_settings(self) -> None:
         if is_file(str(self.source)) and self.config_name is not None:
@@ -122,6 +123,8 @@ class RowsTask:
     def _held_out(self) -> list[int]:
         """Row numbers in ``_validation_source``, by a fixed shuffle: files are often sorted."""
         size, wanted = len(self._validation_source), self.num_validation
+        if wanted is not None and wanted < 0:
+            raise UserError(f"data.task.num_validation={wanted} must be at least 0")
         if self.validation_split is None and (wanted is None or wanted >= size):
             raise UserError(f"data.task.num_validation={wanted} must be less than the {size} rows there are")
         order = list(range(size))
@@ -167,7 +170,7 @@ class RowsTask:
     def _prompt_row(self, row: Row, where: str) -> Row:
         out = dict(as_mapping(row, where))
         for new, old in self.columns.items():
-            out[new] = column_of(row, old, where, f"data.task.columns.{new}")
+            out[new] = column_of(row, old, where, f"data.task.columns.{new}", blank=old in self._prompt_columns)
         for column, pattern in self.patterns.items():
             text = str(column_of(out, column, where, "data.task.patterns"))
             out[column] = extract(pattern, text, column, where)
@@ -206,11 +209,37 @@ def _keys(rows: Any, columns: list[str]) -> list[str]:
 
 
 def _key(row: Any, columns: list[str]) -> str:
-    return repr([_short(row.get(name)) for name in columns]) if isinstance(row, Mapping) else repr(row)
+    return repr([_as_in_prompt(row.get(name)) for name in columns]) if isinstance(row, Mapping) else repr(row)
 
 
-def _short(value: Any) -> Any:
-    """The value, with a hash in place of the bytes of a picture."""
-    if isinstance(value, Mapping):
-        return {name: _short(item) for name, item in value.items()}
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
+def _as_in_prompt(value: Any) -> Any:
+    """The same for values that make the same prompt, whatever kind of file they are from; of a picture's bytes a hash.
+
+    A message has its keys in any order, and nulls where Arrow adds them; a number may be text.
+    """
+    if isinstance(value, str):  # first, for the sake of a million rows
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_as_in_prompt(item) for item in value]
+    if isinstance(value, (dict, Mapping)):
+        return sorted([(str(name), _as_in_prompt(item)) for name, item in value.items() if item is not None])
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def _listed(source: Any, where: str) -> Sequence[Row]:
+    """The rows of a Python object; what has no rows in order is refused."""
+    name = type(source).__name__
+    if isinstance(source, Mapping):
+        raise UserError(
+            f"{where} is a {name} of {', '.join(map(str, source))}; give one of them, such as source['train']"
+        )
+    if hasattr(source, "iloc"):
+        raise UserError(f"{where} is a {name}; give its rows: frame.to_dict('records')")
+    rows = source
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        if not isinstance(source, Iterable):
+            raise UserError(f"{where} is a {name}; give a path, the name of a dataset, or rows")
+        rows = list(source)
+    if not len(rows):
+        raise UserError(f"{where}: the dataset is empty")
+    return rows

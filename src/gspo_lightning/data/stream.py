@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.data import IterableDataset
 
 from gspo_lightning.data.tasks import Row, Task
+from gspo_lightning.types import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,27 @@ class PromptStream:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._orders[epoch] = torch.randperm(self.task.num_train_rows or 0, generator=generator).tolist()
         return self._orders[epoch]
+
+
+class Listed(IterableDataset[PromptBatch]):
+    """Batches that are there already."""
+
+    def __init__(self, batches: list[PromptBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return iter(self.batches)
+
+
+def spaced_rows(task: Task, most: int) -> Iterator[tuple[str, Row]]:
+    """Uid and row of at most ``most`` training rows of a finite task, evenly spaced; a task may have its own way."""
+    if hasattr(task, "spaced_rows"):
+        yield from task.spaced_rows(most)
+        return
+    for index in spaced(task.num_train_rows or 0, most):
+        yield f"{task.name}:train:{index}", task.train_row(index)
+
+
+def spaced(size: int, most: int) -> range:
+    """At most ``most`` of ``size`` indices, evenly spaced."""
+    return range(0, size, -(-size // most) or 1)

@@ -29,8 +29,10 @@ def encode_prompt(
     system prompt, stays.
 
     Raises:
-        UserError: there is no chat template, or it refuses the messages; the message begins with ``where``.
+        UserError: there is no chat template, it refuses the messages, or the text has half a character; the message
+            begins with ``where``.
     """
+    refuse_surrogates(prompt, where)
     if isinstance(prompt, str):
         return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long)
     if not tokenizer.chat_template:
@@ -45,6 +47,25 @@ def encode_prompt(
     except TemplateError as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
     return torch.tensor(ids, dtype=torch.long)
+
+
+def refuse_surrogates(prompt: str | Messages, where: str) -> None:
+    """Refuses text with half a character (a lone surrogate, such as ``\\ud800`` of a JSON file): it has no tokens.
+
+    Raises:
+        UserError: the message begins with ``where``.
+    """
+    contents = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise UserError(
+                f"{where}: the prompt has {half}, half a character; mend the text or remove the row"
+            ) from error
 
 
 def make_prompt(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from gspo_lightning.data.images import Picture, load_image
+from gspo_lightning.data.templating import refuse_surrogates
 from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -79,6 +80,7 @@ def encode_conversation(
     Raises:
         UserError: a picture or video cannot be read, or placeholders and pictures do not match; names the row.
     """
+    refuse_surrogates(messages, where)
     parts = image_parts(messages)
     videos = [part for part in parts if part["type"] == "video"]
     if videos:

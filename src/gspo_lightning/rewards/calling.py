@@ -54,6 +54,17 @@ GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_rew
 """Arguments that are no columns of the dataset."""
 
 
+def required_parameters(function: Callable[..., Any]) -> list[str]:
+    """Columns that a function cannot do without: parameters without a default."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and parameter.name not in GIVEN
+    ]
+
+
 @dataclass(frozen=True)
 class Caller:
     """A reward function in the form in which it is called, here or in a worker process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,17 +14,25 @@ from gspo_lightning.rewards.functions import full_text
 from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, require, session
 
 MAX_CODE_CHARACTERS = 50_000
+_CALL, _PROGRAM = {"call", "args", "expected"}, {"input", "output"}
+_INFO = re.compile(r"\s*(?:\w+|\{\s*\.?(?:python|py)\b[^}]*\}|(?:python|py)[\d.]*(?:\s+[^\s=].*)?)\s*", re.IGNORECASE)
+"""What may stand behind an opening fence: one word, or more where it is Python: ``python run``, ``{python}``."""
 
 
 def extract_code(text: str) -> str | None:
-    """The last block fenced by three backticks, or the whole text if there is none; None for nothing or too much."""
+    """The last block fenced by three backticks, or the whole text if there is none; None for nothing or too much.
+
+    The last block may lack its closing fence: completions are cut, and models forget it.
+    """
     parts = text.split("```")
-    code = text
-    if len(parts) >= 3:
-        code = parts[-2 if len(parts) % 2 else -3]
-        language, newline, rest = code.partition("\n")
-        code = rest if newline and language.strip().isalnum() else code
+    blocks = [block for block in map(_without_info, parts[1::2]) if block.strip()]
+    code = blocks[-1] if blocks else text if len(parts) == 1 else ""
     return code if code.strip() and len(code) <= MAX_CODE_CHARACTERS else None
+
+
+def _without_info(block: str) -> str:
+    info, newline, rest = block.partition("\n")
+    return rest if newline and _INFO.fullmatch(info[:200]) else block
 
 
 def same(found: Any, wanted: Any, tolerance: float) -> bool:
@@ -85,8 +94,7 @@ class CodeTests:
     def __call__(self, completions: list[Any], tests: list[Any], **_: Any) -> list[float]:
         """One reward per completion."""
         self.check()
-        for number, row in enumerate(tests):
-            check_tests(row, number)
+        tests = [checked_tests(row, number) for number, row in enumerate(tests)]
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._score, completions, tests))
 
@@ -137,13 +145,17 @@ def check_sandbox(owner: str, sandbox: str) -> None:
         raise UserError(f"{owner}.sandbox={sandbox!r} must be bubblewrap or unsafe")
 
 
-def check_tests(tests: Any, number: int) -> None:
-    """Refuses tests in another form than the two that are known."""
-    forms = ({"call", "args", "expected"}, {"input", "output"})
+def checked_tests(tests: Any, number: int) -> list[dict[str, Any]]:
+    """Tests in the two forms that are known, without the nulls of the other form, which Arrow adds; refuses others."""
     if not isinstance(tests, list) or not tests:
         raise UserError(f"tests of row {number} of the batch must be a list of one or more tests")
-    for test in tests:
-        if not isinstance(test, dict) or test.keys() not in forms:
-            raise UserError(
-                f"a test of row {number} of the batch must have the keys call, args, expected or input, output"
-            )
+    return [_checked_test(test, number) for test in tests]
+
+
+def _checked_test(test: Any, number: int) -> dict[str, Any]:
+    if isinstance(test, dict):
+        for form, other in ((_CALL, _PROGRAM), (_PROGRAM, _CALL)):
+            values = {key: value for key, value in test.items() if key not in other or value is not None}
+            if values.keys() == form and any(value is not None for value in values.values()):
+                return values
+    raise UserError(f"a test of row {number} of the batch must have the keys call, args, expected or input, output")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
+
+from gspo_lightning.errors import UserError
 
 MAX_CHARACTERS = 20_000
 """A longer completion is judged by its end: an answer is near the end, and no pattern sees megabytes."""
 
 _INTEGER = re.compile(r"(?<![\d.])-?\d{1,3}(?:,\d{3})+(?![\d.]*\d)|-?\d+")
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+_WHOLE_NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?")
+_ONE_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?(?:[eE][-+]?\d{1,3})?")
+_MINUS = "\N{MINUS SIGN}"
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
@@ -22,17 +28,53 @@ def full_text(completion: str | list[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value can be no answer: None, NaN (an empty cell of a table) or blank text."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def number(text: Any) -> float | None:
+    """The number a text is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is not one."""
+    text = _plain_minus(str(text)).strip()
+    if len(text) > 1000 or not any(c in "0123456789" for c in text) or _ONE_NUMBER.fullmatch(text) is None:
+        return None
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
 def last_integer(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1 if the last integer of the completion is the row's ``answer``, else 0. Understands ``1,234`` and ``-5``."""
-    return [float(_last(_INTEGER, text_of(c)) == _integer(a)) for c, a in zip(completions, answer, strict=True)]
+    """1 if the last integer of the completion is the row's ``answer``, else 0.
+
+    Understands ``1,234``, ``-5`` and leading zeros; an answer may be written ``18.0``.
+
+    Raises:
+        UserError: a row's ``answer`` is no whole number.
+    """
+    rewards = []
+    for completion, wanted in zip(completions, answer, strict=True):
+        if (target := _whole_number(wanted)) is None:
+            raise UserError(f"last_integer: the row's answer {str(wanted)[:60]!r} is no whole number")
+        found = _last(_INTEGER, text_of(completion))
+        rewards.append(float(found is not None and _whole_number(found) == target))
+    return rewards
 
 
 def numeric_match(completions: list[Any], answer: list[Any], tolerance: float = 1e-6, **_: Any) -> list[float]:
-    """1 if the last number of the completion is within a relative ``tolerance`` of ``answer``, else 0."""
+    """1 if the last number of the completion is within a relative ``tolerance`` of ``answer``, else 0.
+
+    Raises:
+        UserError: a row's ``answer`` is no number.
+    """
     rewards = []
     for completion, wanted in zip(completions, answer, strict=True):
+        if (target := number(wanted)) is None:
+            raise UserError(f"numeric_match: the row's answer {str(wanted)[:60]!r} is no number")
         found = _last(_NUMBER, text_of(completion))
-        target = float(str(wanted).replace(",", ""))
         rewards.append(float(found is not None and abs(float(found) - target) <= tolerance * max(1.0, abs(target))))
     return rewards
 
@@ -43,7 +85,13 @@ def environment_reward(completions: list[Any], environment_reward: list[float], 
 
 
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1 if the completion is the ``answer``, white space at both ends aside, else 0."""
+    """1 if the completion is the ``answer``, white space at both ends aside, else 0.
+
+    Raises:
+        UserError: a row's ``answer`` is blank: saying nothing would be right.
+    """
+    if any(map(is_missing, answer)):
+        raise UserError("exact_match: the row's answer is blank, null or NaN")
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
@@ -54,9 +102,19 @@ def letter_share(completions: list[Any], letter: list[str], **_: Any) -> list[fl
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.findall(text)
+    found = pattern.findall(_plain_minus(text))
     return found[-1].replace(",", "") if found else None
 
 
-def _integer(answer: Any) -> str:
-    return str(answer).strip().replace(",", "")
+def _whole_number(value: Any) -> str | None:
+    """Its digits, behind a minus if it has one; a text, because a million digits are no ``int`` at once."""
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    found = _WHOLE_NUMBER.fullmatch(_plain_minus(text).strip())
+    if found is None:
+        return None
+    digits = found[2].replace(",", "").lstrip("0") or "0"
+    return "-" + digits if found[1] == "-" and digits != "0" else digits
+
+
+def _plain_minus(text: str) -> str:
+    return text.replace(_MINUS, "-")

@@ -9,7 +9,6 @@ conversational completions, ``[{"role": "assistant", "content": text}]`` (of gpt
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.calling import GIVEN, Caller, Log, RewardFunctionError, TrainerState
+from gspo_lightning.rewards.by_task import ForTasks
+from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
 from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.types import Completion, Metrics, Prompt
 
@@ -76,7 +76,7 @@ class RewardSet:
 
         Raises:
             UserError: a function raised, took too long, or returned something else than one finite number or None per
-                completion; names the function and the row.
+                completion, or no function applies to a completion; names the function and the row.
         """
         arguments = call_arguments(prompts, completions)
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
@@ -92,6 +92,12 @@ class RewardSet:
         self.log = merged_log([log for _, log in results.values()], len(uids))
         columns = [checked(name, values, uids) for name, (values, _) in results.items()]
         table = torch.tensor(columns, dtype=torch.float64).T
+        for uid, nothing in zip(uids, table.isnan().all(dim=1).tolist(), strict=True):
+            if nothing:
+                raise UserError(
+                    f"row {uid}: no reward function applies to a completion ({', '.join(self.names)} returned None); "
+                    "add one that does, or leave the row out"
+                )
         return table.reshape(len(prompts), -1, len(columns))
 
     def _start(self) -> None:
@@ -136,16 +142,19 @@ class RewardSet:
             if hasattr(spec.function, "close"):
                 spec.function.close()
 
-    def required_columns(self) -> dict[str, str]:
-        """Columns a row must have -> what needs them: parameters without a default of the reward functions."""
-        return {
-            parameter.name: f"reward function {name}"
-            for name, spec in self.functions.items()
-            for parameter in inspect.signature(spec.function).parameters.values()
-            if parameter.default is inspect.Parameter.empty
-            and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-            and parameter.name not in GIVEN
-        }
+    def required_columns(self) -> dict[str, str | dict[str, str]]:
+        """Columns a row must have -> what needs them: parameters without a default of the reward functions.
+
+        For a column that only functions of `ForTasks` need it is task -> what needs it in the rows of that task.
+        """
+        everywhere: dict[str, str | dict[str, str]] = {}
+        by_task: dict[str, dict[str, str]] = {}
+        for name, spec in self.functions.items():
+            everywhere |= dict.fromkeys(required_parameters(spec.function), f"reward function {name}")
+            if isinstance(spec.function, ForTasks):
+                for column in required_parameters(spec.function.function):
+                    by_task.setdefault(column, {}).update(dict.fromkeys(spec.function.tasks, f"reward function {name}"))
+        return by_task | everywhere
 
     def combine(self, by_function: Tensor) -> Tensor:
         """``(B, G, K)`` -> ``(B, G)`` as configured, for training."""

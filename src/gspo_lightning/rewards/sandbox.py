@@ -116,13 +116,17 @@ class Session:
                 self._close_input()
             if (left := self.deadline - time.monotonic()) <= 0:
                 raise SandboxError("wall clock")
-            readable, writable, _ = select.select([self.stdout], [self.stdin] if view else [], [], left)
-            if writable:
+            poller = select.poll()  # select.select takes no descriptor above 1023
+            poller.register(self.stdout, select.POLLIN)
+            if view:
+                poller.register(self.stdin, select.POLLOUT)
+            ready = dict(poller.poll(left * 1000))
+            if self.stdin in ready:
                 try:
                     view = view[os.write(self.stdin, view[:65536]) :]
                 except BrokenPipeError:
                     view = memoryview(b"")
-            if readable:
+            if self.stdout in ready:
                 part = os.read(self.stdout, 65536)
                 self.buffer += part
                 self.room -= len(part)

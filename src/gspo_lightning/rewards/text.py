@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.functions import full_text, text_of
-
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?(?:[eE][-+]?\d{1,3})?")
+from gspo_lightning.rewards.functions import full_text, number, text_of
 
 
 def blocks(text: str, tag: str) -> list[str]:
@@ -26,18 +24,6 @@ def single_block(text: str, tag: str) -> str | None:
         return None
     found = blocks(text, tag)
     return found[0] if found else None
-
-
-def number(text: Any) -> float | None:
-    """The number a text is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is not one."""
-    text = str(text).strip()
-    if len(text) > 1000 or not any(c in "0123456789" for c in text) or _NUMBER.fullmatch(text) is None:
-        return None
-    try:
-        value = float(text.replace(",", ""))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def check_tag(key: str, tag: str) -> None:
