@@ -14,7 +14,6 @@ from gspo_lightning.collect import compare, rollout_metrics
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.dynamic_sampling import draw_until_signal
-from gspo_lightning.errors import UserError
 from gspo_lightning.types import Completion, Dialogue, Prompt, PromptBatch, RewardedRollout
 
 
@@ -167,8 +166,22 @@ def test_fresh_prompts_follow_the_batch_and_none_is_in_the_rollout_twice(data):
     assert numbers(first) == order[:2]
     more = data.draw(first, [3])
     assert numbers(more) == order[2:5] and more.cursor == 5
-    with pytest.raises(UserError, match="dynamic_sampling.max_draws: the 5 training rows"):
-        data.draw(more, [1])
+    with pytest.warns(
+        UserWarning, match="the 5 rows do not hold 1 more prompts .* groups without signal stay"
+    ):
+        assert data.draw(more, [1]) is None
+
+
+def test_where_no_fresh_prompt_is_left_silent_groups_stay_and_the_run_goes_on(data):
+    def collect(prompts):
+        return rewarded(prompts, [[1.0, 1.0] for _ in prompts])  # all is solved
+
+    with pytest.warns(UserWarning, match="groups without signal stay"):
+        rollout, batch, drawn = draw_until_signal(data, collect, max_draws=5)
+    assert (drawn.draws, drawn.extra_prompts, drawn.silent_left) == (1, 2, 2)
+    assert len(rollout.prompts) == 2 and batch.cursor == 4  # behind what was drawn, not behind what was looked at
+    data.finish(batch)
+    assert len(data.first().prompts) == 2
 
 
 def test_draws_wrap_into_the_next_epoch_without_repeating_a_row_of_the_rollout(data):

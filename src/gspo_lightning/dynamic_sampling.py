@@ -26,8 +26,11 @@ class PromptSource(Protocol):
         """This rank's share of the rollout behind the last finished one."""
         ...
 
-    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
-        """``counts[rank]`` fresh prompts for this rank; cursor and drops go on from ``batch``."""
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:
+        """``counts[rank]`` fresh prompts for this rank; cursor and drops go on from ``batch``.
+
+        None, on all ranks, if there are not as many.
+        """
         ...
 
 
@@ -60,7 +63,8 @@ def draw_until_signal(
     max_draws: int,
     run_along: Callable[[], object] = lambda: None,
 ) -> tuple[RewardedRollout, PromptBatch, Drawn]:
-    """Collects a rollout and replaces groups without signal (`silent_rollout`), at most ``max_draws`` times.
+    """Collects a rollout and replaces groups without signal (`silent_rollout`), at most ``max_draws`` times
+    and as long as there are fresh prompts.
 
     Where other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
     Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
@@ -73,7 +77,8 @@ def draw_until_signal(
         counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
         if not sum(counts):
             break
-        more = source.draw(batch, counts)
+        if (more := source.draw(batch, counts)) is None:
+            break
         batch = PromptBatch(batch.prompts, more.cursor, more.dropped)
         drawn = replace(
             drawn,

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -182,11 +183,10 @@ class PromptDataModule(L.LightningDataModule):
         self._taken = {prompt.uid for prompt in everyone.prompts}
         return self._share(everyone)
 
-    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:
         """Fresh prompts behind ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
 
-        Raises:
-            UserError: the task has too few rows left that are short enough and not in the rollout.
+        None, on all ranks, if the task has too few rows left that are short enough and not in the rollout.
         """
         prompts: list[Prompt] = []
         cursor, dropped, passed = batch.cursor, batch.dropped, 0
@@ -200,10 +200,12 @@ class PromptDataModule(L.LightningDataModule):
                 prompts.append(prompt)
                 self._taken.add(uid)
             elif passed > limit + sum(counts):
-                raise UserError(
-                    f"dynamic_sampling.max_draws: the {limit} training rows do not hold {sum(counts)} prompts that are "
-                    "not in the rollout already; lower data.prompts_per_rollout or dynamic_sampling.max_draws"
+                rank_zero_warn(
+                    f"dynamic_sampling.max_draws: the {limit} rows do not hold {sum(counts)} more prompts that "
+                    "are not in the rollout yet, so groups without signal stay; lower dynamic_sampling.max_draws or "
+                    "data.prompts_per_rollout"
                 )
+                return None
         start = sum(counts[: rank()])
         return PromptBatch(prompts[start : start + counts[rank()]], cursor, dropped)
 
