@@ -44,7 +44,8 @@ def main(anchor_weight: float, rollouts: int = 3, **trainer_options: object) -> 
         anchor_weight=anchor_weight,
     )
     datamodule = gl.PromptDataModule(MicroLetters(), "bundled:micro", prompts_per_rollout=8, max_prompt_length=16)
-    L.Trainer(max_epochs=-1, limit_val_batches=0, enable_checkpointing=False, **trainer_options).fit(module, datamodule)
+    options = {"log_every_n_steps": 1, "enable_checkpointing": False, "limit_val_batches": 0, **trainer_options}
+    L.Trainer(max_epochs=-1, **options).fit(module, datamodule)
     return (module.policy.output_weight - module.start).norm().item()
 
 

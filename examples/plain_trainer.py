@@ -47,7 +47,8 @@ def main(rollouts: int = 20, **trainer_options: object) -> tuple[float, float]:
         max_rollouts=rollouts,
     )
     datamodule = Letters("bundled:micro")
-    trainer = L.Trainer(max_epochs=-1, enable_checkpointing=False, limit_val_batches=1, **trainer_options)
+    options = {"log_every_n_steps": 1, "enable_checkpointing": False, "limit_val_batches": 1, **trainer_options}
+    trainer = L.Trainer(max_epochs=-1, **options)
     before = trainer.validate(module, datamodule)[0]["val/reward"]
     trainer.fit(module, datamodule)
     return before, trainer.validate(module, datamodule)[0]["val/reward"]

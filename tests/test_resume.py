@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, timer
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from gspo_lightning.build import build_trainer
+from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks.time_limit import TimeLimit
 from gspo_lightning.errors import UserError
-from gspo_lightning.resume import find_checkpoint, goes_on, is_whole
+from gspo_lightning.resume import find_checkpoint, goes_on, is_whole, run_folder
 from gspo_lightning.rollout import EngineUnavailableError
+from gspo_lightning.run_state import keep_settings
+from gspo_lightning.schedule import Schedule
 from gspo_lightning.training_run import TrainingRun
-from tests.training import Batches, Settings, build_module, scripted_prompts
+from tests.conf.test_every_key import run as in_process
+from tests.training import Batches, Settings, build_module, scripted_prompts, trainer
 
 
 class Payload:
@@ -83,6 +91,30 @@ def test_a_pickle_payload_is_refused_and_never_run(tmp_path, monkeypatch):
         find_checkpoint(str(path), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", "checkpoints"])
+def test_the_folder_of_a_run_is_not_called_damaged(name, run_dir):
+    with pytest.raises(UserError) as error:
+        find_checkpoint(str(run_dir / name), run_dir)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    assert str(error.value) == f"ckpt_path={run_dir / name}: is a folder, not a checkpoint; name {last}"
+
+
+def test_a_sharded_checkpoint_without_its_index_is_damaged(run_dir):
+    (run_dir / "last.ckpt").mkdir()
+    with pytest.raises(UserError, match="last.ckpt: damaged, and there is no good checkpoint beside it"):
+        find_checkpoint(str(run_dir / "last.ckpt"), run_dir)
+
+
+def test_the_records_lie_two_folders_above_a_checkpoint_wherever_it_is_named_from(run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(run_dir / "checkpoints")
+    for name in ("last.ckpt", "../checkpoints/last.ckpt", str(run_dir / "checkpoints" / "last.ckpt")):
+        assert run_folder(Path(name)) == run_dir
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "checkpoints").symlink_to(run_dir / "checkpoints")  # on a larger disk
+    assert run_folder(linked / "checkpoints" / "last.ckpt") == linked
+
+
 def test_a_file_of_something_else_and_a_missing_file_are_named(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"w": torch.zeros(3)}, path)
@@ -119,16 +151,17 @@ class SixSeconds(Callback):
 def test_a_limit_of_time_is_that_of_one_process(micro_model_dir, tmp_path, monkeypatch):
     """Jobs of a Slurm chain with the same limit each go on; the second would end before its first rollout otherwise."""
     clock, done, ckpt_path = SixSeconds(monkeypatch), [], None
-    limited = {"_target_": "lightning.Trainer", "accelerator": "cpu", "max_time": "00:00:00:10", "limit_val_batches": 0}
-    for job in range(3):
+    limited = {"_target_": "lightning.Trainer", "accelerator": "cpu", "max_time": "00:00:00:10"}
+    for _ in range(3):
         module = build_module(micro_model_dir, Settings(rollouts=9))
         plain = {"trainer": limited, "validation": {"every_n_rollouts": None}, "logger": None}
-        trainer = build_trainer(plain, [clock])
+        checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=100)
+        trainer = build_trainer(plain, [clock, checkpoint])
         batches = Batches(scripted_prompts(), batches=9).loader()
         trainer.fit(module, batches, ckpt_path=ckpt_path, weights_only=True)
         done.append(module.rollouts_done)
-        ckpt_path = tmp_path / f"{job}.ckpt"
-        trainer.save_checkpoint(ckpt_path)
+        assert trainer.limit_val_batches == 0  # saved at once, not behind a validation that nobody has asked for
+        ckpt_path = checkpoint.last
     assert done == [2, 4, 6]
 
 
@@ -150,7 +183,9 @@ def test_a_lost_engine_says_whether_the_last_rollout_is_saved(saved_at, saved, r
 
     run, last = object.__new__(TrainingRun), run_dir / "checkpoints" / "last.ckpt"
     run.ckpt_path, run.datamodule, run.module = last, None, SimpleNamespace(rollouts_done=2)
-    run.trainer, run.checkpoint = SimpleNamespace(fit=fit), SimpleNamespace(last=last, saved_at=saved_at)
+    run.trainer, run.plain = SimpleNamespace(fit=fit, is_global_zero=True), {}
+    run.run_dir, run.lock, run.checkpoint = run_dir, None, SimpleNamespace(last=last, saved_at=saved_at)
+    run.stop = GracefulStop(run.checkpoint, grace_s=60)
     with pytest.raises(EngineUnavailableError) as error:
         run.execute()
     assert str(error.value) == f"nobody is left; {saved}, go on with ckpt_path={last}"
@@ -161,3 +196,76 @@ def test_a_command_goes_on_by_auto_or_by_naming_what_the_run_saves(tmp_path, mon
     last = tmp_path / "run" / "last.ckpt"
     names = ("auto", "run/last.ckpt", str(last), "run/rollout-000010.ckpt", "other/last.ckpt", None)
     assert [goes_on(name, last) for name in names] == [True, True, True, False, False, False]
+
+
+RULES = {"betas": (0.5, 0.75), "eps": 1e-8, "fused": True}
+
+
+def fitted(folder, rollouts, ckpt_path=None, **optimizer):
+    """The module and the trainer of a run with two optimizer steps per rollout."""
+    settings = Settings(
+        optimizer=functools.partial(torch.optim.AdamW, **RULES, **optimizer),
+        rollouts=rollouts,
+        update={"num_minibatches": 2},
+    )
+    module, runs = build_module(folder, settings), trainer()
+    runs.fit(module, Batches(scripted_prompts(), rollouts).loader(), ckpt_path=ckpt_path, weights_only=True)
+    return module, runs
+
+
+def settings_of(runs):
+    """Rate, decay and the rest of both groups: matrices, and vectors that do not decay."""
+    groups = runs.optimizers[0].param_groups
+    return [{name: group[name] for name in ("lr", "initial_lr", "weight_decay", *RULES)} for group in groups]
+
+
+def test_settings_of_the_optimizer_hold_from_where_a_run_goes_on(micro_model_dir, tmp_path):
+    _, first = fitted(micro_model_dir, 2, lr=0.25, weight_decay=0.125)
+    first.save_checkpoint(tmp_path / "2.ckpt")
+    module, second = fitted(micro_model_dir, 3, tmp_path / "2.ckpt", lr=0.0, weight_decay=0.5)
+    expected = {"lr": 0.0, "initial_lr": 0.0, **RULES}
+    assert settings_of(second) == [{**expected, "weight_decay": 0.5}, {**expected, "weight_decay": 0.0}]
+    assert module.last_metrics["lr"] == 0.0
+    saved = torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items())
+    assert {int(state["step"]) for state in second.optimizers[0].state.values()} == {6}  # the moments went on
+
+
+def test_another_rate_stands_where_the_schedule_does():
+    """Linear from 0.25 over 8 steps, 4 of them done: 0.125. With 0.5 from there on: 0.25, and 0 at the end."""
+    linear = Schedule("linear")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    keep_settings(optimizer, functools.partial(torch.optim.SGD, lr=0.5))
+    schedule = linear.build(optimizer, 8)
+    group = {**optimizer.state_dict()["param_groups"][0], "lr": 0.125, "initial_lr": 0.25}
+    optimizer.load_state_dict({"state": {}, "param_groups": [group]})
+    schedule.load_state_dict({**schedule.state_dict(), "base_lrs": [0.25], "last_epoch": 4})
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5 * 3 / 8
+
+
+def test_settings_hold_where_the_states_are_split_over_ranks():
+    """trainer=fsdp loads the optimizer by torch.distributed.checkpoint."""
+    model = torch.nn.Linear(2, 1)
+    first = torch.optim.AdamW(model.parameters(), lr=0.25, weight_decay=0.125)
+    model(torch.ones(2)).sum().backward()
+    first.step()
+    second = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.0)
+    keep_settings(second, functools.partial(torch.optim.AdamW, lr=0.5, weight_decay=0.0))
+    set_optimizer_state_dict(model, second, get_optimizer_state_dict(model, first))
+    (group,) = second.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+    assert all(int(state["step"]) == 1 for state in second.state.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_finished_run_that_is_started_again_keeps_its_time_and_speed(tmp_path):
+    in_process(tmp_path, "logger=none", "export.enabled=false", "max_rollouts=1")
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["RunRecorder"]
+    in_process(tmp_path, "logger=none", "export.enabled=false", "max_rollouts=1", "ckpt_path=auto")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["wall_s"] > state["seconds"] > 0
+    tokens = summary["train_tokens"] + summary["rollout_tokens"]
+    assert summary["tokens_per_s"] == pytest.approx(tokens / summary["wall_s"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -58,10 +59,13 @@ def test_modules_below_the_working_directory_or_on_pythonpath_are_the_users_own(
     (tmp_path / "site-packages" / "somebody_elses.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    assert not is_allowed("my_own_rewards.f")
+    monkeypatch.setattr(targets, "_START", str(tmp_path))
     assert is_allowed("my_own_rewards.f") and not is_allowed("somebody_elses.f")
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as hydra.job.chdir=true does
+    assert is_allowed("my_own_rewards.f")
+    monkeypatch.setattr(targets, "_START", str(tmp_path / "elsewhere"))
     assert not is_allowed("my_own_rewards.f")
     monkeypatch.setattr(targets, "_PYTHONPATH", (str(tmp_path),))
     assert is_allowed("my_own_rewards.f") and not is_allowed("somebody_elses.f")
@@ -133,6 +137,32 @@ def test_no_file_of_a_run_and_nothing_on_the_screen_holds_a_secret(tmp_path, mon
     assert {"config.yaml", "report.html", "last.ckpt"} <= {path.name for path in files}
     assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
     assert "***" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_hydra_masks_the_command_line_of_a_job_that_fails(tmp_path):
+    command = ["experiment=micro", "update.num_minibatches=3", "+my_token=hunter2secret", f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "train.py", "-m", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Error executing job with overrides" in done.stderr and "+my_token=***" in done.stderr
+    assert "hunter2secret" not in done.stdout + done.stderr
+
+
+def test_a_module_of_ones_own_is_allowed_where_hydra_changes_the_folder(tmp_path):
+    (tmp_path / "my_own_rewards.py").write_text("def long(completions, **_):\n    return [1.0 for _ in completions]\n")
+    command = [
+        "experiment=micro",
+        "max_rollouts=1",
+        "export.enabled=false",
+        "hydra.job.chdir=true",
+        "hydra.run.dir=run",
+    ]
+    command += ["+reward.functions.own._target_=gspo_lightning.rewards.RewardSpec"]
+    command += ["+reward.functions.own.function._target_=hydra.utils.get_method"]
+    command += ["+reward.functions.own.function.path=my_own_rewards.long", "+reward.functions.own.weight=1.0"]
+    script = Path(cli.__file__).parents[2] / "train.py"
+    done = subprocess.run([sys.executable, script, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

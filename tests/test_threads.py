@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gspo_lightning import threads
 
@@ -21,7 +22,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(threads, "_CPU_FOLDER", tmp_path)
     monkeypatch.setattr(threads, "_QUOTA_FILE", tmp_path / "cpu.max")
     monkeypatch.setattr(threads, "_affinity", lambda: {0, 1, 2, 3})
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE"):
+    monkeypatch.setattr(threads, "_is_ours", False)
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
         # Set, then delete: so that what configure_threads writes is taken back at the end.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -58,6 +60,38 @@ def test_defaults_are_set_and_shared_among_ranks(machine: Path, monkeypatch: pyt
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert threads.configure_threads() == 1
+
+
+@pytest.mark.filterwarnings("ignore:configure_threads:RuntimeWarning")
+def test_ranks_on_one_machine_share_its_cores_and_the_next_job_of_a_sweep_has_them_all(machine: Path) -> None:
+    threads.configure_threads()
+    threads.share_threads(2)
+    assert (threads.os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
+    threads.share_threads(1)
+    assert (threads.os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("2", 2)
+    threads.share_threads(8)
+    assert (threads.os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
+
+
+@pytest.mark.filterwarnings("ignore:configure_threads:RuntimeWarning")
+@pytest.mark.parametrize(("of_the_job", "count"), [("4", "1"), ("8", "2")])
+def test_a_rank_that_srun_has_bound_to_its_own_cores_does_not_share_them(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, of_the_job: str, count: str
+) -> None:
+    """Four CPUs (two cores) are seen: all that the job has here, or half of them."""
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_the_job)
+    threads.configure_threads()
+    threads.share_threads(2)
+    assert threads.os.environ["OMP_NUM_THREADS"] == count
+
+
+def test_a_count_of_the_users_is_not_shared(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads.share_threads(2)
+    assert "OMP_NUM_THREADS" not in threads.os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "7,2")
+    threads.configure_threads()
+    threads.share_threads(2)
+    assert (threads.os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("7,2", 1)
 
 
 def test_the_users_values_stand(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from gspo_lightning.dialogue import Environments
@@ -125,6 +128,9 @@ _INSTEAD = {
     "callbacks": "add to the group callbacks",
     "logger": "choose one with logger=",
     "plugins": "subclass in a script of your own (docs/reuse.md)",
+    "default_root_dir": "set hydra.run.dir",
+    "gradient_clip_val": "set update.max_grad_norm",
+    "accumulate_grad_batches": "set update.max_tokens_per_microbatch, which never changes the gradient",
     "max_epochs": "set max_rollouts or num_epochs",
     "val_check_interval": "set validation.every_n_rollouts",
     "check_val_every_n_epoch": "set validation.every_n_rollouts",
@@ -135,26 +141,40 @@ _INSTEAD = {
     "enable_model_summary": "dry_run=true prints what the model needs",
     "inference_mode": "it is always off",
 }
-"""Arguments of the Trainer that `build_trainer` sets -> what to do for them."""
+"""Arguments of the Trainer that `build_trainer` sets, or that manual optimization has no use for -> what to do."""
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Refuses an argument of the Trainer that would be overwritten."""
+    """Refuses an argument of the Trainer that would be overwritten, or refused by it behind the first validation."""
     for key in trainer:
         if key in _INSTEAD:
             raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")
 
 
-def build_trainer(plain: dict[str, Any], callbacks: list[Any]) -> Any:
-    """The Lightning Trainer with what manual optimization and a prompt stream need."""
+def _plugins() -> list[Any]:
+    """What writes checkpoints; on Slurm also that signals are ours: Lightning would save where nobody looks for it."""
+    on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [StreamingCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if on_slurm else [])]
+
+
+def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | None = None) -> Any:
+    """The Lightning Trainer with what manual optimization and a prompt stream need.
+
+    Args:
+        plain: the resolved config.
+        callbacks: what watches and saves, in order.
+        run_dir: where Lightning keeps, and on Slurm looks for, files of its own; None is the current folder.
+    """
     every = plain["validation"]["every_n_rollouts"]
     loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
     limit = {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": plain["trainer"].get("max_time")}
     ours = {
-        "callbacks": [*callbacks, *([limit] if limit["duration"] is not None else [])],
+        # The limit before what saves: it ends the run.
+        "callbacks": [*([limit] if limit["duration"] is not None else []), *callbacks],
         "max_time": None,
         "logger": loggers or False,
-        "plugins": [StreamingCheckpointIO()],
+        "plugins": _plugins(),
+        "default_root_dir": run_dir,
         "max_epochs": -1,
         # A batch count no run reaches: validation inside the run is off, validation before and after is not.
         "val_check_interval": every or 10**12,

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -29,11 +29,12 @@ from gspo_lightning.build import build_data, build_module, build_trainer, rollou
 from gspo_lightning.errors import UserError
 from gspo_lightning.estimate import Ranks, estimate
 from gspo_lightning.guarded_step import NonFiniteGradientError
-from gspo_lightning.redact import masked, redacted
+from gspo_lightning.redact import masked, masked_stderr, redacted
 from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError, closing_engine
+from gspo_lightning.threads import share_threads
 from gspo_lightning.training_run import TrainingRun
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -52,20 +53,18 @@ def run(main: Callable[[], Any]) -> None:
     if os.getcwd() not in sys.path:  # the user's own modules; behind the libraries, which they must not shadow
         sys.path.append(os.getcwd())
     try:
-        main()
+        with masked_stderr():  # Hydra repeats the command line of a job that failed
+            main()
     except (*USER_ERRORS, *RUN_ERRORS) as error:
         _exit_with_line(error, _wants_traceback())
     except SweepStopped as stopped:
         print(f"error: {stopped}", file=sys.stderr, flush=True)
         sys.exit(130)
     except OSError as error:
-        # Hydra makes the run's folder before any of our code runs; any other OSError is not ours to explain.
-        if not any(
-            frame.name == "run_job" and "mkdir" in str(frame.line)
-            for frame in traceback.extract_tb(error.__traceback__)
-        ):
+        key = _key_of_folder(error)
+        if key is None:
             raise
-        _exit_with_line(_no_run_dir(error.filename, error), _wants_traceback())
+        _exit_with_line(_no_run_dir(error.filename, error, key), _wants_traceback())
 
 
 def train_main() -> None:
@@ -120,6 +119,14 @@ def _leave_nothing(folder: Path) -> None:
             folder.rmdir()
 
 
+def _key_of_folder(error: OSError) -> str | None:
+    """The key of the folder that Hydra could not make, before any of our code ran; any other is not ours to explain."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.name in ("run_job", "sweep", "launch") and "mkdir" in str(frame.line) for frame in frames):
+        return None
+    return "hydra.sweep.dir" if any(frame.name == "multirun" for frame in frames) else "hydra.run.dir"
+
+
 def _wants_traceback() -> bool:
     """Where there is no config, because it is what is wrong."""
     return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
@@ -160,14 +167,13 @@ def _train(cfg: DictConfig) -> float | None:
         _dry_run(plain)
         _leave_nothing(folder)
         return None
+    _share_threads(plain)
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=config.is_sharded(plain))
     run_dir = _make_run_dir(folder)
     datamodule = build_data(plain)
     plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
-    shown = redacted(plain)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(shown)))
     if plain["print_config"]:
-        rank_zero_only(Console().print)(config_tree(shown))
+        rank_zero_only(Console().print)(config_tree(redacted(plain)))
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     module = build_module(plain)
     with contextlib.closing(module.rewards), closing_engine(module.engine):
@@ -199,6 +205,8 @@ def _dry_run(plain: dict[str, Any]) -> None:
         needs_reference=module.objective.needs_ref,
         precision=plain["trainer"]["precision"],
         on_gpu=torch.cuda.is_available() and plain["trainer"]["accelerator"] != "cpu",
+        validation_generations=module.validator.sampled.num_generations,
+        samples_ahead=module.ahead is not None,
         ranks=ranks,
     )
     Console().print(found.table())
@@ -210,13 +218,18 @@ def _ranks(plain: dict[str, Any]) -> Ranks:
     return Ranks(config.ranks(plain), sharded, gather_for_rollouts=gather)
 
 
+def _share_threads(plain: dict[str, Any]) -> None:
+    share_threads(config.ranks(plain) // plain["trainer"]["num_nodes"])
+
+
 def _evaluate(cfg: DictConfig) -> None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain, training=False)
+    _share_threads(plain)
     datamodule = build_data(plain)
     module = build_module(plain)
-    trainer = build_trainer(plain, [])
+    trainer = build_trainer(plain, [], Path(HydraConfig.get().runtime.output_dir))
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
@@ -234,8 +247,8 @@ def _make_run_dir(folder: Path) -> Path:
     return folder
 
 
-def _no_run_dir(folder: str | Path, error: OSError) -> UserError:
-    return UserError(f"hydra.run.dir={folder}: cannot write there ({error.strerror}); choose another folder")
+def _no_run_dir(folder: str | Path, error: OSError, key: str = "hydra.run.dir") -> UserError:
+    return UserError(f"{key}={folder}: cannot write there ({error.strerror}); choose another folder")
 
 
 def _quieten() -> None:

@@ -19,6 +19,7 @@ from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
 from gspo_lightning.targets import check_targets
+from gspo_lightning.trainer_checks import check_precision, check_sampling
 from gspo_lightning.update import busy_tokens, check_minibatches, token_budget
 
 DEFAULT_ROLLOUTS = 30
@@ -82,17 +83,11 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
             f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
         )
     if training:
-        _check_precision(plain)
+        check_precision(
+            str(plain["trainer"]["precision"]), plain["model"]["dtype"], has_adapter=bool(plain["model"].get("lora"))
+        )
     _check_optimizer(plain["optimizer"])
-    if rollout["temperature"] <= 0:
-        raise UserError(
-            f"rollout.temperature={rollout['temperature']} must be above 0: greedy completions are all equal"
-        )
-    if rollout["repetition_penalty"] != 1.0:
-        raise UserError(
-            "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "
-            "log-probabilities would not be those of the distribution that was sampled"
-        )
+    check_sampling(rollout["temperature"], rollout["repetition_penalty"])
     if plain["objective"].get("mismatch"):
         for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
             if rollout[key] != everything:
@@ -182,27 +177,6 @@ def _check_optimizer(node: dict[str, Any]) -> None:
         build(node)([torch.nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({error})") from error
-
-
-def _check_precision(plain: dict[str, Any]) -> None:
-    """Refuses precisions in which training would go wrong without a word."""
-    precision, dtype = str(plain["trainer"]["precision"]), plain["model"]["dtype"]
-    if precision in ("16", "16-mixed", "16-true"):
-        raise UserError(
-            f"trainer.precision={precision} needs a loss that is scaled, whose gradient cannot be clipped here; use "
-            "trainer.precision=bf16-mixed"
-        )
-    if precision in ("64", "64-true") and dtype != "float64":
-        raise UserError(f"trainer.precision={precision} needs weights that are loaded so; set model.dtype=float64")
-    if plain["model"].get("lora"):
-        return
-    # Updates of all weights at usual rates are smaller than the spacing of bfloat16.
-    for key, value, fix in (("trainer.precision", precision, "bf16-mixed"), ("model.dtype", dtype, "float32")):
-        if value in ("bf16-true", "transformer-engine", "bfloat16"):
-            raise UserError(
-                f"{key}={value} rounds the updates of full fine-tuning away; use {key}={fix}, "
-                "or train an adapter (lora=language)"
-            )
 
 
 def _check_export(plain: dict[str, Any]) -> None:

@@ -102,6 +102,8 @@ def estimate(
     needs_reference: bool,
     precision: str,
     on_gpu: bool,
+    validation_generations: int = 1,
+    samples_ahead: bool = False,
     ranks: Ranks = Ranks(),
 ) -> Estimate:
     """The memory of each process of a run, on its device.
@@ -112,23 +114,29 @@ def estimate(
         num_generations: completions per prompt.
         max_completion_length: every completion is taken to be as long.
         validation_rows: completions of a batch of held-out prompts.
-        max_concurrent: completions decoded at a time; 0 where an engine elsewhere samples.
+        max_concurrent: completions decoded at a time, at least those of one prompt; 0 where another engine samples.
         update: minibatches and micro-batches.
         optimizer: name of its class.
         needs_reference: whether the objective needs one; an adapter's is the policy without it.
         precision: as the Trainer names it.
         on_gpu: whether the memory is a GPU's; then the program and its libraries are not counted.
+        validation_generations: how many of ``validation_rows`` are of one prompt.
+        samples_ahead: whether the next rollout is sampled while this one trains, from a copy of what is trained.
         ranks: the processes, of which this is one.
     """
     micro, micro_batches = _largest_micro_batch(prompts, num_generations, max_completion_length, update)
     several = micro_batches > update.num_minibatches
-    rows = min(max(len(prompts) * num_generations, validation_rows), max_concurrent)
+    training = _rows_at_once(len(prompts) * num_generations, num_generations, max_concurrent)
+    held_out = _rows_at_once(validation_rows, validation_generations, max_concurrent)
+    rows = max(training, held_out)
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = fake_policy(loader)
         activations = saved_bytes(policy, micro.packed, precision)
         trained = [p for p in policy.parameters() if p.requires_grad]
         parts = _model_parts(policy, loader, optimizer, needs_reference, ranks, several)
-        slots = _cache_slots(prompts, num_generations, max_completion_length, validation_rows, max_concurrent, on_gpu)
+        if samples_ahead:
+            parts["copy that samples ahead"] = sum(map(_bytes, trained))
+        slots = _cache_slots(prompts, num_generations, max_completion_length, training, held_out, on_gpu)
         rollout = _rollout_bytes(policy, rows, slots, _product_bytes(policy, precision))
         if max_concurrent and loader.quantization is None and not loader.compile and not ranks.sharded:
             rollout += _packed_bytes(policy, precision, on_gpu)
@@ -201,23 +209,27 @@ def _gathered_bytes(policy: Policy) -> float:
     return float(weights[0] + 2 * max(weights[1:]) + max(*weights, 2 * gradients))
 
 
+def _rows_at_once(rows: int, generations: int, max_concurrent: int) -> int:
+    """Of so many completions, those decoded at a time: whole prompts, at least one; 0 where another engine samples."""
+    return min(rows, max(1, max_concurrent // generations) * generations) if max_concurrent else 0
+
+
 def _cache_slots(
     prompts: list[Prompt],
     num_generations: int,
     max_completion_length: int,
-    validation_rows: int,
-    max_concurrent: int,
+    training: int,
+    held_out: int,
     on_gpu: bool,
 ) -> int:
-    """Tokens whose keys and values are held at a time.
+    """Tokens whose keys and values are held at a time, by ``training`` rows of a rollout or ``held_out`` rows.
 
     Prompts are held once, on a CPU once per block of their rows; those of a validation have a row each.
     """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
-    blocks = min(len(prompts), max_concurrent // num_generations) * math.ceil(num_generations / width)
-    alone = min(validation_rows, max_concurrent)
-    return max(blocks, alone) * longest + max(blocks * width, alone) * max_completion_length
+    blocks = training // num_generations * math.ceil(num_generations / width)
+    return max(blocks, held_out) * longest + max(blocks * width, held_out) * max_completion_length
 
 
 def _rollout_bytes(policy: Policy, rows: int, slots: int, item: int) -> float:

@@ -8,7 +8,7 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.collect import collect_rollout, compare, rollout_metrics
@@ -38,10 +37,11 @@ from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
-from gspo_lightning.run_state import refuse_other_model, restore_run_state, run_state, trained_part
+from gspo_lightning.run_state import keep_settings, refuse_other_model, restore_run_state, run_state, trained_part
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
+from gspo_lightning.trainer_checks import check_batch, check_fit, say_nothing_is_left
 from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
 from gspo_lightning.update import Minibatch, UpdateSettings, check_minibatches, minibatch_order, split_minibatches
 from gspo_lightning.validation import ValidationSettings, Validator
@@ -109,14 +109,8 @@ class GSPOModule(L.LightningModule):
         self.reference_moves = bool(self.update_settings.ref_sync_every_n_rollouts)
         self._forward_chosen = False
         self.rollouts_done = 0
-        self.counts = {
-            "optimizer_steps": 0,
-            "skipped_steps": 0,
-            "nonfinite_steps": 0,
-            "oom_splits": 0,
-            "rollout_tokens": 0,
-            "train_tokens": 0,
-        }
+        names = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "oom_splits", "rollout_tokens", "train_tokens")
+        self.counts = dict.fromkeys(names, 0)
         self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
         self._drawn = Drawn()
         self.stopwatch = Stopwatch()
@@ -148,11 +142,13 @@ class GSPOModule(L.LightningModule):
         self.engine = gathered(self.engine, self.policy_loader)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, without weight decay on vectors (norms, biases), and its schedule."""
-        assert self.policy is not None
-        optimizer = self.optimizer_factory(parameter_groups(self.policy.parameters()))
-        steps = self.max_rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
-        return [optimizer], [{"scheduler": self.schedule.build(optimizer, steps), "interval": "step"}]  # type: ignore[return-value]
+        """The optimizer of all that is trained, without weight decay on vectors (norms, biases), and its schedule."""
+        optimizer = self.optimizer_factory(parameter_groups(self.parameters()))
+        keep_settings(optimizer, self.optimizer_factory)
+        steps = self.update_settings.num_iterations * self.update_settings.num_minibatches
+        # A second fit goes on where the first one stopped.
+        schedule = self.schedule.build(optimizer, self.max_rollouts * steps, self.rollouts_done * steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of any module; but the precision bf16-true, which narrows the base, leaves adapters and buffers as wide.
@@ -169,11 +165,12 @@ class GSPOModule(L.LightningModule):
         return super()._apply(lambda t: t.to(fn(t).device) if id(t) in wide else fn(t), recurse)
 
     def on_fit_start(self) -> None:
-        """An architecture whose packed forward is not its padded forward runs padded from here on, with a warning."""
+        """Refuses settings of the Trainer that train wrongly; with a warning, runs what cannot be packed padded."""
+        check_fit(self)
         self._choose_forward()
 
     def on_validation_start(self) -> None:
-        """The same, where nothing is trained or validation comes first."""
+        """Chooses the forward, where nothing is trained or validation comes first."""
         self._choose_forward()
 
     def _choose_forward(self) -> None:
@@ -192,8 +189,10 @@ class GSPOModule(L.LightningModule):
         """Samples completions for the prompts and scores them; ends a run that was resumed behind its last rollout."""
         assert self.policy is not None
         if self.rollouts_done >= self.max_rollouts:
+            say_nothing_is_left(self)
             self.trainer.should_stop = True
             return -1
+        check_batch(batch, self)
         self.stopwatch.reset()
         self.batch_in_hand = batch
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
@@ -327,7 +326,7 @@ class GSPOModule(L.LightningModule):
             self.counts[name] += int(count)
         values = rollout_values(
             update.metrics, update.ratios(), self.counts,
-            lr=float(cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0]),
+            lr=float(self.trainer.optimizers[0].param_groups[0]["lr"]),
             stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
         )  # fmt: skip
         self.last_metrics = values

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO, cast
 
 MASK = "***"
 _SHORT = 6
@@ -25,6 +26,24 @@ def redacted(plain: Any) -> Any:
 def masked(line: str) -> str:
     """A line of text with ``***`` for each secret of the environment and of the command line."""
     return _masked(line, _known())
+
+
+def masked_stderr() -> contextlib.redirect_stderr[TextIO]:
+    """A context in which what is written to ``sys.stderr`` is `masked`, whoever writes."""
+    return contextlib.redirect_stderr(cast("TextIO", _MaskedStream(sys.stderr)))
+
+
+class _MaskedStream:
+    """Masks what is written; in all else the stream itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(masked(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def names_a_secret(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 import zlib
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.sharded_checkpoint import REST, is_whole_folder
+from gspo_lightning.sharded_checkpoint import INDEX, REST, is_whole_folder
 
 AUTO = "auto"
 
@@ -40,6 +41,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
         newest = Path(ckpt_path)
         if not any(file.exists() for file in _candidates(newest)):
             raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint")
+        _refuse_folder(newest)
     good = _first_good(newest)
     _refuse_foreign(good)
     if good.is_dir() != sharded:
@@ -52,6 +54,22 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
     if ckpt_path == AUTO:
         print(f"ckpt_path=auto: going on from {good}", flush=True)
     return good
+
+
+def _refuse_folder(path: Path) -> None:
+    """Refuses the folder of a run, or that of its checkpoints; one that several ranks wrote has its own files."""
+    if not path.is_dir() or path.suffix == ".ckpt" or any((path / name).exists() for name in (INDEX, REST)):
+        return
+    inside = path if path.name == "checkpoints" else path / "checkpoints"
+    raise UserError(f"ckpt_path={path}: is a folder, not a checkpoint; name {inside / 'last.ckpt'}")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that saved ``checkpoint``, wherever it is named from.
+
+    Links are not followed: a run's ``checkpoints`` may lie on another disk than its records.
+    """
+    return Path(os.path.abspath(checkpoint)).parent.parent
 
 
 def _candidates(newest: Path) -> list[Path]:

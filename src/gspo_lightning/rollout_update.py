@@ -97,7 +97,9 @@ class RolloutUpdate:
             self._take_step()
         else:
             module.counts["skipped_steps"] += 1
-        cast(LRScheduler, module.lr_schedulers()).step()
+        # A subclass's own configure_optimizers may have none.
+        if (scheduler := module.lr_schedulers()) is not None:
+            cast(LRScheduler, scheduler).step()
         return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
@@ -134,9 +136,10 @@ class RolloutUpdate:
 
     def _take_step(self) -> None:
         module = self.module
-        assert module.policy is not None
         optimizer = cast(LightningOptimizer, module.optimizers())
-        norm = module.guarded_step(optimizer, module.policy.parameters(), module.rollouts_done + 1)
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parameters = [p for p in module.parameters() if id(p) in stepped]
+        norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1)
         module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
         if norm is not None:
             add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim import Optimizer
 
 from gspo_lightning.distributed import whole
 from gspo_lightning.errors import UserError
@@ -40,7 +41,7 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
         "rollouts_done": module.rollouts_done,
         "counts": dict(module.counts),
         "nonfinite_in_a_row": module.guarded_step.nonfinite_in_a_row,
-        "optimizer": _name(module.optimizer_factory),
+        "optimizer": type(module.trainer.optimizers[0]).__name__,
     }
     if module.ahead is not None:
         state["ahead"] = module.ahead.state_dict()
@@ -57,8 +58,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     Raises:
         UserError: the checkpoint was saved with another optimizer, whose states mean nothing to this one.
     """
-    saved, own = state.get("optimizer"), _name(module.optimizer_factory)
-    if saved is not None and saved != own:
+    saved, own = state.get("optimizer"), _class_name(module.optimizer_factory)
+    if saved is not None and own is not None and saved != own:
         raise UserError(
             f"optimizer: the checkpoint was saved with {saved}, not {own}; go on with that one, "
             "or start anew from the exported model (model=path model.path=.../model)"
@@ -73,6 +74,34 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
         set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
         # From now on it is one that no folder holds, whatever the settings say.
         module.reference_moves = True
+
+
+def keep_settings(optimizer: Optimizer, factory: Any) -> None:
+    """Its numbers stay those it was made with, also where it is loaded from a checkpoint that was saved with others.
+
+    Numbers alone: flags such as ``amsgrad`` say what its state is made of, and some optimizers count in their groups.
+
+    Args:
+        optimizer: not yet loaded.
+        factory: has made it; a `functools.partial` knows its settings, of any other only the rate is known.
+    """
+    names = {"lr", *(name for name, value in getattr(factory, "keywords", {}).items() if _is_numeric(value))}
+    own = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+    def put_back(loaded: Optimizer) -> None:
+        for group, settings in zip(loaded.param_groups, own, strict=True):
+            rate, before = settings["lr"], group.get("initial_lr", group["lr"])
+            # Where the schedule stands; equal rates are left alone, to the last bit.
+            now = group["lr"] if rate == before else rate * (group["lr"] / before if before else 1.0)
+            group.update({**settings, "lr": now, **({"initial_lr": rate} if "initial_lr" in group else {})})
+
+    optimizer.register_load_state_dict_post_hook(put_back)
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_numeric, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str, tuple[int, ...]]) -> None:
@@ -94,6 +123,7 @@ def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str
         )
 
 
-def _name(factory: Any) -> str:
+def _class_name(factory: Any) -> str | None:
+    """Of the optimizer that a factory makes; None for a function, which does not say."""
     factory = getattr(factory, "func", factory)
-    return getattr(factory, "__name__", type(factory).__name__)
+    return factory.__name__ if isinstance(factory, type) else None

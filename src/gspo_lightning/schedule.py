@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,6 +36,18 @@ class Schedule:
         shape = 0.5 * (1.0 + math.cos(math.pi * done)) if self.name == "cosine" else 1.0 - done
         return self.min_ratio + (1.0 - self.min_ratio) * shape
 
-    def build(self, optimizer: Optimizer, total: int) -> LambdaLR:
-        """The torch scheduler over ``total`` optimizer steps."""
-        return LambdaLR(optimizer, lambda step: self.factor(step, total))
+    def build(self, optimizer: Optimizer, total: int, done: int = 0) -> LambdaLR:
+        """The torch scheduler over ``total`` optimizer steps, of which ``done`` were taken by another optimizer."""
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # torch asks for it where a schedule does not begin at 0
+        return _OwnRates(optimizer, lambda step: self.factor(step, total), last_epoch=done - 1)
+
+
+class _OwnRates(LambdaLR):
+    """Goes on from where a checkpoint was, but with the base rates of this run."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """All but the rates."""
+        own = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = own

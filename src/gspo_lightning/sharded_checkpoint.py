@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-_INDEX = ".metadata"
+INDEX = ".metadata"
+"""Which record is where."""
 REST = "meta.pt"
 """Where Lightning keeps what is neither a weight nor an optimizer state."""
 _CLASSES = {
@@ -51,7 +52,7 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         pickle.UnpicklingError: it names something else than the parts of an index.
     """
-    with (folder / _INDEX).open("rb") as file:
+    with (folder / INDEX).open("rb") as file:
         index: Metadata = _IndexUnpickler(file).load()
     return index
 
@@ -67,7 +68,7 @@ def is_whole_folder(folder: Path) -> bool:
             whole = archive.testzip() is None
         return whole and all(_is_whole(content, is_tensor) for content, is_tensor in _records(folder))
     except pickle.UnpicklingError:
-        if _reads_as_pickle(folder / _INDEX):
+        if _reads_as_pickle(folder / INDEX):
             raise
         return False
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, NotImplementedError):

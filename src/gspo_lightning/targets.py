@@ -1,6 +1,6 @@
 """What a config may call: a config is code, and may have been written by somebody else.
 
-Allowed are this project, the libraries that ``conf/`` uses, and modules below the folder the command runs in or on
+Allowed are this project, the libraries that ``conf/`` uses, and modules below the folder the command starts in or on
 ``PYTHONPATH``, which are the user's own. Anything else must be named in the environment variable
 ``GSPO_ALLOWED_TARGETS`` (prefixes, separated by commas): there, and not in a config, because a config could allow
 itself.
@@ -32,7 +32,9 @@ LIBRARIES = (
 """Prefixes of dotted names that every config may use."""
 LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
 """They return what ``path`` names without calling it; the same rule holds for that name."""
-# Read once, before any config is: Hydra can set environment variables from a config (hydra.job.env_set).
+# Read once, before any config is: Hydra can set environment variables from a config (hydra.job.env_set). It can also
+# change the folder (hydra.job.chdir), so the one in which the command started counts beside the current one.
+_START = str(Path.cwd())
 _PYTHONPATH = tuple(place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place)
 _BY_THE_USER = tuple(name.strip() for name in os.environ.get("GSPO_ALLOWED_TARGETS", "").split(",") if name.strip())
 
@@ -75,6 +77,6 @@ def _is_own(package: str) -> bool:
     if spec is None:
         return True  # there is no such module: whoever imports it says so better
     places = [spec.origin] if spec.origin else [str(p) for p in spec.submodule_search_locations or ()]
-    mine = {Path(place).resolve() for place in (str(Path.cwd()), *_PYTHONPATH)}
+    mine = {Path(place).resolve() for place in (_START, str(Path.cwd()), *_PYTHONPATH)}
     found = [Path(place).resolve() for place in places if place and place not in ("built-in", "frozen")]
     return bool(found) and all(mine & set(path.parents) and "site-packages" not in path.parts for path in found)

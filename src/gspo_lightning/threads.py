@@ -18,18 +18,22 @@ from pathlib import Path
 SPIN_COUNT = 1000
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 _QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+_is_ours = False
+# Whether the count in the environment is this module's and not the user's.
 
 
 def configure_threads() -> int:
     """Set ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT`` where the user has not, and return the thread count.
 
     Call it before the first import of torch; later it cannot act, and a ``RuntimeWarning`` says so.
-    The default count is :func:`available_cores` shared among the ranks of this machine
-    (``LOCAL_WORLD_SIZE``). Values that the user set are never changed.
+    The default count is :func:`available_cores` shared among the ranks of this machine where ``torchrun`` has
+    started them (``LOCAL_WORLD_SIZE``); :func:`share_threads` does it for others. Values that the user set are
+    never changed.
 
     Raises:
         ValueError: if ``OMP_NUM_THREADS`` or ``LOCAL_WORLD_SIZE`` is set to something that is not a count.
     """
+    global _is_ours
     if "torch" in sys.modules and "OMP_NUM_THREADS" not in os.environ:
         warnings.warn(
             "configure_threads() was called after torch was imported; set OMP_NUM_THREADS in the shell",
@@ -37,10 +41,27 @@ def configure_threads() -> int:
             stacklevel=2,
         )
     ranks = _positive("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        _is_ours = True
+        os.environ["OMP_NUM_THREADS"] = str(_share(ranks))
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     # OpenMP allows one count per nesting level, as in "4,2"; the outermost is ours.
     return _positive("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"].split(",")[0])
+
+
+def share_threads(ranks: int) -> None:
+    """Share the cores among ``ranks`` processes that train together on this machine, unless the user set a count.
+
+    Call it before Lightning starts the others: they inherit ``OMP_NUM_THREADS``, and with that set Lightning does not
+    divide. It does nothing where :func:`configure_threads` was not called.
+    """
+    count = str(_share(ranks))
+    if not _is_ours or os.environ["OMP_NUM_THREADS"] == count:
+        return
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = count
+    torch.set_num_threads(int(count))
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -69,6 +90,16 @@ def available_cores() -> int:
     cpus = _affinity()
     cores = {_siblings(cpu) for cpu in cpus}
     return max(1, min(len(cores), _quota()))
+
+
+def _share(ranks: int) -> int:
+    return max(1, available_cores() // (1 if _is_bound() else ranks))
+
+
+def _is_bound() -> bool:
+    """Whether ``srun`` has given this rank CPUs of its own among those of the job on this machine."""
+    of_the_job = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return of_the_job.isdigit() and len(_affinity()) < int(of_the_job)
 
 
 def _affinity() -> set[int]:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import time
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
+from safetensors import SafetensorError
 
 from gspo_lightning import first_error
 from gspo_lightning.build import build_callbacks, build_trainer
 from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error
+from gspo_lightning.callbacks.files import remove
 from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push
+from gspo_lightning.policy.model import Policy
 from gspo_lightning.redact import redacted
 from gspo_lightning.report import print_result_table, render_report, write_summary
 from gspo_lightning.report.model_card import model_card
-from gspo_lightning.resume import goes_on
+from gspo_lightning.resume import goes_on, run_folder
 from gspo_lightning.rollout import RolloutError
+from gspo_lightning.run_lock import RunLock
 from gspo_lightning.sharding import whole_policy
 from gspo_lightning.timing import peak_rss_gb
+
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk may be told by, see `disk_error`."""
 
 
 class TrainingRun:
@@ -35,6 +43,9 @@ class TrainingRun:
         ckpt_path: what to go on from; None starts anew.
         module: not yet set up.
         datamodule: its prompts.
+
+    Raises:
+        UserError: another run is writing into ``run_dir``.
     """
 
     def __init__(
@@ -50,43 +61,65 @@ class TrainingRun:
             plain["validation"]["every_n_rollouts"],
             plain["checkpoint"]["keep_last"],
         )
-        resume_dir = self.ckpt_path.parent.parent if self.ckpt_path else None
+        resume_dir = run_folder(self.ckpt_path) if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
         self.recorder = RunRecorder(run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"])
         self.stop = GracefulStop(
             self.checkpoint, plain["checkpoint"]["grace_s"], goes_on(plain["ckpt_path"], self.checkpoint.last)
         )
         callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
-        self.trainer = build_trainer(plain, callbacks)
+        self.trainer = build_trainer(plain, callbacks, run_dir)
+        self.lock = RunLock(run_dir) if self.trainer.is_global_zero else None
         first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)
 
     def execute(self) -> float | None:
-        """Runs all of it; returns the held-out sampled accuracy at the end."""
-        if self.ckpt_path is None:
-            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
-        start = time.perf_counter()
-        ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
+        """Runs all of it; returns the held-out sampled accuracy at the end.
+
+        Raises:
+            UserError: for a mistake of the user, or a disk that cannot be written to.
+        """
         try:
-            self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
-        except OSError as error:
-            raise disk_error(self.run_dir, error) or error from error
-        except RolloutError as error:
-            if not self.checkpoint.last.exists():
+            if self.trainer.is_global_zero:
+                config = OmegaConf.to_yaml(OmegaConf.create(redacted(self.plain)))
+                (self.run_dir / "config.yaml").write_text(config)
+            return self._execute()
+        except _WRITE_ERRORS as error:
+            if (line := disk_error(self.run_dir, error)) is None:
                 raise
-            saved = "saved" if self.checkpoint.saved_at == self.module.rollouts_done else "an earlier rollout is saved"
-            raise type(error)(f"{error}; {saved}, go on with ckpt_path={self.checkpoint.last}") from error
-        wall_s = time.perf_counter() - start
+            raise line from error
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _execute(self) -> float | None:
+        self._train()
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
             print(f"{done}; go on with ckpt_path={self.checkpoint.last}", flush=True)
             if self.stop.stopping:
                 self.stopped = f"{done} in {self.run_dir}"
             return None
+        wall_s = self.recorder.seconds
         # Lightning validates when it stops, but not where a run was resumed behind its last rollout.
         if not self.module.last_validation:
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         self._finish(wall_s)
         return self.module.last_validation.get("val/sampled_accuracy")
+
+    def _train(self) -> None:
+        ckpt_path = str(self.ckpt_path) if self.ckpt_path else None
+        self.stop.listen(self.trainer)
+        try:
+            if ckpt_path is None:
+                self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+            self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        except RolloutError as error:
+            if not self.checkpoint.last.exists():
+                raise
+            saved = "saved" if self.checkpoint.saved_at == self.module.rollouts_done else "an earlier rollout is saved"
+            raise type(error)(f"{error}; {saved}, go on with ckpt_path={self.checkpoint.last}") from error
+        finally:
+            self.stop.give_back()
 
     def _finish(self, wall_s: float) -> None:
         assert self.module.policy is not None
@@ -94,14 +127,26 @@ class TrainingRun:
         if self.plain["export"]["enabled"]:
             policy = whole_policy(self.module.policy, self.module.policy_loader)
             if policy is not None:
-                merge = self.plain["export"]["merge_lora"]
-                export_dir = export_policy(policy, self.run_dir / "model", merge_lora=merge)
+                export_dir = self._export(policy)
         if self.trainer.is_global_zero:
             summary = write_summary(self.run_dir, self._facts(wall_s, export_dir))
             report = render_report(self.run_dir)
             print_result_table(Console(), self.run_dir, report)
             if export_dir is not None:
                 self._publish(export_dir, summary)
+
+    def _export(self, policy: Policy) -> Path:
+        """Beside its place first: a disk that fills up leaves no half model there, nor anything that keeps it full."""
+        folder, temporary = self.run_dir / "model", self.run_dir / ".model.tmp"
+        remove(temporary)
+        try:
+            export_policy(policy, temporary, merge_lora=self.plain["export"]["merge_lora"])
+        except BaseException:
+            remove(temporary)
+            raise
+        remove(folder)
+        os.replace(temporary, folder)
+        return folder
 
     def _publish(self, folder: Path, summary: dict[str, Any]) -> None:
         """The model card beside the weights, and both on the hub if that is asked for."""

@@ -217,6 +217,18 @@ CONFIG = [
         ["+trainer.enable_progress_bar=true"],
         "trainer.enable_progress_bar is not a setting here: the progress line is callbacks.progress",
     ),
+    Case(
+        "config",
+        "a clip of the gradient by the Trainer",
+        ["+trainer.gradient_clip_val=1.0"],
+        "trainer.gradient_clip_val is not a setting here: set update.max_grad_norm",
+    ),
+    Case(
+        "config",
+        "batches that the Trainer shall add up",
+        ["+trainer.accumulate_grad_batches=4"],
+        "trainer.accumulate_grad_batches is not a setting here: set update.max_tokens_per_microbatch",
+    ),
     Case("config", "a run without an end", ["max_rollouts=null"], "nothing ends the run; set one of them"),
     Case("config", "a seed that no generator takes", ["seed=99999999999999"], "seed=99999999999999 must be below 2^32"),
     Case("config", "a negative seed", ["seed=-1"], "seed=-1 must be at least 0"),
@@ -760,6 +772,7 @@ REWARDS = [
 
 RUNS = [
     Case("run", "a checkpoint that is not there", CKPT, "there is no such checkpoint"),
+    Case("run", "the folder of a run instead of its checkpoint", ["ckpt_path={tmp}"], "is a folder, not a checkpoint; name "),
     Case("run", "a checkpoint that is no file of ours", CKPT, "some.ckpt", writes("some.ckpt", "not a checkpoint")),
     Case("run", "a checkpoint cut short", CKPT, "damaged", lambda tmp: (checkpoint({"a": torch.zeros(999)})(tmp), (tmp / "some.ckpt").write_bytes((tmp / "some.ckpt").read_bytes()[:900]))),
     Case("run", "a checkpoint that holds code", CKPT, "some.ckpt", checkpoint({"state_dict": Payload()})),

@@ -32,7 +32,10 @@ def test_the_logger_group_has_the_choices_that_are_documented():
 
 def test_the_csv_logger_writes_beside_our_own_table_and_not_over_it(tmp_path):
     node = OmegaConf.to_container(OmegaConf.load(CONF / "logger" / "csv.yaml"), resolve=False)["csv"]
-    logger = get_object(node.pop("_target_"))(**{**node, "save_dir": str(tmp_path)})
-    logger.log_metrics({"reward/mean": 0.5}, step=1)
-    logger.save()
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("metrics.csv")] == ["csv/metrics.csv"]
+    make = get_object(node.pop("_target_"))
+    for start in (0, 1):  # one that goes on in the same folder keeps what the first wrote
+        logger = make(**{**node, "save_dir": str(tmp_path)})
+        logger.log_metrics({"reward/mean": 0.5 + start}, step=start)
+        logger.save()
+    tables = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("metrics.csv")}
+    assert tables == {f"csv/version_{n}/metrics.csv": f"reward/mean,step\n{0.5 + n},{n}\n" for n in (0, 1)}

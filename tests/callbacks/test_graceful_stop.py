@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from types import SimpleNamespace
 
@@ -10,7 +12,9 @@ import torch
 
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks import checkpoint as checkpoint_module
+from gspo_lightning.callbacks import graceful_stop as graceful_stop_module
 from gspo_lightning.rollout import WeightSyncError
+from tests.conf.test_every_key import run
 
 
 class Trainer:
@@ -65,7 +69,36 @@ def test_a_signal_during_a_validation_stops_behind_it(tmp_path, capsys):
     assert f"Stopped after rollout 3, saved in {checkpoint.last}" in capsys.readouterr().out
 
 
-def test_a_new_checkpoint_replaces_the_last_and_keeps_the_one_before(tmp_path):
+@pytest.mark.parametrize(("rollout", "due"), [(4, False), (3, True)])
+def test_what_another_callback_ends_is_saved_before_a_validation_that_is_not_due(rollout, due, tmp_path):
+    """``trainer.max_time`` and ``callbacks.health.stop_on``: Lightning would validate first, and a kill lose it all."""
+    module = SimpleNamespace(rollouts_done=rollout, max_rollouts=100, device=torch.device("cpu"))
+    trainer = Trainer(module)
+    trainer.should_stop = True
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=50, validate_every_n_rollouts=3)
+    checkpoint.on_train_batch_end(trainer, module, None, None, 0)
+    assert checkpoint.last.exists() is not due
+    assert (trainer.limit_val_batches > 0) is due
+    checkpoint.on_validation_end(trainer, module)
+    assert checkpoint.last.read_text() == f"rollout {rollout}"
+
+
+def test_behind_the_last_rollout_there_is_a_validation_though_none_is_due(tmp_path):
+    module = SimpleNamespace(rollouts_done=4, max_rollouts=4, device=torch.device("cpu"))
+    trainer = Trainer(module)
+    trainer.should_stop = True  # by the module
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=50)
+    checkpoint.on_train_batch_end(trainer, module, None, None, 0)
+    assert checkpoint.last.read_text() == "rollout 4" and trainer.limit_val_batches == 1.0
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_a_new_checkpoint_replaces_the_last_and_keeps_the_one_before(links, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")  # exFAT, and many network and FUSE mounts
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
     module = SimpleNamespace(rollouts_done=0, max_rollouts=100, device=torch.device("cpu"))
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=2)
     for module.rollouts_done in range(1, 7):
@@ -165,3 +198,64 @@ def test_a_lost_engine_saves_the_run_unless_one_rank_may_be_alone_with_it(engine
     checkpoint.on_exception(trainer, module, WeightSyncError("other weights"))
     assert waits == (["checkpoint folder", "checkpoint"] if saved else [])
     assert checkpoint.last.exists() is saved
+
+
+SENT: list[int] = []
+
+
+def signals(completions, **_):
+    """A reward that sends its process the signals in `SENT`, once."""
+    while SENT:
+        os.kill(os.getpid(), SENT.pop())
+    return [0.0 for _ in completions]
+
+
+def leave(code):
+    raise SystemExit(code)
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """A job of one task, in which Lightning would take signals and checkpoints into its own hands."""
+    names = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_LOCALID": "0",
+             "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    asked: list[list[str]] = []
+    monkeypatch.setattr("gspo_lightning.callbacks.requeue.subprocess.run", lambda call, **_: asked.append(call))
+    return asked
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("number", "ckpt_path", "requeued"),
+    [(signal.SIGTERM, "null", False), (signal.SIGUSR1, "null", False), (signal.SIGUSR1, "auto", True)],
+)
+def test_a_signal_before_the_first_rollout_ends_the_run_at_once(
+    number, ckpt_path, requeued, slurm, tmp_path, monkeypatch, capsys
+):
+    """There is nothing to save; Lightning would swallow SIGTERM there, and save a file that no resuming looks for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(graceful_stop_module.os, "_exit", leave)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    SENT.append(number)
+    reward = (
+        "+reward.functions.signals={_target_:gspo_lightning.rewards.RewardSpec,weight:1.0,timeout_s:null,"
+        "function:{_target_:hydra.utils.get_method,path:tests.callbacks.test_graceful_stop.signals}}"
+    )
+    with capsys.disabled(), pytest.raises(SystemExit) as left:
+        run(tmp_path / "run", "logger=none", f"ckpt_path={ckpt_path}", reward)
+    assert left.value.code == 128 + number and not SENT
+    assert slurm == ([["scontrol", "requeue", "77"]] if requeued else [])
+    assert [path.name for path in tmp_path.rglob("*") if path.suffix == ".ckpt"] == []
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_on_slurm_a_fresh_run_does_not_go_on_from_what_lies_in_the_current_folder(slurm, tmp_path, monkeypatch):
+    """Lightning would load it for ``ckpt_path=null``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_text("of somebody else")
+    left = run(tmp_path / "run", "logger=none", "max_rollouts=1")
+    assert [row["step"] for row in left["metrics"]] == ["0", "1"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -58,3 +60,14 @@ def test_nothing_is_copied(save, tmp_path):
     if saved.is_dir():
         saved, second = saved / "rank0", second / "rank0"
     assert saved.stat().st_ino == second.stat().st_ino
+
+
+def test_where_a_file_cannot_have_two_names_it_is_copied(save, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")  # exFAT, and many network and FUSE mounts
+
+    monkeypatch.setattr(os, "link", refuse)
+    for number in (5, 10, 15):
+        keep_numbered(save(number), number, keep_last=2)
+    assert numbered(tmp_path) == {"rollout-000010.ckpt": "10", "rollout-000015.ckpt": "15"}
+    assert content(tmp_path / "last.ckpt") == "15"

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gspo_lightning.callbacks import RunRecorder, files
+from gspo_lightning.callbacks import recorder as recorder_module
 from gspo_lightning.callbacks.recorder import completion_entries, to_json
 from tests.callbacks.fakes import OTHER_RANK, TRAINER, FakeModule, contents, play, scored_rollout, start
 
@@ -77,7 +78,27 @@ def test_a_checkpoint_written_right_after_a_resume_counts_what_was_taken_over(tm
     resumed.load_state_dict(states[2])
     assert resumed.state_dict() == states[2]
     resumed.on_train_start(TRAINER, FakeModule())
-    assert resumed.state_dict() == states[2]
+    assert {**resumed.state_dict(), "seconds": 0} == {**states[2], "seconds": 0}
+
+
+def test_the_time_of_the_runs_before_counts_as_their_tokens_do(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: clock.now)
+    first = RunRecorder(tmp_path)
+    clock.now = 103.0  # set-up and the validation before
+    first.on_train_start(TRAINER, FakeModule())
+    clock.now = 110.0
+    state = first.state_dict()
+    clock.now = 115.0  # lost with the process, as its tokens are
+    assert (state["seconds"], first.seconds) == (7.0, 12.0)
+    for seconds, expected in (({"seconds": 7.0}, 9.0), ({}, 2.0)):  # older checkpoints have none
+        clock.now = 200.0
+        resumed = RunRecorder(tmp_path)
+        resumed.load_state_dict({"rows": 0, "completions_bytes": 0, **seconds})
+        clock.now = 220.0
+        resumed.on_train_start(TRAINER, FakeModule())
+        clock.now = 222.0
+        assert resumed.seconds == expected
 
 
 def test_damaged_records_of_the_run_before_are_said_in_one_line_and_the_rest_is_kept(tmp_path):
@@ -113,6 +134,40 @@ def test_a_new_run_in_a_used_folder_keeps_the_old_records_aside(tmp_path):
     play(start(tmp_path / "fresh"), 1, 1)
     assert contents(tmp_path) == contents(tmp_path / "fresh")
     assert {name: (tmp_path / f"{name}.old").read_bytes() for name in old} == old
+
+
+def checkpoint_of(folder, text):
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "last.ckpt").write_text(text)
+
+
+def saved(folder):
+    return {path.parent.name: path.read_text() for path in sorted(folder.glob("checkpoints*/last.ckpt"))}
+
+
+def test_a_new_run_in_a_used_folder_sets_the_old_checkpoints_aside_before_it_begins(tmp_path):
+    """Killed before its first checkpoint, it would go on from the weights of the other run by ``ckpt_path=auto``."""
+    for number in ("1", "2"):  # what was set aside before gives way
+        checkpoint_of(tmp_path, number)
+        RunRecorder(tmp_path).on_validation_start(OTHER_RANK, FakeModule())
+        assert saved(tmp_path)["checkpoints"] == number
+        RunRecorder(tmp_path).on_validation_start(TRAINER, FakeModule())
+        assert saved(tmp_path) == {"checkpoints.old": number}
+    (tmp_path / "checkpoints").mkdir()  # empty: nothing to keep
+    RunRecorder(tmp_path).on_validation_start(TRAINER, FakeModule())
+    assert saved(tmp_path) == {"checkpoints.old": "2"} and (tmp_path / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(("folder", "name"), [("run", "checkpoints"), ("new", "checkpoints.old")])
+def test_a_run_that_goes_on_keeps_its_own_checkpoints_and_sets_those_of_a_third_aside(folder, name, tmp_path):
+    states = play(start(tmp_path / "run"), 1, 2)
+    checkpoint_of(tmp_path / folder, "kept")
+    resumed = RunRecorder(tmp_path / folder, resume_dir=tmp_path / "run")
+    resumed.on_validation_start(TRAINER, FakeModule())
+    assert saved(tmp_path / folder) == {"checkpoints": "kept"}
+    resumed.load_state_dict(states[2])
+    play(resumed, 3, 3)
+    assert saved(tmp_path / folder) == {name: "kept"}
 
 
 def test_nothing_is_recorded_before_the_checkpoint_of_a_resumed_run_is_loaded(tmp_path):

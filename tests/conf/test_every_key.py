@@ -204,7 +204,7 @@ SHOWN = {
     (SERVER, "request_timeout_s"): (SERVER_TESTS, "test_a_fault_anywhere_loses_nothing_and_counts_nothing_twice"),
     (SERVER, "give_up_after_s"): (SERVER_TESTS, "test_with_no_server_left_the_run_stops_in_bounded_time_with_one_line"),
     (SERVER, "max_attempts"): (SERVER_TESTS, "test_a_prompt_that_no_server_can_answer_ends_the_run"),
-    (SERVER, "max_in_flight"): (SERVER_TESTS, "test_a_server_is_asked_so_many_prompts_at_a_time"),
+    (SERVER, "max_in_flight"): ("tests/rollout/test_server_pool.py", "test_a_server_is_asked_so_many_prompts_at_a_time"),
     (SERVER, "pause_s"): (SERVER_TESTS, "test_a_server_that_failed_rests_for_the_pause_and_then_longer"),
     ("gspo_lightning.update.UpdateSettings", "max_nonfinite_steps"): (
         "tests/test_update.py", "test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gspo_lightning.threads import available_cores
 from tests.command_line import MICRO, ROOT, SHORT, assert_equal_up_to_order, assert_same_run, run, run_and_stop
 
 WIDE = ["model.dtype=float64", "trainer.accelerator=cpu"]
@@ -30,6 +31,24 @@ def straight(tmp_path_factory):
 def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_path):
     run(*SHORT, *WIDE, f"hydra.run.dir={tmp_path}")
     assert_equal_up_to_order(tmp_path, straight)
+
+
+@pytest.mark.parametrize("given", [None, str(available_cores())])
+def test_ranks_share_the_cores_unless_the_user_set_a_count(given, tmp_path):
+    (tmp_path / "tells_threads.py").write_text(
+        "import lightning, torch\n"
+        "class Tell(lightning.Callback):\n"
+        "    def on_train_start(self, trainer, module):\n"
+        "        print(f'rank {trainer.global_rank}: {torch.get_num_threads()} threads', flush=True)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": given}
+    count = given or max(1, available_cores() // 2)
+    done = run(
+        *MICRO, *TWO_RANKS, "max_rollouts=1", "export.enabled=false", "+callbacks.tell._target_=tells_threads.Tell",
+        f"hydra.run.dir={tmp_path / 'run'}", env={name: value for name, value in env.items() if value is not None},
+    )  # fmt: skip
+    told = sorted(line for line in done.stdout.splitlines() if line.endswith(" threads"))
+    assert told == [f"rank 0: {count} threads", f"rank 1: {count} threads"]
 
 
 def test_a_run_on_two_nodes_is_that_of_two_processes_on_one(straight, tmp_path):

@@ -161,3 +161,11 @@ def test_one_kind_of_checkpoint_is_not_taken_for_the_other(half, tmp_path):
     torch.save({"gspo_lightning": {}}, tmp_path / "one.ckpt")
     with pytest.raises(UserError, match="in one file; go on with trainer=ddp or trainer=default"):
         find_checkpoint(str(tmp_path / "one.ckpt"), tmp_path, sharded=True)
+
+
+def test_a_parameter_of_a_subclass_must_be_split_like_the_weights(micro_model_dir, tmp_path):
+    """On rank r the head sees r + 1, so its gradient is 2 (1^2 + 2^2) / 2 = 5 times the sum of its weights, which is 1."""
+    run("run_own_parameter.py", micro_model_dir, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["step"] == pytest.approx([5.0] * 4, rel=1e-6)
+    assert found["refusal"].startswith("trainer.strategy: the parameter head.weight is whole beside weights")

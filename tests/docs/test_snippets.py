@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 from gspo_lightning import config
-from gspo_lightning.build import build_module
+from gspo_lightning.build import build, build_module
 from gspo_lightning.data.preview import build_datamodule
 from tests.support import has_module
 
@@ -176,6 +176,19 @@ def test_a_right_and_long_answer_counts_as_right_under_the_reward_of_the_readme(
 @pytest.mark.parametrize("text", list(blocks("yaml")))
 def test_a_yaml_snippet_parses(text):
     assert OmegaConf.create(text)
+
+
+def test_the_config_of_a_hydra_project_of_ones_own_composes_with_our_groups(tmp_path):
+    (text,) = re.findall(
+        r"^```yaml\n# your conf/train.yaml\n(.*?)^```", (ROOT / "docs/reuse.md").read_text(), re.S | re.M
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text("folder: here\n")
+    (tmp_path / "train.yaml").write_text(text)
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("train"), resolve=True)
+    assert plain["data"] == {"folder": "here"}
+    assert build(plain["objective"]).max_completion_length == plain["rollout"]["max_completion_length"] == 16
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -166,6 +166,7 @@ def test_out_of_time_is_a_clean_stop_with_a_checkpoint(tmp_path):
     )
     rollouts = int(metrics(tmp_path)[-1]["step"])
     assert f"{rollouts} of 100000 rollouts done; go on with ckpt_path=" in done.stdout
+    assert rows(tmp_path)[0]["val/accuracy"] and not rows(tmp_path)[-1]["val/accuracy"]  # nobody asked for that one
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["gspo_lightning"]["rollouts_done"] == rollouts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gspo_lightning import training_run
 from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
 from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.resume import is_whole
 from tests.command_line import ROOT, SHORT, metrics, run
+from tests.conf import test_every_key as in_process
 
 
 class Trainer(SimpleNamespace):
@@ -46,6 +50,40 @@ def test_what_was_half_written_is_gone_and_the_one_before_stands(tmp_path):
 def test_other_errors_are_not_the_disks(tmp_path):
     assert disk_error(tmp_path, RuntimeError("shapes")) is None
     assert disk_error(tmp_path, OSError(errno.ENOENT, "no such file")) is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_disk_that_is_full_at_the_export_is_one_line_and_the_model_before_stands(tmp_path, monkeypatch):
+    """safetensors has an error of its own, which is no OSError."""
+    in_process.run(tmp_path, "max_rollouts=1", "logger=none")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    export, limits = training_run.export_policy, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def to_a_full_disk(*arguments, **settings):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            export(*arguments, **settings)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(training_run, "export_policy", to_a_full_disk)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError) as error:
+        in_process.run(tmp_path, "max_rollouts=2", "logger=none", "ckpt_path=auto")
+    assert str(error.value) == (f"cannot write {tmp_path} (File too large); make room and go on with ckpt_path={last}")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_disk_that_is_full_at_the_first_validation_is_one_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.csv"))
+
+    monkeypatch.setattr(GSPOModule, "validation_step", fail)
+    with pytest.raises(UserError) as error:
+        in_process.run(tmp_path, "logger=none")
+    assert str(error.value) == f"cannot write {tmp_path}/metrics.csv (No space left on device); nothing was saved yet"
 
 
 @pytest.fixture()

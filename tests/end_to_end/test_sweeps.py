@@ -49,6 +49,15 @@ def test_a_failing_job_has_its_line_and_the_others_run_and_can_be_compared(tmp_p
     assert "importance_sampling_level=token" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_a_sweep_that_cannot_write_says_so_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    done = sweep("seed=1,2", f"hydra.sweep.dir={tmp_path / 'file' / 'sweep'}")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: hydra.sweep.dir={tmp_path}/file/sweep: cannot write there (Not a directory); choose another folder\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SILENT = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -28,6 +30,13 @@ def test_an_example_is_shorter_than_60_lines(file):
 def test_a_data_module_and_a_reward_of_ones_own_train_in_a_plain_trainer():
     before, after = load("plain_trainer").main(**SILENT)
     assert before < 0.2 and after > 0.6
+
+
+def test_every_rollout_of_the_plain_trainer_is_logged(tmp_path):
+    logger = CSVLogger(tmp_path)
+    load("plain_trainer").main(rollouts=3, **{**SILENT, "logger": logger})
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        assert sum(bool(row["lr"]) for row in csv.DictReader(file)) == 3
 
 
 def test_the_auxiliary_loss_of_a_subclass_holds_the_weights_it_names():

@@ -122,6 +122,21 @@ def test_the_cache_of_a_rollout_by_hand(micro_model_dir):
     assert of(micro_model_dir, validation_rows=40).rollout == by_hand(40, 40)
     assert of(micro_model_dir, validation_rows=40, max_concurrent=30).rollout == by_hand(30, 30)
     assert of(micro_model_dir, max_concurrent=0).rollout == 0
+    # At least one prompt's completions: 3 rows of training; 4 of two prompts that are measured; 16 of one.
+    assert of(micro_model_dir, max_concurrent=2).rollout == by_hand(1, 3)
+    held_out = {"validation_rows": 32, "max_concurrent": 5}
+    assert of(micro_model_dir, **held_out, validation_generations=2).rollout == by_hand(4, 4)
+    found = of(micro_model_dir, **held_out, validation_generations=16)
+    assert found.rollout == by_hand(16, 16) and found.pace["decoded at a time"] == "16 completions"
+
+
+def test_a_rollout_ahead_is_sampled_from_a_copy_of_what_is_trained(micro_model_dir):
+    plain, ahead = (of(micro_model_dir, samples_ahead=ahead, max_concurrent=0) for ahead in (False, True))
+    copy = 4 * sum(p.numel() for p in micro_policy(micro_model_dir).parameters())
+    assert ahead.total == plain.total + copy and ahead.parts["copy that samples ahead"] == copy
+    loader = PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=2))
+    adapter = of(loader=loader, samples_ahead=True)
+    assert adapter.parts["copy that samples ahead"] == 4 * adapter.trained
 
 
 @pytest.mark.parametrize(("precision", "item"), [("32-true", 4), ("bf16-mixed", 2)])
@@ -157,6 +172,19 @@ def test_a_quantised_base_takes_a_fraction_of_its_linear_layers(micro_model_dir)
     policy = micro_policy(micro_model_dir)
     linear = 2 * sum(m.weight.numel() for m in policy.base_model.model.modules() if isinstance(m, torch.nn.Linear))
     assert of(loader=nf4).parts["weights"] == pytest.approx(whole - linear * (1 - 4.13 / 16), rel=1e-6)
+
+
+def test_the_command_counts_the_copy_that_samples_ahead_and_the_validation_of_one_prompt():
+    command = [sys.executable, "train.py", "experiment=micro", "dry_run=true"]
+    ahead = ["rollout=vllm_server", "rollout.engine.staleness=1"]
+    few = ["rollout.engine.max_concurrent=1", "rollout.num_generations=4", "validation.num_generations=9"]
+    done = [
+        subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        for more in (ahead, few)
+    ]
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "copy that samples ahead" in done[0].stdout and "copy that samples ahead" not in done[1].stdout
+    assert "9 completions" in done[1].stdout
 
 
 def test_the_command_prints_the_table_of_one_of_its_processes_and_leaves_nothing(tmp_path):

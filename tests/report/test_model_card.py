@@ -45,8 +45,10 @@ def test_the_card_says_what_the_model_is_and_what_was_measured():
     assert "10 rollouts of 8 prompts with 4 completions each, 38 optimizer steps, seed 3" in text
 
 
-@pytest.mark.parametrize("path", ["bundled:micro", "/my/folder", "./folder/model", "folder"])
-def test_a_folder_is_not_named_as_a_model_of_the_hub(path):
+@pytest.mark.parametrize("path", ["bundled:micro", "/my/folder", "./folder/model", "folder", "models/tiny"])
+def test_a_folder_is_not_named_as_a_model_of_the_hub(path, tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     _, front, _ = model_card({**PLAIN, "model": {"path": path}}, SUMMARY, is_adapter=False).split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["reinforcement-learning", "gspo",
                                                                              "gspo_lightning"]}  # fmt: skip

@@ -88,8 +88,9 @@ def test_jobs_of_a_sweep_without_a_record_are_named_and_jobs_come_in_numerical_o
 
 def test_the_table_of_lightnings_own_csv_logger_is_not_a_run(tmp_path):
     folder = write_run(tmp_path / "a", [1.0])
-    (folder / "csv").mkdir()
-    (folder / "csv" / "metrics.csv").write_text("epoch,step\n0,0\n")
+    for place in (folder / "csv", folder / "csv" / "version_0"):  # the former as earlier versions had it
+        place.mkdir()
+        (place / "metrics.csv").write_text("epoch,step\n0,0\n")
     assert [run.folder for run in find_runs([tmp_path])[0]] == [folder]
 
 

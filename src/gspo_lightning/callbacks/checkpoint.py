@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from safetensors import SafetensorError
 
-from gspo_lightning.callbacks.files import flush_to_disk
+from gspo_lightning.callbacks.files import flush_to_disk, remove
+from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
@@ -36,14 +39,14 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # of a run that was killed: a folder would keep its other files
+        remove(temporary)  # of a run that was killed: a folder would keep its other files
     trainer.strategy.barrier("checkpoint folder")
     try:
         trainer.save_checkpoint(temporary)
     except (OSError, RuntimeError) as error:
         line = disk_error(path, error)
         # What was written of it would keep the disk full.
-        _remove(temporary)
+        remove(temporary)
         raise line or error from error
     if trainer.is_global_zero:
         _flush(temporary)
@@ -56,35 +59,48 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
 def _keep(path: Path, previous: Path) -> None:
     """The checkpoint at ``path``, if there is one, becomes ``previous``; a file stays where it is as well.
 
-    A folder, which the ranks of a sharded policy write, cannot have two names: for a moment only ``previous`` is there,
-    and that is where resuming looks next.
+    A folder, which the ranks of a sharded policy write, cannot have two names, nor can a file on exFAT and many network
+    and FUSE mounts: for a moment only ``previous`` is there, and that is where resuming looks next.
     """
     if path.is_dir() or previous.is_dir():
-        _remove(previous)
+        remove(previous)
         if path.exists():
             os.replace(path, previous)
     elif path.exists():
         link = previous.with_name(f".{previous.name}.tmp")
         link.unlink(missing_ok=True)
-        os.link(path, link)
-        os.replace(link, previous)
+        try:
+            os.link(path, link)
+        except OSError:
+            os.replace(path, previous)
+        else:
+            os.replace(link, previous)
 
 
 def keep_numbered(path: Path, number: int, keep_last: int) -> None:
-    """Gives the checkpoint at ``path`` a second name by its number, without a copy, and removes all but the newest.
+    """Gives the checkpoint at ``path`` a second name by its number, and removes all but the newest.
+
+    It is copied only where a file cannot have two names.
 
     Those of a later rollout are of a run that went on from an earlier checkpoint, and are removed too.
     """
     target = path.with_name(f"rollout-{number:06d}.ckpt")
-    _remove(target)
+    remove(target)
     if path.is_dir():
-        shutil.copytree(path, target, copy_function=os.link)
+        shutil.copytree(path, target, copy_function=_link_or_copy)
     else:
-        os.link(path, target)
+        _link_or_copy(path, target)
     numbered = sorted(path.parent.glob("rollout-*.ckpt"))
     index = numbered.index(target)
     for other in (*numbered[: max(0, index + 1 - keep_last)], *numbered[index + 1 :]):
-        _remove(other)
+        remove(other)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _flush(path: Path) -> None:
@@ -93,19 +109,16 @@ def _flush(path: Path) -> None:
     flush_to_disk(path)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def disk_error(path: Path, error: BaseException) -> UserError | None:
     """The line for a disk that is full or not to be written to; None for any other error.
 
-    torch's writer raises a RuntimeError of its own that has lost the reason, so the disk is asked.
+    torch's writer raises a RuntimeError of its own that has lost the reason, so the disk is asked; that of safetensors
+    has the number in its text.
     """
-    reason = getattr(error, "strerror", None) if getattr(error, "errno", None) in _DISK else None
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    reason = os.strerror(number) if number in _DISK else None
     if reason is None and isinstance(error, RuntimeError) and "inline_container" in str(error):
         reason = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
     if reason is None:
@@ -155,10 +168,29 @@ class RolloutCheckpoint(L.Callback):
         """Where the newest checkpoint is."""
         return self.folder / "last.ckpt"
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses to stand before what writes the rows that a checkpoint counts, and to wait for validations in vain.
+
+        Raises:
+            UserError: says what to change.
+        """
+        behind = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
+        if any(isinstance(callback, RunRecorder) for callback in behind):
+            raise UserError("callbacks: RunRecorder must stand before RolloutCheckpoint, which counts its rows")
+        every = self.validate_every_n_rollouts
+        validates = bool(trainer.limit_val_batches) and not trainer.fast_dev_run
+        if every and validates and trainer.val_check_batch != every:
+            raise UserError(
+                f"RolloutCheckpoint(validate_every_n_rollouts={every}) waits for validations that the Trainer does not "
+                f"make; give it val_check_interval={every} and check_val_every_n_epoch=None"
+            )
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves when it is time."""
+        """Saves when it is time, or when a callback before this one ends the run."""
         done = pl_module.rollouts_done
-        if done % self.every_n_rollouts == 0 or done >= pl_module.max_rollouts:
+        if trainer.should_stop:
+            self.end(trainer, pl_module)
+        elif done % self.every_n_rollouts == 0 or done >= pl_module.max_rollouts:
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -167,7 +199,7 @@ class RolloutCheckpoint(L.Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Saves what a stop from elsewhere, such as ``trainer.max_time``, would lose."""
+        """Saves what a stop from elsewhere, such as a callback behind this one, would lose."""
         if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
             self._write(trainer, pl_module)
 
@@ -188,6 +220,13 @@ class RolloutCheckpoint(L.Callback):
             self.wanted = True
         elif self.saved_at != pl_module.rollouts_done:
             self._write(trainer, pl_module)
+
+    def end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Saves and ends the run here, or behind the validation that is due."""
+        trainer.should_stop = True
+        self.save(trainer, pl_module)
+        if not self.wanted and pl_module.rollouts_done < pl_module.max_rollouts:
+            trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
 
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         atomic_checkpoint(trainer, self.last, self.folder / "previous.ckpt")

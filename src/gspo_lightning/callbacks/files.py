@@ -37,6 +37,14 @@ def copy_prefix(source: Path, target: Path, size: int) -> int:
     return kept
 
 
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def flush_to_disk(*paths: Path) -> None:
     """Waits until the files (or folders) are on the disk; those that do not exist are left out."""
     for path in paths:

@@ -26,7 +26,7 @@ class GracefulStop(L.Callback):
     for it, as submitit has, which requeues the job: whoever runs the Trainer calls it behind the run (`hand_over`). A
     signal to one of several ranks stops them all behind the same rollout. A second one of a kind stops at once: a
     scheduler may send two kinds for one thing. After ``grace_s`` the process ends with code 128 plus the signal, and
-    the last boundary's checkpoint stands.
+    the last boundary's checkpoint stands. So it does at once where no rollout has begun yet (`listen`).
 
     Args:
         checkpoint: what saves.
@@ -41,30 +41,45 @@ class GracefulStop(L.Callback):
         self.stopping = 0
         """The same on all ranks at a boundary: 1 if one of them got a signal, 2 if that was SIGUSR1."""
         self.is_first_rank = True
+        self._begins = False
         self._left = self._requeued = False
         self._timer: threading.Timer | None = None
         self._before: dict[int, Any] = {}
         self._launcher: Callable[[int, FrameType | None], Any] | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the signals (Lightning has installed its own handlers before)."""
+    def listen(self, trainer: L.Trainer) -> None:
+        """Takes over the signals before the training; who calls it calls `give_back` behind the training."""
+        self._begins = True
+        self._take_over(trainer)
+
+    def _take_over(self, trainer: L.Trainer) -> None:
         self.is_first_rank = trainer.is_global_zero
         if threading.current_thread() is not threading.main_thread():
             return
-        handler = signal.getsignal(signal.SIGUSR2)
-        self._launcher = handler if callable(handler) else None
-        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGUSR2] if self._launcher else []))
-        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
+        if not self._before:
+            handler = signal.getsignal(signal.SIGUSR2)
+            self._launcher = handler if callable(handler) else None
+            heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGUSR2] if self._launcher else []))
+            self._before = {number: signal.getsignal(number) for number in heard}
+        for number in self._before:
+            signal.signal(number, self._on_signal)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes them back from Lightning, which has installed handlers of its own for the validation before."""
+        if self._begins:
+            self._take_over(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same for the training; from here on there is a rollout in hand."""
+        self._begins = False
+        self._take_over(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The boundary: save and leave, behind the validation if one is due."""
         if not self._agree(pl_module):
             return
-        trainer.should_stop = True
-        self.checkpoint.save(trainer, pl_module)
+        self.checkpoint.end(trainer, pl_module)
         if not self.checkpoint.wanted:
-            if pl_module.rollouts_done < pl_module.max_rollouts:
-                trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
             self._leave(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -111,22 +126,24 @@ class GracefulStop(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""
-        self._give_back()
+        self.give_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same: the alarm of a run that failed would end the next run of this process."""
-        self._give_back()
+        self.give_back()
 
-    def _give_back(self) -> None:
+    def give_back(self) -> None:
+        """The handlers as they were before, also a second time: Lightning puts ours back when its run is over."""
         self._cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self.received:
             self._give_up()
         self.received.append(number)
+        if self._begins:
+            self._give_up()
         if len(self.received) > 1:
             return
         print(f"{signal.Signals(number).name}: finishing the rollout in hand (at most {self.grace_s:g} s)", flush=True)
@@ -136,7 +153,7 @@ class GracefulStop(L.Callback):
 
     def _give_up(self) -> None:
         stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
-        print(f"Stopped without the rollout in hand; {stands}", flush=True)
+        print(f"Stopped {'before a rollout' if self._begins else 'without the rollout in hand'}; {stands}", flush=True)
         code: Any = 128 + (self.received or [signal.SIGTERM])[0]
         try:
             self._requeue()

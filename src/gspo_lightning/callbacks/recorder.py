@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gspo_lightning.callbacks.files import copy_prefix, flush_to_disk, replace_file
+from gspo_lightning.callbacks.files import copy_prefix, flush_to_disk, remove, replace_file
 from gspo_lightning.callbacks.metrics_table import MetricsTable
 from gspo_lightning.types import ScoredRollout
 
@@ -47,6 +48,12 @@ class RunRecorder(L.Callback):
         self.completions_bytes = 0
         self._loaded: dict[str, Any] | None = None
         self._ready = False
+        self._seconds_before, self._start = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time, with that of the runs which this one goes on from, up to their checkpoints."""
+        return self._seconds_before + time.perf_counter() - self._start
 
     def state_dict(self) -> dict[str, Any]:
         """How much of the files belongs to the checkpoint; that much is on the disk when this returns."""
@@ -54,18 +61,25 @@ class RunRecorder(L.Callback):
             return self._loaded
         if self._ready:
             flush_to_disk(self.table.path, self.completions, self.run_dir)
-        return {"rows": self.table.rows, "completions_bytes": self.completions_bytes}
+        return {"rows": self.table.rows, "completions_bytes": self.completions_bytes, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Notes what the checkpoint counts. The files follow in `on_train_start`, on rank 0 only."""
         self._loaded, self._ready = dict(state_dict), False
+        self._seconds_before = state_dict.get("seconds", 0.0)
         source = (self.resume_dir or self.run_dir) / "metrics.csv"
         if state_dict["rows"] and not source.exists():
             rank_zero_warn(f"{source} is missing: the records of this run begin at the checkpoint")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the records of the run that wrote the checkpoint, if there is one."""
+        self._start = time.perf_counter()
         if trainer.is_global_zero:
+            self._prepare()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """What another run has left here is set aside before this one begins: nothing may go on from it by mistake."""
+        if self._writes(trainer):
             self._prepare()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -77,14 +91,18 @@ class RunRecorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Validation columns of the row of this rollout; before training and after, the samples too."""
-        awaits_checkpoint = self.resume_dir is not None and self._loaded is None
-        if not trainer.is_global_zero or getattr(trainer, "sanity_checking", False) or awaits_checkpoint:
+        if not self._writes(trainer):
             return
         self._prepare()
         step, metrics = pl_module.rollouts_done, pl_module.last_validation
         self.table.write({"step": step, **metrics})
         content = {"step": step, "metrics": metrics, "samples": pl_module.validation_samples}
         replace_file(self.run_dir / (AFTER if step else BEFORE), to_json(content, indent=1))
+
+    def _writes(self, trainer: L.Trainer) -> bool:
+        """Whether this is the rank and the time to record a validation."""
+        awaits_checkpoint = self.resume_dir is not None and self._loaded is None
+        return trainer.is_global_zero and not getattr(trainer, "sanity_checking", False) and not awaits_checkpoint
 
     def _prepare(self) -> None:
         if self._ready:
@@ -100,6 +118,15 @@ class RunRecorder(L.Callback):
         paths = (self.table.path, self.completions, self.run_dir / BEFORE, self.run_dir / AFTER)
         for path in filter(Path.exists, paths):
             os.replace(path, path.with_name(f"{path.name}.old"))
+        self._set_checkpoints_aside()
+
+    def _set_checkpoints_aside(self) -> None:
+        """Those of another run: until this one has saved, ``ckpt_path=auto`` would go on from them."""
+        folder = self.run_dir / "checkpoints"
+        if folder.exists() and any(folder.iterdir()):
+            old = folder.with_name(f"{folder.name}.old")
+            remove(old)
+            os.replace(folder, old)
 
     def _take_over(self, counted: dict[str, Any], source: Path) -> None:
         problems = []
@@ -116,9 +143,10 @@ class RunRecorder(L.Callback):
         except FileNotFoundError:
             if counted["completions_bytes"]:
                 problems.append("completions.jsonl is missing")
-        before = source / BEFORE
-        if before.exists() and source.resolve() != self.run_dir.resolve():
-            shutil.copyfile(before, self.run_dir / BEFORE)
+        if source.resolve() != self.run_dir.resolve():
+            self._set_checkpoints_aside()
+            if (before := source / BEFORE).exists():
+                shutil.copyfile(before, self.run_dir / BEFORE)
         if problems:
             warnings.warn(f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2)
 

@@ -124,7 +124,7 @@ def _dense_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, batch: BlockBatch, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a batch: queries ``(B * kv_heads, repeats * Q, D)`` and keys ``(B * kv_heads, K, D)``."""
-    bias = batch.bias_of(len(key) // len(batch.bias)).view(batch.shape)
+    bias = batch.bias_of(len(key) // len(batch.bias)).reshape(batch.shape)
     weights = torch.softmax(torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling), dim=-1)
     grad_weights = grad @ value.transpose(1, 2)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)

@@ -79,6 +79,8 @@ def attention_forward(
         )
     if dropout or softcap is not None:
         raise NotImplementedError("dropout and soft-capped scores are not part of the shared-prefix attention")
+    if value.shape[-1] != query.shape[-1]:
+        raise NotImplementedError("values of another size than queries are not part of the shared-prefix attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layout, SharedPrefixLayout):
         # Once per row, not once per block.

@@ -12,21 +12,32 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations import moe
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.packing import PackedBatch
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.reading import load_config
 from gspo_lightning.policy.vision import packs_pictures, vision_parts
 
 
 def fake_policy(loader: PolicyLoader) -> Policy:
-    """The policy on tensors without memory; to be called under `FakeTensorMode`."""
+    """The policy on tensors without memory; to be called under `FakeTensorMode`.
+
+    Raises:
+        UserError: the architecture cannot be packed.
+    """
     register()
-    model = _without_weights(loader)
+    config = load_config(loader.path)
+    model = _without_weights(loader) if may_pack(config) else None
+    if model is None or not can_pack(model.get_base_model() if loader.lora else model):  # type: ignore[operator]
+        raise UserError(
+            f"dry_run=true: models of type {config.model_type} run padded, which is not estimated; train without it"
+        )
     _make_fake(model)
-    vision = packs_pictures(load_config(loader.path))
+    vision = packs_pictures(config)
     return Policy(model, None, has_adapter=loader.lora is not None, has_vision=vision)
 
 

@@ -51,7 +51,7 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
     """
     changed = 0
     verdicts: dict[Any, bool] = {}
-    layers: Any = model.get_decoder().layers
+    layers: Any = getattr(model.get_decoder(), "layers", ())
     norm = lean_norm if recomputed else remade_norm
     for layer in layers:
         if type(layer).__name__ not in FAMILIES:

@@ -23,11 +23,15 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.patches import multiply_patches
 from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.quantization import keep_packing, quantization_arguments
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, vision_parts
+
+_NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", "dt_proj")
+"""Routers of experts, by their names in transformers, and a projection whose weight Mamba's kernels read."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -110,7 +114,7 @@ class PolicyLoader:
             has_adapter=has_adapter,
             has_vision=packs_pictures(config),
             processor=load_processor(resolve_model(self.path)) if has_vision(config) else None,
-            is_padded=has_vision(config) and not packs_pictures(config),
+            is_padded=not can_pack(model.get_base_model() if has_adapter else model),  # type: ignore[operator]
             features_from=features_from,
         )
 
@@ -155,8 +159,9 @@ class PolicyLoader:
     def _read(self, config: Any) -> PreTrainedModel:
         """The weights, in bits and with the attention that were asked for."""
         attention = attention_implementation(self.attention, packs_pictures(config))
-        if has_vision(config) and not packs_pictures(config):
-            rank_zero_warn(f"model type {config.model_type} reads pictures in a way that packing does not know; {SLOW}")
+        if not may_pack(config):
+            what = "reads pictures" if has_vision(config) else "names its layers"
+            rank_zero_warn(f"model type {config.model_type} {what} in a way that packing does not know; {SLOW}")
             attention = "eager"
         kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
         quantised = quantization_arguments(self.quantization, self.lora, self.path, config)
@@ -200,10 +205,15 @@ def compile_layers(model: PreTrainedModel) -> None:
     One graph serves all layers. A cache asks each for its number, which would otherwise be a constant: every layer a
     graph of its own, and those beyond the limit not compiled at all, in training neither. The settings that say so
     hold for all of torch.compile in this process: layers are compiled when they run.
+
+    Raises:
+        UserError: the model's layers are not where those of other models are.
     """
+    layers: Any = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(f"model.compile=true: the layers of {type(model).__name__} are not known; set it to false")
     allow_graphs()
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    layers: Any = model.get_decoder().layers
     for layer in layers:
         layer.compile()
 
@@ -250,16 +260,27 @@ def _flow(settings: dict[str, Any]) -> str:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
-    """The peft model around ``model``: adapters on its language layers, and on its vision half by choice."""
+    """The peft model around ``model``: adapters on its language layers, and on its vision half by choice.
+
+    ``all-linear`` leaves out what chooses experts, and what a layer reads without calling it.
+    """
     from peft import LoraConfig, get_peft_model
 
-    parts = vision_parts(model)
+    without = [] if train_vision else list(vision_parts(model))
+    if settings.target_modules == "all-linear":
+        without += _NO_ADAPTER
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         target_modules=settings.target_modules,
-        exclude_modules=None if train_vision or not parts else rf".*\b({'|'.join(parts)})\b.*",
+        exclude_modules=rf".*\b({'|'.join(without)})\b.*" if without else None,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    if settings.target_modules == "all-linear":
+        # peft finds the routers of some families by other ways, as it does their experts.
+        for name, parameter in wrapped.named_parameters():
+            if re.search(rf"\.({'|'.join(_NO_ADAPTER)})\..*lora_", name):
+                parameter.requires_grad_(False)
+    return wrapped

@@ -45,8 +45,8 @@ def packs_pictures(config: Any) -> bool:
 def vision_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What a model has besides its language model and its head, by name: the tower, the projector."""
     decoder = model.get_decoder()
-    body: nn.Module = model.model
-    if decoder is body:
+    body = getattr(model, "model", None)  # a language model may call it otherwise
+    if body is None or decoder is body or not has_vision(model.config):
         return {}
     return {name: part for name, part in body.named_children() if part is not decoder}
 

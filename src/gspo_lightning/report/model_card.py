@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 LICENCE_NOTE = "The licence of the base model holds for this one."
@@ -20,7 +21,8 @@ def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bo
     method = "GRPO" if objective["importance_sampling_level"] == "token" else "GSPO"
     tags = ["reinforcement-learning", method.lower(), "gspo_lightning"]
     # A folder of one's own is no model of the hub, and the hub refuses a card that names it as one.
-    on_hub = base.count("/") == 1 and not base.startswith(("/", ".")) and ":" not in base
+    is_name = base.count("/") == 1 and not base.startswith(("/", ".")) and ":" not in base
+    on_hub = is_name and not Path(base).exists()
     front = [
         "---",
         *([f"base_model: {base}"] if on_hub else []),

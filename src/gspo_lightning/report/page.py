@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from gspo_lightning.report import sections
 from gspo_lightning.report.files import read_json, read_metrics
 from gspo_lightning.report.style import STYLE
@@ -19,22 +21,30 @@ def render_report(run_dir: Path) -> Path:
     Raises:
         UserError: a file is damaged; names it.
     """
-    metrics, summary = read_metrics(run_dir), read_json(run_dir / "summary.json")
+    metrics, summary, config = read_metrics(run_dir), read_json(run_dir / "summary.json"), run_dir / "config.yaml"
     body = "".join(
         [
             sections.head(summary),
             sections.curves(metrics),
             sections.completions(
-                read_json(run_dir / "validation_before.json"), read_json(run_dir / "validation_after.json")
+                read_json(run_dir / "validation_before.json"),
+                read_json(run_dir / "validation_after.json"),
+                _threshold(config),
             ),
             sections.phases(metrics),
-            sections.settings(run_dir / "config.yaml", summary),
+            sections.settings(config, summary),
         ]
     )
     page = html_page(str(summary.get("model", "A run")), body)
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def _threshold(config: Path) -> float:
+    """From which reward on a completion is right."""
+    tree = OmegaConf.load(config) if config.exists() else OmegaConf.create()
+    return float(OmegaConf.select(tree, "validation.threshold", default=1.0))
 
 
 def html_page(title: str, body: str) -> str:

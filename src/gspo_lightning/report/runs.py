@@ -146,9 +146,9 @@ def _read_run(folder: Path) -> Run:
 
 
 def _logger_folders(folder: Path) -> set[Path]:
-    """Lightning's CSVLogger writes a metrics.csv of its own, in a folder inside the run's."""
+    """Lightning's CSVLogger writes a metrics.csv of its own for every start, in folders inside the run's."""
     paths = {path.parent for path in folder.rglob("metrics.csv")}
-    return {path for path in paths if path.parent in paths and not (path / "config.yaml").exists()}
+    return {path for path in paths if paths & set(path.parents) and not (path / "config.yaml").exists()}
 
 
 def _natural(path: Path) -> tuple[int, str, str]:

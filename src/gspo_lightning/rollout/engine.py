@@ -26,8 +26,9 @@ class WeightSyncError(RolloutError):
 class RolloutEngine(Protocol):
     """Samples completions from the current policy.
 
-    An engine that holds memory, processes or files also has a method ``close()``, which gives them back. It is called
-    when a run ends, also upon an error (`closing_engine`); an engine that holds nothing needs none.
+    An engine that holds memory, processes or files also has a method ``close()``, which gives them back; one that holds
+    nothing needs none. ``train.py`` and ``evaluate.py`` call it when a run ends, also upon an error; a program of your
+    own does so by `gspo_lightning.rollout.closing_engine`.
     """
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:

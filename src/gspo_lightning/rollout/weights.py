@@ -38,10 +38,15 @@ def check_base(policy: Policy, lora_sync: str) -> None:
     """Refuses or warns where the policy's base is quantised: an engine reads a base of its own from its folder.
 
     Raises:
-        UserError: see `refuse_merging`.
+        UserError: see `refuse_merging`; or an adapter on experts is to be merged.
     """
     quantised = bool(getattr(policy.base_model, "is_quantized", False))
     refuse_merging(quantised, lora_sync)
+    if lora_sync == "merged" and any(type(module).__name__ == "ParamWrapper" for module in policy.modules()):
+        raise UserError(
+            "rollout.engine.lora_sync=merged does not know adapters on the stacked weights of experts; set "
+            "rollout.engine.lora_sync=adapter, or model.lora.target_modules without experts"
+        )
     if quantised:
         warnings.warn(
             "the policy's base is quantised (model.quantization), and the engine samples from the weights as their "

@@ -128,7 +128,7 @@ def reward_model(node: dict[str, Any], folder: Path) -> Any:
 
 def math_verify(node: dict[str, Any], folder: Path) -> Any:
     reward, asked = built(node), []
-    reward._worker = lambda text, answer, timeout_s: asked.append((text, timeout_s))  # type: ignore[func-returns-value]
+    reward._worker = lambda text, answer, is_answer, timeout_s: asked.append((text, timeout_s))  # type: ignore[func-returns-value]
     or_error(lambda: reward(["<SOLUTION>5</SOLUTION> or 6"], answer=["5"]))
     reward(["no tag"], answer=["5"]) if node["tag"] else None
     return asked

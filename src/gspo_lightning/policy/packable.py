@@ -1,0 +1,22 @@
+"""Which models have the parts that packing works on: a body ``model`` whose decoder has ``layers``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gspo_lightning.policy.vision import has_vision, packs_pictures
+
+
+def may_pack(config: Any) -> bool:
+    """Whether the class for a config calls its body ``model``; asked before loading, for the attention to load with."""
+    if has_vision(config):
+        return packs_pictures(config)
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return type(config) not in mapping or bool(mapping[type(config)].base_model_prefix == "model")
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether a loaded model has these parts."""
+    return may_pack(model.config) and hasattr(model, "model") and hasattr(model.get_decoder(), "layers")

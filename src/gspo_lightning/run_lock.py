@@ -1,0 +1,52 @@
+"""One run per folder: a second one that begins while the first still writes there is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gspo_lightning.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # a platform without it
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+
+
+class RunLock:
+    """Holds ``.lock`` in a folder from here until `release`, or until the process ends in whatever way.
+
+    A lock of the process, not of an open file: a child (a reward worker, another rank) that outlives a killed run does
+    not hold it, so the run can be resumed at once. On a file system without locks there is none.
+
+    Args:
+        folder: of the run; exists.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+            os.close(self._descriptor)
+            raise UserError(
+                f"hydra.run.dir={folder}: another run is writing there; wait for its end or choose another folder"
+            ) from error
+        except OSError:
+            pass
+
+    def release(self) -> None:
+        """Gives the folder free and leaves nothing in it."""
+        if self._descriptor is None:
+            return
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
