@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DeepseekV3Config,
-    FalconConfig,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
@@ -27,20 +18,61 @@ from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, make_prompt, padded_logprobs, random_groups, relative_distance
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIGS = {
-    "as many key heads as query heads": LlamaConfig(**WIDTH, num_key_value_heads=4),
-    "one key head": LlamaConfig(**WIDTH, num_key_value_heads=1),
-    "values smaller than queries": DeepseekV3Config(
-        **WIDTH, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
-        first_k_dense_replace=1,
-    ),
-    "another name of the body": GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0
-    ),
-    "another table of attentions": FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+WIDE_HEADS, EXPERTS = {"head_dim": 16}, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL, ALTERNATING = {"num_local_experts": 4, "num_experts_per_tok": 2}, ["sliding_attention", "full_attention"]
+SLIDING = {"sliding_window": 5, "layer_types": ALTERNATING}
+LATENT = {
+    "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
+    "first_k_dense_replace": 1,
 }  # fmt: skip
-PADDED = ("values smaller than queries", "another name of the body", "another table of attentions")
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+# Model type of transformers, and what makes it different, in small. A window of 5 is shorter than the prompts.
+PACKED = {
+    "llama: as many key heads as query heads": {"num_key_value_heads": 4},
+    "llama: one key head": {"num_key_value_heads": 1},
+    "llama: Llama 3's rotation, tied": {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "llama: yarn, biases": {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 5},
+    "mixtral": {**LOCAL, "sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3": WIDE_HEADS,
+    "qwen3_moe": {**EXPERTS, **WIDE_HEADS, "norm_topk_prob": True},
+    "gemma": WIDE_HEADS,
+    "gemma3_text": {**WIDE_HEADS, **SLIDING, "query_pre_attn_scalar": 24},
+    "phi3": {"sliding_window": 5, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo2": {"num_key_value_heads": 4},
+    "olmo3": SLIDING,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "starcoder2": {"sliding_window": 5, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "glm4": {**WIDE_HEADS, "partial_rotary_factor": 0.5},
+    "exaone4": {"sliding_window": 5, "sliding_window_pattern": 2},
+    "helium": {"head_dim": 8},
+    "seed_oss": {**WIDE_HEADS, "residual_dropout": 0.0, "attention_dropout": 0.0},
+    "gpt_oss": {**WIDE_HEADS, **SLIDING, **LOCAL},
+}
+PADDED = {
+    "deepseek_v3": LATENT,  # values smaller than queries
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},  # the head scales its logits
+    "cohere": {"logit_scale": 0.25},
+    "stablelm": {"partial_rotary_factor": 0.5, "hidden_size": 64, "qk_layernorm": True, "use_parallel_residual": True},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0},
+    "gpt_neox": {"classifier_dropout": 0.0},
+    "falcon": {},  # a table of attentions of its own
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+OWN_NAMES = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}}
+
+
+def config_of(name, **more):
+    kind = name.partition(":")[0]
+    usual = {"num_key_value_heads": 2, **WIDTH, "max_position_embeddings": 256}
+    settings = OWN_NAMES.get(kind, usual) | (PACKED | PADDED)[name] | more
+    return AutoConfig.for_model(kind, **settings)
 
 
 @pytest.fixture
@@ -69,9 +101,9 @@ def saved(micro_model_dir, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*falling back to padded forwards")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*PACKED, *PADDED])
 def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
-    policy = PolicyLoader(saved(CONFIGS[name]), dtype="float64").load()
+    policy = PolicyLoader(saved(config_of(name)), dtype="float64").load()
     choose_forward(policy)
     assert policy.is_padded == (name in PADDED)
     # Blocks of one shape in one batch, and others.
@@ -83,8 +115,9 @@ def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
     policy.zero_grad()
     expected, _ = padded_logprobs(policy.base_model, groups, temperature=0.7)
     (expected @ weights).backward()
-    assert relative_distance(logprobs, expected) < 1e-9
-    assert relative_distance(ours, flat_gradient(policy)) < 1e-6
+    # Norms, rotations and routers are in float32 in most of them, whatever the weights are.
+    assert relative_distance(logprobs, expected) < 1e-6
+    assert relative_distance(ours, flat_gradient(policy)) < 1e-5
     prompts = [make_prompt(torch.arange(5, 5 + n), uid=f"t:{n}") for n in (3, 9)]
     rollout = TransformersEngine().generate(policy, prompts, SamplingParams(3, 6, temperature=0.7), 0)
     sampled = [(p.input_ids, [c.token_ids for c in g]) for p, g in zip(prompts, rollout.completions, strict=True)]
@@ -95,7 +128,7 @@ def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
 
 
 def test_what_runs_padded_says_so_and_is_not_estimated(saved):
-    loader = PolicyLoader(saved(CONFIGS["another name of the body"]), overrides={"attn_pdrop": 0.0})
+    loader = PolicyLoader(saved(config_of("gpt2")))
     with pytest.warns(
         UserWarning, match="model type gpt2 names its layers in a way that packing does not know; falling"
     ):
@@ -107,8 +140,7 @@ def test_what_runs_padded_says_so_and_is_not_estimated(saved):
 
 
 def test_an_adapter_leaves_routers_alone_and_is_not_merged_into_experts(saved):
-    config = MixtralConfig(**WIDTH, num_key_value_heads=2, num_local_experts=4)
-    policy = PolicyLoader(saved(config), lora=LoraSettings(r=2)).load()
+    policy = PolicyLoader(saved(config_of("mixtral")), lora=LoraSettings(r=2)).load()
     trained = {
         name.split(".lora_")[0].rpartition("layers.")[2] for name, p in policy.named_parameters() if p.requires_grad
     }
