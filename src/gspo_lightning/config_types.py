@@ -96,7 +96,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if origin in (list, tuple) or hint in (list, tuple):
-        of_one_kind = origin is list or arguments[1:] == (...,)
+        of_one_kind = bool(arguments) and (origin is list or arguments[1:] == (...,))
         return isinstance(value, list | tuple) and (not of_one_kind or all(_fits(x, arguments[0]) for x in value))
     if origin is dict or hint is dict:
         return isinstance(value, dict)
@@ -108,6 +108,6 @@ def _spell(hint: Any) -> str:
         return "true or false"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is list or get_args(hint)[1:] == (...,):
+    if get_args(hint) and (get_origin(hint) is list or get_args(hint)[1:] == (...,)):
         return f"a list of {_spell(get_args(hint)[0])}"
     return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]

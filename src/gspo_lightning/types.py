@@ -93,8 +93,9 @@ class SamplingParams:
             if not low <= value <= high or (key == "top_p" and value == 0):
                 bound = "at least 0 (0 keeps all)" if key == "top_k" else "between 0 and 1"
                 raise UserError(f"rollout.{key}={value} must be {bound}")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"rollout.stop={list(self.stop)} must be a list of strings of at least one character")
+        stop: object = self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"rollout.stop={stop!r} must be a list of strings of at least one character")
 
     @property
     def full_support(self) -> bool:

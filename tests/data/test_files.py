@@ -102,7 +102,7 @@ def test_a_folder_of_save_to_disk_is_read_by_its_split(labelled: Any, tmp_path: 
     datasets.DatasetDict({"train": labelled, "test": labelled.select([1])}).save_to_disk(several)
     assert [row["label"] for row in read_hub(one, None, "train")] == ["no", "yes", None, None]
     assert list(read_hub(several, None, "test")) == [{"prompt": "b", "label": "yes"}]
-    with pytest.raises(UserError, match=r"one: there is no split test; it has train$"):
+    with pytest.raises(UserError, match=r"one: there is no split test; the folder has train, each as a whole"):
         read_hub(one, None, "test")
     with pytest.raises(UserError, match=r"several: there is no split dev; it has train, test$"):
         read_hub(several, None, "dev")

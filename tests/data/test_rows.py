@@ -7,9 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from PIL import Image
 
 from gspo_lightning.data import RowsTask
+from gspo_lightning.data.columns import check_columns
 from gspo_lightning.errors import UserError
 
 
@@ -126,12 +129,30 @@ def test_rows_of_python_are_kept_by_their_columns_like_those_of_a_file() -> None
         RowsTask(["p"], num_validation=0, keep_rows={"answer": "1"}).train_row(0)
 
 
-def test_a_blank_column_of_a_template_is_a_prompt_and_one_for_the_rewards_is_none() -> None:
+def test_a_column_may_be_blank_and_is_refused_where_a_reward_needs_it() -> None:
     row = {"q": "Why?", "context": "", "solution": " "}
     task = RowsTask([row], num_validation=0, template="{hint}{q}", columns={"hint": "context"})
     assert task.train_row(0)["prompt"] == [{"role": "user", "content": "Why?"}]
-    with pytest.raises(UserError, match=r"column 'solution' is blank \(data\.task\.columns\.answer\)"):
-        RowsTask([row], num_validation=0, prompt_column="q", columns={"answer": "solution"}).train_row(0)
+    renamed = RowsTask([row], num_validation=0, prompt_column="q", columns={"answer": "solution"}).train_row(0)
+    assert renamed["answer"] == " "
+    with pytest.raises(UserError, match="row x: column 'answer' is blank, which reward exact_match needs"):
+        check_columns(renamed, {"answer": "reward exact_match"}, "row x")
+    with pytest.raises(UserError, match=r"column 'solution' is null \(data\.task\.columns\.answer\)"):
+        RowsTask(
+            [{"q": "Why?", "solution": None}], num_validation=0, prompt_column="q", columns={"answer": "solution"}
+        ).train_row(0)
+
+
+def test_a_dataset_object_has_the_names_of_its_classes_and_its_pictures_as_bytes() -> None:
+    features = datasets.Features(
+        {"q": datasets.Value("string"), "c": datasets.ClassLabel(names=["neg", "pos"]), "i": datasets.Image()}
+    )
+    pictures = [Image.new("RGB", (4, 4), (40 * n, 0, 0)) for n in (0, 0, 1, 2, 3, 4)]
+    rows = datasets.Dataset.from_dict({"q": ["same"] * 6, "c": [1, 0, -1, 1, 1, 1], "i": pictures}, features=features)
+    task = RowsTask(rows, num_validation=5, prompt_column="q", image_columns=["i"])
+    assert {row["c"] for row in [*task.validation_rows(), task.train_row(0)]} <= {"pos", "neg", None}
+    with pytest.raises(UserError, match="every row has a held-out prompt; nothing is left"):
+        RowsTask(rows.select([0, 1]), num_validation=1, prompt_column="q", image_columns=["i"]).train_row(0)
 
 
 def test_a_generator_serves_as_source_and_is_read_once() -> None:

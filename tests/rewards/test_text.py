@@ -94,7 +94,13 @@ def test_tagged_number_needs_one_block_and_does_not_apply_to_words():
         ("The correct answer: option C", "C"),
         ("A) Paris is wrong because of that.\n\n**Answer:** B", "B"),
         ("A) Paris is wrong.\nAnswer: none of these", None),
-        (r"A. It is \boxed{7}", None),
+        (r"A. It is \boxed{7}", "A"),
+        ("The answer is B, because answer choice A is wrong.", "B"),
+        ("The answer is B. Answer option C ignores friction.", "B"),
+        ("B. Paris is the capital. The correct answer is Paris.", "B"),
+        ("**B) Paris**\n\nThe answer is Paris because it is.", "B"),
+        ("C. The answer is below.", "C"),
+        ("The answer is 'B'.", "B"),
         ("A's answer", None),
         ("E", None),
         ("", None),
@@ -152,7 +158,6 @@ def patient():
         (r"\boxed{2}", r"2\pi r", 0),
         (r"\boxed{\frac12}", r"5\frac{1}{2}", 0),
         (r"\boxed{1024}", "2^{10}", 1),
-        (r"\boxed{10}", r"10\%", 0),
         (r"\boxed{6}", "5 or 6", 0),
         (r"\boxed{2, 3}", "2,3", 1),
         (r"\boxed{2.3}", "2,3", 0),
@@ -163,6 +168,27 @@ def patient():
         ("3", "-3", 0),
         (r"\boxed{y + x}", "x+y", 1),
         ("so it is 0.25", "25%", 1),
+        (r"\boxed{60}", "60 km/h", 1),
+        (r"\boxed{60\text{ km/h}}", "60 km/h", 1),
+        (r"\boxed{9.8}", "9.8 m/s^2", 1),
+        (r"\boxed{20}", "20 miles/hour", 1),
+        (r"\boxed{25}", "25 cm²", 1),
+        (r"\boxed{12}", "12 cm^2", 1),
+        (r"\boxed{25}", "25°C", 1),
+        (r"\boxed{5}", "5€", 1),
+        (r"\boxed{5}", "₹5", 1),
+        (r"\boxed{1000}", "1 000", 1),
+        (r"\boxed{25}", "25 (approximately)", 1),
+        (r"\boxed{5}", r"5~\text{m}", 1),
+        (r"\boxed{10}", r"10\%", 1),
+        ("The answer is 10%.", r"10\%", 1),
+        (r"\boxed{2}", "2 x", 0),
+        (r"\boxed{2}", r"2 \pi r", 0),
+        (r"\boxed{2}", "2(n-1)", 0),
+        (r"\boxed{5}", "5 o'clock", 1),
+        (r"\boxed{3}", "3 - x", 0),
+        (r"\boxed{2}", "2n(n+1)", 0),
+        (r"\boxed{6}", "6!", 0),
     ],
 )
 def test_math(text, answer, right, patient):
@@ -190,6 +216,9 @@ def test_a_tag_holds_an_answer_as_a_whole():
     assert math_equal(r"3\sqrt{2}", "3", is_answer=True) is False
     assert math_equal("The answer is 5.", "5", is_answer=True) is True
     assert math_equal(r"$x = 5$", "5", is_answer=True) is True
+    for text in ("**5**", "5 (five)", "5 m²", "`5`", "5 apples"):
+        assert math_equal(text, "5", is_answer=True) is True, text
+    assert math_equal("So, 3/4 of them", "3/4", is_answer=True) is True
 
 
 def test_math_reads_a_tag_and_refuses_a_row_without_an_answer(math):
@@ -222,6 +251,9 @@ CODE = "def f():\n    return 1\n"
         (f"so\n```python\n{CODE}", CODE),
         (f"```python\nbad\n``` no:\n```python\n{CODE}", CODE),
         (f"```python\n{CODE}```\n```", CODE),
+        (f"```python\n{CODE}```\n```\nThis function works by adding.", CODE),
+        (f"```python\n{CODE}```\n\nExample output:\n```\n5", CODE),
+        (f"```python\n{CODE}``` trailing ```python", CODE),
         (f"```python\n{CODE}```\n```python\n", CODE),
         ("``````", None),
         ("", None),

@@ -66,14 +66,14 @@ def as_mapping(row: Any, where: str) -> Row:
     return row  # type: ignore[return-value]
 
 
-def column_of(row: Row, column: str, where: str, key: str, blank: bool = True) -> Any:
-    """The value of a column; ``key`` is the setting that asks for it, ``blank``: it may be text without a letter.
+def column_of(row: Row, column: str, where: str, key: str) -> Any:
+    """The value of a column, which may be blank; ``key`` is the setting that asks for it.
 
     Raises:
-        UserError: it is missing, null, NaN or, unless it may be, blank.
+        UserError: it is missing, null or NaN.
     """
     value = row.get(column)
-    if is_missing(value) and not (blank and isinstance(value, str)):
+    if is_missing(value) and not isinstance(value, str):
         known = ", ".join(map(str, row))
         raise UserError(f"{where}: column {column!r} {_problem(row, column)} ({key}); the row has {known}")
     return value

@@ -67,7 +67,7 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
         raise UserError(f"data.task.source={source}, split {split}: cannot load it: {cause[0]}") from error
     if not len(rows):
         raise UserError(f"data.task.source={source}, split {split}: the dataset is empty")
-    return _with_class_names(rows)
+    return with_class_names(rows)
 
 
 def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
@@ -76,11 +76,13 @@ def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
         raise UserError(f"data.task.config_name={config_name} has no effect on a folder of save_to_disk; make it null")
     splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
     if split not in splits:
-        raise UserError(f"data.task.source={source}: there is no split {split}; it has {', '.join(splits)}")
+        raise UserError(
+            f"data.task.source={source}: there is no split {split}; the folder has {', '.join(splits)}, each as a whole"
+        )
     return splits[split]
 
 
-def _with_class_names(rows: Any) -> Sequence[Row]:
+def with_class_names(rows: Any) -> Sequence[Row]:
     """Classes by their names, not by numbers: a reward compares what the model says. -1, for no class, becomes null."""
     import datasets
 
@@ -129,7 +131,7 @@ def _read_parquet(path: Path) -> Sequence[Row]:
     said = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(CRITICAL)  # it prints a line of its own about a broken file
     try:
-        return _with_class_names(datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        return with_class_names(datasets.load_dataset("parquet", data_files=str(path), split="train"))
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read") from error
     finally:

@@ -18,7 +18,7 @@ from gspo_lightning.data.columns import (
     fill_template,
     template_columns,
 )
-from gspo_lightning.data.files import is_file, read_file, read_hub
+from gspo_lightning.data.files import is_file, read_file, read_hub, with_class_names
 from gspo_lightning.data.image_columns import encoded_images, kept_rows, with_images
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
@@ -34,7 +34,7 @@ class RowsTask:
     not depend on the run's seed; a training row whose prompt equals a held-out one is left out, with a
     warning that counts them.
 
-    A column that a template reads may be blank; one that ``columns`` names for the rewards may not.
+    A column may be blank; what a reward needs may not, which is checked where both are known.
 
     Mistakes raise ``UserError`` when rows are first asked for: constructing the task reads nothing.
     """
@@ -93,7 +93,9 @@ class RowsTask:
         if isinstance(self.source, str):
             self._refuse_ignored_settings()
             return self._read(self.source, self.split)
-        rows = _listed(self.source, f"data.task.source of task {self.name}")
+        rows: Any = _listed(self.source, f"data.task.source of task {self.name}")
+        if hasattr(rows, "features"):  # of datasets
+            rows = encoded_images(with_class_names(rows), self._image_columns)
         kept: Sequence[Row] = kept_rows(rows, self.keep_rows, self.name)
         return kept
 
@@ -116,8 +118,13 @@ class RowsTask:
 
     def _read(self, source: str, split: str) -> Sequence[Row]:
         rows: Any = read_file(source) if is_file(source) else read_hub(source, self.config_name, split)
-        rows = encoded_images(rows, [self.columns.get(name, name) for name in self.image_columns])
+        rows = encoded_images(rows, self._image_columns)
         return kept_rows(rows, self.keep_rows, source)
+
+    @property
+    def _image_columns(self) -> list[str]:
+        """By their names in the dataset."""
+        return [self.columns.get(name, name) for name in self.image_columns]
 
     @cached_property
     def _held_out(self) -> list[int]:
@@ -170,7 +177,7 @@ class RowsTask:
     def _prompt_row(self, row: Row, where: str) -> Row:
         out = dict(as_mapping(row, where))
         for new, old in self.columns.items():
-            out[new] = column_of(row, old, where, f"data.task.columns.{new}", blank=old in self._prompt_columns)
+            out[new] = column_of(row, old, where, f"data.task.columns.{new}")
         for column, pattern in self.patterns.items():
             text = str(column_of(out, column, where, "data.task.patterns"))
             out[column] = extract(pattern, text, column, where)

@@ -49,7 +49,7 @@ def _least_rate(name: str, config: Config, result: Conversion, notes: Notes) -> 
     notes["lr_scheduler_kwargs"] = ("same", "empty, or without effect on a constant schedule, in TRL as here")
     if name.startswith("constant"):
         return
-    if name == "cosine_with_min_lr" and list(extra) in (["min_lr"], ["min_lr_rate"]):
+    if name == "cosine_with_min_lr" and list(extra) in (["min_lr"], ["min_lr_rate"]) and config["learning_rate"]:
         least = extra["min_lr_rate"] if "min_lr_rate" in extra else extra["min_lr"] / config["learning_rate"]
         result.settings["scheduler.min_ratio"] = least
         notes["lr_scheduler_kwargs"] = ("renamed", "scheduler.min_ratio, a share of the full rate")

@@ -30,7 +30,7 @@ from gspo_lightning.policy.quantization import keep_packing, quantization_argume
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, vision_parts
 
-_NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", "dt_proj")
+_NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", r"mamba\.dt_proj", r"mixer\.dt_proj")
 """Routers of experts, by their names in transformers, and a projection whose weight Mamba's kernels read."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

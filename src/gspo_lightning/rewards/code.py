@@ -22,17 +22,21 @@ _INFO = re.compile(r"\s*(?:\w+|\{\s*\.?(?:python|py)\b[^}]*\}|(?:python|py)[\d.]
 def extract_code(text: str) -> str | None:
     """The last block fenced by three backticks, or the whole text if there is none; None for nothing or too much.
 
-    The last block may lack its closing fence: completions are cut, and models forget it.
+    The last block may lack its closing fence, as completions are cut and models forget it, if it says its language or
+    is the only one.
     """
     parts = text.split("```")
-    blocks = [block for block in map(_without_info, parts[1::2]) if block.strip()]
+    blocks = [rest for block in parts[1:-1:2] if (rest := _without_info(block)).strip()]
+    if len(parts) % 2 == 0 and (rest := _without_info(parts[-1])).strip():
+        says_language = rest != parts[-1]
+        blocks += [rest] if says_language or not blocks else []
     code = blocks[-1] if blocks else text if len(parts) == 1 else ""
     return code if code.strip() and len(code) <= MAX_CODE_CHARACTERS else None
 
 
 def _without_info(block: str) -> str:
-    info, newline, rest = block.partition("\n")
-    return rest if newline and _INFO.fullmatch(info[:200]) else block
+    info, _, rest = block.partition("\n")
+    return rest if _INFO.fullmatch(info[:200]) else block
 
 
 def same(found: Any, wanted: Any, tolerance: float) -> bool:

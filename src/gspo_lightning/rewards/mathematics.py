@@ -23,10 +23,17 @@ MAX_ANSWER_CHARACTERS = 2_000
 _MAX_NESTING = 50
 _MINUS = "\N{MINUS SIGN}"
 _DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
-_ONE_NUMBER = re.compile(
-    r"(?:[a-z.,:;%°$€£\s]*[\s$€£])?[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?%?(?:[.°]|\s[a-z.,%°\s]*)?",
+_NUMBER = re.compile(
+    r"(?:[a-z.,:;\s]*[\s,])?[-+]?[$€£¥₹]?[-+]?(?:\d{1,3}(?:[,\s]\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?", re.IGNORECASE
+)
+"""Words, and a number or a fraction behind them."""
+_UNIT = re.compile(
+    r"(?:\\?%|[°€£¥₹²³])?"
+    r"(?:(?:(?<=[°²³])|[\s~]+|(?=\\(?:text|mathrm)))"
+    r"(?:[a-zµΩ']{2,}|[mgshlvwjcf](?![a-z])|\\(?:text|mathrm)\{[^}]*\}|\([a-z ,.'-]+\)|\^\{?-?\d\}?|[/·.,%€£°²³*\s~])*)?\.?",
     re.IGNORECASE,
 )
+"""What may follow it: a sign of currency, a unit, words; no letter that is a variable, and no other number."""
 
 # It warns at each call that its timeouts are off; here a process bounds it.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -114,13 +121,19 @@ def _readings(answer: str) -> list[list[Any]]:
 
     Without delimiters math-verify looks for plain numbers first and takes a part for the whole: 3 of ``3\\sqrt{2}``.
     """
-    answer = answer.strip()
+    answer = answer.strip("*_`\t\n ")  # of Markdown
     if _DELIMITED.search(answer):
         readings = [_parse(answer)]
     else:
-        plain = [_parse(answer)] if _ONE_NUMBER.fullmatch(answer) else []
+        plain = [_parse(answer)] if _is_one_number(answer) else []
         readings = [*plain, _parse(rf"\boxed{{{answer}}}")]
     return [reading for reading in readings if reading]
+
+
+def _is_one_number(answer: str) -> bool:
+    """Whether a number is all there is, but for words and a unit."""
+    found = _NUMBER.match(answer)
+    return found is not None and _UNIT.fullmatch(answer[found.end() :]) is not None
 
 
 def _parse(text: str) -> list[Any]:

@@ -163,15 +163,16 @@ class MultipleChoice:
         return [float(self._choice(text_of(c)) == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
     def _choice(self, text: str) -> str | None:
-        letter = rf"(?:[\s(\[*_`$\"']|\\(?:text|mathrm|mathbf|textbf)\{{){{0,9}}([{self.choices}])(?![\w'])"
+        letter = rf"(?:[\s(\[*_`$\"']|\\(?:text|mathrm|mathbf|textbf)\{{){{0,9}}([{self.choices}])(?!\w|'\w)"
         if self.tag is not None and (block := single_block(text, self.tag)) is not None:
             found = re.match(rf"\s{{0,100}}{letter}", block)
             return found[1] if found else None
-        says = r"(?i:answer)[*_]{0,3}\s{0,9}(?:[:：]|(?i:is)\b)[*_:]{0,4}"
-        for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|(?i:answer))(?:\s{{1,9}}(?i:option|choice))?{letter}"):
+        colon = r"(?i:answer)[*_]{0,3}\s{0,9}[:：]"
+        says = rf"(?:{colon}|(?i:answer)[*_]{{0,3}}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}(?:\s{{1,9}}(?i:option|choice))?"
+        for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|(?i:answer)){letter}"):
             if all_found := re.findall(pattern, text):
                 return str(all_found[-1])
-        if re.search(rf"{says}|\\boxed", text):
+        if re.search(colon, text):
             return None
         found = re.match(rf"\s{{0,100}}{letter}(?=[).:\]*,]|\s{{0,100}}\Z)", text)
         return found[1] if found else None
