@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -269,3 +270,16 @@ def test_a_finished_run_that_is_started_again_keeps_its_time_and_speed(tmp_path)
     assert summary["steps"] == 1 and summary["wall_s"] > state["seconds"] > 0
     tokens = summary["train_tokens"] + summary["rollout_tokens"]
     assert summary["tokens_per_s"] == pytest.approx(tokens / summary["wall_s"])
+
+
+def test_checkpoints_that_were_set_aside_are_not_taken_for_those_of_the_folder(run_dir):
+    (run_dir / "checkpoints").rename(run_dir / "checkpoints.old")
+    with pytest.raises(UserError, match=r"the records of that run lie beside it as \*\.old; move them and checkpoints"):
+        find_checkpoint(str(run_dir / "checkpoints.old" / "last.ckpt"), run_dir)
+
+
+def test_a_run_does_not_export_over_the_model_that_it_starts_from(micro_model_dir, tmp_path):
+    shutil.copytree(micro_model_dir, tmp_path / "model")
+    with pytest.raises(UserError, match="this run would export over its own start; choose another hydra.run"):
+        in_process(tmp_path, f"model.path={tmp_path}/model", "logger=none")
+    assert (tmp_path / "model" / "model.safetensors").exists()

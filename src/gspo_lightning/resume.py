@@ -42,6 +42,11 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
         if not any(file.exists() for file in _candidates(newest)):
             raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint")
         _refuse_folder(newest)
+        if newest.parent.name == "checkpoints.old":
+            raise UserError(
+                f"ckpt_path={ckpt_path}: the records of that run lie beside it as *.old; move them and checkpoints.old "
+                "to a folder of their own, without .old, and go on from there"
+            )
     good = _first_good(newest)
     _refuse_foreign(good)
     if good.is_dir() != sharded:

@@ -41,7 +41,7 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
         "rollouts_done": module.rollouts_done,
         "counts": dict(module.counts),
         "nonfinite_in_a_row": module.guarded_step.nonfinite_in_a_row,
-        "optimizer": type(module.trainer.optimizers[0]).__name__,
+        "optimizer": _made_class(module),
     }
     if module.ahead is not None:
         state["ahead"] = module.ahead.state_dict()
@@ -58,7 +58,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     Raises:
         UserError: the checkpoint was saved with another optimizer, whose states mean nothing to this one.
     """
-    saved, own = state.get("optimizer"), _class_name(module.optimizer_factory)
+    is_ours = getattr(type(module).configure_optimizers, "__module__", "") == "gspo_lightning.module"
+    saved, own = state.get("optimizer"), _class_name(module.optimizer_factory) if is_ours else None
     if saved is not None and own is not None and saved != own:
         raise UserError(
             f"optimizer: the checkpoint was saved with {saved}, not {own}; go on with that one, "
@@ -121,6 +122,12 @@ def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str
             f"missing or of another shape, the first is {other[0]} (here {own[other[0]]}, there "
             f"{saved.get(other[0], 'none')})"
         )
+
+
+def _made_class(module: GSPOModule) -> str | None:
+    """Of the optimizer there is; None where nothing was trained."""
+    optimizers = module.trainer.optimizers
+    return type(optimizers[0]).__name__ if optimizers else None
 
 
 def _class_name(factory: Any) -> str | None:

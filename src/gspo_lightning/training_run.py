@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error
 from gspo_lightning.callbacks.files import remove
 from gspo_lightning.callbacks.graceful_stop import GracefulStop
+from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push
@@ -52,6 +54,11 @@ class TrainingRun:
         self, plain: dict[str, Any], run_dir: Path, ckpt_path: Path | None, module: GSPOModule, datamodule: Any
     ) -> None:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
+        if plain["export"]["enabled"] and Path(plain["model"]["path"]).resolve() == (run_dir / "model").resolve():
+            raise UserError(
+                f"model.path={plain['model']['path']}: this run would export over its own start; choose another "
+                "hydra.run.dir, or export.enabled=false"
+            )
         self.ckpt_path = ckpt_path
         self.stopped = ""
         """How far it came, where a signal ended it."""
@@ -63,13 +70,18 @@ class TrainingRun:
         )
         resume_dir = run_folder(self.ckpt_path) if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
-        self.recorder = RunRecorder(run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"])
+        self.recorder = RunRecorder(
+            run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"], begins_anew=ckpt_path is None
+        )
         self.stop = GracefulStop(
             self.checkpoint, plain["checkpoint"]["grace_s"], goes_on(plain["ckpt_path"], self.checkpoint.last)
         )
         callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
         self.trainer = build_trainer(plain, callbacks, run_dir)
-        self.lock = RunLock(run_dir) if self.trainer.is_global_zero else None
+        # Where srun has started the ranks, those without the lock would wait for the one that was refused.
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        by_srun = self.trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
+        self.lock = RunLock(run_dir) if self.trainer.is_global_zero and not by_srun else None
         first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)
 
     def execute(self) -> float | None:

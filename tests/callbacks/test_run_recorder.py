@@ -149,13 +149,26 @@ def test_a_new_run_in_a_used_folder_sets_the_old_checkpoints_aside_before_it_beg
     """Killed before its first checkpoint, it would go on from the weights of the other run by ``ckpt_path=auto``."""
     for number in ("1", "2"):  # what was set aside before gives way
         checkpoint_of(tmp_path, number)
-        RunRecorder(tmp_path).on_validation_start(OTHER_RANK, FakeModule())
+        RunRecorder(tmp_path, begins_anew=True).on_validation_start(OTHER_RANK, FakeModule())
         assert saved(tmp_path)["checkpoints"] == number
-        RunRecorder(tmp_path).on_validation_start(TRAINER, FakeModule())
+        RunRecorder(tmp_path, begins_anew=True).on_validation_start(TRAINER, FakeModule())
         assert saved(tmp_path) == {"checkpoints.old": number}
     (tmp_path / "checkpoints").mkdir()  # empty: nothing to keep
-    RunRecorder(tmp_path).on_validation_start(TRAINER, FakeModule())
+    RunRecorder(tmp_path, begins_anew=True).on_validation_start(TRAINER, FakeModule())
     assert saved(tmp_path) == {"checkpoints.old": "2"} and (tmp_path / "checkpoints").is_dir()
+
+
+def test_a_validation_alone_moves_no_checkpoints_and_a_training_does_once(tmp_path):
+    """A program of one's own may validate first and go on from them then."""
+    checkpoint_of(tmp_path, "1")
+    recorder = RunRecorder(tmp_path)
+    recorder.on_validation_start(TRAINER, FakeModule())
+    assert saved(tmp_path) == {"checkpoints": "1"}
+    recorder.on_train_start(TRAINER, FakeModule())
+    assert saved(tmp_path) == {"checkpoints.old": "1"}
+    checkpoint_of(tmp_path, "2")  # its own
+    recorder.on_train_start(TRAINER, FakeModule())
+    assert saved(tmp_path) == {"checkpoints": "2", "checkpoints.old": "1"}
 
 
 @pytest.mark.parametrize(("folder", "name"), [("run", "checkpoints"), ("new", "checkpoints.old")])

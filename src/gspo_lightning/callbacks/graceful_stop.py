@@ -48,11 +48,15 @@ class GracefulStop(L.Callback):
         self._launcher: Callable[[int, FrameType | None], Any] | None = None
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Takes over the signals before the training; who calls it calls `give_back` behind the training."""
-        self._begins = True
-        self._take_over(trainer)
+        """Takes over a scheduler's signals before the training; who calls it calls `give_back` behind the training.
 
-    def _take_over(self, trainer: L.Trainer) -> None:
+        The others end a process by themselves until a validation or the training begins: one that waits for other ranks
+        in a library would never come to a handler.
+        """
+        self._begins = True
+        self._take_over(trainer, (signal.SIGUSR1, signal.SIGUSR2))
+
+    def _take_over(self, trainer: L.Trainer, only: tuple[int, ...] = ()) -> None:
         self.is_first_rank = trainer.is_global_zero
         if threading.current_thread() is not threading.main_thread():
             return
@@ -62,7 +66,8 @@ class GracefulStop(L.Callback):
             heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *([signal.SIGUSR2] if self._launcher else []))
             self._before = {number: signal.getsignal(number) for number in heard}
         for number in self._before:
-            signal.signal(number, self._on_signal)
+            if not only or number in only:
+                signal.signal(number, self._on_signal)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes them back from Lightning, which has installed handlers of its own for the validation before."""

@@ -38,16 +38,25 @@ class RunRecorder(L.Callback):
         resume_dir: the folder of the run that a checkpoint comes from; by default ``run_dir``. Nothing is
             recorded before that checkpoint is loaded.
         tokens: token ids and sampler log-probabilities of each completion too, which `rollout.ReplayEngine` needs.
+        begins_anew: whether the validation before training is the beginning of a run; else only its training is, so
+            that a validation alone moves no checkpoints.
     """
 
-    def __init__(self, run_dir: str | Path, resume_dir: str | Path | None = None, tokens: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        resume_dir: str | Path | None = None,
+        tokens: bool = False,
+        begins_anew: bool = False,
+    ) -> None:
         self.run_dir, self.tokens = Path(run_dir), tokens
         self.resume_dir = None if resume_dir is None else Path(resume_dir)
         self.table = MetricsTable(self.run_dir / "metrics.csv")
         self.completions = self.run_dir / "completions.jsonl"
         self.completions_bytes = 0
         self._loaded: dict[str, Any] | None = None
-        self._ready = False
+        self._ready = self._is_alone = False
+        self.begins_anew = begins_anew
         self._seconds_before, self._start = 0.0, time.perf_counter()
 
     @property
@@ -75,12 +84,17 @@ class RunRecorder(L.Callback):
         """Takes over the records of the run that wrote the checkpoint, if there is one."""
         self._start = time.perf_counter()
         if trainer.is_global_zero:
-            self._prepare()
+            self._begin()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """What another run has left here is set aside before this one begins: nothing may go on from it by mistake."""
-        if self._writes(trainer):
-            self._prepare()
+        if self.begins_anew and self._writes(trainer):
+            self._begin()
+
+    def _begin(self) -> None:
+        self._prepare()
+        if self._loaded is None:
+            self._set_checkpoints_aside()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """One row of metrics, one line per completion."""
@@ -118,12 +132,12 @@ class RunRecorder(L.Callback):
         paths = (self.table.path, self.completions, self.run_dir / BEFORE, self.run_dir / AFTER)
         for path in filter(Path.exists, paths):
             os.replace(path, path.with_name(f"{path.name}.old"))
-        self._set_checkpoints_aside()
 
     def _set_checkpoints_aside(self) -> None:
         """Those of another run: until this one has saved, ``ckpt_path=auto`` would go on from them."""
         folder = self.run_dir / "checkpoints"
-        if folder.exists() and any(folder.iterdir()):
+        first, self._is_alone = not self._is_alone, True
+        if first and folder.exists() and any(folder.iterdir()):
             old = folder.with_name(f"{folder.name}.old")
             remove(old)
             os.replace(folder, old)

@@ -30,7 +30,8 @@ _NUMBER = re.compile(
 _UNIT = re.compile(
     r"(?:\\?%|[°€£¥₹²³])?"
     r"(?:(?:(?<=[°²³])|[\s~]+|(?=\\(?:text|mathrm)))"
-    r"(?:[a-zµΩ']{2,}|[mgshlvwjcf](?![a-z])|\\(?:text|mathrm)\{[^}]*\}|\([a-z ,.'-]+\)|\^\{?-?\d\}?|[/·.,%€£°²³*\s~])*)?\.?",
+    r"(?:[a-zµΩ']{2,}|[mgshlvwjcf](?![a-z])|\\(?:text|mathrm)\{[^}]*\}|\([a-z ,.'-]+\)|\^\{?-?\d\}?"
+    r"|[/·.,%€£°²³*\s~])*)?\.?",
     re.IGNORECASE,
 )
 """What may follow it: a sign of currency, a unit, words; no letter that is a variable, and no other number."""
