@@ -256,3 +256,12 @@ def test_a_checkpoint_does_not_wait_for_validations_that_never_come(micro_model_
     runner = trainer(callbacks=[checkpoint], limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None)
     with pytest.raises(UserError, match="give it val_check_interval=2 and check_val_every_n_epoch=None"):
         runner.fit(build_module(micro_model_dir, Settings()), datamodule=data)
+
+
+def test_a_subclass_with_an_optimizer_of_its_own_resumes_its_checkpoint(micro_model_dir, tmp_path):
+    """The factory, which it does not ask, would make another."""
+    unused = functools.partial(torch.optim.AdamW, lr=0.1)
+    fit(headed(micro_model_dir, Plain, unused, rollouts=2), max_epochs=1, callbacks=[RolloutCheckpoint(tmp_path, 1)])
+    again = headed(micro_model_dir, Plain, unused, rollouts=2)
+    fit(again, batches=2, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.rollouts_done == 2

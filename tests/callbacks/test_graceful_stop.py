@@ -259,3 +259,20 @@ def test_on_slurm_a_fresh_run_does_not_go_on_from_what_lies_in_the_current_folde
     (tmp_path / "hpc_ckpt_1.ckpt").write_text("of somebody else")
     left = run(tmp_path / "run", "logger=none", "max_rollouts=1")
     assert [row["step"] for row in left["metrics"]] == ["0", "1"]
+
+
+def test_until_a_validation_begins_sigterm_ends_a_process_by_itself(tmp_path):
+    """A rank that waits for others in a library would never come to a handler."""
+    stop, trainer = (
+        GracefulStop(RolloutCheckpoint(tmp_path, every_n_rollouts=1), 60),
+        SimpleNamespace(is_global_zero=True),
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    try:
+        stop.listen(trainer)
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == [before[0], stop._on_signal]
+        stop.on_validation_start(trainer, None)
+        assert signal.getsignal(signal.SIGTERM) == stop._on_signal
+    finally:
+        stop.give_back()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
