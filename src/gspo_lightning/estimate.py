@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.fake import fake_policy, saved_bytes
 from gspo_lightning.policy.load import DTYPES, PolicyLoader
 from gspo_lightning.policy.model import Policy
@@ -129,6 +130,7 @@ def estimate(
     training = _rows_at_once(len(prompts) * num_generations, num_generations, max_concurrent)
     held_out = _rows_at_once(validation_rows, validation_generations, max_concurrent)
     rows = max(training, held_out)
+    resolve_model(loader.path)  # what has to be built first is built of true tensors
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = fake_policy(loader)
         activations = saved_bytes(policy, micro.packed, precision)

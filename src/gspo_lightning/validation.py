@@ -80,6 +80,7 @@ class Validator:
                         "prompt": last_text(prompt.prompt),
                         "completion": completion.text,
                         "reward": rewards[row, 0].item(),
+                        "right": bool(right[row, 0]),
                         "answer": None if answer is None else str(answer),
                     }
                 )

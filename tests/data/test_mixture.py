@@ -82,6 +82,10 @@ def length_of(completions, **_):
     return [float(len(text)) for text in completions]
 
 
+def is_empty(completions, **_):
+    return [float(not text) for text in completions]
+
+
 def is_answer(completions, answer):
     return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]
 
@@ -144,3 +148,14 @@ def test_validation_measures_each_task_apart_by_the_function_that_applies():
     assert values["val/sampled_accuracy"] == pytest.approx(4 / 6)
     assert values["val/sampled_accuracy/a"] == 0.5 and values["val/sampled_accuracy/b"] == 0.75
     assert values["val/pass@2"] == 1.0
+    assert [sample["right"] for sample in validator.samples] == [True, False, False]
+
+
+def test_the_named_function_decides_what_is_right_and_not_the_sum_of_all():
+    weighed = RewardSet({"words": RewardSpec(length_of, weight=5.0), "empty": RewardSpec(is_empty, weight=0.5)})
+    validator = Validator(ValidationSettings(2, reward="empty"), weighed, SamplingParams(2, 4), seed=0)
+    validator.update(None, Scripted(), prompts())
+    assert [(sample["reward"], sample["right"]) for sample in validator.samples] == [
+        (5.0, False), (10.0, False), (0.5, True),
+    ]  # fmt: skip
+    assert validator.compute(torch.device("cpu"))["val/accuracy"] == pytest.approx(1 / 3)

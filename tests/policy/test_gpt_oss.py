@@ -223,8 +223,11 @@ def test_rewards_and_records_get_the_answer_and_beside_it_the_thinking(policy):
     rewards = RewardSet({"length": RewardSpec(lambda completions, **_: [float(len(c)) for c in completions])})
     validator = Validator(ValidationSettings(1), rewards, SamplingParams(1, 8), seed=0)
     validator.update(policy, ScriptedEngine(), [replace(prompt, prompt="?", sample={"completions": [one]})])
-    assert validator.samples == [{"prompt": "?", "completion": "a 4", "reward": 3.0, "answer": None, "thinking": "a 7"}]
-    page = sections.completions(*[{"samples": validator.samples}] * 2, threshold=1.0)
+    (sample,) = validator.samples
+    assert sample == {
+        "prompt": "?", "completion": "a 4", "reward": 3.0, "right": True, "answer": None, "thinking": "a 7",
+    }  # fmt: skip
+    page = sections.completions(*[{"samples": validator.samples}] * 2)
     assert page.count("a 7</div>") == page.count("a 4</div>") == 2
 
 

@@ -44,6 +44,12 @@ def test_weights_gradients_and_moments_are_those_of_the_model(micro_model_dir):
     )
 
 
+def test_a_bundled_model_that_has_not_been_built_yet_is_built_first(tmp_path, monkeypatch):
+    known = of("bundled:micro-gpt-oss")
+    monkeypatch.setenv("GSPO_CACHE", str(tmp_path))
+    assert of("bundled:micro-gpt-oss").parameters == known.parameters
+
+
 def test_only_the_adapter_has_gradients_and_it_needs_no_reference(micro_model_dir):
     loader = PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=2))
     found = of(loader=loader, needs_reference=True)

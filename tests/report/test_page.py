@@ -133,14 +133,12 @@ def test_the_promised_curves_are_there_and_those_without_data_are_not(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("threshold", "right"), [(None, ["1", "2"]), (0.5, ["0.5", "1", "2"]), (2, ["2"]), (3.0, [])])
-def test_what_reaches_the_threshold_of_the_run_is_marked_as_right(threshold, right, tmp_path):
-    samples = [{"prompt": "?", "completion": "!", "reward": reward} for reward in (0.25, 0.5, 1.0, 2.0, None)]
+def test_what_validation_found_right_is_marked_whatever_its_reward(tmp_path):
+    found = [(0.25, True), (1.0, False), (None, True), (2.0, None)]
+    samples = [{"prompt": "?", "completion": "!", "reward": reward, "right": right} for reward, right in found]
     (tmp_path / "validation_after.json").write_text(json.dumps({"samples": samples}))
-    if threshold is not None:
-        (tmp_path / "config.yaml").write_text(f"validation: {{threshold: {threshold}}}\n")
     tags = [div.text for div in body_of(page_of(tmp_path)).iter("div") if div.get("class") == "tag right"]
-    assert tags == [f"after, reward {reward}" for reward in right]
+    assert tags == ["after, reward 0.25", "after, reward ?"]
 
 
 def test_ten_completions_before_and_after_stand_side_by_side(tmp_path):

@@ -73,7 +73,8 @@ def test_speed_is_all_tokens_by_all_seconds_and_not_a_mean_of_rates():
 
 def test_an_evaluation_shows_completions_as_they_are(tmp_path):
     console = screen()
-    sample = {"prompt": "[red]2+2", "completion": "[/b] 4", "answer": None, "reward": 1.0}
+    sample = {"prompt": "[red]2+2", "completion": "[/b] 4", "answer": None, "reward": 0.25, "right": True}
     print_evaluation(console, "my/[model]", {"val/accuracy": 0.12345}, [sample])
     text = console.file.getvalue()
     assert "[red]2+2" in text and "[/b] 4" in text and "0.1235" in text and "my/[model]" in text
+    assert "0.25" in text and "yes" in text

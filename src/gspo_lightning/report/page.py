@@ -5,8 +5,6 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from gspo_lightning.report import sections
 from gspo_lightning.report.files import read_json, read_metrics
 from gspo_lightning.report.style import STYLE
@@ -29,7 +27,6 @@ def render_report(run_dir: Path) -> Path:
             sections.completions(
                 read_json(run_dir / "validation_before.json"),
                 read_json(run_dir / "validation_after.json"),
-                _threshold(config),
             ),
             sections.phases(metrics),
             sections.settings(config, summary),
@@ -39,12 +36,6 @@ def render_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
-
-
-def _threshold(config: Path) -> float:
-    """From which reward on a completion is right."""
-    tree = OmegaConf.load(config) if config.exists() else OmegaConf.create()
-    return float(OmegaConf.select(tree, "validation.threshold", default=1.0))
 
 
 def html_page(title: str, body: str) -> str:

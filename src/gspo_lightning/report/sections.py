@@ -134,20 +134,17 @@ def phases(metrics: dict[str, Series]) -> str:
     return f'<h2>Where the time went</h2><div class="phases">{rows}</div>'
 
 
-def completions(before: dict[str, Any], after: dict[str, Any], threshold: float) -> str:
-    """Greedy completions of the same held-out prompts, before and after training side by side.
-
-    Those of a reward of at least ``threshold`` are marked as right.
-    """
+def completions(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Greedy completions of the same held-out prompts, before and after training side by side; marks right ones."""
     old, new = before.get("samples", []), after.get("samples", [])
     if not old and not new:
         return ""
     pairs = []
     for first, second in zip_longest(old, new):
         if first and second and any(first.get(key) != second.get(key) for key in ("prompt", "images")):
-            pairs += [_pair(first, None, threshold), _pair(None, second, threshold)]
+            pairs += [_pair(first, None), _pair(None, second)]
         else:
-            pairs.append(_pair(first, second, threshold))
+            pairs.append(_pair(first, second))
     return f"<h2>Held-out prompts, greedy, before and after</h2>{''.join(pairs)}"
 
 
@@ -172,23 +169,22 @@ def _facts(values: dict[str, Any]) -> str:
     return f"<dl>{rows}</dl>"
 
 
-def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None, threshold: float) -> str:
+def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
     sample = after or before or {}
     answer = sample.get("answer")
     expected = "" if answer is None else f'<span class="tag">&ensp;expected: {escape(str(answer))}</span>'
     prompt = escape(str(sample["prompt"]))
     pictures = "".join(f'<img alt="" src="{escape(str(uri))}">' for uri in sample.get("images", []))
     ask = f'<div class="ask">{pictures}<span class="text" dir="auto">{prompt}</span>{expected}</div>'
-    sides = _side("before", before, threshold) + _side("after", after, threshold)
+    sides = _side("before", before) + _side("after", after)
     return f'<div class="pair">{ask}{sides}</div>'
 
 
-def _side(when: str, sample: dict[str, Any] | None, threshold: float) -> str:
+def _side(when: str, sample: dict[str, Any] | None) -> str:
     if sample is None:
         return f'<div><div class="tag">{when}: not sampled</div></div>'
-    reward = sample["reward"]
-    style = "tag right" if reward is not None and reward >= threshold else "tag"
-    tag = f'<div class="{style}">{when}, reward {_value(reward)}</div>'
+    style = "tag right" if sample.get("right") else "tag"
+    tag = f'<div class="{style}">{when}, reward {_value(sample["reward"])}</div>'
     thinking = f'<div class="text tag">{escape(str(sample["thinking"]))}</div>' if sample.get("thinking") else ""
     return f'<div>{tag}{thinking}<div class="text" dir="auto">{escape(str(sample["completion"]))}</div></div>'
 

@@ -67,11 +67,11 @@ def print_evaluation(console: Console, model: str, metrics: dict[str, float], sa
         table.add_row(name, f"{value:.4f}")
     console.print(table)
     examples = Table(title="Greedy completions", title_justify="left")
-    for column in ("prompt", "completion", "answer", "reward"):
+    for column in ("prompt", "completion", "answer", "reward", "right"):
         examples.add_column(column)
     for sample in samples:
         texts = (escape(str(sample[column])) for column in ("prompt", "completion", "answer"))
-        examples.add_row(*texts, f"{sample['reward']:.2f}")
+        examples.add_row(*texts, f"{sample['reward']:.2f}", "yes" if sample["right"] else "no")
     console.print(examples)
 
 
