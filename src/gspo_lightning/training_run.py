@@ -93,7 +93,7 @@ class TrainingRun:
         try:
             if self.trainer.is_global_zero:
                 config = OmegaConf.to_yaml(OmegaConf.create(redacted(self.plain)))
-                (self.run_dir / "config.yaml").write_text(config)
+                (self.run_dir / "config.yaml").write_text(config, encoding="utf-8")
             return self._execute()
         except _WRITE_ERRORS as error:
             if (line := disk_error(self.run_dir, error)) is None:

@@ -110,6 +110,18 @@ def test_a_special_token_can_stop_and_parts_a_string(policy, prompts):
     assert not without._has_stop_string([5, special, 6])
 
 
+def test_a_stop_string_is_looked_for_at_the_end_of_a_row_alone(policy, prompts, monkeypatch):
+    """A row of n tokens would otherwise be decoded n times over."""
+    stop = "".join(policy.tokenizer.convert_ids_to_tokens([5, 6, 7]))
+    decoder, decoded = Decoder(policy, prompts[:1], SamplingParams(1, 9, stop=("é", stop)), 0), []
+    decode = type(policy.tokenizer).decode
+    monkeypatch.setattr(
+        type(policy.tokenizer), "decode", lambda self, ids, **kwargs: decoded.append(ids) or decode(self, ids, **kwargs)
+    )
+    assert decoder._has_stop_string([9] * 500 + [5, 6, 7]) and not decoder._has_stop_string([9] * 500 + [5, 6])
+    assert [len(ids) for ids in decoded] == [3 + 8] * 2  # three bytes, and as many tokens as may bring none
+
+
 def test_each_unique_prompt_is_forwarded_once(policy, prompts, monkeypatch):
     widths = []
     original = type(policy).hidden_states

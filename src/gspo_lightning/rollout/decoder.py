@@ -15,6 +15,9 @@ from gspo_lightning.rollout.steps import DecodingCache, cache_of, steps_of
 from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
 
+SPARE_TOKENS = 8
+"""Looked at beside those that a stop string can consist of: decoding may do without the first space of a text."""
+
 
 @dataclass
 class Row:
@@ -39,6 +42,8 @@ class Decoder:
             [row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows]
         )
         self.eos = frozenset(policy.eos_token_ids)
+        # A token brings a byte or more, but for a few that bring none.
+        self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + SPARE_TOKENS
         self.seen = self._seen_in_prompts() if sampling.repetition_penalty != 1.0 else None
 
     def run(self) -> list[list[Completion]]:
@@ -99,7 +104,7 @@ class Decoder:
         if not self.sampling.stop:
             return False
         # Special tokens too: they may be what stops, and vLLM keeps them for this as well.
-        text = self.policy.tokenizer.decode(tokens, skip_special_tokens=False)
+        text = self.policy.tokenizer.decode(tokens[-self.stop_window :], skip_special_tokens=False)
         return any(stop in text for stop in self.sampling.stop)
 
     def _keep(self, kept: Tensor) -> None:
