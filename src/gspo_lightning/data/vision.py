@@ -126,6 +126,8 @@ def _run(
     kwargs = _picture_kwargs(processor, media.pictures, settings) if media.pictures else {}
     if media.videos:
         kwargs |= _video_kwargs(processor, media.videos, settings)
+    if (bos := processor.tokenizer.bos_token) is not None and text.startswith(bos):
+        kwargs["add_special_tokens"] = False  # the template wrote it (Gemma 3); the tokenizer would add a second one
     try:
         output = dict(processor(text=[text], return_tensors="pt", **kwargs))
     except ValueError as error:  # such as an aspect ratio that no grid of patches has
