@@ -93,11 +93,10 @@ def test_overfit_batches_is_refused_where_the_prompts_are_a_stream(micro_model_d
 @pytest.mark.parametrize(
     ("batch", "line"),
     [
-        ({"prompts": scripted_prompts}, "dataloader: a batch is a dict, not a PromptBatch; give PromptBatch"),
-        (scripted_prompts(), "dataloader: a batch is a list, not a PromptBatch; give PromptBatch"),
+        ({"prompts": scripted_prompts}, "train_dataloader: a batch is a dict, not a PromptBatch; give PromptBatch"),
         (PromptBatch([]), "train_dataloader: a PromptBatch without prompts"),
     ],
-    ids=["a dict", "a plain list", "empty"],
+    ids=["a dict", "empty"],
 )
 def test_a_batch_that_no_rollout_can_be_made_of_is_refused(batch, line, micro_model_dir):
     with pytest.raises(UserError, match=line):

@@ -41,7 +41,7 @@ from gspo_lightning.run_state import keep_settings, refuse_other_model, restore_
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
-from gspo_lightning.trainer_checks import check_batch, check_fit, check_kind, say_nothing_is_left
+from gspo_lightning.trainer_checks import check_batch, check_fit, say_nothing_is_left
 from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
 from gspo_lightning.update import Minibatch, UpdateSettings, check_minibatches, minibatch_order, split_minibatches
 from gspo_lightning.validation import ValidationSettings, Validator
@@ -184,11 +184,6 @@ class GSPOModule(L.LightningModule):
                 reference.fall_back()
 
     # ---------------------------------------------------------------- collect
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> PromptBatch:
-        """Refuses batches of another kind before Lightning walks into them."""
-        check_kind(batch)
-        return batch
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Samples completions for the prompts and scores them; ends a run that was resumed behind its last rollout."""

@@ -112,17 +112,13 @@ def _rotation_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def check_kind(batch: Any) -> None:
-    """Refuses what a loader of one's own may give beside batches of prompts."""
+def check_batch(batch: Any, module: GSPOModule) -> None:
+    """Refuses what a loader of one's own may give and no rollout can be made of."""
     if not isinstance(batch, PromptBatch):
         raise UserError(
-            f"dataloader: a batch is a {type(batch).__name__}, not a PromptBatch; give PromptBatch(prompts) by "
-            "DataLoader(..., batch_size=None)"
+            f"train_dataloader: a batch is a {type(batch).__name__}, not a PromptBatch; give "
+            "PromptBatch(prompts) by DataLoader(..., batch_size=None)"
         )
-
-
-def check_batch(batch: PromptBatch, module: GSPOModule) -> None:
-    """Refuses a batch of which no rollout can be made."""
     if not batch.prompts:
         raise UserError("train_dataloader: a PromptBatch without prompts; leave empty batches out")
     assert module.policy is not None
