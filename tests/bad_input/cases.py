@@ -510,6 +510,13 @@ DATA = [
     ),
     Case(
         "data",
+        "a message that is a number",
+        JSONL,
+        "message 0: the content must be text, or a list of parts",
+        rows_file({"prompt": [{"role": "user", "content": 5}], "letter": "a"}),
+    ),
+    Case(
+        "data",
         "fewer rows than a rollout",
         JSONL,
         "data.prompts_per_rollout=8 is more than the 3 training rows",

@@ -44,19 +44,66 @@ def fill_template(template: str, row: Row, where: str, constant: bool = False) -
         raise UserError(f"{where}: data.task.template does not fit the row: {error!r}") from error
 
 
+def checked_prompt(prompt: Any, where: str) -> str | Messages:
+    """A prompt that a model can go on with: text, or a conversation as `checked_messages` gives it."""
+    if not isinstance(prompt, str):
+        return checked_messages(prompt, where)
+    if not prompt.strip():
+        raise UserError(f"{where}: the prompt is empty")
+    return prompt
+
+
 def checked_messages(prompt: Any, where: str) -> Messages:
     """A conversation that a model can go on with, without the nulls that Arrow adds to messages."""
-    well_formed = isinstance(prompt, list) and all(isinstance(m, Mapping) and m.get("role") for m in prompt)
-    if not prompt or not well_formed:
+    well_formed = isinstance(prompt, list | tuple) and all(isinstance(m, Mapping) and _has_role(m) for m in prompt)
+    if not well_formed or not prompt:
         raise UserError(f"{where}: the prompt must be a string or a list of messages with role and content")
-    # Arrow gives every message the keys of all of them.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    messages: Messages = without_nulls(prompt)
+    for number, message in enumerate(messages):
+        _check_content(message.get("content"), f"{where}, message {number}")
     last = messages[-1]
     if last["role"] == "assistant":
         raise UserError(f"{where}: the last message is the assistant's; end the prompt before it")
-    if not last.get("content") or (isinstance(last["content"], str) and not last["content"].strip()):
+    if _is_blank(last.get("content")):
         raise UserError(f"{where}: the prompt is empty")
     return messages
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the keys that are null, at any depth: Arrow gives every mapping the keys of all of its column."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _has_role(message: Mapping[str, Any]) -> bool:
+    role = message.get("role")
+    return isinstance(role, str) and bool(role.strip())
+
+
+def _check_content(content: Any, where: str) -> None:
+    """Refuses what no chat template reads; the content may be missing, as beside a call of a tool."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list) or not all(isinstance(part, dict) and _is_part(part) for part in content):
+        raise UserError(
+            f"{where}: the content must be text, or a list of parts such as {{'type': 'text', 'text': ...}} and "
+            "{'type': 'image', 'image': ...}"
+        )
+
+
+def _is_part(part: dict[str, Any]) -> bool:
+    kind = part.get("type")
+    if kind == "text":
+        return isinstance(part.get("text"), str)
+    # Of an ``image_url`` a template may write a placeholder, which nothing fills.
+    return kind in ("image", "video") or (isinstance(kind, str) and not re.search("image|video|audio", kind))
+
+
+def _is_blank(content: Any) -> bool:
+    if isinstance(content, list):
+        return all(part["type"] == "text" and not part["text"].strip() for part in content)
+    return is_missing(content)
 
 
 def as_mapping(row: Any, where: str) -> Row:

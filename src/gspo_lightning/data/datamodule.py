@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from gspo_lightning.data.columns import Needed, check_columns
+from gspo_lightning.data.columns import Needed, as_mapping, check_columns, checked_prompt
 from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
@@ -243,9 +243,10 @@ class PromptDataModule(L.LightningDataModule):
         )
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
-        if "prompt" not in row:
+        if "prompt" not in as_mapping(row, f"row {uid}"):
             raise UserError(f"row {uid}: task {self.task.name} gave a row without a prompt")
-        ids, mm_inputs = self._encode(row["prompt"], f"row {uid}")
+        prompt = checked_prompt(row["prompt"], f"row {uid}")
+        ids, mm_inputs = self._encode(prompt, f"row {uid}")
         if not len(ids):
             raise UserError(f"row {uid}: the prompt has no tokens")
         if len(ids) > self.max_prompt_length:
@@ -255,7 +256,7 @@ class PromptDataModule(L.LightningDataModule):
                 f"row {uid}: the prompt has {len(ids)} tokens, more than data.max_prompt_length="
                 f"{self.max_prompt_length}; raise it, or leave such rows out with data.overlong_prompts=drop"
             )
-        return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row, mm_inputs=mm_inputs)
+        return Prompt(uid=uid, prompt=prompt, input_ids=ids, sample=row, mm_inputs=mm_inputs)
 
     def _encode(self, prompt: str | Messages, where: str) -> tuple[Tensor, dict[str, Tensor]]:
         if not image_parts(prompt):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gspo_lightning.data.columns import as_mapping
-from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
 
@@ -21,24 +20,24 @@ def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Me
     if isinstance(prompt, str):
         raise UserError(f"{where}: a plain prompt has no place for images; set data.task.conversational=true")
     pictures = [picture for value in values for picture in (value if isinstance(value, list | tuple) else [value])]
-    contents = [message["content"] for message in prompt]
-    if all(isinstance(content, str) for content in contents):
+    contents = [message.get("content") for message in prompt]
+    if not any(isinstance(content, list) for content in contents):
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
         return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": contents[-1]}]}]
-    places = sum(part.get("type") == "image" for c in contents if not isinstance(c, str) for part in c)
+    places = sum(part.get("type") == "image" for c in contents if isinstance(c, list) for part in c)
     if places != len(pictures):
         raise UserError(f"{where}: {places} image placeholders for {len(pictures)} images; give one image for each")
     following = iter(pictures)
     return [
-        message
-        if isinstance(message["content"], str)
-        else {
+        {
             **message,
             "content": [
-                {"type": "image", "image": next(following)} if part.get("type") == "image" else _without_nulls(part)
+                {"type": "image", "image": next(following)} if part.get("type") == "image" else part
                 for part in message["content"]
             ],
         }
+        if isinstance(message.get("content"), list)
+        else message
         for message in prompt
     ]
 
@@ -85,8 +84,3 @@ def _column(rows: Any, column: str, source: str) -> Sequence[Any]:
             raise UserError(f"{source}: there is no column {column!r} (data.task.keep_rows)")
         return rows[column]
     return [as_mapping(row, f"{source} row {number}").get(column) for number, row in enumerate(rows)]
-
-
-def _without_nulls(part: Row) -> Row:
-    """Arrow gives every part the keys of all of them."""
-    return {key: value for key, value in part.items() if value is not None}

@@ -12,7 +12,7 @@ from typing import Any
 
 from gspo_lightning.data.columns import (
     as_mapping,
-    checked_messages,
+    checked_prompt,
     column_of,
     extract,
     fill_template,
@@ -192,16 +192,12 @@ class RowsTask:
         return out
 
     def _conversation(self, prompt: Any, where: str) -> str | Messages:
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise UserError(f"{where}: the prompt is empty")
-            if not self.conversational:
-                if self.system_prompt:
-                    raise UserError("data.task.system_prompt has no effect with data.task.conversational=false")
-                return prompt
-            messages: Messages = [{"role": "user", "content": prompt}]
-        else:
-            messages = checked_messages(prompt, where)
+        checked = checked_prompt(prompt, where)
+        if isinstance(checked, str) and not self.conversational:
+            if self.system_prompt:
+                raise UserError("data.task.system_prompt has no effect with data.task.conversational=false")
+            return checked
+        messages: Messages = [{"role": "user", "content": checked}] if isinstance(checked, str) else checked
         if not self.system_prompt:
             return messages
         if messages[0]["role"] == "system":

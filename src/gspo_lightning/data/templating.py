@@ -10,9 +10,12 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gspo_lightning.data.columns import checked_prompt
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
 
+_REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+"""What a template raises over messages that it does not read; most test nothing, and add what is there to a string."""
 _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"})
 
 
@@ -26,7 +29,7 @@ def encode_prompt(
 
     Messages go through the chat template, up to where the assistant's turn begins; a plain string is
     tokenised with the special tokens the tokenizer itself adds. Whatever the template adds, such as a default
-    system prompt, stays.
+    system prompt, stays. Text in parts is joined where the template reads no parts.
 
     Raises:
         UserError: there is no chat template, it refuses the messages, or the text has half a character; the message
@@ -42,11 +45,46 @@ def encode_prompt(
         )
     try:
         ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(template_kwargs or {})
+            with_joined_text(prompt, tokenizer),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **(template_kwargs or {}),
         )
-    except TemplateError as error:
+    except _REFUSALS as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
     return torch.tensor(ids, dtype=torch.long)
+
+
+def with_joined_text(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Messages:
+    """The conversation with text instead of parts that are all text, unless the chat template reads parts."""
+    if not any(_is_text_in_parts(message) for message in messages) or _reads_parts(tokenizer):
+        return messages
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if _is_text_in_parts(message)
+        else message
+        for message in messages
+    ]
+
+
+def _is_text_in_parts(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, list) and all(part.get("type") == "text" for part in content)
+
+
+def _reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a part of text is rendered as the text is; some templates of models that see render parts alone."""
+    text = "MESSAGE-OF-THE-USER"
+    in_parts, alone = (_rendered(tokenizer, content) for content in ([{"type": "text", "text": text}], text))
+    return text in in_parts and (in_parts == alone or text not in alone)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+    except _REFUSALS:
+        return ""
 
 
 def refuse_surrogates(prompt: str | Messages, where: str) -> None:
@@ -80,12 +118,13 @@ def make_prompt(
         template_kwargs: for the chat template.
 
     Raises:
-        UserError: the row has no ``prompt``, or the chat template refuses it.
+        UserError: the row has no ``prompt``, or it is empty or no conversation, or the chat template refuses it.
     """
     if "prompt" not in row:
         raise UserError(f"row {uid}: there is no column 'prompt'; the row has {', '.join(row)}")
-    ids = encode_prompt(row["prompt"], tokenizer, template_kwargs, f"row {uid}")
-    return Prompt(uid=uid, prompt=row["prompt"], input_ids=ids, sample=row)
+    prompt = checked_prompt(row["prompt"], f"row {uid}")
+    ids = encode_prompt(prompt, tokenizer, template_kwargs, f"row {uid}")
+    return Prompt(uid=uid, prompt=prompt, input_ids=ids, sample=row)
 
 
 def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:

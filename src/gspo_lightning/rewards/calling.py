@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.users_code import RAISED, copied
 
 SEARCH_S = 1.0
 """Seconds spent on finding the row that made a function raise."""
@@ -50,7 +51,7 @@ class Log:
 
 SERVICES = frozenset({"trainer_state", "log_metric", "log_extra"})
 """Arguments that are not lists with one entry per completion."""
-GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_reward"}
+GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_reward", "policy_tokens"}
 """Arguments that are no columns of the dataset."""
 
 
@@ -88,14 +89,15 @@ class Caller:
         log = Log()
         try:
             return self._call(arguments, state, log), log
-        except (Exception, SystemExit) as error:  # a function that exits must not end the run without a word
+        except RAISED as error:  # a function that exits must not end the run without a word
             where = self._row(arguments, uids, state)
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise RewardFunctionError(f"{what} ({where})") from error
 
     def _call(self, arguments: dict[str, Any], state: TrainerState, log: Log) -> Any:
         given = {"trainer_state": state, "log_metric": log.log_metric, "log_extra": log.log_extra}
-        result = self.function(**self.accepted({**arguments, **given}))
+        # Copies: functions run side by side on one rollout, and what one takes from a list is there for the others.
+        result = self.function(**copied(self.accepted({**arguments, **given})))
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
     def _row(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> str:
@@ -105,7 +107,7 @@ class Caller:
                 return f"one of the rows {uid} to {uids[-1]}"
             try:
                 self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())
-            except (Exception, SystemExit):  # noqa: BLE001  (this is the row that was looked for)
+            except RAISED:  # noqa: BLE001  (this is the row that was looked for)
                 return f"row {uid}"
         return f"in the batch of rows {uids[0]} to {uids[-1]}, on none of them alone"
 

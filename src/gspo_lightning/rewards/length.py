@@ -1,4 +1,8 @@
-"""Rewards of length, in tokens of the completion (the end-of-sequence token included if it was sampled)."""
+"""Rewards of length, in tokens of the completion (the end-of-sequence token included if it was sampled).
+
+Of a dialogue, `LengthTarget` counts what the policy sampled; `SoftOverlong` keeps away from
+``rollout.max_completion_length`` and counts as that does, with what the environment says.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +63,7 @@ class LengthTarget:
             if getattr(self, name) < 1:
                 raise UserError(f"LengthTarget.{name}={getattr(self, name)} must be at least 1")
 
-    def __call__(self, completion_ids: list[Any], **_: Any) -> list[float]:
+    def __call__(self, completion_ids: list[Any], policy_tokens: list[int] | None = None, **_: Any) -> list[float]:
         """One value in [0, 1] per completion."""
-        return [max(0.0, 1 - abs(len(ids) - self.target_tokens) / self.tolerance_tokens) for ids in completion_ids]
+        lengths = policy_tokens or list(map(len, completion_ids))
+        return [max(0.0, 1 - abs(length - self.target_tokens) / self.tolerance_tokens) for length in lengths]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gspo_lightning.data.templating import with_joined_text
 from gspo_lightning.errors import UserError
 
 
@@ -88,7 +89,8 @@ class RewardModel:
         if isinstance(prompt, str):
             ids = self._tokenizer(prompt + completion)["input_ids"]
         else:
-            text = self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            talk = with_joined_text([*prompt, *completion], self._tokenizer)
+            text = self._tokenizer.apply_chat_template(talk, tokenize=False)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not 0 < len(ids) <= self.max_length:
             raise UserError(f"RewardModel: a sequence has {len(ids)} tokens; max_length is {self.max_length}")

@@ -13,7 +13,6 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, cast
 
 import torch
@@ -25,6 +24,7 @@ from gspo_lightning.rewards.by_task import ForTasks
 from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
 from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.types import Completion, Metrics, Prompt
+from gspo_lightning.users_code import finite_number
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -175,6 +175,7 @@ def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -
     }
     if any(c.dialogue is not None for _, c in rows):
         arguments["environment_reward"] = [c.dialogue and c.dialogue.reward for _, c in rows]
+        arguments["policy_tokens"] = [c.num_trained for _, c in rows]
     names = {name for prompt in prompts for name in prompt.sample} - {"prompt", *arguments}
     for name in sorted(names):
         arguments[name] = [prompt.sample.get(name) for prompt, _ in rows]
@@ -222,12 +223,8 @@ def checked(name: str, values: Any, uids: list[str]) -> list[float]:
         raise UserError(f"reward function {name} must return a list of {len(uids)} numbers or None, not {got}")
     numbers = []
     for uid, value in zip(uids, values, strict=True):
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if value is None:
-            numbers.append(math.nan)
-        elif isinstance(value, Real) and math.isfinite(value):
-            numbers.append(float(cast(float, value)))
-        else:
+        number = math.nan if value is None else finite_number(value)
+        if number is None:
             raise UserError(f"reward function {name} returned {value!r} for row {uid}; return a finite number or None")
+        numbers.append(number)
     return numbers

@@ -14,10 +14,13 @@ from multiprocessing.connection import Connection
 PR_SET_PDEATHSIG = 1
 
 
-def die_with(parent: int) -> None:
-    """Linux ends this process when its parent dies, however that happens; elsewhere a closed pipe ends it when idle."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Linux sends this process a signal when its parent dies, however that happens.
+
+    Elsewhere a closed pipe ends a worker when it is idle.
+    """
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         sys.exit(0)
 

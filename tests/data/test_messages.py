@@ -1,0 +1,149 @@
+"""Conversations: the same prompt from any kind of file, text in parts for any template, one line for what is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from gspo_lightning.data import PromptDataModule, RowsTask, make_prompt
+from gspo_lightning.data.columns import checked_messages
+from gspo_lightning.data.templating import encode_prompt
+from gspo_lightning.errors import UserError
+
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+TALK: Any = [{"role": "user", "content": PARTS}]
+STRINGS = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+PRINTED = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+BOTH = (
+    "{% for m in messages %}{% if m['content'] is string %}<{{ m['content'] }}>{% else %}"
+    "<{% for p in m['content'] %}{{ p['text'] }}{% if not loop.last %}|{% endif %}{% endfor %}>{% endif %}{% endfor %}"
+)
+PARTS_ALONE = (
+    "{% for m in messages %}<{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ p['text'] }}|{% endfor %}>{% endfor %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: str) -> Any:
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [(STRINGS, "<hi>"), (PRINTED, "<hi>"), (BOTH, "<h|i>"), (PARTS_ALONE, "<h|i|>")],
+    ids=["strings", "printed", "both", "parts alone"],
+)
+def test_text_in_parts_is_joined_unless_the_template_reads_parts(tokenizer: Any, template: str, text: str) -> None:
+    tokenizer.chat_template = template
+    assert tokenizer.decode(encode_prompt(TALK, tokenizer)) == text
+    assert TALK == [{"role": "user", "content": PARTS}]
+
+
+def test_what_a_template_stumbles_over_is_one_line(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages[0]['name'] + 1 }}"
+    with pytest.raises(UserError, match=r"row x: the model's chat template refuses the prompt: can only concatenate"):
+        encode_prompt([{"role": "user", "content": "hi", "name": "a"}], tokenizer, where="row x")
+
+
+def test_parquet_and_json_make_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    calls = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        for name, arguments in (("a", {"city": "Oslo"}), ("b", {"x": [3]}))
+    ]
+    talk = [{"role": "user", "content": "go"}, *calls, {"role": "user", "content": "on"}]
+    parts = [{"type": "image", "image": b"\x89"}, {"type": "text", "text": "what?"}]
+    for name, talks in (("calls", [talk] * 2), ("parts", [[{"role": "user", "content": parts}]] * 2)):
+        rows = [{"prompt": prompt} for prompt in talks]
+        path = str(tmp_path / f"{name}.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        task = RowsTask(path, num_validation=0)
+        assert [task.train_row(i)["prompt"] for i in range(2)] == talks
+
+
+def test_a_null_is_left_out_of_a_message_at_any_depth_and_stays_in_a_list() -> None:
+    call = {"name": None, "arguments": {"x": None, "y": {"z": None}, "w": [1, None]}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
+    assert checked_messages(messages, "row x") == [
+        {"role": "assistant", "tool_calls": [{"arguments": {"y": {}, "w": [1, None]}}]},
+        {"role": "tool", "content": "ok"},
+    ]
+    assert json.dumps(call) == '{"name": null, "arguments": {"x": null, "y": {"z": null}, "w": [1, null]}}'
+
+
+def test_pictures_of_columns_go_into_a_conversation_with_a_message_without_content() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    row = {"prompt": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "ok"}], "picture": "a.png"}
+    prompt = RowsTask([row], num_validation=0, image_columns=["picture"]).train_row(0)["prompt"]
+    image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "ok"}
+    assert prompt == [{"role": "user", "content": "q"}, call, {"role": "tool", "content": [image, text]}]
+
+
+class Own:
+    """A task of one's own, whose rows nobody has looked at."""
+
+    name, num_train_rows = "own", None
+
+    def __init__(self, row: Any) -> None:
+        self.row = row
+
+    def train_row(self, index: int) -> Any:
+        return self.row
+
+    def validation_rows(self) -> list[Any]:
+        return []
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+NO_MESSAGES = "the prompt must be a string or a list of messages with role and content"
+NO_CONTENT = r"message 0: the content must be text, or a list of parts such as \{'type': 'text', 'text': \.\.\.\}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        *((prompt, NO_MESSAGES) for prompt in (None, 5, b"abc", {"role": "user", "content": "x"}, [], ["x"])),
+        *(
+            ([message], NO_MESSAGES)
+            for message in ({"content": "x"}, {"role": ["user"], "content": "x"}, {"role": " "})
+        ),
+        *((user(content), NO_CONTENT) for content in (5, {"text": "x"}, ["x"], [{"text": "x"}], [{"type": "text"}])),
+        *((user([{"type": kind, kind: "x"}]), NO_CONTENT) for kind in ("image_url", "audio", 5)),
+        *(
+            (prompt, "the prompt is empty")
+            for prompt in ("", " \n", user(" "), user(None), user([]), [{"role": "user"}])
+        ),
+        (user([{"type": "text", "text": " "}]), "the prompt is empty"),
+        ([*user("q"), {"role": "assistant", "content": "a"}], "the last message is the assistant's"),
+    ],
+)
+def test_a_prompt_that_is_none_is_one_line_in_tasks_and_loaders_of_ones_own(
+    tokenizer_dir: str, tokenizer: Any, prompt: Any, message: str
+) -> None:
+    data = PromptDataModule(Own({"prompt": prompt}), tokenizer_dir, prompts_per_rollout=1, max_prompt_length=99)
+    for attempt in (data.check, lambda: make_prompt({"prompt": prompt}, tokenizer, "own:train:0")):
+        with pytest.raises(UserError, match=f"row own:train:0[:,] {message}") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_is_none_is_one_line(tokenizer_dir: str) -> None:
+    data = PromptDataModule(Own("hello"), tokenizer_dir, prompts_per_rollout=1, max_prompt_length=99)
+    with pytest.raises(UserError, match="row own:train:0: expected a row with columns, found str"):
+        data.check()
+
+
+def test_a_conversation_in_a_tuple_is_a_prompt(tokenizer_dir: str) -> None:
+    data = PromptDataModule(Own({"prompt": tuple(TALK)}), tokenizer_dir, prompts_per_rollout=1, max_prompt_length=99)
+    (prompt,) = data.batch_at(0).prompts
+    assert prompt.prompt == TALK
+    assert data.tokenizer.decode(prompt.input_ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
