@@ -107,7 +107,7 @@ class Caller:
                 return f"one of the rows {uid} to {uids[-1]}"
             try:
                 self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())
-            except RAISED:  # noqa: BLE001  (this is the row that was looked for)
+            except RAISED:  # this is the row that was looked for
                 return f"row {uid}"
         return f"in the batch of rows {uids[0]} to {uids[-1]}, on none of them alone"
 

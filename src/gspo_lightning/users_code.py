@@ -1,0 +1,46 @@
+"""What is handed to reward functions and environments of users, and what they hand back. Without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from numbers import Real
+from typing import Any, cast
+
+RAISED = (Exception, SystemExit, asyncio.CancelledError)
+"""What code of users may raise and a line must name; Ctrl-C is not theirs."""
+
+
+def copied(value: Any) -> Any:
+    """``value`` with new lists, dicts and sets all the way down, so that taking from one leaves every other as it was.
+
+    Pictures, tensors and other objects are shared. A list that stands in two places becomes two.
+    """
+    kind = type(value)
+    if kind is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if kind is list:
+        # Most items are numbers or texts, and token ids come by the million: no call for those.
+        return [copied(item) if type(item) in _CONTAINERS else item for item in value]
+    if kind is tuple:
+        return tuple(map(copied, value))
+    return set(value) if kind is set else value
+
+
+_CONTAINERS = frozenset({dict, list, set, tuple})
+
+
+def finite_number(value: Any) -> float | None:
+    """``value`` as a float; None if it is not one finite number (plain, of NumPy, or a tensor of one element)."""
+    if not isinstance(value, Real) and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError, TypeError):
+            return None
+    if not isinstance(value, Real):
+        return None
+    try:
+        number = float(cast(float, value))
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
