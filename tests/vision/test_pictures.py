@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from gspo_lightning.data.image_columns import kept_rows, with_images
 from gspo_lightning.data.images import load_image
@@ -34,6 +37,8 @@ def test_paths_bytes_pil_and_dataset_columns_give_the_same_picture(tmp_path):
     path = tmp_path / "red.png"
     path.write_bytes(as_bytes(image))
     forms = [image, str(path), path, as_bytes(image), {"bytes": as_bytes(image), "path": None}, {"path": str(path)}]
+    address = "data:image/png;base64," + base64.b64encode(as_bytes(image)).decode()
+    forms += [address, {"url": address}]
     assert {load_image(form, "row x").tobytes() for form in forms} == {image.tobytes()}
 
 
@@ -54,6 +59,44 @@ def test_other_colour_models_become_rgb(image, colour):
     assert load_image(image, "row x").mode == "RGB"
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_range(kind):
+    values = np.array([[0, 0x00FF, 0x0100], [0x7FFF, 0x8000, 0xFFFF]], dtype=np.uint16)
+    stored = as_bytes(Image.fromarray(values), kind)
+    assert Image.open(io.BytesIO(stored)).mode == "I;16"
+    assert np.asarray(load_image(stored, "row x"))[..., 1].tolist() == [[0, 0, 1], [127, 128, 255]]
+    big_endian = Image.frombytes("I;16B", (3, 2), values.astype(">u2").tobytes())
+    assert load_image(big_endian, "row x").tobytes() == load_image(stored, "row x").tobytes()
+
+
+def test_the_transparent_value_of_sixteen_bits_is_white():
+    values = np.array([[0x0100, 0x0101]], dtype=np.uint16)  # both are 1 in 8 bits
+    stored = as_bytes(Image.fromarray(values), transparency=0x0101)
+    assert np.asarray(load_image(stored, "row x")).tolist() == [[[1, 1, 1], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("address", ["data:image/png;base64,", ""], ids=["address", "bare base64"])
+def test_a_picture_in_base64_that_cannot_be_read_makes_a_short_line(address):
+    with pytest.raises(UserError) as error:
+        load_image(address + "A" * 1_000_000, "row x")
+    assert re.match(
+        r"row x: (cannot read the image from|there is no image) \S{60}\.\.\. \(10000\d\d char", str(error.value)
+    )
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, NotImplementedError])  # of AVIF and DDS
+@pytest.mark.parametrize("when", ["open", "load"])
+def test_whatever_a_decoder_raises_names_the_row(monkeypatch, raised, when):
+    def fail(*_, **__):
+        raise raised("no such format")
+
+    stored = as_bytes(Image.new("RGB", (4, 4)), "BMP")
+    monkeypatch.setattr(*((Image, "open") if when == "open" else (ImageFile.ImageFile, "load")), fail)
+    with pytest.raises(UserError, match=r"^row x: .*image.*\(no such format\)"):
+        load_image(stored, "row x")
+
+
 def test_the_rotation_a_camera_noted_is_applied():
     image = Image.new("RGB", (4, 2))
     exif = Image.Exif()
@@ -70,7 +113,19 @@ def test_the_rotation_a_camera_noted_is_applied():
         (as_bytes(Image.effect_noise((64, 64), 80))[:900], "row x: the image is broken"),
         (Image.new("RGB", (0, 4)), "row x: the image is 0 x 4 pixels"),
         ({"bytes": None, "path": None}, "row x: the image is missing"),
-        ("https://example.com/a.png", "row x: the image is an address on the web"),
+        (
+            "HTTPS://example.com/a.png",
+            "row x: the image is an address (HTTPS://example.com/a.png), and none is fetched",
+        ),
+        ("s3://bucket/a.png", "row x: the image is an address (s3://bucket/a.png)"),
+        ({"url": "http://example.com/a.png"}, "row x: the image is an address (http://example.com/a.png)"),
+        (
+            "data:image/png,raw",
+            "row x: cannot read the image from data:image/png,raw (a data: address must be in base64)",
+        ),
+        ("data:image/png;base64,?", "row x: cannot read the image from data:image/png;base64,? ("),
+        (Image.new("I", (4, 4), 30_000), "row x: the image has numbers of 32 bits (mode I), and which"),
+        (Image.new("F", (4, 4), 0.5), "row x: the image has numbers of 32 bits (mode F), and which"),
         (7, "row x: an image is a path, bytes or a PIL image, not int"),
         (Image.new("1", (40_000, 20_000)), "row x: the image is 40000 x 20000 pixels, too large"),
     ],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gspo_lightning.errors import UserError
@@ -18,19 +20,23 @@ MAX_PIXELS_DECODED = 512 * 1024 * 1024
 
 Picture = Image.Image
 
+_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError)
+"""What Pillow's decoders raise at files that they cannot read."""
+
 
 def load_image(value: Any, where: str) -> Picture:
     """An upright RGB picture.
 
-    Greyscale, palette and CMYK are converted; transparent pixels are put on white; the rotation that a camera
-    noted (EXIF) is applied.
+    Greyscale (of 8 or 16 bits), palette and CMYK are converted; transparent pixels are put on white; the rotation
+    that a camera noted (EXIF) is applied.
 
     Args:
-        value: a path, encoded bytes, a PIL image, or a mapping with ``bytes`` or ``path`` (a column of ``datasets``).
+        value: a path, encoded bytes, a PIL image, a ``data:`` address in base64, or a mapping with one of these as
+            ``bytes``, ``path`` (a column of ``datasets``) or ``url``.
         where: such as ``row x:train:3``; the error begins with it.
 
     Raises:
-        UserError: it is missing, empty, broken, or far too large.
+        UserError: it is missing, empty, broken, far too large, or has no range of brightness.
     """
     image = _open(value, where)
     width, height = image.size
@@ -38,9 +44,14 @@ def load_image(value: Any, where: str) -> Picture:
         raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or mend the image")
     if width * height > MAX_PIXELS_DECODED:
         raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{where}: the image has numbers of 32 bits (mode {image.mode}), and which of them is white is not known; "
+            "save it with 8 or 16 bits a pixel"
+        )
     try:
         return _on_white(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError) as error:
+    except _BROKEN as error:
         raise UserError(f"{where}: the image is broken ({error}); mend the file or remove the row") from error
 
 
@@ -53,31 +64,70 @@ def thumbnail_uri(value: Any, side: int = 160) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
+def refuse_address(value: str, what: str, where: str) -> None:
+    """Refuses what is no path of a file but ``https://...``, ``s3://...`` or the like.
+
+    Raises:
+        UserError: names the address.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
+        raise UserError(
+            f"{where}: the {what} is an address ({_short(value)}), and none is fetched; download it and give the "
+            "file's path"
+        )
+
+
 def _open(value: Any, where: str) -> Picture:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+        value = value.get("bytes") or value.get("path") or value.get("url")
     if value is None:
         raise UserError(f"{where}: the image is missing")
-    if isinstance(value, str) and value.startswith(("http://", "https://")):
-        raise UserError(f"{where}: the image is an address on the web; download it and give the file's path")
     if not isinstance(value, str | Path | bytes):
         raise UserError(f"{where}: an image is a path, bytes or a PIL image, not {type(value).__name__}")
-    name = "its bytes" if isinstance(value, bytes) else str(value)
+    name = "its bytes" if isinstance(value, bytes) else _short(str(value))
+    if isinstance(value, str):
+        refuse_address(value, "image", where)
     try:
+        if isinstance(value, str) and value[:5].lower() == "data:":
+            value = _decoded(value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked above
             return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
     except FileNotFoundError as error:
         raise UserError(f"{where}: there is no image {name}") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot read the image from {name} ({error})") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, *_BROKEN) as error:
+        raise UserError(f"{where}: cannot read the image from {name} ({_short(str(error))})") from error
+
+
+def _decoded(address: str) -> bytes:
+    """The bytes within ``data:image/png;base64,...``."""
+    kind, _, data = address.partition(",")
+    if not kind.lower().endswith(";base64"):
+        raise ValueError("a data: address must be in base64")
+    return base64.b64decode(data, validate=True)
+
+
+def _short(name: str) -> str:
+    """A picture in base64 would be a line of megabytes."""
+    return name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
 
 
 def _on_white(image: Picture) -> Picture:
+    if image.mode.startswith("I;16"):
+        image = _in_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _in_8_bits(image: Picture) -> Picture:
+    """The high byte of 16 bits of grey, as Pillow itself takes it from 16 bits of colour; its own `convert` clips."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if (transparent := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey

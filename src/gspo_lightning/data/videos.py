@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_lightning.data.images import Picture, load_image
+from gspo_lightning.data.images import Picture, load_image, refuse_address
 from gspo_lightning.errors import UserError
 
 DEFAULT_FPS = 2.0
@@ -59,8 +59,8 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
         return value
     if not isinstance(value, str | Path):
         raise UserError(f"{where}: a video is a list of frames, a folder or a file, not {type(value).__name__}")
-    if str(value).startswith(("http://", "https://")):
-        raise UserError(f"{where}: the video is an address on the web; download it and give the file's path")
+    if isinstance(value, str):
+        refuse_address(value, "video", where)
     path = Path(value)
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
