@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datasets
+import numpy as np
 import pytest
 
 from gspo_lightning.data import MultipleChoice
@@ -28,6 +30,44 @@ def test_number_letter_and_text_name_the_same_choice(answer):
 
 
 @pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        ({"A": "red", "B": "green", "C": "blue"}, "B"),
+        ({"C": "blue", "B": "green", "A": "red", "D": None}, "B"),
+        ({"A": "red", "B": "green", "C": "blue"}, "green"),
+        ({"a": "red", "b": "green", "c": "blue"}, "b"),
+        ({"text": COLOURS, "label": ["A", "B", "C"]}, "B"),
+        ({"text": COLOURS, "label": ["1", "2", "3"]}, "2"),
+        ({"text": COLOURS, "label": [1, 2, 3]}, 2),
+        ({"text": COLOURS, "label": ["x", "y", "z"]}, 1),
+        (np.array(COLOURS), np.int64(1)),
+        (tuple(COLOURS), 1),
+    ],
+)
+def test_choices_of_a_mapping_are_read_with_the_labels_of_the_dataset(choices, answer):
+    for row in rows_of(task(*[{"choices": choices, "answer": answer}] * 2)):
+        assert row["answer"] == "B"
+        assert row["prompt"][0]["content"].endswith("?\nA. red\nB. green\nC. blue\nAnswer with just the letter.")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, choices in [
+        ("letters", {"A": "sun", "B": "moon"}),
+        ("arc", {"text": ["sun", "moon"], "label": ["A", "B"]}),
+    ]:
+        more = {"A": "x", "B": "y", "C": "z"} if name == "letters" else {"text": ["x", "y", "z"], "label": list("ABC")}
+        rows = [{"question": "q?", "choices": c, "answer": "B"} for c in (choices, more)]
+        data = datasets.Dataset.from_list(rows)
+        path = str(tmp_path / f"{name}.{kind}")
+        data.to_parquet(path) if kind == "parquet" else data.to_json(path)
+        prompts = {row["prompt"][0]["content"] for row in rows_of(MultipleChoice(path, num_validation=1))}
+        end = "\nAnswer with just the letter."
+        assert prompts == {f"q?\nA. sun\nB. moon{end}", f"q?\nA. x\nB. y\nC. z{end}"}
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"answer": 3}, "the answer 3 is no number from 0, letter or text of the 3 choices"),
@@ -36,6 +76,24 @@ def test_number_letter_and_text_name_the_same_choice(answer):
         ({"answer": "A", "choices": ["B", "A"]}, "both a letter and the text of another choice"),
         ({"answer": 0, "choices": "red"}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": ["red"]}, "must be a list of 2 to 26 choices"),
+        (
+            {"answer": 0, "choices": ["red", None]},
+            r"must be a list of 2 to 26 choices, none of them null, \{'A': choice",
+        ),
+        ({"answer": 0, "choices": {"red", "green"}}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": 5}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": [["red"], ["green"]]}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": [{"label": "A", "text": "red"}] * 2}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": {"A": "red", "C": "green"}}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": {"red": 1, "green": 0}}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": {"text": COLOURS, "label": 5}}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": {"text": ["red", None], "label": ["A", "B"]}}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": {"text": COLOURS, "label": ["A", "B"]}}, r"one label for each .* found \['A', 'B'\]"),
+        (
+            {"answer": 0, "choices": {"text": COLOURS, "label": ["A", "A", "B"]}},
+            "one label for each choice, no two alike",
+        ),
+        ({"answer": "C", "choices": {"text": COLOURS, "label": ["x", "y", "z"]}}, "the answer 'C' is no number"),
         ({}, r"column 'answer' is missing \(data.task.answer_column\)"),
         ({"answer": 0, "choices": None}, "column 'choices' is null"),
     ],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
-from gspo_lightning.data.columns import as_mapping, column_of
+from gspo_lightning.data.columns import as_mapping, column_of, without_nulls
 from gspo_lightning.data.rows import RowsTask
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import is_missing
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,12 @@ class MultipleChoice(RowsTask):
     """`RowsTask` whose rows hold a list of choices; ``{options}`` in the template is the lettered list.
 
     ``answer`` of the row becomes a letter, ``choices`` stays. The dataset may name the right choice by its number (from
-    0), by its letter, or by its text.
+    0), by its letter (or the label it gives it), or by its text.
     """
 
     template: str | None = "{question}\n{options}\nAnswer with just the letter."
     choices_column: str = "choices"
-    """A list of strings."""
+    """A list of texts, ``{"A": text, "B": ...}``, or ``{"text": [...], "label": [...]}`` as ARC has it."""
     answer_column: str = "answer"
 
     @cached_property
@@ -32,34 +35,61 @@ class MultipleChoice(RowsTask):
 
     def _prompt_row(self, row: Row, where: str) -> Row:
         row = dict(as_mapping(row, where))
-        choices = column_of(row, self.choices_column, where, "data.task.choices_column")
-        if isinstance(choices, str) or not 2 <= len(choices) <= 26:
-            raise UserError(f"{where}: column {self.choices_column!r} must be a list of 2 to 26 choices")
+        column = column_of(row, self.choices_column, where, "data.task.choices_column")
+        choices, labels = _labelled(column, f"{where}: column {self.choices_column!r}")
         answer = column_of(row, self.answer_column, where, "data.task.answer_column")
-        row["answer"] = letter_of(answer, list(choices), where)
+        row["answer"] = letter_of(answer, choices, where, labels)
         row["options"] = "\n".join(f"{string.ascii_uppercase[n]}. {choice}" for n, choice in enumerate(choices))
         return super()._prompt_row(row, where)
 
 
-def letter_of(answer: Any, choices: list[Any], where: str) -> str:
-    """The letter of the right choice.
+def _labelled(column: Any, where: str) -> tuple[list[Any], list[str] | None]:
+    """The choices, and the dataset's own labels of them where it has any."""
+    choices, labels = column.tolist() if hasattr(column, "tolist") else column, None
+    if isinstance(column, Mapping):
+        column = without_nulls(column)  # of Arrow, where another row has more choices
+        if set(column) == {"text", "label"}:
+            choices, labels = column["text"], column["label"]
+        elif _are_letters(labels := sorted(map(str, column))):
+            choices = [column.get(label) for label in labels]
+    if not _are_choices(choices) or not (labels is None or isinstance(labels, list)):
+        raise UserError(
+            f"{where} must be a list of 2 to 26 choices, none of them null, {{'A': choice, 'B': ...}}, or "
+            "{'text': [choices], 'label': [labels]}"
+        )
+    if labels is not None and (len(labels) != len(choices) or len({*map(str, labels)}) != len(choices)):
+        raise UserError(f"{where} must have one label for each choice, no two alike; found {labels}")
+    return list(choices), None if labels is None else [str(label) for label in labels]
+
+
+def _are_choices(choices: Any) -> bool:
+    known = isinstance(choices, list | tuple) and 2 <= len(choices) <= 26
+    return known and all(isinstance(c, str) or (isinstance(c, int | float) and not is_missing(c)) for c in choices)
+
+
+def _are_letters(labels: list[str]) -> bool:
+    return [label.upper() for label in labels] == list(string.ascii_uppercase[: len(labels)])
+
+
+def letter_of(answer: Any, choices: list[Any], where: str, labels: list[str] | None = None) -> str:
+    """The letter of the right choice, which the dataset may call by a label of its own.
 
     Raises:
-        UserError: the answer is neither a number below the count of choices, nor a letter of one, nor one of them, or
-            it could be two of them.
+        UserError: the answer is neither a number below the count of choices, nor a letter or label of one, nor one of
+            them, or it could be two of them.
     """
-    texts = [str(choice) for choice in choices]
-    letters = string.ascii_uppercase[: len(texts)]
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if 0 <= answer < len(texts):
-            return letters[answer]
-    elif texts.count(str(answer)) == 1:
-        found = letters[texts.index(str(answer))]
-        if str(answer) in letters and found != answer:
+    texts, letters = [str(choice) for choice in choices], string.ascii_uppercase[: len(choices)]
+    names = list(letters) if labels is None else labels
+    text = str(answer)
+    if text not in names and isinstance(answer, Integral) and not isinstance(answer, bool):
+        if 0 <= int(answer) < len(texts):
+            return letters[int(answer)]
+    elif texts.count(text) == 1:
+        if text in names and names.index(text) != texts.index(text):
             raise UserError(
                 f"{where}: the answer {answer!r} is both a letter and the text of another choice; give its number"
             )
-        return found
-    elif str(answer) in letters:
-        return str(answer)
+        return letters[texts.index(text)]
+    elif text in names:
+        return letters[names.index(text)]
     raise UserError(f"{where}: the answer {answer!r} is no number from 0, letter or text of the {len(texts)} choices")
