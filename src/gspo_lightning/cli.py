@@ -34,16 +34,13 @@ from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError, closing_engine
+from gspo_lightning.sweep_job import SweepStopped, begins_ranks, run_apart
 from gspo_lightning.threads import share_threads
 from gspo_lightning.training_run import TrainingRun
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 RUN_ERRORS = (NonFiniteGradientError, RolloutError)
 """What ends a run that was well set up."""
-
-
-class SweepStopped(KeyboardInterrupt):
-    """A signal ended a job of a sweep; not an Exception, because Hydra would go on with the next job."""
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -167,6 +164,8 @@ def _train(cfg: DictConfig) -> float | None:
         _dry_run(plain)
         _leave_nothing(folder)
         return None
+    if begins_ranks(plain["trainer"], config.ranks(plain)):
+        return run_apart()
     _share_threads(plain)
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=config.is_sharded(plain))
     run_dir = _make_run_dir(folder)
@@ -226,6 +225,9 @@ def _evaluate(cfg: DictConfig) -> None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain, training=False)
+    if begins_ranks(plain["trainer"], config.ranks(plain)):
+        run_apart()
+        return
     _share_threads(plain)
     datamodule = build_data(plain)
     module = build_module(plain)

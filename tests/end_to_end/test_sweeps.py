@@ -82,8 +82,10 @@ def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, mon
         assert capsys.readouterr().err.splitlines()[0] == f"failed: job 1 (seed=2): {error}"
 
 
-def test_a_signal_ends_the_sweep_behind_the_job_in_hand(tmp_path):
-    command = [sys.executable, "train.py", "-m", *MICRO, "max_rollouts=1000", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+@pytest.mark.parametrize("trainer", [[], ["trainer=ddp", "trainer.devices=1"]], ids=["here", "in a program of its own"])
+def test_a_signal_ends_the_sweep_behind_the_job_in_hand(trainer, tmp_path):
+    settings = [*MICRO, *trainer, "trainer.accelerator=cpu", "max_rollouts=1000", "seed=1,2"]
+    command = [sys.executable, "train.py", "-m", *settings, f"hydra.sweep.dir={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("rollout 2/"):

@@ -1,0 +1,163 @@
+"""A job of a sweep that trains on several ranks, as a program of its own.
+
+Lightning starts the other ranks by this program's command line, which is that of the whole sweep: each rank would walk
+through all jobs by itself, a search would give every rank other settings, and a job that fails on one rank would leave
+the others waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.guarded_step import NonFiniteGradientError
+from gspo_lightning.report.files import read_json
+from gspo_lightning.rewards.serve import die_with
+from gspo_lightning.rollout import RolloutError
+
+ERROR = "error: "
+CODES: dict[int, type[Exception]] = {2: UserError, 3: NonFiniteGradientError, 4: RolloutError}
+_CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
+_IS_RANK = LightningEnvironment().creates_processes_externally
+# Asked before the first job: Lightning leaves its variables behind in the environment.
+_LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
+"""In whose jobs ``sys.argv`` is that of the sweep."""
+
+
+class SweepStopped(KeyboardInterrupt):
+    """A signal ended a job of a sweep; not an Exception, because Hydra would go on with the next job."""
+
+
+def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
+    """Whether this is a job of a sweep whose ranks Lightning would start, and not srun, torchrun or the like.
+
+    Args:
+        trainer: settings of the Trainer. Any strategy but ``auto`` makes a process group, also of one rank, which the
+            next job would find.
+        ranks: how many there are.
+
+    Raises:
+        UserError: the launcher starts jobs by a program from which the other ranks cannot be started.
+    """
+    if HydraConfig.get().mode == RunMode.RUN or (ranks == 1 and trainer["strategy"] == "auto"):
+        return False
+    if _IS_RANK or any(cluster.detect() for cluster in _CLUSTERS):
+        return False
+    launcher = str(HydraConfig.get().launcher["_target_"])
+    if not launcher.endswith(_LAUNCHERS):
+        raise UserError(
+            f"hydra/launcher: jobs of {launcher.rpartition('.')[2]} with {ranks} ranks must have these started by the "
+            "launcher (Slurm: hydra.launcher.tasks_per_node); or use the default launcher, or trainer.devices=1"
+        )
+    return True
+
+
+def run_apart() -> float | None:
+    """Runs this job by the program of the sweep, as a single run in the job's folder; signals are passed on to it.
+
+    Returns:
+        The held-out sampled accuracy at its end, for sweeps.
+
+    Raises:
+        UserError, NonFiniteGradientError, RolloutError: as the job's exit code says; RuntimeError for any other.
+        SweepStopped: a signal ended it.
+    """
+    hydra = HydraConfig.get()
+    parent, folder = os.getpid(), Path(hydra.runtime.output_dir)
+    process = subprocess.Popen(
+        command(hydra),
+        cwd=hydra.runtime.cwd,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+        start_new_session=True,  # Ctrl-C reaches it once, by the handler here
+        preexec_fn=lambda: die_with(parent, signal.SIGTERM),
+    )
+    with _passed_on(process) as received:
+        line = _tell(process)
+        code = process.wait()
+    if received:
+        name = signal.Signals(received[0]).name
+        raise SweepStopped(f"{name} ended the job in {folder}; the jobs behind it were not run")
+    if code:
+        raise CODES.get(code, RuntimeError)(line or f"the job ended with code {code}")
+    accuracy = read_json(folder / "summary.json").get("val_sampled_after")
+    return None if accuracy is None else float(accuracy)
+
+
+def command(hydra: Any) -> list[str]:
+    """The command line of a single run with the settings of a job of a sweep, in its folder."""
+    overrides = [text for text in hydra.overrides.hydra if not text.startswith("hydra.mode=")]
+    folder = str(hydra.runtime.output_dir).replace("'", "\\'")
+    return [
+        sys.executable,
+        os.path.abspath(sys.argv[0]),
+        *_config_flags(hydra),
+        *hydra.overrides.task,
+        *overrides,
+        f"hydra.run.dir='{folder}'",
+        f"hydra.job.num={hydra.job.num}",
+    ]
+
+
+def _config_flags(hydra: Any) -> list[str]:
+    """Where configs come from, as the sweep was told by flags."""
+    flags = ["--config-name", str(hydra.job.config_name)]
+    for source in hydra.runtime.config_sources:
+        path = source.path if source.schema == "file" else f"{source.schema}://{source.path}"
+        if source.provider == "main":
+            flags += ["--config-path", path]
+        elif source.provider == "command-line":
+            flags += ["--config-dir", path]
+    return flags
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Signals go to the job, which finishes its rollout and saves; yields those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(process: subprocess.Popen[str]) -> str:
+    """What the job says on its standard error, but for the last line of an error, which is returned."""
+    assert process.stderr is not None
+    last = ""
+    for line in process.stderr:
+        if not line.startswith(ERROR):
+            sys.stderr.write(line)
+        else:
+            sys.stderr.write(last)
+            last = line
+        sys.stderr.flush()
+    return last.removeprefix(ERROR).strip()
