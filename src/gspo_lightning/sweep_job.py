@@ -54,14 +54,21 @@ def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
         ranks: how many there are.
 
     Raises:
-        UserError: the launcher starts jobs by a program from which the other ranks cannot be started.
+        UserError: the launcher starts jobs by a program from which the other ranks cannot be started; or each rank is
+            a sweep of its own already.
     """
     if HydraConfig.get().mode == RunMode.RUN or (ranks == 1 and trainer["strategy"] == "auto"):
         return False
-    if _IS_RANK or any(cluster.detect() for cluster in _CLUSTERS):
-        return False
     launcher = str(HydraConfig.get().launcher["_target_"])
-    if not launcher.endswith(_LAUNCHERS):
+    is_ours = launcher.endswith(_LAUNCHERS)
+    if _IS_RANK or any(cluster.detect() for cluster in _CLUSTERS):
+        if is_ours and ranks > 1:
+            raise UserError(
+                "hydra.mode=MULTIRUN: every rank that srun or torchrun has started would walk through the sweep by "
+                "itself; start the sweep without it, or with hydra/launcher=slurm_gpu"
+            )
+        return False
+    if not is_ours:
         raise UserError(
             f"hydra/launcher: jobs of {launcher.rpartition('.')[2]} with {ranks} ranks must have these started by the "
             "launcher (Slurm: hydra.launcher.tasks_per_node); or use the default launcher, or trainer.devices=1"

@@ -90,13 +90,23 @@ def test_the_command_of_a_job_is_that_of_a_single_run_with_its_settings(tmp_path
         (RunMode.MULTIRUN, "auto", 1, False, False),
         (RunMode.MULTIRUN, "auto", 2, False, True),
         (RunMode.MULTIRUN, {"_target_": "DDPStrategy"}, 1, False, True),  # its process group would stay
-        (RunMode.MULTIRUN, {"_target_": "DDPStrategy"}, 2, True, False),
+        (RunMode.MULTIRUN, {"_target_": "DDPStrategy"}, 1, True, False),
     ],
 )
 def test_lightning_starts_ranks_in_programs_of_their_own(mode, strategy, ranks, slurm, apart, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path, mode))
     monkeypatch.setattr(sweep_job.SLURMEnvironment, "detect", lambda: slurm)
     assert begins_ranks({"strategy": strategy}, ranks) is apart
+
+
+def test_a_sweep_that_is_a_rank_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_job, "_IS_RANK", True)
+    submitit = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path, launcher=submitit))
+    assert not begins_ranks({"strategy": "auto"}, 2)
+    monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path))
+    with pytest.raises(UserError, match="hydra.mode=MULTIRUN: every rank that srun or torchrun has started would walk"):
+        begins_ranks({"strategy": "auto"}, 2)
 
 
 def test_a_launcher_whose_program_is_not_ours_must_start_ranks_itself(tmp_path, monkeypatch):
