@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gspo_lightning.data.image_columns import kept_rows, with_images
 from gspo_lightning.data.images import load_image
@@ -159,6 +161,49 @@ def test_each_picture_gets_its_placeholders_in_order(processor):
 def test_a_picture_20000_pixels_wide_is_made_smaller(processor, most):
     _, mm = encode(processor, Image.new("RGB", (20_000, 2_000)), "?", settings=VisionSettings(784, most))
     assert mm["image_grid_thw"].prod().item() * 14 * 14 <= most
+
+
+@pytest.mark.parametrize(
+    ("side", "settings", "expected"),
+    [
+        (200, VisionSettings(max_pixels=50_176), 192),  # the own least, 65536, would make 256 x 256 of it
+        (300, VisionSettings(max_pixels=50_176), 192),
+        (200, VisionSettings(max_pixels=70_000), 192),  # the own least, in whole patches, would make 288 x 256 of it
+        (100, VisionSettings(max_pixels=262_144), 256),  # far from the limit, the own least holds
+        (100, VisionSettings(min_pixels=200_000), 448),
+        (900, VisionSettings(min_pixels=200_000), 896),
+        (900, VisionSettings(min_pixels=2_000_000), 1440),  # above the own most, 1000000
+        (1600, VisionSettings(min_pixels=2_000_000), 1408),
+    ],
+)
+def test_a_limit_holds_against_the_processors_own_other_one(side, settings, expected):
+    """In whole patches of 32 x 32 pixels, as of Qwen3-VL."""
+    own = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 65_536, "longest_edge": 1_000_000})
+    grid = own(Image.new("RGB", (side, side)), size=settings.size(own))["image_grid_thw"]
+    assert (16 * grid[0]).tolist()[1:] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ((0, None), "data.min_pixels=0 must be a whole number above 0, or null"),
+        ((None, -5), "data.max_pixels=-5 must be a whole number above 0, or null"),
+        ((None, 2.5), "data.max_pixels=2.5 must be a whole number above 0, or null"),
+        ((None, "many"), "data.max_pixels='many' must be a whole number above 0, or null"),
+        ((50_000, 20_000), "data.min_pixels=50000 is above data.max_pixels=20000; no picture lies between them"),
+    ],
+)
+def test_limits_that_no_picture_keeps_are_refused(limits, message):
+    with pytest.raises(UserError) as error:
+        VisionSettings(*limits)
+    assert str(error.value) == message
+
+
+def test_limits_on_pixels_are_refused_where_the_same_two_words_mean_edges():
+    own = Idefics2ImageProcessorPil()
+    assert {"shortest_edge": 378, "longest_edge": 980}.items() <= dict(own.size).items()
+    with pytest.raises(UserError, match=r"max_pixels have no effect: Idefics2ImageProcessorPil .* counts no pixels"):
+        VisionSettings(max_pixels=250_000).size(own)
 
 
 def test_a_shape_no_grid_has_is_refused_with_the_row(processor):

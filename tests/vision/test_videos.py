@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from PIL import Image
 
-from gspo_lightning.data.videos import load_video
-from gspo_lightning.data.vision import VisionSettings, encode_conversation, picture_of
+from gspo_lightning.data.videos import Video, load_video
+from gspo_lightning.data.vision import VisionSettings, _limited, encode_conversation, picture_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.processor import ImageTextProcessor
@@ -154,13 +156,38 @@ def test_the_rate_of_the_frames_reaches_the_model(with_video):
         assert (slow[1]["second_per_grid_ts"].item(), fast[1]["second_per_grid_ts"].item()) == (4.0, 1.0)
 
 
+class Qwen3Limits:
+    """Of a video processor, what limits are made of: those of Qwen3-VL are of a whole video."""
+
+    patch_size, merge_size = 16, 2
+    size: ClassVar = {"shortest_edge": 131_072, "longest_edge": 786_432}
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "settings", "expected"),
+    [
+        (2, (256, 256), VisionSettings(1024, 20_000), (128, 128)),
+        (12, (256, 256), VisionSettings(1024, 20_000), (128, 128)),
+        (5, (640, 200), VisionSettings(max_pixels=20_000), (224, 64)),
+        (2, (64, 64), VisionSettings(max_pixels=20_000), (64, 64)),  # not enlarged to the own least of 65536 a frame
+        (2, (64, 64), VisionSettings(max_pixels=262_144), (256, 256)),  # to which it is here
+        (8, (640, 640), VisionSettings(min_pixels=1024), (288, 288)),  # an eighth of the own most is 98304
+    ],
+)
+def test_every_frame_is_brought_within_the_limits(count, size, settings, expected):
+    video = Video(tuple(frames(count, size)), 2.0)
+    limited = _limited(video, Qwen3Limits(), settings)
+    assert {frame.size for frame in limited.frames} == {expected}
+    assert (len(limited.frames), limited.fps) == (count, 2.0)
+
+
 @pytest.mark.vllm
-def test_limits_on_pixels_hold_for_every_frame(with_video):
+def test_limits_on_pixels_hold_for_every_frame_of_every_video(with_video):
     _, processor = with_video
-    part = {"type": "video", "video": frames(4, (200, 100))}
-    _, media = encode(processor, part, settings=VisionSettings(64, 320))
-    _, height, width = media["video_grid_thw"][0].tolist()
-    assert 0.5 * 320 < height * width * 16 <= 320
+    parts = [{"type": "video", "video": frames(count, (200, 100))} for count in (2, 7)]
+    _, media = encode(processor, *parts, settings=VisionSettings(64, 320))
+    assert media["video_grid_thw"].tolist() == [[1, 2, 6], [4, 2, 6]]  # 8 x 24 pixels: 16 x 24 would be more than 320
+    assert len(media["pixel_values_videos"]) == 5 * 2 * 6
 
 
 def test_without_a_video_processor_a_video_is_one_line(smollm2_dir, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL.Image import Resampling
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
 from gspo_lightning.data.images import Picture, load_image
@@ -20,25 +22,57 @@ from gspo_lightning.types import Messages
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """Limits on pictures; None leaves the processor's own. A picture is resized to lie between them."""
+    """Limits on pictures; None leaves the processor's own. A picture is resized to lie between them.
+
+    Raises:
+        UserError: a limit is no whole number above 0, or the least is above the most.
+    """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"data.{key}={value!r} must be a whole number above 0, or null")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise UserError(
+                f"data.min_pixels={self.min_pixels} is above data.max_pixels={self.max_pixels}; no picture lies "
+                "between them"
+            )
 
     @property
     def is_set(self) -> bool:
         """Whether anything differs from the processor's own."""
         return self.min_pixels is not None or self.max_pixels is not None
 
-    def size(self, own: Mapping[str, int], times: int = 1) -> dict[str, int]:
-        """What a processor of pictures or videos takes as ``size``, where its own is ``own``.
+    def size(self, processor: Any, frames: int = 1) -> dict[str, int]:
+        """What an image or video processor takes as ``size`` for each picture or frame.
 
-        ``times`` is the number of frames for a processor whose limits are those of a whole video (Qwen3-VL).
+        Where one limit is set, the processor's own other one gives way if it is near: pictures are enlarged to whole
+        patches, rounded up, which must not take them past the most.
+
+        Args:
+            processor: has the limits that are not set, and patches.
+            frames: of a video, for a processor whose own limits are those of a whole video (Qwen3-VL).
+
+        Raises:
+            UserError: the processor does not count pixels.
         """
-        return {
-            "shortest_edge": own["shortest_edge"] if self.min_pixels is None else self.min_pixels * times,
-            "longest_edge": own["longest_edge"] if self.max_pixels is None else self.max_pixels * times,
-        }
+        own, patch = processor.size, getattr(processor, "merge_size", None)
+        # Other processors with these two keys mean edges (Idefics2).
+        if patch is None or "longest_edge" not in own or "shortest_edge" not in own:
+            raise UserError(
+                f"data.min_pixels and data.max_pixels have no effect: {type(processor).__name__} brings pictures to "
+                "sizes of its own and counts no pixels; remove them"
+            )
+        least, most = own["shortest_edge"] // frames, own["longest_edge"] // frames
+        if self.max_pixels is not None:
+            most = self.max_pixels
+            least = least if 4 * least <= most else (processor.patch_size * patch) ** 2
+        if self.min_pixels is not None:
+            least, most = self.min_pixels, max(most, self.min_pixels)
+        return {"shortest_edge": least, "longest_edge": most}
 
 
 def image_parts(prompt: str | Messages) -> list[dict[str, Any]]:
@@ -123,12 +157,14 @@ def _match(text: str, placeholder: str, count: int, kind: str, where: str) -> No
 def _run(
     processor: Any, text: str, media: _Media, settings: VisionSettings, where: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    kwargs = _picture_kwargs(processor, media.pictures, settings) if media.pictures else {}
-    if media.videos:
-        kwargs |= _video_kwargs(processor, media.videos, settings)
+    kwargs: dict[str, Any] = {}
     if (bos := processor.tokenizer.bos_token) is not None and text.startswith(bos):
         kwargs["add_special_tokens"] = False  # the template wrote it (Gemma 3); the tokenizer would add a second one
     try:
+        if media.pictures:
+            kwargs |= _picture_kwargs(processor, media.pictures, settings)
+        if media.videos:
+            kwargs |= _video_kwargs(processor, media.videos, settings)
         output = dict(processor(text=[text], return_tensors="pt", **kwargs))
     except ValueError as error:  # such as an aspect ratio that no grid of patches has
         raise UserError(f"{where}: the image processor refuses an image or video ({error})") from error
@@ -150,13 +186,7 @@ def _run(
 def _picture_kwargs(processor: Any, pictures: list[Picture], settings: VisionSettings) -> dict[str, Any]:
     if not settings.is_set:
         return {"images": pictures}
-    own = processor.image_processor.size
-    if "longest_edge" not in own or "shortest_edge" not in own:
-        raise UserError(
-            f"data.min_pixels and data.max_pixels have no effect: {type(processor.image_processor).__name__} brings "
-            "all pictures to one size; remove them"
-        )
-    return {"images": pictures, "images_kwargs": {"size": settings.size(own)}}
+    return {"images": pictures, "images_kwargs": {"size": settings.size(processor.image_processor)}}
 
 
 def _video_kwargs(processor: Any, videos: list[Video], settings: VisionSettings) -> dict[str, Any]:
@@ -165,12 +195,23 @@ def _video_kwargs(processor: Any, videos: list[Video], settings: VisionSettings)
         VideoMetadata(total_num_frames=len(v.frames), fps=v.fps, frames_indices=list(range(len(v.frames))))
         for v in videos
     ]
-    kwargs: dict[str, Any] = {"do_sample_frames": False, "video_metadata": metadata, "cap_pixels_per_frame": True}
-    if settings.is_set:
-        whole = "Qwen3" in type(processor.video_processor).__name__
-        frames = max(len(video.frames) for video in videos) if whole else 1
-        kwargs["size"] = settings.size(processor.video_processor.size, frames)
+    kwargs: dict[str, Any] = {"do_sample_frames": False, "video_metadata": metadata}
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):  # Qwen's; they warn where it is not given
+        kwargs["cap_pixels_per_frame"] = True
+    if settings.is_set:  # here, because a processor has one size for all videos of a prompt
+        videos = [_limited(video, processor.video_processor, settings) for video in videos]
+        kwargs["do_resize"] = False
     return {"videos": [video.array() for video in videos], "videos_kwargs": kwargs}
+
+
+def _limited(video: Video, processor: Any, settings: VisionSettings) -> Video:
+    """The video with each frame within the limits, in whole patches."""
+    whole = "Qwen3" in type(processor).__name__
+    size = settings.size(processor, len(video.frames) if whole else 1)
+    width, height = video.frames[0].size
+    factor = processor.patch_size * processor.merge_size
+    height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    return replace(video, frames=tuple(frame.resize((width, height), Resampling.BICUBIC) for frame in video.frames))
 
 
 def _refuse_video(processor: Any, where: str) -> None:

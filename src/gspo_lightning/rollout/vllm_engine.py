@@ -199,7 +199,7 @@ class VLLMEngine:
                     f"rollout.engine.min_pixels and max_pixels have no effect: {self.model} reads text alone"
                 )
             return {}
-        size = {"size": limits.size(policy.processor.image_processor.size)} if limits.is_set else {}
+        size = {"size": limits.size(policy.processor.image_processor)} if limits.is_set else {}
         return {"limit_mm_per_prompt": {"video": 0}, "mm_processor_kwargs": size}
 
     def close(self) -> None:
