@@ -42,6 +42,7 @@ def test_a_prompt_with_a_picture_has_one_bos(processor: Any, template: str, sett
     processor.chat_template = template
     if settings.is_set:
         processor.image_processor.size = {"shortest_edge": 28, "longest_edge": 28}
+        processor.image_processor.patch_size, processor.image_processor.merge_size = 14, 1  # as if it counted pixels
     parts = [{"type": "image", "image": Image.new("RGB", (28, 28))}, {"type": "text", "text": "hi"}]
     messages = [{"role": "user", "content": parts}]
     ids, _ = encode_conversation(messages, processor, settings, {}, "row x")
