@@ -62,12 +62,19 @@ def build(node: Any) -> Any:
         raise UserError(str(error.__cause__ or error)) from error
 
 
-def with_environments(engine: RolloutEngine, environments: Environments) -> TransformersEngine:
+def with_environments(engine: RolloutEngine, environments: Any) -> TransformersEngine:
     """The engine whose completions are dialogues.
 
     Raises:
-        UserError: only the in-process engine can go on in a row's cache where a turn ends.
+        UserError: only the in-process engine can go on in a row's cache where a turn ends; or what makes the
+            environments is no `Environments`.
     """
+    if not isinstance(environments, Environments):
+        raise UserError(
+            f"environment._target_ makes a {type(environments).__name__}; set it to "
+            "gspo_lightning.dialogue.Environments, and name the environment as environment.make._target_, with "
+            "environment.make._partial_=true"
+        )
     if not isinstance(engine, TransformersEngine):
         raise UserError(f"environment: {type(engine).__name__} cannot sample dialogues; use rollout=transformers")
     return replace(engine, environments=environments)

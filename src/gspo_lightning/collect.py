@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.dialogue.turns import silent_rollout, turn_advantages
+from gspo_lightning.dialogue.turns import silent_rollout, turn_advantages, whole_returns
 from gspo_lightning.distributed import gather_values
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -74,14 +74,31 @@ def rollout_metrics(scored: ScoredRollout) -> Metrics:
         "completion/mean_tokens": (lengths.sum(), sequences),
         "completion/truncated_frac": (cut.double().sum(), sequences),
         "frac_zero_std_groups": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
-        "advantage_std": (scored.advantages.std(dim=1).sum(), groups),
+        "advantage_std": (_advantage_stds(scored).sum(), groups),
     }
-    dialogues = [c.dialogue for group in scored.completions for c in group if c.dialogue is not None]
-    if dialogues:
-        turns = sum(1.0 for d in dialogues for message in d.messages if message["role"] == "assistant")
-        metrics["dialogue/turns"] = (torch.tensor(turns, dtype=torch.float64), torch.tensor(float(len(dialogues))))
+    metrics |= _dialogue_metrics(scored)
     for number, name in enumerate(scored.reward_names):
         values = scored.rewards_by_function[..., number]
         applies = ~values.isnan()
         metrics[f"reward/{name}"] = (values[applies].sum(), applies.double().sum())
     return metrics | scored.logged
+
+
+def _dialogue_metrics(scored: ScoredRollout) -> Metrics:
+    """Turns and returns, as (sum, count); nothing where there are no dialogues."""
+    turns = [float(c.dialogue.num_turns) for group in scored.completions for c in group if c.dialogue is not None]
+    if not turns:
+        return {}
+    count = torch.tensor(float(scored.rewards.numel()))
+    return {
+        "dialogue/turns": (torch.tensor(turns, dtype=torch.float64).sum(), torch.tensor(float(len(turns)))),
+        "dialogue/return": (whole_returns(scored.completions, scored.rewards).sum(), count),
+    }
+
+
+def _advantage_stds(scored: ScoredRollout) -> torch.Tensor:
+    """``(B,)`` standard deviations of the advantages that are trained on: of the turns, where these have rewards."""
+    if scored.turn_advantages is None:
+        return scored.advantages.std(dim=1)
+    flat = [[value for of_turns in group for value in of_turns] for group in scored.turn_advantages]
+    return torch.tensor([torch.tensor(group, dtype=torch.float64).std().item() for group in flat], dtype=torch.float64)

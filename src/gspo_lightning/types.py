@@ -127,6 +127,11 @@ class Dialogue:
             begins[1:] &= ~self.trained[:-1]
         return begins.long().cumsum(0) - 1
 
+    @property
+    def num_turns(self) -> int:
+        """Turns of the policy; read off the tokens, not the messages, which others may change."""
+        return int(self.turn_index()[-1]) + 1
+
 
 @dataclass(frozen=True)
 class Completion:

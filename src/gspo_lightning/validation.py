@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from gspo_lightning.data.images import thumbnail_uri
 from gspo_lightning.data.vision import image_parts, last_text, picture_of
+from gspo_lightning.dialogue.turns import whole_returns
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
@@ -66,6 +67,8 @@ class Validator:
 
     def update(self, policy: Policy, engine: RolloutEngine, prompts: list[Prompt]) -> None:
         """Adds one batch of prompts. Without any, the engine is asked all the same: another rank may have some."""
+        if getattr(engine, "environments", None) is not None:  # so on every rank, whether it has prompts or not
+            self.means.setdefault("val/return", MeanMetric().set_dtype(torch.float64))
         greedy = engine.generate(policy, prompts, self.greedy, self.seed)
         if not prompts:
             engine.generate(policy, prompts, self.sampled, self.seed)
@@ -94,6 +97,8 @@ class Validator:
         self._update_right(self.names[1], prompts, right)
         self.means[self.names[2]].update(right.amax(dim=1))
         self.means["val/reward"].update(rewards)
+        if "val/return" in self.means:
+            self.means["val/return"].update(whole_returns(sampled.completions, rewards))
         lengths = [float(c.num_trained) for group in sampled.completions for c in group]
         self.means["val/mean_tokens"].update(torch.tensor(lengths, dtype=torch.float64))
 

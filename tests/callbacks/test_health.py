@@ -89,6 +89,13 @@ def test_a_fall_within_the_noise_of_rollouts_is_no_collapse():
     assert found(series(reward__mean=noisy)) == []
 
 
+def test_a_collapse_is_one_of_the_return_where_turns_have_rewards():
+    falls = [0.1] * 7 + [0.9] * 5 + [0.4] * 3
+    (found_one,) = found(series(dialogue__return=falls, reward__mean=[0.0] * 15))
+    assert found_one[:2] == (15, "reward_collapse") and found_one[2].startswith("dialogue/return fell from 0.9 to 0.4")
+    assert found(series(dialogue__return=[0.5] * 15, reward__mean=falls)) == []
+
+
 def test_once_while_it_lasts_and_again_when_it_comes_back():
     said = found(series(sampler_mismatch__abs_mean=[0.2, 0.2, 0.2, 0.0, 0.2]))
     assert [(end, name) for end, name, _ in said] == [(11, "mismatch"), (15, "mismatch")]
@@ -129,7 +136,7 @@ def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
 
 
 def test_every_metric_that_a_check_reads_is_kept():
-    assert set(GOOD) == set(METRICS)
+    assert {*GOOD, "dialogue/return"} == set(METRICS)
 
 
 def played(rows, capsys, folder, cut_at=(), stop_on=()):

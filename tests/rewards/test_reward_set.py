@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec
-from gspo_lightning.types import Completion, Prompt
+from gspo_lightning.rewards import ForTasks, LengthTarget, RewardSet, RewardSpec, SoftOverlong
+from gspo_lightning.types import Completion, Dialogue, Prompt
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -64,6 +67,61 @@ def test_none_becomes_nan_and_bools_and_tensors_become_numbers():
     assert math.isnan(values[0]) and values[1:] == [1.0, 2.5, 3.0]
 
 
+def test_numbers_of_numpy_are_rewards_and_one_too_large_for_a_float_is_refused():
+    values = [np.float32(0.5), np.int64(2), np.bool_(True), np.array([4.0])]
+    assert score(f=lambda completions: values)[..., 0].flatten().tolist() == [0.5, 2.0, 1.0, 4.0]
+    with pytest.raises(
+        UserError, match="reward function f returned 1000.* for row t:0; return a finite number or None"
+    ):
+        score(f=lambda completions: [10**400] * 4)
+
+
+def dialogues():
+    """Of five tokens, two of which an environment said; the prompts have a list in their rows."""
+    trained = torch.tensor([True, False, False, True, True])
+    prompts = [replace(prompt, prompt=CHAT, sample={"hints": ["a", "b"]}) for prompt in batch()[0]]
+
+    def played(reward):
+        talk = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+        messages = [*talk, {"role": "assistant", "content": "z"}]
+        return Completion(torch.arange(5), "", torch.zeros(5), "stop", Dialogue(trained, messages, reward))
+
+    return prompts, [[played(0.25), played(0.5)] for _ in prompts]
+
+
+def test_what_a_function_takes_from_a_list_is_there_for_the_others_and_for_the_record():
+    seen = []
+
+    def takes(prompts, completions, completion_ids, hints):
+        seen.append([hint.pop() for hint in hints])
+        prompts[0][0]["content"] = "changed"
+        seen.append([ids.pop() for ids in completion_ids])
+        return [len(completion.pop()["content"]) for completion in completions]
+
+    prompts, completions = dialogues()
+    before = copy.deepcopy([c.dialogue.messages for group in completions for c in group])
+    rewards = RewardSet({"f": RewardSpec(takes), "g": RewardSpec(takes)})
+    for _ in range(2):
+        assert rewards(prompts, completions).unique().tolist() == [1.0]
+    assert sorted(seen, key=str) == [["b"] * 4] * 4 + [[4] * 4] * 4
+    assert [c.dialogue.messages for group in completions for c in group] == before
+    assert CHAT == [{"role": "user", "content": "hi"}] and prompts[0].sample == {"hints": ["a", "b"]}
+
+
+def test_a_length_reward_counts_what_the_policy_said_and_the_soft_limit_all():
+    prompts, completions = dialogues()
+    seen = {}
+    functions = {
+        "target": RewardSpec(LengthTarget(3, 4)),
+        "overlong": RewardSpec(SoftOverlong(6, 4)),
+        "spy": RewardSpec(lambda policy_tokens, completions: seen.update(own=policy_tokens) or [0.0] * 4),
+    }
+    table = RewardSet(functions)(prompts, completions)
+    # Three tokens of five are the policy's: on the target. All five are 3 beyond the free 2 of a slope of 4.
+    assert seen["own"] == [3] * 4 and table.reshape(4, 3).tolist() == [[1.0, -0.75, 0.0]] * 4
+    assert RewardSet(functions).required_columns() == {}
+
+
 def test_asynchronous_and_plain_functions_run_side_by_side():
     met = threading.Barrier(2, timeout=5)
 
@@ -78,6 +136,10 @@ def test_asynchronous_and_plain_functions_run_side_by_side():
     assert score(one=one, two=two)[..., 0].unique().tolist() == [1.0]
 
 
+async def cancelled(completions):
+    raise asyncio.CancelledError("gone")
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
@@ -88,6 +150,7 @@ def test_asynchronous_and_plain_functions_run_side_by_side():
         (lambda completions: [1.0, 1.0, 1.0, float("inf")], "reward function f returned inf for row t:1"),
         (lambda completions: [1.0, 1.0, "1", 1.0], "reward function f returned '1' for row t:1"),
         (lambda completions: 1 / 0, "reward function f raised ZeroDivisionError"),
+        (cancelled, "reward function f raised CancelledError: gone (row t:0)"),
     ],
 )
 def test_what_is_no_reward_is_refused_with_function_and_row(function, text):

@@ -95,7 +95,9 @@ def no_signal(facts: Facts) -> str | None:
 
 def reward_collapse(facts: Facts) -> str | None:
     """The moving average of the reward has lost more than half of what was gained."""
-    means = [row["reward/mean"] for row in facts.rows if "reward/mean" in row]
+    # With rewards of turns the reward of the whole is only a part of what is trained on, or none.
+    name = "dialogue/return" if facts.last("dialogue/return") is not None else "reward/mean"
+    means = [row[name] for row in facts.rows if name in row]
     n = facts.patience
     if len(means) < 3 * n:
         return None
@@ -107,7 +109,7 @@ def reward_collapse(facts: Facts) -> str | None:
     if min(gained, lost) <= 4 * noise or lost <= gained / 2:
         return None
     return (
-        f"reward/mean fell from {max(averages):.3g} to {averages[-1]:.3g}; lower optimizer.lr, narrow "
+        f"{name} fell from {max(averages):.3g} to {averages[-1]:.3g}; lower optimizer.lr, narrow "
         "objective.epsilon, or go back to an earlier checkpoint"
     )
 
@@ -172,7 +174,7 @@ CHECKS: tuple[Callable[[Facts], str | None], ...] = (
 
 METRICS = (
     "gspo/ratio_noise_floor", "clip_frac_low", "clip_frac_high", "ratio/p1", "ratio/p99", "frac_zero_std_groups",
-    "reward/mean", "entropy", "completion/truncated_frac", "sampler_mismatch/abs_mean", "grad_norm",
+    "reward/mean", "dialogue/return", "entropy", "completion/truncated_frac", "sampler_mismatch/abs_mean", "grad_norm",
 )  # fmt: skip
 """What the checks read."""
 MOST_TIMES = 3

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from operator import methodcaller
+from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
+from gspo_lightning.users_code import RAISED, copied, finite_number
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,14 @@ class Reply:
     reward: float | None = None
     """Of the policy's turn; None in all turns if the dialogue is rewarded as a whole. A final `Reply(None, ...)` has
     the one of the last turn."""
+
+    def __post_init__(self) -> None:
+        text, role = cast("tuple[object, object]", (self.text, self.role))
+        if text is not None and not isinstance(text, str):
+            kind = type(text).__name__
+            raise UserError(f"Reply: the text is of type {kind}; give a string, such as str(...), or None for the end")
+        if not isinstance(role, str) or role == "assistant":
+            raise UserError(f"Reply: role={role!r} must be a string such as user or tool; assistant is the policy")
 
 
 class Environment(Protocol):
@@ -60,12 +70,18 @@ class Environments:
     def __post_init__(self) -> None:
         if self.max_turns < 1:
             raise UserError(f"environment.max_turns={self.max_turns} must be at least 1")
+        if not callable(self.make):
+            raise UserError(
+                f"environment.make is of type {type(self.make).__name__}, but must make an environment for every "
+                "dialogue; name the environment as environment.make._target_, with environment.make._partial_=true"
+            )
 
     def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
         """A dialogue about the row of ``prompt``."""
-        environment = self.make()
+        environment = _asked("environment.make", prompt, self.make)
         dialogue = OpenDialogue(environment, prompt, self, tokenizer)
-        dialogue.ask("reset", dict(prompt.sample), seed)
+        # A copy: what one dialogue takes from a list of its row must be there for the others, and after a resume.
+        dialogue.ask("reset", copied(dict(prompt.sample)), seed)
         return dialogue
 
 
@@ -94,10 +110,10 @@ class OpenDialogue:
         self.turn_rewards.append(answer.reward)
         if answer.text is None or len(self.turn_rewards) >= self.settings.max_turns:
             return None
-        message = {"role": answer.role, "content": answer.text}
+        message = {"role": answer.role, "content": _without_lone_surrogates(answer.text)}
         self.messages.append(message)
-        plain = isinstance(self.prompt.prompt, str)
-        return continuation(self.tokenizer, message, self.settings.chat_template_kwargs, has_end, eos, plain)
+        kwargs = self.settings.chat_template_kwargs
+        return continuation(self.tokenizer, message, kwargs, has_end, eos, self.prompt.prompt)
 
     def add(self, text: str) -> None:
         """Notes a turn of the policy."""
@@ -109,26 +125,23 @@ class OpenDialogue:
         Raises:
             UserError: a reward is no finite number, or some turns have one and others none.
         """
-        whole = self.ask("reward")
-        given = [reward for reward in self.turn_rewards if reward is not None]
-        for value in (whole, *given):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"{self._name}: a reward must be a finite number, not {value!r} ({self._where})")
+        whole = self._number(self.ask("reward"))
+        given = [self._number(reward) for reward in self.turn_rewards if reward is not None]
         if given and len(given) < len(self.turn_rewards):
             raise UserError(f"{self._name}: some turns have a reward and others none ({self._where})")
         # A turn that was cut by length has not been shown to the environment: it earns nothing of its own.
         turns = sum(message["role"] == "assistant" for message in self.messages)
-        return float(whole), tuple(float(x) for x in given) + (0.0,) * (turns - len(given) if given else 0)
+        return whole, (*given, *(0.0,) * (turns - len(given) if given else 0))
+
+    def _number(self, reward: Any) -> float:
+        number = finite_number(reward)
+        if number is None:
+            raise UserError(f"{self._name}: a reward must be a finite number, not {reward!r} ({self._where})")
+        return number
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Calls the environment."""
-        try:
-            return getattr(self.environment, method)(*arguments)
-        except UserError as error:
-            raise UserError(f"{self._name}.{method}: {error} ({self._where})") from error
-        except (Exception, SystemExit) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self._name}.{method} raised {what} ({self._where})") from error
+        return _asked(f"{self._name}.{method}", self.prompt, methodcaller(method, *arguments), self.environment)
 
     @property
     def _name(self) -> str:
@@ -137,3 +150,23 @@ class OpenDialogue:
     @property
     def _where(self) -> str:
         return f"row {self.prompt.uid}"
+
+
+def _asked(name: str, prompt: Prompt, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What code of the user returns; what it raises becomes one line with its name and the row."""
+    try:
+        result = call(*arguments)
+    except UserError as error:
+        raise UserError(f"{name}: {error} (row {prompt.uid})") from error
+    except RAISED as error:
+        raise UserError(f"{name} raised {type(error).__name__}: {error} (row {prompt.uid})") from error
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # or Python warns that nobody awaited it
+        raise UserError(f"{name} is async, but nothing awaits it; make it a plain function (row {prompt.uid})")
+    return result
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Halves of characters, which ``errors="surrogateescape"`` leaves and no tokenizer takes, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

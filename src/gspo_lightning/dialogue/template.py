@@ -6,6 +6,7 @@ turn is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,17 +14,19 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.errors import UserError
 
+Message = dict[str, Any]
+
 _TURN = "ASSISTANT-TURN"
 _MESSAGE = "MESSAGE-OF-THE-ENVIRONMENT"
 
 
 def continuation(
     tokenizer: PreTrainedTokenizerBase,
-    message: dict[str, Any],
+    message: Message,
     template_kwargs: dict[str, Any],
     has_end: bool,
     eos: tuple[int, ...],
-    plain: bool = False,
+    prompt: str | Sequence[Message] = (),
 ) -> list[int]:
     """Token ids from behind a turn of the policy to where its next turn begins.
 
@@ -33,17 +36,17 @@ def continuation(
         template_kwargs: for the chat template.
         has_end: whether the turn has its end token; if not, it is added here, as context.
         eos: the policy's end tokens.
-        plain: the prompt is a string without a template: the text of the message follows as it is.
+        prompt: of the dialogue. If it is a string, without a template, the text of the message follows as it is.
 
     Raises:
         UserError: the chat template refuses the message or leaves it out, or does not end a turn with one of ``eos``.
     """
-    if plain:
+    if isinstance(prompt, str):
         return list(tokenizer(str(message["content"]), add_special_tokens=False)["input_ids"])
-    behind = _behind_turn(tokenizer, message, template_kwargs)
+    behind = _behind_turn(tokenizer, message, template_kwargs, prompt)
     if str(message["content"]).strip() not in behind:
         known = message | {"content": _MESSAGE}  # the words themselves may be written in another way, such as JSON
-        if _MESSAGE not in _behind_turn(tokenizer, known, template_kwargs):
+        if _MESSAGE not in _behind_turn(tokenizer, known, template_kwargs, prompt):
             raise UserError(
                 f"the chat template leaves out what a message of role {message['role']} says; use another environment, "
                 "or a model whose template knows that role"
@@ -59,11 +62,22 @@ def continuation(
     )
 
 
-def _behind_turn(tokenizer: PreTrainedTokenizerBase, message: dict[str, Any], template_kwargs: dict[str, Any]) -> str:
-    """What the chat template writes behind an assistant's turn that the message follows."""
+def _behind_turn(
+    tokenizer: PreTrainedTokenizerBase, message: Message, template_kwargs: dict[str, Any], prompt: Sequence[Message]
+) -> str:
+    """What the chat template writes behind an assistant's turn that the message follows.
+
+    The prompt's own system message is there only for a template that refuses to do without: some write it into the
+    newest message of the user, where it would stand a second time.
+    """
     talk = [{"role": "user", "content": "."}, {"role": "assistant", "content": _TURN}, message]
-    try:
-        text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses a message of role {message['role']}: {error}") from error
-    return str(text).rpartition(_TURN)[2].lstrip("\n")
+    system = [first for first in prompt[:1] if first["role"] not in ("user", "assistant")]
+    for conversation in (talk, [*system, *talk])[: 1 + len(system)]:
+        try:
+            text = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False, **template_kwargs
+            )
+            return str(text).rpartition(_TURN)[2].lstrip("\n")
+        except TemplateError as error:
+            refusal = error
+    raise UserError(f"the chat template refuses a message of role {message['role']}: {refusal}") from refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, silent_groups
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.types import Completion
 
 
@@ -28,44 +28,50 @@ def turn_advantages(
 
 
 def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
-    """Groups without signal, ``(B,)`` bool: all rewards are equal, and so are all returns of every turn.
+    """Groups without signal, ``(B,)`` bool: those whose every turn has equal `returns`, and so advantages of zero.
 
     Args:
         completions: B lists of G.
         rewards: ``(B, G)``.
     """
-    silent = silent_groups(rewards)
-    for number in silent.nonzero().flatten().tolist():
-        group = completions[number]
-        if any(c.dialogue is not None and c.dialogue.turn_rewards for c in group):
-            returns = [_returns(c, whole) for c, whole in zip(group, rewards[number].tolist(), strict=True)]
-            silent[number] = not any(len(set(of_turn)) > 1 for of_turn in _by_turn(returns))
-    return silent
+    groups = zip(completions, rewards.tolist(), strict=True)
+    silent = [all(len(set(of_turn)) == 1 for of_turn in _by_turn(*group)) for group in groups]
+    return torch.tensor(silent, dtype=torch.bool)
 
 
-def _by_turn(returns: list[list[float]]) -> list[list[float]]:
+def _by_turn(group: list[Completion], rewards: list[float]) -> list[list[float]]:
     """Returns of the dialogues that have a turn, turn by turn."""
-    return [[own[turn] for own in returns if len(own) > turn] for turn in range(max(map(len, returns)))]
+    own = [returns(completion, whole) for completion, whole in zip(group, rewards, strict=True)]
+    return [[of_one[turn] for of_one in own if len(of_one) > turn] for turn in range(max(map(len, own)))]
+
+
+def returns(completion: Completion, whole: float) -> list[float]:
+    """What each turn and the later ones earn, and the reward of the whole; of a completion without turns that alone."""
+    dialogue = completion.dialogue
+    turns = dialogue.num_turns if dialogue is not None else 1
+    own = (dialogue.turn_rewards if dialogue is not None else ()) or (0.0,) * turns
+    return [whole + sum(own[turn:]) for turn in range(turns)]
+
+
+def whole_returns(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
+    """``(B, G)`` float64 returns of the first turn: all that a completion earned, with the rewards of its turns."""
+    groups = zip(completions, rewards.tolist(), strict=True)
+    return torch.tensor(
+        [[returns(completion, whole)[0] for completion, whole in zip(*group, strict=True)] for group in groups],
+        dtype=torch.float64,
+    )
 
 
 def _of_group(group: list[Completion], rewards: torch.Tensor, estimator: AdvantageEstimator) -> list[tuple[float, ...]]:
-    returns = [_returns(completion, whole) for completion, whole in zip(group, rewards.tolist(), strict=True)]
+    own_returns = [returns(completion, whole) for completion, whole in zip(group, rewards.tolist(), strict=True)]
     advantages: list[list[float]] = [[] for _ in group]
-    for turn in range(max(map(len, returns))):
-        members = [number for number, own in enumerate(returns) if len(own) > turn]
+    for turn in range(max(map(len, own_returns))):
+        members = [number for number, own in enumerate(own_returns) if len(own) > turn]
         if len(members) > 1:
-            row = torch.tensor([[returns[number][turn] for number in members]], dtype=torch.float64)
+            row = torch.tensor([[own_returns[number][turn] for number in members]], dtype=torch.float64)
             values = estimator(row)[0].tolist()
         else:
             values = [advantages[number][0] for number in members]
         for number, value in zip(members, values, strict=True):
             advantages[number].append(value)
     return [tuple(own) for own in advantages]
-
-
-def _returns(completion: Completion, whole: float) -> list[float]:
-    dialogue = completion.dialogue
-    turns = sum(message["role"] == "assistant" for message in dialogue.messages) if dialogue is not None else 1
-    own = dialogue.turn_rewards if dialogue is not None else ()
-    own = own or (0.0,) * turns
-    return [whole + sum(own[turn:]) for turn in range(turns)]

@@ -28,6 +28,7 @@ class Chart:
 
 CHARTS = (
     Chart("Reward", "mean of the rollout", {"reward": "reward/mean"}),
+    Chart("Reward of dialogues and their turns", "mean of the rollout", {"return": "dialogue/return"}),
     Chart(
         "Held-out accuracy",
         "share",

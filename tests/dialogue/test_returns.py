@@ -1,0 +1,104 @@
+"""What is measured and recorded of dialogues whose turns have rewards is what they are trained on."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.callbacks.recorder import completion_entries, to_json
+from gspo_lightning.collect import compare, rollout_metrics
+from gspo_lightning.dialogue.turns import silent_rollout
+from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
+from gspo_lightning.types import Completion, Dialogue, Prompt, RewardedRollout, Rollout, SamplingParams
+from gspo_lightning.validation import ValidationSettings, Validator
+
+WORDS = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+
+
+def dialogue(*turn_rewards: float, reward: float = 0.0, turns: int = 0) -> Completion:
+    """Turns of one token each, with a token of the environment between them."""
+    turns = turns or len(turn_rewards)
+    size = 2 * turns - 1
+    own = torch.tensor([place % 2 == 0 for place in range(size)])
+    talk = Dialogue(own, (WORDS * turns)[:-1], reward, turn_rewards)
+    return Completion(torch.arange(size), "a", torch.zeros(size), "stop", talk)
+
+
+def scored(*groups: list[Completion], rewards: list[list[float]]):
+    table = torch.tensor(rewards, dtype=torch.float64)
+    prompts = [Prompt(f"t:{number}", "", torch.tensor([1]), {}) for number in range(len(groups))]
+    rollout = RewardedRollout(prompts, list(groups), ("environment",), table[..., None], table)
+    return compare(rollout, AdvantageEstimator(scale_rewards="none"))
+
+
+def means(metrics):
+    return {name: (total / count).item() for name, (total, count) in metrics.items()}
+
+
+def test_with_turn_rewards_metrics_and_records_are_of_the_returns():
+    # Returns by turn: (3, 2) and (1); mean of the first turn 2, so advantages 1 and -1. The second turn of the first is
+    # compared with no other and has 1 too. In the other group: 0.5 and 0.5, nothing.
+    rollout = scored(
+        [dialogue(1.0, 2.0), dialogue(1.0)], [dialogue(0.5), dialogue(0.5)], rewards=[[0.0, 0.0], [0.0, 0.0]]
+    )
+    assert rollout.turn_advantages == [[(1.0, 1.0), (-1.0,)], [(0.0,), (0.0,)]]
+    values = means(rollout_metrics(rollout))
+    assert (values["reward/mean"], values["reward/std"]) == (0.0, 0.0)
+    assert values["dialogue/return"] == (3 + 1 + 0.5 + 0.5) / 4 and values["dialogue/turns"] == 5 / 4
+    # 1, 1 and -1: variance (2 * (2/3)^2 + (4/3)^2) / 2 = 4/3; and nothing in the other group.
+    assert values["advantage_std"] == pytest.approx((4 / 3) ** 0.5 / 2, abs=1e-12)
+    assert values["frac_zero_std_groups"] == 0.5
+    records = [json.loads(to_json(entry)) for entry in completion_entries(1, rollout)]
+    assert [entry["turn_advantages"] for entry in records] == [[1.0, 1.0], [-1.0], [0.0], [0.0]]
+    assert [entry["advantage"] for entry in records] == [0.0] * 4
+
+
+def test_without_turn_rewards_the_return_is_the_reward_and_no_turn_has_an_advantage():
+    rollout = scored([dialogue(turns=2), dialogue(turns=1)], rewards=[[1.0, 0.25]])
+    values = means(rollout_metrics(rollout))
+    assert values["dialogue/return"] == values["reward/mean"] == 0.625 and values["dialogue/turns"] == 1.5
+    assert values["advantage_std"] == pytest.approx(0.75 / 2**0.5)
+    assert all("turn_advantages" not in entry for entry in completion_entries(1, rollout))
+
+
+def test_rewards_of_the_whole_and_of_turns_that_cancel_leave_a_group_without_signal():
+    groups = [[dialogue(0.0), dialogue(1.0)], [dialogue(0.0, 0.0), dialogue(0.0, 1.0)]]
+    rollout = scored(*groups, rewards=[[1.0, 0.0], [1.0, 0.0]])
+    assert rollout.turn_advantages == [[(0.0,), (0.0,)], [(0.0, 0.0), (0.0, 0.0)]]
+    assert silent_rollout(groups, rollout.rewards).tolist() == [True, True]
+    # A reward at the end of the first turn is not to come behind it: 1 and 1 at first, then 1 and 0.
+    later = [[dialogue(0.0, 0.0), dialogue(1.0, 0.0)]]
+    assert silent_rollout(later, torch.tensor([[1.0, 0.0]], dtype=torch.float64)).tolist() == [False]
+
+
+def test_turns_are_counted_by_tokens_whatever_became_of_the_messages():
+    rollout = scored([dialogue(1.0, 2.0), dialogue(1.0)], rewards=[[0.0, 0.0]])
+    rollout.completions[0][0].dialogue.messages.clear()
+    assert rollout_metrics(rollout)["dialogue/turns"][0] == 3
+    assert rollout.token_advantages(0, 0).tolist() == [1.0, 1.0]
+
+
+class Played:
+    """Dialogues of two turns whose rewards of the whole are 0."""
+
+    environments = SimpleNamespace()
+
+    def generate(self, policy, prompts, sampling, seed):
+        group = [dialogue(0.25, 0.5 * number) for number in range(sampling.num_generations)]
+        return Rollout(prompts, [group for _ in prompts])
+
+
+def test_a_validation_with_an_environment_has_the_return_too():
+    rewards = RewardSet({"environment": RewardSpec(environment_reward)})
+    validator = Validator(ValidationSettings(2), rewards, SamplingParams(2, 4), seed=0)
+    validator.update(None, Played(), [Prompt("t:0", "", torch.tensor([1]), {})])
+    values = validator.compute(torch.device("cpu"))
+    assert (values["val/reward"], values["val/return"]) == (0.0, 0.5)  # 0.25 and 0.75
+    validator.reset()
+    assert "val/return" not in validator.means
+    validator.update(None, Played(), [])  # a rank without prompts exchanges the same means
+    assert "val/return" in validator.means
