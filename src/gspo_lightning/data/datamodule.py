@@ -86,6 +86,8 @@ class PromptDataModule(L.LightningDataModule):
         if self._tokenizer is None:
             load_config(self.model_path)  # says in one line what is missing
             self._tokenizer = load_tokenizer(self.model_path)
+            if not self._tokenizer.chat_template and self.processor is not None:  # LLaVA-NeXT: chat_template.json
+                self._tokenizer.chat_template = self.processor.chat_template
         return self._tokenizer
 
     @cached_property

@@ -2,21 +2,25 @@
 
 transformers builds no processor with a video half on a machine without torchvision. There `ImageTextProcessor` stands
 in: the same text half, the PIL image processor (pixels within 0.015 of torchvision's), no videos. What it saves names
-the model's own processor class, so a machine with torchvision loads that.
+the model's own processor class and holds its settings of videos, so a machine with torchvision loads that.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, AutoVideoProcessor, Qwen2_5_VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.vision import FAMILIES
@@ -31,6 +35,11 @@ _SPECIAL = {
 
 class ImageTextProcessor(Qwen2_5_VLProcessor):
     """The processor of the Qwen-VL families without its video half."""
+
+    own_class = "Qwen2_5_VLProcessor"
+    """The class that transformers has for the model: what is saved names it."""
+    video_settings: Mapping[str, Any] | None = None
+    """Those of the folder that this was read from, of no use here; None where there were none."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         for name, token in _SPECIAL.items():
@@ -48,20 +57,22 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
         """Saves the parts; the folder names the class that transformers has for the model, and has its video half."""
         saved = super().save_pretrained(folder, **kwargs)
         third = self.image_processor.patch_size == 16
-        name = "Qwen3VLProcessor" if third else "Qwen2_5_VLProcessor"
-        # Where torchvision is, that class wants settings of a video processor; without them it does not load at all.
-        like_pictures = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
         videos = {
             "video_processor_type": "Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor",
-            **{key: getattr(self.image_processor, key) for key in like_pictures},
+            **(self.video_settings or self._settings_like_pictures()),
         }
         (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(videos, indent=2) + "\n")
         for file in (Path(folder) / "processor_config.json", Path(folder) / "tokenizer_config.json"):
             if file.is_file():
                 content = json.loads(file.read_text())
                 if "processor_class" in content:
-                    file.write_text(json.dumps(content | {"processor_class": name}, indent=2) + "\n")
+                    file.write_text(json.dumps(content | {"processor_class": self.own_class}, indent=2) + "\n")
         return list(saved or [])
+
+    def _settings_like_pictures(self) -> dict[str, Any]:
+        """Where torchvision is, the model's class wants settings of videos; without them it does not load at all."""
+        keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        return {key: getattr(self.image_processor, key) for key in keys}
 
 
 @lru_cache(maxsize=4)
@@ -71,12 +82,10 @@ def load_processor(path: str) -> Any:
     Raises:
         UserError: there is none, or it needs a package that is not installed.
     """
-    packs = AutoConfig.from_pretrained(path).model_type in FAMILIES
+    model_type = AutoConfig.from_pretrained(path).model_type
     try:
-        if packs and not _has_video_half(path):
-            images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            return ImageTextProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+        if model_type in FAMILIES and not _has_video_half(path):
+            return _without_videos(path, model_type)
         return AutoProcessor.from_pretrained(path)
     except ImportError as error:
         why = str(error).strip().splitlines()[0]
@@ -86,6 +95,17 @@ def load_processor(path: str) -> Any:
             f"model {path!r} reads images but has no image processor (preprocessor_config.json or "
             f"processor_config.json): copy it from where the model came from"
         ) from error
+
+
+def _without_videos(path: str, model_type: str) -> ImageTextProcessor:
+    images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    template = tokenizer.chat_template or ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
+    processor = ImageTextProcessor(images, tokenizer, chat_template=template)
+    processor.own_class = PROCESSOR_MAPPING_NAMES[model_type]
+    with suppress(OSError):  # the folder has none
+        processor.video_settings = BaseVideoProcessor.get_video_processor_dict(path)[0]
+    return processor
 
 
 def _has_video_half(path: str) -> bool:
