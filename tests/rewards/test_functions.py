@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import exact_match, last_integer, letter_share, numeric_match
+from gspo_lightning.rewards import TaggedNumber, exact_match, last_integer, letter_share, numeric_match
 
 NASTY = [
     "9**9**9**9",
@@ -17,6 +17,10 @@ NASTY = [
     "\x00\x00",
     "\ud800 5",
     "-" * 1_000_000,
+    "11," * 300_000,
+    "1{,}" * 300_000,
+    "1\N{NO-BREAK SPACE}" * 500_000,
+    "\N{EN DASH}" * 1_000_000,
     "",
 ]
 
@@ -69,6 +73,72 @@ def test_last_integer(text, answer, right):
 )
 def test_numeric_match(text, answer, right):
     assert numeric_match([text], [answer]) == [right]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,23,456", 123456),
+        ("-1,00,000", -100000),
+        ("12,34,56,789", 123456789),
+        ("1\N{NO-BREAK SPACE}234", 1234),
+        ("1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567", 1234567),
+        ("1\N{THIN SPACE}234", 1234),
+        ("1'234", 1234),
+        (r"1{,}234", 1234),
+        (r"1\,234", 1234),
+        (r"1,\!234,\!567", 1234567),
+        (r"12{,}34{,}567", 1234567),
+        ("－5", -5),
+        ("–5", -5),
+        ("‑5", -5),
+        ("＋5", 5),
+        ("٤٢", 42),
+        ("４２", 42),
+        ("४२", 42),
+        ("𝟒𝟐", 42),
+        ("١٬٢٣٤", 1234),
+        ("－１２", -12),
+        ("42\N{RIGHT-TO-LEFT MARK}", 42),
+        ("\N{LEFT-TO-RIGHT ISOLATE}42\N{POP DIRECTIONAL ISOLATE}", 42),
+        ("\ufeff42", 42),
+    ],
+)
+def test_all_rewards_of_numbers_read_grouping_and_digits_alike(text, value):
+    """What is right is right as the completion and as the answer, and no part of it is taken for the whole."""
+    others = [str(-value), str(abs(value))[-3:], str(abs(value))[1:] or "9"]
+    for reward, frame in (
+        (last_integer, "{}"),
+        (numeric_match, "{}"),
+        (TaggedNumber(right=1.0), "<SOLUTION>{}</SOLUTION>"),
+    ):
+        assert reward([frame.format(text)], answer=[str(value)]) == [1.0]
+        assert reward([frame.format(value)], answer=[text]) == [1.0]
+        for other in others:
+            assert reward([frame.format(text)], answer=[other]) == [float(int(other) == value)]
+    for reward in (last_integer, numeric_match):
+        assert reward([f"答案：{text}。"], [str(value)]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3–5", 5),
+        ("pages (3)–5", 5),
+        ("2024\N{NO-BREAK SPACE}123", 123),
+        ("1\N{NO-BREAK SPACE}2345", 2345),
+        ("1 234", 234),
+        ("1,23,45", 45),
+        ("1,2345", 2345),
+        ("11,22,33,44,55", 55),
+    ],
+)
+def test_what_is_no_group_stays_apart(text, value):
+    assert last_integer([text], [value]) == numeric_match([text], [value]) == [1.0]
+
+
+def test_decimal_points_of_other_scripts():
+    assert numeric_match(["٣٫٥", "３．５", "1,23,456.5"], ["3.5", "3.5", "123456.5"]) == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("answer", ["", "$18", "18.5", "2,3", "five", float("nan"), None, True])

@@ -7,15 +7,15 @@ import re
 from typing import Any
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.numerals import GROUPED, plain_groups
 
 MAX_CHARACTERS = 20_000
 """A longer completion is judged by its end: an answer is near the end, and no pattern sees megabytes."""
 
-_INTEGER = re.compile(r"(?<![\d.])-?\d{1,3}(?:,\d{3})+(?![\d.]*\d)|-?\d+")
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
-_WHOLE_NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?")
-_ONE_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?(?:[eE][-+]?\d{1,3})?")
-_MINUS = "\N{MINUS SIGN}"
+_INTEGER = re.compile(rf"(?<![\d.])-?{GROUPED}(?![\d.]*\d)|-?\d+")
+_NUMBER = re.compile(rf"-?(?:{GROUPED}|\d+)(?:\.\d+)?|-?\.\d+")
+_WHOLE_NUMBER = re.compile(rf"([-+]?)({GROUPED}|\d+)(?:\.0*)?")
+_ONE_NUMBER = re.compile(rf"[-+]?(?:{GROUPED}|\d{{1,400}})?(?:\.\d{{0,400}})?(?:[eE][-+]?\d{{1,3}})?")
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
@@ -36,8 +36,11 @@ def is_missing(value: Any) -> bool:
 
 
 def number(text: Any) -> float | None:
-    """The number a text is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is not one."""
-    text = _plain_minus(str(text)).strip()
+    """The number a text is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is not one.
+
+    In the digits of any script.
+    """
+    text = plain_groups(str(text)).strip()
     if len(text) > 1000 or not any(c in "0123456789" for c in text) or _ONE_NUMBER.fullmatch(text) is None:
         return None
     try:
@@ -50,7 +53,7 @@ def number(text: Any) -> float | None:
 def last_integer(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
     """1 if the last integer of the completion is the row's ``answer``, else 0.
 
-    Understands ``1,234``, ``-5`` and leading zeros; an answer may be written ``18.0``.
+    Understands ``1,234``, ``-5``, leading zeros and the digits of any script; an answer may be written ``18.0``.
 
     Raises:
         UserError: a row's ``answer`` is no whole number.
@@ -102,19 +105,15 @@ def letter_share(completions: list[Any], letter: list[str], **_: Any) -> list[fl
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.findall(_plain_minus(text))
+    found = pattern.findall(plain_groups(text))
     return found[-1].replace(",", "") if found else None
 
 
 def _whole_number(value: Any) -> str | None:
     """Its digits, behind a minus if it has one; a text, because a million digits are no ``int`` at once."""
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    found = _WHOLE_NUMBER.fullmatch(_plain_minus(text).strip())
+    found = _WHOLE_NUMBER.fullmatch(plain_groups(text).strip())
     if found is None:
         return None
     digits = found[2].replace(",", "").lstrip("0") or "0"
     return "-" + digits if found[1] == "-" and digits != "0" else digits
-
-
-def _plain_minus(text: str) -> str:
-    return text.replace(_MINUS, "-")

@@ -15,26 +15,14 @@ from math_verify import parse, verify
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import full_text
+from gspo_lightning.rewards.quantities import is_one_number, plain_quantities
 from gspo_lightning.rewards.text import check_tag, single_block
 from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
 
 MAX_ANSWER_CHARACTERS = 2_000
 """A longer text is judged by its end."""
 _MAX_NESTING = 50
-_MINUS = "\N{MINUS SIGN}"
 _DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
-_NUMBER = re.compile(
-    r"(?:[a-z.,:;\s]*[\s,])?[-+]?[$€£¥₹]?[-+]?(?:\d{1,3}(?:[,\s]\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?", re.IGNORECASE
-)
-"""Words, and a number or a fraction behind them."""
-_UNIT = re.compile(
-    r"(?:\\?%|[°€£¥₹²³])?"
-    r"(?:(?:(?<=[°²³])|[\s~]+|(?=\\(?:text|mathrm)))"
-    r"(?:[a-zµΩ']{2,}|[mgshlvwjcf](?![a-z])|\\(?:text|mathrm)\{[^}]*\}|\([a-z ,.'-]+\)|\^\{?-?\d\}?"
-    r"|[/·.,%€£°²³*\s~])*)?\.?",
-    re.IGNORECASE,
-)
-"""What may follow it: a sign of currency, a unit, words; no letter that is a variable, and no other number."""
 
 # It warns at each call that its timeouts are off; here a process bounds it.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -45,7 +33,8 @@ class MathVerify:
     r"""1 if the completion's answer is mathematically equal to the row's ``answer``, else 0.
 
     Reads ``\boxed{}``, LaTeX and plain numbers as math-verify does, from the end of the completion. A row's answer, and
-    what stands in the tag, is an answer as a whole: read like what stands in a box, a number among words as the number.
+    what stands in the tag, is an answer as a whole: read like what stands in a box, a number among words as the number,
+    in the words and digits of any language.
 
     Args:
         tag: read the answer from the one block of this tag; None: from the whole text.
@@ -111,9 +100,8 @@ def math_equal(text: str, answer: str, is_answer: bool = False) -> bool | None:
         answer: what is right.
         is_answer: the text is an answer and nothing else, as ``answer`` is.
     """
-    text = text.replace(_MINUS, "-")
     found = _readings(text) if is_answer else [_parse(text)]
-    right = _readings(answer.replace(_MINUS, "-"))
+    right = _readings(answer)
     return any(verify(gold, one, timeout_seconds=None) for gold in right for one in found) if right else None
 
 
@@ -126,20 +114,14 @@ def _readings(answer: str) -> list[list[Any]]:
     if _DELIMITED.search(answer):
         readings = [_parse(answer)]
     else:
-        plain = [_parse(answer)] if _is_one_number(answer) else []
+        plain = [_parse(answer)] if is_one_number(answer) else []
         readings = [*plain, _parse(rf"\boxed{{{answer}}}")]
     return [reading for reading in readings if reading]
 
 
-def _is_one_number(answer: str) -> bool:
-    """Whether a number is all there is, but for words and a unit."""
-    found = _NUMBER.match(answer)
-    return found is not None and _UNIT.fullmatch(answer[found.end() :]) is not None
-
-
 def _parse(text: str) -> list[Any]:
     # Its own timeouts are signals, which cannot interrupt one long multiplication.
-    found: list[Any] = parse(text, parsing_timeout=None)
+    found: list[Any] = parse(plain_quantities(text), parsing_timeout=None)
     return found
 
 

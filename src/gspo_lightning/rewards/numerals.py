@@ -1,0 +1,39 @@
+"""Numbers as people and models write them all over the world, brought to the characters that patterns know."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+GROUPED = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2}){1,20},\d{3})(?!\d)"
+"""Digits in groups, as ``1,234,567`` or in India ``12,34,567``; a pattern for what `plain_groups` returns."""
+
+_DIGIT = re.compile(r"(?![0-9])\d")
+_DASH = re.compile(r"(?<![\w)\]}])\N{EN DASH}(?=\.?\d)")
+"""A minus, and not what stands in ``3–5``."""
+_MINUS = "\N{MINUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{SMALL HYPHEN-MINUS}\N{HYPHEN}\N{NON-BREAKING HYPHEN}"
+_INVISIBLE = "\u061c\u200b\u200e\u200f\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks of the direction of writing, and what has no width."""
+_CHARACTERS = str.maketrans(
+    {"\N{FULLWIDTH PLUS SIGN}": "+", "\N{FULLWIDTH FULL STOP}": "."}
+    | {"\N{ARABIC DECIMAL SEPARATOR}": ".", "\N{ARABIC THOUSANDS SEPARATOR}": ","}
+    | {"\N{FULLWIDTH PERCENT SIGN}": "%", "\N{FULLWIDTH YEN SIGN}": "\N{YEN SIGN}"}
+    | dict.fromkeys(_MINUS, "-")
+    | dict.fromkeys(_INVISIBLE, "")
+)
+_NARROW = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}\N{FIGURE SPACE}'\N{RIGHT SINGLE QUOTATION MARK}"
+_BETWEEN_GROUPS = re.compile(rf"(?<=\d)(?:[{_NARROW}]|\\,|,\\!)(?=\d{{3}}(?!\d))")
+_LATEX_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
+
+
+def plain_numerals(text: str) -> str:
+    """The text with decimal digits of all scripts, signs and decimal points as in ASCII, without invisible marks."""
+    if text.isascii():
+        return text
+    text = _DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text.translate(_CHARACTERS))
+    return _DASH.sub("-", text)
+
+
+def plain_groups(text: str) -> str:
+    """`plain_numerals` with a comma between groups of digits: for narrow spaces, apostrophes, and what LaTeX has."""
+    return _LATEX_COMMA.sub(",", _BETWEEN_GROUPS.sub(",", plain_numerals(text)))
