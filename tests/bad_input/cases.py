@@ -673,6 +673,18 @@ ENVIRONMENTS = [
         "VLLMServerEngine cannot sample dialogues",
     ),
     Case("environment", "no turns", ["environment=calculator", "environment.max_turns=0"], "max_turns=0"),
+    Case(
+        "environment",
+        "one environment for all dialogues",
+        ["environment=calculator", "environment.make._partial_=false"],
+        "environment.make is of type Calculator, but must make",
+    ),
+    Case(
+        "environment",
+        "an environment in place of what makes one",
+        ["+environment._target_=gspo_lightning.dialogue.Calculator"],
+        "environment._target_ makes a Calculator; set it to gspo_lightning.dialogue.Environments",
+    ),
     Case("environment", "a row without what it needs", ["environment=calculator"], "KeyError: 'answer' (row"),
     Case(
         "environment",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
 from gspo_lightning.types import Completion, Dialogue, Prompt, RewardedRollout, Rollout, SamplingParams
 from gspo_lightning.validation import ValidationSettings, Validator
 
+DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 WORDS = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
 
 
@@ -52,6 +54,7 @@ def test_with_turn_rewards_metrics_and_records_are_of_the_returns():
     # 1, 1 and -1: variance (2 * (2/3)^2 + (4/3)^2) / 2 = 4/3; and nothing in the other group.
     assert values["advantage_std"] == pytest.approx((4 / 3) ** 0.5 / 2, abs=1e-12)
     assert values["frac_zero_std_groups"] == 0.5
+    assert [name for name in (*values, "val/return") if f"`{name}`" not in DOCS] == ["reward/environment"]
     records = [json.loads(to_json(entry)) for entry in completion_entries(1, rollout)]
     assert [entry["turn_advantages"] for entry in records] == [[1.0, 1.0], [-1.0], [0.0], [0.0]]
     assert [entry["advantage"] for entry in records] == [0.0] * 4

@@ -41,7 +41,7 @@ class Environment(Protocol):
     """One dialogue about one dataset row. Everything random in it must derive from the row and ``seed``."""
 
     def reset(self, row: dict[str, Any], seed: int) -> None:
-        """Begins the dialogue. The prompt of the row is its first message."""
+        """Begins the dialogue. The prompt of the row is its first message; ``row`` is a copy, with lists of its own."""
         ...
 
     def step(self, text: str) -> Reply:
