@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import MultipleChoice
 from gspo_lightning.rewards.mathematics import math_equal
 
 
@@ -55,3 +57,57 @@ def test_a_letter_that_is_a_variable_or_a_numeral_is_no_unit(answer: str) -> Non
 )
 def test_math_reads_completions_of_other_scripts(text: str, answer: str, right: bool) -> None:
     assert math_equal(text, answer) is right
+
+
+def choice(reward: MultipleChoice, text: str) -> str | None:
+    right = [letter for letter in reward.choices if reward([text], [letter]) == [1.0]]
+    assert len(right) <= 1
+    return right[0] if right else None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B。", "B，因为A不对", "B、因为", "B：因为", "B．", "（B）", "【B】", "「B」", "Ｂ", "（Ｂ）", "B\N{RIGHT-TO-LEFT MARK}",
+        "**Answer: B因为**", "Answer：（B）", "Answer: B。", "Answer: B です", "Answer：Ｂ", "Answer: “B”", r"\boxed{B。}",
+        r"\boxed{（B）}",
+    ],
+)  # fmt: skip
+def test_a_choice_is_read_with_chinese_and_japanese_punctuation(text: str) -> None:
+    assert choice(MultipleChoice(), text) == "B"
+    if text[0] in "B（【「Ｂ":
+        assert choice(MultipleChoice(tag="SOLUTION"), f"<SOLUTION>{text}</SOLUTION>") == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["B型血的人", "Bien sûr", "Bébé", "Answer: Bé", "Answer: B2", "Answer: B_x", "A股。", "选项：B或C。", "答案：B"],
+)
+def test_a_letter_of_a_word_is_no_choice_in_other_languages(text: str) -> None:
+    assert choice(MultipleChoice(), text) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["答案", "答案是"], "答案：B"),
+        (["答案", "答案是"], "A不对。正确答案是 B。"),
+        (["答案", "答案是"], "**答案：B**，因为A不对"),
+        (["答えは"], "答えはBです"),
+        (["ответ"], "Ответ: B"),
+        (["antwort"], "Antwort: **B**"),
+        (["réponse"], "A. non. Réponse : B"),
+        (["answer", "(答)"], "(答) B"),
+    ],
+)
+def test_the_word_for_answer_may_be_of_another_language(words: list[str], text: str) -> None:
+    assert choice(MultipleChoice(answer_words=words), text) == "B"
+
+
+def test_choices_of_other_alphabets() -> None:
+    assert choice(MultipleChoice(choices="甲乙丙丁", answer_words=["答案是"]), "答案是乙。") == "乙"
+    assert choice(MultipleChoice(choices="甲乙丙丁", answer_words=["答案是"]), "答案是乙方") is None
+    assert MultipleChoice()(["B"], ["Ｂ"]) == MultipleChoice(choices="ＡＢＣ")(["B"], ["Ｂ"]) == [1.0]
+    for words in ("答案", [], [""]):
+        with pytest.raises(UserError, match=r"MultipleChoice\.answer_words=.* must be a list of words"):
+            MultipleChoice(answer_words=words)

@@ -1,8 +1,9 @@
-"""Numbers as people and models write them all over the world, brought to the characters that patterns know."""
+"""Numbers and letters as they are written all over the world, brought to the characters that patterns know."""
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 
 GROUPED = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2}){1,20},\d{3})(?!\d)"
@@ -23,6 +24,9 @@ _CHARACTERS = str.maketrans(
 )
 _NARROW = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}\N{FIGURE SPACE}'\N{RIGHT SINGLE QUOTATION MARK}"
 _BETWEEN_GROUPS = re.compile(rf"(?<=\d)(?:[{_NARROW}]|\\,|,\\!)(?=\d{{3}}(?!\d))")
+_LETTERS = str.maketrans(
+    {chr(0xFEE0 + ord(letter)): letter for letter in string.ascii_letters} | dict.fromkeys(_INVISIBLE, "")
+)
 _LATEX_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 
 
@@ -37,3 +41,8 @@ def plain_numerals(text: str) -> str:
 def plain_groups(text: str) -> str:
     """`plain_numerals` with a comma between groups of digits: for narrow spaces, apostrophes, and what LaTeX has."""
     return _LATEX_COMMA.sub(",", _BETWEEN_GROUPS.sub(",", plain_numerals(text)))
+
+
+def plain_letters(text: str) -> str:
+    """The text with full-width Latin letters in ASCII, without invisible marks."""
+    return text.translate(_LETTERS)

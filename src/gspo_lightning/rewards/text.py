@@ -10,6 +10,7 @@ from typing import Any
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import full_text, number, text_of
+from gspo_lightning.rewards.numerals import plain_letters
 
 
 def blocks(text: str, tag: str) -> list[str]:
@@ -135,21 +136,25 @@ class MultipleChoice:
     The choice is read from the first of these that is there: the one block of ``tag``; the last ``\boxed{X}``; the last
     "answer is X" or "Answer: X", in Markdown and LaTeX too (``**Answer:** B``, ``\boxed{\text{B}}``); the beginning of
     a text (``B``, ``(B)``, ``B. because``) that names no answer later. A letter somewhere in a sentence is no choice:
-    "A" is also a word.
+    "A" is also a word. Brackets and punctuation may be those of Chinese and Japanese, and letters full-width.
 
     Args:
         choices: the letters, such as ``ABCD``.
         tag: name of a tag that holds the choice; None if there is none.
+        answer_words: what "answer" is called, where it stands before a colon or the letter: ``["答案", "答案是"]``.
     """
 
     choices: str = "ABCD"
     tag: str | None = None
+    answer_words: Sequence[str] = ("answer",)
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2 or not self.choices.isalpha() or len(set(self.choices)) < len(self.choices):
             raise UserError(f"MultipleChoice.choices={self.choices!r} must be two or more different letters")
         if self.tag is not None:
             check_tag("MultipleChoice.tag", self.tag)
+        if isinstance(self.answer_words, str) or not self.answer_words or not all(self.answer_words):
+            raise UserError(f"MultipleChoice.answer_words={self.answer_words!r} must be a list of words")
 
     def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
         """1 or 0 per completion.
@@ -158,21 +163,26 @@ class MultipleChoice:
             UserError: a row's answer is none of the choices.
         """
         for wanted in answer:
-            if str(wanted).strip() not in set(self.choices):
+            if plain_letters(str(wanted).strip()) not in set(plain_letters(self.choices)):
                 raise UserError(f"MultipleChoice: the answer {str(wanted)[:40]!r} is none of {self.choices}")
-        return [float(self._choice(text_of(c)) == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+        pairs = zip(completions, answer, strict=True)
+        return [float(self._choice(plain_letters(text_of(c))) == plain_letters(str(a).strip())) for c, a in pairs]
 
     def _choice(self, text: str) -> str | None:
-        letter = rf"(?:[\s(\[*_`$\"']|\\(?:text|mathrm|mathbf|textbf)\{{){{0,9}}([{self.choices}])(?!\w|'\w)"
+        # Chinese and Japanese have no space behind a Latin letter: "B因为".
+        alone = r"(?:(?!\w)|(?<=[A-Za-z])(?![A-Za-z0-9_À-ɏ]))(?!'\w)"
+        before = r"(?:[\s(\[*_`$\"'（［【〔「『“‘]|\\(?:text|mathrm|mathbf|textbf)\{){0,9}"
+        letter = f"{before}([{plain_letters(self.choices)}]){alone}"
         if self.tag is not None and (block := single_block(text, self.tag)) is not None:
             found = re.match(rf"\s{{0,100}}{letter}", block)
             return found[1] if found else None
-        colon = r"(?i:answer)[*_]{0,3}\s{0,9}[:：]"
-        says = rf"(?:{colon}|(?i:answer)[*_]{{0,3}}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}(?:\s{{1,9}}(?i:option|choice))?"
-        for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|(?i:answer)){letter}"):
+        word = f"(?i:{'|'.join(map(re.escape, self.answer_words))})"
+        colon = rf"{word}[*_]{{0,3}}\s{{0,9}}[:：]"
+        says = rf"(?:{colon}|{word}[*_]{{0,3}}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}(?:\s{{1,9}}(?i:option|choice))?"
+        for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|{word}){letter}"):
             if all_found := re.findall(pattern, text):
                 return str(all_found[-1])
         if re.search(colon, text):
             return None
-        found = re.match(rf"\s{{0,100}}{letter}(?=[).:\]*,]|\s{{0,100}}\Z)", text)
+        found = re.match(rf"\s{{0,100}}{letter}(?=[).:\]*,）．。：］】〕」』，、]|\s{{0,100}}\Z)", text)
         return found[1] if found else None
