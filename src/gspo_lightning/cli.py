@@ -26,6 +26,7 @@ from rich.console import Console
 
 from gspo_lightning import config, first_error
 from gspo_lightning.build import build_data, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config_groups import check_choices
 from gspo_lightning.errors import UserError
 from gspo_lightning.estimate import Ranks, estimate
 from gspo_lightning.guarded_step import NonFiniteGradientError
@@ -50,6 +51,7 @@ def run(main: Callable[[], Any]) -> None:
     if os.getcwd() not in sys.path:  # the user's own modules; behind the libraries, which they must not shadow
         sys.path.append(os.getcwd())
     try:
+        check_choices(sys.argv[1:])
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()
     except (*USER_ERRORS, *RUN_ERRORS) as error:
@@ -97,11 +99,12 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             line = masked(f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}")
             print(f"failed: {line}", file=sys.stderr, flush=True)
             raise next((kind for kind in RUN_ERRORS if isinstance(error, kind)), UserError)(line) from error
-        if first_error.several_ranks():
-            line = masked(" ".join(str(error).split()))
-            first_error.record(Path(HydraConfig.get().runtime.output_dir), line, _code(error))
-        _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
-        _exit_with_line(error, bool(cfg.traceback))
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        # What is raised on every rank is said by one of them.
+        line = masked(" ".join(str(error).split()))
+        is_news = not first_error.several_ranks() or first_error.record(folder, line, _code(error))
+        _leave_nothing(folder)
+        _exit_with_line(error, bool(cfg.traceback), is_news=is_news)
     except Exception as error:
         if first_error.several_ranks():
             _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
@@ -110,7 +113,9 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 def _leave_nothing(folder: Path) -> None:
     """A run that was refused before it did anything leaves no folder; Hydra had made it."""
-    if {path.name for path in folder.rglob("*")} <= {"config.yaml", ".hydra"}:
+    left = {path.name for path in folder.rglob("*")}
+    if first_error.is_first_rank() and left <= {"config.yaml", ".hydra", first_error.NAME}:
+        first_error.leave(folder)
         with contextlib.suppress(OSError):
             (folder / "config.yaml").unlink(missing_ok=True)
             folder.rmdir()
@@ -129,13 +134,12 @@ def _wants_traceback() -> bool:
     return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
 
 
-def _exit_with_line(error: Exception, with_traceback: bool) -> NoReturn:
+def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = True) -> NoReturn:
     if with_traceback:
         traceback.print_exc()
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
-    # What ends a rollout is raised on every rank (`rollout.over_ranks`): one of them says it.
-    if not isinstance(error, RolloutError) or first_error.is_first_rank():
+    if is_news:
         print(f"error: {masked(line)}", file=sys.stderr, flush=True)
     sys.exit(_code(error))
 
@@ -151,6 +155,7 @@ def _end_with_the_others(error: Exception, folder: Path) -> None:
         return
     line, code = first_error.first(folder)
     print(f"error: {line}", file=sys.stderr, flush=True)
+    _leave_nothing(folder)
     # Threads of the process group may wait for the rank that has gone.
     os._exit(code)
 
@@ -231,7 +236,9 @@ def _evaluate(cfg: DictConfig) -> None:
     _share_threads(plain)
     datamodule = build_data(plain)
     module = build_module(plain)
-    trainer = build_trainer(plain, [], Path(HydraConfig.get().runtime.output_dir))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    trainer = build_trainer(plain, [], folder)
+    first_error.join(folder, trainer.global_rank, trainer.world_size)
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from gspo_lightning.callbacks.checkpoint import what_stands
 
 NAME = ".first_error.json"
 _LOST = ("closed by peer", "reset by peer", "gloo/transport", "Socket Timeout", "NCCL", "TCPStore")
 WAIT_S = 10.0
 """A rank that fails may take so long to say why."""
-DIED = "another rank died without a word (killed, or out of memory?); the last checkpoint stands"
+DIED = "another rank died without a word (killed, or out of memory?)"
 _rank: int | None = None
 # Noted early: when an error arrives, Lightning has already taken its environment variables back.
+_last: Path | None = None
 
 
-def join(folder: Path, rank: int, ranks: int) -> None:
-    """This process is rank ``rank`` of a run of ``ranks``; an error of an earlier run in its folder is forgotten."""
-    global _rank
-    _rank = rank if ranks > 1 else None
+def join(folder: Path, rank: int, ranks: int, last: Path | None = None) -> None:
+    """This process is rank ``rank`` of a run of ``ranks``; an error of an earlier run in its folder is forgotten.
+
+    Args:
+        folder: of the run.
+        rank: of this process.
+        ranks: how many there are.
+        last: the run's newest checkpoint, as soon as there is one; None for what saves nothing.
+    """
+    global _rank, _last
+    _rank, _last = rank if ranks > 1 else None, last
     if rank == 0:
         forget(folder)
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of several that train together."""
+    """Whether this process is one of several that work together."""
     return _rank is not None
 
 
@@ -41,28 +56,69 @@ def lost_a_rank(error: BaseException) -> bool:
 
 def forget(folder: Path) -> None:
     """Removes the note."""
-    (folder / NAME).unlink(missing_ok=True)
+    for path in _places(folder):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
-def record(folder: Path, line: str, code: int) -> None:
-    """Notes the error of this rank, unless another was first."""
+def record(folder: Path, line: str, code: int) -> bool:
+    """Notes the error of this rank, unless another was first.
+
+    Returns:
+        Whether it is news: False where another rank has noted the same line, and said it.
+    """
     content = {"rank": _rank or 0, "line": line, "code": code}
-    try:
-        descriptor = os.open(folder / NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except OSError:
-        return  # another was first, or there is nowhere to note it: the screen has it
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(content, file)
+    for path in _places(folder):
+        try:
+            _write(path, json.dumps(content))
+        except FileExistsError:
+            noted = _noted(folder, 1.0)
+            return noted is None or noted["line"] != line
+        except OSError:
+            continue  # a full disk, or the folder has gone
+        return True
+    return True  # nowhere to note it: the screen has it
 
 
 def first(folder: Path, wait_s: float = WAIT_S) -> tuple[str, int]:
     """The line and the exit code of whatever failed first; `DIED` and 1 if nothing says so within ``wait_s``."""
+    noted = _noted(folder, wait_s)
+    if noted is not None:
+        return f"rank {noted['rank']}: {noted['line']}", int(noted["code"])
+    return (DIED if _last is None else f"{DIED}; {what_stands(_last)}"), 1
+
+
+def leave(folder: Path) -> None:
+    """Takes the note out of a folder that is to go: other ranks may still ask for it."""
+    inside, outside = _places(folder)
+    if inside.exists():
+        with contextlib.suppress(OSError):
+            shutil.move(inside, outside)
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """In the folder of the run, which all nodes see; where that is full or gone, among the temporary files."""
+    name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    return folder / NAME, Path(tempfile.gettempdir()) / f"gspo_lightning_{name}{NAME}"
+
+
+def _write(path: Path, content: str) -> None:
+    """Creates a file with this content, or none."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(content)
+    except OSError:  # a full disk may have room for a name without content
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _noted(folder: Path, wait_s: float) -> dict[str, Any] | None:
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        try:
-            found = json.loads((folder / NAME).read_text())
-        except (OSError, ValueError):
-            time.sleep(0.05)
-        else:
-            return f"rank {found['rank']}: {found['line']}", int(found["code"])
-    return DIED, 1
+        for path in _places(folder):
+            with contextlib.suppress(OSError, ValueError):
+                note: dict[str, Any] = json.loads(path.read_text())
+                return note
+        time.sleep(0.05)
+    return None

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from gspo_lightning import first_error
 from gspo_lightning.build import build_callbacks, build_trainer
 from gspo_lightning.callbacks import RunRecorder
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error, what_stands
 from gspo_lightning.callbacks.files import remove
 from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.errors import UserError
@@ -82,7 +82,7 @@ class TrainingRun:
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
         by_srun = self.trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
         self.lock = RunLock(run_dir) if self.trainer.is_global_zero and not by_srun else None
-        first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size)
+        first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size, self.checkpoint.last)
 
     def execute(self) -> float | None:
         """Runs all of it; returns the held-out sampled accuracy at the end.
@@ -107,7 +107,8 @@ class TrainingRun:
         self._train()
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
-            print(f"{done}; go on with ckpt_path={self.checkpoint.last}", flush=True)
+            if self.trainer.is_global_zero:
+                print(f"{done}; {what_stands(self.checkpoint.last)}", flush=True)
             if self.stop.stopping:
                 self.stopped = f"{done} in {self.run_dir}"
             return None

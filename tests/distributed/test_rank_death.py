@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from gspo_lightning import first_error
+from gspo_lightning import cli, first_error
+from gspo_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
@@ -21,38 +27,113 @@ def f(completions, **_):
         raise ZeroDivisionError("on purpose")
     return [0.0, 1.0] * (len(completions) // 2)
 """
-RAISED = "reward function letter_share raised ZeroDivisionError: on purpose"
+RAISED = "reward function letter_share raised ZeroDivisionError: on purpose (row micro_letters:"
 
 
 @pytest.mark.parametrize(
-    ("how", "rank", "code", "last"),
+    ("script", "how", "rank", "code", "last"),
     [
-        ("raise", "1", 2, f"error: rank 1: {RAISED}"),
-        ("raise", "0", 2, RAISED),
-        ("kill", "1", -9, "[rank: 1] Child process with PID"),
+        ("train.py", "raise", "1", 2, f"error: rank 1: {RAISED}"),
+        ("evaluate.py", "raise", "0", 2, f"error: rank 0: {RAISED}"),
+        ("train.py", "kill", "1", -9, "[rank: 1] Child process with PID"),
     ],
 )
-def test_the_others_end_too_and_the_first_error_is_the_last_line(how, rank, code, last, tmp_path):
+def test_the_others_end_too_and_the_first_error_is_the_last_line(script, how, rank, code, last, tmp_path):
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     command = [
-        sys.executable, str(ROOT / "train.py"), "experiment=micro", "trainer=ddp", "trainer.accelerator=cpu", "print_config=false",
+        sys.executable, str(ROOT / script), "experiment=micro", "trainer=ddp", "trainer.accelerator=cpu", "print_config=false",
         "hydra.run.dir=run", "reward.functions.letter_share.function.path=my_rewards.f",
     ]  # fmt: skip
-    environment = {**os.environ, "DIES": rank, "HOW": how, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "DIES": rank, "HOW": how, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
     # Within a minute, start-up included: nobody waits for the rank that has gone.
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
-    assert done.stderr.strip().splitlines()[-1].count(last) == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr.strip().splitlines()[-1].startswith(last), done.stderr
+    assert len(errors) == (2 if how == "raise" else 0) and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run").exists() == (how == "kill"), "a run that has done nothing leaves no folder"
 
 
-def test_the_first_error_is_kept_and_silence_is_said(tmp_path):
-    assert first_error.first(tmp_path, wait_s=0.1) == (first_error.DIED, 1)
-    first_error.join(tmp_path, 3, 4)
-    first_error.record(tmp_path, "the cause", 4)
-    first_error.record(tmp_path, "a consequence", 2)
-    assert first_error.first(tmp_path) == ("rank 3: the cause", 4)
-    first_error.join(tmp_path, 0, 1)
-    assert not first_error.several_ranks() and not (tmp_path / first_error.NAME).exists()
+@pytest.fixture()
+def ranks(tmp_path, monkeypatch):
+    """The folder of a run, that of temporary files, and what makes this process a rank of the run."""
+    places = {name: tmp_path / name for name in ("run", "temporary")}
+    for place in places.values():
+        place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(places["temporary"]))
+    yield SimpleNamespace(**places, join=functools.partial(first_error.join, places["run"]))
+    first_error.join(places["run"], 0, 1)
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_first_error_is_kept_and_silence_is_said(ranks):
+    last = ranks.run / "checkpoints" / "last.ckpt"
+    died = "another rank died without a word (killed, or out of memory?)"
+    ranks.join(1, 4)
+    assert first_error.first(ranks.run, wait_s=0.1) == (died, 1)
+    ranks.join(1, 4, last)
+    assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; no checkpoint was written yet", 1)
+    last.parent.mkdir()
+    for name in ("previous.ckpt", "last.ckpt"):  # the one before will do
+        (last.parent / name).touch()
+        assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; go on with ckpt_path={last}", 1)
+        (last.parent / name).unlink()
+    ranks.join(3, 4)
+    assert first_error.record(ranks.run, "the cause", 4)
+    assert not first_error.record(ranks.run, "the cause", 4), "one rank says what all have met"
+    assert first_error.record(ranks.run, "a consequence", 2)
+    assert first_error.first(ranks.run) == ("rank 3: the cause", 4)
+    assert (left(ranks.run), left(ranks.temporary)) == ([first_error.NAME, "checkpoints"], [])
+    ranks.join(0, 1)
+    assert not first_error.several_ranks() and left(ranks.run) == ["checkpoints"]
+
+
+def test_a_full_disk_is_told_by_way_of_the_temporary_files(ranks, monkeypatch):
+    opened = os.open
+
+    def full(path, *arguments):
+        descriptor = opened(path, *arguments)
+        if Path(path).parent in full_disks:
+            os.close(descriptor)
+            return opened("/dev/full", os.O_WRONLY)
+        return descriptor
+
+    monkeypatch.setattr(first_error.os, "open", full)
+    full_disks = [ranks.run]
+    ranks.join(0, 2)
+    assert first_error.record(ranks.run, "cannot write", 2)
+    assert left(ranks.run) == [] and len(left(ranks.temporary)) == 1
+    assert first_error.first(ranks.run) == ("rank 0: cannot write", 2)
+    assert not first_error.record(ranks.run, "cannot write", 2)
+    ranks.join(0, 2)
+    full_disks.append(ranks.temporary)
+    assert first_error.record(ranks.run, "cannot write", 2), "nowhere to note it: the screen has it"
+    assert (left(ranks.run), left(ranks.temporary)) == ([], [])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_what_all_ranks_are_refused_for_is_said_once_and_leaves_no_folder(order, ranks, monkeypatch, capsys):
+    hydra = SimpleNamespace(mode=RunMode.RUN, runtime=SimpleNamespace(output_dir=str(ranks.run)))
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra)
+
+    def refuse(cfg):
+        raise UserError("optimizer.lr=-1\nmust be above 0")
+
+    (ranks.run / "config.yaml").touch()
+    for rank in order:
+        ranks.join(1, 3)  # not as rank 0, which begins before the others fail
+        monkeypatch.setattr(first_error, "_rank", rank)
+        with pytest.raises(SystemExit) as ended:
+            cli._job(refuse, OmegaConf.create({"traceback": False}))
+        assert ended.value.code == 2
+        assert first_error.first(ranks.run) == (f"rank {order[0]}: optimizer.lr=-1 must be above 0", 2)
+    assert capsys.readouterr().err == "error: optimizer.lr=-1 must be above 0\n"
+    assert not ranks.run.exists()
 
 
 def test_only_the_loss_of_a_rank_is_taken_for_one():

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_lightning import training_run
 from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
@@ -45,6 +47,47 @@ def test_what_was_half_written_is_gone_and_the_one_before_stands(tmp_path):
         atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
     assert torch.load(last, weights_only=True) == {"rollout": 1}
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_where_ranks_write_together_all_have_the_line_and_rank_0_clears_up(tmp_path, monkeypatch):
+    """What torch raises there is no `Exception`."""
+    trainer, last = Trainer(), tmp_path / "last.ckpt"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(path):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            distributed_checkpoint.save({"weight": torch.zeros(10)}, checkpoint_id=path, no_dist=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    trainer.save_checkpoint = save
+    for is_first, left in ((False, [".last.ckpt.tmp"]), (True, [])):
+        monkeypatch.setattr(Trainer, "is_global_zero", is_first)
+        # torch tells a full disk in one way or another, as its buffers happen to be.
+        line = rf"^cannot write {last} \((File too large|\d+ MiB are free)\); nothing was saved yet$"
+        with pytest.raises(UserError, match=line) as error:
+            atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
+        assert isinstance(error.value.__cause__, CheckpointException)
+        assert [path.name for path in tmp_path.iterdir()] == left
+
+
+def test_what_one_of_several_ranks_meets_is_the_error_of_all(tmp_path):
+    def raised(*failures):
+        def save(path):
+            raise CheckpointException("save", {rank: (error, None) for rank, error in failures})
+
+        trainer = Trainer()
+        trainer.save_checkpoint = save
+        with pytest.raises((UserError, ValueError)) as error:
+            atomic_checkpoint(trainer, tmp_path / "last.ckpt", tmp_path / "previous.ckpt")
+        return f"{error.type.__name__}: {error.value}"
+
+    other, full = ValueError("of rank 0"), OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert raised((1, KeyError("of rank 1")), (0, other)) == "ValueError: of rank 0"
+    expected = f"UserError: cannot write {tmp_path}/last.ckpt (Disk quota exceeded); nothing was saved yet"
+    assert raised((0, other), (3, full)) == expected
 
 
 def test_other_errors_are_not_the_disks(tmp_path):

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_lightning.callbacks.files import flush_to_disk, remove
 from gspo_lightning.callbacks.recorder import RunRecorder
@@ -43,17 +44,28 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
     trainer.strategy.barrier("checkpoint folder")
     try:
         trainer.save_checkpoint(temporary)
-    except (OSError, RuntimeError) as error:
-        line = disk_error(path, error)
-        # What was written of it would keep the disk full.
-        remove(temporary)
-        raise line or error from error
+    except (OSError, RuntimeError, CheckpointException) as error:
+        causes = _causes(error)
+        line = next(filter(None, (disk_error(path, cause) for cause in causes)), None)
+        if trainer.is_global_zero:
+            remove(temporary)  # what was written of it would keep the disk full
+        raise line or causes[0] from error
     if trainer.is_global_zero:
         _flush(temporary)
         _keep(path, previous)
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     trainer.strategy.barrier("checkpoint")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What went wrong, in order of the ranks: those that write together all raise what some of them met.
+
+    That is no `Exception`, so nothing above would know it.
+    """
+    if isinstance(error, CheckpointException):
+        return [failure for _, (failure, _) in sorted(error.failures.items())]
+    return [error]
 
 
 def _keep(path: Path, previous: Path) -> None:
@@ -127,6 +139,13 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     stands = f"make room and go on with ckpt_path={saved}" if saved.exists() else "nothing was saved yet"
     where = getattr(error, "filename", None) or path
     return UserError(f"cannot write {where} ({reason}); {stands}")
+
+
+def what_stands(last: Path | None) -> str:
+    """What a run whose newest checkpoint is ``last`` goes on from; ``previous.ckpt`` beside it will do, see `_keep`."""
+    if last is not None and (last.exists() or last.with_name("previous.ckpt").exists()):
+        return f"go on with ckpt_path={last}"
+    return "no checkpoint was written yet"
 
 
 def fails_on_all_ranks(engine: Any) -> bool:

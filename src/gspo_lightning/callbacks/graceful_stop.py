@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, what_stands
 from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.distributed import global_max
 
@@ -157,8 +157,8 @@ class GracefulStop(L.Callback):
         self._timer.start()
 
     def _give_up(self) -> None:
-        stands = f"{self.checkpoint.last} stands" if self.checkpoint.last.exists() else "no checkpoint was written yet"
-        print(f"Stopped {'before a rollout' if self._begins else 'without the rollout in hand'}; {stands}", flush=True)
+        where = "before a rollout" if self._begins else "without the rollout in hand"
+        print(f"Stopped {where}; {what_stands(self.checkpoint.last)}", flush=True)
         code: Any = 128 + (self.received or [signal.SIGTERM])[0]
         try:
             self._requeue()

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, what_stands
 from gspo_lightning.errors import UserError
 
 
@@ -97,11 +97,9 @@ class Watchdog(L.Callback):
     def give_up(self) -> None:
         """The stacks, a line, and the end: a thread that hangs cannot be stopped in any other way."""
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-        is_saved = self._last is not None and self._last.exists()
-        stands = f"go on with ckpt_path={self._last}" if is_saved else "no checkpoint was written yet"
         print(
             f"error: no rollout and no validation has ended for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
-            f"where each thread stands; {stands}",
+            f"where each thread stands; {what_stands(self._last)}",
             file=sys.stderr,
             flush=True,
         )
