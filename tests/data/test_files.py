@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def test_values_are_not_reinterpreted(tmp_path: Path) -> None:
     table = _write(tmp_path, "a.csv", '\ufeffquestion,answer\n"two\nlines, and a comma",007\n')
     assert read_file(table) == [{"question": "two\nlines, and a comma", "answer": "007"}]
     assert read_file(_write(tmp_path, "a.json", '[{"answer": "1,234"}]')) == [{"answer": "1,234"}]
+
+
+def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
+    text = "长" * 200_000
+    (row,) = read_file(_write(tmp_path, "a.csv", f"prompt,answer\n{text},1\n"))
+    assert row == {"prompt": text, "answer": "1"}
+    assert csv.field_size_limit() == 131_072
 
 
 def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +63,7 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.csv", "a,b\n", r"a\.csv: the dataset is empty"),
         ("a.csv", "a,b\n1,2\n3\n", r"a\.csv line 3: not as many fields"),
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: not as many fields"),
+        ("a.csv", 'a,b\n1,2\n"3"x,4\n5,6\n', r"a\.csv line 3: ',' expected after '\"'"),
         ("a.csv", b"a\n\xff\n", r"a\.csv: not UTF-8 text"),
         ("a.txt", "a", r"a\.txt: unknown kind of file; use one of \.json, \.jsonl, \.csv, \.parquet"),
     ],
@@ -108,3 +117,29 @@ def test_a_folder_of_save_to_disk_is_read_by_its_split(labelled: Any, tmp_path: 
         read_hub(several, None, "dev")
     with pytest.raises(UserError, match=r"data\.task\.config_name=main has no effect on a folder of save_to_disk"):
         read_hub(one, "main", "train")
+
+
+def test_values_of_tables_in_a_folder_stay_what_the_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("tables", "lines", "told"):
+        (tmp_path / name).mkdir()
+    _write(tmp_path / "tables", "train-00000-of-00002.csv", "q,answer\na,0017\nb,NA\n")
+    _write(tmp_path / "tables", "train-00001-of-00002.csv", "q,answer\nc,\n")
+    _write(tmp_path / "tables", "test.csv", "q,answer\nd,1.50\n")
+    _write(tmp_path / "lines", "train.jsonl", '{"answer": "2020-01-01"}\n{"answer": "2020-01-02", "more": 1}\n')
+    _write(tmp_path / "told", "train.csv", "q;answer\na;0017\n")
+    told = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n---\n"
+    _write(tmp_path / "told", "README.md", told)
+    for _ in range(2):  # the second time a cache may know better
+        rows = list(read_hub(str(tmp_path / "tables"), None, "train"))
+        assert rows == [{"q": "a", "answer": "0017"}, {"q": "b", "answer": "NA"}, {"q": "c", "answer": ""}]
+        assert list(read_hub(str(tmp_path / "tables"), None, "test")) == [{"q": "d", "answer": "1.50"}]
+        rows = list(read_hub(str(tmp_path / "lines"), None, "train"))
+        assert rows == [{"answer": "2020-01-01"}, {"answer": "2020-01-02", "more": 1}]
+        assert list(read_hub(str(tmp_path / "told"), None, "train")) == [{"q": "a", "answer": 17}]
+    assert list(read_hub(str(tmp_path / "tables"), None, "train[:1]")) == [{"q": "a", "answer": 17.0}]
+    with pytest.raises(UserError, match="tables, split dev: cannot load it"):
+        read_hub(str(tmp_path / "tables"), None, "dev")
+    _write(tmp_path / "tables", "test.csv", "q,answer\nd\n")
+    with pytest.raises(UserError, match=r"test\.csv line 2: not as many fields"):
+        read_hub(str(tmp_path / "tables"), None, "test")

@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from logging import CRITICAL
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_TEXT_SUFFIXES = (".json", ".jsonl", ".csv")
+SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
 _OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
 
 
@@ -51,6 +53,8 @@ def read_file(source: str) -> Sequence[Row]:
 def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     """A split of a dataset of the Hugging Face hub, or of a local folder that ``datasets`` understands or wrote.
 
+    JSON and CSV of a folder are read as `read_file` reads them, where a whole split is asked for.
+
     Raises:
         UserError: it cannot be found, reached or read, or is empty; names dataset, split and cause.
     """
@@ -60,6 +64,8 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     try:
         if any((folder / name).is_file() for name in _OF_SAVE_TO_DISK):
             rows = _saved(datasets.load_from_disk(str(folder)), source, config_name, split)
+        elif files := _text_files(folder, config_name, split):
+            return [row for file in files for row in read_file(file)]
         else:
             rows = datasets.load_dataset(source, config_name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -68,6 +74,22 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     if not len(rows):
         raise UserError(f"data.task.source={source}, split {split}: the dataset is empty")
     return with_class_names(rows)
+
+
+def _text_files(folder: Path, config_name: str | None, split: str) -> list[str]:
+    """The JSON and CSV files of a split of a local folder, unless its README says how to read them."""
+    import datasets
+
+    if not folder.is_dir():
+        return []
+    with TemporaryDirectory() as empty:  # a cache of earlier runs would have features, as a README may
+        builder = datasets.load_dataset_builder(str(folder), config_name, cache_dir=empty)
+    config = builder.config
+    files = [str(file) for file in (config.data_files or {}).get(split, [])]
+    names = {name: getattr(config, name) for name in ("name", "version", "data_dir", "data_files", "description")}
+    as_it_is = builder.info.features is None and config == type(config)(**names)
+    is_text = all(Path(file).suffix.lower() in _TEXT_SUFFIXES and Path(file).is_file() for file in files)
+    return files if as_it_is and is_text else []
 
 
 def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
@@ -116,13 +138,16 @@ def _read_json(stream: TextIO, source: str) -> Iterator[Row]:
 
 def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:
     reader = csv.DictReader(stream, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # of the whole process; Python's own is 131072 characters
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{source} line {reader.line_num}: not as many fields as the header has")
             yield row
     except csv.Error as error:
-        raise UserError(f"{source} line {reader.line_num}: {error}") from error
+        raise UserError(f"{source} line {reader.reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path) -> Sequence[Row]:
