@@ -138,7 +138,11 @@ _INSTEAD = {
     "default_root_dir": "set hydra.run.dir",
     "gradient_clip_val": "set update.max_grad_norm",
     "accumulate_grad_batches": "set update.max_tokens_per_microbatch, which never changes the gradient",
-    "max_epochs": "set max_rollouts or num_epochs",
+    **dict.fromkeys(
+        ("max_epochs", "min_epochs", "max_steps", "min_steps", "limit_train_batches"), "set max_rollouts or num_epochs"
+    ),
+    "overfit_batches": "set overfit_rows",
+    "fast_dev_run": "debug=fast runs every part once",
     "val_check_interval": "set validation.every_n_rollouts",
     "check_val_every_n_epoch": "set validation.every_n_rollouts",
     "log_every_n_steps": "every rollout is logged",
@@ -156,6 +160,15 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     for key in trainer:
         if key in _INSTEAD:
             raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")
+    share = trainer.get("limit_val_batches")
+    if isinstance(share, float) and 0 < share < 1:
+        raise UserError(f"trainer.limit_val_batches={share} is a share, but the batches are a stream; give their count")
+    if trainer.get("max_time") is not None:
+        build(_time_limit(trainer))
+
+
+def _time_limit(trainer: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": trainer["max_time"]}
 
 
 def _plugins() -> list[Any]:
@@ -174,10 +187,10 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
     """
     every = plain["validation"]["every_n_rollouts"]
     loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
-    limit = {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": plain["trainer"].get("max_time")}
+    limits = [_time_limit(plain["trainer"])] if plain["trainer"].get("max_time") is not None else []
     ours = {
         # The limit before what saves: it ends the run.
-        "callbacks": [*([limit] if limit["duration"] is not None else []), *callbacks],
+        "callbacks": [*limits, *callbacks],
         "max_time": None,
         "logger": loggers or False,
         "plugins": _plugins(),

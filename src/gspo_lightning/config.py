@@ -14,6 +14,7 @@ from gspo_lightning.build import build, check_trainer
 from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
+from gspo_lightning.guarded_step import parameter_groups
 from gspo_lightning.objective.refusals import check_objective
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
@@ -36,8 +37,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
-    if plain["max_rollouts"] == "auto":
-        plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain["num_epochs"] is None else None
+    if plain.get("max_rollouts") == "auto":
+        plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain.get("num_epochs") is None else None
     check_sections(plain, re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg)))  # before anything computes with it
     plain["trainer"]["precision"] = _precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
@@ -86,11 +87,12 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         check_precision(
             str(plain["trainer"]["precision"]), plain["model"]["dtype"], has_adapter=bool(plain["model"].get("lora"))
         )
-    _check_optimizer(plain["optimizer"])
+    build(plain["update"])  # it says itself what it cannot be
+    _check_optimizer(plain["optimizer"], on_gpu=_on_gpu(plain["trainer"]["accelerator"]))
     check_sampling(rollout["temperature"], rollout["repetition_penalty"])
     if plain["objective"].get("mismatch"):
         for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-            if rollout[key] != everything:
+            if rollout.get(key, everything) != everything:
                 raise UserError(
                     f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
                     f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
@@ -166,17 +168,28 @@ def _check_environment(plain: dict[str, Any]) -> None:
             )
 
 
-def _check_optimizer(node: dict[str, Any]) -> None:
-    """Its constructor knows what it accepts, and can be asked before there is a model."""
+def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
+    """Its constructor knows what it accepts, and can be asked before there is a model; torch's can take a step, too.
+
+    Others' steps may need a GPU, as those of torch do with ``capturable``, or several ranks.
+    """
     if str(node.get("_target_")).startswith("bitsandbytes.optim.Paged") and not torch.cuda.is_available():
         raise UserError(
             "optimizer: pages move between the memory of a GPU and of the CPU, and there is no GPU here; use "
             "optimizer=adamw_8bit"
         )
+    probe = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
     try:
-        build(node)([torch.nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({error})") from error
+        optimizer = build(node)(parameter_groups(probe))
+        if str(node.get("_target_")).startswith("torch.optim.") and not (on_gpu and node.get("capturable")):
+            for parameter in probe:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    except Exception as error:  # whatever a constructor or a step of the user's own raises
+        why = " ".join(str(error).split())
+        raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({why})") from error
+    if not all(parameter.isfinite().all() for parameter in probe):
+        raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings ends at infinity")
 
 
 def _check_export(plain: dict[str, Any]) -> None:
@@ -186,7 +199,7 @@ def _check_export(plain: dict[str, Any]) -> None:
         return
     if not model.get("lora"):
         raise UserError("export.merge_lora=true has no effect: there is no adapter; set it to false")
-    if model["quantization"]:
+    if model.get("quantization"):
         raise UserError(
             f"export.merge_lora=true: folded into weights of model.quantization={model['quantization']}, the adapter "
             "would be rounded away; export the adapter alone (export.merge_lora=false)"
@@ -231,6 +244,7 @@ def _report(plain: dict[str, Any]) -> None:
         has_adapter=bool(plain["model"].get("lora")),
         staleness=(plain["rollout"]["engine"] or {}).get("staleness", 0),
         keep_zero_advantage=plain["update"]["keep_zero_advantage"],
+        max_completion_length=plain["rollout"]["max_completion_length"],
     )
     for finding in findings:
         if finding.kind == "no_effect":

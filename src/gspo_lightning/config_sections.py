@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.resources import files
@@ -15,6 +16,25 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.types import SamplingParams
 from gspo_lightning.validation import ValidationSettings
 
+_NEEDED = {
+    "model": ("_target_", "path", "dtype"),
+    "data": ("_target_", "task", "prompts_per_rollout", "max_prompt_length"),
+    "reward": ("_target_",),
+    "objective": ("_target_",),
+    "advantages": ("_target_",),
+    "rollout": ("num_generations", "max_completion_length", "temperature", "repetition_penalty", "stop", "engine"),
+    "update": (
+        "_target_", "num_iterations", "num_minibatches", "max_tokens_per_microbatch", "keep_zero_advantage",
+        "ref_sync_every_n_rollouts", "ref_model_mixup_alpha",
+    ),
+    "optimizer": ("_target_",),
+    "scheduler": ("_target_",),
+    "validation": ("every_n_rollouts",),
+    "trainer": ("_target_", "accelerator", "devices", "num_nodes", "strategy", "precision"),
+}  # fmt: skip
+"""What the groups must have, whichever choice or file of the user's own they come from."""
+_TYPES = {"": {"ckpt_path": str | None}, "export": {"push_to_hub": str | None}}
+"""Types in the sections whose defaults do not tell them."""
 _SAMPLING = ("rollout", SamplingParams, "engine")
 _VALIDATION = ("validation", ValidationSettings, "every_n_rollouts")
 
@@ -31,6 +51,7 @@ _LEAST = {
     "rollout.max_completion_length": 1,
     "data.prompts_per_rollout": 1,
     "data.max_prompt_length": 1,
+    "data.validation_batch_size": 1,
     "validation.num_generations": 1,
     "validation.num_samples": 0,
     "validation.every_n_rollouts": 1,
@@ -41,9 +62,17 @@ _LEAST = {
 """Smallest value of the settings that are counts."""
 _MAY_BE_NULL = ("max_rollouts", "validation.every_n_rollouts")
 
+_NUMBERS = ("objective", "advantages", "rollout", "update", "scheduler", "validation")
+"""Sections whose numbers must be finite."""
+_MAY_BE_INFINITE = (
+    "update.max_grad_norm", "objective.epsilon", "objective.epsilon_high", "objective.delta",
+    "objective.off_policy_mask_threshold",
+)  # fmt: skip
+"""Limits that infinity lifts."""
+
 
 def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
-    """Refuses, in one line, an unknown setting, a count that is none, or a value of the wrong type.
+    """Refuses, in one line, a setting that is unknown or missing, a number that is none, or a value of the wrong type.
 
     Args:
         plain: the resolved config. Nodes with a ``_target_`` are left to `config_types.check_calls`.
@@ -51,18 +80,33 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
     """
     root, elsewhere = _root()
     _check_names("", {name: value for name, value in plain.items() if name not in used}, root, elsewhere)
+    _check_there("", plain, root)
     sections = {name: node for name, node in root.items() if isinstance(node, dict)}
     for name, node in sections.items():
         _check_names(name, plain[name], node)
+        _check_there(name, plain[name], node)
     for name, owner, more in (_SAMPLING, _VALIDATION):
         _check_names(name, plain[name], {**hints_of(owner), more: None})
+    for name, needed in _NEEDED.items():
+        _check_there(name, plain[name], needed)
+    _check_engine(plain["rollout"]["engine"])
     _check_counts(plain)
+    _check_held_out(plain["data"])
+    _check_finite(plain)
     if plain["max_rollouts"] is None and plain["num_epochs"] is None:
         raise UserError("max_rollouts=null and num_epochs=null: nothing ends the run; set one of them")
     for name, node in (("", root), *sections.items()):
-        check_values(plain[name] if name else plain, name, {k: bool for k, v in node.items() if isinstance(v, bool)})
+        hints = {key: bool for key, value in node.items() if isinstance(value, bool)}
+        check_values(plain[name] if name else plain, name, hints | _TYPES.get(name, {}))
     for name, owner, _ in (_SAMPLING, _VALIDATION):
         check_values(plain[name], name, hints_of(owner))
+
+
+def choices_of(group: str) -> list[str]:
+    """The files of a config group; none where there is no such group."""
+    folder = files("gspo_lightning.conf").joinpath(group)
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 @functools.cache
@@ -104,6 +148,44 @@ def _check_names(section: str, node: Any, known: dict[str, Any], elsewhere: dict
         near = [spelled[match] for match in get_close_matches(str(name), spelled, n=1, cutoff=0.4)]
         hint = "".join(f", the nearest name is {n if '.' in n else prefix + n}" for n in near)
         raise UserError(f"{prefix}{name}: there is no such setting{hint}{others}")
+
+
+def _check_there(section: str, node: Any, needed: Collection[str]) -> None:
+    """None of the names may have been taken out (``~``), nor a whole group (``logger=[]``)."""
+    if not isinstance(node, dict):
+        raise UserError(f"{section}={node!r} must be a section{' with ' if needed else ''}{', '.join(needed)}")
+    for name in needed:
+        if name not in node:
+            choices = choices_of(section if name == "_target_" else name)
+            hint = f"choose one of {', '.join(choices)}" if choices else "give it a value"
+            raise UserError(f"{section}{'.' if section else ''}{name}: is missing; {hint}")
+
+
+def _check_engine(node: Any) -> None:
+    if node is not None and not (isinstance(node, dict) and "_target_" in node):
+        raise UserError(
+            f"rollout.engine={node!r} must be a section with a _target_; choose one by rollout=: "
+            f"{', '.join(choices_of('rollout'))}"
+        )
+
+
+def _check_held_out(data: dict[str, Any]) -> None:
+    """A task that is asked for fewer than no rows gives none, and nothing would be measured."""
+    task = data["task"] if isinstance(data["task"], dict) else {}
+    places = {"data": data, "data.task": task}
+    places |= {f"data.task.tasks.{name}": node for name, node in (task.get("tasks") or {}).items()}
+    for place, node in places.items():
+        count = node.get("num_validation") if isinstance(node, dict) else None
+        if isinstance(count, int | float) and count < 0:
+            raise UserError(f"{place}.num_validation={count} must be at least 0")
+
+
+def _check_finite(plain: dict[str, Any]) -> None:
+    """Comparisons with what is no number are all false: most checks of ranges let it pass."""
+    for key, value in ((f"{section}.{name}", v) for section in _NUMBERS for name, v in plain[section].items()):
+        lifted = key in _MAY_BE_INFINITE and value == math.inf
+        if isinstance(value, float) and not math.isfinite(value) and not lifted:
+            raise UserError(f"{key}={value} must be a finite number")
 
 
 def _check_counts(plain: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from hydra.utils import get_object
 from gspo_lightning.errors import UserError
 
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
+_OBJECTS = ("gspo_lightning.", "lightning.")
+"""Where classes are defined that no value of a config is an instance of: they take a section."""
 
 
 def check_calls(node: Any, key: str = "") -> None:
@@ -96,9 +98,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if origin in (list, tuple) or hint in (list, tuple):
-        of_one_kind = bool(arguments) and (origin is list or arguments[1:] == (...,))
-        return isinstance(value, list | tuple) and (not of_one_kind or all(_fits(x, arguments[0]) for x in value))
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is list or arguments[1:] == (...,):
+            return all(_fits(x, arguments[0]) for x in value)
+        return not arguments or len(value) == len(arguments)
     if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    if inspect.isclass(hint) and hint.__module__.startswith(_OBJECTS):
         return isinstance(value, dict)
     return hint is Any or value is not None
 
@@ -110,4 +117,6 @@ def _spell(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_args(hint) and (get_origin(hint) is list or get_args(hint)[1:] == (...,)):
         return f"a list of {_spell(get_args(hint)[0])}"
+    if get_origin(hint) is tuple and get_args(hint):
+        return f"a list of {len(get_args(hint))} values"
     return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]

@@ -12,6 +12,9 @@ from gspo_lightning.types import PromptBatch
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
 
+HOTTEST = 100
+"""Largest temperature: logits, which differ by tens, differ by tenths after it."""
+
 
 def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
     """Refuses precisions in which training would go wrong without a word.
@@ -41,8 +44,13 @@ def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
 
 def check_sampling(temperature: float, repetition_penalty: float) -> None:
     """Refuses rollouts that there is nothing to learn from, or that are of another distribution than the policy's."""
-    if temperature <= 0:
+    if not temperature > 0:
         raise UserError(f"rollout.temperature={temperature} must be above 0: greedy completions are all equal")
+    if temperature > HOTTEST:
+        raise UserError(
+            f"rollout.temperature={temperature} must be at most {HOTTEST}: every token of the vocabulary would be as "
+            "likely as any other, whatever is learned"
+        )
     if repetition_penalty != 1.0:
         raise UserError(
             "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "

@@ -62,6 +62,7 @@ class UpdateSettings:
     max_tokens_per_microbatch: int = 4096
     """Forwarded tokens at a time. Changes memory and speed, never the gradient."""
     max_grad_norm: float = 1.0
+    """L2 norm that a gradient is scaled down to; infinite for no clip."""
     max_nonfinite_steps: int = 3
     """Stop after this many steps in a row with a non-finite gradient; each of them is skipped."""
     keep_zero_advantage: bool = False
@@ -72,6 +73,12 @@ class UpdateSettings:
     """How far: ``reference = alpha * policy + (1 - alpha) * reference``."""
     log_entropy: bool = False
     """Measure the exact entropy even if the objective does not need it (two more passes over the logits)."""
+
+    def __post_init__(self) -> None:
+        if not self.max_grad_norm > 0:  # below 0 a gradient would be turned around
+            raise UserError(f"update.max_grad_norm={self.max_grad_norm} must be above 0 (inf: no clip)")
+        if self.max_nonfinite_steps < 1:
+            raise UserError(f"update.max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1")
 
 
 def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:

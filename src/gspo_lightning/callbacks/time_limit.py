@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
+
+from gspo_lightning.errors import UserError
 
 
 class TimeLimit(Timer):
@@ -14,8 +18,16 @@ class TimeLimit(Timer):
     before its first rollout, and so would every later one.
 
     Args:
-        duration: ``"DD:HH:MM:SS"``, a `datetime.timedelta`, or the arguments of one.
+        duration: ``"DD:HH:MM:SS"``, a `datetime.timedelta`, or the arguments of one; above 0.
     """
+
+    def __init__(self, duration: str | timedelta | dict[str, int]) -> None:
+        try:
+            super().__init__(duration)
+        except (MisconfigurationException, TypeError, OverflowError) as error:
+            raise UserError(f"trainer.max_time={duration!r}: {error}") from error
+        if not self.time_remaining() > 0:  # type: ignore[operator]
+            raise UserError(f"trainer.max_time={duration!r} must be above 0")
 
     @property
     def state_key(self) -> str:

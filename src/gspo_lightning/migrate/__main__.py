@@ -53,8 +53,15 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     console.print("added: model, data and reward do not stand in a GRPOConfig\n", highlight=False, soft_wrap=True)
     console.print(command(result), highlight=False, markup=False, soft_wrap=True)
     console.print(f"\n{experiment_yaml(result)}", highlight=False, markup=False, soft_wrap=True)
-    if options.output:
-        options.output.write_text(experiment_yaml(result), encoding="utf-8")
+    return _write(options.output, experiment_yaml(result)) if options.output else 0
+
+
+def _write(path: Path, text: str) -> int:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"error: --output {path}: cannot write there ({error.strerror}); name a file", file=sys.stderr)
+        return 2
     return 0
 
 

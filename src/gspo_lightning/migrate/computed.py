@@ -100,7 +100,8 @@ def _optimizer(config: Config, result: Conversion, notes: Notes) -> None:
         notes["optim"] = ("renamed", f"optimizer={_OPTIMIZERS[name]}")
     else:
         notes["optim"] = ("no counterpart", "write a config group conf/optimizer/<name>.yaml that names its class")
-    if not config["max_grad_norm"]:  # TRL clips above 0 alone
+    norm = config["max_grad_norm"]
+    if norm is None or not norm > 0:  # TRL clips above 0 alone
         result.settings["update.max_grad_norm"] = math.inf
     result.settings["optimizer.betas"] = [config["adam_beta1"], config["adam_beta2"]]
     notes["adam_beta1"] = notes["adam_beta2"] = ("renamed", "optimizer.betas")

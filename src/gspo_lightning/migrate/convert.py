@@ -15,6 +15,7 @@ from gspo_lightning.migrate.trl_table import (
     COUNTS,
     DEFAULTS,
     HARMLESS,
+    KINDS,
     MAPPINGS,
     NONE,
     RENAMED,
@@ -67,6 +68,8 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
     Raises:
         UserError: an unknown key, a value of the wrong type, or batch sizes that do not hold whole groups.
     """
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks} must be at least 1")
     result = Conversion()
     for key in given:
         if key not in RENAMED and key not in COMPUTED and key not in BETTER and key not in NONE:
@@ -93,13 +96,23 @@ def _read(key: str, value: Any) -> Any:
         return None
     if isinstance(default, int | float) and not isinstance(value, int | float):
         raise UserError(f"{key}={value!r} is no number; TRL's default is {default}")
-    if key in COUNTS and value < 1:
+    if value is None and default is not None:
+        raise UserError(f"{key}=None: give a value; TRL's default is {default}")
+    if key in COUNTS and not 1 <= value < math.inf:
         raise UserError(f"{key}={value} must be at least 1")
+    _check_kind(key, value)
     if key in MAPPINGS and isinstance(value, str):
         value = _json(value)
     if key in MAPPINGS and value is not None and not isinstance(value, dict):
         raise UserError(f"{key}={value}: neither a mapping nor JSON of one; write it as a mapping")
     return value
+
+
+def _check_kind(key: str, value: Any) -> None:
+    if key not in KINDS or value is None:
+        return
+    if not isinstance(value, KINDS[key]) or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{key}={value!r} must be {' or '.join(kind.__name__ for kind in KINDS[key])}")
 
 
 def _json(text: str) -> Any:
@@ -123,7 +136,7 @@ def _verdict(key: str, value: Any, notes: dict[str, tuple[Kind, str]], result: C
     default, why = NONE[key]
     if value is None or value == default or not (value or default):
         return Verdict(key, value, "same", "TRL's default, which asks for nothing")
-    if key == "reward_weights" and all(math.isclose(weight, 1.0) for weight in value):
+    if key == "reward_weights" and all(weight == 1 for weight in value):
         return Verdict(key, value, "same", "1 is our default: reward.functions.<name>.weight")
     if not key.startswith(HARMLESS):
         result.blocking.append(key)

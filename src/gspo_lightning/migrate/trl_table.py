@@ -200,5 +200,18 @@ COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_gen
 SWITCHED_OFF_BY_NONE = ("max_grad_norm", "top_k")
 """Numbers that older releases take None for: no clip, and all of the vocabulary."""
 
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        (
+            "steps_per_generation", "generation_batch_size", "max_steps", "warmup_steps", "warmup_ratio", "save_steps",
+            "eval_steps", "ref_model_sync_steps", "vllm_server_timeout", "vllm_tensor_parallel_size",
+            "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+        ),
+        (int, float),
+    ),
+    "reward_weights": (list,), "report_to": (str, list), "scale_rewards": (str, bool), "vllm_server_base_url": (str,),
+}  # fmt: skip
+"""Types of what is computed with and has no default above; None stands for a key that is not given."""
+
 MAPPINGS = ("chat_template_kwargs", "lr_scheduler_kwargs")
 """Keys that TRL also takes as JSON."""

@@ -32,7 +32,7 @@ def rollout(config: dict[str, Any], result: Conversion, notes: Notes) -> None:
         notes[key] = unused
     (_server if server else _colocated)(config, result.settings, notes)
     if not server:
-        kind = "no counterpart" if config.get("vllm_tensor_parallel_size", 1) > 1 else "same"
+        kind = "no counterpart" if (config.get("vllm_tensor_parallel_size") or 1) > 1 else "same"
         why = "each rank has an engine of its own on its device; for a larger model start servers (rollout=vllm_server)"
         notes["vllm_tensor_parallel_size"] = (kind, why)
     _correction(config, result, notes)
@@ -50,7 +50,7 @@ def _server(config: dict[str, Any], settings: dict[str, Any], notes: Notes) -> N
     # 0.0.0.0 is an address to listen on; the one to call is this machine.
     url = config.get("vllm_server_base_url") or f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     settings["rollout.engine.urls"] = [url.rstrip("/")]
-    settings["rollout.engine.ready_timeout_s"] = float(config.get("vllm_server_timeout", 240.0))
+    settings["rollout.engine.ready_timeout_s"] = float(config.get("vllm_server_timeout") or 240.0)
     note = (
         "renamed",
         "rollout.engine.urls, a list: start the servers with scripts/serve_rollouts.sh, not `trl vllm-serve`",

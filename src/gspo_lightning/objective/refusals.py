@@ -36,10 +36,12 @@ def check_objective(
     has_adapter: bool = False,
     staleness: int = 0,
     keep_zero_advantage: bool = False,
+    max_completion_length: int | None = None,
 ) -> list[Finding]:
     """All findings, in a fixed order. Each names the key and the fix.
 
     ``staleness`` is by how many rollouts the weights that sample are behind: above 0 no ratio is exactly 1.
+    ``max_completion_length`` is that of the rollouts; None where it is not known.
     """
     steps = num_iterations * num_minibatches
     on_policy = steps == 1 and not staleness
@@ -47,6 +49,7 @@ def check_objective(
         *_clip(objective, on_policy),
         *_widths(objective),
         *_loss(objective, steps, staleness),
+        *_longest(objective, max_completion_length),
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, on_policy, keep_zero_advantage),
@@ -75,7 +78,7 @@ def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
 
 def _widths(objective: Objective) -> Iterator[Finding]:
     (low, high), clips = objective.clip, objective.spec.clip is not None
-    if low < 0 or high < 0:
+    if not low >= 0 or not high >= 0:
         yield Finding("contradiction", f"objective.epsilon={low} and epsilon_high={high} must not be negative")
     if objective.delta is not None and "delta" in objective.spec.reads and objective.delta < 1 + high:
         yield Finding(
@@ -127,6 +130,18 @@ def _loss(objective: Objective, steps: int, staleness: int) -> Iterator[Finding]
         )
 
 
+def _longest(objective: Objective, of_rollouts: int | None) -> Iterator[Finding]:
+    longest = objective.max_completion_length
+    if longest < 1:
+        yield Finding("contradiction", f"objective.max_completion_length={longest} must be at least 1")
+    if objective.spec.aggregation != "max_tokens" and of_rollouts is not None and longest != of_rollouts:
+        yield Finding(
+            "no_effect",
+            f"objective.max_completion_length={longest} has no effect on loss_type={objective.loss_type}, whose "
+            "denominator counts what was sampled; leave it at ${rollout.max_completion_length}",
+        )
+
+
 def _reference(objective: Objective) -> Iterator[Finding]:
     for key in ("beta", "beta_end"):
         if (getattr(objective, key) or 0) < 0:
@@ -172,7 +187,7 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             f"objective.top_entropy_quantile={objective.top_entropy_quantile} must be above 0 and at most 1",
         )
     threshold = objective.off_policy_mask_threshold
-    if threshold is not None and threshold <= 0:
+    if threshold is not None and not threshold > 0:
         yield Finding("contradiction", f"objective.off_policy_mask_threshold={threshold} must be above 0")
     if threshold is not None and on_policy:
         yield Finding(
@@ -186,10 +201,12 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             "update.keep_zero_advantage=true has no effect with a KL term or an entropy bonus (objective.beta, "
             "objective.entropy_coef): every completion is forwarded then; set it to false",
         )
-    if objective.loss_type != "sapo":
-        for key, default in (("tau_positive", 1.0), ("tau_negative", 1.05)):
-            if getattr(objective, key) != default:
-                yield Finding("no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}")
+    for key, default in (("tau_positive", 1.0), ("tau_negative", 1.05)):
+        tau = getattr(objective, key)
+        if objective.loss_type != "sapo" and tau != default:
+            yield Finding("no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}")
+        if objective.loss_type == "sapo" and not tau > 0:
+            yield Finding("contradiction", f"objective.{key}={tau} must be above 0")
 
 
 def _counts(num_generations: int) -> Iterator[Finding]:

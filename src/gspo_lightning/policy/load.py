@@ -33,7 +33,8 @@ from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, v
 _NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", r"mamba\.dt_proj", r"mixer\.dt_proj")
 """Routers of experts, by their names in transformers, and a projection whose weight Mamba's kernels read."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+Dtype = Literal["float32", "bfloat16", "float64"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PolicyLoader:
 
     path: str
     """A folder, a hub name, or ``bundled:<name>`` (see `gspo_lightning.policy.bundled`)."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """Dtype of the weights. Mixed precision is the Trainer's; keep float32 here for full fine-tuning."""
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False

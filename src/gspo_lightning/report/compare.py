@@ -69,7 +69,11 @@ def comparison_table(groups: Sequence[RunGroup]) -> Table:
 
 
 def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[Path] = ()) -> Path:
-    """Writes the page: settings that differ, the table, and every chart of the report with one line per setting."""
+    """Writes the page: settings that differ, the table, and every chart of the report with one line per setting.
+
+    Raises:
+        UserError: ``path`` cannot be written to.
+    """
     headings = "".join(f"<th>{escape(heading)}</th>" for heading in ["", *_headings(groups)])
     lines = ([str(number), *_cells(group)] for number, group in enumerate(groups, start=1))
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
@@ -83,7 +87,10 @@ def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[P
     )
     missing = "".join(f'<p class="soft">{escape(str(folder))}: recorded nothing</p>' for folder in without)
     body = f'{intro}{missing}<h2>Settings that differ</h2>{table}<h2>Curves</h2><div class="charts">{charts}</div>'
-    path.write_text(html_page("Comparison of runs", body), encoding="utf-8", errors="backslashreplace")
+    try:
+        path.write_text(html_page("Comparison of runs", body), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot write there ({error.strerror}); name a file") from error
     return path
 
 

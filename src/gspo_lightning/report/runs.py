@@ -79,21 +79,27 @@ def mean_and_halfwidth(values: Sequence[float]) -> tuple[float, float]:
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     """Runs at any depth below ``folders``, and the folders of a sweep in which none was recorded.
 
+    A run counts once, however many of the folders hold it: a second time it would make an interval narrower.
+
     Raises:
         UserError: a folder is missing, or there is no run in any of them.
     """
-    runs, without = [], []
+    runs: dict[Path, Run] = {}
+    without: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
         found = sorted({path.parent for path in folder.rglob("metrics.csv")} - _logger_folders(folder), key=_natural)
-        runs += [_read_run(path) for path in found]
+        for path in found:
+            if path.resolve() not in runs:
+                runs[path.resolve()] = _read_run(path)
         if (folder / "multirun.yaml").exists():
             jobs = (path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
-            without += sorted((job for job in jobs if not any(job in (p, *p.parents) for p in found)), key=_natural)
+            empty = sorted((job for job in jobs if not any(job in (p, *p.parents) for p in found)), key=_natural)
+            without |= {job.resolve(): job for job in empty}
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: holds no run (a folder with metrics.csv and config.yaml)")
-    return runs, without
+    return list(runs.values()), list(without.values())
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:

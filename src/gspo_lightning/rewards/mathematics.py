@@ -17,7 +17,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import full_text
 from gspo_lightning.rewards.quantities import is_one_number, plain_quantities
 from gspo_lightning.rewards.text import check_tag, single_block
-from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
+from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
 
 MAX_ANSWER_CHARACTERS = 2_000
 """A longer text is judged by its end."""
@@ -47,8 +47,8 @@ class MathVerify:
     def __post_init__(self) -> None:
         if self.tag is not None:
             check_tag("MathVerify.tag", self.tag)
-        if not self.item_timeout_s > 0:
-            raise UserError(f"MathVerify.item_timeout_s={self.item_timeout_s} must be above 0")
+        if not 0 < self.item_timeout_s <= LONGEST_S:
+            raise UserError(f"MathVerify.item_timeout_s={self.item_timeout_s} must be above 0 and at most {LONGEST_S}")
         self._worker = Worker(math_equal)
 
     def __getstate__(self) -> dict[str, Any]:

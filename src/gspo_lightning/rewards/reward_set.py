@@ -22,7 +22,7 @@ from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.by_task import ForTasks
 from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
-from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
+from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.types import Completion, Metrics, Prompt
 from gspo_lightning.users_code import finite_number
 
@@ -42,8 +42,11 @@ class RewardSpec:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise UserError(f"weight={self.weight} of a reward function must be a finite number")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise UserError(f"timeout_s={self.timeout_s} of a reward function must be above 0; null means no limit")
+        if self.timeout_s is not None and not 0 < self.timeout_s <= LONGEST_S:
+            raise UserError(
+                f"timeout_s={self.timeout_s} of a reward function must be above 0 and at most {LONGEST_S}; null means "
+                "no limit"
+            )
 
 
 class RewardSet:

@@ -17,6 +17,8 @@ from typing import Any
 
 from gspo_lightning.errors import UserError
 
+LONGEST_S = 10**6
+"""Most seconds of a limit: poll counts milliseconds in 32 bits."""
 _SERVE = Path(__file__).parent / "serve.py"
 
 
