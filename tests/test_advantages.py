@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, combine_rewards
+from gspo_lightning.advantages import AdvantageEstimator, check_combination, combine_rewards, silent_groups
+from gspo_lightning.errors import UserError
 
 NAN = math.nan
 
@@ -70,6 +71,64 @@ def test_normalize_then_sum_gives_each_function_the_same_scale():
     z = 0.5 / (math.sqrt(0.5) + 1e-4), 50 / (math.sqrt(5000) + 1e-4)
     expected = tensor([[-z[0] - z[1], z[0] + z[1]]])
     assert torch.allclose(combine_rewards(by_function, tensor([1.0, 1.0]), "normalize_then_sum"), expected, rtol=1e-12)
+
+
+def test_normalised_rewards_scaled_by_the_batch_are_gdpos():
+    """Eq. 4 to 6 of arXiv 2601.05242 in plain Python, over two groups whose second function is silent in one."""
+    by_function = [[[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [[1.0, 4.0], [0.0, 2.0], [1.0, 0.0]]]
+    sums = []
+    for group in by_function:
+        columns = [[row[k] for row in group] for k in range(2)]
+        means = [sum(column) / 3 for column in columns]
+        stds = [math.sqrt(sum((r - m) ** 2 for r in column) / 2) for column, m in zip(columns, means, strict=True)]
+        sums.append([sum((row[k] - means[k]) / (stds[k] + 1e-4) for k in range(2)) for row in group])
+    flat = [value for group in sums for value in group]
+    mean = sum(flat) / 6
+    std = math.sqrt(sum((value - mean) ** 2 for value in flat) / 5)
+    expected = tensor([[(value - mean) / (std + 1e-4) for value in group] for group in sums])
+    rewards = combine_rewards(tensor(by_function), tensor([1.0, 1.0]), "normalize_then_sum")
+    assert torch.allclose(AdvantageEstimator("batch")(rewards), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_normalised_rewards_are_refused_with_any_other_scale():
+    for scale in ("group", "none"):
+        with pytest.raises(UserError, match=rf"contradicts advantages.scale_rewards={scale}: .* set advantages=batch"):
+            check_combination("normalize_then_sum", scale)
+        check_combination("weighted_sum", scale)
+    check_combination("normalize_then_sum", "batch")
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights"),
+    [
+        ([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [0.1, 0.2, 0.3]),  # 0.30000000000000004 and 0.3
+        ([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], [0.1, 0.2, -0.3]),  # 5.6e-17 and 0
+    ],
+)
+def test_sums_that_differ_by_rounding_alone_are_the_same_reward(rows, weights):
+    trap = [sum(w * r for w, r in zip(weights, row, strict=True)) for row in rows]
+    assert trap[0] != trap[1]
+    rewards = combine_rewards(tensor([rows * 2, [[0.0] * 3, *rows, [1.0, 0.0, 0.0]]]), tensor(weights))
+    assert len(set(rewards[0].tolist())) == 1
+    assert silent_groups(rewards).tolist() == [True, False]
+    assert AdvantageEstimator()(rewards)[0].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("value", [0.1, 1e6 / 3])
+def test_a_normalised_reward_of_equal_values_is_0_where_a_rounded_mean_would_not_make_it(value):
+    by_function = tensor([[[value, NAN]] * 7, [[value, float(n)] for n in range(7)]])
+    rewards = combine_rewards(by_function, tensor([1.0, 1.0]), "normalize_then_sum")
+    assert rewards[0].tolist() == [0.0] * 7
+    assert rewards[1, 3].item() == 0.0 and rewards[1, 6].item() == pytest.approx(
+        3 / (math.sqrt(28 / 6) + 1e-4), rel=1e-14
+    )
+
+
+def test_rewards_apart_by_more_than_rounding_are_compared():
+    rewards = tensor([[0.3, 0.1 + 0.2], [0.3, 0.3 + 1e-11], [0.0, 5e-324], [-2.0, -2.0], [0.0, 0.0]])
+    assert silent_groups(rewards).tolist() == [True, False, False, True, True]
+    assert AdvantageEstimator("none")(rewards)[0].tolist() == [0.0, 0.0]
+    assert AdvantageEstimator("none")(rewards)[1, 1].item() == pytest.approx(5e-12, rel=1e-4)
 
 
 def test_a_completion_without_any_reward_is_refused():

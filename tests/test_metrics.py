@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gspo_lightning.collect import rollout_metrics
+from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
 from gspo_lightning.update import MicroBatch, sampler_mismatch
-from tests.training import Settings, update_of
+from tests.support import micro_policy, padded_logprobs
+from tests.training import Batches, Settings, build_module, scripted_prompts, scripted_reward, trainer, update_of
 
 DOCS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 
@@ -51,6 +55,55 @@ def test_rollout_metrics_of_a_two_by_three_example():
             "reward/y": 4.0,
         }
     )
+
+
+def test_rewards_normalised_for_training_are_reported_by_weight(micro_model_dir):
+    """Of z-scores the mean would be 0 whatever the policy does."""
+
+    def long(completion_ids, **_):
+        return [10.0 * len(ids) for ids in completion_ids]
+
+    prompts = scripted_prompts()
+    module = build_module(micro_model_dir, Settings(advantages="batch"))
+    functions = {"scripted": RewardSpec(scripted_reward), "long": RewardSpec(long, weight=0.5)}
+    module.rewards = RewardSet(functions, combine="normalize_then_sum")
+    module.configure_model()
+    trainer().fit(module, Batches(prompts).loader())
+    rewards = torch.tensor(
+        [
+            [r + 5 * len(c.token_ids) for (_, r), c in zip(p.sample["scripted"], p.sample["completions"], strict=True)]
+            for p in prompts
+        ],
+        dtype=torch.float64,
+    )
+    assert abs(module.last_scored.rewards.mean().item()) < 1e-12
+    assert module.last_metrics["reward/mean"] == pytest.approx(rewards.mean().item(), rel=1e-12)
+    assert module.last_metrics["reward/std"] == pytest.approx(rewards.std(dim=1).mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "update", [{}, {"num_minibatches": 2, "num_iterations": 2}, {"keep_zero_advantage": True}], ids=str
+)
+@pytest.mark.parametrize("case", ["as they are", "no signal at all", "one masked as truncated"])
+def test_the_entropy_that_was_asked_for_is_that_of_every_completion(case, update, micro_model_dir):
+    """With or without an advantage, each as often as the others; the weights stay where they are."""
+    prompts = scripted_prompts()
+    for prompt in prompts:
+        if case == "no signal at all":
+            prompt.sample["scripted"] = [(i, 0.3) for i, _ in prompt.sample["scripted"]]
+        elif case == "one masked as truncated":
+            prompt.sample["completions"][0] = replace(prompt.sample["completions"][0], finish_reason="length")
+    counted = [[c.token_ids for c in p.sample["completions"] if c.finish_reason == "stop"] for p in prompts]
+    groups = list(zip((p.input_ids for p in prompts), counted, strict=True))
+    with torch.no_grad():
+        expected = padded_logprobs(micro_policy(micro_model_dir).base_model, groups)[1].mean().item()
+    settings = Settings(
+        objective={"mask_truncated_completions": case == "one masked as truncated"},
+        update={"log_entropy": True, "max_tokens_per_microbatch": 25, **update},
+        optimizer=functools.partial(torch.optim.SGD, lr=0.0),
+    )
+    _, module = update_of(micro_model_dir, settings, prompts)
+    assert module.last_metrics["entropy"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_sampler_mismatch_by_hand():

@@ -91,6 +91,25 @@ def test_groups_of_zero_advantage_may_be_dropped_or_kept(kind, micro_model_dir):
     assert lean.counts["train_tokens"] < full.counts["train_tokens"]
 
 
+@pytest.mark.parametrize("more", [{}, {"objective": {"beta": 0.1}}], ids=["free", "with a KL term"])
+def test_a_minibatch_without_signal_takes_no_step_whether_or_not_it_is_forwarded(more, micro_model_dir):
+    """Momentum of the step before would move the weights by a gradient of zero."""
+    prompts = scripted_prompts()
+    adam = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    for prompt in prompts[2:]:
+        prompt.sample["scripted"] = [(i, 0.3) for i, _ in prompt.sample["scripted"]]
+
+    def after(keep):
+        update = {"num_minibatches": 2, "num_iterations": 2, "keep_zero_advantage": keep}
+        return update_of(micro_model_dir, Settings(optimizer=adam, update=update, **more), prompts)
+
+    (dropped, lean), (kept, full) = after(False), after(True)
+    steps = [(m.counts["optimizer_steps"], m.counts["skipped_steps"]) for m in (lean, full)]
+    assert steps == ([(4, 0)] * 2 if more else [(2, 2)] * 2)
+    assert relative_distance(kept, dropped) < 1e-7
+    assert full.last_metrics["grad_norm"] == pytest.approx(lean.last_metrics["grad_norm"], rel=1e-9)
+
+
 def test_with_a_kl_term_no_group_is_dropped(micro_model_dir):
     _, module = update_of(micro_model_dir, Settings(objective={"beta": 0.1}))
     _, without = update_of(micro_model_dir, Settings())
@@ -346,9 +365,10 @@ def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):
 @pytest.mark.parametrize("keep", [False, True])
 def test_top_entropy_tokens_are_chosen_over_the_minibatch_not_the_micro_batch(budget, keep, micro_model_dir):
     """The choice is global and among tokens with a gradient, so neither the plan nor the dropping changes it."""
-    chosen = {"top_entropy_quantile": 0.3}
+    level = {"importance_sampling_level": "sequence_token"}
+    chosen = {"top_entropy_quantile": 0.3, **level}
     whole, module = update_of(micro_model_dir, Settings(objective=chosen))
-    everything, _ = update_of(micro_model_dir, Settings())
+    everything, _ = update_of(micro_model_dir, Settings(objective=level))
     ours, _ = update_of(
         micro_model_dir,
         Settings(objective=chosen, update={"max_tokens_per_microbatch": budget, "keep_zero_advantage": keep}),

@@ -5,17 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from gspo_lightning.errors import UserError
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation, as TRL does, so that recipes carry over."""
+
+ROUNDING = 1e-12
+"""Rewards that differ by less, relative to the size of what they are a sum of, are equal: 0.1 + 0.2 is 0.3."""
 
 
 @dataclass(frozen=True)
 class AdvantageEstimator:
     """``(r - baseline) / scale`` within groups (GRPO, arXiv 2402.03300, section 4.1.2).
 
-    A group whose rewards are all equal gets exactly zero: rewards are compared, not rounded differences.
+    A group whose rewards are all equal (`silent_groups`) gets exactly zero, whatever its rounded mean is.
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -46,21 +52,28 @@ class AdvantageEstimator:
         return centred.masked_fill(silent_groups(rewards)[:, None], 0.0)
 
 
-def silent_groups(rewards: Tensor) -> Tensor:
-    """Groups without signal, ``(B,)`` bool: all rewards ``(B, G)`` of the group are equal."""
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
+def silent_groups(rewards: Tensor, size: Tensor | None = None) -> Tensor:
+    """Groups without signal, ``(B,)`` bool: all rewards of the group are equal but for `ROUNDING`.
+
+    Args:
+        rewards: ``(B, G)``.
+        size: ``(B, G)`` of what the rewards are a sum of; None takes their own.
+    """
+    size = rewards.abs() if size is None else size
+    return rewards.amax(dim=1) - rewards.amin(dim=1) <= ROUNDING * size.amax(dim=1)
 
 
 def combine_rewards(
     by_function: Tensor, weights: Tensor, how: Literal["weighted_sum", "normalize_then_sum"] = "weighted_sum"
 ) -> Tensor:
-    """One reward per completion from several functions.
+    """One reward per completion from several functions; the very same for all of a group that `silent_groups` finds.
 
     Args:
         by_function: ``(B, G, K)``; NaN where a function does not apply, which leaves it out of the sum.
         weights: ``(K,)``.
         how: ``weighted_sum``, or each function's rewards made zero-mean and unit-variance within the group first
-            (GDPO, arXiv 2601.05242), so that no function's scale drowns another's.
+            (GDPO, arXiv 2601.05242), so that no function's scale drowns another's; `check_combination` says by what
+            the sum is divided then.
 
     Raises:
         ValueError: if no function applies to some completion.
@@ -73,5 +86,23 @@ def combine_rewards(
         mean = by_function.nanmean(dim=1, keepdim=True)
         valid = (~by_function.isnan()).sum(dim=1, keepdim=True)
         variance = (by_function - mean).square().nansum(dim=1, keepdim=True) / (valid - 1).clamp(min=1)
-        by_function = (by_function - mean) / (variance.sqrt() + STD_EPSILON)
-    return (by_function * weights).nansum(dim=-1)
+        centred = by_function - mean
+        centred = centred.masked_fill(centred.abs() <= ROUNDING * mean.abs(), 0.0)
+        by_function = centred / (variance.sqrt() + STD_EPSILON)
+    terms = by_function * weights
+    rewards = terms.nansum(dim=-1)
+    silent = silent_groups(rewards, terms.abs().nansum(dim=-1))
+    return torch.where(silent[:, None], rewards[:, :1], rewards)
+
+
+def check_combination(how: str, scale_rewards: str) -> None:
+    """GDPO divides the sum of normalised rewards by the spread of the batch: of a group it would be divided twice.
+
+    Raises:
+        UserError: another scale.
+    """
+    if how == "normalize_then_sum" and scale_rewards != "batch":
+        raise UserError(
+            f"reward.combine=normalize_then_sum contradicts advantages.scale_rewards={scale_rewards}: its sum is "
+            "divided by the spread of the batch (GDPO, TRL); set advantages=batch, or reward.combine=weighted_sum"
+        )

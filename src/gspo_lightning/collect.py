@@ -63,20 +63,26 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
     )
 
 
-def rollout_metrics(scored: ScoredRollout) -> Metrics:
-    """Rewards, lengths and signal of a rollout, as (sum, count)."""
+def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) -> Metrics:
+    """Rewards, lengths and signal of a rollout, as (sum, count).
+
+    Args:
+        scored: the rollout.
+        rewards: ``(B, G)`` on a scale that stays the same from rollout to rollout; None where the combined ones are.
+    """
+    rewards = scored.rewards if rewards is None else rewards
     lengths = torch.tensor([[c.num_trained for c in group] for group in scored.completions], dtype=torch.float64)
     cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in scored.completions])
     groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
     metrics: Metrics = {
-        "reward/mean": (scored.rewards.sum(), sequences),
-        "reward/std": (scored.rewards.std(dim=1).sum(), groups),
+        "reward/mean": (rewards.sum(), sequences),
+        "reward/std": (rewards.std(dim=1).sum(), groups),
         "completion/mean_tokens": (lengths.sum(), sequences),
         "completion/truncated_frac": (cut.double().sum(), sequences),
         "frac_zero_std_groups": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
         "advantage_std": (_advantage_stds(scored).sum(), groups),
     }
-    metrics |= _dialogue_metrics(scored)
+    metrics |= _dialogue_metrics(scored, rewards)
     for number, name in enumerate(scored.reward_names):
         values = scored.rewards_by_function[..., number]
         applies = ~values.isnan()
@@ -84,7 +90,7 @@ def rollout_metrics(scored: ScoredRollout) -> Metrics:
     return metrics | scored.logged
 
 
-def _dialogue_metrics(scored: ScoredRollout) -> Metrics:
+def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
     """Turns and returns, as (sum, count); nothing where there are no dialogues."""
     turns = [float(c.dialogue.num_turns) for group in scored.completions for c in group if c.dialogue is not None]
     if not turns:
@@ -92,7 +98,7 @@ def _dialogue_metrics(scored: ScoredRollout) -> Metrics:
     count = torch.tensor(float(scored.rewards.numel()))
     return {
         "dialogue/turns": (torch.tensor(turns, dtype=torch.float64).sum(), torch.tensor(float(len(turns)))),
-        "dialogue/return": (whole_returns(scored.completions, scored.rewards).sum(), count),
+        "dialogue/return": (whole_returns(scored.completions, rewards).sum(), count),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gspo_lightning.advantages import check_combination
 from gspo_lightning.build import build, check_trainer
 from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
@@ -100,6 +101,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _check_environment(plain)
     _report(plain)
     if training:
+        check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
         _check_schedule(plain)
         _check_export(plain)
         _check_minibatches(plain)

@@ -241,7 +241,8 @@ class GSPOModule(L.LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All optimizer steps on the rollout in hand."""
         scored = self.last_scored
-        update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored))
+        by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
+        update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored, by_weight))
         add_metrics(update.metrics, self._drawn.metrics())
         update.prepare(self._minibatches(scored))
         self._sample_ahead()

@@ -103,6 +103,20 @@ class Passes:
         with in_step(self.frozen or self.policy):
             return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
 
+    @torch.no_grad()
+    def entropy_left_out(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> Tensor:
+        """``(N,)`` entropies at the tokens of completions that no loss is taken of; none unless they are asked for."""
+
+        def forward(plan: MicroBatchPlan) -> Tensor:
+            micro = build_micro_batch(scored, plan, self.policy.device)
+            return self.policy(micro.packed, self.temperature, True)[1]
+
+        if not self.log_entropy:
+            return torch.zeros(0)
+        with in_step(self.policy):
+            plans = [plan for minibatch in minibatches for plan in minibatch.left_out]
+            return torch.cat([torch.zeros(0), *(in_parts(forward, plan, scored).cpu() for plan in plans)])
+
     def loss(self, micro: MicroBatch, fixed: Fixed, index: int, attempt: Attempt) -> tuple[Tensor, Tensor]:
         """Loss sum and log-probabilities, with gradient, of the micro-batch ``index`` of a minibatch."""
         old, reference, selected = fixed.of(index)

@@ -39,6 +39,7 @@ class RolloutUpdate:
         module, self._minibatches = self.module, list(minibatches)
         with module.stopwatch("old_logprobs"):
             fixed = self.passes.before_update(self.scored, minibatches)
+            self._add_entropy(self.passes.entropy_left_out(self.scored, minibatches))
         if self.passes.behaviour is not None:
             self._compare_with_sampler(fixed)
         with module.stopwatch("ref_logprobs"):
@@ -55,6 +56,13 @@ class RolloutUpdate:
                 for number, minibatch in enumerate(self._minibatches):
                     fresh = iteration == 0 and number == 0 and self.passes.behaviour is None
                     self._minibatches[number], self._fixed[number] = self._step(minibatch, self._fixed[number], fresh)
+
+    def _add_entropy(self, left_out: Tensor) -> None:
+        """Entropies of completions that no step forwards count as often as those of the others: once in each pass."""
+        passes = self.module.update_settings.num_iterations
+        if len(left_out):
+            count = torch.tensor(float(len(left_out) * passes), dtype=torch.float64)
+            add_metrics(self.metrics, {"entropy": (left_out.double().sum() * passes, count)})
 
     def _compare_with_sampler(self, fixed: list[Fixed]) -> None:
         """The mismatch of a rollout generated ahead, by the weights that sampled it."""
@@ -93,14 +101,25 @@ class RolloutUpdate:
         self.passes.ratios.extend(attempt.ratios)
         add_metrics(self.metrics, attempt.metrics)
         self.trained_tokens += attempt.tokens
-        if rounds:
+        if rounds and self._has_gradient(minibatch):
             self._take_step()
         else:
+            cast(LightningOptimizer, module.optimizers()).zero_grad()
             module.counts["skipped_steps"] += 1
         # A subclass's own configure_optimizers may have none.
         if (scheduler := module.lr_schedulers()) is not None:
             cast(LRScheduler, scheduler).step()
         return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
+
+    def _has_gradient(self, minibatch: Minibatch) -> bool:
+        """Whether what was forwarded, on any rank, can have one: an optimizer with momentum moves the weights by a
+        gradient of zero too."""
+        module = self.module
+        if not (module.update_settings.keep_zero_advantage and self.passes.objective.zero_advantage_is_free):
+            return True  # what could not is left out
+        members = ((part.group, number) for plan in minibatch.plan for part in plan for number in part.completions)
+        signal = not all(self.scored.is_silent(group, number) for group, number in members)
+        return bool(global_max(int(signal or module.has_auxiliary_loss), module.device))
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
         """The gradient of one minibatch; returns the number of backwards, the same on every rank."""

@@ -72,7 +72,8 @@ class UpdateSettings:
     ref_model_mixup_alpha: float = 0.6
     """How far: ``reference = alpha * policy + (1 - alpha) * reference``."""
     log_entropy: bool = False
-    """Measure the exact entropy even if the objective does not need it (two more passes over the logits)."""
+    """Measure the exact entropy even if the objective does not need it: two more passes over the logits, and one
+    forward of the completions that are otherwise left out."""
 
     def __post_init__(self) -> None:
         if not self.max_grad_norm > 0:  # below 0 a gradient would be turned around
@@ -129,6 +130,8 @@ class Minibatch:
     """Completions in the normaliser: all but those masked as truncated."""
     num_tokens: int
     """Their tokens."""
+    left_out: tuple[MicroBatchPlan, ...] = ()
+    """Micro-batches of the completions in the normaliser that are not forwarded: they cannot change the gradient."""
 
 
 @dataclass(frozen=True)
@@ -168,21 +171,25 @@ def _minibatch(
     scored: ScoredRollout, groups: tuple[int, ...], settings: UpdateSettings, drop_zero: bool, mask_truncated: bool
 ) -> Minibatch:
     survivors: list[list[tuple[int, int]]] = []
+    others: list[list[tuple[int, int]]] = []
     num_sequences = num_tokens = 0
     for group in groups:
-        kept = []
+        survivors.append([])
+        others.append([])
         for number, completion in enumerate(scored.completions[group]):
             if mask_truncated and completion.finish_reason == "length":
                 continue
             num_sequences += 1
             num_tokens += completion.num_trained
-            if not (drop_zero and scored.is_silent(group, number)):
-                kept.append((number, len(completion.token_ids) - 1))
-        survivors.append(kept)
+            members = others if drop_zero and scored.is_silent(group, number) else survivors
+            members[-1].append((number, len(completion.token_ids) - 1))
     lengths = [len(scored.prompts[group].input_ids) for group in groups]
-    local = plan_micro_batches(lengths, survivors, settings.max_tokens_per_microbatch)
-    plan = tuple(tuple(type(part)(groups[part.group], part.completions) for part in micro) for micro in local)
-    return Minibatch(groups, plan, num_sequences, num_tokens)
+
+    def planned(members: list[list[tuple[int, int]]]) -> tuple[MicroBatchPlan, ...]:
+        local = plan_micro_batches(lengths, members, settings.max_tokens_per_microbatch)
+        return tuple(tuple(type(part)(groups[part.group], part.completions) for part in micro) for micro in local)
+
+    return Minibatch(groups, planned(survivors), num_sequences, num_tokens, planned(others))
 
 
 def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> MicroBatch:

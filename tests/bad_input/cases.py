@@ -290,6 +290,19 @@ OBJECTIVE = [
         "objective.kl_estimator",
     ),
     Case("objective", "a KL estimator without a KL term", ["objective.kl_estimator=k1"], "objective.kl_estimator"),
+    Case(
+        "objective",
+        "a KL estimate without a gradient",
+        ["objective.beta=0.1", "objective.kl_estimator=k1"],
+        "objective.kl_estimator=k1 is no penalty",
+    ),
+    Case(
+        "objective",
+        "tokens of a ratio per sequence",
+        ["objective.top_entropy_quantile=0.2"],
+        "objective.top_entropy_quantile=0.2 leaves no token out with importance_sampling_level=sequence",
+    ),
+    Case("objective", "masked tokens of a ratio per sequence", ["mismatch=token_mask"], "or mismatch=sequence_mask"),
     Case("objective", "delta below the clip", ["objective.delta=1.01"], "delta"),
     Case(
         "objective",
@@ -715,6 +728,12 @@ ENVIRONMENTS = [
 ]
 
 REWARDS = [
+    Case(
+        "reward",
+        "normalised rewards scaled by the group",
+        ["reward.combine=normalize_then_sum"],
+        "reward.combine=normalize_then_sum contradicts advantages.scale_rewards=group",
+    ),
     Case("reward", "a module that is not there", ["reward.functions.letter_share.function.path=nowhere.f"], "nowhere"),
     Case("reward", "a function that is not there", MINE, "my_rewards", reward("")),
     Case(

@@ -108,11 +108,11 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "objective.delta": (WEIGHTS, ["objective.delta=1.0002"], ["max_rollouts=4", "objective.epsilon_high=0.0001"]),
     "objective.beta": (WEIGHTS, ["objective.beta=0.1"], []),
     "objective.beta_end": (WEIGHTS, ["objective.beta_end=0.5"], []),
-    "objective.kl_estimator": (WEIGHTS, ["objective.kl_estimator=k1"], ["objective.beta=0.1"]),
+    "objective.kl_estimator": (WEIGHTS, ["objective.kl_estimator=k2"], ["objective.beta=0.1"]),
     "objective.kl_importance_weighted": (WEIGHTS, ["objective.kl_importance_weighted=true"], ["objective.beta=0.1"]),
     "objective.entropy_coef": (WEIGHTS, ["objective.entropy_coef=0.1"], []),
     "objective.mask_truncated_completions": (WEIGHTS, ["objective.mask_truncated_completions=true"], []),
-    "objective.top_entropy_quantile": (WEIGHTS, ["objective.top_entropy_quantile=0.2"], []),
+    "objective.top_entropy_quantile": (WEIGHTS, ["objective.top_entropy_quantile=0.2"], ["objective.importance_sampling_level=sequence_token"]),
     "objective.off_policy_mask_threshold": (METRICS, ["objective.off_policy_mask_threshold=0.01"], ["optimizer.lr=0.05"]),
     "objective.max_completion_length": (WEIGHTS, ["objective.max_completion_length=99"], ["objective=dr_grpo", "optimizer.eps=1"]),
     "objective.tau_positive": (WEIGHTS, ["objective.tau_positive=3.0"], ["objective=sapo"]),
@@ -150,7 +150,7 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "lora.alpha": (WEIGHTS, ["model.lora.alpha=1"], ["lora=language"]),
     "lora.target_modules": (WEIGHTS, ["model.lora.target_modules='.*o_proj'"], ["lora=language"]),
     "reward.functions": (METRICS, ["reward.functions.letter_share.weight=2.0"], []),
-    "reward.combine": (WEIGHTS, ["reward.combine=normalize_then_sum"], ["advantages.scale_rewards=none", "optimizer.eps=1"]),
+    "reward.combine": (WEIGHTS, ["reward.combine=normalize_then_sum"], ["advantages.scale_rewards=batch", "optimizer.eps=1"]),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ CHOICES = sorted(
 NEEDS = {
     "model=path": ["model.path=bundled:micro"],
     "objective=reinforce": ["update.num_minibatches=1"],
+    "mismatch=token_mask": ["objective.importance_sampling_level=sequence_token"],
     "data=rows": ["data.task.source=nothing.jsonl"],
     "data=multiple_choice": ["data.task.source=nothing.jsonl"],
     "data=gsm8k": [],

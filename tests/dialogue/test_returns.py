@@ -78,6 +78,14 @@ def test_rewards_of_the_whole_and_of_turns_that_cancel_leave_a_group_without_sig
     assert silent_rollout(later, torch.tensor([[1.0, 0.0]], dtype=torch.float64)).tolist() == [False]
 
 
+def test_returns_that_differ_by_rounding_alone_leave_a_group_without_signal():
+    groups = [[dialogue(0.1, 0.2), dialogue(0.3)]]
+    assert 0.1 + 0.2 != 0.3
+    rollout = scored(*groups, rewards=[[0.0, 0.0]])
+    assert rollout.turn_advantages == [[(0.0, 0.0), (0.0,)]]
+    assert silent_rollout(groups, rollout.rewards).tolist() == [True]
+
+
 def test_turns_are_counted_by_tokens_whatever_became_of_the_messages():
     rollout = scored([dialogue(1.0, 2.0), dialogue(1.0)], rewards=[[0.0, 0.0]])
     rollout.completions[0][0].dialogue.messages.clear()

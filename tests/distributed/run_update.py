@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--advantages", default="group", help="what their scale is measured on")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="forward completions without an advantage too")
+    parser.add_argument("--entropy", action="store_true", help="log it")
     parser.add_argument("--auxiliary", action="store_true", help="add the squared norm of the weights")
     warnings.filterwarnings("ignore")
     for number, more in enumerate(parser.parse_args().runs):
@@ -99,7 +101,12 @@ def update(a: argparse.Namespace, number: int) -> None:
             "beta": a.beta,
             "mask_truncated_completions": a.case == "truncated",
         },  # fmt: skip
-        update={"max_tokens_per_microbatch": a.budget, "num_minibatches": a.minibatches},
+        update={
+            "max_tokens_per_microbatch": a.budget,
+            "num_minibatches": a.minibatches,
+            "keep_zero_advantage": a.keep,
+            "log_entropy": a.entropy,
+        },
         advantages=a.advantages,
         dtype=a.dtype,
         lora=LoraSettings(r=2) if a.lora else None,

@@ -18,10 +18,16 @@ from tests.support import relative_distance
 SCRIPT = Path(__file__).parent / "run_update.py"
 BOTH = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 
+NO_SIGNAL = {
+    "no signal at all": ["--case", "no signal at all", "--entropy"],
+    "no signal, but all forwarded": ["--case", "no signal at all", "--keep"],
+}
 IN_FLOAT64 = {
     "ragged": [],
     "one rank without signal": ["--case", "one rank without signal"],
-    "no signal at all": ["--case", "no signal at all"],
+    "all forwarded, one rank without signal": ["--keep", "--case", "one rank without signal"],
+    "entropies, one rank without signal": ["--entropy", "--case", "one rank without signal"],
+    **NO_SIGNAL,
     "LoRA": ["--lora"],
     "LoRA, one rank without signal": ["--lora", "--case", "one rank without signal"],
     "ratios per token": ["--level", "token"],
@@ -32,8 +38,9 @@ IN_FLOAT64 = {
     "the scale of the batch": ["--advantages", "batch"],
     "activations recomputed": ["--checkpointing"],
     # Of 30 tokens at a time the ranks have different numbers of micro-batches, and talk about the threshold behind them.
-    "tokens of highest entropy": ["--quantile", "0.4"],
-    "tokens of highest entropy, one rank without signal": ["--quantile", "0.4", "--case", "one rank without signal"],
+    "tokens of highest entropy": ["--quantile", "0.4", "--level", "token"],
+    "tokens of highest entropy, one rank without signal":
+        ["--quantile", "0.4", "--level", "sequence_token", "--case", "one rank without signal"],
 }
 for loss in sorted(set(LOSSES) - {"grpo"}):
     IN_FLOAT64 |= {loss: ["--loss", loss], f"{loss}, LoRA": ["--loss", loss, "--lora"]}
@@ -126,7 +133,7 @@ def assert_same_update(one, two, bound, metrics):
         (strategy, name)
         for strategy in ("ddp", "fsdp")
         for name in IN_FLOAT64 | (AUXILIARY if strategy == "ddp" else {})
-        if name != "no signal at all"
+        if name not in NO_SIGNAL
     ],
 )
 def test_two_ranks_give_the_update_of_one(strategy, case, on_one, on_two):
@@ -135,8 +142,8 @@ def test_two_ranks_give_the_update_of_one(strategy, case, on_one, on_two):
 
 
 @BOTH
-def test_without_any_signal_no_rank_steps(strategy, on_one, on_two):
-    case = "no signal at all"
+@pytest.mark.parametrize("case", NO_SIGNAL)
+def test_without_any_signal_no_rank_steps(case, strategy, on_one, on_two):
     assert on_one[case][1]["counts"]["skipped_steps"] == on_two(strategy)[case][1]["counts"]["skipped_steps"] == 1
     for weights, _ in (on_one[case], on_two(strategy)[case]):
         assert torch.equal(weights["after"], weights["before"])

@@ -146,9 +146,13 @@ CASES = {
         {"top_entropy_quantile": 0.2, "off_policy_mask_threshold": 0.5},
         {"objective.top_entropy_quantile": 0.2, "objective.off_policy_mask_threshold": 0.5},
     ),
+    "chosen tokens under the ratio of a sequence": (
+        {"top_entropy_quantile": 0.2, "importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"objective.top_entropy_quantile": 0.2, "objective.importance_sampling_level": "sequence_token"},
+    ),
     "advantages without a scale": ({"scale_rewards": False}, {"advantages.scale_rewards": "none"}),
     "rewards normalised one by one": (
-        {"multi_objective_aggregation": "normalize_then_sum"}, {"reward.combine": "normalize_then_sum"},
+        {"multi_objective_aggregation": "normalize_then_sum"}, {"reward.combine": "normalize_then_sum", "advantages.scale_rewards": "batch"},
     ),
     "a thinking switch": (
         {"chat_template_kwargs": {"enable_thinking": False}}, {"data.chat_template_kwargs.enable_thinking": False},
@@ -176,7 +180,10 @@ BLOCKED = {
     "warm-up in steps of a run of epochs": {"warmup_steps": 10},
     "a penalty for repetition": {"repetition_penalty": 1.1},
     "unequal reward weights": {"reward_weights": [1.0, 0.5]},
-}
+    "single tokens of a gate per sequence": {
+        "top_entropy_quantile": 0.2, "loss_type": "sapo", "importance_sampling_level": "sequence",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("given", BLOCKED.values(), ids=BLOCKED.keys())

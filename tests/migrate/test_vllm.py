@@ -61,6 +61,30 @@ def test_a_mask_has_no_lower_bound_that_was_not_asked_for():
     assert (plain["objective"]["mismatch"]["low"], plain["objective"]["mismatch"]["high"]) == (0.0, 3.0)
 
 
+SEQUENCE = {**SERVER, "loss_type": "grpo", "importance_sampling_level": "sequence", "steps_per_generation": 8}
+
+
+def test_a_mask_of_tokens_under_a_sequence_ratio_gets_the_level_at_which_it_leaves_tokens_out():
+    given = {**SEQUENCE, "vllm_importance_sampling_mode": "token_mask"}
+    plain = checked(given)
+    assert plain["objective"]["importance_sampling_level"] == "sequence_token"
+    assert plain["objective"]["mismatch"]["how"] == "mask"
+    why = "sequence_token: with sequence, vllm_importance_sampling_mode would scale whole completions, as in TRL"
+    (verdict,) = [v for v in convert(given).verdicts if v.key == "importance_sampling_level"]
+    assert (verdict.kind, verdict.note) == ("better default", why)
+    assert f"objective.importance_sampling_level={why}" in convert(given).added
+
+
+def test_a_capped_weight_of_tokens_under_a_sequence_ratio_stays_and_is_said():
+    given = {**SEQUENCE, "vllm_importance_sampling_mode": "token_truncate"}
+    with pytest.warns(UserWarning, match="weighs each completion by the mean of its weights"):
+        assert checked(given)["objective"]["importance_sampling_level"] == "sequence"
+    assert [note for note in convert(given).added if "weighs a completion by the mean" in note]
+    masked = convert({**SEQUENCE, "vllm_importance_sampling_mode": "sequence_mask"})
+    assert masked.settings["objective.importance_sampling_level"] == "sequence"
+    assert not [note for note in masked.added if "token" in note.split(":")[0]]
+
+
 def test_one_engine_per_rank_is_what_a_tensor_parallel_size_of_one_asks_for():
     (verdict,) = [v for v in convert({**COLOCATED, "vllm_tensor_parallel_size": 1}).verdicts if "tensor" in v.key]
     assert verdict.kind == "same" and "each rank has an engine of its own" in verdict.note

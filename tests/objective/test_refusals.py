@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gspo_lightning.objective import Objective, check_objective
+from gspo_lightning.objective.mismatch import MismatchCorrection
 
 
 def findings(objective=None, **changes):
@@ -56,6 +57,36 @@ CASES = {
     "negative beta_end": ({"beta": 0.1, "beta_end": -0.1}, {}, "contradiction", "objective.beta_end=-0.1"),
     "a schedule that goes nowhere": ({"beta": 0.1, "beta_end": 0.1}, {}, "no_effect", "set it to null"),
     "a KL estimator without KL": ({"kl_estimator": "k1"}, {}, "no_effect", "leave it at k3"),
+    "a KL estimate without the reference in its gradient": (
+        {"beta": 0.1, "kl_estimator": "k1"}, {}, "contradiction",
+        "objective.kl_estimator=k1 is no penalty without objective.kl_importance_weighted",
+    ),
+    "the same for a weight that begins at 0": (
+        {"beta_end": 0.1, "kl_estimator": "k1"}, {}, "contradiction", "set kl_importance_weighted to true, or use k3",
+    ),
+    "a weighted estimate that is of no KL divergence": (
+        {"beta": 0.1, "kl_estimator": "k2", "kl_importance_weighted": True}, {}, "warning", "with kl_estimator=k2 has not the gradient",
+    ),
+    "tokens of highest entropy under the ratio of a sequence": (
+        {"top_entropy_quantile": 0.2}, {}, "contradiction",
+        "objective.top_entropy_quantile=0.2 leaves no token out with importance_sampling_level=sequence, where the tokens of a "
+        "completion share one loss; use importance_sampling_level=sequence_token",
+    ),
+    "the same of sapo": (
+        {"top_entropy_quantile": 0.2, "loss_type": "sapo"}, {}, "contradiction", "use importance_sampling_level=token",
+    ),
+    "the same of gmpo": (
+        {"top_entropy_quantile": 0.2, "loss_type": "gmpo", "importance_sampling_level": "token"}, {}, "contradiction",
+        "with loss_type=gmpo, where the tokens of a completion share one loss; use another loss_type",
+    ),
+    "masked tokens under the ratio of a sequence": (
+        {"mismatch": MismatchCorrection("token", "mask", 5.0, 0.5)}, {}, "contradiction",
+        "use importance_sampling_level=sequence_token, or mismatch=sequence_mask",
+    ),
+    "capped weights of tokens under the ratio of a sequence": (
+        {"mismatch": MismatchCorrection("token", "truncate", 2.0)}, {}, "warning",
+        "weighs each completion by the mean of its weights with importance_sampling_level=sequence",
+    ),
     "a moving reference without KL": ({}, {"ref_sync_every_n_rollouts": 2}, "no_effect", "no effect with objective.beta=0"),
     "a moving reference of an adapter": ({"beta": 0.1}, {"ref_sync_every_n_rollouts": 2, "has_adapter": True}, "contradiction", "lora=none"),
     "a mixture out of range": ({"beta": 0.1}, {"ref_sync_every_n_rollouts": 2, "ref_model_mixup_alpha": 1.5}, "contradiction", "at most 1"),
@@ -78,8 +109,15 @@ def test_found_with_its_kind_key_and_fix(settings, changes, kind, text):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"importance_sampling_level": "token"}, {"beta": 0.1}, {"epsilon": 0.03, "epsilon_high": 0.04}]
-)
+    "settings",
+    [
+        {}, {"importance_sampling_level": "token"}, {"beta": 0.1}, {"epsilon": 0.03, "epsilon_high": 0.04},
+        *({"beta": 0.1, "kl_estimator": kind, "kl_importance_weighted": w} for kind, w in (("k1", True), ("k2", False), ("k3", True))),
+        *({"importance_sampling_level": level, "top_entropy_quantile": 0.2} for level in ("token", "sequence_token")),
+        {"importance_sampling_level": "sequence_token", "mismatch": MismatchCorrection("token", "mask", 5.0, 0.5)},
+        *({"mismatch": MismatchCorrection(level, "mask", 2.0)} for level in ("sequence", "sequence_mean")),
+    ],
+)  # fmt: skip
 def test_sound_settings_find_nothing(settings):
     assert findings(settings) == []
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gspo_lightning.objective import Objective
+from gspo_lightning.objective import LOSSES, Objective
 from gspo_lightning.objective.selection import near_sampler, top_entropy_threshold
 
 INDEX, LENGTHS = torch.tensor([0, 0, 1]), torch.tensor([2, 1])
@@ -67,3 +67,21 @@ def test_beta_goes_linearly_to_its_end_and_needs_the_reference_throughout():
     assert objective.needs_ref and not objective.at(1.0).needs_ref
     assert Objective(max_completion_length=4, beta_end=0.1).needs_ref
     assert Objective(max_completion_length=4, beta=0.1).at(0.7).beta == 0.1
+
+
+@pytest.mark.parametrize(("loss", "level"), [(n, level) for n, s in LOSSES.items() for level in s.levels or ("token",)])
+def test_a_token_left_out_has_no_gradient_unless_the_tokens_of_a_completion_share_one_loss(loss, level):
+    """Of four tokens the first is chosen: where they share a loss, all four get a quarter of their gradient."""
+    objective = Objective(max_completion_length=4, loss_type=loss, importance_sampling_level=level)
+    index, lengths = torch.zeros(4, dtype=torch.long), torch.tensor([4])
+
+    def gradient(selected):
+        logprobs = torch.tensor([-0.5, -1.0, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
+        advantages = torch.full((4,), 0.7, dtype=torch.float64)
+        loss = objective(logprobs, logprobs.detach(), advantages, index, lengths, selected=selected).loss
+        return torch.autograd.grad(loss, logprobs)[0]
+
+    whole, chosen = gradient(None), gradient(torch.tensor([True, False, False, False]))
+    share = torch.full((4,), 0.25) if objective.shares_one_loss else torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert whole.abs().min() > 0.01
+    assert chosen.tolist() == pytest.approx((whole * share).tolist(), abs=1e-15)

@@ -143,7 +143,7 @@ def mismatch(facts: Facts) -> str | None:
         return None
     return (
         f"sampler_mismatch/abs_mean={value:.3g} nats per token: sampler and trainer disagree about the same weights; "
-        "use the same precision in both, or a correction (mismatch=token_truncate)"
+        "use the same precision in both, or a correction (mismatch=sequence_mask, mismatch=token_truncate)"
     )
 
 

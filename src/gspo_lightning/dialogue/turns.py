@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, silent_groups
 from gspo_lightning.types import Completion
 
 
@@ -35,7 +35,10 @@ def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -
         rewards: ``(B, G)``.
     """
     groups = zip(completions, rewards.tolist(), strict=True)
-    silent = [all(len(set(of_turn)) == 1 for of_turn in _by_turn(*group)) for group in groups]
+    silent = [
+        all(silent_groups(torch.tensor([of_turn], dtype=torch.float64)).item() for of_turn in _by_turn(*group))
+        for group in groups
+    ]
     return torch.tensor(silent, dtype=torch.bool)
 
 

@@ -143,6 +143,11 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
     combine = config.get("multi_objective_aggregation", "sum_then_normalize")
     settings["reward.combine"] = "normalize_then_sum" if combine == "normalize_then_sum" else "weighted_sum"
     notes["multi_objective_aggregation"] = ("renamed", "reward.combine")
+    if combine == "normalize_then_sum":
+        settings["advantages.scale_rewards"] = "batch"
+        notes["scale_rewards"] = ("renamed", "batch: TRL scales normalize_then_sum by the batch whatever this says")
+        if "scale_rewards" not in given:
+            result.added.append("advantages.scale_rewards=batch: what normalize_then_sum does in TRL")
 
 
 def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) -> None:
@@ -156,6 +161,28 @@ def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) ->
         notes["epsilon"] = ("renamed", "objective.epsilon_high, which TRL takes from it for cispo")
     elif cap is None:
         result.added.append("objective.epsilon_high=null: 5; TRL takes epsilon=0.2, which caps every token of cispo")
+
+
+def single_tokens(config: Config, result: Conversion, notes: Notes) -> None:
+    """TRL masks single tokens under the ratio of a sequence too, where a mask only scales whole completions."""
+    if result.settings["objective.importance_sampling_level"] != "sequence":
+        return
+    mismatch = result.groups.get("mismatch")
+    chosen = {"top_entropy_quantile": (config.get("top_entropy_quantile") or 1.0) < 1}
+    chosen["vllm_importance_sampling_mode"] = mismatch == "token_mask"
+    masks = [key for key, is_chosen in chosen.items() if is_chosen]
+    if masks and config["loss_type"] == "sapo":
+        why = "leaves no token out with the sequence ratio of sapo, in TRL as here; use importance_sampling_level=token"
+        notes.update(dict.fromkeys(masks, ("no counterpart", why)))
+    elif masks:
+        result.settings["objective.importance_sampling_level"] = "sequence_token"
+        why = f"sequence_token: with sequence, {' and '.join(masks)} would scale whole completions, as in TRL"
+        notes["importance_sampling_level"] = ("better default", why)
+        result.added.append(f"objective.importance_sampling_level={why}")
+    elif mismatch == "token_truncate":
+        result.added.append(
+            "note: with a sequence ratio, token_truncate weighs a completion by the mean of its tokens' weights"
+        )
 
 
 def running(config: Config, result: Conversion, notes: Notes, steps: int) -> None:

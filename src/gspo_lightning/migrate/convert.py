@@ -84,6 +84,7 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
     computed.objective(config, given, result, notes)
     computed.running(config, result, notes, steps)
     vllm.rollout(config, result, notes)
+    computed.single_tokens(config, result, notes)
     for key, value in given.items():
         result.verdicts.append(_verdict(key, value, notes, result))
     return result

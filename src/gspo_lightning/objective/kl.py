@@ -12,8 +12,15 @@ Estimator = Literal["k1", "k2", "k3"]
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
     """``KL(pi || pi_ref)`` estimated at each sampled token (Schulman, "Approximating KL divergence", 2020).
 
-    With ``d = log pi_ref - log pi``: k1 is ``-d`` (unbiased, may be negative), k2 is ``d^2 / 2`` (biased, its gradient
-    is that of the KL), k3 is ``exp(d) - 1 - d`` (unbiased value, never negative).
+    With ``d = log pi_ref - log pi``: k1 is ``-d`` (unbiased, may be negative), k2 is ``d^2 / 2`` (biased, never
+    negative), k3 is ``exp(d) - 1 - d`` (unbiased, never negative).
+
+    The gradient of an estimate is another matter: tokens are drawn from the policy, and only a weight, the token ratio
+    of ``kl_importance_weighted``, lets the gradient see that. Of samples of the policy itself it is, on average,
+
+    * k1: 0, for the reference is a constant; weighted: that of ``KL(pi || pi_ref)``;
+    * k2: that of ``KL(pi || pi_ref)``; weighted: that of ``E[d^2] / 2``;
+    * k3: that of ``KL(pi_ref || pi)``, as in GRPO; weighted: that of ``KL(pi || pi_ref)``.
     """
     d = ref_logprobs - logprobs
     if estimator == "k1":

@@ -42,13 +42,15 @@ class Objective:
     """Weight of the KL term in the last rollout, approached linearly from ``beta``; None keeps ``beta``."""
     kl_estimator: Estimator = "k3"
     kl_importance_weighted: bool = False
-    """Weigh each KL term by its token ratio: unbiased when the policy has moved off the sampler."""
+    """Weigh each KL term by its token ratio. With ``k1`` and ``k3`` the gradient is then that of ``KL(pi || pi_ref)``,
+    also when the policy has moved off the sampler; with ``k2`` it is not."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of loss and denominator."""
     top_entropy_quantile: float = 1.0
-    """Share of the tokens with a gradient, highest entropy first, that the policy term is computed on."""
+    """Share of the tokens with a gradient, highest entropy first, that the policy term is computed on; not with
+    `shares_one_loss`."""
     off_policy_mask_threshold: float | None = None
     """Leaves out sequences of negative advantage that the policy has moved away from by more than this, in nats per
     token; None for none."""
@@ -86,6 +88,13 @@ class Objective:
     def ratio_bounds(self) -> tuple[float, float] | None:
         """Smallest and largest ratio that is never clipped; None where there is no clip, or none that is known."""
         return None if self.spec.clip is None else self.spec.clip.bounds(*self.clip)
+
+    @property
+    def shares_one_loss(self) -> bool:
+        """Whether the tokens of a completion share one loss, whose gradient is that of all of them: a weight per token
+        then scales the whole completion by its mean, and a mask leaves no token out."""
+        ratio_is_shared = self.importance_sampling_level == "sequence" and "sequence" in self.spec.levels
+        return self.loss_type == "gmpo" or (ratio_is_shared and isinstance(self.loss_type, str))
 
     @property
     def needs_ref(self) -> bool:

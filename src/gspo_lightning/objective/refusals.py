@@ -53,6 +53,7 @@ def check_objective(
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, on_policy, keep_zero_advantage),
+        *_tokens(objective),
         *_counts(num_generations),
     ]
 
@@ -159,6 +160,18 @@ def _reference(objective: Objective) -> Iterator[Finding]:
                     f"objective.{key} has no effect with objective.beta=0; set objective.beta or leave it "
                     f"at {str(default).lower()}",
                 )
+    elif objective.kl_estimator == "k1" and not objective.kl_importance_weighted:
+        yield Finding(
+            "contradiction",
+            "objective.kl_estimator=k1 is no penalty without objective.kl_importance_weighted: its gradient does not "
+            "contain the reference; set kl_importance_weighted to true, or use k3",
+        )
+    elif objective.kl_estimator == "k2" and objective.kl_importance_weighted:
+        yield Finding(
+            "warning",
+            "objective.kl_importance_weighted with kl_estimator=k2 has not the gradient of a KL divergence; set it to "
+            "false, or use k3",
+        )
 
 
 def _reference_sync(objective: Objective, every: int, alpha: float, has_adapter: bool) -> Iterator[Finding]:
@@ -207,6 +220,36 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             yield Finding("no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}")
         if objective.loss_type == "sapo" and not tau > 0:
             yield Finding("contradiction", f"objective.{key}={tau} must be above 0")
+
+
+def _tokens(objective: Objective) -> Iterator[Finding]:
+    """What weighs or leaves out single tokens, where those of a completion have one loss together."""
+    if not objective.shares_one_loss:
+        return
+    if objective.loss_type == "gmpo":
+        where, other = "loss_type=gmpo", "another loss_type"
+    else:
+        where, other = "importance_sampling_level=sequence", "importance_sampling_level=sequence_token"
+        if "sequence_token" not in objective.spec.levels:
+            other = "importance_sampling_level=token"
+    shared = f"{where}, where the tokens of a completion share one loss; use {other}"
+    correction = objective.mismatch
+    if objective.top_entropy_quantile < 1:
+        yield Finding(
+            "contradiction",
+            f"objective.top_entropy_quantile={objective.top_entropy_quantile} leaves no token out with {shared}",
+        )
+    if correction is not None and correction.level == "token" and correction.how == "mask":
+        yield Finding(
+            "contradiction",
+            f"objective.mismatch.how=mask at level=token leaves no token out with {shared}, or mismatch=sequence_mask",
+        )
+    elif correction is not None and correction.level == "token":
+        yield Finding(
+            "warning",
+            f"objective.mismatch.level=token weighs each completion by the mean of its weights with {shared}, or "
+            "mismatch=sequence_truncate",
+        )
 
 
 def _counts(num_generations: int) -> Iterator[Finding]:
