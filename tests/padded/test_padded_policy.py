@@ -94,12 +94,14 @@ def prompts_of(policy):
 
 
 def one_by_one(model, groups):
-    """No padding, no batch: every sequence alone."""
+    """No padding, no batch: every sequence alone. Behind a picture no placeholder can follow."""
     rows = []
     for prompt, completions in groups:
         for completion in completions:
             ids = torch.cat([prompt.input_ids, completion])[None]
             logits = model(input_ids=ids, **{k: v for k, v in prompt.mm_inputs.items() if "type_ids" not in k}).logits
+            if prompt.mm_inputs:
+                logits = logits.index_fill(-1, torch.tensor([IMAGE_ID]), -torch.inf)
             log_p = torch.log_softmax(logits[0, len(prompt.input_ids) - 1 : -1] / 0.7, dim=-1)
             rows.append(log_p.gather(1, completion[:, None]).squeeze(1))
     return torch.cat(rows)
@@ -157,6 +159,28 @@ def test_what_was_sampled_has_the_log_probability_the_policy_gives_it(llava, pen
         )
         sampled = torch.cat([c.sampler_logprobs for group in first.completions for c in group])
         torch.testing.assert_close(llava(packed, 0.7)[0].float().detach(), sampled, atol=2e-5, rtol=0)
+
+
+def test_behind_a_picture_a_placeholder_is_neither_sampled_nor_counted_and_elsewhere_is_a_token(llava, monkeypatch):
+    """The model's forward would put features in the place of one that was sampled."""
+    head = llava.base_model.lm_head.forward
+    liking = torch.zeros(llava.base_model.lm_head.out_features, dtype=torch.float64).index_fill(
+        0, torch.tensor(IMAGE_ID), 50.0
+    )
+    monkeypatch.setattr(llava.base_model.lm_head, "forward", lambda hidden: head(hidden) + liking)
+    rollout = TransformersEngine().generate(llava, prompts_of(llava), SamplingParams(3, 6, temperature=0.7), 5)
+    groups = [(p, [c.token_ids for c in own]) for p, own in zip(rollout.prompts, rollout.completions, strict=True)]
+    for prompt, completions in groups:
+        drawn = torch.cat(completions)
+        assert (drawn == IMAGE_ID).sum() == (0 if prompt.mm_inputs else len(drawn))
+    packed = pack([(p.input_ids, c) for p, c in groups], torch.device("cpu"), [p for p, _ in groups])
+    with torch.no_grad():
+        logprobs, entropy = llava(packed, 0.7, True)
+    sampled = torch.cat([c.sampler_logprobs for own in rollout.completions for c in own])
+    torch.testing.assert_close(logprobs.float(), sampled, atol=2e-5, rtol=0)
+    assert relative_distance(logprobs, one_by_one(llava.base_model, groups).detach()) < 1e-6
+    behind = torch.cat([torch.full((len(c),), bool(p.mm_inputs)) for p, own in groups for c in own])
+    assert entropy[behind].min() > 1.0 and entropy[~behind].max() < 1e-9
 
 
 def test_what_the_model_was_published_with_for_generate_does_not_change_what_is_sampled(llava, monkeypatch):

@@ -169,8 +169,8 @@ def _run(
     except ValueError as error:  # such as an aspect ratio that no grid of patches has
         raise UserError(f"{where}: the image processor refuses an image or video ({error})") from error
     ids = output.pop("input_ids")[0]
-    output.pop("attention_mask", None)
-    output.pop("video_metadata", None)
+    for name in ("attention_mask", "video_metadata", "labels"):  # PaliGemma's processor makes labels
+        output.pop(name, None)
     inputs = {name: torch.as_tensor(value) for name, value in output.items()}
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][0]

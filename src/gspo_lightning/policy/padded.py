@@ -3,12 +3,16 @@
 Nothing of the model is assumed but its own forward and `generate`: logits come from the model with all that its head
 does to them, and pictures go in as its processor made them, once per completion. It is exact, and it computes prompts
 and pictures as often as there are completions. `gspo_lightning.policy.check` chooses it, and says so.
+
+The model's own forward puts features wherever it finds a placeholder, so behind a prompt with pictures a completion can
+have none: the policy's distribution is that of the model without placeholders, in sampling as in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,6 +21,18 @@ from transformers import PreTrainedModel
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import PackedBatch, logits_logprobs
 from gspo_lightning.types import Prompt
+
+PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+"""What configs call the tokens in whose places features are put."""
+
+NEVER = -1e4
+"""A logit whose token has probability 0 in every dtype; not minus infinity, of which 0 times has no value."""
+
+PICTURES_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
+"""Relative L2 distance of logits; 0.1 in narrower dtypes. A prompt that saw its completion was 0.25 and more away."""
+
+_CAUSES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+_checked: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def padded_logprobs(
@@ -34,50 +50,108 @@ def padded_logprobs(
     for number, group in enumerate(packed.layout.groups):
         lengths = group.completion_lengths
         prompt, *parts = row[start : start + group.num_tokens].split([group.prompt_length, *lengths])
-        media = packed.prompts[number].mm_inputs if packed.prompts else {}
+        owner = packed.prompts[number] if packed.prompts else None
         mine = (packed.sequence_index >= first) & (packed.sequence_index < first + len(lengths))
-        logits = _forward(model, prompt, parts, media, packed.prompts[number : number + 1])
+        logits = _forward(model, prompt, parts, owner)
         chosen = logits[packed.sequence_index[mine] - first, predictors[mine]]
+        if owner is not None and owner.mm_inputs:
+            chosen = without_placeholders(chosen, model)
         outputs.append(logits_logprobs(chosen, packed.target_ids[mine], temperature, with_entropy))
         start, first = start + group.num_tokens, first + len(lengths)
     logprobs, entropy = zip(*outputs, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
 
-def repeated_media(media: dict[str, Tensor], rows: int, width: int, device: torch.device) -> dict[str, Tensor]:
+def without_placeholders(logits: Tensor, model: PreTrainedModel) -> Tensor:
+    """``(..., V)`` logits under which no placeholder is ever drawn."""
+    ids = _placeholder_ids(model).to(logits.device)
+    return logits.index_fill(-1, ids[ids < logits.shape[-1]], NEVER)
+
+
+def _placeholder_ids(model: PreTrainedModel) -> Tensor:
+    found = {getattr(model.config, name, None) for name in PLACEHOLDERS}
+    return torch.tensor([token for token in found if isinstance(token, int) and token >= 0], dtype=torch.long)
+
+
+def repeated_media(
+    media: dict[str, Tensor], rows: int, width: int, device: torch.device, completion_type: int = 0
+) -> dict[str, Tensor]:
     """The vision inputs of one prompt for so many rows of it, each ``width`` tokens long.
 
-    What has a value per token (``..._type_ids``) goes on with zeros; all else is repeated along its first dimension,
-    which counts pictures or patches.
+    What has a value per token goes on behind the prompt: ``..._type_ids`` with ``completion_type``, and the mask of
+    what a token sees of the pictures (Mllama) with that of the last token. All else is repeated along its first
+    dimension, which counts pictures or patches.
     """
     out = {}
     for name, value in media.items():
         if name.endswith("type_ids"):
-            tokens = value.new_zeros(rows, width)
+            tokens = value.new_full((rows, width), completion_type)
             tokens[:, : value.shape[-1]] = value
             out[name] = tokens.to(device)
+        elif name == "cross_attention_mask":
+            last = value[:, -1:].repeat_interleave(width - value.shape[1], dim=1)
+            out[name] = torch.cat([torch.cat([value, last], dim=1)] * rows).to(device)
         else:
             out[name] = torch.cat([value] * rows).to(device)
     return out
 
 
-def _forward(
-    model: PreTrainedModel, prompt: Tensor, parts: Sequence[Tensor], media: dict[str, Tensor], names: Sequence[Prompt]
-) -> Tensor:
-    width = len(prompt) + max(map(len, parts))
-    ids = prompt.new_full((len(parts), width), padding_id(model))
-    mask = torch.zeros_like(ids)
-    for row, part in enumerate(parts):
-        length = len(prompt) + len(part)
-        ids[row, :length] = torch.cat([prompt, part])
-        mask[row, :length] = 1
-    inputs: dict[str, Any] = repeated_media(media, len(parts), width, ids.device)
+@torch.no_grad()
+def check_pictures(model: PreTrainedModel, prompt: Prompt) -> None:
+    """Compares, once per model, what follows a prompt with pictures in padded rows and in the prompt alone.
+
+    An architecture may have inputs that are not lengthened as they should be, or a prompt that sees what comes behind
+    it.
+
+    Raises:
+        UserError: they differ, or the model fails at the padded rows; names the row.
+    """
+    if model in _checked:
+        return
+    _checked.add(model)
+    device = model.get_input_embeddings().weight.device
+    ids = prompt.input_ids.to(device)
+    text = ids[~torch.isin(ids, _placeholder_ids(model).to(device))]
+    parts = [text[-3:], text[-1:]]
+    kind = model.config.model_type
     try:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
+        model._validate_model_kwargs(dict(prompt.mm_inputs))  # as `generate` will
+        with torch.autocast(device.type, enabled=False):
+            alone, padded = (
+                _forward(model, ids, rows, prompt)[:, len(ids) - 1].double() for rows in ([ids[:0]], parts)
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except _CAUSES as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"row {prompt.uid}: models of type {kind} cannot be trained on pictures ({cause})") from error
+    distance = ((padded - alone).norm(dim=1) / (alone - alone.mean()).norm()).max().item()
+    if not distance <= PICTURES_TOLERANCE.get(model.dtype, 0.1):
+        raise UserError(
+            f"row {prompt.uid}: models of type {kind} cannot be trained on pictures: what follows the prompt alone and "
+            f"the prompt before a completion differ by {distance:.1e}"
+        )
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], prompt: Prompt | None) -> Tensor:
+    width = len(ids) + max(map(len, parts))
+    rows = ids.new_full((len(parts), width), padding_id(model))
+    mask = torch.zeros_like(rows)
+    for row, part in enumerate(parts):
+        length = len(ids) + len(part)
+        rows[row, :length] = torch.cat([ids, part])
+        mask[row, :length] = 1
+    media: dict[str, Any] = {}
+    if prompt is not None:
+        # Of PaliGemma, 0 is the prompt, which sees all of itself, and 1 what follows; of others, 0 is text.
+        completion_type = int(model.config.model_type == "paligemma")
+        media = repeated_media(prompt.mm_inputs, len(parts), width, ids.device, completion_type)
+    try:
+        return model(input_ids=rows, attention_mask=mask, use_cache=False, **media).logits
     except ValueError as error:
-        if not media:
+        if prompt is None or not media:
             raise
-        raise UserError(f"row {names[0].uid}: the model refuses its pictures ({error})") from error
+        raise UserError(f"row {prompt.uid}: the model refuses its pictures ({error})") from error
 
 
 def padding_id(model: PreTrainedModel) -> int:

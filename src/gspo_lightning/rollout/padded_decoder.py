@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from gspo_lightning.policy.padded import padding_id, repeated_media
+from gspo_lightning.policy.padded import check_pictures, padding_id, repeated_media, without_placeholders
 from gspo_lightning.rollout.decoder import Decoder, Row
 from gspo_lightning.rollout.sampling import sample
 from gspo_lightning.types import Completion
@@ -33,10 +33,12 @@ class PaddedDecoder(Decoder):
         model: Any = self.policy.model
         prompt, mine = self.prompts[number], self.rows[rows]
         ids = prompt.input_ids.to(self.policy.device).expand(len(mine), -1)
-        draw = _Draw(self, mine, self.uniforms[rows], None if self.seen is None else self.seen[rows])
+        draw = _Draw(self, number, rows)
         was_training = model.training
         model.eval()  # with gradient checkpointing a model in training mode has no cache
         try:
+            if prompt.mm_inputs:
+                check_pictures(self.policy.base_model, prompt)
             with _blank_generation_config(self.policy.base_model):
                 model.generate(
                     input_ids=ids,
@@ -73,12 +75,16 @@ def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
 class _Draw(LogitsProcessor):
     """Draws the next token of every row that goes on, and leaves `generate` no choice but to take it."""
 
-    def __init__(self, decoder: Decoder, rows: list[Row], uniforms: Tensor, seen: Tensor | None) -> None:
-        self.decoder, self.rows, self.uniforms, self.seen = decoder, rows, uniforms, seen
+    def __init__(self, decoder: Decoder, number: int, rows: slice) -> None:
+        self.decoder, self.rows, self.uniforms = decoder, decoder.rows[rows], decoder.uniforms[rows]
+        self.seen = None if decoder.seen is None else decoder.seen[rows]
+        self.has_pictures = bool(decoder.prompts[number].mm_inputs)
         self.step = 0
-        self.ended = _Ended(rows)
+        self.ended = _Ended(self.rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.has_pictures:
+            scores = without_placeholders(scores, self.decoder.policy.base_model)
         tokens, logprobs = sample(scores, self.uniforms[:, self.step], self.decoder.sampling, self.seen)
         self.step += 1
         if self.seen is not None:
