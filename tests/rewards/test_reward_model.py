@@ -75,9 +75,9 @@ def test_text_in_parts_is_the_text(tmp_path):
     reward = RewardModel(str(build(tmp_path, None)))
     parts = [{"type": "text", "text": "sa"}, {"type": "text", "text": "y"}]
     prompts = [[{"role": "user", "content": content}] for content in ("say", parts)]
-    first, second = reward(prompts=prompts, completions=[[{"role": "assistant", "content": "a"}]] * 2)
+    values = reward(prompts=prompts, completions=[[{"role": "assistant", "content": "a"}]] * 2)
     talk = "<|im_start|>user\nsay<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-    assert first == second == pytest.approx(alone(tmp_path, talk), abs=1e-5)
+    assert values == pytest.approx([alone(tmp_path, talk)] * 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"max_length": 0}, {"dtype": "int8"}, {"device": "abacus"}])
