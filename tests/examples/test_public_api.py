@@ -92,12 +92,13 @@ def build_weight(folder):
     return module.policy.output_weight.detach()
 
 
-def test_a_minibatch_without_signal_is_stepped_on_the_auxiliary_loss_alone(micro_model_dir):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_minibatch_without_signal_is_stepped_on_the_auxiliary_loss_alone(micro_model_dir, keep):
     prompts = scripted_prompts()[1:2] * 2  # rewards all equal
-    step, module = step_of(Anchored, micro_model_dir, prompts)
+    step, module = step_of(Anchored, micro_model_dir, prompts, keep_zero_advantage=keep)
     assert relative_distance(step, auxiliary_gradient(micro_model_dir)) < 1e-6
     assert module.counts["optimizer_steps"] == 1
-    step, module = step_of(GSPOModule, micro_model_dir, prompts)
+    step, module = step_of(GSPOModule, micro_model_dir, prompts, keep_zero_advantage=keep)
     assert not step.any() and module.counts["skipped_steps"] == 1
 
 
