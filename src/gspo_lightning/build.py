@@ -163,12 +163,12 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     share = trainer.get("limit_val_batches")
     if isinstance(share, float) and 0 < share < 1:
         raise UserError(f"trainer.limit_val_batches={share} is a share, but the batches are a stream; give their count")
-    if trainer.get("max_time") is not None:
-        build(_time_limit(trainer))
 
 
-def _time_limit(trainer: dict[str, Any]) -> dict[str, Any]:
-    return {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": trainer["max_time"]}
+def time_limits(trainer: dict[str, Any]) -> list[Any]:
+    """What ends the run after ``max_time``; none where there is no limit."""
+    limit = {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": trainer.get("max_time")}
+    return [] if limit["duration"] is None else [build(limit)]
 
 
 def _plugins() -> list[Any]:
@@ -187,10 +187,9 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
     """
     every = plain["validation"]["every_n_rollouts"]
     loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
-    limits = [_time_limit(plain["trainer"])] if plain["trainer"].get("max_time") is not None else []
     ours = {
         # The limit before what saves: it ends the run.
-        "callbacks": [*limits, *callbacks],
+        "callbacks": [*time_limits(plain["trainer"]), *callbacks],
         "max_time": None,
         "logger": loggers or False,
         "plugins": _plugins(),

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gspo_lightning.advantages import check_combination
-from gspo_lightning.build import build, check_trainer
+from gspo_lightning.build import build, check_trainer, time_limits
 from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
@@ -88,7 +88,8 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         check_precision(
             str(plain["trainer"]["precision"]), plain["model"]["dtype"], has_adapter=bool(plain["model"].get("lora"))
         )
-    build(plain["update"])  # it says itself what it cannot be
+    time_limits(plain["trainer"])  # these two say themselves what they cannot be
+    build(plain["update"])
     _check_optimizer(plain["optimizer"], on_gpu=_on_gpu(plain["trainer"]["accelerator"]))
     check_sampling(rollout["temperature"], rollout["repetition_penalty"])
     if plain["objective"].get("mismatch"):

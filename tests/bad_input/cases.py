@@ -244,6 +244,41 @@ CONFIG = [
     Case("config", "a target that does not exist", ["optimizer._target_=torch.optim.AdamX"], "optimizer._target_"),
     Case("config", "a target that could do harm", ["optimizer._target_=os.system"], "GSPO_ALLOWED_TARGETS=os"),
     Case("config", "an argument the target lacks", ["+optimizer.momentum=0.9"], "optimizer.momentum"),
+    Case(
+        "config",
+        "null for a choice of a group",
+        ["logger=null"],
+        "logger=null: no choice of the group; leave it out, or choose one of csv, mlflow, none, tensorboard, wandb",
+    ),
+    Case(
+        "config",
+        "a number for a choice",
+        ["validation=1"],
+        "validation=1: no choice of the group; leave it out, or choose one of default",
+    ),
+    Case(
+        "config", "no choice at all", ["scheduler=[]"], "scheduler: is missing; choose one of constant, cosine, linear"
+    ),
+    Case("config", "a setting taken out", ["~trainer.devices"], "trainer.devices: is missing; give it a value"),
+    Case("config", "a number for a path", ["ckpt_path=1"], "ckpt_path=1 has the wrong type; expected str | None"),
+    Case(
+        "config",
+        "optimizer steps for the length of the run",
+        ["+trainer.max_steps=0"],
+        "trainer.max_steps is not a setting here: set max_rollouts or num_epochs",
+    ),
+    Case(
+        "config",
+        "a share of a stream",
+        ["+trainer.limit_val_batches=0.5"],
+        "trainer.limit_val_batches=0.5 is a share, but the batches are a stream; give their count",
+    ),
+    Case(
+        "config",
+        "a switch for a profiler",
+        ["+trainer.profiler=true"],
+        "trainer.profiler=True has the wrong type; expected",
+    ),
 ]
 
 OPTIMIZER = [
@@ -252,6 +287,14 @@ OPTIMIZER = [
     Case("optimizer", "no number for a rate", ["optimizer.lr=nan"], "Invalid learning rate: nan"),
     Case("optimizer", "pages without a GPU", ["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
     Case("optimizer", "betas above 1", ["optimizer.betas=[2,3]"], "Invalid beta parameter"),
+    Case("optimizer", "a single beta", ["optimizer.betas=[0.9]"], "expected a list of 2 values"),
+    Case("optimizer", "an infinite rate", ["optimizer.lr=inf"], "with these settings ends at infinity"),
+    Case(
+        "optimizer",
+        "a step that is differentiated",
+        ["optimizer.fused=false", "+optimizer.differentiable=true"],
+        "torch.optim.AdamW refuses its settings (a leaf Variable",
+    ),
 ]
 
 OBJECTIVE = [
@@ -334,6 +377,25 @@ OBJECTIVE = [
         ["update.ref_sync_every_n_rollouts=2"],
         "update.ref_sync_every_n_rollouts",
     ),
+    Case(
+        "objective",
+        "a denominator of no tokens",
+        ["objective=dr_grpo", "objective.max_completion_length=0"],
+        "objective.max_completion_length=0 must be at least 1",
+    ),
+    Case(
+        "objective",
+        "a denominator that is not read",
+        ["objective.max_completion_length=99"],
+        "objective.max_completion_length=99 has no effect on loss_type=grpo",
+    ),
+    Case("objective", "a width that is no number", ["objective.epsilon=nan"], "objective.epsilon=nan must be a finite"),
+    Case(
+        "objective",
+        "a gate of no temperature",
+        ["objective=sapo", "objective.tau_positive=0"],
+        "objective.tau_positive=0 must be above 0",
+    ),
     Case("objective", "an unknown scale of advantages", ["advantages.scale_rewards=std"], "advantages.scale_rewards"),
 ]
 
@@ -345,6 +407,18 @@ UPDATE = [
         "data.prompts_per_rollout=8 must be divisible by update.num_minibatches=3",
     ),
     Case("update", "a budget below one sequence", ["update.max_tokens_per_microbatch=50"], "raise it to at least that"),
+    Case(
+        "update",
+        "a clip that turns gradients around",
+        ["update.max_grad_norm=-1"],
+        "update.max_grad_norm=-1 must be above 0 (inf: no clip)",
+    ),
+    Case(
+        "update",
+        "no patience with a healthy run",
+        ["update.max_nonfinite_steps=0"],
+        "update.max_nonfinite_steps=0 must be at least 1",
+    ),
     Case("update", "no passes", ["update.num_iterations=0"], "update.num_iterations=0 must be at least 1"),
     Case(
         "update",
@@ -357,6 +431,12 @@ UPDATE = [
         "bfloat16 weights without an adapter",
         ["model.dtype=bfloat16"],
         "model.dtype=bfloat16 rounds the updates",
+    ),
+    Case(
+        "update",
+        "weights in half precision",
+        ["model.dtype=float16"],
+        "model.dtype='float16' has the wrong type; expected one of float32, bfloat16, float64",
     ),
     Case("update", "half precision", ["trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
     Case("update", "double precision by halves", ["trainer.precision=64-true"], "set model.dtype=float64"),
@@ -395,6 +475,14 @@ UPDATE = [
 
 ROLLOUT = [
     Case("rollout", "a group of one", ["rollout.num_generations=1"], "rollout.num_generations=1 must be at least 2"),
+    Case("rollout", "a temperature that is no number", ["rollout.temperature=nan"], "rollout.temperature=nan must be"),
+    Case("rollout", "a temperature of noise", ["rollout.temperature=1e30"], "must be at most 100: every token"),
+    Case(
+        "rollout",
+        "a word for an engine",
+        ["rollout.engine=vllm"],
+        "rollout.engine='vllm' must be a section with a _target_; choose one by rollout=: replay, transformers, vllm,",
+    ),
     Case("rollout", "greedy rollouts", ["rollout.temperature=0"], "rollout.temperature=0 must be above 0"),
     Case(
         "rollout", "a repetition penalty", ["rollout.repetition_penalty=1.2"], "rollout.repetition_penalty must be 1.0"
@@ -619,6 +707,19 @@ DATA = [
         ["data=reasoning_gym", "data.task=nothing", "reward=reasoning_gym"],
         "reasoning",
     ),
+    Case("data", "a word for a task", ["data.task=abc"], "data.task='abc' has the wrong type; expected Task"),
+    Case(
+        "data",
+        "held-out rows by no batch",
+        ["data.validation_batch_size=0"],
+        "data.validation_batch_size=0 must be at least 1",
+    ),
+    Case(
+        "data",
+        "fewer than no held-out rows",
+        ["data.task.num_validation=-1"],
+        "data.task.num_validation=-1 must be at least 0",
+    ),
     Case("data", "no letters", ["data.task.letters=''"], "letters"),
 ]
 
@@ -797,6 +898,12 @@ REWARDS = [
         "weight=inf of a reward function must be a finite number",
     ),
     Case("reward", "a limit of no time", ["reward.functions.letter_share.timeout_s=0"], "timeout_s=0"),
+    Case(
+        "reward",
+        "a limit that is none",
+        ["reward.functions.letter_share.timeout_s=inf"],
+        "timeout_s=inf of a reward function must be above 0 and at most 1000000; null means no limit",
+    ),
     Case("reward", "no function at all", ["~reward.functions.letter_share"], "reward.functions is empty"),
     Case("reward", "an unknown combination", ["reward.combine=product"], "reward.combine='product'"),
     Case("reward", "a validation reward that is none", ["validation.reward=nothing"], "validation.reward"),
@@ -816,7 +923,8 @@ RUNS = [
     Case("run", "a checkpoint that holds code", CKPT, "some.ckpt", checkpoint({"state_dict": Payload()})),
     Case("run", "a checkpoint of something else", CKPT, "some.ckpt", checkpoint({"state_dict": {}})),
     Case("run", "a run folder that is a file", ["hydra.run.dir={tmp}/taken"], "taken", writes("taken", "")),
-    Case("run", "a limit of time that is none", ["trainer.max_time=soon"], "trainer: `Timer(duration='soon')` is not a valid duration"),
+    Case("run", "a limit of time that is none", ["trainer.max_time=soon"], "trainer.max_time='soon': `Timer(duration='soon')` is not a valid duration"),
+    Case("run", "a limit of time below 0", ["trainer.max_time={{seconds: -1}}"], "trainer.max_time={'seconds': -1} must be above 0"),
     Case("run", "a negative limit of time", ["trainer.max_time=-5"], "trainer.max_time=-5"),
     Case("run", "a checkpoint of another model", CKPT, "some.ckpt", checkpoint({"state_dict": {"policy.model.w": torch.zeros(2)}})),
     Case("run", "an unknown health check", ["callbacks.health.stop_on=[boredom]"], "there is no check 'boredom'"),

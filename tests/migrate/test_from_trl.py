@@ -260,3 +260,56 @@ def test_epochs_become_rollouts_of_a_finite_task_and_are_refused_on_an_endless_o
         rollouts_of_epochs({**plain, "dynamic_sampling": {"max_draws": 2}}, 10)
     with pytest.raises(UserError, match="above 0"):
         rollouts_of_epochs({**plain, "num_epochs": 0}, 10)
+
+
+@pytest.mark.parametrize("norm", [-1, -0.5, 0, None, math.nan])
+def test_a_norm_at_which_transformers_does_not_clip_is_no_clip_here(norm):
+    assert checked({"max_grad_norm": norm})["update"]["max_grad_norm"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"reward_weights": 1}, "reward_weights=1 must be list"),
+        ({"report_to": 1}, "report_to=1 must be str or list"),
+        ({"max_steps": "x"}, "max_steps='x' must be int or float"),
+        ({"save_steps": math.inf}, "save_steps=inf must be int or float"),
+        ({"num_iterations": math.nan}, "num_iterations=nan must be at least 1"),
+        ({"importance_sampling_level": None}, "importance_sampling_level=None: give a value; TRL's default is token"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(given, line):
+    with pytest.raises(UserError) as refused:
+        convert(given)
+    assert str(refused.value) == line
+
+
+def test_no_value_of_a_single_key_ends_in_a_traceback():
+    values = (1, -1, 0, 1.5, "x", "", [1], [], ["a"], {}, True, None, math.nan, math.inf)
+    around = ({}, {"use_vllm": True}, {"use_vllm": True, "vllm_mode": "server"}, {"sync_ref_model": True, "beta": 0.1})
+    for key in (*RENAMED, *COMPUTED, *BETTER, *NONE):
+        for given in ({**more, key: value} for more in around for value in values):
+            try:
+                convert(given)
+            except UserError as refused:
+                assert "\n" not in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "line"),
+    [
+        ("beta: 0.1", ["--ranks", "0"], "--ranks 0 must be at least 1"),
+        ("beta: 0.1", ["--ranks", "-1"], "--ranks -1 must be at least 1"),
+        ("reward_weights: 1", [], "reward_weights=1 must be list"),
+        ("beta: 0.1", ["--output", "/nowhere/x.yaml"], "--output /nowhere/x.yaml: cannot write there (No such file or directory); name a file"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(text, arguments, line, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main([str(tmp_path / "c.yaml"), *arguments], Console(file=io.StringIO())) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_file_that_holds_a_number_alone_holds_no_config():
+    with pytest.raises(UserError, match="^the config is neither JSON, YAML nor Python"):
+        parse_config("1")

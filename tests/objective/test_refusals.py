@@ -9,7 +9,7 @@ from gspo_lightning.objective.mismatch import MismatchCorrection
 
 
 def findings(objective=None, **changes):
-    objective = Objective(max_completion_length=8, **(objective or {}))
+    objective = Objective(**{"max_completion_length": 8, **(objective or {})})
     facts = {
         "num_iterations": 1,
         "num_minibatches": 4,
@@ -95,6 +95,25 @@ CASES = {
     "an off-policy mask on policy": ({"off_policy_mask_threshold": 0.5}, {"num_minibatches": 1}, "no_effect", "cannot act"),
     "a negative off-policy threshold": ({"off_policy_mask_threshold": -0.5}, {}, "contradiction", "must be above 0"),
     "a temperature of another loss": ({"tau_positive": 2.0}, {}, "no_effect", "no effect on loss_type=grpo"),
+    "a width that is no number": ({"epsilon": float("nan")}, {}, "contradiction", "must not be negative"),
+    "a threshold that is no number": ({"off_policy_mask_threshold": float("nan")}, {}, "contradiction", "must be above 0"),
+    "a gate of no temperature": (
+        {"loss_type": "sapo", "importance_sampling_level": "token", "tau_positive": 0.0}, {}, "contradiction",
+        "objective.tau_positive=0.0 must be above 0",
+    ),
+    "a gate that turns the reward around": (
+        {"loss_type": "sapo", "importance_sampling_level": "token", "tau_negative": -1.0}, {}, "contradiction",
+        "objective.tau_negative=-1.0 must be above 0",
+    ),
+    "a denominator below 0": (
+        {"loss_type": "dr_grpo", "max_completion_length": -8}, {}, "contradiction", "objective.max_completion_length=-8 must be at least 1",
+    ),
+    "a denominator of nothing": ({"max_completion_length": 0}, {}, "contradiction", "objective.max_completion_length=0 must be at least 1"),
+    "a denominator that is not read": (
+        {}, {"max_completion_length": 9}, "no_effect",
+        "objective.max_completion_length=8 has no effect on loss_type=grpo, whose denominator counts what was sampled; leave it at "
+        "${rollout.max_completion_length}",
+    ),
     "negative beta": ({"beta": -0.1}, {}, "contradiction", "must be 0 or more"),
     "a KL option without KL": ({"kl_importance_weighted": True}, {}, "no_effect", "no effect with objective.beta=0"),
     "a group of one": ({}, {"num_generations": 1}, "contradiction", "rollout.num_generations=1"),
@@ -145,6 +164,11 @@ def test_a_cap_of_weights_below_1_acts_on_policy_too():
         {"loss_type": "cispo", "importance_sampling_level": "token", "epsilon_high": 0.2}, num_minibatches=1
     )
     assert [kind for kind, _ in found] == ["warning"]
+
+
+def test_the_denominator_of_dr_grpo_may_be_another_length_than_that_of_the_rollouts():
+    assert findings({"loss_type": "dr_grpo"}, max_completion_length=9) == []
+    assert findings({"loss_type": "bnpo"}, max_completion_length=8) == []
 
 
 def test_completions_without_advantage_can_be_kept_where_they_would_be_left_out():

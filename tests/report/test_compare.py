@@ -94,3 +94,10 @@ def test_the_band_of_a_share_ends_where_shares_end(tmp_path):
     # Mean 0.5, half-width 12.7 * 0.5 = 6.4; the band must be [0, 1], so the axis has no tick outside it.
     ticks = re.findall(r'text-anchor="end">([^<]+)<', figure.split("</figure>")[0])
     assert [float(tick) for tick in ticks] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(("place", "why"), [("missing/x.html", "No such file or directory"), (".", "Is a directory")])
+def test_a_place_that_cannot_be_written_to_is_named_in_one_line(place, why, sweep, capsys):
+    code, text = compare(sweep, "--output", sweep / place)
+    assert (code, text) == (2, "")
+    assert capsys.readouterr().err == f"error: --output {sweep / place}: cannot write there ({why}); name a file\n"

@@ -68,6 +68,24 @@ def test_a_setting_that_repeats_another_is_named_once_and_one_that_only_differs_
     assert differing_settings(find_runs([tmp_path])[0]) == ["level", "data.model_path"]
 
 
+def test_a_run_counts_once_however_many_of_the_folders_hold_it(tmp_path):
+    for number, after in ((0, 1.0), (1, 2.0), (2, 6.0)):
+        write_run(tmp_path / "D" / str(number), [after], seed=number)
+        (tmp_path / "D" / str(number) / "summary.json").write_text(f'{{"after": {after}}}')
+    (tmp_path / "D" / "3").mkdir()
+    (tmp_path / "D" / "multirun.yaml").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "D")
+    sweep = tmp_path / "D"
+    for folders in ([sweep, sweep], [sweep, sweep / "0"], [sweep, tmp_path / "link", sweep / ".." / "D"]):
+        runs, without = find_runs(folders)
+        assert [run.folder.name for run in runs] == ["0", "1", "2"] and without == [sweep / "3"]
+        (group,) = group_runs(runs)
+        # 1, 2, 6: see above; counted twice, the half-width would be 2.45 and not 6.57.
+        mean, half = mean_and_halfwidth(group.values("after"))
+        assert (mean, half) == (3.0, pytest.approx(4.3027 * math.sqrt(7 / 3), rel=1e-12))
+    assert [run.folder.name for run in find_runs([sweep / "2", sweep])[0]] == ["2", "0", "1"]
+
+
 def test_curves_reach_as_far_as_every_run_of_the_setting(tmp_path):
     write_run(tmp_path / "a", [1.0, 2.0, 3.0], seed=1)
     write_run(tmp_path / "b", [3.0, 4.0], seed=2)

@@ -95,8 +95,8 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
                 runs[path.resolve()] = _read_run(path)
         if (folder / "multirun.yaml").exists():
             jobs = (path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
-            empty = sorted((job for job in jobs if not any(job in (p, *p.parents) for p in found)), key=_natural)
-            without |= {job.resolve(): job for job in empty}
+            for job in sorted((j for j in jobs if not any(j in (p, *p.parents) for p in found)), key=_natural):
+                without.setdefault(job.resolve(), job)
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: holds no run (a folder with metrics.csv and config.yaml)")
     return list(runs.values()), list(without.values())
