@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from datetime import timedelta
+from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from gspo_lightning.callbacks.time_limit import TimeLimit
 from gspo_lightning.config_groups import check_choices
 from gspo_lightning.config_sections import choices_of
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import RewardSpec
+from gspo_lightning.rewards.mathematics import MathVerify
+from gspo_lightning.rewards.worker import LONGEST_S
 from gspo_lightning.update import UpdateSettings
 from tests.conf.test_groups import resolved
 
@@ -198,3 +202,19 @@ def test_choices_are_the_files_of_a_group_and_all_else_is_left_to_hydra():
     check_choices(
         ["logger=csv", "logger=[csv,wandb]", "ckpt_path=null", "~logger", "-m", "--cfg", "job", "lr=[a", "seed=1,2", ""]
     )
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e12])
+def test_a_limit_that_no_clock_of_a_reward_can_hold_is_refused(seconds):
+    with pytest.raises(UserError, match=r"^timeout_s=.* must be above 0 and at most 1000000; null means no limit$"):
+        RewardSpec(len, timeout_s=seconds)
+    with pytest.raises(UserError, match=r"^MathVerify.item_timeout_s=.* must be above 0 and at most 1000000$"):
+        MathVerify(item_timeout_s=seconds)
+
+
+def test_the_longest_limit_of_a_reward_can_be_waited_for():
+    reader, writer = Pipe(duplex=False)
+    writer.send(1)
+    assert reader.poll(LONGEST_S)
+    with pytest.raises(OverflowError):
+        reader.poll(10**4 * LONGEST_S)
