@@ -222,6 +222,11 @@ class GSPOModule(L.LightningModule):
                 "the environment rewards turns, but objective.importance_sampling_level=sequence has one advantage per "
                 "completion; set it to sequence_token (GSPO with advantages per token)"
             )
+        if scored.turn_advantages is not None and self.objective.shares_one_loss:
+            raise UserError(
+                f"the environment rewards turns, but objective.loss_type={self.objective.loss_type} has one loss per "
+                "completion; choose another (objective=grpo)"
+            )
         return scored
 
     def _run_along(self) -> None:

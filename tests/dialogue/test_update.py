@@ -140,6 +140,14 @@ def test_each_turn_is_trained_on_its_own_advantage(level, micro_model_dir):
     assert relative_distance(ours, by_hand(micro_model_dir, prompts, "grpo", tokens)) < 1e-6
 
 
-def test_turn_rewards_are_refused_where_a_completion_has_one_advantage(micro_model_dir):
-    with pytest.raises(UserError, match="set it to sequence_token"):
-        update_of(micro_model_dir, Settings(), dialogues(turn_rewards=True))
+@pytest.mark.parametrize(
+    ("objective", "line"),
+    [
+        ({}, "set it to sequence_token"),
+        ({"loss_type": "gmpo", "importance_sampling_level": "token"}, "objective.loss_type=gmpo has one loss per completion"),
+    ],
+    ids=["sequence", "gmpo"],
+)  # fmt: skip
+def test_turn_rewards_are_refused_where_a_completion_has_one_advantage(objective, line, micro_model_dir):
+    with pytest.raises(UserError, match=line):
+        update_of(micro_model_dir, Settings(objective=objective), dialogues(turn_rewards=True))
