@@ -39,8 +39,14 @@ IN_FLOAT64 = {
     "activations recomputed": ["--checkpointing"],
     # Of 30 tokens at a time the ranks have different numbers of micro-batches, and talk about the threshold behind them.
     "tokens of highest entropy": ["--quantile", "0.4", "--level", "token"],
-    "tokens of highest entropy, one rank without signal":
-        ["--quantile", "0.4", "--level", "sequence_token", "--case", "one rank without signal"],
+    "tokens of highest entropy, one rank without signal": [
+        "--quantile",
+        "0.4",
+        "--level",
+        "sequence_token",
+        "--case",
+        "one rank without signal",
+    ],
 }
 for loss in sorted(set(LOSSES) - {"grpo"}):
     IN_FLOAT64 |= {loss: ["--loss", loss], f"{loss}, LoRA": ["--loss", loss, "--lora"]}
