@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Before every commit: ruff, mypy, and the tests of the mathematics, the data, the rewards and the documents, in under a minute.
+# Before every commit: ruff, mypy, and the tests of the mathematics, the data, the rewards and the documents, in about a minute of CPU time.
 #
 #   bash scripts/check.sh [pytest arguments]
 set -euo pipefail

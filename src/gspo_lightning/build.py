@@ -153,6 +153,8 @@ _INSTEAD = {
     "inference_mode": "it is always off",
 }
 """Arguments of the Trainer that `build_trainer` sets, or that manual optimization has no use for -> what to do."""
+_EXTRAS = ("wandb", "mlflow")
+"""Loggers of the extras of the same names."""
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
@@ -177,6 +179,17 @@ def _plugins() -> list[Any]:
     return [StreamingCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if on_slurm else [])]
 
 
+def _logger(name: str, node: dict[str, Any]) -> Any:
+    """Lightning's own hint would install another version, and for MLflow another package."""
+    try:
+        return build(node)
+    except UserError as error:
+        cause = error.__cause__ and error.__cause__.__cause__
+        if isinstance(cause, ModuleNotFoundError) and name in _EXTRAS:
+            raise UserError(f"logger={name} is not installed; run pip install -e '.[{name}]'") from error
+        raise
+
+
 def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | None = None) -> Any:
     """The Lightning Trainer with what manual optimization and a prompt stream need.
 
@@ -186,7 +199,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         run_dir: where Lightning keeps, and on Slurm looks for, files of its own; None is the current folder.
     """
     every = plain["validation"]["every_n_rollouts"]
-    loggers = [build(node) for node in (plain["logger"] or {}).values() if isinstance(node, dict)]
+    loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if isinstance(node, dict)]
     ours = {
         # The limit before what saves: it ends the run.
         "callbacks": [*time_limits(plain["trainer"]), *callbacks],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -40,6 +41,7 @@ from gspo_lightning.threads import share_threads
 from gspo_lightning.training_run import TrainingRun
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+_OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
 RUN_ERRORS = (NonFiniteGradientError, RolloutError)
 """What ends a run that was well set up."""
 
@@ -139,6 +141,8 @@ def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = T
         traceback.print_exc()
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
+    if (extra := _OF_SWEEPS.search(line)) is not None:
+        line = f"{extra[1]} is not installed; run bash scripts/setup.sh --sweep"
     if is_news:
         print(f"error: {masked(line)}", file=sys.stderr, flush=True)
     sys.exit(_code(error))
@@ -268,5 +272,3 @@ def _quieten() -> None:
     # What is logged is already a mean over all ranks.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # The schedule goes on where a minibatch has no signal, and so no step; `count/skipped_steps` counts those.
-    warnings.filterwarnings("ignore", message=".*call of `lr_scheduler.step\\(\\)` before.*")

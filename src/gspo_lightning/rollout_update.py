@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -108,7 +109,10 @@ class RolloutUpdate:
             module.counts["skipped_steps"] += 1
         # A subclass's own configure_optimizers may have none.
         if (scheduler := module.lr_schedulers()) is not None:
-            cast(LRScheduler, scheduler).step()
+            with warnings.catch_warnings():
+                # It goes on where a minibatch has no signal, and so no step; `count/skipped_steps` counts those.
+                warnings.filterwarnings("ignore", message=".*call of `lr_scheduler.step\\(\\)` before.*")
+                cast(LRScheduler, scheduler).step()
         return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
 
     def _has_gradient(self, minibatch: Minibatch) -> bool:

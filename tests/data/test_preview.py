@@ -50,6 +50,15 @@ def test_the_preview_of_a_small_file_shows_each_row_once_and_finds_its_mistakes(
         _preview(*overrides, "data.task.num_validation=1")
 
 
+def test_a_data_config_of_another_project_is_previewed(tokenizer_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("defaults: [micro_letters]\ntask: {num_validation: 3}\n")
+    text = _preview("--config-dir", str(tmp_path), "data=mine", "model=path", f"model.path={tokenizer_dir}")
+    assert "held-out rows: 3" in text
+    with pytest.raises(UserError, match="--config-dir=nowhere: there is no such folder"):
+        _preview("--config-dir", "nowhere", "data=mine")
+
+
 def test_a_preview_of_nothing_is_refused(tokenizer_dir: str) -> None:
     overrides = ["data=micro_letters", "model=path", f"model.path={tokenizer_dir}"]
     with pytest.raises(UserError, match="--num=0 must be at least 1"):

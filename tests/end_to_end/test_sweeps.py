@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -80,6 +81,29 @@ def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, mon
     if code is not None:
         assert ended.value.code == code
         assert capsys.readouterr().err.splitlines()[0] == f"failed: job 1 (seed=2): {error}"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "In 'hydra/launcher/two_processes': Could not load 'hydra/launcher/joblib'. Available options: basic",
+            "error: hydra/launcher/joblib is not installed; run bash scripts/setup.sh --sweep",
+        ),
+        (
+            "In 'train': Could not find 'hydra/sweeper/optuna' Available options in 'hydra/sweeper': basic",
+            "error: hydra/sweeper/optuna is not installed; run bash scripts/setup.sh --sweep",
+        ),
+        ("In 'train': Could not find 'hydra/sweeper/other'", "error: In 'train': Could not find 'hydra/sweeper/other'"),
+    ],
+)
+def test_what_the_extra_for_sweeps_brings_is_said_to_be_in_it(said, told, capsys):
+    def main():
+        raise HydraException(said)
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert capsys.readouterr().err == told + "\n"
 
 
 @pytest.mark.parametrize("trainer", [[], ["trainer=ddp", "trainer.devices=1"]], ids=["here", "in a program of its own"])

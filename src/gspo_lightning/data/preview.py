@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -27,16 +28,17 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     )
     parser.add_argument("--num", type=int, default=3, help="how many prompts (default: 3)")
     parser.add_argument("--validation", action="store_true", help="held-out prompts instead of training prompts")
+    parser.add_argument("--config-dir", "-cd", help="a folder of configs of your own, as for train.py")
     parser.add_argument("overrides", nargs="*", help="as for train.py, such as data=largest_of_four model=micro")
     options = parser.parse_args(arguments)
-    show(build_datamodule(options.overrides), options.num, options.validation, console or Console())
+    show(build_datamodule(options.overrides, options.config_dir), options.num, options.validation, console or Console())
 
 
-def build_datamodule(overrides: Sequence[str]) -> PromptDataModule:
-    """The data module of the training config under these overrides.
+def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) -> PromptDataModule:
+    """The data module of the training config under these overrides, with configs of one's own in ``config_dir``.
 
     Raises:
-        UserError: a ``_target_`` that a config may not call (docs/safety.md).
+        UserError: a ``_target_`` that a config may not call (docs/safety.md), or the folder is none.
     """
     from hydra import compose, initialize_config_module
     from hydra.utils import instantiate
@@ -44,8 +46,13 @@ def build_datamodule(overrides: Sequence[str]) -> PromptDataModule:
 
     from gspo_lightning.targets import check_targets
 
+    own = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"--config-dir={config_dir}: there is no such folder")
+        own = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
     with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides))
+        cfg = compose("train", overrides=[*own, *overrides])
     # Resolved in place: the data group refers to keys of its siblings, such as model.path.
     OmegaConf.resolve(cfg.data)
     check_targets(OmegaConf.to_container(cfg.data), "data")

@@ -1,0 +1,35 @@
+"""Who may import what (docs/design.md): the mathematics knows no framework, and Hydra stays at the door."""
+
+from __future__ import annotations
+
+import ast
+from fnmatch import fnmatch
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src" / "gspo_lightning"
+ALLOWED = {
+    "lightning": [
+        "data/datamodule.py", "policy/check.py", "policy/load.py", "module.py", "rollout_update.py", "callbacks/*",
+        "distributed.py", "sharding.py", "cli.py", "sweep_job.py", "training_run.py", "build.py",
+    ],
+    "transformers": ["policy/*", "rollout/*", "dialogue/*", "data/*", "rewards/*", "cli.py"],
+    "hydra": [
+        "data/preview.py", "cli.py", "sweep_job.py", "training_run.py", "build.py", "config*.py", "migrate/*", "report/*",
+    ],
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    packages = {name.split(".")[0] for name in plain}
+    packages |= {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {"hydra" if name == "omegaconf" else name for name in packages}
+
+
+def test_frameworks_are_imported_where_the_table_allows_it_and_nowhere_else():
+    files = {path.relative_to(SOURCE).as_posix(): imported(path) for path in SOURCE.rglob("*.py")}
+    for library, allowed in ALLOWED.items():
+        users = {file for file, names in files.items() if library in names}
+        assert {file for file in users if not any(fnmatch(file, pattern) for pattern in allowed)} == set()
+        assert all(any(fnmatch(file, pattern) for file in users) for pattern in allowed), "a rule that nobody uses"
