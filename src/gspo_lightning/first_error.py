@@ -16,6 +16,9 @@ from gspo_lightning.callbacks.checkpoint import what_stands
 
 NAME = ".first_error.json"
 _LOST = ("closed by peer", "reset by peer", "gloo/transport", "Socket Timeout", "NCCL", "TCPStore")
+_PREFIX = "gspo_lightning_"
+KEPT_S = 3600.0
+"""So long a note outlives its folder."""
 WAIT_S = 10.0
 """A rank that fails may take so long to say why."""
 DIED = "another rank died without a word (killed, or out of memory?)"
@@ -37,6 +40,7 @@ def join(folder: Path, rank: int, ranks: int, last: Path | None = None) -> None:
     _rank, _last = rank if ranks > 1 else None, last
     if rank == 0:
         forget(folder)
+        _forget_old()
 
 
 def several_ranks() -> bool:
@@ -65,7 +69,8 @@ def record(folder: Path, line: str, code: int) -> bool:
     """Notes the error of this rank, unless another was first.
 
     Returns:
-        Whether it is news: False where another rank has noted the same line, and said it.
+        Whether it is news: False where another rank has noted the same line, and said it. Each rank has rows of its
+        own, so which row it was does not count.
     """
     content = {"rank": _rank or 0, "line": line, "code": code}
     for path in _places(folder):
@@ -73,7 +78,7 @@ def record(folder: Path, line: str, code: int) -> bool:
             _write(path, json.dumps(content))
         except FileExistsError:
             noted = _noted(folder, 1.0)
-            return noted is None or noted["line"] != line
+            return noted is None or _without_row(noted["line"]) != _without_row(line)
         except OSError:
             continue  # a full disk, or the folder has gone
         return True
@@ -96,10 +101,22 @@ def leave(folder: Path) -> None:
             shutil.move(inside, outside)
 
 
+def _without_row(line: str) -> str:
+    return line.partition(" (row ")[0]
+
+
+def _forget_old() -> None:
+    """Removes notes of folders that never come again: by now nobody asks for them."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*{NAME}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
+
+
 def _places(folder: Path) -> tuple[Path, Path]:
     """In the folder of the run, which all nodes see; where that is full or gone, among the temporary files."""
     name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
-    return folder / NAME, Path(tempfile.gettempdir()) / f"gspo_lightning_{name}{NAME}"
+    return folder / NAME, Path(tempfile.gettempdir()) / f"{_PREFIX}{name}{NAME}"
 
 
 def _write(path: Path, content: str) -> None:

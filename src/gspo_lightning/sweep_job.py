@@ -7,6 +7,7 @@ the others waiting.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -92,8 +93,6 @@ def run_apart() -> float | None:
         command(hydra),
         cwd=hydra.runtime.cwd,
         stderr=subprocess.PIPE,
-        text=True,
-        errors="backslashreplace",
         start_new_session=True,  # Ctrl-C reaches it once, by the handler here
         preexec_fn=lambda: die_with(parent, signal.SIGTERM),
     )
@@ -102,7 +101,7 @@ def run_apart() -> float | None:
         code = process.wait()
     if received:
         name = signal.Signals(received[0]).name
-        raise SweepStopped(f"{name} ended the job in {folder}; the jobs behind it were not run")
+        raise SweepStopped(f"{name}: the job in {folder} was the last one; the jobs behind it were not run")
     if code:
         raise CODES.get(code, RuntimeError)(line or f"the job ended with code {code}")
     accuracy = read_json(folder / "summary.json").get("val_sampled_after")
@@ -115,7 +114,7 @@ def command(hydra: Any) -> list[str]:
     folder = str(hydra.runtime.output_dir).replace("'", "\\'")
     return [
         sys.executable,
-        os.path.abspath(sys.argv[0]),
+        os.path.join(hydra.runtime.cwd, sys.argv[0]),  # the job may have another working folder
         *_config_flags(hydra),
         *hydra.overrides.task,
         *overrides,
@@ -137,7 +136,7 @@ def _config_flags(hydra: Any) -> list[str]:
 
 
 @contextmanager
-def _passed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     """Signals go to the job, which finishes its rollout and saves; yields those that came."""
     received: list[int] = []
 
@@ -148,7 +147,9 @@ def _passed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    # What this program was started to ignore (SIGINT behind nohup or &) the job ignores too.
+    before = {n: signal.signal(n, pass_on) for n in heard if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield received
     finally:
@@ -156,11 +157,12 @@ def _passed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _tell(process: subprocess.Popen[str]) -> str:
+def _tell(process: subprocess.Popen[bytes]) -> str:
     """What the job says on its standard error, but for the last line of an error, which is returned."""
     assert process.stderr is not None
     last = ""
-    for line in process.stderr:
+    # Lines keep their ends: a progress bar goes back to the beginning of its own.
+    for line in io.TextIOWrapper(process.stderr, errors="backslashreplace", newline=""):
         if not line.startswith(ERROR):
             sys.stderr.write(line)
         else:

@@ -84,10 +84,10 @@ def test_the_first_error_is_kept_and_silence_is_said(ranks):
         assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; go on with ckpt_path={last}", 1)
         (last.parent / name).unlink()
     ranks.join(3, 4)
-    assert first_error.record(ranks.run, "the cause", 4)
-    assert not first_error.record(ranks.run, "the cause", 4), "one rank says what all have met"
+    assert first_error.record(ranks.run, "the cause (row mine:train:1)", 4)
+    assert not first_error.record(ranks.run, "the cause (row mine:train:7)", 4), "one rank says what all have met"
     assert first_error.record(ranks.run, "a consequence", 2)
-    assert first_error.first(ranks.run) == ("rank 3: the cause", 4)
+    assert first_error.first(ranks.run) == ("rank 3: the cause (row mine:train:1)", 4)
     assert (left(ranks.run), left(ranks.temporary)) == ([first_error.NAME, "checkpoints"], [])
     ranks.join(0, 1)
     assert not first_error.several_ranks() and left(ranks.run) == ["checkpoints"]
@@ -110,7 +110,14 @@ def test_a_full_disk_is_told_by_way_of_the_temporary_files(ranks, monkeypatch):
     assert left(ranks.run) == [] and len(left(ranks.temporary)) == 1
     assert first_error.first(ranks.run) == ("rank 0: cannot write", 2)
     assert not first_error.record(ranks.run, "cannot write", 2)
+    (note,) = ranks.temporary.iterdir()
+    other = ranks.temporary / note.name.replace(note.name[15:31], "0" * 16)
+    other.touch()
     ranks.join(0, 2)
+    assert left(ranks.temporary) == [other.name], "the note of a run that may still end"
+    os.utime(other, (0, 0))
+    ranks.join(0, 2)
+    assert left(ranks.temporary) == [], "nobody asks for it any more"
     full_disks.append(ranks.temporary)
     assert first_error.record(ranks.run, "cannot write", 2), "nowhere to note it: the screen has it"
     assert (left(ranks.run), left(ranks.temporary)) == ([], [])

@@ -19,9 +19,11 @@ from gspo_lightning.sweep_job import begins_ranks, command
 ROOT = Path(__file__).parents[2]
 REWARDS = """
 import os
+import sys
 from pathlib import Path
 
 def fine(completions, **_):
+    print("\\r1/2\\r2/2", end="", file=sys.stderr, flush=True)
     Path(f"scored_by_{os.environ['LOCAL_RANK']}").touch()
     return [float("a" in str(completion)) for completion in completions]
 
@@ -39,12 +41,14 @@ def test_a_job_that_fails_on_one_rank_ends_and_the_next_one_trains_on_both(tmp_p
             "trainer.accelerator=cpu", "trainer.devices=2", "max_rollouts=2", "print_config=false", function,
             "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job ${hydra.job.num}",
         ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    said = done.stderr.decode()
     reason = "rank 1: reward function letter_share raised ZeroDivisionError: division by zero"
-    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: job ")]
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: job 0 ")]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    failed = [line for line in said.splitlines() if line.startswith("failed: job ")]
+    errors = [line for line in said.splitlines() if line.startswith("error: job 0 ")]
+    assert done.returncode == 2 and "Traceback" not in said
+    assert "\r1/2\r2/2" in said, "a progress bar goes back to the beginning of its line"
     assert len(failed) == len(errors) == 1 and failed[0].startswith("failed: job 0 (")
     assert reason in failed[0] and reason in errors[0]
     assert {path.name for path in tmp_path.glob("scored_by_*")} == {"scored_by_0", "scored_by_1"}
@@ -62,6 +66,7 @@ def job(tmp_path, mode=RunMode.MULTIRUN, launcher="hydra._internal.core_plugins.
             hydra=["hydra.sweep.dir=out", "hydra.mode=MULTIRUN", "hydra.job.env_set.A=1"], task=["seed=1", "+a='b c'"]
         ),
         runtime=SimpleNamespace(
+            cwd="/where/it/began",
             output_dir=str(tmp_path / "o'ut"),
             config_sources=[
                 source(path="hydra.conf", schema="pkg", provider="hydra"),
@@ -74,9 +79,10 @@ def job(tmp_path, mode=RunMode.MULTIRUN, launcher="hydra._internal.core_plugins.
 
 
 def test_the_command_of_a_job_is_that_of_a_single_run_with_its_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/my/train.py", "-m", "seed=1,2"])
+    monkeypatch.setattr(sys, "argv", ["my/train.py", "-m", "seed=1,2"])
+    monkeypatch.chdir(tmp_path)  # as with hydra.job.chdir=true
     assert command(job(tmp_path)) == [
-        sys.executable, "/my/train.py",
+        sys.executable, "/where/it/began/my/train.py",
         "--config-name", "mine", "--config-path", "pkg://gspo_lightning.conf", "--config-dir", "/my/conf",
         "seed=1", "+a='b c'", "hydra.sweep.dir=out", "hydra.job.env_set.A=1",
         f"hydra.run.dir='{tmp_path}/o\\'ut'", "hydra.job.num=3",
