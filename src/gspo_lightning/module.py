@@ -224,7 +224,7 @@ class GSPOModule(L.LightningModule):
             )
         if scored.turn_advantages is not None and self.objective.shares_one_loss:
             raise UserError(
-                f"the environment rewards turns, but objective.loss_type={self.objective.loss_type} has one loss per "
+                f"the environment rewards turns, but objective.loss_type={self.objective.loss_name} has one loss per "
                 "completion; choose another (objective=grpo)"
             )
         return scored

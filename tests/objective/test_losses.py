@@ -56,10 +56,20 @@ def hand_ratio(d, level):
     return np.full(n, s), np.diag(np.full(n, s))
 
 
+def hand_surrogate(w, jacobian, a, low, high, delta):
+    capped = w if delta is None else np.minimum(w, delta)
+    unclipped, bounded = capped * a, np.clip(w, 1 - low, 1 + high) * a
+    use = unclipped <= bounded
+    slope = np.where(use, a * ((w < delta) if delta is not None else 1.0), a * ((w > 1 - low) & (w < 1 + high)))
+    return -np.minimum(unclipped, bounded), -slope[:, None] * jacobian
+
+
 def hand_loss(kind, d, new, a, level, low, high, delta):
     """(loss of each token, its Jacobian with respect to logp)."""
     w, jacobian = hand_ratio(d, level)
     n = len(d)
+    if kind in ("grpo", "dr_grpo", "bnpo", "dapo", "luspo"):
+        return hand_surrogate(w, jacobian, a, low, high, delta)
     if kind == "reinforce":
         return -a * new, np.diag(np.full(n, -a))
     if kind == "cispo":
@@ -75,11 +85,7 @@ def hand_loss(kind, d, new, a, level, low, high, delta):
         inside = d < high if a > 0 else d > -low
         g = math.exp(clipped.mean())
         return np.full(n, -g * a), np.tile(-g * a * inside / n, (n, 1))
-    capped = w if delta is None else np.minimum(w, delta)
-    unclipped, bounded = capped * a, np.clip(w, 1 - low, 1 + high) * a
-    use = unclipped <= bounded
-    slope = np.where(use, a * ((w < delta) if delta is not None else 1.0), a * ((w > 1 - low) & (w < 1 + high)))
-    return -np.minimum(unclipped, bounded), -slope[:, None] * jacobian
+    raise NotImplementedError(f"write the loss {kind} here by hand")
 
 
 def hand(kind, old, new, advantages, level, low, high, delta=None):
@@ -307,13 +313,13 @@ def test_the_ratios_that_are_never_clipped():
 NO_CLIP = {"epsilon": 1e9, "epsilon_high": 1e9, "delta": None}
 
 
-def losses_of_tokens(kind, **widths):
+def losses_of_tokens(kind, **settings):
     """(loss of each token, inputs) for 400 completions of one token, at ratios from 0.1 to 10."""
     rng = np.random.default_rng(3)
     old, d = torch.tensor(rng.uniform(-6, -4, 400)), torch.tensor(rng.uniform(-2.3, 2.3, 400))
     inputs = LossInputs(
-        old + d, d, d.exp(), torch.tensor(rng.normal(size=400)), torch.arange(400), torch.ones(400), **widths,
-        tau_positive=1.0, tau_negative=1.05,
+        old + d, d, d.exp(), torch.tensor(rng.normal(size=400)), torch.arange(400), torch.ones(400),
+        **{"tau_positive": 1.0, "tau_negative": 1.05} | settings,
     )  # fmt: skip
     return LOSSES[kind].function(inputs), inputs
 
@@ -342,7 +348,7 @@ def test_every_loss_reads_the_settings_that_its_spec_says(kind):
     """What is not in ``reads`` is refused as without effect, and nothing else is."""
     start = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": None}
     before, _ = losses_of_tokens(kind, **start)
-    changed = {"epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6}
+    changed = {"epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6, "tau_positive": 0.9, "tau_negative": 0.9}
     felt = {
         key
         for key, value in changed.items()

@@ -2,8 +2,8 @@
 
 A loss sees a `LossInputs` and returns ``(L,)`` values whose gradient is the loss's; `aggregation.py` weighs and adds
 them. To add one: write the function, put it in ``LOSSES`` with its aggregation and its clip, and add one YAML to
-``conf/objective``; or keep it in your own package and name it by ``loss_type: {_target_: hydra.utils.get_method,
-path: ...}``.
+``conf/objective``; or keep it in your own package as a `LossSpec`, and name that by ``loss_type: {_target_:
+hydra.utils.get_object, path: ...}``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gspo_lightning.objective.ratios import sequence_mean
+from gspo_lightning.errors import UserError
+from gspo_lightning.objective.aggregation import AGGREGATIONS
+from gspo_lightning.objective.ratios import CLIP_WIDTHS, sequence_mean
 
 
 @dataclass(frozen=True)
@@ -116,23 +118,41 @@ CISPO_CLIP = Clip(_cispo_masks, lambda low, high: (0.0, high))
 GMPO_CLIP = Clip(_gmpo_masks, lambda low, high: (math.exp(-low), math.exp(high)))
 
 CLIP_KEYS = ("epsilon", "epsilon_high", "delta")
+TAU_KEYS = ("tau_positive", "tau_negative")
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss, how its tokens are averaged, and what it uses."""
+    """A loss, how its tokens are averaged, and what it uses. Raises UserError for a name that does not exist."""
 
     function: LossFunction
     aggregation: str
     """Name in `aggregation.AGGREGATIONS`."""
     clip: Clip | None
-    """Where it clips; None if nowhere, or if that is not known (a function of the user's own)."""
+    """Where it clips; None if nowhere, or if that is not known: there are no ``clip_frac_*`` then."""
     reads: tuple[str, ...] = CLIP_KEYS
-    """Settings of the clip that it reads; the others are refused."""
+    """Those of `CLIP_KEYS` and `TAU_KEYS` that it reads; the others are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
     """Own default clip widths; None takes those of the level."""
+    shares_one_loss: bool | None = None
+    """Whether the tokens of a completion have one loss together; None: where they share the ratio, at ``sequence``."""
+
+    def __post_init__(self) -> None:
+        for field, names, known in (
+            ("aggregation", (self.aggregation,), tuple(AGGREGATIONS)),
+            ("reads", self.reads, CLIP_KEYS + TAU_KEYS),
+            ("levels", self.levels, tuple(CLIP_WIDTHS)),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UserError(f"LossSpec.{field}: there is no {name!r}; choose from {', '.join(known)}")
+
+    @property
+    def name(self) -> str:
+        """The name of its function."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -142,9 +162,15 @@ LOSSES: dict[str, LossSpec] = {
     "dapo": LossSpec(clipped_surrogate, "tokens", SURROGATE_CLIP),
     "luspo": LossSpec(clipped_surrogate, "sequence_sum", SURROGATE_CLIP),
     "cispo": LossSpec(cispo, "tokens", CISPO_CLIP, ("epsilon_high",), levels=("token",), epsilons=(0.0, 5.0)),
-    "sapo": LossSpec(sapo, "sequence_mean", None, (), levels=("token", "sequence")),
+    "sapo": LossSpec(sapo, "sequence_mean", None, TAU_KEYS, levels=("token", "sequence")),
     "gmpo": LossSpec(
-        gmpo, "sequence_mean", GMPO_CLIP, ("epsilon", "epsilon_high"), levels=("token",), epsilons=(0.4, 0.4)
+        gmpo,
+        "sequence_mean",
+        GMPO_CLIP,
+        ("epsilon", "epsilon_high"),
+        levels=("token",),
+        epsilons=(0.4, 0.4),
+        shares_one_loss=True,
     ),
     "reinforce": LossSpec(reinforce, "tokens", None, (), levels=()),
 }

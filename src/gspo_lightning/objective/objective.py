@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
-from gspo_lightning.objective.losses import LOSSES, LossInputs, LossSpec
+from gspo_lightning.objective.losses import CLIP_KEYS, LOSSES, TAU_KEYS, LossFunction, LossInputs, LossSpec
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
 from gspo_lightning.objective.selection import near_sampler
@@ -28,8 +28,9 @@ class Objective:
     max_completion_length: int
     """The constant in the denominator of ``dr_grpo``."""
     importance_sampling_level: Level = "sequence"
-    loss_type: str | Callable[..., Tensor] = "grpo"
-    """A name in `losses.LOSSES`, or a function of `LossInputs` (aggregated as ``sequence_mean``)."""
+    loss_type: str | LossSpec | LossFunction = "grpo"
+    """A name in `losses.LOSSES`, a `LossSpec`, or a function of `LossInputs`: that is averaged as ``sequence_mean``,
+    has the clip widths of the level, and may read every setting."""
     epsilon: float | None = None
     """Lower clip width; None takes the default of the ratio level."""
     epsilon_high: float | None = None
@@ -63,13 +64,25 @@ class Objective:
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str) and self.loss_type not in LOSSES:
             raise ValueError(f"objective.loss_type={self.loss_type}: there is no such loss; choose {', '.join(LOSSES)}")
+        if not isinstance(self.loss_type, str | LossSpec) and not callable(self.loss_type):
+            raise UserError(
+                f"objective.loss_type is of type {type(self.loss_type).__name__}; set it to the name of a loss, a "
+                "LossSpec or a function"
+            )
 
     @property
     def spec(self) -> LossSpec:
         """The loss, its aggregation and its defaults."""
+        if isinstance(self.loss_type, LossSpec):
+            return self.loss_type
         if isinstance(self.loss_type, str):
             return LOSSES[self.loss_type]
-        return LossSpec(self.loss_type, "sequence_mean", None)
+        return LossSpec(self.loss_type, "sequence_mean", None, CLIP_KEYS + TAU_KEYS, shares_one_loss=False)
+
+    @property
+    def loss_name(self) -> str:
+        """The loss in messages: its name in `losses.LOSSES`, or that of its function."""
+        return self.loss_type if isinstance(self.loss_type, str) else self.spec.name
 
     @property
     def aggregation(self) -> Aggregation:
@@ -93,8 +106,9 @@ class Objective:
     def shares_one_loss(self) -> bool:
         """Whether the tokens of a completion share one loss, whose gradient is that of all of them: a weight per token
         then scales the whole completion by its mean, and a mask leaves no token out."""
-        ratio_is_shared = self.importance_sampling_level == "sequence" and "sequence" in self.spec.levels
-        return self.loss_type == "gmpo" or (ratio_is_shared and isinstance(self.loss_type, str))
+        if self.spec.shares_one_loss is not None:
+            return self.spec.shares_one_loss
+        return self.importance_sampling_level == "sequence" and "sequence" in self.spec.levels
 
     @property
     def needs_ref(self) -> bool:
@@ -151,6 +165,9 @@ class Objective:
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
             selected: ``(L,)`` bool, the tokens of the policy term; None for all.
             sampler_logprobs: ``(L,)``; required with ``mismatch``.
+
+        Raises:
+            UserError: the loss function did not return a loss per token, or lost the gradient.
         """
         log_ratio = logprobs - old_logprobs
         ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
@@ -159,7 +176,7 @@ class Objective:
             logprobs, log_ratio, ratio, advantages, sequence_index, lengths,
             low, high, self.delta, self.tau_positive, self.tau_negative,
         )  # fmt: skip
-        policy = self.spec.function(inputs)
+        policy = self._loss_of_tokens(inputs)
         metrics = self._metrics(inputs)
         if selected is not None:
             policy = policy * selected
@@ -184,6 +201,22 @@ class Objective:
         weights = self.aggregation.token_weight(lengths.to(logprobs.dtype)[sequence_index])
         metrics["loss/policy"] = _mean(policy)
         return PolicyLoss((weights * per_token).sum(), metrics, self._per_unit(ratio.detach(), inputs))
+
+    def _loss_of_tokens(self, x: LossInputs) -> Tensor:
+        """``(L,)`` of the loss function; a scalar would be spread over all tokens and train another gradient."""
+        losses: Any = self.spec.function(x)
+        if not isinstance(losses, Tensor) or losses.shape != x.logprobs.shape:
+            what = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"objective.loss_type: {self.loss_name} returned {what} for tokens of shape "
+                f"{tuple(x.logprobs.shape)}; return the loss of every token, without a mean or sum"
+            )
+        if x.log_ratio.requires_grad and not losses.requires_grad:
+            raise UserError(
+                f"objective.loss_type: {self.loss_name} returned losses without a gradient; compute them from "
+                "logprobs, log_ratio or ratio, without detach, item or numpy"
+            )
+        return losses
 
     def _per_unit(self, values: Tensor, x: LossInputs) -> Tensor:
         """Values per token at token level, per sequence at the sequence levels."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo_lightning.objective.losses import CLIP_KEYS
+from gspo_lightning.objective.losses import CLIP_KEYS, TAU_KEYS
 from gspo_lightning.objective.objective import Objective
 
 WIDE_SEQUENCE_CLIP = 0.1
@@ -46,6 +45,7 @@ def check_objective(
     steps = num_iterations * num_minibatches
     on_policy = steps == 1 and not staleness
     return [
+        *_unread(objective),
         *_clip(objective, on_policy),
         *_widths(objective),
         *_loss(objective, steps, staleness),
@@ -58,18 +58,23 @@ def check_objective(
     ]
 
 
-def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
+def _unread(objective: Objective) -> Iterator[Finding]:
     reads = objective.spec.reads
-    chosen = [key for key in CLIP_KEYS if getattr(objective, key) is not None]
-    for key in chosen:
-        if key not in reads:
-            which = f", which reads {' and '.join(f'objective.{name}' for name in reads)}" if reads else ""
+    which = f", which reads {' and '.join(f'objective.{name}' for name in reads)}" if reads else ""
+    for key in CLIP_KEYS + TAU_KEYS:
+        default = getattr(Objective, key)
+        if key not in reads and getattr(objective, key) != default:
             yield Finding(
-                "no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}{which}; set it to null"
+                "no_effect",
+                f"objective.{key} has no effect on loss_type={objective.loss_name}{which}; set it to "
+                f"{'null' if default is None else default}",
             )
-    smallest, largest = objective.ratio_bounds or (0.0, math.inf)
-    acting = [key for key in chosen if key in reads]
-    if on_policy and acting and smallest <= 1 <= largest:
+
+
+def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
+    acting = [key for key in CLIP_KEYS if key in objective.spec.reads and getattr(objective, key) is not None]
+    bounds = objective.ratio_bounds
+    if on_policy and acting and bounds is not None and bounds[0] <= 1 <= bounds[1]:
         yield Finding(
             "no_effect",
             f"objective.{acting[0]} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
@@ -78,7 +83,8 @@ def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
 
 
 def _widths(objective: Objective) -> Iterator[Finding]:
-    (low, high), clips = objective.clip, objective.spec.clip is not None
+    (low, high), bounds = objective.clip, objective.ratio_bounds
+    chosen = bounds is not None and (objective.epsilon is not None or objective.epsilon_high is not None)
     if not low >= 0 or not high >= 0:
         yield Finding("contradiction", f"objective.epsilon={low} and epsilon_high={high} must not be negative")
     if objective.delta is not None and "delta" in objective.spec.reads and objective.delta < 1 + high:
@@ -87,20 +93,20 @@ def _widths(objective: Objective) -> Iterator[Finding]:
             f"objective.delta={objective.delta} is below 1 + epsilon_high = {1 + high}: it would "
             "undo the upper clip; raise it",
         )
-    if objective.loss_type == "cispo" and high < 1:
+    if bounds is not None and bounds[1] == high < 1:
         yield Finding(
             "warning",
-            f"objective.epsilon_high={high} is a bound of the ratio itself for loss_type=cispo: below 1 it caps every "
-            "token that has not moved; usual is 5 (null)",
+            f"objective.epsilon_high={high} is a bound of the ratio itself for loss_type={objective.loss_name}: below "
+            "1 it caps every token that has not moved; raise it above 1",
         )
-    if objective.importance_sampling_level != "token" and clips and max(low, high) >= WIDE_SEQUENCE_CLIP:
+    if objective.importance_sampling_level != "token" and chosen and max(low, high) >= WIDE_SEQUENCE_CLIP:
         yield Finding(
             "warning",
             f"objective.epsilon={low}, epsilon_high={high} will hardly ever act at importance_sampling_level="
             f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves "
             "by hundredths; the paper uses 3e-4/4e-4",
         )
-    if objective.importance_sampling_level == "token" and clips and 0 < low < NARROW_TOKEN_CLIP:
+    if objective.importance_sampling_level == "token" and chosen and 0 < low < NARROW_TOKEN_CLIP:
         yield Finding(
             "warning",
             f"objective.epsilon={low}, epsilon_high={high} are widths for the ratio of a sequence; at "
@@ -114,20 +120,21 @@ def _loss(objective: Objective, steps: int, staleness: int) -> Iterator[Finding]
     if objective.spec.levels and level not in objective.spec.levels:
         yield Finding(
             "contradiction",
-            f"objective.loss_type={objective.loss_type} is not defined for importance_sampling_level={level}; "
+            f"objective.loss_type={objective.loss_name} is not defined for importance_sampling_level={level}; "
             f"use {' or '.join(objective.spec.levels)}",
         )
-    if objective.loss_type == "reinforce" and staleness:
+    if not objective.spec.levels and staleness:
         yield Finding(
             "warning",
-            f"objective.loss_type=reinforce has no importance ratio, but rollout.engine.staleness={staleness} makes "
-            "every optimizer step off-policy; set it to 0, or use a loss with a ratio (objective=grpo)",
+            f"objective.loss_type={objective.loss_name} has no importance ratio, but rollout.engine.staleness="
+            f"{staleness} makes every optimizer step off-policy; set it to 0, or use a loss with a ratio "
+            "(objective=grpo)",
         )
-    elif objective.loss_type == "reinforce" and steps > 1:
+    elif not objective.spec.levels and steps > 1:
         yield Finding(
             "warning",
-            f"objective.loss_type=reinforce has no importance ratio, but each rollout gives {steps} optimizer "
-            "steps: all but the first are off-policy; set update.num_minibatches=1",
+            f"objective.loss_type={objective.loss_name} has no importance ratio, but each rollout gives {steps} "
+            "optimizer steps: all but the first are off-policy; set update.num_minibatches=1",
         )
 
 
@@ -138,7 +145,7 @@ def _longest(objective: Objective, of_rollouts: int | None) -> Iterator[Finding]
     if objective.spec.aggregation != "max_tokens" and of_rollouts is not None and longest != of_rollouts:
         yield Finding(
             "no_effect",
-            f"objective.max_completion_length={longest} has no effect on loss_type={objective.loss_type}, whose "
+            f"objective.max_completion_length={longest} has no effect on loss_type={objective.loss_name}, whose "
             "denominator counts what was sampled; leave it at ${rollout.max_completion_length}",
         )
 
@@ -214,11 +221,9 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             "update.keep_zero_advantage=true has no effect with a KL term or an entropy bonus (objective.beta, "
             "objective.entropy_coef): every completion is forwarded then; set it to false",
         )
-    for key, default in (("tau_positive", 1.0), ("tau_negative", 1.05)):
+    for key in TAU_KEYS:
         tau = getattr(objective, key)
-        if objective.loss_type != "sapo" and tau != default:
-            yield Finding("no_effect", f"objective.{key} has no effect on loss_type={objective.loss_type}")
-        if objective.loss_type == "sapo" and not tau > 0:
+        if key in objective.spec.reads and not tau > 0:
             yield Finding("contradiction", f"objective.{key}={tau} must be above 0")
 
 
@@ -226,8 +231,8 @@ def _tokens(objective: Objective) -> Iterator[Finding]:
     """What weighs or leaves out single tokens, where those of a completion have one loss together."""
     if not objective.shares_one_loss:
         return
-    if objective.loss_type == "gmpo":
-        where, other = "loss_type=gmpo", "another loss_type"
+    if objective.spec.shares_one_loss:
+        where, other = f"loss_type={objective.loss_name}", "another loss_type"
     else:
         where, other = "importance_sampling_level=sequence", "importance_sampling_level=sequence_token"
         if "sequence_token" not in objective.spec.levels:
