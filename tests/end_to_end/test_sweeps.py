@@ -72,6 +72,7 @@ def test_a_sweep_that_cannot_write_says_so_in_one_line(tmp_path):
 def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, monkeypatch, capsys):
     job = SimpleNamespace(num=1, override_dirname="seed=2")
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, job=job))
+    monkeypatch.setattr(cli.first_error, "_rank", None)  # whatever an earlier test of this process was
 
     def work(cfg):
         raise error

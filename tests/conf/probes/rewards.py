@@ -14,7 +14,7 @@ from tests.conf.probes.base import Probe, built, or_error
 
 TEXTS = [
     "<REASONING>r</REASONING><SOLUTION>5.4</SOLUTION>", "\n\n\n\n\n", "addCriterion\n\n\n...", "B", "(E)",
-    "<think>a</think><SOLUTION>C</SOLUTION>", "<answer>5</answer>", "\n\n\nabcde",
+    "<think>a</think><SOLUTION>C</SOLUTION>", "<answer>5</answer>", "\n\n\nabcde", "So the answer: C",
 ]  # fmt: skip
 
 
@@ -156,7 +156,7 @@ PROBES = [
         "right": 3.0, "tag": "answer", "tolerance": 0.01,
     }, {"tolerance": 0.2}),
     Probe(["reward=multiple_choice"], "reward.functions.multiple_choice.function", reads_text("C"), {
-        "choices": "AB", "tag": "SOLUTION",
+        "choices": "AB", "tag": "SOLUTION", "answer_words": ["Antwort"],
     }, {"choices": "ABCDE"}),
     Probe(["reward=length_target"], "reward.functions.length_target.function", lengths, {"target_tokens": 3, "tolerance_tokens": 7}),
     Probe(["reward=soft_overlong"], "reward.functions.soft_overlong.function", lengths, {"max_tokens": 99, "cache_tokens": 9}),
