@@ -170,6 +170,12 @@ def test_results_settings_and_machine_are_told(tmp_path):
     assert "threads3" in text and "torch" in text
 
 
+def test_a_loss_of_ones_own_is_named_by_its_path(tmp_path):
+    loss = "{_target_: hydra.utils.get_method, path: mine.loss}"
+    (tmp_path / "config.yaml").write_text(f"objective: {{loss_type: {loss}, epsilon: 0.2}}\n")
+    assert "lossmine.lossclip below0.2" in text_of(page_of(tmp_path))
+
+
 def test_the_time_by_phase_adds_up(tmp_path):
     write_run(tmp_path)
     rows = ["step,time/step_s,time/rollout_s,time/update_s", "1,4.0,1.0,2.0", "2,6.0,1.5,3.5", ""]

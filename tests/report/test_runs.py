@@ -128,3 +128,5 @@ def test_folders_without_runs_and_damaged_configs_are_named(tmp_path):
 
 def test_flatten_names_leaves_by_dotted_keys_and_keeps_lists_and_empty_mappings():
     assert flatten({"a": {"b": 1, "c": [1, {"d": 2}]}, "e": {}}) == {"a.b": 1, "a.c": [1, {"d": 2}], "e": {}}
+    function = {"_target_": "hydra.utils.get_method", "path": "mine.loss"}
+    assert flatten({"objective": {"loss_type": function}}) == {"objective.loss_type": "mine.loss"}

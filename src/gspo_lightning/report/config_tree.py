@@ -8,6 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.tree import Tree
 
+from gspo_lightning.targets import LOOKUPS
+
 
 def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
     """Groups as branches, their settings on one line, nested objects as branches of their own.
@@ -25,12 +27,17 @@ def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
     return tree
 
 
+def looked_up(node: Any) -> str | None:
+    """The path of what a node looks up: how Hydra is told so is of no interest, which function it is, is."""
+    is_lookup = isinstance(node, Mapping) and str(node.get("_target_")) in LOOKUPS and "path" in node
+    return str(node["path"]) if is_lookup else None
+
+
 def _add_branch(tree: Tree, key: str, node: Mapping[str, Any]) -> None:
-    target = str(node.get("_target_", "")).rsplit(".", 1)[-1]
-    # How a function of the user is named by Hydra is of no interest; which function it is, is.
-    label = str(node["path"]) if target == "get_method" else target
+    path = looked_up(node)
+    label = str(node.get("_target_", "")).rsplit(".", 1)[-1] if path is None else path
     branch = tree.add(f"[bold]{escape(key)}[/bold]" + (f" [cyan]{escape(label)}[/cyan]" if label else ""))
-    if target == "get_method":
+    if path is not None:
         return
     _add_leaves(branch, {name: value for name, value in node.items() if not _is_branch(value)})
     for name, value in node.items():

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.report.config_tree import looked_up
 from gspo_lightning.report.files import Series, read_json, read_metrics
 
 _PLACES = ("logger.", "ckpt_path", "traceback", "checkpoint.", "export.")
@@ -133,7 +134,9 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists stay values."""
+    """Nested mappings as dotted keys; lists stay values, and what is looked up by its path is the path."""
+    if (path := looked_up(node)) is not None:
+        return {prefix: path}
     if not isinstance(node, Mapping) or not node:
         return {prefix: node}
     parts = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())

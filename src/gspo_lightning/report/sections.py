@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from gspo_lightning.report.config_tree import looked_up
 from gspo_lightning.report.files import Series
 from gspo_lightning.report.svg import format_number, line_chart
 
@@ -155,13 +156,18 @@ def settings(config: Path, summary: dict[str, Any]) -> str:
     if config.exists():
         text = config.read_text(encoding="utf-8")
         tree = OmegaConf.create(text)
-        values = {label: OmegaConf.select(tree, key) for label, key in CONFIG_KEYS.items()}
+        values = {label: _shown(OmegaConf.select(tree, key)) for label, key in CONFIG_KEYS.items()}
         details = f"<details><summary>The whole configuration</summary><pre>{escape(text)}</pre></details>"
         parts.append(f"<h2>Configuration</h2>{_facts(values)}{details}")
     machine = {label: summary.get(key) for label, key in MACHINE_KEYS.items()}
     if any(value is not None for value in machine.values()):
         parts.append(f"<h2>Machine</h2>{_facts(machine)}")
     return "".join(parts)
+
+
+def _shown(value: Any) -> Any:
+    path = looked_up(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else None
+    return value if path is None else path
 
 
 def _facts(values: dict[str, Any]) -> str:
