@@ -92,6 +92,7 @@ def test_numeric_match(text, answer, right):
         ("－5", -5),
         ("–5", -5),
         ("‑5", -5),
+        ("\N{HYPHEN}5", -5),
         ("＋5", 5),
         ("٤٢", 42),
         ("４２", 42),
@@ -125,6 +126,10 @@ def test_all_rewards_of_numbers_read_grouping_and_digits_alike(text, value):
     [
         ("3–5", 5),
         ("pages (3)–5", 5),
+        ("between 2019‑2020", 2020),
+        ("choice\N{HYPHEN}5", 5),
+        ("GPT‑4", 4),
+        ("(a)‑4", 4),
         ("2024\N{NO-BREAK SPACE}123", 123),
         ("1\N{NO-BREAK SPACE}2345", 2345),
         ("1 234", 234),

@@ -53,7 +53,7 @@ def test_arguments_are_those_of_trl():
     assert seen["completion_ids"] == [[0], [1], [10], [11]]
     assert seen["answer"] == ["x", "x", "y", "y"]
     assert seen["extra"] == [None, None, 5, 5]
-    assert seen["kwargs"].keys() == {"trainer_state", "log_metric", "log_extra"}
+    assert seen["kwargs"].keys() == {"policy_tokens", "trainer_state", "log_metric", "log_extra"}
     assert table.tolist() == [[[1.0], [2.0]], [[3.0], [4.0]]]
 
 
@@ -120,6 +120,20 @@ def test_a_length_reward_counts_what_the_policy_said_and_the_soft_limit_all():
     # Three tokens of five are the policy's: on the target. All five are 3 beyond the free 2 of a slope of 4.
     assert seen["own"] == [3] * 4 and table.reshape(4, 3).tolist() == [[1.0, -0.75, 0.0]] * 4
     assert RewardSet(functions).required_columns() == {}
+
+
+def test_tokens_of_the_policy_are_counted_without_an_environment_too():
+    """Whatever a column of the dataset is called."""
+    prompts, completions = batch()
+    prompts[0].sample["policy_tokens"] = 50
+    completions[1][1] = replace(completions[1][1], token_ids=torch.tensor([7, 8, 9]), sampler_logprobs=torch.zeros(3))
+    seen = {}
+    functions = {
+        "target": RewardSpec(LengthTarget(3, 4)),
+        "spy": RewardSpec(lambda policy_tokens, completions: seen.update(own=policy_tokens) or [0.0] * 4),
+    }
+    table = RewardSet(functions)(prompts, completions)
+    assert seen["own"] == [1, 1, 1, 3] and table[..., 0].tolist() == [[0.5, 0.5], [0.5, 1.0]]
 
 
 def test_asynchronous_and_plain_functions_run_side_by_side():

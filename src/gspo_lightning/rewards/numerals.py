@@ -10,9 +10,9 @@ GROUPED = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2}){1,20},\d{3})(?!\d)"
 """Digits in groups, as ``1,234,567`` or in India ``12,34,567``; a pattern for what `plain_groups` returns."""
 
 _DIGIT = re.compile(r"(?![0-9])\d")
-_DASH = re.compile(r"(?<![\w)\]}])\N{EN DASH}(?=\.?\d)")
-"""A minus, and not what stands in ``3–5``."""
-_MINUS = "\N{MINUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{SMALL HYPHEN-MINUS}\N{HYPHEN}\N{NON-BREAKING HYPHEN}"
+_DASH = re.compile("(?<![\\w)\\]}])[\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}](?=\\.?\\d)")
+"""A minus, and not what joins two, as in ``3–5``, ``2019‑2020`` and ``GPT‑4``."""
+_MINUS = "\N{MINUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{SMALL HYPHEN-MINUS}"
 _INVISIBLE = "\u061c\u200b\u200e\u200f\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Marks of the direction of writing, and what has no width."""
 _CHARACTERS = str.maketrans(

@@ -7,16 +7,35 @@ import unicodedata
 
 from gspo_lightning.rewards.numerals import plain_groups
 
+
+def _either_form(patterns: str) -> str:
+    """One pattern for all of them, letters and their accents composed or not."""
+    forms = [form for pattern in patterns.split() for form in (pattern, unicodedata.normalize("NFD", pattern))]
+    return "|".join(dict.fromkeys(forms))
+
+
 _LETTER = "ж"
 """Stands for a letter of a script in which nobody writes variables: of any but Latin and Greek."""
 _OTHER = "_"
-"""Stands for a letter that changes the number: a numeral (万), or a variable of Russian or Arabic schools."""
+"""Stands for a letter that changes the number: of a numeral (万, 만), or a variable of Russian or Arabic schools."""
 _VARIABLES = "хуХУسصع"
 _OF_MATHEMATICS = re.compile(
     r"[ªº\u02b0-\u02ff\u0370-\u03ff\u1d00-\u1dbf\u1f00-\u1fff\u2070-\u214f\uff21-\uff5a\U0001d400-\U0001d7ff]"
 )
 """Greek letters, superscripts, and Latin letters in other shapes."""
 _GREEK_WORD = re.compile("[\u0370-\u03ff\u1f00-\u1fff]{4,}")
+_SYLLABLES = "십 백 천 만 억 조(?!각) 경(?!기) ร้อย พัน(?!ธ) หมื่น แสน ล้าน"
+_WORDS = (
+    "सौ ह(?:ज़?|\u095b)ार लाख करो(?:ड़?|\u095c) अरब শত(?!া) হাজার লাখ লক্ষ কোটি நூறு ஆயிரம் லட்சம் கோடி వేలు లక్షలు కోట్లు "
+    "مئة مائة ألفا? الف آلاف مليون ملايين مليارا? هزار میلیون میلیارد ہزار لاکھ کروڑ מאות אלף אלפים מיליון מיליארד "
+    "тыс тысяч[аи]? тисяч[аі]? млн млрд трлн миллион(?:а|ов)? миллиард(?:а|ов)? мільйон(?:и|ів)? мільярд(?:и|ів)? "
+    "χίλια χιλιάδες εκατομμύρι[οα] δισεκατομμύρι[οα] nghìn ngàn triệu tỷ tỉ"
+)
+_MULTIPLE = re.compile(
+    rf"(?<=\d)[\s~]*+(?:{_either_form(_SYLLABLES)}|[^\W\d]{{0,3}}半(?![径徑])|(?:{_either_form(_WORDS)})(?!\w))",
+    re.IGNORECASE,
+)
+"""Numerals that multiply the number before them (Unicode knows those of Chinese alone), or add a half to it."""
 _ALONE = re.compile(rf"(?<!{_LETTER}){_LETTER}(?!{_LETTER})")
 _CURRENCY = "$€£¥₹₩₽₪₫₺₴"
 _JOINT = re.compile(
@@ -31,12 +50,15 @@ _NUMBER = re.compile(
 """Words, and a number or a fraction behind them."""
 _UNIT = re.compile(
     rf"(?:\\?%|[°²³{_CURRENCY}])?"
-    r"(?:(?:(?<=[°²³])|[\s~]+|(?=\\(?:text|mathrm))|(?=（))"
-    rf"(?:[a-z{_LETTER}']{{2,}}|{_LETTER}|[mgshlvwjcf](?![a-z])|\\(?:text|mathrm)\{{[^}}]*\}}"
-    rf"|[(（][a-z{_LETTER} ,.'-]+[)）]|\^\{{?-?\d\}}?|[/·.,，%{_CURRENCY}°²³*\s~])*)?[.。]?",
+    r"(?:(?:(?<=[°²³])|[\s~]|(?=\\(?:text|mathrm))|(?=（))"
+    rf"(?>[a-z{_LETTER}']{{2,}}|[mgshlvwjcf{_LETTER}]|\\(?:text|mathrm)\{{[^}}]*\}}"
+    rf"|[(（][a-z{_LETTER} ,.'-]+[)）]|\^\{{?-?\d\}}?|[/·.,，%{_CURRENCY}°²³*\s~])*+)?[.。]?",
     re.IGNORECASE,
 )
-"""What may follow it: a sign of currency, a unit, words; no letter that is a variable, and no other number."""
+"""What may follow it: a sign of currency, a unit, words; no letter that is a variable, and no other number.
+
+Atomic and possessive: letters that touch are one word, or there were 2^n ways to cut n of them.
+"""
 
 
 def plain_quantities(text: str) -> str:
@@ -74,7 +96,8 @@ def _folded(text: str) -> str:
     if text.isascii():
         return text
     folded = ""
-    for character in _GREEK_WORD.sub(lambda word: _LETTER * len(word[0]), text):
+    words = _MULTIPLE.sub(lambda numeral: _OTHER * len(numeral[0]), text)
+    for character in _GREEK_WORD.sub(lambda word: _LETTER * len(word[0]), words):
         folded += character if character.isascii() else _fold(character, folded[-1:])
     return _ALONE.sub(lambda alone: _OTHER if text[alone.start()] in _VARIABLES else _LETTER, folded)
 

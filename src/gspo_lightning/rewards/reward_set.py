@@ -175,10 +175,10 @@ def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -
         "prompts": [prompt.prompt for prompt, _ in rows],
         "completions": [c.text if isinstance(p.prompt, str) else _messages(c) for p, c in rows],
         "completion_ids": [completion.token_ids.tolist() for _, completion in rows],
+        "policy_tokens": [completion.num_trained for _, completion in rows],
     }
     if any(c.dialogue is not None for _, c in rows):
         arguments["environment_reward"] = [c.dialogue and c.dialogue.reward for _, c in rows]
-        arguments["policy_tokens"] = [c.num_trained for _, c in rows]
     names = {name for prompt in prompts for name in prompt.sample} - {"prompt", *arguments}
     for name in sorted(names):
         arguments[name] = [prompt.sample.get(name) for prompt, _ in rows]

@@ -129,6 +129,11 @@ class TaggedNumber:
         return self.right if right else 0.0
 
 
+_LATIN = "A-Za-zÀ-ɏḀ-ỿ"
+_ACCENT = "[\u0300-\u036f]"
+"""Of the letter before it, in text that is not composed."""
+
+
 @dataclass(frozen=True)
 class MultipleChoice:
     r"""The chosen letter is the row's ``answer``.
@@ -153,7 +158,7 @@ class MultipleChoice:
             raise UserError(f"MultipleChoice.choices={self.choices!r} must be two or more different letters")
         if self.tag is not None:
             check_tag("MultipleChoice.tag", self.tag)
-        if isinstance(self.answer_words, str) or not self.answer_words or not all(self.answer_words):
+        if isinstance(self.answer_words, str) or not self.answer_words or not all(map(_is_word, self.answer_words)):
             raise UserError(f"MultipleChoice.answer_words={self.answer_words!r} must be a list of words")
 
     def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
@@ -170,7 +175,7 @@ class MultipleChoice:
 
     def _choice(self, text: str) -> str | None:
         # Chinese and Japanese have no space behind a Latin letter: "B因为".
-        alone = r"(?:(?!\w)|(?<=[A-Za-z])(?![A-Za-z0-9_À-ɏ]))(?!'\w)"
+        alone = rf"(?:(?!\w)|(?<=[A-Za-z])(?![0-9_{_LATIN}]))(?!'\w|’[{_LATIN}]|{_ACCENT})"
         before = r"(?:[\s(\[*_`$\"'（［【〔「『“‘]|\\(?:text|mathrm|mathbf|textbf)\{){0,9}"
         letter = f"{before}([{plain_letters(self.choices)}]){alone}"
         if self.tag is not None and (block := single_block(text, self.tag)) is not None:
@@ -184,5 +189,9 @@ class MultipleChoice:
                 return str(all_found[-1])
         if re.search(colon, text):
             return None
-        found = re.match(rf"\s{{0,100}}{letter}(?=[).:\]*,）．。：］】〕」』，、]|\s{{0,100}}\Z)", text)
+        found = re.match(rf"\s{{0,100}}{letter}(?=[”’]{{0,2}}(?:[).:\]*,）．。：］】〕」』，、]|\s{{0,100}}\Z))", text)
         return found[1] if found else None
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
