@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     )
     from gspo_lightning.errors import UserError as UserError
     from gspo_lightning.module import GSPOModule as GSPOModule
+    from gspo_lightning.objective import LossInputs as LossInputs
+    from gspo_lightning.objective import LossSpec as LossSpec
     from gspo_lightning.objective import Objective as Objective
     from gspo_lightning.packing import (
         PackedBatch as PackedBatch,
@@ -78,6 +80,8 @@ _PUBLIC = {
     "Completion": "gspo_lightning.types",
     "GSPOModule": "gspo_lightning.module",
     "LoraSettings": "gspo_lightning.policy.load",
+    "LossInputs": "gspo_lightning.objective",
+    "LossSpec": "gspo_lightning.objective",
     "Minibatch": "gspo_lightning.update",
     "Objective": "gspo_lightning.objective",
     "PackedBatch": "gspo_lightning.packing",

@@ -305,6 +305,37 @@ OBJECTIVE = [
         "one of token, sequence, sequence_token",
     ),
     Case("objective", "a loss that does not exist", ["objective.loss_type=gppo"], "choose grpo"),
+    Case(
+        "objective",
+        "a loss of one's own that is a mean over the tokens",
+        [
+            "objective.loss_type={{_target_: hydra.utils.get_method, path: tests.objective.test_own_losses.mean}}",
+            "rollout.max_completion_length=1",
+            "update.keep_zero_advantage=true",
+        ],
+        "objective.loss_type: mean returned shape () for tokens of shape",
+    ),
+    Case(
+        "objective",
+        "a loss of one's own without a gradient",
+        ["objective.loss_type={{_target_: hydra.utils.get_method, path: tests.objective.test_own_losses.detached}}"],
+        "objective.loss_type: detached returned losses without a gradient",
+    ),
+    Case(
+        "objective",
+        "a loss that is no function",
+        ["objective.loss_type={{function: my_losses.mine}}"],
+        "objective.loss_type is of type dict",
+    ),
+    Case(
+        "objective",
+        "an average over tokens that does not exist",
+        [
+            "objective.loss_type={{_target_: gspo_lightning.objective.LossSpec, aggregation: mean, clip: null, function: "
+            "{{_target_: hydra.utils.get_method, path: tests.objective.test_own_losses.plain}}}}"
+        ],
+        "LossSpec.aggregation: there is no 'mean'",
+    ),
     Case("objective", "a clip that cannot act", ["update.num_minibatches=1"], "objective.epsilon cannot act"),
     Case(
         "objective",

@@ -127,11 +127,12 @@ class LossSpec:
 
     function: LossFunction
     aggregation: str
-    """Name in `aggregation.AGGREGATIONS`."""
+    """Over tokens: ``sequence_mean``, ``sequence_sum``, ``tokens`` or ``max_tokens`` (`aggregation.AGGREGATIONS`)."""
     clip: Clip | None
     """Where it clips; None if nowhere, or if that is not known: there are no ``clip_frac_*`` then."""
     reads: tuple[str, ...] = CLIP_KEYS
-    """Those of `CLIP_KEYS` and `TAU_KEYS` that it reads; the others are refused."""
+    """Of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive`` and ``tau_negative`` those that it reads; the others
+    are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
