@@ -131,8 +131,8 @@ class LossSpec:
     clip: Clip | None
     """Where it clips; None if nowhere, or if that is not known: there are no ``clip_frac_*`` then."""
     reads: tuple[str, ...] = CLIP_KEYS
-    """Of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive`` and ``tau_negative`` those that it reads; the others
-    are refused."""
+    """Those of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive`` and ``tau_negative`` that it reads; the
+    others are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
