@@ -26,6 +26,13 @@ def test_values_are_not_reinterpreted(tmp_path: Path) -> None:
     assert read_file(_write(tmp_path, "a.json", '[{"answer": "1,234"}]')) == [{"answer": "1,234"}]
 
 
+def test_json_with_an_object_a_line_is_read_by_lines(tmp_path: Path) -> None:
+    lines = '\ufeff\n{"answer": "007"}\r\n{"answer": "a\u2028b"}\n'
+    assert read_file(_write(tmp_path, "a.json", lines)) == [{"answer": "007"}, {"answer": "a\u2028b"}]
+    with pytest.raises(UserError, match=r"a\.json line 2: not valid JSON \(Expecting value"):
+        read_file(_write(tmp_path, "a.json", '{"a": 1}\n{"a": \n'))
+
+
 def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
     text = "长" * 200_000
     (row,) = read_file(_write(tmp_path, "a.csv", f"prompt,answer\n{text},1\n"))
@@ -57,6 +64,8 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", r"a\.jsonl line 1: .* too deep"),
         ("a.json", '{"a": 1}', r"a\.json: expected a list of objects, found one dict"),
         ("a.json", '[{"a": 1}, 5]', r"a\.json row 1: expected an object with columns, found int"),
+        ("a.json", '[{"a": 1}]\n5', r"a\.json: not valid JSON \(Extra data: line 2 column 1"),
+        ("a.json", '{"a": 1},\n{"a": 2}', r"a\.json: not valid JSON \(Extra data: line 1 column 9"),
         ("a.json", "[]", r"a\.json: the dataset is empty"),
         ("a.jsonl", "", r"a\.jsonl: the dataset is empty"),
         ("a.parquet", "", r"a\.parquet: the dataset is empty"),
@@ -117,6 +126,18 @@ def test_a_folder_of_save_to_disk_is_read_by_its_split(labelled: Any, tmp_path: 
         read_hub(several, None, "dev")
     with pytest.raises(UserError, match=r"data\.task\.config_name=main has no effect on a folder of save_to_disk"):
         read_hub(one, "main", "train")
+
+
+def test_a_file_of_a_folder_may_be_json_lines_or_empty_but_not_all(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "empty").mkdir()
+    _write(tmp_path / "full", "train-0.json", '{"q": "a"}\n{"q": "b", "n": 2}\n')
+    _write(tmp_path / "full", "train-1.jsonl", "")
+    _write(tmp_path / "empty", "train-0.jsonl", "")
+    _write(tmp_path / "empty", "train-1.csv", "q\n")
+    assert list(read_hub(str(tmp_path / "full"), None, "train")) == [{"q": "a"}, {"q": "b", "n": 2}]
+    with pytest.raises(UserError, match=r"empty, split train: the dataset is empty"):
+        read_hub(str(tmp_path / "empty"), None, "train")
 
 
 def test_values_of_tables_in_a_folder_stay_what_the_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from gspo_lightning.data import PromptDataModule, RowsTask, make_prompt
 from gspo_lightning.data.columns import checked_messages
 from gspo_lightning.data.templating import encode_prompt
+from gspo_lightning.data.vision import image_parts, last_text
 from gspo_lightning.errors import UserError
 
 PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
@@ -23,6 +24,12 @@ BOTH = (
     "{% for m in messages %}{% if m['content'] is string %}<{{ m['content'] }}>{% else %}"
     "<{% for p in m['content'] %}{{ p['text'] }}{% if not loop.last %}|{% endif %}{% endfor %}>{% endif %}{% endfor %}"
 )
+LINES = (
+    "{% for m in messages %}{% if m['content'] is string %}<{{ m['content'] }}>{% else %}"
+    "<{% for p in m['content'] %}{{ p['text'] | trim }}\n{% endfor %}>{% endif %}{% endfor %}"
+)
+FIRST = "{% for m in messages %}<{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}>{% endfor %}"
+DUMPED = "{% for m in messages %}<{{ m['content'] | tojson }}>{% endfor %}"
 PARTS_ALONE = (
     "{% for m in messages %}<{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ p['text'] }}|{% endfor %}>{% endfor %}"
@@ -36,13 +43,29 @@ def tokenizer(tokenizer_dir: str) -> Any:
 
 @pytest.mark.parametrize(
     ("template", "text"),
-    [(STRINGS, "<hi>"), (PRINTED, "<hi>"), (BOTH, "<h|i>"), (PARTS_ALONE, "<h|i|>")],
-    ids=["strings", "printed", "both", "parts alone"],
+    [
+        (STRINGS, "<hi>"),
+        (PRINTED, "<hi>"),
+        (DUMPED, '<"hi">'),
+        (FIRST, "<hi>"),
+        (BOTH, "<h|i>"),
+        (LINES, "<h\ni\n>"),
+        (PARTS_ALONE, "<h|i|>"),
+    ],
+    ids=["strings", "printed", "dumped", "first part alone", "both", "lines", "parts alone"],
 )
 def test_text_in_parts_is_joined_unless_the_template_reads_parts(tokenizer: Any, template: str, text: str) -> None:
     tokenizer.chat_template = template
     assert tokenizer.decode(encode_prompt(TALK, tokenizer)) == text
     assert TALK == [{"role": "user", "content": PARTS}]
+
+
+def test_whether_parts_are_read_is_tried_with_the_conversation_and_the_options(tokenizer: Any) -> None:
+    system = {"role": "system", "content": "s"}
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('first') }}{% endif %}{{ place + ':' }}" + BOTH
+    )
+    assert tokenizer.decode(encode_prompt([system, *TALK], tokenizer, {"place": "Oslo"})) == "Oslo:<s><h|i>"
 
 
 def test_what_a_template_stumbles_over_is_one_line(tokenizer: Any) -> None:
@@ -75,6 +98,42 @@ def test_a_null_is_left_out_of_a_message_at_any_depth_and_stays_in_a_list() -> N
         {"role": "tool", "content": "ok"},
     ]
     assert json.dumps(call) == '{"name": null, "arguments": {"x": null, "y": {"z": null}, "w": [1, null]}}'
+
+
+READING: Any = {"temp": 5, "wind": None, "days": [{"rain": None}]}
+GO: Any = {"role": "user", "content": "go"}
+
+
+@pytest.mark.parametrize("role", ["tool", "ipython", "function"])
+@pytest.mark.parametrize("content", [READING, [READING], [{"text": "hi"}], ["a", None], 5], ids=str)
+def test_what_a_tool_returned_is_data_and_keeps_its_nulls(tokenizer: Any, role: str, content: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | tojson }};{% endfor %}"
+    message = {"role": role, "name": None, "content": content}
+    prompt = make_prompt({"prompt": [GO, message]}, tokenizer, "x")
+    assert prompt.prompt == [GO, {"role": role, "content": content}]
+    assert tokenizer.decode(prompt.input_ids) == f'"go";{json.dumps(content)};'
+
+
+def test_a_part_of_what_a_tool_returned_is_a_part(tokenizer: Any) -> None:
+    parts: Any = [{"type": "image", "image": {"bytes": b"\x89", "path": None}, "text": None}, {"size": None}]
+    prompt = checked_messages([GO, {"role": "tool", "content": parts}], "row x")
+    assert prompt[1]["content"] == [{"type": "image", "image": {"bytes": b"\x89"}}, {"size": None}]
+    assert image_parts(prompt) == [{"type": "image", "image": {"bytes": b"\x89"}}]
+    assert last_text([GO, {"role": "tool", "content": {"temp": 5}}]) == "{'temp': 5}"
+
+
+def test_what_a_tool_returned_is_refused_by_the_template_in_one_line(tokenizer: Any) -> None:
+    tokenizer.chat_template = STRINGS
+    for content in (READING, [READING]):
+        with pytest.raises(UserError, match="row x: the model's chat template refuses the prompt: can only conc"):
+            make_prompt({"prompt": [GO, {"role": "tool", "content": content}]}, tokenizer, "x")
+
+
+def test_pictures_of_columns_stand_beside_data_of_a_tool() -> None:
+    row = {"prompt": [{"role": "tool", "content": [READING, "a"]}, GO], "picture": "a.png"}
+    prompt = RowsTask([row], num_validation=0, image_columns=["picture"]).train_row(0)["prompt"]
+    image = {"type": "image", "image": "a.png"}
+    assert prompt == [row["prompt"][0], {"role": "user", "content": [image, {"type": "text", "text": "go"}]}]
 
 
 def test_pictures_of_columns_go_into_a_conversation_with_a_message_without_content() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
+
 import datasets
 import numpy as np
 import pytest
@@ -42,12 +45,33 @@ def test_number_letter_and_text_name_the_same_choice(answer):
         ({"text": COLOURS, "label": ["x", "y", "z"]}, 1),
         (np.array(COLOURS), np.int64(1)),
         (tuple(COLOURS), 1),
+        ({"text": np.array(COLOURS), "label": np.array(["A", "B", "C"])}, "B"),  # of pandas, from a Parquet file
+        ({"text": np.array(COLOURS), "label": np.array([7, 8, 9])}, np.int64(8)),
     ],
 )
 def test_choices_of_a_mapping_are_read_with_the_labels_of_the_dataset(choices, answer):
     for row in rows_of(task(*[{"choices": choices, "answer": answer}] * 2)):
         assert row["answer"] == "B"
         assert row["prompt"][0]["content"].endswith("?\nA. red\nB. green\nC. blue\nAnswer with just the letter.")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "options"),
+    [
+        ([[1, 2], [3, 4]], [3, 4], "A. [1, 2]\nB. [3, 4]"),
+        ([np.array([1, 2]), np.array([3, 4])], np.array([3, 4]), "A. [1, 2]\nB. [3, 4]"),
+        (np.array([[1, 2], [3, 4]]), 1, "A. [1, 2]\nB. [3, 4]"),
+        ([Decimal("1.50"), Decimal("2")], Decimal("2"), "A. 1.50\nB. 2"),
+        ([date(2020, 1, 2), date(2021, 1, 2)], date(2021, 1, 2), "A. 2020-01-02\nB. 2021-01-02"),
+        ([np.int64(5), np.int64(6)], "6", "A. 5\nB. 6"),
+        ([np.float32(1.5), np.float64(2)], 1, "A. 1.5\nB. 2.0"),
+        ({"A": True, "B": ["x"]}, "B", "A. True\nB. ['x']"),
+    ],
+)
+def test_a_choice_is_whatever_can_be_written_out(choices, answer, options):
+    for row in rows_of(task(*[{"choices": choices, "answer": answer}] * 2)):
+        assert row["answer"] == "B"
+        assert row["prompt"][0]["content"].endswith(f"?\n{options}\nAnswer with just the letter.")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -78,13 +102,19 @@ def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
         ({"answer": 0, "choices": ["red"]}, "must be a list of 2 to 26 choices"),
         (
             {"answer": 0, "choices": ["red", None]},
-            r"must be a list of 2 to 26 choices, none of them null, \{'A': choice",
+            r"must be a list of 2 to 26 choices, none of them null or a mapping, \{'A': choice",
         ),
         ({"answer": 0, "choices": {"red", "green"}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": 5}, "must be a list of 2 to 26 choices"),
-        ({"answer": 0, "choices": [["red"], ["green"]]}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": ["red", float("nan")]}, "must be a list of 2 to 26 choices"),
+        ({"answer": 0, "choices": {"A": "red", "B": None}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": [{"label": "A", "text": "red"}] * 2}, "must be a list of 2 to 26 choices"),
-        ({"answer": 0, "choices": {"A": "red", "C": "green"}}, "must be a list of 2 to 26 choices"),
+        (
+            {"answer": 0, "choices": {"A": "red", "B": None, "C": "green"}},
+            r"row 0: column 'choices' has choices for A, C alone; letters go from A \(or a\) on without a gap, and a null",
+        ),
+        ({"answer": 0, "choices": {"b": "red", "c": "green"}}, "has choices for b, c alone"),
+        ({"answer": 0, "choices": {"AB": "red", "C": "green"}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": {"red": 1, "green": 0}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": {"text": COLOURS, "label": 5}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": {"text": ["red", None], "label": ["A", "B"]}}, "must be a list of 2 to 26 choices"),

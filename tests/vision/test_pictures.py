@@ -40,7 +40,10 @@ def test_paths_bytes_pil_and_dataset_columns_give_the_same_picture(tmp_path):
     path.write_bytes(as_bytes(image))
     forms = [image, str(path), path, as_bytes(image), {"bytes": as_bytes(image), "path": None}, {"path": str(path)}]
     address = "data:image/png;base64," + base64.b64encode(as_bytes(image)).decode()
-    forms += [address, {"url": address}]
+    lines = "data:image/png;base64,\n" + base64.encodebytes(as_bytes(Image.effect_noise((9, 9), 80))).decode()
+    assert lines.count("\n") > 3
+    assert load_image(lines, "row x").tobytes() == load_image(lines.replace("\n", "%0A"), "row x").tobytes()
+    forms += [address, {"url": address}, address.replace("/", "%2F").replace("+", "%2B").replace("=", "%3D")]
     assert {load_image(form, "row x").tobytes() for form in forms} == {image.tobytes()}
 
 
@@ -69,6 +72,19 @@ def test_sixteen_bits_of_grey_keep_their_range(kind):
     assert np.asarray(load_image(stored, "row x"))[..., 1].tolist() == [[0, 0, 1], [127, 128, 255]]
     big_endian = Image.frombytes("I;16B", (3, 2), values.astype(">u2").tobytes())
     assert load_image(big_endian, "row x").tobytes() == load_image(stored, "row x").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("stored", "grey"),
+    [
+        (b"P5 4 1 65535\n" + bytes([0, 0, 0, 255, 1, 0, 255, 255]), [0, 0, 1, 255]),
+        (b"P2 4 1 1023\n0 300 600 1023\n", [0, 75, 150, 255]),  # 1023 is white
+    ],
+    ids=["P5", "P2"],
+)
+def test_sixteen_bits_of_a_portable_graymap_keep_their_range(stored, grey):
+    assert Image.open(io.BytesIO(stored)).mode == "I"
+    assert np.asarray(load_image(stored, "row x")).tolist() == [[[value] * 3 for value in grey]]
 
 
 def test_the_transparent_value_of_sixteen_bits_is_white():
@@ -126,6 +142,7 @@ def test_the_rotation_a_camera_noted_is_applied():
             "row x: cannot read the image from data:image/png,raw (a data: address must be in base64)",
         ),
         ("data:image/png;base64,?", "row x: cannot read the image from data:image/png;base64,? ("),
+        ("data:image/png;base64,A\n?", "row x: cannot read the image from data:image/png;base64,A ? ("),
         (Image.new("I", (4, 4), 30_000), "row x: the image has numbers of 32 bits (mode I), and which"),
         (Image.new("F", (4, 4), 0.5), "row x: the image has numbers of 32 bits (mode F), and which"),
         (7, "row x: an image is a path, bytes or a PIL image, not int"),
@@ -214,6 +231,12 @@ def test_a_shape_no_grid_has_is_refused_with_the_row(processor):
 def test_a_placeholder_written_in_the_text_is_refused(processor):
     with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):
         encode(processor, Image.new("RGB", (84, 84)), "and <|image_pad|>")
+
+
+def test_what_a_template_stumbles_over_is_one_line(processor, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'] + '?' }}")
+    with pytest.raises(UserError, match=r"^row x: the model's chat template refuses the prompt: can only concatenate"):
+        encode(processor, Image.new("RGB", (84, 84)))
 
 
 def test_two_placeholders_and_one_picture_are_refused_with_the_row():

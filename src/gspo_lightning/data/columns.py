@@ -13,6 +13,8 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages
 
+_TOOL_ROLES = ("tool", "ipython", "function")
+
 Needed = Mapping[str, str | Mapping[str, str]]
 """Column -> who needs it in every row, or by task of a mixture."""
 
@@ -54,13 +56,17 @@ def checked_prompt(prompt: Any, where: str) -> str | Messages:
 
 
 def checked_messages(prompt: Any, where: str) -> Messages:
-    """A conversation that a model can go on with, without the nulls that Arrow adds to messages."""
+    """A conversation that a model can go on with, without the nulls that Arrow adds to messages and parts.
+
+    What a tool returned may be any data, which the chat template reads or refuses; nulls within it are kept.
+    """
     well_formed = isinstance(prompt, list | tuple) and all(isinstance(m, Mapping) and _has_role(m) for m in prompt)
     if not well_formed or not prompt:
         raise UserError(f"{where}: the prompt must be a string or a list of messages with role and content")
-    messages: Messages = without_nulls(prompt)
+    messages: Messages = [_without_added_nulls(message) for message in prompt]
     for number, message in enumerate(messages):
-        _check_content(message.get("content"), f"{where}, message {number}")
+        if message["role"] not in _TOOL_ROLES:
+            _check_content(message.get("content"), f"{where}, message {number}")
     last = messages[-1]
     if last["role"] == "assistant":
         raise UserError(f"{where}: the last message is the assistant's; end the prompt before it")
@@ -69,11 +75,39 @@ def checked_messages(prompt: Any, where: str) -> Messages:
     return messages
 
 
-def without_nulls(value: Any) -> Any:
-    """Without the keys that are null, at any depth: Arrow gives every mapping the keys of all of its column."""
+def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message; none where its content is text, or data that a tool returned."""
+    content = message.get("content")
+    return [part for part in content if _is_typed(part)] if isinstance(content, list) else []
+
+
+def _without_added_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that are null: Arrow gives every mapping the keys of all of its column.
+
+    At any depth (it does so to the arguments of calls too), but not within content that is no part: that is data, which
+    no column of Arrow holds beside text.
+    """
+    return {
+        name: _content(item) if name == "content" else _without_nulls(item)
+        for name, item in message.items()
+        if item is not None
+    }
+
+
+def _content(content: Any) -> Any:
+    if not isinstance(content, list | tuple):
+        return content
+    return [_without_nulls(item) if _is_typed(item) else item for item in content]
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_typed(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") is not None
 
 
 def _has_role(message: Mapping[str, Any]) -> bool:
@@ -102,7 +136,7 @@ def _is_part(part: dict[str, Any]) -> bool:
 
 def _is_blank(content: Any) -> bool:
     if isinstance(content, list):
-        return all(part["type"] == "text" and not part["text"].strip() for part in content)
+        return all(_is_typed(part) and part["type"] == "text" and is_missing(part.get("text")) for part in content)
     return is_missing(content)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from logging import CRITICAL
 from pathlib import Path
@@ -28,11 +29,18 @@ def is_file(source: str) -> bool:
 
 
 def read_file(source: str) -> Sequence[Row]:
-    """All rows of a JSON (a list of objects), JSONL, CSV (values stay strings) or Parquet file.
+    """All rows of a JSON (a list of objects, or one a line), JSONL, CSV (values stay strings) or Parquet file.
 
     Raises:
         UserError: the file is missing, of another kind, empty or malformed; names the file and the line.
     """
+    rows = _rows_of(source)
+    if not len(rows):
+        raise UserError(f"{source}: the dataset is empty")
+    return rows
+
+
+def _rows_of(source: str) -> Sequence[Row]:
     path = Path(source).expanduser()
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
@@ -40,20 +48,18 @@ def read_file(source: str) -> Sequence[Row]:
     try:
         with path.open("rb") as probe:
             empty = not probe.read(1)
-        rows = [] if empty else _read_parquet(path) if kind == ".parquet" else _read_text(path, kind, source)
+        return [] if empty else _read_parquet(path) if kind == ".parquet" else _read_text(path, kind, source)
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{source}: cannot read the file ({error.strerror or error})") from error
-    if not len(rows):
-        raise UserError(f"{source}: the dataset is empty")
-    return rows
 
 
 def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     """A split of a dataset of the Hugging Face hub, or of a local folder that ``datasets`` understands or wrote.
 
-    JSON and CSV of a folder are read as `read_file` reads them, where a whole split is asked for.
+    JSON and CSV of a folder are read as `read_file` reads them, where a whole split is asked for; a file of a split
+    may be empty.
 
     Raises:
         UserError: it cannot be found, reached or read, or is empty; names dataset, split and cause.
@@ -63,17 +69,17 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     folder = Path(source).expanduser()
     try:
         if any((folder / name).is_file() for name in _OF_SAVE_TO_DISK):
-            rows = _saved(datasets.load_from_disk(str(folder)), source, config_name, split)
+            rows = with_class_names(_saved(datasets.load_from_disk(str(folder)), source, config_name, split))
         elif files := _text_files(folder, config_name, split):
-            return [row for file in files for row in read_file(file)]
+            rows = [row for file in files for row in _rows_of(file)]
         else:
-            rows = datasets.load_dataset(source, config_name, split=split)
+            rows = with_class_names(datasets.load_dataset(source, config_name, split=split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"data.task.source={source}, split {split}: cannot load it: {cause[0]}") from error
     if not len(rows):
         raise UserError(f"data.task.source={source}, split {split}: the dataset is empty")
-    return with_class_names(rows)
+    return rows
 
 
 def _text_files(folder: Path, config_name: str | None, split: str) -> list[str]:
@@ -129,11 +135,28 @@ def _read_jsonl(stream: TextIO, source: str) -> Iterator[Row]:
 
 
 def _read_json(stream: TextIO, source: str) -> Iterator[Row]:
-    content = _parse(stream.read(), source)
+    text = stream.read()
+    if _is_lines(text):
+        stream.seek(0)
+        yield from _read_jsonl(stream, source)
+        return
+    content = _parse(text, source)
     if not isinstance(content, list):
         raise UserError(f"{source}: expected a list of objects, found one {type(content).__name__}")
     for number, item in enumerate(content):
         yield _object(item, f"{source} row {number}")
+
+
+def _is_lines(text: str) -> bool:
+    """Whether an object stands in each line, which ``datasets`` calls JSON too: the first line is one, and more follow."""
+    first = re.match(r"\s*(\{[^\n]*)\n\s*\S", text)
+    if first is None:
+        return False
+    try:
+        json.loads(first[1])
+    except (RecursionError, ValueError):
+        return False
+    return True
 
 
 def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:

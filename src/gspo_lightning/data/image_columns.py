@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gspo_lightning.data.columns import as_mapping
+from gspo_lightning.data.columns import as_mapping, parts_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
 
@@ -21,10 +21,10 @@ def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Me
         raise UserError(f"{where}: a plain prompt has no place for images; set data.task.conversational=true")
     pictures = [picture for value in values for picture in (value if isinstance(value, list | tuple) else [value])]
     contents = [message.get("content") for message in prompt]
-    if not any(isinstance(content, list) for content in contents):
+    if isinstance(contents[-1], str) and not any(parts_of(message) for message in prompt):
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
         return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": contents[-1]}]}]
-    places = sum(part.get("type") == "image" for c in contents if isinstance(c, list) for part in c)
+    places = sum(_is_image(part) for content in contents if isinstance(content, list) for part in content)
     if places != len(pictures):
         raise UserError(f"{where}: {places} image placeholders for {len(pictures)} images; give one image for each")
     following = iter(pictures)
@@ -32,14 +32,17 @@ def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Me
         {
             **message,
             "content": [
-                {"type": "image", "image": next(following)} if part.get("type") == "image" else part
-                for part in message["content"]
+                {"type": "image", "image": next(following)} if _is_image(part) else part for part in message["content"]
             ],
         }
         if isinstance(message.get("content"), list)
         else message
         for message in prompt
     ]
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def encoded_images(rows: Any, columns: Sequence[str]) -> Any:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -44,7 +45,7 @@ def load_image(value: Any, where: str) -> Picture:
         raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or mend the image")
     if width * height > MAX_PIXELS_DECODED:
         raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # which Pillow scales to 16 bits
         raise UserError(
             f"{where}: the image has numbers of 32 bits (mode {image.mode}), and which of them is white is not known; "
             "save it with 8 or 16 bits a pixel"
@@ -103,19 +104,20 @@ def _open(value: Any, where: str) -> Picture:
 
 def _decoded(address: str) -> bytes:
     """The bytes within ``data:image/png;base64,...``."""
-    kind, _, data = address.partition(",")
+    kind, _, data = unquote(address).partition(",")
     if not kind.lower().endswith(";base64"):
         raise ValueError("a data: address must be in base64")
-    return base64.b64decode(data, validate=True)
+    return base64.b64decode("".join(data.split()), validate=True)
 
 
 def _short(name: str) -> str:
-    """A picture in base64 would be a line of megabytes."""
+    """A picture in base64 would be a line of megabytes, or many lines."""
+    name = " ".join(name.splitlines())
     return name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
 
 
 def _on_white(image: Picture) -> Picture:
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         image = _in_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

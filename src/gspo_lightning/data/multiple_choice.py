@@ -9,11 +9,10 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from gspo_lightning.data.columns import as_mapping, column_of, without_nulls
+from gspo_lightning.data.columns import as_mapping, column_of
 from gspo_lightning.data.rows import RowsTask
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.functions import is_missing
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class MultipleChoice(RowsTask):
         row = dict(as_mapping(row, where))
         column = column_of(row, self.choices_column, where, "data.task.choices_column")
         choices, labels = _labelled(column, f"{where}: column {self.choices_column!r}")
-        answer = column_of(row, self.answer_column, where, "data.task.answer_column")
+        answer = _plain(column_of(row, self.answer_column, where, "data.task.answer_column"))
         row["answer"] = letter_of(answer, choices, where, labels)
         row["options"] = "\n".join(f"{string.ascii_uppercase[n]}. {choice}" for n, choice in enumerate(choices))
         return super()._prompt_row(row, where)
@@ -45,26 +44,37 @@ class MultipleChoice(RowsTask):
 
 def _labelled(column: Any, where: str) -> tuple[list[Any], list[str] | None]:
     """The choices, and the dataset's own labels of them where it has any."""
-    choices, labels = column.tolist() if hasattr(column, "tolist") else column, None
+    choices, labels = _plain(column), None
     if isinstance(column, Mapping):
-        column = without_nulls(column)  # of Arrow, where another row has more choices
-        if set(column) == {"text", "label"}:
-            choices, labels = column["text"], column["label"]
-        elif _are_letters(labels := sorted(map(str, column))):
-            choices = [column.get(label) for label in labels]
+        given = {str(name): _plain(item) for name, item in column.items() if item is not None}  # Arrow adds nulls
+        labels = sorted(given)
+        if set(given) == {"text", "label"}:
+            choices, labels = given["text"], given["label"]
+        elif _are_letters(labels):
+            choices = [given[label] for label in labels]
+        elif all(len(label) == 1 and label.upper() in string.ascii_uppercase for label in labels):
+            raise UserError(
+                f"{where} has choices for {', '.join(labels)} alone; letters go from A (or a) on without a gap, and a "
+                "null is no choice"
+            )
     if not _are_choices(choices) or not (labels is None or isinstance(labels, list)):
         raise UserError(
-            f"{where} must be a list of 2 to 26 choices, none of them null, {{'A': choice, 'B': ...}}, or "
+            f"{where} must be a list of 2 to 26 choices, none of them null or a mapping, {{'A': choice, 'B': ...}}, or "
             "{'text': [choices], 'label': [labels]}"
         )
     if labels is not None and (len(labels) != len(choices) or len({*map(str, labels)}) != len(choices)):
         raise UserError(f"{where} must have one label for each choice, no two alike; found {labels}")
-    return list(choices), None if labels is None else [str(label) for label in labels]
+    return [_plain(choice) for choice in choices], None if labels is None else [str(label) for label in labels]
 
 
 def _are_choices(choices: Any) -> bool:
     known = isinstance(choices, list | tuple) and 2 <= len(choices) <= 26
-    return known and all(isinstance(c, str) or (isinstance(c, int | float) and not is_missing(c)) for c in choices)
+    return known and not any(isinstance(c, Mapping) or c is None or c != c for c in map(_plain, choices))
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and numbers of numpy, which pandas gives, as those of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _are_letters(labels: list[str]) -> bool:

@@ -14,8 +14,10 @@ from gspo_lightning.data.columns import checked_prompt
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
 
-_REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 """What a template raises over messages that it does not read; most test nothing, and add what is there to a string."""
+_MARK = "TEXT-OF-A-PART"
+_WRITTEN_OUT = re.compile(rf"""["']text["']: ?["']{_MARK}""")
 _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"})
 
 
@@ -45,20 +47,24 @@ def encode_prompt(
         )
     try:
         ids = tokenizer.apply_chat_template(
-            with_joined_text(prompt, tokenizer),
+            with_joined_text(prompt, tokenizer, template_kwargs),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
             **(template_kwargs or {}),
         )
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
     return torch.tensor(ids, dtype=torch.long)
 
 
-def with_joined_text(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Messages:
+def with_joined_text(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None
+) -> Messages:
     """The conversation with text instead of parts that are all text, unless the chat template reads parts."""
-    if not any(_is_text_in_parts(message) for message in messages) or _reads_parts(tokenizer):
+    if not any(_is_text_in_parts(message) for message in messages):
+        return messages
+    if _reads_parts(messages, tokenizer, template_kwargs or {}):
         return messages
     return [
         {**message, "content": "".join(part["text"] for part in message["content"])}
@@ -70,21 +76,27 @@ def with_joined_text(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _is_text_in_parts(message: dict[str, Any]) -> bool:
     content = message.get("content")
-    return isinstance(content, list) and all(part.get("type") == "text" for part in content)
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    )
 
 
-def _reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a part of text is rendered as the text is; some templates of models that see render parts alone."""
-    text = "MESSAGE-OF-THE-USER"
-    in_parts, alone = (_rendered(tokenizer, content) for content in ([{"type": "text", "text": text}], text))
-    return text in in_parts and (in_parts == alone or text not in alone)
+def _reads_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> bool:
+    """Whether the last part's text is rendered, and the list of parts not written out as Python or JSON has it.
 
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
+    Tried with the conversation itself: some templates refuse others. How text in parts looks is the template's affair
+    (some put each on a line of its own, or trim it).
+    """
+    last = [{"type": "text", "text": _MARK}]
+    marked = [
+        {**message, "content": message["content"][:-1] + last} if _is_text_in_parts(message) else message
+        for message in messages
+    ]
     try:
-        return str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
-    except _REFUSALS:
-        return ""
+        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False, **template_kwargs))
+    except REFUSALS:
+        return False
+    return _MARK in rendered and not _WRITTEN_OUT.search(rendered)
 
 
 def refuse_surrogates(prompt: str | Messages, where: str) -> None:

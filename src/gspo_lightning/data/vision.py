@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL.Image import Resampling
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
+from gspo_lightning.data.columns import parts_of
 from gspo_lightning.data.images import Picture, load_image
-from gspo_lightning.data.templating import refuse_surrogates
+from gspo_lightning.data.templating import REFUSALS, refuse_surrogates
 from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -79,13 +79,7 @@ def image_parts(prompt: str | Messages) -> list[dict[str, Any]]:
     """The parts of a conversation that are pictures or videos, in order."""
     if isinstance(prompt, str):
         return []
-    return [
-        part
-        for message in prompt
-        if not isinstance(message.get("content"), str)
-        for part in message.get("content") or []
-        if part.get("type") in ("image", "video")
-    ]
+    return [part for message in prompt for part in parts_of(message) if part["type"] in ("image", "video")]
 
 
 def picture_of(part: Mapping[str, Any]) -> Any:
@@ -100,10 +94,9 @@ def last_text(prompt: str | Messages) -> str:
     """What a prompt says, for people: a plain prompt, or the text of the last message."""
     if isinstance(prompt, str):
         return prompt
-    content = prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part.get("type") == "text")
+    if not (parts := parts_of(prompt[-1])):
+        return str(prompt[-1]["content"])
+    return "".join(str(part.get("text", "")) for part in parts if part["type"] == "text")
 
 
 def encode_conversation(
@@ -131,7 +124,7 @@ def encode_conversation(
             tokenize=False,
             **template_kwargs,
         )
-    except (TemplateError, ValueError) as error:
+    except REFUSALS as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
     # Gemma 3 writes one token that its processor makes a picture's whole run of placeholders of.
     _match(text, getattr(processor, "boi_token", processor.image_token), len(media.pictures), "image", where)
