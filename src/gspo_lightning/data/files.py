@@ -148,7 +148,7 @@ def _read_json(stream: TextIO, source: str) -> Iterator[Row]:
 
 
 def _is_lines(text: str) -> bool:
-    """Whether an object stands in each line, which ``datasets`` calls JSON too: the first line is one, and more follow."""
+    """Whether each line has an object, which ``datasets`` calls JSON too: the first line is one, and more follow."""
     first = re.match(r"\s*(\{[^\n]*)\n\s*\S", text)
     if first is None:
         return False
