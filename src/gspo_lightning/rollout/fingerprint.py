@@ -24,15 +24,21 @@ from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.types import Completion, Prompt, SamplingParams
 
 PROBE_TOKENS = 48
+DEFAULT_LIMITS = VisionSettings()
 PROBE_SAMPLING = SamplingParams(num_generations=8, max_completion_length=4, temperature=0.7)
 DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Mean absolute difference allowed, by the dtype the engine computes in. Measured on SmolLM2: see docs/rollouts.md."""
 
 
-def probe_prompt(policy: Policy, max_model_len: int) -> Prompt:
+def probe_prompt(policy: Policy, max_model_len: int, limits: VisionSettings = DEFAULT_LIMITS) -> Prompt:
     """At most `PROBE_TOKENS` tokens, none of them special; the same for the same tokenizer.
 
     A policy that reads pictures gets one of noise in front of them: its vision half has to be proven too.
+
+    Args:
+        policy: whose tokenizer and processor.
+        max_model_len: of the engine; the probe and its completions fit.
+        limits: on pictures, as the engine has them.
     """
     special = {*policy.tokenizer.get_added_vocab().values(), *policy.tokenizer.all_special_ids}
     size = min(len(policy.tokenizer), policy.output_weight.shape[0])
@@ -41,18 +47,18 @@ def probe_prompt(policy: Policy, max_model_len: int) -> Prompt:
     generator = torch.Generator().manual_seed(20260101)
     ids = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
     if policy.vision is not None:
-        return _with_picture(policy, ids[:8], generator)
+        return _with_picture(policy, ids[:8], generator, limits)
     return Prompt(uid="gspo:probe", prompt="", input_ids=ids, sample={})
 
 
-def _with_picture(policy: Policy, text: Tensor, generator: torch.Generator) -> Prompt:
+def _with_picture(policy: Policy, text: Tensor, generator: torch.Generator, limits: VisionSettings) -> Prompt:
     noise = torch.randint(256, (56, 56, 3), generator=generator, dtype=torch.uint8)
     content = [
         {"type": "image", "image": Image.fromarray(noise.numpy())},
         {"type": "text", "text": policy.tokenizer.decode(text.tolist())},
     ]
     messages = [{"role": "user", "content": content}]
-    ids, media = encode_conversation(messages, policy.processor, VisionSettings(), {}, "the probe")
+    ids, media = encode_conversation(messages, policy.processor, limits, {}, "the probe")
     return Prompt("gspo:probe", messages, ids, {}, media)
 
 

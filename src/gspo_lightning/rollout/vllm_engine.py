@@ -91,7 +91,7 @@ class VLLMEngine:
         self.model, self.overrides, self.dtype, self.lora_sync = model, overrides or {}, dtype, lora_sync
         self.max_model_len = max_prompt_length + max_completion_length
         self.max_num_seqs, self.prefix_caching, self.tolerance = max_num_seqs, prefix_caching, tolerance
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.limits = VisionSettings(min_pixels, max_pixels)
         self.eager = not cuda if enforce_eager is None else enforce_eager
         self.sleep = cuda if sleep is None else sleep
         memory = 0.3 if memory_fraction is None and kv_cache_gb is None and cuda else memory_fraction
@@ -192,14 +192,13 @@ class VLLMEngine:
 
     def _vision(self, policy: Policy) -> dict[str, Any]:
         """The same pictures as in training: the processor's own limits, or those of the data."""
-        limits = VisionSettings(self.min_pixels, self.max_pixels)
         if policy.vision is None:
-            if limits.is_set:
+            if self.limits.is_set:
                 raise UserError(
                     f"rollout.engine.min_pixels and max_pixels have no effect: {self.model} reads text alone"
                 )
             return {}
-        size = {"size": limits.size(policy.processor.image_processor)} if limits.is_set else {}
+        size = {"size": self.limits.size(policy.processor.image_processor)} if self.limits.is_set else {}
         return {"limit_mm_per_prompt": {"video": 0}, "mm_processor_kwargs": size}
 
     def close(self) -> None:
@@ -253,7 +252,7 @@ class VLLMEngine:
         self._llm.reset_mm_cache()
 
     def _prove(self, policy: Policy) -> None:
-        probe = probe_prompt(policy, self.max_model_len)
+        probe = probe_prompt(policy, self.max_model_len, self.limits)
         try:
             (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
         except ValueError as error:
