@@ -131,7 +131,8 @@ class Minibatch:
     num_tokens: int
     """Their tokens."""
     left_out: tuple[MicroBatchPlan, ...] = ()
-    """Micro-batches of the completions in the normaliser that are not forwarded: they cannot change the gradient."""
+    """Micro-batches of the completions in the normaliser that are not forwarded, as they cannot change the gradient;
+    none unless their entropy is asked for."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def _minibatch(
         local = plan_micro_batches(lengths, members, settings.max_tokens_per_microbatch)
         return tuple(tuple(type(part)(groups[part.group], part.completions) for part in micro) for micro in local)
 
-    return Minibatch(groups, planned(survivors), num_sequences, num_tokens, planned(others))
+    left_out = planned(others) if settings.log_entropy else ()
+    return Minibatch(groups, planned(survivors), num_sequences, num_tokens, left_out)
 
 
 def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> MicroBatch:

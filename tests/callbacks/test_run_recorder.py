@@ -136,6 +136,18 @@ def test_a_new_run_in_a_used_folder_keeps_the_old_records_aside(tmp_path):
     assert {name: (tmp_path / f"{name}.old").read_bytes() for name in old} == old
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_summary_of_a_run_that_ended_does_not_stand_for_one_that_has_not(goes_on, tmp_path):
+    """A sweep would take its accuracy for that of a job that was stopped, and so would a comparison."""
+    states = play(start(tmp_path), 1, 1)
+    (tmp_path / "summary.json").write_text("{}")
+    recorder = start(tmp_path)
+    if goes_on:
+        recorder.load_state_dict(states[1])
+    play(recorder, 2, 2)
+    assert not (tmp_path / "summary.json").exists() and (tmp_path / "summary.json.old").read_text() == "{}"
+
+
 def checkpoint_of(folder, text):
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / "last.ckpt").write_text(text)

@@ -22,7 +22,7 @@ from gspo_lightning.callbacks.files import copy_prefix, flush_to_disk, remove, r
 from gspo_lightning.callbacks.metrics_table import MetricsTable
 from gspo_lightning.types import ScoredRollout
 
-BEFORE, AFTER = "validation_before.json", "validation_after.json"
+BEFORE, AFTER, SUMMARY = "validation_before.json", "validation_after.json", "summary.json"
 
 
 class RunRecorder(L.Callback):
@@ -31,7 +31,7 @@ class RunRecorder(L.Callback):
     ``metrics.csv`` has a row per rollout (``step`` counts finished rollouts; 0 is the validation before
     training), with the columns of a validation in the row of the rollout it follows. ``completions.jsonl``
     has a line per completion. ``validation_before.json`` and ``validation_after.json`` hold the validation
-    before training and the newest one since.
+    before training and the newest one since. A ``summary.json`` in the folder is of a run that ended, and set aside.
 
     Args:
         run_dir: where to write; exists.
@@ -121,16 +121,16 @@ class RunRecorder(L.Callback):
     def _prepare(self) -> None:
         if self._ready:
             return
+        self._set_aside(SUMMARY)  # of a run that ended: this one has not
         if self._loaded is None:
-            self._set_aside()
+            # A run from the start neither mixes with the records of another in its folder nor destroys them.
+            self._set_aside(self.table.path.name, self.completions.name, BEFORE, AFTER)
         else:
             self._take_over(self._loaded, self.resume_dir or self.run_dir)
         self._ready = True
 
-    def _set_aside(self) -> None:
-        """A run from the start neither mixes with the records of another in its folder nor destroys them."""
-        paths = (self.table.path, self.completions, self.run_dir / BEFORE, self.run_dir / AFTER)
-        for path in filter(Path.exists, paths):
+    def _set_aside(self, *names: str) -> None:
+        for path in filter(Path.exists, (self.run_dir / name for name in names)):
             os.replace(path, path.with_name(f"{path.name}.old"))
 
     def _set_checkpoints_aside(self) -> None:
