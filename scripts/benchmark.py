@@ -128,9 +128,11 @@ def run(side: str, python: str, scenario: Scenario, model: str, steps: int, thre
 
 
 def matmul_rate(precision: str, threads: int) -> float:
-    """Operations per second of a square matrix product, in a fresh process with the same threads."""
+    """Operations per second of a square product as ours computes it, in a fresh process with the same threads."""
     code = (
         "import torch,time,sys\n"
+        "from gspo_lightning.packing.products import onednn_float32\n"
+        "onednn_float32(torch.device('cpu')).__enter__()\n"
         f"torch.set_num_threads({threads})\n"
         f"a=torch.randn(1536,1536).to(torch.{'bfloat16' if precision == 'bf16' else 'float32'}); b=a.clone()\n"
         "[a@b for _ in range(5)]\n"

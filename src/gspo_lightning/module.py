@@ -8,6 +8,7 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import lightning as L
@@ -25,6 +26,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
 from gspo_lightning.one_step_off import OneStepOff
+from gspo_lightning.packing.products import onednn_float32
 from gspo_lightning.passes import Passes
 from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.load import PolicyLoader
@@ -249,9 +251,11 @@ class GSPOModule(L.LightningModule):
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored, by_weight))
         add_metrics(update.metrics, self._drawn.metrics())
-        update.prepare(self._minibatches(scored))
-        self._sample_ahead()
-        update.run()
+        # For all threads: one that samples ahead would have these products in some rollouts for longer than in others.
+        with onednn_float32(self.device) if self.ahead is None else nullcontext():
+            update.prepare(self._minibatches(scored))
+            self._sample_ahead()
+            update.run()
         self._sync_reference()
         self._finish_rollout(scored, update)
 

@@ -1,12 +1,21 @@
-"""Float32 logits from bfloat16 products; what the matrix units do (exact products, float32 sums) is done in float32."""
+"""Float32 products from bfloat16 ones, whose units (exact products, float32 sums) float32 stands for; and by oneDNN."""
 
 from __future__ import annotations
+
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gspo_lightning.packing.products import float32_products
+from gspo_lightning.packing import products
+from gspo_lightning.packing.products import float32_products, onednn_float32, rows_missing
 from tests.support import relative_distance
+from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of
+
+CPU = torch.device("cpu")
+MATMUL = torch.backends.mkldnn.matmul
+EPYC = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
 
 
 @pytest.mark.parametrize(
@@ -28,3 +37,88 @@ def test_the_product_is_that_of_float64(a_dtype, b_dtype, bound):
     assert relative_distance(ours.double(), expected) < bound
     rounded = (a.float() @ b.float().t()).bfloat16()
     assert relative_distance(rounded.double(), expected) > 1e-3  # what an ordinary bfloat16 product would give
+
+
+def on(monkeypatch, **facts):
+    """A processor of these facts, by default one on which oneDNN is asked."""
+    monkeypatch.setattr(products.torch.cpu, "get_capabilities", lambda: {**EPYC, **facts})
+
+
+def test_on_this_processor_products_by_onednn_have_all_digits():
+    a, b = torch.randn(96, 640), torch.randn(640, 320)
+    with onednn_float32(CPU):
+        ours = a @ b
+    assert relative_distance(ours.double(), a.double() @ b.double()) < 1e-6
+
+
+def test_onednn_is_asked_inside_alone_and_rows_are_filled_there(monkeypatch):
+    on(monkeypatch)
+    monkeypatch.setattr(products, "_stays_float32", lambda: True)
+    assert rows_missing(33, CPU, torch.float32) == 0
+    with suppress(KeyError), onednn_float32(CPU):
+        assert (MATMUL.fp32_precision, rows_missing(33, CPU, torch.float32)) == ("bf16", 31)
+        assert rows_missing(33, CPU, torch.float64) == 0
+        raise KeyError
+    assert MATMUL.fp32_precision == "none"
+
+
+@pytest.mark.parametrize(
+    "facts", [{"cpu_name": "Intel Xeon"}, {"amx_tile": True}, {"avx512_f": False}, {"cpu_name": ""}], ids=str
+)
+def test_other_processors_multiply_as_before(facts, monkeypatch):
+    on(monkeypatch, **facts)
+    with onednn_float32(CPU):
+        assert MATMUL.fp32_precision == "none"
+
+
+def test_gpus_and_a_precision_that_the_user_chose_are_left_alone(monkeypatch):
+    on(monkeypatch)
+    with onednn_float32(torch.device("cuda")):
+        assert MATMUL.fp32_precision == "none"
+    MATMUL.fp32_precision = "ieee"
+    try:
+        with onednn_float32(CPU):
+            assert MATMUL.fp32_precision == "ieee"
+        assert MATMUL.fp32_precision == "ieee"
+    finally:
+        MATMUL.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(("digits", "stays"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
+def test_a_processor_that_rounds_after_all_is_found_out(digits, stays, monkeypatch):
+    exact = torch.Tensor.__matmul__
+
+    def rounding(a, b):
+        return exact(a, b) if a.dtype == torch.float64 else exact(*(x.to(digits).to(x.dtype) for x in (a, b)))
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    with torch.autocast("cpu", torch.bfloat16):  # around every step in bf16-mixed
+        assert products._stays_float32.__wrapped__() is stays
+    assert MATMUL.fp32_precision == "none"
+
+
+def test_an_update_in_float32_is_made_of_such_products_and_stays_what_it_was(micro_model_dir, monkeypatch):
+    settings = Settings(dtype="float32", objective={"loss_type": "grpo", "importance_sampling_level": "token"})
+    on(monkeypatch, cpu_name="Intel")
+    before, _ = update_of(micro_model_dir, settings)
+    on(monkeypatch)
+    now, module = update_of(micro_model_dir, settings)
+    assert relative_distance(now.double(), before.double()) < 1e-6
+
+    asked = []
+    monkeypatch.setattr(products, "_stays_float32", lambda: True)
+    monkeypatch.setattr(module, "auxiliary_loss", lambda minibatch: asked.append(MATMUL.fp32_precision))
+    module.max_rollouts = 2
+    trainer().fit(module, Batches(scripted_prompts(), 1).loader())
+    assert asked == ["bf16"]
+
+
+def test_where_a_thread_samples_ahead_it_is_not_asked(micro_model_dir, monkeypatch):
+    on(monkeypatch)
+    monkeypatch.setattr(products, "_stays_float32", lambda: True)
+    module, asked = build_module(micro_model_dir, Settings(dtype="float32")), []
+    monkeypatch.setattr(module, "auxiliary_loss", lambda minibatch: asked.append(MATMUL.fp32_precision))
+    module.ahead = SimpleNamespace(is_stale=False)
+    monkeypatch.setattr(module, "_sample_ahead", lambda: None)
+    trainer().fit(module, Batches(scripted_prompts(), 1).loader())
+    assert asked == ["none"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +13,61 @@ from torch import Tensor
 TILE_ROWS = 32
 """What kernels for AMX take at a time; those of other processors like multiples of it too."""
 
+_ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+@contextmanager
+def onednn_float32(device: torch.device) -> Iterator[None]:
+    """Float32 products by oneDNN, where MKL would use half of the processor: on AMD's with AVX-512.
+
+    There MKL runs its kernels for AVX2: 98 GFLOP/s on a core where oneDNN's reach 220. torch asks oneDNN only where
+    float32 operands may be rounded to bfloat16, and oneDNN rounds them only where there are units for bfloat16 matrices
+    (AMX). Without such units the permission costs no digit; a product is compared once, and if it was rounded after
+    all, nothing changes. A precision that the user has chosen stays.
+
+    Args:
+        device: of the products; elsewhere than on a CPU this does nothing.
+    """
+    if device.type != "cpu" or _ONEDNN.fp32_precision != "none" or not _mkl_is_slow() or not _stays_float32():
+        yield
+        return
+    _ONEDNN.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        _ONEDNN.fp32_precision = "none"
+
+
+def _mkl_is_slow() -> bool:
+    """Whether this is an AMD processor with AVX-512 and without AMX."""
+    facts = torch.cpu.get_capabilities()
+    return "AMD" in facts.get("cpu_name", "") and bool(facts.get("avx512_f")) and not facts.get("amx_tile")
+
+
+@functools.cache
+def _stays_float32() -> bool:
+    """Whether oneDNN keeps all digits of float32 operands that it might round."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 512, generator=generator, device="cpu", dtype=torch.float32) for _ in range(2))
+    _ONEDNN.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            product = a @ b.t()
+    finally:
+        _ONEDNN.fp32_precision = "none"
+    exact = a.double() @ b.t().double()
+    return bool((product - exact).abs().max() <= 1e-5 * exact.abs().max())
+
 
 def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of zeros to put behind the operands of bfloat16 products on a CPU; none elsewhere.
+    """Rows of zeros to put behind the operands of oneDNN's products: those in bfloat16 on a CPU, and in float32 inside
+    of `onednn_float32`; none elsewhere.
 
     oneDNN makes a kernel for every shape: 3 ms and up to 2 MB for a number of rows that it has not seen, in each of 20
     products of a training step. Multiples of ``TILE_ROWS`` come again, and a product over so many is a third faster.
     """
-    return -rows % TILE_ROWS if device.type == "cpu" and dtype == torch.bfloat16 else 0
+    by_onednn = dtype == torch.bfloat16 or (dtype == torch.float32 and _ONEDNN.fp32_precision == "bf16")
+    return -rows % TILE_ROWS if device.type == "cpu" and by_onednn else 0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
