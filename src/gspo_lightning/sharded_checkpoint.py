@@ -1,7 +1,8 @@
 """Checkpoints that several ranks wrote: whole, and free of code, before torch reads them.
 
 ``torch.distributed.checkpoint`` unpickles the index and what is no tensor without asking. The index may hold the few
-classes it is made of, and nothing else; every record is a zip archive of ``torch.save`` with checksums of its own.
+classes it is made of, and nothing else; every record is a zip archive of ``torch.save`` with checksums of its own, and
+lies in a file beside the index, so that the bytes that are checked are those that torch will read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 INDEX = ".metadata"
 """Which record is where."""
@@ -50,11 +51,29 @@ def read_index(folder: Path) -> Metadata:
     """What is where in a sharded checkpoint.
 
     Raises:
-        pickle.UnpicklingError: it names something else than the parts of an index.
+        pickle.UnpicklingError: it names something else than the parts of an index, or a record elsewhere than in a
+            file of ``folder``, as its bytes are.
     """
     with (folder / INDEX).open("rb") as file:
         index: Metadata = _IndexUnpickler(file).load()
+    if type(index) is not Metadata or type(index.storage_data) is not dict:
+        raise pickle.UnpicklingError("it is no index")
+    for key, place in index.storage_data.items():
+        if type(key) is not MetadataIndex or not _lies_beside(place):
+            raise pickle.UnpicklingError(f"{key}: its record is not in a file beside the index")
     return index
+
+
+def _lies_beside(place: Any) -> bool:
+    """Whether torch reads the bytes of a record where we do, and as they are."""
+    try:
+        name, start, length = place.relative_path, place.offset, place.length
+    except AttributeError:
+        return False
+    is_name = type(name) is str and name == Path(name).name
+    has_room = type(start) is int and type(length) is int and min(start, length) >= 0
+    # Older versions of torch have no transforms; later ones would undo them before they unpickle.
+    return is_name and has_room and not getattr(place, "transform_descriptors", None)
 
 
 def is_whole_folder(folder: Path) -> bool:
@@ -79,7 +98,7 @@ def _records(folder: Path) -> Iterator[tuple[bytes, bool]]:
     """The bytes of each record, and whether it is a tensor."""
     index = read_index(folder)
     for key, place in index.storage_data.items():
-        with (folder / Path(place.relative_path).name).open("rb") as file:
+        with (folder / place.relative_path).open("rb") as file:
             file.seek(place.offset)
             content = file.read(place.length)
         if len(content) < place.length:
