@@ -29,6 +29,25 @@ FOREIGN = [
     "numpy.load",
     "runpy.run_path",
 ]
+DETOURS = {
+    "gspo_lightning.rewards.sandbox._popen": "gspo_lightning.rewards.sandbox._popen",
+    "gspo_lightning.rewards.sandbox.os.system": "os",
+    "gspo_lightning.resume.torch.load": "torch",
+    "gspo_lightning.build.instantiate": "hydra",
+    "gspo_lightning.callbacks.files.shutil.rmtree": "shutil",
+    "gspo_lightning.build.build": "gspo_lightning.build.build",
+    "gspo_lightning.cli.build_module": "gspo_lightning.cli.build_module",
+    "gspo_lightning.callbacks.files.remove": "gspo_lightning.callbacks.files.remove",
+    "gspo_lightning.rewards.sandbox_runner.answer": "gspo_lightning.rewards.sandbox_runner.answer",
+    "gspo_lightning.redact._WORD.sub": "gspo_lightning.redact._WORD.sub",
+    "gspo_lightning.module.GSPOModule.load_from_checkpoint": "lightning",
+    "gspo_lightning.rewards.sandbox": "gspo_lightning.rewards.sandbox",
+    "lightning.pytorch.callbacks.model_checkpoint.os.system": "os",
+    "lightning.Trainer.fit": "lightning",
+    "torch.optim.lr_scheduler.types.FunctionType": "types",
+    "builtins.dict.fromkeys": "builtins.dict.fromkeys",
+}
+"""Names that begin as those on the list do -> what is missing on it."""
 
 
 @pytest.mark.parametrize("target", FOREIGN)
@@ -39,6 +58,53 @@ def test_what_could_do_harm_is_not_on_the_list(target):
         check_targets({"reward": {"functions": {"f": {"_target_": "hydra.utils.get_method", "path": target}}}})
     with pytest.raises(UserError, match=r"callbacks.0._target_"):
         check_targets({"callbacks": [{"_target_": target}]})
+
+
+@pytest.mark.parametrize("target", DETOURS)
+def test_a_name_on_the_list_does_not_lead_elsewhere(target):
+    for node, where in (
+        ({"_target_": target}, "_target_"),
+        ({"_target_": "hydra.utils.get_object", "path": target}, "path"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_targets({"x": node})
+        assert str(error.value) == (
+            f"x.{where}={target} is not on the list of what a config may call; if you trust it, set the environment "
+            f"variable GSPO_ALLOWED_TARGETS={DETOURS[target]} (docs/safety.md)"
+        )
+
+
+@pytest.mark.parametrize("node", [{"_args_": ["os.system"]}, {"path": None}, {"path": "x.f", "_args_": ["os.system"]}])
+def test_what_is_looked_up_is_named_where_it_is_checked(node):
+    with pytest.raises(UserError) as error:
+        check_targets({"x": {"_target_": "hydra.utils.get_method", **node}})
+    assert str(error.value) == "x.path: hydra.utils.get_method looks up one name; give it as path, not in _args_"
+
+
+def test_what_libraries_and_users_export_from_elsewhere_stays_allowed(tmp_path, monkeypatch):
+    for target in ("torch.optim.Muon", "lightning.pytorch.loggers.CSVLogger", "gspo_lightning.RewardSet",
+                   "bitsandbytes.optim.AdamW8bit", "datetime.timedelta", "lightning.Trainer"):  # fmt: skip
+        assert is_allowed(target), target
+    assert is_allowed("peft.LoraConfig", more=("peft",)) and is_allowed("peft.LoraConfig", more=("peft.LoraConfig",))
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("from ._parts import *\nfrom ._parts import _private\n")
+    (tmp_path / "own_package" / "_parts.py").write_text(
+        "import functools, os\nfrom subprocess import run\ndef f(scale=1): ...\ndef _private(): ...\n"
+        "half = functools.partial(f, scale=0.5)\nclass Reward:\n    def __call__(self): ...\nreward = Reward()\n"
+        "number = 3\nshell = functools.partial(run, shell=True)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(targets, "_START", str(tmp_path))
+    for name in ("f", "_private", "half", "Reward", "reward", "number", "missing", "_parts.f"):
+        assert is_allowed(f"own_package.{name}"), name
+    for name in ("run", "shell", "os.system", "number.to_bytes", "f.__call__"):
+        assert not is_allowed(f"own_package.{name}"), name
+    assert is_allowed("own_package.run", more=("subprocess",))
+
+
+def test_pythons_own_modules_are_never_the_users(monkeypatch):
+    monkeypatch.setattr(targets, "_START", str(Path(shutil.__file__).parents[2]))  # as a Python below a home folder
+    assert not is_allowed("subprocess.run")
 
 
 def test_a_refused_target_is_not_even_imported(tmp_path, monkeypatch):

@@ -4,13 +4,20 @@ Allowed are this project, the libraries that ``conf/`` uses, and modules below t
 ``PYTHONPATH``, which are the user's own. Anything else must be named in the environment variable
 ``GSPO_ALLOWED_TARGETS`` (prefixes, separated by commas): there, and not in a config, because a config could allow
 itself.
+
+A dotted name can lead anywhere: a module has what it imports as attributes. So the name is followed as Hydra will
+follow it, and what each step finds must be defined where a config may call something.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gspo_lightning.errors import UserError
@@ -30,6 +37,13 @@ LIBRARIES = (
     "datetime.timedelta",
 )
 """Prefixes of dotted names that every config may use."""
+_RUN_WHAT_THEY_ARE_GIVEN = (
+    "gspo_lightning.build",
+    "gspo_lightning.callbacks.files",
+    "gspo_lightning.config_types",
+    "gspo_lightning.rewards.sandbox_runner",
+)
+"""Ours, and not for configs: they call, import or remove what an argument names, which nobody checks."""
 LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
 """They return what ``path`` names without calling it; the same rule holds for that name."""
 # Read once, before any config is: Hydra can set environment variables from a config (hydra.job.env_set). It can also
@@ -40,7 +54,7 @@ _BY_THE_USER = tuple(name.strip() for name in os.environ.get("GSPO_ALLOWED_TARGE
 
 
 def check_targets(node: Any, key: str = "") -> None:
-    """Refuses, before anything is imported, a config that calls what is not allowed.
+    """Refuses a config that calls what is not allowed; nothing is imported that is not.
 
     Raises:
         UserError: names the key, the target, and how to allow it.
@@ -52,24 +66,85 @@ def check_targets(node: Any, key: str = "") -> None:
         return
     target, where = str(node["_target_"]), f"{key}._target_"
     if target in LOOKUPS:
-        target, where = str(node.get("path", "")), f"{key}.path"
-    if not is_allowed(target):
-        package = target.partition(".")[0]
+        target, where = str(node.get("path") or ""), f"{key}.path"
+        if not target or node.get("_args_"):
+            raise UserError(f"{where}: {node['_target_']} looks up one name; give it as path, not in _args_")
+    if (missing := _missing(target, _BY_THE_USER)) is not None:
         raise UserError(
             f"{where}={target} is not on the list of what a config may call; if you trust it, set the environment "
-            f"variable GSPO_ALLOWED_TARGETS={package} (docs/safety.md)"
+            f"variable GSPO_ALLOWED_TARGETS={missing} (docs/safety.md)"
         )
 
 
 def is_allowed(target: str, more: tuple[str, ...] = _BY_THE_USER) -> bool:
-    """Whether a dotted name is on the list, or lies in a module of the user's own."""
-    if any(target == prefix or target.startswith(f"{prefix}.") for prefix in (*LIBRARIES, *more)):
-        return True
-    return _is_own(target.partition(".")[0])
+    """Whether a config may call what a dotted name leads to; imports it if the name itself is on the list."""
+    return _missing(target, more) is None
+
+
+def _missing(target: str, more: tuple[str, ...]) -> str | None:
+    """What would have to be on the list for a target; None if nothing is missing."""
+    package = target.partition(".")[0]
+    if not package.isidentifier():
+        return target
+    if _is_below(target, more):
+        more = (*more, package)  # who trusts a part of a package may find it defined in another
+    elif not _is_below(target, LIBRARIES) and not _is_own(package):
+        return package
+    parts, found = target.split("."), None
+    for count in range(1, len(parts) + 1):
+        path = ".".join(parts[:count])
+        try:
+            found = _step(found, path)
+        except (Exception, SystemExit):  # noqa: BLE001  (whoever imports it says better what is wrong)
+            return None
+        if (missing := _strays(found, path, more)) is not None:
+            return missing
+    return target if isinstance(found, ModuleType) and _is_below(target, LIBRARIES) else None
+
+
+def _step(found: Any, path: str) -> Any:
+    """What Hydra finds at the end of ``path``, given what it found one step before."""
+    before, _, name = path.rpartition(".")
+    try:
+        return getattr(found, name) if before else import_module(path)
+    except AttributeError:
+        if not isinstance(found, ModuleType):
+            raise
+        return import_module(path)
+
+
+def _strays(found: Any, path: str, more: tuple[str, ...]) -> str | None:
+    """The package or name that would have to be on the list for one step; None if nothing is missing."""
+    if path in (*LIBRARIES, *more):
+        return None
+    if isinstance(found, ModuleType):
+        return None if found.__name__ == path or _is_home(found.__name__, more) else found.__name__
+    while isinstance(found, functools.partial):
+        found = found.func
+    if not callable(found):
+        return None  # a value: what can be called on it is the next step
+    module = getattr(found, "__module__", None)  # that of its class, if it is an object
+    if not isinstance(module, str):
+        return path
+    home = f"{module}.{getattr(found, '__qualname__', type(found).__qualname__)}"
+    if not _is_home(home, more):
+        return module.partition(".")[0]
+    is_private = path.rpartition(".")[2].startswith("_") and _is_below(home, LIBRARIES)
+    return path if is_private or _is_below(home, _RUN_WHAT_THEY_ARE_GIVEN) else None
+
+
+def _is_home(name: str, more: tuple[str, ...]) -> bool:
+    return _is_below(name, (*LIBRARIES, *more)) or _is_own(name.partition(".")[0])
+
+
+def _is_below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _is_own(package: str) -> bool:
     """Whether a top-level module is the user's own; finding it imports nothing."""
+    if package in sys.stdlib_module_names:
+        return False  # also where Python itself lies below the folder, as below a home folder
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
