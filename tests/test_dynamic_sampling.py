@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gspo_lightning import dynamic_sampling
 from gspo_lightning.advantages import AdvantageEstimator
@@ -14,7 +16,9 @@ from gspo_lightning.collect import compare, rollout_metrics
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.dynamic_sampling import draw_until_signal
+from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.types import Completion, Dialogue, Prompt, PromptBatch, RewardedRollout
+from tests.training import Settings, build_module, scripted_prompts, scripted_reward, trainer
 
 
 def rewarded(prompts: list[Prompt], rewards: list[list[float]]) -> RewardedRollout:
@@ -97,6 +101,52 @@ def test_silent_groups_are_replaced_in_place_until_all_have_signal():
     assert rollout.rewards.tolist() == [[0, 6], [0, 2], [0, 5]]
     assert batch.cursor == 6 and (drawn.draws, drawn.extra_prompts, drawn.silent_left) == (2, 3, 0)
     assert drawn.discarded_tokens == 6  # three groups of two completions of one token
+
+
+def test_what_the_policy_earns_counts_the_groups_that_made_room():
+    """Of what was kept alone the mean would be 13 / 6, and no group would be silent."""
+    _, rollout, _, drawn = run({0, 2, 3}, max_draws=5)
+    assert rollout.rewards.mean().item() == 13 / 6
+    metrics = drawn.metrics(lambda by_function: 0.5 * by_function[..., 0])
+    assert {name: (total.item(), count.item()) for name, (total, count) in metrics.items()} == {
+        "dynamic_sampling/sampled_reward": (0.5 * (3 * (1 + 1) + 2 + 5 + 6), 12),
+        "dynamic_sampling/silent_frac": (3, 6),
+        "dynamic_sampling/draws": (2, 1),
+        "dynamic_sampling/extra_prompts": (3, 1),
+        "dynamic_sampling/silent_left": (0, 1),
+    }
+
+
+def test_groups_that_stay_silent_count_among_all_that_were_sampled():
+    _, _, _, drawn = run({*range(100)} - {1}, max_draws=2)  # three prompts, then two, then two
+    silent, sampled = drawn.metrics(lambda by_function: by_function[..., 0])["dynamic_sampling/silent_frac"]
+    assert (silent.item(), sampled.item()) == (6, 7)
+
+
+class Scripted(L.LightningDataModule):
+    """Two prompts, the second without signal, and one that takes its place."""
+
+    def first(self) -> PromptBatch:
+        return PromptBatch(scripted_prompts(count=2), cursor=2)
+
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+        return PromptBatch(scripted_prompts(seed=1, count=sum(counts)), batch.cursor + sum(counts))
+
+    def train_dataloader(self) -> DataLoader[PromptBatch]:
+        return DataLoader([self.first()], batch_size=None)  # type: ignore[arg-type]
+
+
+def test_a_run_logs_what_it_sampled_by_weight_and_what_it_kept(micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.max_draws = 1
+    module.rewards = RewardSet({"scripted": RewardSpec(scripted_reward, weight=0.5)}, combine="normalize_then_sum")
+    trainer().fit(module, datamodule=Scripted())
+    prompts = [*scripted_prompts(count=2), *scripted_prompts(seed=1, count=1)]
+    first, silent, fresh = (0.5 * sum(value for _, value in prompt.sample["scripted"]) for prompt in prompts)
+    found = module.last_metrics
+    assert found["reward/mean"] == pytest.approx((first + fresh) / 6, rel=1e-12)
+    assert found["dynamic_sampling/sampled_reward"] == pytest.approx((first + silent + fresh) / 9, rel=1e-12)
+    assert (found["frac_zero_std_groups"], found["dynamic_sampling/silent_frac"]) == (0.0, pytest.approx(1 / 3))
 
 
 def test_draws_are_bounded_and_the_rollout_keeps_its_size():

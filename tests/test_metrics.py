@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from gspo_lightning.collect import rollout_metrics
+from gspo_lightning.distributed import global_means
 from gspo_lightning.rewards import RewardSet, RewardSpec
-from gspo_lightning.types import Completion, Prompt, ScoredRollout
+from gspo_lightning.types import Completion, Prompt, PromptBatch, ScoredRollout
 from gspo_lightning.update import MicroBatch, sampler_mismatch
 from tests.support import micro_policy, padded_logprobs
 from tests.training import Batches, Settings, build_module, scripted_prompts, scripted_reward, trainer, update_of
@@ -79,6 +85,59 @@ def test_rewards_normalised_for_training_are_reported_by_weight(micro_model_dir)
     assert abs(module.last_scored.rewards.mean().item()) < 1e-12
     assert module.last_metrics["reward/mean"] == pytest.approx(rewards.mean().item(), rel=1e-12)
     assert module.last_metrics["reward/std"] == pytest.approx(rewards.std(dim=1).mean().item(), rel=1e-12)
+
+
+def test_a_name_of_which_nothing_was_seen_is_left_out_and_what_is_not_finite_stays():
+    def pair(total, count):
+        return torch.tensor(total), torch.tensor(count)
+
+    found = global_means({"none": pair(0.0, 0.0), "bad": pair(math.nan, 2.0), "a": pair(3.0, 2.0)}, torch.device("cpu"))
+    assert found == {"a": 1.5, "bad": pytest.approx(math.nan, nan_ok=True)}
+
+
+class Rollouts(L.LightningDataModule):
+    """The second of three rollouts has no signal, and a reward function that applies to nothing in it."""
+
+    def train_dataloader(self) -> DataLoader[PromptBatch]:
+        rollouts = [scripted_prompts() for _ in range(3)]
+        for prompt in rollouts[1]:
+            prompt.sample.update(scripted=[(i, 0.3) for i in range(3)], quiet=True)
+        return DataLoader([PromptBatch(prompts, cursor=0) for prompts in rollouts], batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[PromptBatch]:
+        return DataLoader([PromptBatch(scripted_prompts(generations=1), cursor=0)], batch_size=None)  # type: ignore[arg-type]
+
+
+def now_and_then(completions, quiet=None, **_):
+    return [None if quiet is not None and quiet[i] else 2.0 for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_loggers_have_what_a_rollout_measured_and_monitors_the_newest_value(every, micro_model_dir, tmp_path):
+    module = build_module(micro_model_dir, Settings(rollouts=3))
+    module.rewards = RewardSet({"scripted": RewardSpec(scripted_reward), "extra": RewardSpec(now_and_then)})
+    seen = []
+
+    class Monitored(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            names = ("reward/extra", "ratio/mean")
+            seen.append([(trainer.callback_metrics[n].item(), n in module.last_metrics) for n in names])
+
+    stop = EarlyStopping("reward/extra", patience=9, check_finite=True)
+    best = ModelCheckpoint(tmp_path / "best", monitor="reward/extra", every_n_train_steps=1)
+    runner = trainer(
+        callbacks=[Monitored(), stop, best], logger=CSVLogger(tmp_path), log_every_n_steps=every, limit_val_batches=1,
+        val_check_interval=1, check_val_every_n_epoch=None, enable_checkpointing=True,
+    )  # fmt: skip
+    runner.fit(module, datamodule=Rollouts())
+    assert module.rollouts_done == 3 and stop.wait_count == 2
+    assert seen == [[(2.0, True), (1.0, True)], [(2.0, False), (1.0, False)], [(2.0, True), (1.0, True)]]
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    # The last rollout is logged in any case.
+    expected = {1: [("1", "2.0", "1.0"), ("2", "", ""), ("3", "2.0", "1.0")], 2: [("2", "", ""), ("3", "2.0", "1.0")]}
+    assert [(row["step"], row["reward/extra"], row["ratio/mean"]) for row in rows] == expected[every]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import threading
 import warnings
 from dataclasses import dataclass, field, replace
@@ -269,6 +270,39 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
     said = [str(line.message) for line in lines if "sampled ahead is dropped" in str(line.message)]
     assert len(said) == (0 if kept else 1) and all("\n" not in line for line in said)
     assert ahead.generate(policy, PROMPTS, asked, seed + 1).completions and ahead.is_stale
+
+
+@pytest.mark.parametrize("saved_by", ["this version", "an older one"])
+def test_a_pending_rollout_took_as_long_as_the_checkpoint_says(saved_by, micro_model_dir):
+    policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
+    before = OneStepOff(Elsewhere())
+    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    state = before.state_dict()
+    assert state["seconds"] > 0.001
+    if saved_by == "an older one":
+        del state["seconds"]
+    ahead = OneStepOff(Elsewhere())
+    ahead.load_state_dict(state, policy)
+    ahead.generate(policy, PROMPTS, sampling, 3)
+    assert ahead.is_stale and ahead.seconds == pytest.approx(state.get("seconds", math.nan), nan_ok=True, rel=1e-12)
+
+
+def test_a_lost_rollout_takes_as_long_as_the_second_attempt(micro_model_dir):
+    policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
+    before = OneStepOff(Elsewhere(fail_at=0))
+    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    engine, state = Elsewhere(), before.state_dict() | {"seconds": 99.0}
+    sample = engine.generate
+
+    def slowly(*arguments: Any) -> Rollout:
+        threading.Event().wait(0.05)
+        return sample(*arguments)
+
+    engine.generate = slowly  # type: ignore[method-assign]
+    ahead = OneStepOff(engine)
+    ahead.load_state_dict(state, policy)
+    ahead.generate(policy, PROMPTS, sampling, 3)
+    assert ahead.is_stale and 0.05 <= ahead.seconds < 30
 
 
 def test_other_sampling_waits_for_the_pending_rollout_and_leaves_it(micro_model_dir):

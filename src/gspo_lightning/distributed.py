@@ -56,9 +56,10 @@ def gather_values(values: Tensor) -> Tensor:
 
 
 def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
-    """Means over everything all ranks saw: sums over ranks divided by counts over ranks, NaN where nothing was seen.
+    """Means over everything all ranks saw: sums over ranks divided by counts over ranks.
 
     Ranks may hold different names (a rank without a surviving group has no ratios), so the names are gathered first.
+    A name of which no rank saw anything is left out, on all ranks alike.
     """
     names = sorted(metrics)
     if world_size() > 1:
@@ -71,7 +72,7 @@ def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
     pairs = [metrics.get(name, (zero, zero)) for name in names]
     table = torch.stack([torch.stack([x.detach().double().cpu() for x in pair]) for pair in pairs]).to(device)
     sums, counts = global_sum(table).cpu().unbind(dim=1)
-    return {name: (s / c).item() if c else float("nan") for name, s, c in zip(names, sums, counts, strict=True)}
+    return {name: (s / c).item() for name, s, c in zip(names, sums, counts, strict=True) if c}
 
 
 def add_metrics(total: Metrics, more: Metrics) -> None:

@@ -44,13 +44,24 @@ class Drawn:
     silent_left: int = 0
     discarded_tokens: int = 0
     """Sampled tokens of groups that made room."""
+    by_function: tuple[Tensor, ...] = ()
+    """``(B, G, K)`` rewards of all that was sampled, draw after draw, with those of groups that made room."""
 
-    def metrics(self) -> Metrics:
-        """Counts per rollout over all ranks; nothing where dynamic sampling is off."""
+    def metrics(self, combine: Callable[[Tensor], Tensor]) -> Metrics:
+        """Counts per rollout over all ranks and means over all that was sampled; nothing where dynamic sampling is off.
+
+        Args:
+            combine: ``(B, G, K)`` rewards by function -> ``(B, G)``.
+        """
         if not self.enabled:
             return {}
         share = torch.tensor(1 / world_size(), dtype=torch.float64)
+        rewards = combine(torch.cat(self.by_function))
+        # Only silent groups made room, each for one prompt.
+        silent, sampled = torch.tensor([self.extra_prompts + self.silent_left, len(rewards)], dtype=torch.float64)
         return {
+            "dynamic_sampling/sampled_reward": (rewards.sum(), torch.tensor(float(rewards.numel()))),
+            "dynamic_sampling/silent_frac": (silent, sampled),
             "dynamic_sampling/draws": (share * self.draws, share),
             "dynamic_sampling/extra_prompts": (torch.tensor(float(self.extra_prompts)), share),
             "dynamic_sampling/silent_left": (torch.tensor(float(self.silent_left)), share),
@@ -71,7 +82,7 @@ def draw_until_signal(
     """
     batch = source.first()
     rollout = collect(batch.prompts)
-    drawn = Drawn(enabled=True)
+    drawn = Drawn(enabled=True, by_function=(rollout.rewards_by_function,))
     for _ in range(max_draws):
         silent = silent_rollout(rollout.completions, rollout.rewards).nonzero().flatten().tolist()
         counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
@@ -89,7 +100,9 @@ def draw_until_signal(
         if not silent:
             run_along()
         else:
-            rollout = _replace(rollout, silent, collect(more.prompts))
+            fresh = collect(more.prompts)
+            drawn = replace(drawn, by_function=(*drawn.by_function, fresh.rewards_by_function))
+            rollout = _replace(rollout, silent, fresh)
     silent_left = int(silent_rollout(rollout.completions, rollout.rewards).sum())
     return rollout, batch, replace(drawn, silent_left=silent_left)
 

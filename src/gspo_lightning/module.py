@@ -37,7 +37,7 @@ from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
-from gspo_lightning.rollout_log import rollout_values
+from gspo_lightning.rollout_log import log_rollout, rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
 from gspo_lightning.run_state import keep_settings, refuse_other_model, restore_run_state, run_state, trained_part
 from gspo_lightning.schedule import Schedule
@@ -250,7 +250,7 @@ class GSPOModule(L.LightningModule):
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored, by_weight))
-        add_metrics(update.metrics, self._drawn.metrics())
+        add_metrics(update.metrics, self._drawn.metrics(self.rewards.weighted_sum))
         # For all threads: one that samples ahead would have these products in some rollouts for longer than in others.
         with onednn_float32(self.device) if self.ahead is None else nullcontext():
             update.prepare(self._minibatches(scored))
@@ -340,12 +340,12 @@ class GSPOModule(L.LightningModule):
             stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
         )  # fmt: skip
         self.last_metrics = values
-        self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
         # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
         if (finish := getattr(getattr(self.trainer, "datamodule", None), "finish", None)) is not None:
             finish(self.batch_in_hand)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
+        log_rollout(self, values, self.rollouts_done)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the validation counters anew, with one for each task of a mixture."""

@@ -11,6 +11,7 @@ overwritten in place, while no rollout is under way.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 import warnings
@@ -41,7 +42,7 @@ class OneStepOff:
         self.is_stale = False
         """Whether the rollout handed out last was generated ahead, by ``behaviour``."""
         self.seconds = 0.0
-        """How long the engine took for the rollout handed out last, if that was generated ahead."""
+        """How long the engine took for the rollout handed out last, if that was generated ahead; NaN if unknown."""
         self._pending: _Pending | None = None
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
@@ -56,7 +57,9 @@ class OneStepOff:
             self._pending, self.is_stale, self.seconds = None, True, pending.seconds
             if completions is None:  # lost with the process that generated it: the same again
                 assert self.behaviour is not None
+                start = time.perf_counter()
                 completions = self.engine.generate(self.behaviour, prompts, sampling, seed).completions
+                self.seconds = time.perf_counter() - start
             return Rollout(prompts, completions)
         if pending is not None:
             pending.join()  # the engine does one thing at a time, such as a validation
@@ -126,6 +129,7 @@ class OneStepOff:
         return {
             "key": list(self._pending.key),
             "completions": None if self._pending.error else [[_pack(c) for c in g] for g in self._pending.value or []],
+            "seconds": self._pending.seconds,
             "behaviour": [p.detach().cpu().clone() for p in self.behaviour.parameters() if p.requires_grad],
         }
 
@@ -140,18 +144,18 @@ class OneStepOff:
             for parameter, value in zip(trained, state["behaviour"], strict=True):
                 parameter.copy_(value)
         completions = state["completions"]
-        self._pending = _Pending(tuple(state["key"]))
+        # Checkpoints of older versions do not say how long it took.
+        self._pending = _Pending(tuple(state["key"]), state.get("seconds", math.nan))
         self._pending.value = None if completions is None else [[_unpack(c) for c in group] for group in completions]
 
 
 class _Pending:
     """A rollout under way in a thread, or the result of one."""
 
-    def __init__(self, key: tuple[Any, ...]) -> None:
-        self.key = key
+    def __init__(self, key: tuple[Any, ...], seconds: float = 0.0) -> None:
+        self.key, self.seconds = key, seconds
         self.value: list[list[Completion]] | None = None
         self.error: BaseException | None = None
-        self.seconds = 0.0
         self._thread: threading.Thread | None = None
 
     def start(self, generate: Callable[[], list[list[Completion]]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from gspo_lightning.distributed import global_means
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
 from gspo_lightning.types import Metrics
+
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
 
 RATIO_QUANTILES = (0.01, 0.5, 0.99)
 
@@ -45,6 +49,25 @@ def rollout_values(
     values |= stopwatch.metrics(values, before)
     values["perf/peak_rss_gb"] = peak_rss_gb()
     return values
+
+
+def log_rollout(module: GSPOModule, values: Mapping[str, float], step: int) -> None:
+    """Hands the loggers what a rollout measured and nothing else; callbacks may monitor the newest value of a name.
+
+    By ``log_dict`` alone a rollout that did not measure a name would be logged with the last value of that name.
+
+    Args:
+        module: in training.
+        values: of the rollout.
+        step: rollouts done.
+    """
+    module.log_dict(dict(values), logger=False)
+    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of the class
+    if not every or (step % every and not module.trainer.should_stop):
+        return
+    for logger in module.trainer.loggers:
+        logger.log_metrics(dict(values), step)
+        logger.save()
 
 
 def quantiles(values: Tensor, levels: Sequence[float]) -> dict[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ class Stopwatch:
         """Forgets everything; the step starts now."""
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        """Phase -> seconds; NaN where they are unknown."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -30,21 +32,23 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self, now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update.
+        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update, without what is unknown.
 
         Args:
             now: counters ``count/rollout_tokens`` and ``count/train_tokens`` after this rollout.
             before: the same after the rollout before; empty for the first.
         """
-        times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items() if not math.isnan(seconds)}
         times["time/step_s"] = time.perf_counter() - self._start
         rates = {}
         # A rollout generated ahead took as long as it took, however little of that was waited for.
         spent = {
-            "rollout": self.seconds.get("rollout_ahead") or self.seconds.get("rollout", 0.0),
+            "rollout": self.seconds.get("rollout_ahead", self.seconds.get("rollout", 0.0)),
             "train": self.seconds.get("update", 0.0),
         }
         for name, seconds in spent.items():
+            if math.isnan(seconds):
+                continue
             tokens = now[f"count/{name}_tokens"] - before.get(f"count/{name}_tokens", 0.0)
             rates[f"perf/{name}_tokens_per_s"] = tokens / max(seconds, 1e-9)
         return {**times, **rates}

@@ -112,6 +112,29 @@ def test_a_cap_from_above_alone_is_not_missed_where_it_does_not_act():
     assert found(never, clip=(0.0, 5.0)) == []
 
 
+def test_a_run_without_a_ratio_that_moves_is_not_told_that_nothing_is_clipped(capsys):
+    """One optimizer step on a rollout sampled by the weights that take it: the ratio is exactly 1."""
+    row = {"clip_frac_low": 0.0, "clip_frac_high": 0.0, "ratio/p1": 1.0, "ratio/p99": 1.0}
+    objective = SimpleNamespace(ratio_bounds=(0.97, 1.04), importance_sampling_level="sequence")
+    said = {}
+    for steps in [(1, 1), (2, 1), (1, 2)]:
+        for ahead in (None, "an engine"):
+            update = SimpleNamespace(num_iterations=steps[0], num_minibatches=steps[1])
+            module = SimpleNamespace(objective=objective, last_metrics=row, update_settings=update, ahead=ahead)
+            Health(patience=1).on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
+            said[steps, ahead] = "nothing was clipped in 1 rollouts" in capsys.readouterr().out
+    assert said.pop(((1, 1), None)) is False and len(said) == 5 and all(said.values())
+
+
+def test_with_dynamic_sampling_the_reward_is_that_of_all_that_was_sampled():
+    falls = [0.1] * 7 + [0.9] * 5 + [0.4] * 3
+    (one,) = found(series(dynamic_sampling__sampled_reward=falls))
+    assert one[:2] == (15, "reward_collapse") and one[2].startswith("dynamic_sampling/sampled_reward fell from 0.9 to")
+    assert found(series(dynamic_sampling__sampled_reward=[0.25] * 15, reward__mean=falls)) == []
+    (one,) = found(series(dynamic_sampling__sampled_reward=[0.25] * 15, frac_zero_std_groups=[1.0] * 3))
+    assert "in 3 rollouts (dynamic_sampling/sampled_reward=0.25): nothing is learnt; the task is" in one[2]
+
+
 def test_two_with_other_settings_watch_one_run():
     L.Trainer(accelerator="cpu", logger=False, callbacks=[Health(3), Health(5), Health(5, ["no_signal"])])
 
@@ -136,16 +159,18 @@ def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
 
 
 def test_every_metric_that_a_check_reads_is_kept():
-    assert {*GOOD, "dialogue/return"} == set(METRICS)
+    assert {*GOOD, "dialogue/return", "dynamic_sampling/sampled_reward"} == set(METRICS)
 
 
 def played(rows, capsys, folder, cut_at=(), stop_on=()):
     """(rollout, line) of what is printed and the rollouts at which the run is told to end; resumed behind ``cut_at``."""
     health, said, stops = Health(3, list(stop_on)), [], []
     objective = SimpleNamespace(ratio_bounds=(0.97, 1.04), importance_sampling_level="sequence")
+    update = SimpleNamespace(num_iterations=1, num_minibatches=2)
     for rollout, row in enumerate(rows, start=1):
         trainer = SimpleNamespace(is_global_zero=True, should_stop=False)
-        health.on_train_batch_end(trainer, SimpleNamespace(objective=objective, last_metrics=row))
+        module = SimpleNamespace(objective=objective, last_metrics=row, update_settings=update, ahead=None)
+        health.on_train_batch_end(trainer, module)
         said += [(rollout, line) for line in capsys.readouterr().out.splitlines()]
         stops += [rollout] if trainer.should_stop else []
         if rollout in cut_at:

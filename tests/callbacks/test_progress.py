@@ -30,6 +30,8 @@ def test_the_line_says_reward_length_clipping_speed_and_time_left():
     assert "clipped" not in describe(METRICS, 65.0, clipped=False)
     without = {name: value for name, value in METRICS.items() if not name.startswith("clip_frac")}
     assert describe(without, 65.0) == "reward 0.984  length 9.0  150 + 75 tokens/s  left 1:05"
+    del without["perf/rollout_tokens_per_s"]
+    assert describe(without, 65.0) == "reward 0.984  length 9.0  ? + 75 tokens/s  left 1:05"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])

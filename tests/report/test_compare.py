@@ -39,6 +39,16 @@ def test_the_table_holds_means_with_their_intervals(sweep):
     assert str(sweep / "comparison.html") in text.replace("\n", "")
 
 
+def test_runs_that_have_not_finished_are_not_counted_beside_a_mean_without_them(sweep):
+    write_run(sweep / "30", [0.0, 0.5], 3, 0.1, note="<script>")  # the third seed of the first setting
+    code, text = compare(sweep)
+    assert code == 0
+    assert re.search(r"│ +1 │ 2 of 3 │ +2 │", text) and re.search(r"│ +2 │ +2 │ +2 │", text)
+    assert "0.150 ± 0.635" in text
+    page = (sweep / "comparison.html").read_text()
+    assert page.count("<td>2 of 3</td>") == 1 and "that finished (2 of 3: one has not)" in page
+
+
 def test_the_page_is_well_formed_needs_nothing_else_and_draws_a_line_and_a_band_per_setting(sweep):
     compare(sweep)
     page = (sweep / "comparison.html").read_text()

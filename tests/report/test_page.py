@@ -183,6 +183,14 @@ def test_the_time_by_phase_adds_up(tmp_path):
     assert "update5.5 s, 55%rollout2.5 s, 25%other2.0 s, 20%" in text_of(page_of(tmp_path))
 
 
+def test_a_rollout_generated_ahead_is_no_part_of_the_time_of_a_step(tmp_path):
+    write_run(tmp_path)
+    rows = ["step,time/step_s,time/rollout_s,time/update_s,time/rollout_ahead_s", "1,4.0,1.0,2.0,", "2,6.0,1.5,3.5,9.0"]
+    (tmp_path / "metrics.csv").write_text("\n".join([*rows, ""]))
+    text = text_of(page_of(tmp_path))
+    assert "update5.5 s, 55%rollout2.5 s, 25%other2.0 s, 20%" in text and "ahead" not in text
+
+
 def test_a_run_that_has_not_finished_has_a_page_too(tmp_path):
     write_run(tmp_path)
     for name in ("summary.json", "config.yaml", "validation_before.json", "validation_after.json"):

@@ -71,6 +71,16 @@ def test_speed_is_all_tokens_by_all_seconds_and_not_a_mean_of_rates():
     assert phase_speed({}, "train", "update") is None
 
 
+def test_the_speed_of_rollouts_generated_ahead_is_by_the_time_they_took():
+    """The first was waited for, the second took 4 s of which 0.5 s were waited for; that of the third is unknown."""
+    metrics = {
+        "time/rollout_s": [(1.0, 2.0), (2.0, 0.5), (3.0, 0.25)],
+        "time/rollout_ahead_s": [(2.0, 4.0)],
+        "perf/rollout_tokens_per_s": [(1.0, 300.0), (2.0, 150.0)],
+    }
+    assert phase_speed(metrics, "rollout", "rollout") == pytest.approx((600 + 600) / 6)
+
+
 def test_an_evaluation_shows_completions_as_they_are(tmp_path):
     console = screen()
     sample = {"prompt": "[red]2+2", "completion": "[/b] 4", "answer": None, "reward": 0.25, "right": True}

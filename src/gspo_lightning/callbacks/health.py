@@ -29,7 +29,7 @@ class Facts:
     patience: int
     """Rollouts in a row before something that may pass by itself is said."""
     clip: tuple[float, float] | None
-    """Smallest and largest ratio that is never clipped, None for a loss without a clip."""
+    """Smallest and largest ratio that is never clipped, None for a loss without a clip or where all ratios are 1."""
     by_sequence: bool
     """Whether the ratio is that of a sequence."""
 
@@ -86,9 +86,10 @@ def no_signal(facts: Facts) -> str | None:
     silent = facts.recent("frac_zero_std_groups")
     if silent is None or min(silent) < 1.0:
         return None
-    mean = facts.last("reward/mean")
+    name = _reward_name(facts)
     return (
-        f"no group had two different rewards in {facts.patience} rollouts (reward/mean={mean:.3g}): nothing is learnt; "
+        f"no group had two different rewards in {facts.patience} rollouts ({name}={facts.last(name):.3g}): nothing is "
+        "learnt; "
         "the task is too hard or too easy, or the reward cannot tell completions apart"
     )
 
@@ -96,7 +97,7 @@ def no_signal(facts: Facts) -> str | None:
 def reward_collapse(facts: Facts) -> str | None:
     """The moving average of the reward has lost more than half of what was gained."""
     # With rewards of turns the reward of the whole is only a part of what is trained on, or none.
-    name = "dialogue/return" if facts.last("dialogue/return") is not None else "reward/mean"
+    name = "dialogue/return" if facts.last("dialogue/return") is not None else _reward_name(facts)
     means = [row[name] for row in facts.rows if name in row]
     n = facts.patience
     if len(means) < 3 * n:
@@ -174,7 +175,8 @@ CHECKS: tuple[Callable[[Facts], str | None], ...] = (
 
 METRICS = (
     "gspo/ratio_noise_floor", "clip_frac_low", "clip_frac_high", "ratio/p1", "ratio/p99", "frac_zero_std_groups",
-    "reward/mean", "dialogue/return", "entropy", "completion/truncated_frac", "sampler_mismatch/abs_mean", "grad_norm",
+    "reward/mean", "dynamic_sampling/sampled_reward", "dialogue/return", "entropy", "completion/truncated_frac",
+    "sampler_mismatch/abs_mean", "grad_norm",
 )  # fmt: skip
 """What the checks read."""
 MOST_TIMES = 3
@@ -215,8 +217,8 @@ class Health(L.Callback):
         self.rows.append({name: float(now[name]) for name in METRICS if name in now and now[name] == now[name]})
         if len(self.rows) > MOST_ROWS:
             del self.rows[MOST_ROWS // 4]
-        clip, level = module.objective.ratio_bounds, module.objective.importance_sampling_level
-        for name, line in self.findings(Facts(self.rows, self.patience, clip, level != "token")):
+        level = module.objective.importance_sampling_level
+        for name, line in self.findings(Facts(self.rows, self.patience, _clip(module), level != "token")):
             self._said[name] += 1
             if trainer.is_global_zero and self._said[name] <= MOST_TIMES:
                 last = " (it comes and goes: not said again)" if self._said[name] == MOST_TIMES else ""
@@ -247,3 +249,18 @@ class Health(L.Callback):
         rows = zip(*columns.values(), strict=True)
         self.rows = [{n: v for n, v in zip(columns, row, strict=True) if v == v} for row in rows]
         self._holding, self._said = set(state_dict["holding"]), Counter(state_dict["said"])
+
+
+def _reward_name(facts: Facts) -> str:
+    """What the policy earns: with dynamic sampling ``reward/mean`` is of the groups that were kept alone."""
+    name = "dynamic_sampling/sampled_reward"
+    return "reward/mean" if facts.last(name) is None else name
+
+
+def _clip(module: GSPOModule) -> tuple[float, float] | None:
+    """The bounds of the ratio; None without a clip, and where every ratio is exactly 1 and nothing can be clipped."""
+    bounds = module.objective.ratio_bounds
+    if bounds is None or module.ahead is not None:
+        return bounds
+    steps = module.update_settings.num_iterations * module.update_settings.num_minibatches
+    return None if steps == 1 else bounds

@@ -92,8 +92,10 @@ def describe(metrics: dict[str, float], left_s: float, clipped: bool = True) -> 
     parts = [f"reward {metrics['reward/mean']:.3f}", f"length {metrics['completion/mean_tokens']:.1f}"]
     if clipped and "clip_frac_high" in metrics:  # a loss without a clip has no such metric
         parts.append(f"clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
-    rollout, update = metrics["perf/rollout_tokens_per_s"], metrics["perf/train_tokens_per_s"]
-    return "  ".join([*parts, f"{rollout:.0f} + {update:.0f} tokens/s", f"left {format_time(left_s)}"])
+    # Of a rollout that was sampled before a resume the speed may be unknown.
+    rollout, update = metrics.get("perf/rollout_tokens_per_s"), metrics["perf/train_tokens_per_s"]
+    sampled = "?" if rollout is None else f"{rollout:.0f}"
+    return "  ".join([*parts, f"{sampled} + {update:.0f} tokens/s", f"left {format_time(left_s)}"])
 
 
 def format_time(seconds: float) -> str:

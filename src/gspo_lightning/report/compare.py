@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def comparison_table(groups: Sequence[RunGroup]) -> Table:
-    """One row per setting, by its number: how many runs, and means with their confidence intervals."""
+    """One row per setting, by its number: how many runs, and means of those that finished with their intervals."""
     table = Table(title="Mean ± half-width of the 95 % confidence interval", title_justify="left")
     for heading in ("", *_headings(groups)[len(groups[0].settings) :]):
         table.add_column(heading, justify="right", overflow="fold")
@@ -81,9 +81,10 @@ def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[P
     charts = "".join(_charts(groups))
     count = sum(len(group.runs) for group in groups)
     intro = (
-        f'<h1>{count} runs, {len(groups)} settings</h1><p class="soft">Values are means over the runs of a setting, ± '
-        "half the width of the 95 % confidence interval (Student's t). Bands are that interval, at the rollouts that "
-        "all runs of the setting reached; a setting with a single run has none.</p>"
+        f'<h1>{count} runs, {len(groups)} settings</h1><p class="soft">Values are means over the runs of a setting '
+        "that finished (2 of 3: one has not), ± half the width of the 95 % confidence interval (Student's t). Bands "
+        "are that interval, at the rollouts that all runs of the setting reached, finished or not; a setting with a "
+        "single run has none.</p>"
     )
     missing = "".join(f'<p class="soft">{escape(str(folder))}: recorded nothing</p>' for folder in without)
     body = f'{intro}{missing}<h2>Settings that differ</h2>{table}<h2>Curves</h2><div class="charts">{charts}</div>'
@@ -102,7 +103,9 @@ def _cells(group: RunGroup) -> list[str]:
     settings = [str(value) for value in group.settings.values()]
     rollouts = sorted({int(max((s[-1][0] for s in run.metrics.values()), default=0)) for run in group.runs})
     spread = str(rollouts[0]) if len(rollouts) == 1 else f"{rollouts[0]}–{rollouts[-1]}"
-    return [*settings, str(len(group.runs)), spread, *(_with_interval(group.values(key)) for key in COLUMNS.values())]
+    finished, every = sum(bool(run.summary) for run in group.runs), len(group.runs)
+    runs = str(every) if finished == every else f"{finished} of {every}"
+    return [*settings, runs, spread, *(_with_interval(group.values(key)) for key in COLUMNS.values())]
 
 
 def _with_interval(values: Sequence[float]) -> str:

@@ -29,6 +29,11 @@ class Chart:
 
 CHARTS = (
     Chart("Reward", "mean of the rollout", {"reward": "reward/mean"}),
+    Chart(
+        "Reward of all that was sampled",
+        "mean, with the groups that made room",
+        {"reward": "dynamic_sampling/sampled_reward"},
+    ),
     Chart("Reward of dialogues and their turns", "mean of the rollout", {"return": "dialogue/return"}),
     Chart(
         "Held-out accuracy",
@@ -48,6 +53,12 @@ CHARTS = (
     Chart("Entropy", "nats per token", {"entropy": "entropy"}),
     Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, (0.0,)),
     Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, (0.0, 1.0)),
+    Chart(
+        "Groups without signal among all that were sampled",
+        "share",
+        {"all rewards equal": "dynamic_sampling/silent_frac"},
+        (0.0, 1.0),
+    ),
     Chart("Cut completions", "share", {"at the length limit": "completion/truncated_frac"}, (0.0, 1.0)),
     Chart("Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, (0.0,)),
 )
@@ -116,11 +127,11 @@ def curves(metrics: dict[str, Series]) -> str:
 
 
 def phases(metrics: dict[str, Series]) -> str:
-    """Where the time of the rollouts went, as bars."""
+    """Where the time of the rollouts went, as bars. A rollout generated ahead ran beside the other phases."""
     totals = {
         name.removeprefix("time/").removesuffix("_s").replace("_", " "): sum(value for _, value in series)
         for name, series in metrics.items()
-        if name.startswith("time/")
+        if name.startswith("time/") and name != "time/rollout_ahead_s"
     }
     whole = totals.pop("step", 0.0)
     if whole <= 0.0:

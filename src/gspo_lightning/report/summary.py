@@ -76,14 +76,14 @@ def print_evaluation(console: Console, model: str, metrics: dict[str, float], sa
 
 
 def phase_speed(metrics: dict[str, Series], rate: str, phase: str) -> float | None:
-    """All tokens of a phase by all its seconds; None if it never ran.
+    """All tokens of a phase by all its seconds; None if it never ran. What ran ahead took the seconds of that.
 
     Args:
         metrics: columns of ``metrics.csv``.
         rate: the column ``perf/<rate>_tokens_per_s``.
         phase: the column ``time/<phase>_s``.
     """
-    seconds = dict(metrics.get(f"time/{phase}_s", []))
+    seconds = dict([*metrics.get(f"time/{phase}_s", []), *metrics.get(f"time/{phase}_ahead_s", [])])
     rates = dict(metrics.get(f"perf/{rate}_tokens_per_s", []))
     both = seconds.keys() & rates.keys()
     tokens = math.fsum(seconds[step] * rates[step] for step in both)
