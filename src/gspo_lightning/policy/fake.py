@@ -69,7 +69,9 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
     kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     attention = attention_implementation("sdpa", vision)
     with torch.device("meta"):
-        model = kind.from_config(config, attn_implementation=attention, dtype=DTYPES[loader.dtype]).train()
+        model = kind.from_config(
+            config, attn_implementation=attention, dtype=DTYPES[loader.dtype], trust_remote_code=False
+        ).train()
         if not loader.compile:
             lighten(model, recomputed=loader.gradient_checkpointing, check=False)
         if loader.gradient_checkpointing:

@@ -172,6 +172,7 @@ class PolicyLoader:
                 dtype=DTYPES[self.dtype],
                 attn_implementation=attention,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **quantised,

@@ -23,6 +23,7 @@ from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.policy.reading import refuse_own_code
 from gspo_lightning.policy.vision import FAMILIES
 
 _SPECIAL = {
@@ -82,15 +83,16 @@ def load_processor(path: str) -> Any:
     Raises:
         UserError: there is none, or it needs a package that is not installed.
     """
-    model_type = AutoConfig.from_pretrained(path).model_type
+    model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
     try:
         if model_type in FAMILIES and not _has_video_half(path):
             return _without_videos(path, model_type)
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except ImportError as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"model {path!r}: its processor cannot be used here ({why}); install what it needs") from error
     except (OSError, ValueError) as error:
+        refuse_own_code(path, "the processor", error)
         raise UserError(
             f"model {path!r} reads images but has no image processor (preprocessor_config.json or "
             f"processor_config.json): copy it from where the model came from"
@@ -99,7 +101,7 @@ def load_processor(path: str) -> Any:
 
 def _without_videos(path: str, model_type: str) -> ImageTextProcessor:
     images: BaseImageProcessor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     template = tokenizer.chat_template or ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
     processor = ImageTextProcessor(images, tokenizer, chat_template=template)
     processor.own_class = PROCESSOR_MAPPING_NAMES[model_type]
@@ -113,7 +115,7 @@ def _has_video_half(path: str) -> bool:
     if not is_torchvision_available():
         return False
     try:
-        AutoVideoProcessor.from_pretrained(path)
+        AutoVideoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         return False
     return True

@@ -34,10 +34,26 @@ def reading(path: str, what: str, fix: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        refuse_own_code(path, what, error)
         cause = " ".join(str(error).split())[:160]
         raise UserError(f"model.path={path}: {what} cannot be used ({type(error).__name__}: {cause}); {fix}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def refuse_own_code(path: str, what: str, error: Exception) -> None:
+    """Says in our words what transformers says about a model that cannot be read without code of its own.
+
+    Unless it is told not to, transformers would ask at the terminal whether to run that code.
+
+    Raises:
+        UserError: if that is what ``error`` is about.
+    """
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"model.path={path}: {what} needs code that the model brings along, and none is run; choose a model that "
+            "transformers knows by itself"
+        ) from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -47,7 +63,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UserError: there is none that can be read.
     """
     with reading(path, "the tokenizer", "copy tokenizer.json and tokenizer_config.json into the model's folder"):
-        return AutoTokenizer.from_pretrained(resolve_model(path))
+        return AutoTokenizer.from_pretrained(resolve_model(path), trust_remote_code=False)
 
 
 def load_config(path: str) -> Any:
@@ -59,7 +75,7 @@ def load_config(path: str) -> Any:
     folder = resolve_model(path)
     with reading(path, "config.json", "check the folder, or the version of transformers"):
         try:
-            return AutoConfig.from_pretrained(folder)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except OSError as error:
             if Path(folder).is_dir():
                 raise

@@ -67,12 +67,14 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     _restore_digit_splitting(tokenizer)
     tokenizer.save_pretrained(folder)
     # Building a model draws its first weights; a training run that starts here must not see that.
     with torch.random.fork_rng(devices=[]):
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
     config = loaded.config
     # A model loaded from GGUF calls itself quantised, and save_pretrained refuses it: move its weights to one
     # that does not.

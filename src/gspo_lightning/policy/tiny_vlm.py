@@ -49,7 +49,7 @@ def build_language_half(smollm2: Path) -> Any:
     """A Qwen2.5-VL model whose language half holds the weights of SmolLM2; its vision half is random (seed 0)."""
     from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    source: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    source: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, trust_remote_code=False)
     theta = source.config.rope_parameters["rope_theta"]
     text = {
         key: getattr(source.config, key)
@@ -104,7 +104,7 @@ def build_processor(smollm2: Path, scratch: Path) -> Any:
         token["content"] = names.get(token["id"], token["content"])
     content["model"]["vocab"] = {names.get(i, token): i for token, i in content["model"]["vocab"].items()}
     (scratch / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
-    tokenizer = AutoTokenizer.from_pretrained(scratch)
+    tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     images = Qwen2VLImageProcessorPil(min_pixels=84 * 84, max_pixels=84 * 84)
     return ImageTextProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
