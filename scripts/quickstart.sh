@@ -6,6 +6,10 @@
 # The environment variables of scripts/setup.sh hold here too.
 set -euo pipefail
 
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${GSPO_VENV:-$root/.venv}/bin/python"
 

@@ -16,6 +16,7 @@ with_vllm=no
 arguments=()
 for option in "$@"; do
   case "$option" in
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --vllm) with_vllm=yes ;;
     --slow | --gpu)
       kept=()

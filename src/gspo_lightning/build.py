@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError
+from gspo_lightning.extras import install_line
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.types import SamplingParams
@@ -186,7 +187,7 @@ def _logger(name: str, node: dict[str, Any]) -> Any:
     except UserError as error:
         cause = error.__cause__ and error.__cause__.__cause__
         if isinstance(cause, ModuleNotFoundError) and name in _EXTRAS:
-            raise UserError(f"logger={name} is not installed; run pip install -e '.[{name}]'") from error
+            raise UserError(f"logger={name} is not installed; run {install_line(name)}") from error
         raise
 
 

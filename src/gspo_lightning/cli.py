@@ -30,6 +30,7 @@ from gspo_lightning.build import build_data, build_module, build_trainer, rollou
 from gspo_lightning.config_groups import check_choices
 from gspo_lightning.errors import UserError
 from gspo_lightning.estimate import Ranks, estimate
+from gspo_lightning.extras import install_line
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.redact import masked, masked_stderr, redacted
 from gspo_lightning.report import print_evaluation
@@ -69,12 +70,12 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def train_main() -> None:
-    """The console command ``gspo-train``: `train.py` for an installed package."""
+    """`train` with the configs of the package (`gspo_lightning.commands`)."""
     run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(train))
 
 
 def evaluate_main() -> None:
-    """The console command ``gspo-eval``: `evaluate.py` for an installed package."""
+    """`evaluate` with the configs of the package."""
     run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(evaluate))
 
 
@@ -142,7 +143,7 @@ def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = T
     # Hydra goes on about where it has looked, OmegaConf about its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
     if (extra := _OF_SWEEPS.search(line)) is not None:
-        line = f"{extra[1]} is not installed; run bash scripts/setup.sh --sweep"
+        line = f"{extra[1]} is not installed; run {install_line('sweep')}"
     if is_news:
         print(f"error: {masked(line)}", file=sys.stderr, flush=True)
     sys.exit(_code(error))

@@ -84,16 +84,22 @@ def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, mon
         assert capsys.readouterr().err.splitlines()[0] == f"failed: job 1 (seed=2): {error}"
 
 
+INSTALL = (
+    "run pip install hydra-optuna-sweeper==1.3.0 SQLAlchemy==1.4.54 alembic==1.13.3 hydra-joblib-launcher==1.2.0 "
+    "hydra-submitit-launcher==1.2.0"
+)
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
         (
             "In 'hydra/launcher/two_processes': Could not load 'hydra/launcher/joblib'. Available options: basic",
-            "error: hydra/launcher/joblib is not installed; run bash scripts/setup.sh --sweep",
+            f"error: hydra/launcher/joblib is not installed; {INSTALL}",
         ),
         (
             "In 'train': Could not find 'hydra/sweeper/optuna' Available options in 'hydra/sweeper': basic",
-            "error: hydra/sweeper/optuna is not installed; run bash scripts/setup.sh --sweep",
+            f"error: hydra/sweeper/optuna is not installed; {INSTALL}",
         ),
         ("In 'train': Could not find 'hydra/sweeper/other'", "error: In 'train': Could not find 'hydra/sweeper/other'"),
     ],

