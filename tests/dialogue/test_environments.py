@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
 from gspo_lightning.data import SecretNumber
 from gspo_lightning.dialogue import Calculator, GuessTheNumber
-from gspo_lightning.dialogue.calculator import evaluate
+from gspo_lightning.dialogue.calculator import call_of, evaluate
 from gspo_lightning.errors import UserError
 
 
@@ -37,6 +40,27 @@ def test_the_calculator_is_asked_and_the_last_turn_counts():
     assert calculator.step("It is 408.").text is None and calculator.reward() == 1.0
     calculator.reset({"answer": "408"}, 0)
     assert calculator.step("It is 407.").text is None and calculator.reward() == 0.0
+
+
+def test_a_call_stands_between_the_first_opening_and_the_next_closing():
+    assert call_of("<calc>1<calc>2</calc>3</calc>") == "1<calc>2"
+    assert call_of("</calc><calc>1\n+ 1</calc>") == "1\n+ 1" and call_of("<calc></calc>") == ""
+    assert call_of("no") is call_of("<calc>1") is call_of("1</calc>") is call_of("</calc><calc>") is None
+    draw, pattern = random.Random(0), re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
+    found = 0
+    for _ in range(2_000):
+        text = "".join(draw.choices(["<calc>", "</calc>", "1", "\n", "<", "calc>", "/"], k=draw.randrange(9)))
+        call = pattern.search(text)
+        assert call_of(text) == (None if call is None else call[1])
+        found += call is not None
+    assert 200 < found < 1_800
+
+
+def test_a_million_openings_without_a_closing_take_no_time():
+    """A search from each of them to the end would take hours."""
+    calculator = Calculator()
+    calculator.reset({"answer": "1"}, 0)
+    assert calculator.step("<calc>" * 1_000_000).text is None and calculator.reward() == 0.0
 
 
 def test_a_number_that_python_refuses_to_read_is_a_wrong_answer():

@@ -9,7 +9,6 @@ from typing import Any
 
 from gspo_lightning.dialogue.environment import Reply
 
-_CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
 _INTEGER = re.compile(r"-?\d+")
 _OPERATIONS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _LONGEST = 40
@@ -31,8 +30,8 @@ class Calculator:
     def step(self, text: str) -> Reply:
         """See `Environment.step`."""
         self._last = text
-        call = _CALL.search(text)
-        return Reply(None) if call is None else Reply(evaluate(call[1]), role="tool")
+        expression = call_of(text)
+        return Reply(None) if expression is None else Reply(evaluate(expression), role="tool")
 
     def reward(self) -> float:
         """See `Environment.reward`."""
@@ -40,6 +39,12 @@ class Calculator:
         # Python refuses to read more than 4,300 digits.
         said = int(found[-1]) if found and len(found[-1]) <= _LONGEST_NUMBER else None
         return float(said is not None and "<calc>" not in self._last and said == self._answer)
+
+
+def call_of(text: str) -> str | None:
+    """What stands between the first ``<calc>`` and the ``</calc>`` next to it, in time linear in the text."""
+    expression, closed, _ = text.partition("<calc>")[2].partition("</calc>")
+    return expression if closed else None
 
 
 def evaluate(expression: str) -> str:
