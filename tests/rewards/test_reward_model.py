@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from gspo_lightning.errors import UserError
@@ -67,8 +71,54 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         RewardModel(str(build(tmp_path / "three", None, 3)))(prompts=["a"], completions=["b"])
     with pytest.raises(UserError, match="a sequence has [0-9]+ tokens; max_length is 2"):
         RewardModel(str(build(tmp_path / "one", None)), max_length=2)(prompts=["abc"], completions=["b"])
-    with pytest.raises(UserError, match="RewardModel.path="):
+    with pytest.raises(UserError, match="RewardModel.path=.*/nothing cannot be used .*give a folder or hub name"):
         RewardModel(str(tmp_path / "nothing"))(prompts=["a"], completions=["b"])
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        RewardModel(str(folder))(prompts=["a"], completions=["b"])
+    message = str(caught.value)
+    assert message.startswith(f"RewardModel.path={folder} cannot be used (") and "\n" not in message
+    assert message.endswith("its weights in safetensors, with its tokenizer")
+    return message
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    """A right model whose weights or adapter are pickled is refused, so nothing in a pickle is ever read."""
+    folder = build(tmp_path / "pickled", None)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "no file named model.safetensors" in refusal(folder)
+    folder = build(tmp_path / "adapter", None)
+    adapter = get_peft_model(LlamaForSequenceClassification.from_pretrained(folder), LoraConfig(task_type="SEQ_CLS"))
+    adapter.save_pretrained(folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    assert RewardModel(str(folder))(prompts=["a"], completions=["b"])
+    (folder / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors" in refusal(folder)
+
+
+def test_code_beside_the_weights_does_not_run(tmp_path, monkeypatch):
+    """Nobody is asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = build(tmp_path / "model", None)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    assert "contains custom code" in refusal(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_weights_are_refused_in_one_line(tmp_path):
+    folder = build(tmp_path / "broken", None)
+    (folder / "model.safetensors").write_bytes(b"xx")
+    assert "header too small" in refusal(folder)
+    folder = build(tmp_path / "other_shape", None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert "RuntimeError" in refusal(folder)
 
 
 def test_text_in_parts_is_the_text(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from gspo_lightning.data.templating import with_joined_text
 from gspo_lightning.errors import UserError
@@ -17,7 +18,8 @@ class RewardModel:
     """The classifier's one logit for prompt and completion, as `transformers` loads it, frozen.
 
     Conversations go through the chat template of the model's own tokenizer, plain text is joined. The model is loaded
-    at the first call, which may take long: mind it with a ``timeout_s``.
+    at the first call, which may take long: mind it with a ``timeout_s``. Its weights are safetensors, and no code that
+    lies beside them is run.
 
     Args:
         path: folder or hub name of the model and its tokenizer.
@@ -72,12 +74,20 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.path, dtype=getattr(torch, self.dtype), output_loading_info=True
+                self.path,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"RewardModel.path={self.path}: {' '.join(str(error).split())[:200]}") from error
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise UserError(
+                f"RewardModel.path={self.path} cannot be used ({cause}); give a folder or hub name of a sequence "
+                "classifier of transformers, its weights in safetensors, with its tokenizer"
+            ) from error
         if info["missing_keys"]:
             raise UserError(f"RewardModel.path={self.path} is no trained classifier: it lacks {info['missing_keys']}")
         if model.config.num_labels != 1:
