@@ -171,6 +171,26 @@ def test_system_calls_that_would_widen_its_world_are_refused():
 
 
 @needs_isolation
+def test_no_page_is_kept_in_a_pipe_where_no_limit_counts_it():
+    """One page of a huge one keeps all 2 MiB of it when the rest is given back; EPERM is 1."""
+    code = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "def f():\n    page = ctypes.create_string_buffer(4096)\n    piece = (ctypes.c_size_t * 2)(ctypes.addressof(page), 4096)\n"
+        "    return [libc.vmsplice(os.pipe()[1], piece, 1, 0), ctypes.get_errno()]"
+    )
+    assert value(code) == [-1, 1]
+
+
+@needs_isolation
+def test_an_event_loop_runs():
+    """It needs socketpair, which reaches nothing outside."""
+    code = (
+        "import asyncio\nasync def g():\n    await asyncio.sleep(0.001)\n    return 7\ndef f(): return asyncio.run(g())"
+    )
+    assert value(code) == 7
+
+
+@needs_isolation
 def test_its_folder_is_its_own_and_empty_each_time():
     code = "import os\nopen('note', 'w').write('x')\ndef f(): return os.listdir('.')"
     assert value(code) == ["note"]
@@ -185,27 +205,6 @@ def test_no_listening_port_of_the_machine_is_reached():
         port = server.getsockname()[1]
         code = f"import socket\ndef f():\n    try: socket.create_connection(('127.0.0.1', {port}), 1)\n    except OSError as e: return type(e).__name__"
         assert value(code) == "PermissionError"
-
-
-@needs_isolation
-def test_a_program_is_judged_by_what_it_prints():
-    tests = [{"input": "1 2\n", "output": "3"}, {"input": "5 5\n", "output": "10\n"}]
-    code = "print(sum(map(int, input().split())))"
-    assert judge(code, tests) == 1.0
-    assert judge("print(3)", tests) == -1.0
-    assert judge("print(3)", tests, partial=True) == 0.5
-    assert judge("print(3); import sys; sys.exit(1)", [{"input": "x" * 3_000_000, "output": "3"}]) == 1.0
-    assert judge("while True: print(3)", tests) == -1.0
-
-
-@needs_isolation
-def test_an_answer_is_compared_by_type_and_value():
-    def one(expression, expected):
-        return judge(f"def f(): return {expression}", [{"call": "f", "args": [], "expected": expected}]) == 1.0
-
-    assert one("0.1 + 0.2", 0.3) and one("(1, 2)", [1, 2]) and one("{'a': None}", {"a": None})
-    assert one("2.0", 2) and not one("True", 1) and not one("'2'", 2) and not one("float('nan')", 0.0)
-    assert not one("10 ** 400", 1.0) and not one("[1]", [1, 2])
 
 
 def test_where_isolation_is_missing_it_refuses_in_one_line(monkeypatch):

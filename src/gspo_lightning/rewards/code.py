@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from gspo_lightning.errors import UserError
@@ -62,12 +64,14 @@ class CodeTests:
     """Share of the row's ``tests`` that the completion's code passes, or all or nothing.
 
     A test is ``{"call": "add", "args": [1, 2], "expected": 3}`` (a function of the code, JSON values) or
-    ``{"input": "1 2", "output": "3"}`` (the code as a program; outputs are compared without white space at line ends
-    and at the end). All calls of a row share one process and one wall clock; every program has its own. Tests written
-    as ``assert`` are not offered: they would run beside the code they judge, which could fake them.
+    ``{"input": "1 2", "output": "3"}`` (the code as a program, which must end with exit status 0; outputs are compared
+    without white space at line ends and at the end). All calls of a row share one process and one wall clock; every
+    program has its own. Tests written as ``assert`` are not offered: they would run beside the code they judge, which
+    could fake them.
 
     Args:
-        partial: the share of tests passed (true), or 1 for all of them and else 0 (false).
+        partial: the share of tests passed (true), or 1 for all of them and else 0 (false), decided by the first that
+            fails: the others do not run.
         failure: reward of code that is not there, does not run, or passes no test.
         tolerance: relative, for numbers.
         workers: sandboxes at the same time.
@@ -104,25 +108,30 @@ class CodeTests:
 
     def _score(self, completion: Any, tests: Sequence[dict[str, Any]]) -> float:
         code = extract_code(full_text(completion))
-        passed = 0 if code is None else self._passed(code, tests)
+        if code is None:
+            return self.failure
+        with closing(self._verdicts(code, tests)) as verdicts:  # ends the sandbox where not all of them are asked for
+            passed = sum(verdicts if self.partial else takewhile(bool, verdicts))
         if passed == 0 or (passed < len(tests) and not self.partial):
             return self.failure
         return passed / len(tests)
 
-    def _passed(self, code: str, tests: Sequence[dict[str, Any]]) -> int:
+    def _verdicts(self, code: str, tests: Sequence[dict[str, Any]]) -> Generator[bool, None, None]:
+        """Whether the code passes each test, one after the other; fewer where it does not get as far."""
+        for test in tests:
+            if "input" in test:
+                yield self._runs(code, test)
         calls = [test for test in tests if "call" in test]
-        passed = sum(self._runs(code, test) for test in tests if "input" in test)
         if not calls:
-            return passed
+            return
         try:
             with session(code, "functions", self.limits, self.sandbox) as process:
                 if "error" in process.receive() or "ready" not in process.receive():
-                    return passed
+                    return
                 for test in calls:
-                    passed += self._answers(process, test)
+                    yield self._answers(process, test)
         except SandboxError:
-            pass  # what was right before the code broke a limit stays right
-        return passed
+            return  # what was right before the code broke a limit stays right
 
     def _answers(self, process: Session, test: dict[str, Any]) -> bool:
         try:

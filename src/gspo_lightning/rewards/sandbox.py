@@ -104,8 +104,19 @@ class Session:
         return message
 
     def run(self, text: str) -> str:
-        """What a program prints when it reads ``text``, up to its end."""
+        """What a program prints when it reads ``text``, up to its end.
+
+        Raises:
+            SandboxError: it ended with another exit status than 0 (an exception, a signal, a limit), printed too much,
+                or did not end in time.
+        """
         self.pump(text.encode(errors="replace"), want=None)
+        try:
+            status = self.process.wait(max(0.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            raise SandboxError("wall clock") from error
+        if status != 0:
+            raise SandboxError(f"exit status {status}")
         return self.buffer.decode(errors="replace")
 
     def pump(self, data: bytes, want: int | None) -> None:
