@@ -13,18 +13,32 @@ MASK = "***"
 _SHORT = 6
 """A value of fewer characters is looked for under its own key alone: it may be a word that stands anywhere."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_ALWAYS = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials", "apikey"}
+_ALWAYS = (
+    "secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials", "apikey",
+    "apikeys", "authorization", "bearer",
+)  # fmt: skip
+"""Ends of words, for ``PGPASSWORD``."""
+_BEHIND_ANOTHER = {"pass", "pat", "pwd"}
+"""Not by themselves: ``PWD`` is a folder."""
+_ISSUERS = {
+    "access", "api", "auth", "bearer", "github", "gitlab", "hf", "hub", "huggingface", "openai", "private", "refresh",
+    "session", "ssh", "wandb",
+}  # fmt: skip
+"""Before a plural: ``hf_tokens`` is a list of secrets, ``max_tokens`` is a number."""
+_PASSWORD_IN_URL = re.compile(r"""(://[^\s/@:'"]*:)[^\s/'"]+@""")
 _VOCABULARY = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "image", "video", "vision", "start", "end", "stop"}
 """``eos_token`` is no secret, and neither is ``token_id``."""
 
 
 def redacted(plain: Any) -> Any:
-    """A copy with ``***`` for the values of keys that name a secret, and for values of such environment variables."""
+    """A copy with ``***`` for the values of keys that name a secret, for values of such environment variables, and for
+    the password in ``https://user:password@host``."""
     return _redacted(plain, _known())
 
 
 def masked(line: str) -> str:
-    """A line of text with ``***`` for each secret of the environment and of the command line."""
+    """A line of text with ``***`` for each secret of the environment and of the command line, and for passwords in
+    addresses."""
     return _masked(line, _known())
 
 
@@ -53,9 +67,13 @@ def names_a_secret(name: str) -> bool:
         words.pop()
     if not words:
         return False
-    if _ALWAYS & set(words):
+    if any(word.endswith(_ALWAYS) for word in words):
         return words[-1] not in {"env", "file", "path"}
     before = words[-2] if len(words) > 1 else ""
+    if words[-1] in {"keys", "tokens"}:
+        return before in _ISSUERS
+    if words[-1] in _BEHIND_ANOTHER:
+        return before != ""
     return words[-1] == "key" or (words[-1] == "token" and before not in _VOCABULARY)
 
 
@@ -80,4 +98,4 @@ def _redacted(node: Any, known: list[str], secret: bool = False) -> Any:
 def _masked(text: str, known: Iterable[str]) -> str:
     for value in known:
         text = text.replace(value, MASK)
-    return text
+    return _PASSWORD_IN_URL.sub(rf"\1{MASK}@", text)

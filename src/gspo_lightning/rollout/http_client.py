@@ -34,6 +34,11 @@ class Server:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise UserError(f"rollout.engine.urls: {url!r} is not an address such as http://127.0.0.1:8000")
+        if "@" in parts.netloc:
+            raise UserError(
+                f"rollout.engine.urls: the name and password of {parts.scheme}://***@{parts.hostname} are not sent; "
+                "remove them, and put the servers' key into the variable that rollout.engine.api_key_env names"
+            )
         self.url = url.rstrip("/")
         self._parts, self._api_key = parts, api_key
         self._open: set[http.client.HTTPConnection] = set()

@@ -37,7 +37,8 @@ class VLLMServerEngine:
         urls: one per server.
         max_prompt_length: longest prompt in tokens; the servers must take it and a completion.
         max_completion_length: longest completion in tokens.
-        api_key_env: the environment variable that holds the servers' API key; it is not sent if that is not set.
+        api_key_env: the environment variable that holds the servers' API key, ``GSPO_...``; it is not sent if that is
+            not set.
         sync_dir: folder for weights, seen under this path by the trainer and by every server.
         dtype: the servers compute in it (``--dtype`` of the servers).
         lora_sync: ``adapter`` sends the adapter alone, ``merged`` sends weights with the adapter added to copies.
@@ -77,6 +78,12 @@ class VLLMServerEngine:
             raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each once")
         if max_in_flight < 1:
             raise UserError(f"rollout.engine.max_in_flight={max_in_flight} must be at least 1")
+        if not api_key_env.startswith("GSPO_"):
+            # A config names the variable and the address: any other secret of the environment could go anywhere.
+            raise UserError(
+                f"rollout.engine.api_key_env={api_key_env} must begin with GSPO_; put the servers' key into such a "
+                "variable (GSPO_ROLLOUT_KEY)"
+            )
         servers = [Server(url, os.environ.get(api_key_env)) for url in urls]
         patience = Patience(ready_timeout_s, request_timeout_s, give_up_after_s, pause_s, max_attempts, max_in_flight)
         self.pool = ServerPool(servers, self._prepare, self._accept, patience)

@@ -96,7 +96,7 @@ def vllm_server(node: dict[str, Any], folder: Path) -> Any:
     (folder / "elsewhere").mkdir(parents=True, exist_ok=True)
     places = {"first": first.url, "second": second.url}
     changed = node | {"urls": [places[name] for name in node["urls"]], "sync_dir": str(folder / node["sync_dir"])}
-    keys = {"GSPO_ROLLOUT_KEY": "one", "OTHER_KEY": "two"}
+    keys = {"GSPO_ROLLOUT_KEY": "one", "GSPO_OTHER_KEY": "two"}
     sampling = SamplingParams(num_generations=2, max_completion_length=4, temperature=1.0)
     try:
         with mock.patch.dict(os.environ, keys):
@@ -160,7 +160,7 @@ PROBES = [
         "tolerance": 0.25, "min_pixels": 100, "max_pixels": 100,
     }, {"model": "bundled:micro"}),
     Probe(["rollout=vllm_server"], "rollout.engine", vllm_server, {
-        "urls": ["first", "second"], "api_key_env": "OTHER_KEY", "sync_dir": "elsewhere", "max_prompt_length": 40,
+        "urls": ["first", "second"], "api_key_env": "GSPO_OTHER_KEY", "sync_dir": "elsewhere", "max_prompt_length": 40,
         "max_completion_length": 20, "tolerance": 9.0, "dtype": "bfloat16",
         "lora_sync": "adapter", "staleness": 1,
     }, {"urls": ["first"], "sync_dir": "", "max_prompt_length": 8, "max_completion_length": 4,
