@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import re
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gspo_lightning.data.image_columns import kept_rows, with_images
-from gspo_lightning.data.images import load_image
+from gspo_lightning.data.images import FORMATS, load_image
 from gspo_lightning.data.rows import RowsTask
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.errors import UserError
@@ -103,7 +104,7 @@ def test_a_picture_in_base64_that_cannot_be_read_makes_a_short_line(address):
     assert len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("raised", [RuntimeError, NotImplementedError])  # of AVIF and DDS
+@pytest.mark.parametrize("raised", [RuntimeError, NotImplementedError, struct.error, EOFError, IndexError])
 @pytest.mark.parametrize("when", ["open", "load"])
 def test_whatever_a_decoder_raises_names_the_row(monkeypatch, raised, when):
     def fail(*_, **__):
@@ -113,6 +114,25 @@ def test_whatever_a_decoder_raises_names_the_row(monkeypatch, raised, when):
     monkeypatch.setattr(*((Image, "open") if when == "open" else (ImageFile.ImageFile, "load")), fail)
     with pytest.raises(UserError, match=r"^row x: .*image.*\(no such format\)"):
         load_image(stored, "row x")
+
+
+def test_the_formats_that_are_read(monkeypatch):
+    """EPS is none of them: reading one starts Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    image = Image.new("RGB", (16, 8), RED)
+    for kind in (*FORMATS, "MPO"):
+        read = load_image(as_bytes(image, kind), "row x")
+        assert read.size == (16, 8) and all(abs(a - b) <= 3 for a, b in zip(read.getpixel((8, 4)), RED, strict=True))
+    named = "AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"
+    stored = as_bytes(image, "EPS")
+    with pytest.raises(UserError) as error:
+        load_image(stored, "row x")
+    assert str(error.value) == (
+        f"row x: cannot read the image from its bytes (none of {named}); save it as PNG or JPEG"
+    )
+    with pytest.raises(UserError) as error:
+        load_image(Image.open(io.BytesIO(stored)), "row x")
+    assert str(error.value) == f"row x: the image is EPS, none of {named}; save it as PNG or JPEG"
 
 
 def test_the_rotation_a_camera_noted_is_applied():

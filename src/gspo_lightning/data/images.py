@@ -21,8 +21,8 @@ MAX_PIXELS_DECODED = 512 * 1024 * 1024
 
 Picture = Image.Image
 
-_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError)
-"""What Pillow's decoders raise at files that they cannot read."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""By Pillow's names. Others are refused: its EPS starts Ghostscript, which is a programming language."""
 
 
 def load_image(value: Any, where: str) -> Picture:
@@ -33,11 +33,11 @@ def load_image(value: Any, where: str) -> Picture:
 
     Args:
         value: a path, encoded bytes, a PIL image, a ``data:`` address in base64, or a mapping with one of these as
-            ``bytes``, ``path`` (a column of ``datasets``) or ``url``.
+            ``bytes``, ``path`` (a column of ``datasets``) or ``url``. One of `FORMATS`.
         where: such as ``row x:train:3``; the error begins with it.
 
     Raises:
-        UserError: it is missing, empty, broken, far too large, or has no range of brightness.
+        UserError: it is missing, empty, broken, far too large, of another format, or has no range of brightness.
     """
     image = _open(value, where)
     width, height = image.size
@@ -52,8 +52,10 @@ def load_image(value: Any, where: str) -> Picture:
         )
     try:
         return _on_white(ImageOps.exif_transpose(image))
-    except _BROKEN as error:
-        raise UserError(f"{where}: the image is broken ({error}); mend the file or remove the row") from error
+    except Exception as error:  # decoders raise anything
+        raise UserError(
+            f"{where}: the image is broken ({_short(str(error))}); mend the file or remove the row"
+        ) from error
 
 
 def thumbnail_uri(value: Any, side: int = 160) -> str:
@@ -80,7 +82,7 @@ def refuse_address(value: str, what: str, where: str) -> None:
 
 def _open(value: Any, where: str) -> Picture:
     if isinstance(value, Image.Image):
-        return value
+        return _of_known_format(value, where)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path") or value.get("url")
     if value is None:
@@ -95,11 +97,22 @@ def _open(value: Any, where: str) -> Picture:
             value = _decoded(value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked above
-            return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+            return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=FORMATS)
     except FileNotFoundError as error:
         raise UserError(f"{where}: there is no image {name}") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, *_BROKEN) as error:
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{where}: cannot read the image from {name} (none of {', '.join(FORMATS)}); save it as PNG or JPEG"
+        ) from error
+    except Exception as error:  # decoders raise anything
         raise UserError(f"{where}: cannot read the image from {name} ({_short(str(error))})") from error
+
+
+def _of_known_format(image: Picture, where: str) -> Picture:
+    """A picture that somebody else has opened: its file may not have been decoded yet."""
+    if image.format not in (None, "MPO", *FORMATS):  # MPO are several JPEG in one file
+        raise UserError(f"{where}: the image is {image.format}, none of {', '.join(FORMATS)}; save it as PNG or JPEG")
+    return image
 
 
 def _decoded(address: str) -> bytes:
