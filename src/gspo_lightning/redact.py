@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO, cast
 
+from gspo_lightning.screen import visible
+
 MASK = "***"
 _SHORT = 6
 """A value of fewer characters is looked for under its own key alone: it may be a word that stands anywhere."""
@@ -37,13 +39,13 @@ def redacted(plain: Any) -> Any:
 
 
 def masked(line: str) -> str:
-    """A line of text with ``***`` for each secret of the environment and of the command line, and for passwords in
-    addresses."""
-    return _masked(line, _known())
+    """A line of text, fit for a terminal, with ``***`` for each secret of the environment and of the command line, and
+    for passwords in addresses."""
+    return visible(_masked(line, _known()))
 
 
 def masked_stderr() -> contextlib.redirect_stderr[TextIO]:
-    """A context in which what is written to ``sys.stderr`` is `masked`, whoever writes."""
+    """A context in which secrets are masked in what is written to ``sys.stderr``, whoever writes."""
     return contextlib.redirect_stderr(cast("TextIO", _MaskedStream(sys.stderr)))
 
 
@@ -54,7 +56,7 @@ class _MaskedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(masked(text))
+        return self._stream.write(_masked(text, _known()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.errors import UserError
+from gspo_lightning.screen import visible
 from gspo_lightning.types import Prompt
 
 
@@ -98,11 +99,11 @@ def first_prompts(datamodule: PromptDataModule, num: int, validation: bool) -> l
 
 
 def _panel(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Panel:
-    seen = Text(str(tokenizer.decode(prompt.input_ids)))
+    seen = Text(visible(str(tokenizer.decode(prompt.input_ids))))
     columns = {name: value for name, value in prompt.sample.items() if name != "prompt"}
-    rest = Text("\n".join(f"{name}: {_short(value)}" for name, value in columns.items()), style="dim")
+    rest = Text(visible("\n".join(f"{name}: {_short(value)}" for name, value in columns.items())), style="dim")
     body: Any = Group(seen, Text(), rest) if columns else seen
-    return Panel(body, title=Text(prompt.uid), subtitle=f"{len(prompt.input_ids)} tokens", title_align="left")
+    return Panel(body, title=Text(visible(prompt.uid)), subtitle=f"{len(prompt.input_ids)} tokens", title_align="left")
 
 
 def _short(value: Any, width: int = 300) -> str:

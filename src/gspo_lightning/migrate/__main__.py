@@ -17,6 +17,7 @@ from rich.table import Table
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.convert import Conversion, convert
 from gspo_lightning.migrate.parse import parse_config
+from gspo_lightning.redact import masked
 
 NOT_IN_TRL = {
     "model": ("path", "model.path"),
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         result.groups |= {group: choice for group, (choice, _) in NOT_IN_TRL.items()} | {"reward": options.reward}
         result.settings |= {"model.path": options.model, "data.task.source": options.data}
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         return 2
     console.print(verdict_table(result))
     for line in result.added:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.redact import masked
 from gspo_lightning.report import render_report
 
 
@@ -17,7 +18,7 @@ def main(arguments: list[str]) -> int:
     try:
         print(render_report(Path(arguments[0])))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         return 2
     return 0
 

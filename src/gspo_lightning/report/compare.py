@@ -18,10 +18,12 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.redact import masked
 from gspo_lightning.report.page import html_page
 from gspo_lightning.report.runs import RunGroup, find_runs, group_runs, mean_and_halfwidth
 from gspo_lightning.report.sections import CHARTS
 from gspo_lightning.report.svg import Band, format_number, line_chart
+from gspo_lightning.screen import visible
 
 COLUMNS = {
     "sampled, before": "val_sampled_before",
@@ -46,14 +48,15 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         groups = group_runs(runs)
         page = write_comparison(groups, options.output or options.folders[0] / "comparison.html", without)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         return 2
     for number, group in enumerate(groups, start=1):
         settings = ", ".join(f"{key}={value}" for key, value in group.settings.items()) or "all settings are the same"
-        console.print(f"{number}: {settings}", highlight=False, markup=False, soft_wrap=True)
+        console.print(visible(f"{number}: {settings}"), highlight=False, markup=False, soft_wrap=True)
     console.print(comparison_table(groups))
     for folder in without:
-        console.print(f"{folder}: recorded nothing; the job failed or was not run", highlight=False, soft_wrap=True)
+        line = visible(f"{folder}: recorded nothing; the job failed or was not run")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{page}", highlight=False, soft_wrap=True)
     return 0
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.tree import Tree
 
+from gspo_lightning.screen import visible
 from gspo_lightning.targets import LOOKUPS
 
 
@@ -18,7 +19,7 @@ def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
         plain: a resolved config.
         title: of the root.
     """
-    tree = Tree(f"[bold]{escape(title)}[/bold]")
+    tree = Tree(f"[bold]{_plain(title)}[/bold]")
     leaves = {key: value for key, value in plain.items() if not _is_branch(value)}
     _add_leaves(tree, leaves)
     for key, value in plain.items():
@@ -36,7 +37,7 @@ def looked_up(node: Any) -> str | None:
 def _add_branch(tree: Tree, key: str, node: Mapping[str, Any]) -> None:
     path = looked_up(node)
     label = str(node.get("_target_", "")).rsplit(".", 1)[-1] if path is None else path
-    branch = tree.add(f"[bold]{escape(key)}[/bold]" + (f" [cyan]{escape(label)}[/cyan]" if label else ""))
+    branch = tree.add(f"[bold]{_plain(key)}[/bold]" + (f" [cyan]{_plain(label)}[/cyan]" if label else ""))
     if path is not None:
         return
     _add_leaves(branch, {name: value for name, value in node.items() if not _is_branch(value)})
@@ -46,11 +47,14 @@ def _add_branch(tree: Tree, key: str, node: Mapping[str, Any]) -> None:
 
 
 def _add_leaves(tree: Tree, leaves: Mapping[str, Any]) -> None:
-    words = [
-        f"{escape(str(key))}=[green]{escape(str(value))}[/green]" for key, value in leaves.items() if key[0] != "_"
-    ]
+    words = [f"{_plain(key)}=[green]{_plain(value)}[/green]" for key, value in leaves.items() if key[0] != "_"]
     if words:
         tree.add("  ".join(words))
+
+
+def _plain(value: Any) -> str:
+    """No markup of the tree's, and no control sequence of the terminal's."""
+    return escape(visible(str(value)))
 
 
 def _is_branch(value: Any) -> bool:

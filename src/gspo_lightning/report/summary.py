@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gspo_lightning.report.files import Series, read_json, read_metrics
 from gspo_lightning.report.machine import machine_facts
+from gspo_lightning.screen import visible
 
 
 def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -53,14 +54,14 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
         f"rollout {_speed(metrics, 'rollout', 'rollout')}, update {_speed(metrics, 'train', 'update')}",
     )
     table.add_row("peak memory", f"{summary['peak_rss_gb']:.2f} GiB")
-    table.add_row("trained model", escape(str(summary["export_dir"] or "not exported (export.enabled=false)")))
-    table.add_row("report", escape(str(report)))
+    table.add_row("trained model", _text(summary["export_dir"] or "not exported (export.enabled=false)"))
+    table.add_row("report", _text(report))
     console.print(table)
 
 
 def print_evaluation(console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
     """Accuracies of a model on held-out prompts, and some of its greedy completions."""
-    table = Table(title=f"Held-out evaluation of {escape(model)}", title_justify="left")
+    table = Table(title=_text(f"Held-out evaluation of {model}"), title_justify="left")
     table.add_column("metric", style="bold")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
@@ -70,7 +71,7 @@ def print_evaluation(console: Console, model: str, metrics: dict[str, float], sa
     for column in ("prompt", "completion", "answer", "reward", "right"):
         examples.add_column(column)
     for sample in samples:
-        texts = (escape(str(sample[column])) for column in ("prompt", "completion", "answer"))
+        texts = (_text(sample[column]) for column in ("prompt", "completion", "answer"))
         examples.add_row(*texts, f"{sample['reward']:.2f}", "yes" if sample["right"] else "no")
     console.print(examples)
 
@@ -88,6 +89,11 @@ def phase_speed(metrics: dict[str, Series], rate: str, phase: str) -> float | No
     both = seconds.keys() & rates.keys()
     tokens = math.fsum(seconds[step] * rates[step] for step in both)
     return tokens / math.fsum(seconds[step] for step in both) if tokens > 0 else None
+
+
+def _text(value: Any) -> Text:
+    """No markup of the table's, and no control sequence of the terminal's."""
+    return Text(visible(str(value)))
 
 
 def _speed(metrics: dict[str, Series], rate: str, phase: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.screen import visible
 
 _MAX_ANSWER_BYTES = 1 << 30
 
@@ -104,7 +105,7 @@ class Server:
         return response.status, response.read(_MAX_ANSWER_BYTES)
 
     def _decode(self, path: str, status: int, answer: bytes, is_json: bool) -> Any:
-        excerpt = " ".join(answer[:300].decode(errors="replace").split())
+        excerpt = visible(" ".join(answer[:300].decode(errors="replace").split()))
         if status in (400, 401, 403, 413, 422):
             raise RequestRefusedError(f"{self.url}{path} answered {status}: {excerpt}", status)
         if status != 200:

@@ -1,0 +1,80 @@
+"""What others wrote reaches no terminal as something it obeys."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from gspo_lightning.data.preview import _panel
+from gspo_lightning.redact import masked, masked_stderr
+from gspo_lightning.report import print_evaluation
+from gspo_lightning.report.config_tree import config_tree
+from gspo_lightning.rollout.http_client import Server, ServerError
+from gspo_lightning.screen import visible
+from gspo_lightning.types import Prompt
+
+TITLE = "\x1b]0;pwned\x07"
+CLEAR = "\x9b2J"
+
+
+def shown(what):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(what) if not callable(what) else what(console)
+    return console.file.getvalue()
+
+
+def assert_harmless(text):
+    assert "␛]0;pwned␇" in text
+    assert {char for char in text if ord(char) < 32 or 127 <= ord(char) < 160} <= {"\n"}
+
+
+def test_every_control_character_has_a_sign_but_ends_of_lines_and_tabs():
+    text = "".join(map(chr, range(0x180)))
+    seen = visible(text)
+    assert [char for char in seen if ord(char) < 32 or 127 <= ord(char) < 160] == ["\t", "\n"]
+    assert seen[0] == "␀" and seen[13] == "␍" and seen[27] == "␛" and visible("\x7f\x80\x9b") == "␡\\x80\\x9b"
+    assert visible("héllo → 你好 🙂\t\n") == "héllo → 你好 🙂\t\n"
+
+
+def test_error_lines():
+    assert masked(f"row {TITLE}: no{CLEAR}") == "row ␛]0;pwned␇: no\\x9b2J"
+
+
+def test_progress_on_the_error_stream_keeps_its_own_sequences(capsys):
+    with masked_stderr():
+        print("\r\x1b[32m50 %\x1b[0m", file=sys.stderr, end="")
+    assert capsys.readouterr().err == "\r\x1b[32m50 %\x1b[0m"
+
+
+def test_the_preview():
+    class Tokenizer:
+        def decode(self, ids):
+            return f"a{TITLE}{CLEAR}b"
+
+    row = {"prompt": "p", "note": TITLE + CLEAR}
+    text = shown(_panel(Prompt(f"x{TITLE}:0", "p", torch.tensor([1, 2]), row), Tokenizer()))
+    assert_harmless(text)
+    assert text.count("␛]0;pwned␇") == 3 and text.count("\\x9b2J") == 2
+
+
+def test_the_tables_at_the_end():
+    sample = {"prompt": TITLE, "completion": TITLE + CLEAR, "answer": TITLE, "reward": 0.5, "right": True}
+    text = shown(lambda console: print_evaluation(console, f"model{TITLE}", {"val/accuracy": 0.5}, [sample]))
+    assert_harmless(text)
+    assert text.count("␛]0;pwned␇") == 4
+
+
+def test_the_tree_of_a_config():
+    text = shown(config_tree({f"a{TITLE}": TITLE, "b": {f"c{TITLE}": CLEAR, "_target_": TITLE}}))
+    assert_harmless(text)
+    assert text.count("␛]0;pwned␇") == 4
+
+
+def test_the_answer_of_a_server():
+    with pytest.raises(ServerError) as error:
+        Server("http://127.0.0.1:1")._decode("/v1", 500, TITLE.encode(), True)
+    assert str(error.value) == "http://127.0.0.1:1/v1 answered 500: ␛]0;pwned␇"
