@@ -70,7 +70,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -107,7 +107,19 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
     tags = Tags(page).tags
     assert not {"link", "script", "iframe", "object"} & {tag for tag, _ in tags}
     assert not [1 for _, attributes in tags if {"src", "href"} & attributes.keys()]
-    assert "url(" not in page and "@import" not in page and "http" not in page
+    assert "url(" not in page and "@import" not in page and "://" not in page
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert tags[3] == ("meta", {"http-equiv": "Content-Security-Policy", "content": policy})  # before anything loads
+
+
+def test_a_picture_is_within_the_page_or_not_on_it(tmp_path):
+    write_run(tmp_path)
+    inside = "data:image/png;base64,AAAA"
+    images = ["http://127.0.0.1:9/x.png", "//host/x.png", "x.png", "javascript:alert(1)", "data:text/html,x", inside, 7]
+    sample = {"prompt": "?", "completion": "!", "reward": 1.0, "images": images}
+    (tmp_path / "validation_after.json").write_text(json.dumps({"samples": [sample]}))
+    tags = Tags(page_of(tmp_path)).tags
+    assert [attributes["src"] for tag, attributes in tags if tag == "img"] == [inside]
 
 
 def test_the_page_is_made_for_phones_and_for_dark_and_light(tmp_path):

@@ -38,10 +38,15 @@ def render_report(run_dir: Path) -> Path:
     return path
 
 
+_NOTHING_ELSE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""A browser loads and runs nothing for a page that says so, whatever slips into it."""
+
+
 def html_page(title: str, body: str) -> str:
     """A whole page that needs nothing but itself; ``title`` is escaped here, ``body`` is HTML already."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_ELSE}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
