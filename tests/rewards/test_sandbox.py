@@ -182,6 +182,25 @@ def test_no_page_is_kept_in_a_pipe_where_no_limit_counts_it():
 
 
 @needs_isolation
+def test_memory_is_in_small_pages_which_its_bound_counts():
+    """Of 16 huge pages one byte each is touched: 16 x 4 KiB, not 32 MiB. And it stays so: EPERM is 1."""
+    code = (
+        "import ctypes, mmap, resource\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "def touched_kb():\n    area = mmap.mmap(-1, 34 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n    area.madvise(14)\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    for i in range(17): area[i << 21] = 1\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "def prctl(*a):\n    ctypes.set_errno(0)\n    return [libc.prctl(*map(ctypes.c_ulong, a)), ctypes.get_errno()]"
+    )
+    with session(code, "functions", LIMITS, "bubblewrap") as process:
+        process.receive(), process.receive()
+        assert process.call("touched_kb") < 2048
+        assert process.call("prctl", 41, 0, 0, 0, 0) == process.call("prctl", 41, 1, 2, 0, 0) == [-1, 1]
+        assert process.call("prctl", 41, 1, 0, 0, 0) == [0, 0] and process.call("prctl", 42, 0, 0, 0, 0) == [1, 0]
+        assert process.call("prctl", 15, 0, 0, 0, 0)[1] == 14  # another option reaches the kernel: EFAULT
+
+
+@needs_isolation
 def test_an_event_loop_runs():
     """It needs socketpair, which reaches nothing outside."""
     code = (

@@ -6,6 +6,7 @@ Messages both ways are a 4-byte big-endian length and UTF-8 JSON.
 """
 
 import ast
+import ctypes
 import json
 import os
 import resource
@@ -55,6 +56,9 @@ def limit(limits: dict, uid: int | None) -> None:
     ):
         if value is not None:
             resource.setrlimit(getattr(resource, name), (value, value))
+    if sys.platform == "linux":  # a huge page stays whole while 4 KiB of it are mapped, and RLIMIT_AS counts those
+        one, zero = ctypes.c_ulong(1), ctypes.c_ulong(0)
+        ctypes.CDLL(None).prctl(41, one, zero, zero, zero)  # PR_SET_THP_DISABLE
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)

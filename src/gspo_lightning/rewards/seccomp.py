@@ -52,11 +52,13 @@ _DENIED = {  # name: number on (x86_64, aarch64), from asm/unistd_64.h and asm-g
 _CLONE = (56, 220)
 _CLONE3 = 435  # its flags are behind a pointer, which a filter cannot follow; libc falls back to clone
 _NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+_PRCTL = (157, 167)
+_THP_DISABLE = 41  # PR_SET_THP_DISABLE: the runner sets it, for good
 _X32 = 0x40000000
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT, _THIRD_ARGUMENT = 0, 4, 16, 24, 32  # in struct seccomp_data
 
 
 def supported() -> bool:
@@ -79,6 +81,17 @@ def program() -> bytes:
     for numbers in _DENIED.values():
         code += [_op(_EQUAL, numbers[column], 0, 1), _op(_RETURN, _ERROR | errno.EPERM)]
     code += [_op(_EQUAL, _CLONE3, 0, 1), _op(_RETURN, _ERROR | errno.ENOSYS)]
+    code += [  # of huge pages, prctl may only say that there are none, not even where they are asked for
+        _op(_EQUAL, _PRCTL[column], 0, 8),
+        _op(_LOAD, _FIRST_ARGUMENT),
+        _op(_EQUAL, _THP_DISABLE, 0, 4),
+        _op(_LOAD, _SECOND_ARGUMENT),
+        _op(_EQUAL, 1, 0, 3),
+        _op(_LOAD, _THIRD_ARGUMENT),
+        _op(_EQUAL, 0, 0, 1),
+        _op(_RETURN, _ALLOW),
+        _op(_RETURN, _ERROR | errno.EPERM),
+    ]
     code += [
         _op(_EQUAL, _CLONE[column], 0, 3),
         _op(_LOAD, _FIRST_ARGUMENT),
