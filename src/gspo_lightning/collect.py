@@ -14,7 +14,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.timing import Stopwatch
-from gspo_lightning.types import Metrics, Prompt, RewardedRollout, SamplingParams, ScoredRollout
+from gspo_lightning.types import Metrics, Prompt, RewardedRollout, Rollout, SamplingParams, ScoredRollout
 
 
 def collect_rollout(
@@ -30,6 +30,7 @@ def collect_rollout(
     """Samples ``sampling.num_generations`` completions per prompt and gives each a reward."""
     with stopwatch("rollout"):
         rollout = engine.generate(policy, prompts, sampling, seed)
+    _check_counts(rollout, len(prompts), sampling.num_generations)
     with stopwatch("reward"):
         by_function = rewards(rollout.prompts, rollout.completions)
     return RewardedRollout(
@@ -43,11 +44,22 @@ def collect_rollout(
     )
 
 
+def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
+    """Refuses what an engine of one's own may return: tensors of rewards are ``(B, G)``."""
+    found = [len(group) for group in rollout.completions]
+    if len(rollout.prompts) != prompts or found != [generations] * prompts:
+        raise UserError(
+            f"rollout.engine: generate() returned {len(rollout.prompts)} prompts with {found} completions, but was "
+            f"asked for {prompts} prompts with {generations} each; return as many"
+        )
+
+
 def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredRollout:
     """Gives each completion of a rollout its advantage. All ranks call it together: one setting compares the batch.
 
     Raises:
-        UserError: an environment rewards turns, and rewards are to be scaled by the batch.
+        UserError: an environment rewards turns, and rewards are to be scaled by the batch; or an estimator of one's own
+            returns another shape.
     """
     turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
     if turns is not None and advantages.scale_rewards == "batch":
@@ -56,9 +68,16 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
             "divides by the spread of whole completions; set it to group or none"
         )
     everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
+    values = advantages(rollout.rewards, *everyone)
+    if (shape := getattr(values, "shape", None)) != rollout.rewards.shape:
+        found = type(values).__name__ if shape is None else tuple(shape)
+        raise UserError(
+            f"advantages: {type(advantages).__name__} returned {found} for rewards of {tuple(rollout.rewards.shape)}; "
+            "return a tensor of that shape"
+        )
     return ScoredRollout(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
-        advantages=advantages(rollout.rewards, *everyone),
+        advantages=values,
         turn_advantages=turns,
     )
 

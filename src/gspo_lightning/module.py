@@ -39,11 +39,11 @@ from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import log_rollout, rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
-from gspo_lightning.run_state import keep_settings, refuse_other_model, restore_run_state, run_state, trained_part
+from gspo_lightning.run_state import keep_settings, leave_frozen_out, refuse_other_model, restore_run_state, run_state
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
-from gspo_lightning.trainer_checks import check_batch, check_fit, say_nothing_is_left
+from gspo_lightning.trainer_checks import check_advantages, check_batch, check_fit, check_prompts, say_nothing_is_left
 from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
 from gspo_lightning.update import Minibatch, UpdateSettings, check_minibatches, minibatch_order, split_minibatches
 from gspo_lightning.validation import ValidationSettings, Validator
@@ -91,6 +91,7 @@ class GSPOModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
+        leave_frozen_out(self)
         self.policy_loader, self.rewards = policy_loader, rewards
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.ahead = OneStepOff(self.engine) if getattr(engine, "staleness", 0) else None
@@ -102,6 +103,7 @@ class GSPOModule(L.LightningModule):
                     "prompts come next is known only after this rollout; set one of them to 0"
                 )
         self.objective, self.advantages, self.sampling = objective, advantages or AdvantageEstimator(), sampling
+        check_advantages(self.advantages)
         self.optimizer_factory, self.schedule = optimizer, schedule or Schedule("constant")
         self.update_settings = update or UpdateSettings()
         self.validator = Validator(validation or ValidationSettings(), rewards, sampling, seed)
@@ -187,11 +189,14 @@ class GSPOModule(L.LightningModule):
 
     # ---------------------------------------------------------------- collect
 
+    def on_train_start(self) -> None:
+        """Says so, where a run was over before."""
+        say_nothing_is_left(self)
+
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Samples completions for the prompts and scores them; ends a run that was resumed behind its last rollout."""
         assert self.policy is not None
         if self.rollouts_done >= self.max_rollouts:
-            say_nothing_is_left(self)
             self.trainer.should_stop = True
             return -1
         check_batch(batch, self)
@@ -355,6 +360,7 @@ class GSPOModule(L.LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Greedy and sampled completions of held-out prompts."""
         assert self.policy is not None
+        check_prompts(batch, "val_dataloader")
         self.validator.update(self.policy, self.engine, batch.prompts)
 
     def on_validation_epoch_end(self) -> None:
@@ -363,10 +369,6 @@ class GSPOModule(L.LightningModule):
         self.log_dict({**self.last_validation, "step": float(self.rollouts_done)}, rank_zero_only=True)
 
     # ---------------------------------------------------------------- checkpoints
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trained parameters alone: a frozen base comes from where it was loaded."""
-        return trained_part(super().state_dict(*args, **kwargs), self.named_parameters(remove_duplicate=False))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters of the run."""

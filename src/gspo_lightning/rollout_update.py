@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gspo_lightning.distributed import add_metrics, gather_values, global_max, global_sum, gradient_sync, world_size
 from gspo_lightning.out_of_memory import cut, free, is_out_of_memory
 from gspo_lightning.passes import Attempt, Fixed, Passes
+from gspo_lightning.trainer_checks import check_auxiliary_loss
 from gspo_lightning.types import Metrics, ScoredRollout
 from gspo_lightning.update import Minibatch, build_micro_batch, sampler_mismatch
 
@@ -142,6 +143,7 @@ class RolloutUpdate:
                 # Data-parallel strategies average over ranks; the denominator is already that of all of them.
                 loss = loss * (world_size() / attempt.denominator)
                 if index + 1 == rounds and (extra := module.auxiliary_loss(minibatch)) is not None:
+                    check_auxiliary_loss(extra, module)
                     add_metrics(attempt.metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
                     loss = loss + extra
                 module.manual_backward(loss)

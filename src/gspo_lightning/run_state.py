@@ -16,20 +16,32 @@ if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
 
 
-def trained_part(state: dict[str, Any], parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:
-    """A state dict without frozen weights: they come from where they were loaded.
+def leave_frozen_out(module: nn.Module) -> None:
+    """State dicts of the module, also as a part of another one, are without its frozen weights from now on.
 
-    Args:
-        state: of the module.
-        parameters: with duplicates, for a tied output embedding has two names.
+    These come from where they were loaded; a state without them loads strictly all the same.
     """
-    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+    module.register_state_dict_post_hook(_delete_frozen)
+    module.register_load_state_dict_pre_hook(_keep_frozen)
+
+
+def _frozen(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    """With duplicates, for a tied output embedding has two names."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {prefix + name: parameter for name, parameter in named if not parameter.requires_grad}
+
+
+def _delete_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    frozen = _frozen(module, prefix)
     # A frozen weight in 4 bits brings entries of its own along, such as `weight.absmax`.
-    return {
-        name: value
-        for name, value in state.items()
-        if name not in frozen and f"{name.partition('.weight.')[0]}.weight" not in frozen
-    }
+    for name in [n for n in state if n in frozen or f"{n.partition('.weight.')[0]}.weight" in frozen]:
+        del state[name]
+
+
+def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, *__: Any) -> None:
+    if strict:
+        for name, parameter in _frozen(module, prefix).items():
+            state.setdefault(name, parameter)
 
 
 def run_state(module: GSPOModule) -> dict[str, Any]:

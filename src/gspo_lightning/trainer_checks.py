@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import PromptBatch
 
@@ -67,12 +71,8 @@ def check_fit(module: GSPOModule) -> None:
     check_sampling(sampling.temperature, sampling.repetition_penalty)
     if (longest := getattr(getattr(trainer, "datamodule", None), "max_prompt_length", None)) is not None:
         check_rotation(module.policy.config, longest, sampling.max_completion_length)
-    for kind, found in (("optimizers", trainer.optimizers), ("schedulers", trainer.lr_scheduler_configs)):
-        if len(found) > 1:
-            raise UserError(
-                f"configure_optimizers: {len(found)} {kind}, but a minibatch is one step of one; return one optimizer "
-                "with parameter groups, and at most one scheduler"
-            )
+    _check_run(trainer)
+    _check_optimizers(module)
     # Loaders of one's own give their first batch in every epoch.
     if trainer.overfit_batches and hasattr(getattr(trainer, "datamodule", None), "finish"):
         raise UserError(
@@ -81,6 +81,55 @@ def check_fit(module: GSPOModule) -> None:
         )
     if module.policy.shards is not None:
         _check_own_parameters(module)
+
+
+def _check_run(trainer: Any) -> None:
+    """Refuses what would lose the trained module, or never end."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "trainer.strategy: processes that this one starts from its own memory (ddp_spawn, ddp_notebook) take what "
+            "they trained away with them; use strategy='ddp' in a script"
+        )
+    if trainer.min_steps:
+        raise UserError(
+            f"trainer.min_steps={trainer.min_steps}: max_rollouts ends the run, and Lightning would wait for steps "
+            "that never come; leave min_steps out"
+        )
+
+
+def _check_optimizers(module: GSPOModule) -> None:
+    """Refuses what an override of ``configure_optimizers`` may return and no minibatch could step."""
+    optimizers, configs = module.trainer.optimizers, module.trainer.lr_scheduler_configs
+    for kind, count in (("optimizers", len(optimizers)), ("schedulers", len(configs))):
+        if count > 1:
+            raise UserError(
+                f"configure_optimizers: {count} {kind}, but a minibatch is one step of one; return one optimizer "
+                "with parameter groups, and at most one scheduler"
+            )
+    # For None, Lightning makes one of a tensor of its own.
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if stepped.isdisjoint(map(id, module.parameters())):
+        raise UserError("configure_optimizers: no optimizer of this module's parameters; return one of them")
+    stepping: list[Any] = [*optimizers, *(config.scheduler for config in configs)]
+    for made in stepping:
+        if (missing := _needed(type(made).step)) is not None:
+            raise UserError(
+                f"configure_optimizers: {type(made).__name__}.step() needs {missing}, but a minibatch is one step "
+                "without arguments; return one that needs none"
+            )
+    # The interval is no matter: Lightning writes its own where a program has named none.
+    if configs and configs[0].frequency != 1:
+        raise UserError(
+            f"configure_optimizers: frequency={configs[0].frequency}, but the scheduler steps once per minibatch; "
+            "leave frequency out and count minibatches in the scheduler"
+        )
+
+
+def _needed(step: Any) -> str | None:
+    """The first argument that a method cannot go without."""
+    _, *others = inspect.signature(step).parameters.values()
+    required = (p for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return next((p.name for p in required), None)
 
 
 def _check_own_parameters(module: GSPOModule) -> None:
@@ -120,13 +169,37 @@ def _rotation_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def check_batch(batch: Any, module: GSPOModule) -> None:
-    """Refuses what a loader of one's own may give and no rollout can be made of."""
+def check_advantages(advantages: Any) -> None:
+    """Refuses a function: its scale and baseline are asked for too."""
+    if not isinstance(advantages, AdvantageEstimator):
+        raise UserError(
+            "advantages: not an AdvantageEstimator; subclass it and override __call__(self, rewards, everyone=None)"
+        )
+
+
+def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
+    """Refuses what cannot be added to a loss."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return
+    found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise UserError(
+        f"{type(module).__name__}.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None "
+        "for no term"
+    )
+
+
+def check_prompts(batch: Any, loader: str) -> None:
+    """Refuses what a loader of one's own may give that is no `PromptBatch`."""
     if not isinstance(batch, PromptBatch):
         raise UserError(
-            f"train_dataloader: a batch is a {type(batch).__name__}, not a PromptBatch; give "
+            f"{loader}: a batch is a {type(batch).__name__}, not a PromptBatch; give "
             "PromptBatch(prompts) by DataLoader(..., batch_size=None)"
         )
+
+
+def check_batch(batch: Any, module: GSPOModule) -> None:
+    """Refuses what a loader of one's own may give and no rollout can be made of."""
+    check_prompts(batch, "train_dataloader")
     if not batch.prompts:
         raise UserError("train_dataloader: a PromptBatch without prompts; leave empty batches out")
     assert module.policy is not None
@@ -136,6 +209,6 @@ def check_batch(batch: Any, module: GSPOModule) -> None:
 
 def say_nothing_is_left(module: GSPOModule) -> None:
     """One line where a run is begun that was over before."""
-    if module.trainer.is_global_zero:
+    if module.rollouts_done >= module.max_rollouts and module.trainer.is_global_zero:
         done = f"{module.rollouts_done} of {module.max_rollouts} rollouts are done"
         print(f"{done}, so nothing is trained; raise max_rollouts to go on", flush=True)

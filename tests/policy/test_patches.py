@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +35,16 @@ def test_a_whole_picture_is_still_convolved():
     expected = layer(picture)
     multiply_patches(layer)
     assert torch.equal(layer(picture), expected)
+
+
+@pytest.mark.parametrize("remake", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_multiplies_by_its_own_weight(remake):
+    layer = nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4)).double()
+    multiply_patches(layer)
+    patches = torch.randn(7, 3, 2, 4, 4, dtype=torch.float64)
+    expected, other = layer(patches), remake(layer)
+    nn.init.zeros_(layer.weight)
+    assert torch.equal(other(patches), expected) and other.forward.func is layer.forward.func
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Numbers are those of transformers but for roundings; `lighten` compares them bef
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,8 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
             if kind not in verdicts:
                 verdicts[kind] = not check or _computes_the_same(module, lean)
             if verdicts[kind]:
-                module.forward = lean.__get__(module)
+                # No bound method: that one is pickled as the name of an attribute, which the module does not have.
+                module.forward = functools.partial(lean, module)
                 changed += 1
     return changed
 

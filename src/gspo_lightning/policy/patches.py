@@ -7,6 +7,8 @@ product takes 6 ms.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -15,7 +17,7 @@ def multiply_patches(model: nn.Module) -> int:
     """Replaces such convolutions, in place, whatever else is done with the layers; returns their number."""
     layers = [module for module in model.modules() if type(module) is nn.Conv3d and _takes_patches(module)]
     for layer in layers:
-        layer.forward = _product.__get__(layer)  # type: ignore[method-assign]
+        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
