@@ -118,8 +118,12 @@ def test_loggers_have_what_a_rollout_measured_and_monitors_the_newest_value(ever
     module.rewards = RewardSet({"scripted": RewardSpec(scripted_reward), "extra": RewardSpec(now_and_then)})
     seen = []
 
+    def logged_steps():
+        return [row["step"] for path in tmp_path.rglob("metrics.csv") for row in csv.DictReader(path.open())]
+
     class Monitored(L.Callback):
         def on_train_batch_end(self, trainer, module, *_):
+            assert f"{module.rollouts_done}" not in logged_steps()  # the loggers come last
             names = ("reward/extra", "ratio/mean")
             seen.append([(trainer.callback_metrics[n].item(), n in module.last_metrics) for n in names])
 

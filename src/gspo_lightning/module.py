@@ -350,7 +350,11 @@ class GSPOModule(L.LightningModule):
             finish(self.batch_in_hand)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
-        log_rollout(self, values, self.rollouts_done)
+        self.log_dict(values, logger=False)  # for callbacks, which monitor the newest value of a name
+
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        """Hands the rollout to the loggers, behind all callbacks: it is recorded and saved whatever becomes of them."""
+        log_rollout(self)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the validation counters anew, with one for each task of a mixture."""

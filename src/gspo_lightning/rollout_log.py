@@ -51,22 +51,17 @@ def rollout_values(
     return values
 
 
-def log_rollout(module: GSPOModule, values: Mapping[str, float], step: int) -> None:
-    """Hands the loggers what a rollout measured and nothing else; callbacks may monitor the newest value of a name.
+def log_rollout(module: GSPOModule) -> None:
+    """Hands the loggers what the last rollout measured and no more, every ``log_every_n_steps`` rollouts and at the end.
 
-    By ``log_dict`` alone a rollout that did not measure a name would be logged with the last value of that name.
-
-    Args:
-        module: in training.
-        values: of the rollout.
-        step: rollouts done.
+    By ``log_dict`` a rollout that did not measure a name would be logged with the last value of that name.
     """
-    module.log_dict(dict(values), logger=False)
-    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of the class
-    if not every or (step % every and not module.trainer.should_stop):
+    trainer, step = module.trainer, module.rollouts_done
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of the class
+    if not every or (step % every and not trainer.should_stop):
         return
-    for logger in module.trainer.loggers:
-        logger.log_metrics(dict(values), step)
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(module.last_metrics), step)
         logger.save()
 
 
