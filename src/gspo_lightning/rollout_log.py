@@ -52,7 +52,7 @@ def rollout_values(
 
 
 def log_rollout(module: GSPOModule) -> None:
-    """Hands the loggers what the last rollout measured and no more, every ``log_every_n_steps`` rollouts and at the end.
+    """Hands loggers what the last rollout measured and no more, every ``log_every_n_steps`` rollouts and at the end.
 
     By ``log_dict`` a rollout that did not measure a name would be logged with the last value of that name.
     """
