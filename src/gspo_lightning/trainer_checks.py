@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -85,7 +84,8 @@ def check_fit(module: GSPOModule) -> None:
 
 def _check_run(trainer: Any) -> None:
     """Refuses what would lose the trained module, or never end."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    # Only launchers that go through Python's multiprocessing have one; those of torchrun and scripts have none.
+    if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
         raise UserError(
             "trainer.strategy: processes that this one starts from its own memory (ddp_spawn, ddp_notebook) take what "
             "they trained away with them; use strategy='ddp' in a script"
