@@ -272,6 +272,22 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
     assert ahead.generate(policy, PROMPTS, asked, seed + 1).completions and ahead.is_stale
 
 
+@pytest.mark.parametrize("edit", ["other tokens", "the same in a row, cut elsewhere"])
+def test_a_pending_rollout_is_not_handed_out_for_other_prompts_under_the_same_uids(edit, micro_model_dir):
+    policy, sampling, engine = micro_policy(micro_model_dir), SamplingParams(2, 6), Elsewhere()
+    ahead = OneStepOff(engine)
+    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    one, other = PROMPTS
+    edited = [replace(one, input_ids=one.input_ids.flip(0)), other]
+    if edit != "other tokens":
+        joined = torch.cat([one.input_ids, other.input_ids])
+        edited = [replace(one, input_ids=joined[:3]), replace(other, input_ids=joined[3:])]
+    ahead.generate(policy, edited, sampling, 3)
+    assert (ahead.is_stale, len(engine.calls)) == (False, 2)
+    ahead.generate(policy, [replace(p, input_ids=p.input_ids.int()) for p in PROMPTS], sampling, 3)
+    assert (ahead.is_stale, len(engine.calls)) == (True, 2)
+
+
 @pytest.mark.parametrize("saved_by", ["this version", "an older one"])
 def test_a_pending_rollout_took_as_long_as_the_checkpoint_says(saved_by, micro_model_dir):
     policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)

@@ -11,6 +11,7 @@ overwritten in place, while no rollout is under way.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import threading
 import time
@@ -183,8 +184,12 @@ class _Pending:
 
 
 def _key(prompts: list[Prompt], sampling: SamplingParams, seed: int) -> tuple[Any, ...]:
-    """All that decides what a policy samples."""
-    return (seed, astuple(sampling), *(prompt.uid for prompt in prompts))
+    """All that decides what a policy samples; data that was edited has other prompts under the same uids."""
+    tokens = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        ids = prompt.input_ids.to("cpu", torch.int64)
+        tokens.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+    return (seed, astuple(sampling), tokens.hexdigest(), *(prompt.uid for prompt in prompts))
 
 
 def _share_frozen(policy: Policy) -> Policy:
