@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rollout import VLLMEngine, VLLMServerEngine, vllm_engine
+from gspo_lightning.rollout import VLLMEngine, VLLMServerEngine, vllm_engine, vllm_settings
+from gspo_lightning.rollout.vllm_settings import refusals_in_one_line
 from gspo_lightning.rollout.weights import check_base
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
@@ -67,7 +71,117 @@ def test_engines_look_at_the_base_before_they_start(make, micro_model_dir, tmp_p
 def test_the_engine_in_process_is_refused_on_gpus_it_would_not_take(gpu, ranks, device, refused, tmp_path, monkeypatch):
     engine = vllm_in_process(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(vllm_engine, "world_size", lambda: ranks)
+    monkeypatch.setattr(vllm_settings, "world_size", lambda: ranks)
     monkeypatch.setattr(vllm_engine, "check_base", lambda *_: (_ for _ in ()).throw(LookupError("next step")))
     with pytest.raises(UserError if refused else LookupError, match=refused or "next step"):
         engine.generate(SimpleNamespace(device=torch.device(device)), PROMPTS, SAMPLING, seed=0)
+
+
+@pytest.mark.parametrize("make", [vllm_in_process, vllm_of_servers])
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"temperature": 0.009},
+            r"^rollout.temperature=0.009: vLLM samples at 0.01 instead; set at least that, or ",
+        ),
+        ({"top_p": 0.9, "min_p": 0.1}, r"^rollout.top_p=0.9 with rollout.min_p=0.1: vLLM cuts by min_p first and "),
+    ],
+)
+def test_what_vllm_samples_otherwise_is_refused(make, changes, line, micro_model_dir, tmp_path, monkeypatch):
+    policy, engine = micro_policy(micro_model_dir, torch.float32), make(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=line) as error:
+        engine.generate(policy, PROMPTS, replace(SAMPLING, **changes), seed=0)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.01},
+        {"temperature": 0.0, "top_p": 0.9, "min_p": 0.1},  # greedy: no filter acts
+        {"top_p": 0.9, "top_k": 5},
+        {"min_p": 0.1, "top_k": 5},
+    ],
+)
+def test_what_vllm_samples_alike_is_not(changes, tmp_path, monkeypatch):
+    engine = vllm_in_process(tmp_path, monkeypatch)
+    monkeypatch.setattr(engine, "_wake", lambda policy: (_ for _ in ()).throw(LookupError("next step")))
+    with pytest.raises(LookupError, match="next step"):
+        engine.generate(SimpleNamespace(), PROMPTS, replace(SAMPLING, **changes), seed=0)
+
+
+def test_pictures_on_the_padded_path_are_refused(micro_model_dir, tmp_path, monkeypatch):
+    policy, engine = micro_policy(micro_model_dir, torch.float32), vllm_in_process(tmp_path, monkeypatch)
+    policy.is_padded = True
+    policy.vision = SimpleNamespace()
+    with pytest.raises(
+        UserError, match="^rollout=vllm does not know the pictures of llama.* use rollout=transformers$"
+    ):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    policy.vision = None  # text alone is as good as any: the proof compares it with the padded forward
+    vllm_settings.refuse_padded_pictures(policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"kv_cache_gb": 0}, "^rollout.engine.kv_cache_gb=0 must be above 0$"),
+        ({"kv_cache_gb": -0.5}, "^rollout.engine.kv_cache_gb=-0.5 must be above 0$"),
+        ({"max_num_seqs": 0}, "^rollout.engine.max_num_seqs=0 must be at least 1$"),
+    ],
+)
+def test_sizes_of_nothing_are_refused(settings, line, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match=line):
+        VLLMEngine("no-model", 64, 8, **settings)
+
+
+class OfPydantic(ValueError):
+    """Its text repeats everything; what is wrong stands in ``errors``."""
+
+    def __init__(self, where, said):
+        super().__init__(
+            "1 validation error for ModelConfig\n  Value error [input_value=ArgsKwargs((), {...})]\n    see"
+        )
+        self.where, self.said = where, said
+
+    def errors(self):
+        return [{"loc": self.where, "msg": self.said}]
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (
+            ValueError("To serve a request of 72, 1.5 GiB is needed. Try increasing `gpu_memory_utilization`. See x"),
+            "To serve a request of 72, 1.5 GiB is needed",
+        ),
+        (RuntimeError("\n  no kernel\nException raised from x.cpp:3 (most recent call first)"), "no kernel"),
+        (RuntimeError(), "RuntimeError"),
+        (OfPydantic((), "Value error, max_model_len (72) is too large. Set X=1"), "max_model_len (72) is too large"),
+        (OfPydantic(("max_num_seqs",), "Input should be at least 1"), "max_num_seqs: Input should be at least 1"),
+    ],
+)
+def test_settings_that_vllm_refuses_are_one_line(raised, reason, micro_model_dir, tmp_path, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise raised
+
+    policy, engine = micro_policy(micro_model_dir, torch.float32), vllm_in_process(tmp_path, monkeypatch)
+    vllm = types.ModuleType("vllm")
+    vllm.LLM = refuse
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(vllm_engine, "resolve_model", lambda model: model)
+    with pytest.raises(UserError) as error:
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert str(error.value) == (
+        f"vLLM does not start: {reason}; check rollout.engine (kv_cache_gb, memory_fraction, max_num_seqs) and "
+        "data.max_prompt_length + rollout.max_completion_length=72, or use rollout=transformers"
+    )
+
+
+def test_memory_that_ran_out_keeps_its_own_advice():
+    with pytest.raises(torch.OutOfMemoryError), refusals_in_one_line(72):
+        raise torch.OutOfMemoryError("out of memory")

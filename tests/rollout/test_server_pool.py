@@ -84,3 +84,41 @@ def test_an_exchange_that_is_still_connecting_ends_with_the_others(monkeypatch):
     with pytest.raises(ServerError, match="not needed any more"):
         server.post("/x", {}, 30.0)
     assert not sent
+
+
+def test_one_line_says_which_server_cannot_be_used_while_another_works(capsys):
+    fine, bad = servers(2)
+    down, bad_attempts = [True], []
+
+    def prepare(server):
+        if server is bad:
+            bad_attempts.append(server)
+            if down[0]:
+                raise ServerError(f"{server.url} computes in float32")
+
+    def work(server, job):
+        time.sleep(0.02)
+        return job
+
+    pool = ServerPool([fine, bad], prepare, lambda server, value: None, PATIENCE)
+    for _ in range(3):
+        assert pool.run(range(12), work) == list(range(12))
+    line = f"rollout server cannot be used, its prompts go to others: {bad.url} computes in float32\n"
+    assert len(bad_attempts) >= 3 and capsys.readouterr().err == line
+    down[0] = False
+    while not pool.members[1].ready:
+        pool.run(range(12), work)
+    assert capsys.readouterr().err == ""
+    down[0] = True  # another failure, another line
+    while not pool.members[1].told:
+        pool.run(range(12), work)
+    assert capsys.readouterr().err == line
+
+
+def test_servers_that_are_all_out_of_use_are_not_said_to_hand_their_prompts_on(capsys):
+    def prepare(server):
+        raise ServerError("down")
+
+    with pytest.raises(EngineUnavailableError):
+        ServerPool(servers(2), prepare, lambda server, value: None, Patience(0.2, pause_s=0.01)).run([1], echo)
+    assert capsys.readouterr().err == ""

@@ -241,6 +241,19 @@ def test_settings_of_a_gpu_are_refused_on_a_cpu(settings, message):
         VLLMEngine("anything", 8, 8, **settings)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "memory", "line"),
+    [
+        ((80, 12), 1e-5, "No available memory for the cache blocks; check rollout.engine .*=92, or use rollout=transf"),
+        ((80, 5000), 0.05, r"max_model_len \(5080\) is greater than .*; check .*max_completion_length=5080, or use "),
+    ],
+)
+def test_settings_that_vllm_refuses_are_one_line(sizes, memory, line, folder, policy, prompts):
+    with pytest.raises(UserError, match=f"^vLLM does not start: .*{line}") as error:
+        VLLMEngine(str(folder), *sizes, kv_cache_gb=memory).generate(policy, prompts, SAMPLING, seed=0)
+    assert "\n" not in str(error.value)
+
+
 def test_more_prompts_than_a_batch_of_the_engine_holds_are_answered(policy, folder):
     # Last in the file: closing an engine takes the process group of the one that other tests share with it.
     # 240 x 70 tokens: vLLM 0.32 would cut a prompt into chunks, which a seeded request does not survive on a CPU.

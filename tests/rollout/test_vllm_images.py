@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
-from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
 from gspo_lightning.rollout import VLLMEngine, WeightSyncError
 from gspo_lightning.rollout.vllm_requests import engine_input, unexpanded
 from gspo_lightning.types import Prompt, SamplingParams
-from tests.vision.models import small_config
+from tests.rollout.random_vlm import save_random_vlm
 
 SAMPLING = SamplingParams(3, 5, temperature=0.8)
 
@@ -62,17 +61,7 @@ def test_a_prompt_goes_out_with_one_placeholder_for_each_picture(smollm2_dir, tm
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory, smollm2_dir):
-    """A random Qwen2.5-VL whose attention vLLM has a kernel for."""
-    folder = tmp_path_factory.mktemp("vlm")
-    model = Qwen2_5_VLForConditionalGeneration(small_config(SPECIAL_IDS, tower=64))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "embed_tokens" not in name:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(folder)
-    build_processor(smollm2_dir, tmp_path_factory.mktemp("scratch")).save_pretrained(folder)
-    return folder
+    return save_random_vlm(tmp_path_factory.mktemp("vlm"), smollm2_dir, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture
@@ -164,3 +153,41 @@ def test_without_the_scaling_of_pixels_the_first_proof_fails(model_dir, engine, 
     policy = PolicyLoader(str(model_dir)).load()
     with pytest.raises(WeightSyncError, match="does not run the policy's weights"):
         engine.generate(policy, prompts_of(policy), SAMPLING, 1)
+
+
+def with_tower_adapter(model_dir):
+    return PolicyLoader(str(model_dir), train_vision=True, lora=LoraSettings(r=4, alpha=8)).load()
+
+
+@pytest.mark.vllm
+def test_an_adapter_of_the_tower_is_sampled_on_policy_from_its_first_value_to_every_other(model_dir, engine):
+    policy = with_tower_adapter(model_dir)
+    difference, before = mismatch(policy, engine, 1)
+    assert difference < 1e-4
+    for part in ("visual.blocks", "visual.merger"):
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if part in name and parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+        difference, after = mismatch(policy, engine, 1)
+        assert difference < 1e-4
+        assert len(after) != len(before) or (after - before).abs().max() > 1e-2
+        before = after
+
+
+@pytest.mark.vllm
+def test_an_engine_that_leaves_out_the_towers_adapter_is_found_in_bfloat16_too(model_dir, monkeypatch):
+    from gspo_lightning.rollout import vllm_engine
+
+    def language_alone(policy):
+        return {**lora_settings(policy), "enable_tower_connector_lora": False}
+
+    lora_settings = vllm_engine.lora_settings
+    monkeypatch.setattr(vllm_engine, "lora_settings", language_alone)
+    policy = with_tower_adapter(model_dir)
+    engine = VLLMEngine(str(model_dir), 100, 8, dtype="bfloat16", kv_cache_gb=0.1, max_num_seqs=8)
+    try:
+        with pytest.raises(WeightSyncError, match="does not apply the adapter of visual.blocks"):
+            engine.generate(policy, prompts_of(policy), SAMPLING, 1)
+    finally:
+        engine.close()

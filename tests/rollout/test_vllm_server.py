@@ -169,6 +169,44 @@ def test_a_server_without_adapters_is_not_used_for_one(micro_model_dir, start):
     assert server.count("/v1/load_lora_adapter") == server.count(GENERATE) == 0
 
 
+def test_a_server_whose_base_was_replaced_is_not_used_for_an_adapter(micro_model_dir, start):
+    policy = PolicyLoader(str(micro_model_dir), dtype="float32", lora=LoraSettings(r=2)).load()
+    engine, (server,) = start(None, ready_timeout_s=0.3)
+    server.status_changes = {"lora": True, "base_replaced": True}
+    with pytest.raises(
+        EngineUnavailableError, match="has no base for an adapter: it was replaced by another run; restart it$"
+    ):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert server.count("/v1/load_lora_adapter") == server.count(GENERATE) == 0
+
+
+def test_weights_of_another_run_during_the_probe_are_no_fault_of_ours(policy, start):
+    server_of_two, probes = [], []
+
+    def intrude(path, number):
+        if path == GENERATE and probes and probes.pop():
+            move(server_of_two[0].policy, seed=7)
+            server_of_two[0].version = "gspo-weights-other-1"
+
+    engine, (server,) = start(intrude, give_up_after_s=5.0)
+    server_of_two.append(server)
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
+    move(policy)
+    probes.append(True)
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=0))
+    assert server.count("gspo_load_folder") == 3 and not probes
+
+
+def test_a_server_that_another_run_keeps_taking_is_said_to_be_shared(policy, start):
+    servers = []
+    engine, servers = start(
+        lambda path, number: setattr(servers[0], "version", f"other-{number}") if path == GENERATE else None,
+        ready_timeout_s=0.3,
+    )
+    with pytest.raises(EngineUnavailableError, match="got other weights during the probe; does another run use it\\?$"):
+        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+
+
 def test_a_prompt_that_a_server_refuses_is_named(policy, start):
     engine, (server,) = start(None)
     engine.generate(policy, PROMPTS[:1], SAMPLING, seed=0)

@@ -14,7 +14,7 @@ import torch
 
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.micro import build_micro_model
-from gspo_lightning.rollout import VLLMServerEngine
+from gspo_lightning.rollout import EngineUnavailableError, VLLMServerEngine
 from gspo_lightning.types import SamplingParams
 from tests.rollout.test_vllm_engine import largest_difference, move
 from tests.support import make_prompt, micro_policy
@@ -34,7 +34,7 @@ def serve(folder, *options):
         port = probe.getsockname()[1]
     command = ["bash", "scripts/serve_rollouts.sh", "--model", str(folder), "--port", str(port), "--dtype", "float32",
                "--max-model-len", "96", *options]  # fmt: skip
-    environment = {**os.environ, "GSPO_VENV": sys.prefix, "GSPO_ROLLOUT_KEY": KEY, "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {**os.environ, "GSPO_VLLM_VENV": sys.prefix, "GSPO_ROLLOUT_KEY": KEY, "VLLM_LOGGING_LEVEL": "ERROR"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     return process, port
 
@@ -92,5 +92,19 @@ def test_an_adapter_travels_alone(folder, engine):
                 "adapter_config.json", "adapter_model.safetensors",
             ]  # fmt: skip
             move(policy, seed)
+    finally:
+        stop(process)
+
+
+def test_a_server_that_got_all_weights_says_so_to_a_run_with_an_adapter(folder, engine):
+    process, port = serve(folder, "--lora", "4")
+    try:
+        whole = micro_policy(folder, torch.float32)
+        assert largest_difference(whole, engine(port).generate(whole, PROMPTS, SAMPLING, 0)) < 1e-4
+        policy = PolicyLoader(str(folder), lora=LoraSettings(r=4, alpha=8)).load()
+        late = VLLMServerEngine([f"http://127.0.0.1:{port}"], 80, 12, ready_timeout_s=1)
+        with pytest.raises(EngineUnavailableError, match="has no base for an adapter: it was replaced by another run"):
+            late.generate(policy, PROMPTS, SAMPLING, 0)
+        late.close()
     finally:
         stop(process)

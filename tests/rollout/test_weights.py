@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import weights
@@ -104,3 +108,28 @@ def test_a_worker_takes_weights_for_a_version_only_with_its_checksum(micro_model
     assert worker.gspo_version == "one" and worker.given.keys() == dict(named_weights(policy, torch.float32)).keys()
     assert worker.gspo_load_folder(str(tmp_path / "weights"), "two", str(total + 1)) == {"checksum": total}
     assert worker.gspo_version is None
+
+
+class Runner:
+    """vLLM's, of a model without layers."""
+
+    model_config = SimpleNamespace(hf_config=LlamaConfig(), dtype=torch.float32, logprobs_mode="processed_logprobs")
+    lora_config = vllm_config = None
+
+    def reload_weights(self, weights_iterator):
+        dict(weights_iterator)
+
+    def get_model(self):
+        return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_worker_says_that_its_base_was_replaced_also_by_weights_that_did_not_arrive_whole(whole):
+    worker = WeightSync()
+    worker.model_runner = Runner()
+    worker.gspo_set_version("an adapter")
+    assert worker.gspo_status()["base_replaced"] is False
+    with contextlib.nullcontext() if whole else pytest.raises(ZeroDivisionError):
+        worker.gspo_load_weights(lambda: ((str(n), 1 / n) for n in range(int(whole), 2)), "all weights")
+    status = worker.gspo_status()
+    assert (status["base_replaced"], status["version"]) == (True, "all weights" if whole else None)

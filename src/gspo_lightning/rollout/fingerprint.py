@@ -62,6 +62,13 @@ def _with_picture(policy: Policy, text: Tensor, generator: torch.Generator, limi
     return Prompt("gspo:probe", messages, ids, {}, media)
 
 
+def probe_logprobs(policy: Policy, probe: Prompt, completions: Sequence[Completion]) -> Tensor:
+    """The trainer's log-probabilities of what an engine sampled from the probe, in float64 on the CPU."""
+    packed = pack([(probe.input_ids, [c.token_ids for c in completions])], policy.device, [probe])
+    logprobs: Tensor = policy(packed, PROBE_SAMPLING.temperature)[0]
+    return logprobs.double().cpu()
+
+
 class Fingerprint:
     """Compares engines with the trainer; remembers what an engine sampled to notice weights that never arrived."""
 
@@ -82,8 +89,7 @@ class Fingerprint:
         Raises:
             WeightSyncError: beyond the tolerance, or the engine's numbers stand still while the trainer's move.
         """
-        packed = pack([(probe.input_ids, [c.token_ids for c in completions])], policy.device, [probe])
-        own = policy(packed, PROBE_SAMPLING.temperature)[0].double().cpu()
+        own = probe_logprobs(policy, probe, completions)
         theirs = torch.cat([c.sampler_logprobs for c in completions]).double()
         difference = (theirs - own).abs().mean().item()
         if not difference <= self.tolerance:

@@ -49,6 +49,7 @@ class Member:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.ready = self.preparing = False
+        self.told = False  # by a line, that others do its work
         self.in_flight = self.failures = 0
         self.retry_at = 0.0
         self.trouble = f"{server.url} has not answered yet"
@@ -164,7 +165,7 @@ class _Run(Generic[Job, Result]):
             self._failed(member, job, error)
             return
         if job is None:
-            member.preparing, member.ready = False, True
+            member.preparing, member.ready, member.told = False, True, False
             self.pool.ever_ready = True
         else:
             member.in_flight -= 1
@@ -176,11 +177,15 @@ class _Run(Generic[Job, Result]):
         member.rest(error, self.pool.patience.pause_s)
         if job is None:
             member.preparing = False
+            if not member.told and any(other.ready for other in self.pool.members):
+                member.told = True
+                _say(f"rollout server cannot be used, its prompts go to others: {error}")
             return
         member.in_flight -= 1
         self.queue.appendleft(job)
         self.attempts[job] += 1
         if was_ready:
+            member.told = True
             _say(f"rollout server failed, its prompts go to others: {error}")
         if self.attempts[job] >= self.pool.patience.max_attempts:
             raise EngineUnavailableError(f"one prompt failed {self.attempts[job]} times, at last: {error}")

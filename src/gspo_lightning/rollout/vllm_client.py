@@ -37,6 +37,8 @@ class Status:
     dtype: str
     logprobs_mode: str
     lora: bool
+    base_replaced: bool = False
+    """Whether weights of a trainer lie where an adapter needs those of the model's folder."""
 
 
 class VLLMClient:

@@ -2,7 +2,7 @@
 
 The engine starts from random weights: what it samples before the first synchronisation would be noise, and a weight
 that a synchronisation forgets cannot be right by chance (`fingerprint.py`). With an adapter, the base comes from
-disk, and the first adapter it gets is one that moves the output.
+disk, and the first adapters it gets are some that move the output (`adapter_proof.py`).
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from typing import Any, Literal
 import torch
 
 from gspo_lightning.data.vision import VisionSettings
-from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.adapter_proof import AdapterPart, adapter_parts, refuse_left_out, shaken
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
-from gspo_lightning.rollout.vllm_requests import completion, engine_input, request_fields
-from gspo_lightning.rollout.weights import (
-    adapter_rank,
-    check_base,
-    checksum,
-    named_weights,
-    save_adapter,
-    shaken_adapter,
-    trained_parameters,
+from gspo_lightning.rollout.vllm_requests import completion, engine_input, refuse_sampling, request_fields
+from gspo_lightning.rollout.vllm_settings import (
+    engine_dtype,
+    lora_settings,
+    refusals_in_one_line,
+    refuse_other_gpus,
+    refuse_padded_pictures,
 )
+from gspo_lightning.rollout.weights import check_base, checksum, named_weights, save_adapter, trained_parameters
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 WORKER_EXTENSION = "gspo_lightning.rollout.vllm_worker.WeightSync"
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VLLMEngine:
@@ -88,6 +86,10 @@ class VLLMEngine:
             raise UserError(f"rollout.engine.memory_fraction={memory_fraction} has no effect: {why}")
         if sleep and not cuda:
             raise UserError("rollout.engine.sleep=true has no effect without a GPU; set it to null")
+        if kv_cache_gb is not None and kv_cache_gb <= 0:
+            raise UserError(f"rollout.engine.kv_cache_gb={kv_cache_gb} must be above 0")
+        if max_num_seqs < 1:
+            raise UserError(f"rollout.engine.max_num_seqs={max_num_seqs} must be at least 1")
         self.model, self.overrides, self.dtype, self.lora_sync = model, overrides or {}, dtype, lora_sync
         self.max_model_len = max_prompt_length + max_completion_length
         self.max_num_seqs, self.prefix_caching, self.tolerance = max_num_seqs, prefix_caching, tolerance
@@ -105,6 +107,7 @@ class VLLMEngine:
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
+        refuse_sampling(sampling)
         self._wake(policy)
         self._synchronise(policy)
         completions = self._sample(policy, prompts, sampling, seed)
@@ -144,8 +147,9 @@ class VLLMEngine:
             self._llm.wake_up()
 
     def _start(self, policy: Policy) -> None:
-        _refuse_other_gpus(policy.device)
+        refuse_other_gpus(policy.device)
         check_base(policy, self.lora_sync)
+        refuse_padded_pictures(policy)
         # Read by vLLM when it is imported. Its own process would need the weights sent over a pipe.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -154,35 +158,36 @@ class VLLMEngine:
 
         self.engine_dtype = engine_dtype(self.dtype, policy)
         adapter = policy.has_adapter and self.lora_sync == "adapter"
-        self._llm = vllm.LLM(
-            resolve_model(self.model),
-            dtype=str(self.engine_dtype).removeprefix("torch."),
-            load_format="auto" if adapter else "dummy",
-            hf_overrides=self.overrides,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            enforce_eager=self.eager,
-            enable_prefix_caching=self.prefix_caching,
-            # A block of 128 tokens, the default on CPUs, never holds a short prompt.
-            block_size=32,
-            logprobs_mode="processed_logprobs",
-            enable_sleep_mode=self.sleep,
-            worker_extension_cls=WORKER_EXTENSION,
-            disable_log_stats=True,
-            seed=0,
-            **self.memory,
-            **self._whole_prompts(),
-            **self._vision(policy),
-            **(_lora_settings(policy) if adapter else {}),
-        )
+        settings = self._vision(policy) | (lora_settings(policy) if adapter else {})
+        with refusals_in_one_line(self.max_model_len):
+            self._llm = vllm.LLM(
+                resolve_model(self.model),
+                dtype=str(self.engine_dtype).removeprefix("torch."),
+                load_format="auto" if adapter else "dummy",
+                hf_overrides=self.overrides,
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                enforce_eager=self.eager,
+                enable_prefix_caching=self.prefix_caching,
+                # A block of 128 tokens, the default on CPUs, never holds a short prompt.
+                block_size=32,
+                logprobs_mode="processed_logprobs",
+                enable_sleep_mode=self.sleep,
+                worker_extension_cls=WORKER_EXTENSION,
+                disable_log_stats=True,
+                seed=0,
+                **self.memory,
+                **self._whole_prompts(),
+                **settings,
+            )
         tolerance = DEFAULT_TOLERANCE[self.engine_dtype] if self.tolerance is None else self.tolerance
         self._fingerprint = Fingerprint(tolerance)
         self._folder = tempfile.TemporaryDirectory(prefix="gspo-adapter-")
         atexit.register(self.close)
-        if adapter:
-            with shaken_adapter(policy):
+        for part in adapter_parts(policy) if adapter else []:
+            with shaken(part):
                 self._send(policy)
-                self._prove(policy)
+                self._prove(policy, part)
 
     def _whole_prompts(self) -> dict[str, Any]:
         """On a CPU, no prompt in chunks: vLLM 0.32 then turns back the generator of a seeded request, which fails."""
@@ -251,48 +256,15 @@ class VLLMEngine:
         self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_mm_cache()
 
-    def _prove(self, policy: Policy) -> None:
+    def _prove(self, policy: Policy, part: AdapterPart | None = None) -> None:
         probe = probe_prompt(policy, self.max_model_len, self.limits)
         try:
             (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
         except ValueError as error:
             raise WeightSyncError(f"the vLLM engine does not run the policy's weights: it answered {error}") from error
+        if part is not None:
+            refuse_left_out(policy, part, probe, completions)
         self._fingerprint.check(policy, probe, completions, "the vLLM engine")
-
-
-def _refuse_other_gpus(device: torch.device) -> None:
-    """The engine takes cuda:0, whatever the trainer's device is. Every rank comes to the same answer."""
-    if not torch.cuda.is_available():
-        return
-    if world_size() > 1:
-        raise UserError(
-            f"rollout=vllm samples on the first GPU alone, and {world_size()} processes train; use "
-            "rollout=vllm_server, or trainer.devices=1"
-        )
-    if device.type == "cuda" and device.index:
-        raise UserError(
-            f"rollout=vllm samples on cuda:0, and the policy is on {device}; use rollout=vllm_server, or choose the "
-            f"GPU by CUDA_VISIBLE_DEVICES={device.index} with trainer.devices=1"
-        )
-
-
-def _lora_settings(policy: Policy) -> dict[str, Any]:
-    """Room for one adapter of the policy's rank."""
-    rank = adapter_rank(policy)
-    fitting = [size for size in _LORA_RANKS if size >= rank]
-    if not fitting:
-        raise UserError(f"model.lora.r={rank} is more than vLLM takes; use rollout.engine.lora_sync=merged")
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
-
-
-def engine_dtype(setting: str, policy: Policy) -> torch.dtype:
-    """The dtype the engine computes in: the trainer's, so that sampler and trainer differ by rounding alone."""
-    if setting != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[setting]
-    kind = policy.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return torch.float32 if policy.output_weight.dtype == torch.float64 else policy.output_weight.dtype
 
 
 def _chosen(token_ids: Any, logprobs: Any) -> list[float]:

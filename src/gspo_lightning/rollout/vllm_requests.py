@@ -15,6 +15,8 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.types import Completion, Prompt, SamplingParams
 
+_LEAST_TEMPERATURE = 0.01
+
 
 def request_seed(seed: int, uid: str) -> int:
     """The seed of a prompt's request; vLLM adds g to it for generation g."""
@@ -39,6 +41,21 @@ def request_fields(policy: Policy, prompt: Prompt, sampling: SamplingParams, see
         "logprobs": 0,
         "skip_special_tokens": False,
     }
+
+
+def refuse_sampling(sampling: SamplingParams) -> None:
+    """What vLLM samples otherwise than `TransformersEngine`, without a word; greedy decoding reads none of it."""
+    if 0 < sampling.temperature < _LEAST_TEMPERATURE:
+        raise UserError(
+            f"rollout.temperature={sampling.temperature}: vLLM samples at {_LEAST_TEMPERATURE} instead; set at least "
+            "that, or rollout=transformers"
+        )
+    if sampling.temperature > 0 and sampling.top_p < 1 and sampling.min_p > 0:
+        # The nucleus of what min-p has left is smaller. Cut the other way round, as transformers' `generate` does.
+        raise UserError(
+            f"rollout.top_p={sampling.top_p} with rollout.min_p={sampling.min_p}: vLLM cuts by min_p first and "
+            "rollout=transformers by top_p; set one of them, or rollout=transformers"
+        )
 
 
 def refuse_images(prompts: Sequence[Prompt]) -> None:

@@ -23,8 +23,8 @@ from gspo_lightning.rollout.http_client import RequestRefusedError, Server, Serv
 from gspo_lightning.rollout.over_ranks import on_first_rank
 from gspo_lightning.rollout.server_pool import Patience, ServerPool
 from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
-from gspo_lightning.rollout.vllm_engine import engine_dtype
-from gspo_lightning.rollout.vllm_requests import refuse_images
+from gspo_lightning.rollout.vllm_requests import refuse_images, refuse_sampling
+from gspo_lightning.rollout.vllm_settings import engine_dtype
 from gspo_lightning.rollout.vllm_worker import model_shape
 from gspo_lightning.rollout.weights import check_base, checksum, save_adapter, save_weights, trained_parameters
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
@@ -100,6 +100,7 @@ class VLLMServerEngine:
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
         refuse_images(prompts)
+        refuse_sampling(sampling)
         if world_size() > 1 and self.staleness:
             raise UserError(
                 f"rollout.engine.staleness=1 runs in one process, and there are {world_size()}; set it to 0, or "
@@ -188,7 +189,10 @@ class VLLMServerEngine:
             status = client.status()
         if status.version != weights.version:
             raise ServerError(f"{client.url} was started anew while it loaded weights")
-        return status, client.complete(self._policy, self._probe, PROBE_SAMPLING, 0, self._adapter)
+        completions = client.complete(self._policy, self._probe, PROBE_SAMPLING, 0, self._adapter)
+        if client.status() != status:
+            raise ServerError(f"{client.url} got other weights during the probe; does another run use it?")
+        return status, completions
 
     @property
     def _adapter(self) -> str | None:
@@ -206,6 +210,8 @@ class VLLMServerEngine:
             raise ServerError(f"{url} computes in {status.dtype}; start it with --dtype {dtype}")
         if self._adapter and not status.lora:
             raise ServerError(f"{url} takes no adapters; start it with --enable-lora, or set lora_sync=merged")
+        if self._adapter and status.base_replaced:
+            raise ServerError(f"{url} has no base for an adapter: it was replaced by another run; restart it")
 
     def _work(self, server: Server, request: tuple[Prompt, SamplingParams, int]) -> list[Completion]:
         """The completions of one prompt, from a server that was the same and ran the same before and after."""
@@ -216,7 +222,9 @@ class VLLMServerEngine:
             refusal = error
         status = client.status()
         if (status.instance, status.version) != self._proven.get(server.url):
-            raise ServerError(f"{server.url} was started anew or got other weights during a request")
+            raise ServerError(
+                f"{server.url} was started anew or got other weights during a request; does another run use it?"
+            )
         if refusal is not None:
             raise UserError(f"row {request[0].uid}: {refusal}") from refusal
         return completions

@@ -38,6 +38,7 @@ class WeightSync:
             "dtype": str(config.dtype).removeprefix("torch."),
             "logprobs_mode": str(config.logprobs_mode),
             "lora": self.model_runner.lora_config is not None,
+            "base_replaced": getattr(self, "gspo_base_replaced", False),
         }
 
     def gspo_set_version(self, version: str) -> None:
@@ -64,7 +65,7 @@ class WeightSync:
 
     def gspo_load_weights(self, weights: NamedWeights, version: str) -> None:
         """Loads all weights, named as on the hub; ``weights`` may be asked for them twice."""
-        self.gspo_version = None
+        self.gspo_version, self.gspo_base_replaced = None, True
         self.model_runner.reload_weights(weights_iterator=weights())
         model = self.model_runner.get_model()
         load_what_reload_skips(model, weights)

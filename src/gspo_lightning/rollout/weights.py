@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -160,23 +160,3 @@ def save_adapter(policy: Policy, folder: Path) -> Path:
 def adapter_rank(policy: Policy) -> int:
     """Rank of the LoRA adapter."""
     return int(policy.model.peft_config["default"].r)  # type: ignore[union-attr, index]
-
-
-@contextmanager
-def shaken_adapter(policy: Policy) -> Iterator[None]:
-    """The adapter with random values in both halves, and as it was afterwards, bit for bit.
-
-    A new adapter is zero times something, so an engine that ignores it could not be told from one that uses it.
-    """
-    before = [parameter.detach().clone() for parameter in trained_parameters(policy)]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trained_parameters(policy):
-            # Their product is about a tenth of the base: it moves the output and leaves bfloat16 accurate.
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(trained_parameters(policy), before, strict=True):
-                parameter.copy_(value)
