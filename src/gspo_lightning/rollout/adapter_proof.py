@@ -18,7 +18,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.vision import vision_parts
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import probe_logprobs
-from gspo_lightning.rollout.weights import trained_parameters
+from gspo_lightning.rollout.weights import adapter_scale, trained_parameters
 from gspo_lightning.types import Completion, Prompt
 
 
@@ -29,7 +29,7 @@ class AdapterPart:
     name: str
     parameters: Sequence[Tensor]
     size: float
-    """Standard deviation of the random values, times the root of what a layer sums over."""
+    """Standard deviation of the random values, times the root of what a factor sums over."""
 
 
 def adapter_parts(policy: Policy) -> list[AdapterPart]:
@@ -42,10 +42,11 @@ def adapter_parts(policy: Policy) -> list[AdapterPart]:
     vision = [(name, [p for p in child.parameters() if p.requires_grad]) for name, child in children]
     inside = {id(parameter) for _, parameters in vision for parameter in parameters}
     language = [parameter for parameter in trained_parameters(policy) if id(parameter) not in inside]
-    # In a language model the product is then about a tenth of the base: it moves the output and leaves bfloat16
-    # accurate. Features of a picture are a few tokens among many: as large as the base.
-    parts = [AdapterPart("the language model", language, 0.3)]
-    parts += [AdapterPart(name, parameters, 1.0) for name, parameters in vision]
+    # What the adapter adds is about this share of what it is added to, whatever its scale: it moves the output well
+    # beyond the rounding of bfloat16 and leaves that accurate. Features of a picture are a few tokens among many.
+    scale = adapter_scale(policy)
+    parts = [AdapterPart("the language model", language, (0.2 / scale) ** 0.5)]
+    parts += [AdapterPart(name, parameters, (0.4 / scale) ** 0.5) for name, parameters in vision]
     return [part for part in parts if part.parameters]
 
 

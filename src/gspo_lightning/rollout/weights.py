@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -159,4 +160,14 @@ def save_adapter(policy: Policy, folder: Path) -> Path:
 
 def adapter_rank(policy: Policy) -> int:
     """Rank of the LoRA adapter."""
-    return int(policy.model.peft_config["default"].r)  # type: ignore[union-attr, index]
+    return int(_adapter_config(policy).r)
+
+
+def adapter_scale(policy: Policy) -> float:
+    """What the product of its factors is multiplied by."""
+    config = _adapter_config(policy)
+    return float(config.lora_alpha / config.r)
+
+
+def _adapter_config(policy: Policy) -> Any:
+    return policy.model.peft_config["default"]  # type: ignore[index]
