@@ -89,7 +89,11 @@ def test_a_group_has_signal_if_the_returns_of_a_turn_differ():
     rollout, _, drawn = draw_until_signal(source, collect, max_draws=0)
     assert drawn.silent_left == 1
     scored = compare(rollout, AdvantageEstimator())
-    assert [[scored.is_silent(b, g) for g in range(2)] for b in range(3)] == [[False] * 2, [True] * 2, [False] * 2]
+    assert [[scored.has_zero_advantage(b, g) for g in range(2)] for b in range(3)] == [
+        [False] * 2,
+        [True] * 2,
+        [False] * 2,
+    ]
     zero_std, groups = rollout_metrics(scored)["frac_zero_std_groups"]
     assert (zero_std.item(), groups.item()) == (1.0, 3.0)
 

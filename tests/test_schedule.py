@@ -18,6 +18,7 @@ from tests.training import Batches, Settings, build_module, scripted_prompts, tr
     [
         (Schedule("constant"), [1, 1, 1, 1, 1]),
         (Schedule("constant", warmup_ratio=0.4), [0.5, 1, 1, 1, 1]),
+        (Schedule("constant", warmup_ratio=0.21), [0.5, 1, 1, 1, 1]),  # a step in part is a whole one
         (Schedule("linear"), [1, 0.8, 0.6, 0.4, 0.2]),
         (Schedule("linear", warmup_ratio=0.2, min_ratio=0.5), [1, 1, 0.875, 0.75, 0.625]),
         (Schedule("cosine"), [0.5 * (1 + math.cos(math.pi * n / 5)) for n in range(5)]),

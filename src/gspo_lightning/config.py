@@ -16,7 +16,7 @@ from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import parameter_groups
-from gspo_lightning.objective.refusals import check_objective
+from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
@@ -237,6 +237,9 @@ def _check_minibatches(plain: dict[str, Any]) -> None:
 
 def _report(plain: dict[str, Any]) -> None:
     objective = build(plain["objective"])
+    # One of the user's own says by its first reward only that it rewards turns.
+    if ((plain["environment"] or {}).get("make") or {}).get("turn_rewards"):
+        refuse_turn_rewards(objective)
     findings = check_objective(
         objective,
         num_iterations=plain["update"]["num_iterations"],

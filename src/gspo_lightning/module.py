@@ -25,6 +25,7 @@ from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_sign
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
+from gspo_lightning.objective.refusals import refuse_turn_rewards
 from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.packing.products import onednn_float32
 from gspo_lightning.passes import Passes
@@ -169,7 +170,7 @@ class GSPOModule(L.LightningModule):
         return super()._apply(lambda t: t.to(fn(t).device) if id(t) in wide else fn(t), recurse)
 
     def on_fit_start(self) -> None:
-        """Refuses settings of the Trainer that train wrongly; with a warning, runs what cannot be packed padded."""
+        """Refuses Trainer settings under which training would be wrong; what cannot be packed runs padded."""
         check_fit(self)
         self._choose_forward()
 
@@ -194,7 +195,7 @@ class GSPOModule(L.LightningModule):
         say_nothing_is_left(self)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
-        """Samples completions for the prompts and scores them; ends a run that was resumed behind its last rollout."""
+        """Samples completions for the prompts and scores them; ends a resumed run whose rollouts are all done."""
         assert self.policy is not None
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
@@ -224,16 +225,8 @@ class GSPOModule(L.LightningModule):
 
     def _compare(self, rollout: RewardedRollout) -> ScoredRollout:
         scored = compare(rollout, self.advantages)
-        if scored.turn_advantages is not None and self.objective.importance_sampling_level == "sequence":
-            raise UserError(
-                "the environment rewards turns, but objective.importance_sampling_level=sequence has one advantage per "
-                "completion; set it to sequence_token (GSPO with advantages per token)"
-            )
-        if scored.turn_advantages is not None and self.objective.shares_one_loss:
-            raise UserError(
-                f"the environment rewards turns, but objective.loss_type={self.objective.loss_name} has one loss per "
-                "completion; choose another (objective=grpo)"
-            )
+        if scored.turn_advantages is not None:
+            refuse_turn_rewards(self.objective)
         return scored
 
     def _run_along(self) -> None:
@@ -336,7 +329,7 @@ class GSPOModule(L.LightningModule):
     def _finish_rollout(self, scored: ScoredRollout, update: RolloutUpdate) -> None:
         self.rollouts_done += 1
         sampled = self._drawn.discarded_tokens + sum(c.num_trained for group in scored.completions for c in group)
-        tokens = torch.tensor([sampled, update.trained_tokens], dtype=torch.float64, device=self.device)
+        tokens = torch.tensor([sampled, update.forwarded_tokens], dtype=torch.float64, device=self.device)
         for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
             self.counts[name] += int(count)
         values = rollout_values(

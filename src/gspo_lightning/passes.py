@@ -62,7 +62,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Passes:
-    """The three forwards of an update, all at the training temperature and over the same micro-batches."""
+    """The forwards of an update, all at the training temperature.
+
+    Old, reference and new log-probabilities are taken over the same micro-batches, so that they share their rounding.
+    """
 
     policy: Policy
     frozen: Policy | None
@@ -72,9 +75,6 @@ class Passes:
     log_entropy: bool
     behaviour: Policy | None = None
     """The weights that sampled, where those are not the policy's (`gspo_lightning.one_step_off`)."""
-
-    ratios: list[Tensor] = field(default_factory=list)
-    """Importance ratios of the losses taken so far, one tensor per micro-batch."""
 
     @torch.no_grad()
     def before_update(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Fixed]:
@@ -91,7 +91,7 @@ class Passes:
         with in_step(self.policy):
             first = 0 if self.behaviour is not None else 1
             return [
-                Fixed(self._logprobs_of(self._sampler, scored, minibatch) if number >= first else None)
+                Fixed(self._logprobs_of(self._old_policy, scored, minibatch) if number >= first else None)
                 for number, minibatch in enumerate(minibatches)
             ]
 
@@ -147,8 +147,8 @@ class Passes:
 
         def forward(plan: MicroBatchPlan) -> Tensor:
             micro = build_micro_batch(scored, plan, self.policy.device)
-            sampler = self.behaviour or self.policy
-            logprobs, entropy = sampler(micro.packed, self.temperature, True)
+            old_policy = self.behaviour or self.policy
+            logprobs, entropy = old_policy(micro.packed, self.temperature, True)
             return torch.stack([logprobs, entropy.to(logprobs.dtype), (micro.advantages != 0).to(logprobs.dtype)])
 
         return [in_parts(forward, plan, scored) for plan in minibatch.plan]
@@ -177,7 +177,7 @@ class Passes:
     def _policy(self, micro: MicroBatch) -> Tensor:
         return self.policy(micro.packed, self.temperature)[0]
 
-    def _sampler(self, micro: MicroBatch) -> Tensor:
+    def _old_policy(self, micro: MicroBatch) -> Tensor:
         return (self.behaviour or self.policy)(micro.packed, self.temperature)[0]
 
     def _reference(self, micro: MicroBatch) -> Tensor:

@@ -31,10 +31,12 @@ class RolloutUpdate:
     scored: ScoredRollout
     metrics: Metrics
     """Sums and counts of this rank, added to while the update runs."""
-    trained_tokens: int = 0
-    """Forwarded with gradient on this rank."""
+    forwarded_tokens: int = 0
+    """With gradient, on this rank, prompts included."""
     _minibatches: list[Minibatch] = field(default_factory=list, init=False)
     _fixed: list[Fixed] = field(default_factory=list, init=False)
+    _ratios: list[Tensor] = field(default_factory=list, init=False)
+    """Importance ratios of the losses taken so far, one tensor per micro-batch."""
 
     def prepare(self, minibatches: list[Minibatch]) -> None:
         """What stays fixed during the update: old and reference log-probabilities, and the selection of tokens."""
@@ -77,7 +79,7 @@ class RolloutUpdate:
 
     def ratios(self) -> Tensor:
         """Importance ratios of every step, of all ranks."""
-        return gather_values(torch.cat([torch.zeros(0), *(ratio.detach().cpu() for ratio in self.passes.ratios)]))
+        return gather_values(torch.cat([torch.zeros(0), *(ratio.detach().cpu() for ratio in self._ratios)]))
 
     def _step(self, minibatch: Minibatch, fixed: Fixed, fresh: bool) -> tuple[Minibatch, Fixed]:
         """One optimizer step on one minibatch.
@@ -100,9 +102,9 @@ class RolloutUpdate:
                     raise
             # Outside of the handler: it would keep the tensors of the failed attempt alive.
             minibatch, fixed = self._cut(minibatch, fixed, len(attempt.seen))
-        self.passes.ratios.extend(attempt.ratios)
+        self._ratios.extend(attempt.ratios)
         add_metrics(self.metrics, attempt.metrics)
-        self.trained_tokens += attempt.tokens
+        self.forwarded_tokens += attempt.tokens
         if rounds and self._has_gradient(minibatch):
             self._take_step()
         else:
@@ -123,7 +125,7 @@ class RolloutUpdate:
         if not (module.update_settings.keep_zero_advantage and self.passes.objective.zero_advantage_is_free):
             return True  # what could not is left out
         members = ((part.group, number) for plan in minibatch.plan for part in plan for number in part.completions)
-        signal = not all(self.scored.is_silent(group, number) for group, number in members)
+        signal = not all(self.scored.has_zero_advantage(group, number) for group, number in members)
         return bool(global_max(int(signal or module.has_auxiliary_loss), module.device))
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:

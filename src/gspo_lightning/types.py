@@ -1,6 +1,6 @@
 """What flows through the program: one frozen type per phase, complete when it exists.
 
-Shape legend, used in every docstring of this package:
+Shape legend of this package; a module with letters of its own (blocks, heads) says what they are there:
 
 ====== ======================================================================
 B      prompts per rank in one rollout
@@ -191,7 +191,7 @@ class ScoredRollout(RewardedRollout):
     turn_advantages: list[list[tuple[float, ...]]] | None = field(default=None, kw_only=True)
     """B lists of G: an advantage for each turn of a dialogue whose environment rewards turns; else None."""
 
-    def is_silent(self, group: int, number: int) -> bool:
+    def has_zero_advantage(self, group: int, number: int) -> bool:
         """Whether every token of a completion has advantage zero."""
         if self.turn_advantages is not None:
             return not any(self.turn_advantages[group][number])

@@ -182,7 +182,7 @@ def _minibatch(
                 continue
             num_sequences += 1
             num_tokens += completion.num_trained
-            members = others if drop_zero and scored.is_silent(group, number) else survivors
+            members = others if drop_zero and scored.has_zero_advantage(group, number) else survivors
             members[-1].append((number, len(completion.token_ids) - 1))
     lengths = [len(scored.prompts[group].input_ids) for group in groups]
 

@@ -841,7 +841,7 @@ ENVIRONMENTS = [
             "reward=environment",
             "data.max_prompt_length=256",
         ],
-        "set it to sequence_token",
+        "use importance_sampling_level=sequence_token",
     ),
     Case(
         "environment",

@@ -10,6 +10,7 @@ import torch
 
 from gspo_lightning.callbacks import health as health_module
 from gspo_lightning.callbacks.health import CHECKS, METRICS, Facts, Health
+from gspo_lightning.errors import UserError
 
 GOOD = {
     "reward/mean": 0.5, "frac_zero_std_groups": 0.2, "clip_frac_low": 0.05, "clip_frac_high": 0.05, "ratio/p1": 0.98,
@@ -140,9 +141,9 @@ def test_two_with_other_settings_watch_one_run():
 
 
 def test_unknown_checks_and_no_patience_are_refused():
-    with pytest.raises(ValueError, match="no check 'no_sgnal'; choose among noise_floor"):
+    with pytest.raises(UserError, match="no check 'no_sgnal'; choose among noise_floor"):
         Health(stop_on=["no_sgnal"])
-    with pytest.raises(ValueError, match="patience=0"):
+    with pytest.raises(UserError, match="patience=0"):
         Health(patience=0)
 
 
@@ -208,3 +209,7 @@ def test_a_long_run_keeps_its_first_rollouts_and_the_newest(capsys, tmp_path, mo
         module = SimpleNamespace(objective=objective, last_metrics={"reward/mean": float(rollout)})
         health.on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
     assert health.state_dict()["columns"]["reward/mean"] == [1, 2, 15, 16, 17, 18, 19, 20]
+
+
+def test_a_gradient_after_rollouts_without_any_is_no_spike():
+    assert [name for _, name, _ in found(series(grad_norm=[0.0] * 14 + [1.0]))] == []

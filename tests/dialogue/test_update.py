@@ -143,8 +143,8 @@ def test_each_turn_is_trained_on_its_own_advantage(level, micro_model_dir):
 @pytest.mark.parametrize(
     ("objective", "line"),
     [
-        ({}, "set it to sequence_token"),
-        ({"loss_type": "gmpo", "importance_sampling_level": "token"}, "objective.loss_type=gmpo has one loss per completion"),
+        ({}, "use importance_sampling_level=sequence_token"),
+        ({"loss_type": "gmpo", "importance_sampling_level": "token"}, "objective.loss_type=gmpo the tokens of a completion share one loss"),
     ],
     ids=["sequence", "gmpo"],
 )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -33,3 +35,11 @@ def test_frameworks_are_imported_where_the_table_allows_it_and_nowhere_else():
         users = {file for file, names in files.items() if library in names}
         assert {file for file in users if not any(fnmatch(file, pattern) for pattern in allowed)} == set()
         assert all(any(fnmatch(file, pattern) for file in users) for pattern in allowed), "a rule that nobody uses"
+
+
+def test_the_mathematics_brings_no_framework_along():
+    code = (
+        "import sys, gspo_lightning.objective, gspo_lightning.packing, gspo_lightning.advantages; "
+        "print(*sorted({'torch', 'lightning', 'transformers', 'hydra', 'omegaconf'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "torch\n"

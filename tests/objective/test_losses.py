@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective import LOSSES, LossInputs, Objective
 from gspo_lightning.objective.losses import LossSpec
 
@@ -388,5 +389,10 @@ def test_a_loss_of_ones_own_is_a_function_of_flat_tensors():
 
 
 def test_an_unknown_loss_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="loss_type=gppo: there is no such loss; choose grpo, dr_grpo"):
+    with pytest.raises(UserError, match="loss_type=gppo: there is no such loss; choose grpo, dr_grpo"):
         Objective(max_completion_length=4, loss_type="gppo")
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "dr_grpo"])
+def test_a_minibatch_of_which_nothing_counts_is_divided_by_one(loss):
+    assert Objective(8, loss_type=loss).denominator(0, 0) == 1.0

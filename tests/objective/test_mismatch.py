@@ -66,7 +66,7 @@ def test_a_sampler_that_is_the_trainer_changes_nothing():
     [("mask", 0.5, 0.9, "<= high"), ("mask", 1.1, 2.0, "<= 1"), ("truncate", 0.5, 2.0, "low=0.5 has no effect")],
 )
 def test_bounds_that_cannot_be_meant_are_refused(how, low, high, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         MismatchCorrection("token", how, high, low)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_lightning.objective import LOSSES, Objective
-from gspo_lightning.objective.selection import near_sampler, top_entropy_threshold
+from gspo_lightning.objective.selection import near_old_policy, top_entropy_threshold
 
 INDEX, LENGTHS = torch.tensor([0, 0, 1]), torch.tensor([2, 1])
 
@@ -27,8 +27,8 @@ def test_ties_at_the_threshold_are_all_kept_and_nothing_has_no_threshold():
 def test_only_a_sequence_of_negative_advantage_that_the_policy_left_is_masked():
     log_ratio = torch.tensor([-0.5, -0.1, -2.0])  # drifts 0.3 and 2.0 nats per token
     for advantages, kept in (([-1.0, -1.0, -1.0], [True, False]), ([1.0, 1.0, 1.0], [True, True])):
-        assert near_sampler(log_ratio, torch.tensor(advantages), INDEX, LENGTHS, 0.3001).tolist() == kept
-    assert near_sampler(log_ratio, -torch.ones(3), INDEX, LENGTHS, 0.2).tolist() == [False, False]
+        assert near_old_policy(log_ratio, torch.tensor(advantages), INDEX, LENGTHS, 0.3001).tolist() == kept
+    assert near_old_policy(log_ratio, -torch.ones(3), INDEX, LENGTHS, 0.2).tolist() == [False, False]
 
 
 def loss_and_gradient(**settings):

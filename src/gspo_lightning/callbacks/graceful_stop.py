@@ -22,11 +22,12 @@ class GracefulStop(L.Callback):
     """On a signal: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
 
     SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
-    --requeue``): it is requeued if rollouts are left and it goes on. SIGUSR2 is heard where a launcher has a handler
-    for it, as submitit has, which requeues the job: whoever runs the Trainer calls it behind the run (`hand_over`). A
-    signal to one of several ranks stops them all behind the same rollout. A second one of a kind stops at once: a
-    scheduler may send two kinds for one thing. After ``grace_s`` the process ends with code 128 plus the signal, and
-    the last boundary's checkpoint stands. So it does at once where no rollout has begun yet (`listen`).
+    --requeue``): it is requeued if rollouts are left and it goes on. SIGUSR2 is heard where a launcher has a
+    handler for it, as submitit has, which requeues the job: whoever runs the Trainer calls it behind the run
+    (`hand_over`). A signal to one of several ranks stops them all behind the same rollout. A second one of the same
+    kind ends the process at once; different kinds do not add up, because a scheduler may send two for one stop.
+    After ``grace_s`` the process ends with code 128 plus the signal, and the last boundary's checkpoint stands. So
+    it does at once where no rollout has begun yet (`listen`).
 
     Args:
         checkpoint: what saves.

@@ -1,7 +1,7 @@
 """Warnings about a run that goes wrong, each with its cause and a remedy, each printed once per episode.
 
 A check is a function of the metrics of the rollouts so far and returns a line or None. It is said when it begins to
-hold, not again while it goes on, and anew when it comes back. See docs/troubleshooting.md.
+hold, not again while it goes on, and anew when it comes back, three times at most. See docs/troubleshooting.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import lightning as L
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 
 Row = dict[str, float]
@@ -154,7 +155,7 @@ def gradient_spike(facts: Facts) -> str | None:
     if len(norms) <= facts.patience or "grad_norm" not in facts.rows[-1]:
         return None
     usual = statistics.median(norms[:-1])
-    if norms[-1] <= 10 * usual:
+    if not usual or norms[-1] <= 10 * usual:
         return None
     times = norms[-1] / usual
     return f"grad_norm={norms[-1]:.3g} is {times:.0f} times its median; lower optimizer.lr or update.max_grad_norm"
@@ -199,11 +200,11 @@ class Health(L.Callback):
     def __init__(self, patience: int = 5, stop_on: list[str] | None = None) -> None:
         known = [check.__name__ for check in CHECKS]
         if unknown := sorted(set(stop_on or ()) - set(known)):
-            raise ValueError(
+            raise UserError(
                 f"callbacks.health.stop_on: there is no check {unknown[0]!r}; choose among {', '.join(known)}"
             )
         if patience < 1:
-            raise ValueError(f"callbacks.health.patience={patience} must be at least 1")
+            raise UserError(f"callbacks.health.patience={patience} must be at least 1")
         self.patience, self.stop_on = patience, frozenset(stop_on or ())
         self.rows: list[Row] = []
         self._holding: set[str] = set()

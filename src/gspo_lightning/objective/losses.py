@@ -1,9 +1,8 @@
 """The losses. Each is one function of flat tensors: it returns the loss of every token, before any averaging.
 
 A loss sees a `LossInputs` and returns ``(L,)`` values whose gradient is the loss's; `aggregation.py` weighs and adds
-them. To add one: write the function, put it in ``LOSSES`` with its aggregation and its clip, and add one YAML to
-``conf/objective``; or keep it in your own package as a `LossSpec`, and name that by ``loss_type: {_target_:
-hydra.utils.get_object, path: ...}``.
+them. To add one, follow CONTRIBUTING.md; or keep it in your own package as a `LossSpec`, and name that by
+``loss_type: {_target_: hydra.utils.get_object, path: ...}``.
 """
 
 from __future__ import annotations
@@ -138,7 +137,8 @@ class LossSpec:
     epsilons: tuple[float, float] | None = None
     """Own default clip widths; None takes those of the level."""
     shares_one_loss: bool | None = None
-    """Whether the tokens of a completion have one loss together; None: where they share the ratio, at ``sequence``."""
+    """True if all tokens of a completion get one loss, whose gradient is that of all of them, at every level; False if
+    never, as where the ratio is detached. None: True at the level ``sequence``, where tokens share their ratio."""
 
     def __post_init__(self) -> None:
         for field, names, known in (

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective.ratios import sequence_mean
 from gspo_lightning.types import Metrics
 
@@ -36,9 +37,9 @@ class MismatchCorrection:
 
     def __post_init__(self) -> None:
         if not self.high >= 1.0 or not 0.0 <= self.low <= 1.0:
-            raise ValueError(f"objective.mismatch: low={self.low} <= 1 <= high={self.high} must hold, low at least 0")
+            raise UserError(f"objective.mismatch: low={self.low} <= 1 <= high={self.high} must hold, low at least 0")
         if self.how == "truncate" and self.low:
-            raise ValueError(f"objective.mismatch.low={self.low} has no effect with how=truncate; set it to 0")
+            raise UserError(f"objective.mismatch.low={self.low} has no effect with how=truncate; set it to 0")
 
     @torch.no_grad()
     def __call__(

@@ -14,7 +14,7 @@ from gspo_lightning.objective.kl import Estimator, kl_estimate
 from gspo_lightning.objective.losses import CLIP_KEYS, LOSSES, TAU_KEYS, LossFunction, LossInputs, LossSpec
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
-from gspo_lightning.objective.selection import near_sampler
+from gspo_lightning.objective.selection import near_old_policy
 from gspo_lightning.types import Metrics, PolicyLoss
 
 
@@ -22,7 +22,7 @@ from gspo_lightning.types import Metrics, PolicyLoss
 class Objective:
     """``sum_t weight_t (loss_t + beta KL_t - entropy_coef H_t)`` over the tokens of a micro-batch.
 
-    Divide by ``denominator`` of the whole minibatch to get the loss. Raises ValueError for an unknown loss.
+    Divide by ``denominator`` of the whole minibatch to get the loss. Raises UserError for an unknown loss.
     """
 
     max_completion_length: int
@@ -63,7 +63,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str) and self.loss_type not in LOSSES:
-            raise ValueError(f"objective.loss_type={self.loss_type}: there is no such loss; choose {', '.join(LOSSES)}")
+            raise UserError(f"objective.loss_type={self.loss_type}: there is no such loss; choose {', '.join(LOSSES)}")
         if not isinstance(self.loss_type, str | LossSpec) and not callable(self.loss_type):
             raise UserError(
                 f"objective.loss_type is of type {type(self.loss_type).__name__}; set it to the name of a loss, a "
@@ -137,7 +137,7 @@ class Objective:
         return not self.needs_ref and not self.needs_entropy
 
     def denominator(self, num_sequences: int, num_tokens: int) -> float:
-        """What the sum over the minibatch is divided by; counts over all ranks. At least a tiny one, never 0."""
+        """What the sum over the minibatch is divided by; counts over all ranks. 1 where nothing counts."""
         return self.aggregation.denominator(num_sequences, num_tokens, self.max_completion_length) or 1.0
 
     def __call__(
@@ -182,7 +182,7 @@ class Objective:
             policy = policy * selected
             metrics["selected_frac"] = _mean(selected)
         if self.off_policy_mask_threshold is not None:
-            kept = near_sampler(log_ratio, advantages, sequence_index, lengths, self.off_policy_mask_threshold)
+            kept = near_old_policy(log_ratio, advantages, sequence_index, lengths, self.off_policy_mask_threshold)
             policy = policy * kept[sequence_index]
             metrics["off_policy_masked_frac"] = _mean(~kept)
         if self.mismatch is not None:

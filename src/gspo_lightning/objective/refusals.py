@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective.losses import CLIP_KEYS, TAU_KEYS
 from gspo_lightning.objective.objective import Objective
 
@@ -227,17 +228,33 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             yield Finding("contradiction", f"objective.{key}={tau} must be above 0")
 
 
+def refuse_turn_rewards(objective: Objective) -> None:
+    """Refuses advantages of single turns, where the tokens of a completion have one loss together.
+
+    Raises:
+        UserError: they have.
+    """
+    if objective.shares_one_loss:
+        where, other = _sharing(objective)
+        raise UserError(
+            f"the environment rewards turns, but with objective.{where} the tokens of a completion share one loss; use "
+            f"{other}"
+        )
+
+
+def _sharing(objective: Objective) -> tuple[str, str]:
+    """The setting by which the tokens of a completion have one loss together, and one by which they have not."""
+    if objective.spec.shares_one_loss:
+        return f"loss_type={objective.loss_name}", "another loss_type"
+    level = "sequence_token" if "sequence_token" in objective.spec.levels else "token"
+    return "importance_sampling_level=sequence", f"importance_sampling_level={level}"
+
+
 def _tokens(objective: Objective) -> Iterator[Finding]:
     """What weighs or leaves out single tokens, where those of a completion have one loss together."""
     if not objective.shares_one_loss:
         return
-    if objective.spec.shares_one_loss:
-        where, other = f"loss_type={objective.loss_name}", "another loss_type"
-    else:
-        where, other = "importance_sampling_level=sequence", "importance_sampling_level=sequence_token"
-        if "sequence_token" not in objective.spec.levels:
-            other = "importance_sampling_level=token"
-    shared = f"{where}, where the tokens of a completion share one loss; use {other}"
+    shared = "{}, where the tokens of a completion share one loss; use {}".format(*_sharing(objective))
     correction = objective.mismatch
     if objective.top_entropy_quantile < 1:
         yield Finding(

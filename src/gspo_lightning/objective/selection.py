@@ -25,7 +25,7 @@ def top_entropy_threshold(entropies: Tensor, quantile: float) -> Tensor:
     return entropies.topk(max(1, math.ceil(quantile * len(entropies)))).values[-1]
 
 
-def near_sampler(
+def near_old_policy(
     log_ratio: Tensor, advantages: Tensor, sequence_index: Tensor, lengths: Tensor, threshold: float
 ) -> Tensor:
     """Sequences that the off-policy mask keeps (DeepSeek-V3.2, arXiv 2512.02556, Eq. 9), as ``(S,)`` bool.

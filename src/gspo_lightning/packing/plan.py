@@ -27,8 +27,8 @@ def plan_micro_batches(
 ) -> list[MicroBatchPlan]:
     """Distributes groups over few micro-batches of at most ``max_tokens`` forwarded tokens, evenly filled.
 
-    As many as first fit, longest first, needs; the same number of them is then filled evenly where that stays within
-    the budget, because the largest decides how much memory an update takes.
+    First-fit decreasing decides how many micro-batches are needed. The parts are then spread evenly over that many, if
+    none exceeds the budget, because the largest decides how much memory an update takes.
 
     A group longer than the budget is split between completions; its prompt is then forwarded once per part. A
     single sequence longer than the budget gets a micro-batch of its own. The plan depends on lengths alone, so
@@ -46,9 +46,9 @@ def plan_micro_batches(
     parts.sort(key=lambda item: -item[0])
     bins = _first_fit(parts, max_tokens)
     even = _evenly(parts, len(bins))
-    if all(len(part) == 1 or sum(tokens for tokens, _ in part) <= max_tokens for part in even):
+    if all(len(filled) == 1 or sum(tokens for tokens, _ in filled) <= max_tokens for filled in even):
         bins = even
-    return [tuple(sorted((s for _, s in part), key=lambda s: (s.group, s.completions))) for part in bins]
+    return [tuple(sorted((s for _, s in filled), key=lambda s: (s.group, s.completions))) for filled in bins]
 
 
 def _first_fit(parts: list[_Part], max_tokens: int) -> list[list[_Part]]:
