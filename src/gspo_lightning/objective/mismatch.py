@@ -3,7 +3,8 @@
 Completions are drawn from the sampler's distribution ``mu``; the loss is written for the trainer's ``pi_old``. With
 ``d_t = log pi_old(y_t) - log mu(y_t)`` the importance weight that makes up for it is, at level
 
-* ``token``: ``w_t = exp(d_t)``, the truncated importance sampling of most trainers ("TIS");
+* ``token``: ``w_t = exp(d_t)``, the truncated importance sampling of most trainers ("TIS", Yao et al. 2025,
+  https://fengyao.notion.site/off-policy-rl); masked on both sides it is IcePop (Ring-1T, arXiv 2510.18855);
 * ``sequence``: ``w = exp(sum_t d_t)``, unbiased for a whole completion, and of high variance for long ones;
 * ``sequence_mean``: ``w = exp(mean_t d_t)``, its length-normalised form, as GSPO's own ratio is.
 
