@@ -74,7 +74,7 @@ def test_the_engine_in_process_is_refused_on_gpus_it_would_not_take(gpu, ranks, 
     monkeypatch.setattr(vllm_settings, "world_size", lambda: ranks)
     monkeypatch.setattr(vllm_engine, "check_base", lambda *_: (_ for _ in ()).throw(LookupError("next step")))
     with pytest.raises(UserError if refused else LookupError, match=refused or "next step"):
-        engine.generate(SimpleNamespace(device=torch.device(device)), PROMPTS, SAMPLING, seed=0)
+        engine.generate(SimpleNamespace(device=torch.device(device), is_padded=False), PROMPTS, SAMPLING, seed=0)
 
 
 @pytest.mark.parametrize("make", [vllm_in_process, vllm_of_servers])
@@ -108,19 +108,23 @@ def test_what_vllm_samples_alike_is_not(changes, tmp_path, monkeypatch):
     engine = vllm_in_process(tmp_path, monkeypatch)
     monkeypatch.setattr(engine, "_wake", lambda policy: (_ for _ in ()).throw(LookupError("next step")))
     with pytest.raises(LookupError, match="next step"):
-        engine.generate(SimpleNamespace(), PROMPTS, replace(SAMPLING, **changes), seed=0)
+        engine.generate(SimpleNamespace(is_padded=False), PROMPTS, replace(SAMPLING, **changes), seed=0)
 
 
-def test_pictures_on_the_padded_path_are_refused(micro_model_dir, tmp_path, monkeypatch):
+def test_pictures_on_the_padded_path_are_refused_and_text_is_not(micro_model_dir, tmp_path, monkeypatch):
     policy, engine = micro_policy(micro_model_dir, torch.float32), vllm_in_process(tmp_path, monkeypatch)
-    policy.is_padded = True
-    policy.vision = SimpleNamespace()
-    with pytest.raises(
-        UserError, match="^rollout=vllm does not know the pictures of llama.* use rollout=transformers$"
-    ):
-        engine.generate(policy, PROMPTS, SAMPLING, seed=0)
-    policy.vision = None  # text alone is as good as any: the proof compares it with the padded forward
-    vllm_settings.refuse_padded_pictures(policy)
+    monkeypatch.setattr(engine, "_wake", lambda policy: (_ for _ in ()).throw(LookupError("next step")))
+    picture = replace(PROMPTS[0], uid="t:1", mm_inputs={"pixel_values": torch.zeros(1)})
+    for is_padded, prompts in ((False, [picture]), (True, PROMPTS)):
+        policy.is_padded = is_padded
+        with pytest.raises(LookupError, match="next step"):
+            engine.generate(policy, prompts, SAMPLING, seed=0)
+    with pytest.raises(UserError) as error:
+        engine.generate(policy, [*PROMPTS, picture], SAMPLING, seed=0)
+    assert str(error.value) == (
+        "row t:1 has images, which rollout=vllm does not take for llama: it runs through the padded path; "
+        "use rollout=transformers"
+    )
 
 
 @pytest.mark.parametrize(

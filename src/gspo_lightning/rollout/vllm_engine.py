@@ -25,13 +25,18 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.adapter_proof import AdapterPart, adapter_parts, refuse_left_out, shaken
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
-from gspo_lightning.rollout.vllm_requests import completion, engine_input, refuse_sampling, request_fields
+from gspo_lightning.rollout.vllm_requests import (
+    completion,
+    engine_input,
+    refuse_padded_images,
+    refuse_sampling,
+    request_fields,
+)
 from gspo_lightning.rollout.vllm_settings import (
     engine_dtype,
     lora_settings,
     refusals_in_one_line,
     refuse_other_gpus,
-    refuse_padded_pictures,
 )
 from gspo_lightning.rollout.weights import check_base, checksum, named_weights, save_adapter, trained_parameters
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
@@ -108,6 +113,7 @@ class VLLMEngine:
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
         refuse_sampling(sampling)
+        refuse_padded_images(policy, prompts)
         self._wake(policy)
         self._synchronise(policy)
         completions = self._sample(policy, prompts, sampling, seed)
@@ -149,7 +155,6 @@ class VLLMEngine:
     def _start(self, policy: Policy) -> None:
         refuse_other_gpus(policy.device)
         check_base(policy, self.lora_sync)
-        refuse_padded_pictures(policy)
         # Read by vLLM when it is imported. Its own process would need the weights sent over a pipe.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

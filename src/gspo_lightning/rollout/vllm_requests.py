@@ -68,6 +68,16 @@ def refuse_images(prompts: Sequence[Prompt]) -> None:
             )
 
 
+def refuse_padded_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Which tokens are a picture's is known for the families that pack, and only their vision half is proven."""
+    for prompt in prompts:
+        if prompt.mm_inputs and policy.is_padded:
+            raise UserError(
+                f"row {prompt.uid} has images, which rollout=vllm does not take for {policy.config.model_type}: it "
+                "runs through the padded path; use rollout=transformers"
+            )
+
+
 def engine_input(prompt: Prompt) -> dict[str, Any]:
     """A prompt for vLLM's `generate`: its tokens, and pictures as they are beside one placeholder for each.
 

@@ -32,15 +32,6 @@ def refuse_other_gpus(device: torch.device) -> None:
         )
 
 
-def refuse_padded_pictures(policy: Policy) -> None:
-    """Where a picture's tokens are is known for the families that pack alone."""
-    if policy.is_padded and policy.vision is not None:
-        raise UserError(
-            f"rollout=vllm does not know the pictures of {policy.config.model_type}, which runs through the padded "
-            "path; use rollout=transformers"
-        )
-
-
 def lora_settings(policy: Policy) -> dict[str, Any]:
     """Room for one adapter of the policy's rank, and for its part in the vision tower, which vLLM else leaves out."""
     rank = adapter_rank(policy)
