@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.collect import rollout_metrics
 from gspo_lightning.distributed import global_means
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.types import Completion, Prompt, PromptBatch, ScoredRollout
 from gspo_lightning.update import MicroBatch, sampler_mismatch
@@ -142,6 +143,30 @@ def test_loggers_have_what_a_rollout_measured_and_monitors_the_newest_value(ever
     # The last rollout is logged in any case.
     expected = {1: [("1", "2.0", "1.0"), ("2", "", ""), ("3", "2.0", "1.0")], 2: [("2", "", ""), ("3", "2.0", "1.0")]}
     assert [(row["step"], row["reward/extra"], row["ratio/mean"]) for row in rows] == expected[every]
+
+
+def test_files_of_checkpoints_and_own_values_are_counted_in_rollouts(micro_model_dir, tmp_path):
+    """Also behind a validation, and where a subclass has a hook of its own."""
+
+    class Own(GSPOModule):
+        def on_train_batch_end(self, *_):
+            self.log("own/value", 2.0)
+
+    module = build_module(micro_model_dir, Settings(rollouts=3, update={"num_minibatches": 2}))
+    module.__class__ = Own
+    saved = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
+    runner = trainer(
+        callbacks=[saved], logger=CSVLogger(tmp_path), log_every_n_steps=1, limit_val_batches=1, val_check_interval=2,
+        check_val_every_n_epoch=None, enable_checkpointing=True,
+    )  # fmt: skip
+    runner.fit(module, datamodule=Rollouts())
+    found = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "saved").iterdir()}
+    names = {name.partition("-")[2]: state["gspo_lightning"]["rollouts_done"] for name, state in found.items()}
+    assert names == {"step=1.ckpt": 1, "step=3.ckpt": 3}  # the second has no step, and Lightning saves nothing then
+    (path,) = tmp_path.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(path.open()) if row["reward/mean"]]
+    assert [(row["step"], row["own/value"]) for row in rows] == [("1", "2.0"), ("2", "2.0"), ("3", "2.0")]
+    assert runner.logged_metrics["reward/mean"] == pytest.approx(module.last_metrics["reward/mean"])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ def install_line(extra: str) -> str:
     except PackageNotFoundError:  # sources on the path, installed nowhere
         lines = []
     packages = [name for line in lines for name, _, of in [line.partition(";")] if _extra(of) == extra]
-    return "pip install " + " ".join(name.strip() for name in packages or [f"gspo-lightning[{extra}]"])
+    if not packages:
+        return f"pip install -e '.[{extra}]' in the folder of the repository"
+    return "pip install " + " ".join(name.strip() for name in packages)
 
 
 def _extra(marker: str) -> str | None:

@@ -38,7 +38,7 @@ from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
-from gspo_lightning.rollout_log import log_rollout, rollout_values
+from gspo_lightning.rollout_log import forget, rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
 from gspo_lightning.run_state import keep_settings, leave_frozen_out, refuse_other_model, restore_run_state, run_state
 from gspo_lightning.schedule import Schedule
@@ -337,17 +337,14 @@ class GSPOModule(L.LightningModule):
             lr=float(self.trainer.optimizers[0].param_groups[0]["lr"]),
             stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
         )  # fmt: skip
+        forget(self.trainer, self.last_metrics.keys() - values.keys())  # what this rollout did not measure
         self.last_metrics = values
+        self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
         # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
         if (finish := getattr(getattr(self.trainer, "datamodule", None), "finish", None)) is not None:
             finish(self.batch_in_hand)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
-        self.log_dict(values, logger=False)  # for callbacks, which monitor the newest value of a name
-
-    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        """Hands the rollout to the loggers, behind all callbacks: it is recorded and saved whatever becomes of them."""
-        log_rollout(self)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the validation counters anew, with one for each task of a mixture."""

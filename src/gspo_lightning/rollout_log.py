@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from gspo_lightning.distributed import global_means
 from gspo_lightning.timing import Stopwatch, peak_rss_gb
 from gspo_lightning.types import Metrics
-
-if TYPE_CHECKING:
-    from gspo_lightning.module import GSPOModule
 
 RATIO_QUANTILES = (0.01, 0.5, 0.99)
 
@@ -51,18 +48,14 @@ def rollout_values(
     return values
 
 
-def log_rollout(module: GSPOModule) -> None:
-    """Hands loggers what the last rollout measured and no more, every ``log_every_n_steps`` rollouts and at the end.
+def forget(trainer: Any, names: Set[str]) -> None:
+    """Has the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
 
-    By ``log_dict`` a rollout that did not measure a name would be logged with the last value of that name.
+    Callbacks can monitor the last value all the same.
     """
-    trainer, step = module.trainer, module.rollouts_done
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of the class
-    if not every or (step % every and not trainer.should_stop):
-        return
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(module.last_metrics), step)
-        logger.save()
+    logged = trainer._results or {}
+    for key in [key for key, value in logged.items() if value.meta.fx == "training_step" and value.meta.name in names]:
+        del logged[key]
 
 
 def quantiles(values: Tensor, levels: Sequence[float]) -> dict[float, float]:

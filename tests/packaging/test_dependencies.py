@@ -101,7 +101,7 @@ def test_names_of_extras_have_no_underscore() -> None:
 def test_what_is_missing_is_named_with_its_versions() -> None:
     assert install_line("wandb") == "pip install wandb==0.31.0"
     assert install_line("vision") == "pip install easy-vqa==1.0"
-    assert install_line("unheard-of") == "pip install gspo-lightning[unheard-of]"
+    assert install_line("unheard-of") == "pip install -e '.[unheard-of]' in the folder of the repository"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

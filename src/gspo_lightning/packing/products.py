@@ -35,7 +35,8 @@ def onednn_float32(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        _ONEDNN.fp32_precision = "none"
+        if _ONEDNN.fp32_precision == "bf16":  # or else the user has chosen another meanwhile
+            _ONEDNN.fp32_precision = "none"
 
 
 def _mkl_is_slow() -> bool:

@@ -60,7 +60,7 @@ def repetition_penalty(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_likely(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Sets the logits outside top-k, top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082) to minus infinity, in
+    """Sets logits outside top-k, top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082) to minus infinity, in
     this order; one token is kept."""
     if 0 < params.top_k < scores.shape[-1]:
         threshold = scores.topk(params.top_k, dim=-1).values[:, -1:]
