@@ -64,10 +64,34 @@ def test_a_name_on_the_list_does_not_lead_elsewhere(target):
     ):
         with pytest.raises(UserError) as error:
             check_targets({"x": node})
+        home = DETOURS[target].split(".")[0]
+        defined = "" if home == target.split(".")[0] else f" (it is defined in {home})"
         assert str(error.value) == (
-            f"x.{where}={target} is not on the list of what a config may call; if you trust it, set the environment "
-            f"variable GSPO_ALLOWED_TARGETS={DETOURS[target]} (docs/safety.md)"
+            f"x.{where}={target}{defined} is not on the list of what a config may call; if you trust it, set the "
+            f"environment variable GSPO_ALLOWED_TARGETS={DETOURS[target]} (docs/safety.md)"
         )
+
+
+def test_the_advice_keeps_what_is_allowed_already_and_comes_to_an_end(tmp_path, monkeypatch):
+    (tmp_path / "package_a.py").write_text("from package_b import reward\n")
+    (tmp_path / "package_b.py").write_text("def reward(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    start = "is not on the list of what a config may call; if you trust it, set the environment variable "
+    for allowed, said in [
+        ("", f"f._target_=package_a.reward {start}GSPO_ALLOWED_TARGETS=package_a (docs/safety.md)"),
+        ("other", f"f._target_=package_a.reward {start}GSPO_ALLOWED_TARGETS=other,package_a (docs/safety.md)"),
+        (
+            "other,package_a",
+            f"f._target_=package_a.reward (it is defined in package_b) {start}"
+            "GSPO_ALLOWED_TARGETS=other,package_a,package_b (docs/safety.md)",
+        ),
+    ]:
+        monkeypatch.setattr(targets, "_BY_THE_USER", tuple(name for name in allowed.split(",") if name))
+        with pytest.raises(UserError) as error:
+            check_targets({"f": {"_target_": "package_a.reward"}})
+        assert str(error.value) == said
+    monkeypatch.setattr(targets, "_BY_THE_USER", ("other", "package_a", "package_b"))
+    check_targets({"f": {"_target_": "package_a.reward"}})
 
 
 @pytest.mark.parametrize("node", [{"_args_": ["os.system"]}, {"path": None}, {"path": "x.f", "_args_": ["os.system"]}])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import io
+import socket
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ from gspo_lightning.redact import masked, masked_stderr
 from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.rollout.http_client import Server, ServerError
+from gspo_lightning.rollout.server_pool import _say
 from gspo_lightning.screen import visible
 from gspo_lightning.types import Prompt
 
@@ -78,3 +81,19 @@ def test_the_answer_of_a_server():
     with pytest.raises(ServerError) as error:
         Server("http://127.0.0.1:1")._decode("/v1", 500, TITLE.encode(), True)
     assert str(error.value) == "http://127.0.0.1:1/v1 answered 500: ␛]0;pwned␇"
+
+
+def test_what_is_no_http_at_all(monkeypatch):
+    def send(*_):
+        raise http.client.BadStatusLine(TITLE + CLEAR)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda c: setattr(c, "sock", socket.socket()))
+    monkeypatch.setattr(Server, "_send", send)
+    with pytest.raises(ServerError) as error:
+        Server("http://127.0.0.1:1").post("/v1", {}, 5.0)
+    assert str(error.value) == "http://127.0.0.1:1/v1: BadStatusLine: ␛]0;pwned␇\\x9b2J"
+
+
+def test_the_lines_about_servers(capsys):
+    _say(f"failed: {TITLE}\n {CLEAR}")
+    assert capsys.readouterr().err == "failed: ␛]0;pwned␇ \\x9b2J\n"

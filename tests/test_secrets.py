@@ -35,12 +35,19 @@ def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeyp
         "hf_token_value": "t",
         "wandb_api_key_2": "k",
         "MySecretKey": "k",
-        "secrets": {"a": "b", "list": ["c", 4], "off": None},
+        "secrets": {"a": "b", "list": ["c", 4], "off": None, "password": 5},
         "db_password": 1234,
         "eos_token": "<end>",
         "pad_token_id": 3,
         "importance_sampling_level": "token",
         "keys": ["a"],
+        "session_tokens": 4096,
+        "hf_tokens": ["t", "u"],
+        "first_pass": 1.0,
+        "random_key": 7,
+        "num_passwords": 3,
+        "use_password": True,
+        "goals": {"val/pass@8": 0.5, "file_pat": "*.jsonl"},
         "headers": {"Authorization": "Bearer abc"},
         "dsn": "postgres://me:p@ss:w0rd@host/db?x=1",
         "urls": ["redis://:pw@host", "http://127.0.0.1:8000", "http://host:80/a@b"],
@@ -59,12 +66,19 @@ def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeyp
         "hf_token_value": "***",
         "wandb_api_key_2": "***",
         "MySecretKey": "***",
-        "secrets": {"a": "***", "list": ["***", "***"], "off": None},
+        "secrets": {"a": "***", "list": ["***", 4], "off": None, "password": "***"},
         "db_password": "***",
         "eos_token": "<end>",
         "pad_token_id": 3,
         "importance_sampling_level": "token",
         "keys": ["a"],
+        "session_tokens": 4096,
+        "hf_tokens": ["***", "***"],
+        "first_pass": 1.0,
+        "random_key": 7,
+        "num_passwords": 3,
+        "use_password": True,
+        "goals": {"val/pass@8": 0.5, "file_pat": "*.jsonl"},
         "headers": {"Authorization": "***"},
         "dsn": "postgres://me:***@host/db?x=1",
         "urls": ["redis://:***@host", "http://127.0.0.1:8000", "http://host:80/a@b"],
@@ -72,8 +86,12 @@ def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeyp
     assert plain["hub"]["token"] == "t"
 
 
-SECRET = "PGPASSWORD MYSQL_PWD DB_PASS GITHUB_PAT api_keys hf_tokens OPENAI_APIKEY authToken MYPASSWORD HF_TOKENS_2"
+SECRET = (
+    "PGPASSWORD MYSQL_PWD DB_PASS GITHUB_PAT api_keys hf_tokens OPENAI_APIKEY authToken MYPASSWORD HF_TOKENS_2 "
+    "SMTP_PASS userPwd gh_pat hub_pat db_pass_2 aws_secrets credentials"
+)
 HARMLESS = (
+    "first_pass max_pass num_pass val/pass@8 val_pass@1 pass@k file_pat glob_pat HOST_PWD OLD_PWD APPTAINER_PWD "
     "PWD OLDPWD pass PATH pat path forward_mask max_tokens special_tokens tokens keys metric_keys tokenizer token_mask "
     "passes bypass compass SSH_ASKPASS patterns API_KEY_ENV key_file eos_token token_id num_pass_through"
 )
@@ -82,6 +100,19 @@ HARMLESS = (
 def test_names_of_secrets_are_told_from_others():
     assert [name for name in SECRET.split() if not names_a_secret(name)] == []
     assert [name for name in HARMLESS.split() if names_a_secret(name)] == []
+
+
+def test_a_value_typed_under_a_harmless_key_is_no_secret_elsewhere(monkeypatch):
+    typed = ["file_pat=policy.jsonl", "+x.session_tokens=100000", "random_key=200000", "+db.password=300000"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed, "~hf_token=hf_abcdef", "smtp_pass='quoted'"])
+    line = "policy.jsonl 100000 200000 300000 hf_abcdef quoted"
+    assert masked(line) == "policy.jsonl 100000 200000 *** *** ***"
+
+
+def test_a_number_in_a_variable_that_names_a_secret_is_masked_and_a_folder_is_not(monkeypatch, tmp_path):
+    for name, value in {"GSPO_A_KEY": "12345678", "USER_PWD": str(tmp_path), "DB_PWD": "/aB3x9"}.items():
+        monkeypatch.setenv(name, value)
+    assert masked(f"12345678 {tmp_path}/x /aB3x9") == f"*** {tmp_path}/x ***"
 
 
 def keys_of(node):
@@ -99,7 +130,13 @@ def test_no_key_of_ours_is_taken_for_a_secret():
 
 def test_a_password_in_an_address_is_masked_in_every_line():
     assert masked("error: http://me:secret@host:80/x: no answer") == "error: http://me:***@host:80/x: no answer"
-    assert masked("['http://a:1','me@x'] http://a:1 me@x") == "['http://a:1','me@x'] http://a:1 me@x"
+    assert masked("https://u:p,w?x#y@h postgres://u:80pw@h") == "https://u:***@h postgres://u:***@h"
+    assert masked("http://a:8000,http://u:p@h") == "http://a:8000,http://u:***@h"
+    harmless = (
+        "['http://a:1','me@x'] http://a:1 me@x http://x.com:80?e=a@b.com http://127.0.0.1:8000,user@x "
+        "http://x.com:80#a@b docker://ubuntu:22.04@sha256:abc docker://repo:5000@sha256:abc"
+    )
+    assert masked(harmless) == harmless
 
 
 def test_a_config_sends_no_other_secret_to_the_servers_it_names(monkeypatch):

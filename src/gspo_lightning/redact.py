@@ -15,19 +15,22 @@ MASK = "***"
 _SHORT = 6
 """A value of fewer characters is looked for under its own key alone: it may be a word that stands anywhere."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_ALWAYS = (
-    "secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials", "apikey",
-    "apikeys", "authorization", "bearer",
-)  # fmt: skip
+_ALWAYS = ("secret", "password", "passwd", "passphrase", "credential", "apikey", "authorization", "bearer")
 """Ends of words, for ``PGPASSWORD``."""
-_BEHIND_ANOTHER = {"pass", "pat", "pwd"}
-"""Not by themselves: ``PWD`` is a folder."""
+_ABBREVIATIONS = {"pass", "pat", "pwd"}
 _ISSUERS = {
     "access", "api", "auth", "bearer", "github", "gitlab", "hf", "hub", "huggingface", "openai", "private", "refresh",
     "session", "ssh", "wandb",
 }  # fmt: skip
 """Before a plural: ``hf_tokens`` is a list of secrets, ``max_tokens`` is a number."""
-_PASSWORD_IN_URL = re.compile(r"""(://[^\s/@:'"]*:)[^\s/'"]+@""")
+_ACCOUNTS = _ISSUERS | {
+    "admin", "aws", "azure", "database", "databricks", "db", "devops", "docker", "email", "ftp", "gh", "ghcr", "git",
+    "http", "https", "imap", "keystore", "ldap", "login", "mail", "mongo", "mongodb", "mqtt", "mysql", "pg", "postgres",
+    "postgresql", "proxy", "rabbitmq", "redis", "registry", "root", "smtp", "sql", "sudo", "user", "vpn",
+}  # fmt: skip
+"""Before an abbreviation: ``DB_PASS`` is a secret, ``first_pass``, ``file_pat`` and ``HOST_PWD`` are none."""
+_PASSWORD_IN_URL = re.compile(r"""(://[^\s/@:'"]*:)(?!\d{1,5}[,?#])[^\s/'"]+@(?!sha\d+:)""")
+"""Not the port in ``http://host:80?to=me@host``, nor the version in ``docker://image:1@sha256:0f3c``."""
 _VOCABULARY = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "image", "video", "vision", "start", "end", "stop"}
 """``eos_token`` is no secret, and neither is ``token_id``."""
 
@@ -64,35 +67,61 @@ class _MaskedStream:
 
 def names_a_secret(name: str) -> bool:
     """Whether a key or a variable of this name holds a secret: ``HF_TOKEN``, ``openai_key``, ``MySecret2``."""
+    before, last = ["", "", *(words := _words(name))][-2:]
+    if any(word.removesuffix("s").endswith(_ALWAYS) for word in words):
+        return last not in {"env", "file", "path"}
+    if last in {"keys", "tokens"}:
+        return before in _ISSUERS
+    if last in _ABBREVIATIONS:
+        return before in _ACCOUNTS
+    return last == "key" or (last == "token" and before not in _VOCABULARY)
+
+
+def _names_a_password(name: str) -> bool:
+    """Whether even a number under this name is a secret: elsewhere it counts or chooses, as in ``session_tokens``."""
+    words = _words(name)
+    return bool(words) and words[-1].endswith(_ALWAYS)
+
+
+def _words(name: str) -> list[str]:
     words = [word.lower() for word in _WORD.findall(name)]
     while words and (words[-1].isdigit() or words[-1] == "value"):
         words.pop()
-    if not words:
-        return False
-    if any(word.endswith(_ALWAYS) for word in words):
-        return words[-1] not in {"env", "file", "path"}
-    before = words[-2] if len(words) > 1 else ""
-    if words[-1] in {"keys", "tokens"}:
-        return before in _ISSUERS
-    if words[-1] in _BEHIND_ANOTHER:
-        return before != ""
-    return words[-1] == "key" or (words[-1] == "token" and before not in _VOCABULARY)
+    return words
 
 
 def _known() -> list[str]:
-    given = (argument.lstrip("+~").split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    pairs = [*os.environ.items(), *((key.rpartition(".")[2], value.strip("'\"")) for key, value in given)]
-    return sorted(
-        {value for name, value in pairs if names_a_secret(name) and len(value) >= _SHORT}, key=len, reverse=True
-    )
+    """Longest first."""
+    secret = {value for name, value in os.environ.items() if names_a_secret(name) and not _is_folder(name, value)}
+    for argument in sys.argv[1:]:
+        key, _, value = argument.lstrip("+~").partition("=")
+        name, value = key.rpartition(".")[2], value.strip("'\"")
+        if names_a_secret(name) and (_names_a_password(name) or not _is_number(value)):
+            secret.add(value)
+    return sorted((value for value in secret if len(value) >= _SHORT), key=len, reverse=True)
 
 
-def _redacted(node: Any, known: list[str], secret: bool = False) -> Any:
+def _is_folder(name: str, value: str) -> bool:
+    return name.lower().endswith("pwd") and os.path.isabs(value) and os.path.isdir(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _redacted(node: Any, known: list[str], secret: str = "") -> Any:
+    """``secret`` is the nearest key above that names one, if any does."""
     if isinstance(node, dict):
-        return {k: _redacted(v, known, secret or names_a_secret(str(k))) for k, v in node.items()}
+        return {k: _redacted(v, known, str(k) if names_a_secret(str(k)) else secret) for k, v in node.items()}
     if isinstance(node, list):
         return [_redacted(item, known, secret) for item in node]
-    if secret and node not in ("", None) and not isinstance(node, bool):
+    if isinstance(node, bool) or node in ("", None):
+        return node
+    if secret and (isinstance(node, str) or _names_a_password(secret)):
         return MASK
     return _masked(node, known) if isinstance(node, str) else node
 

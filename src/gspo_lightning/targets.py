@@ -70,9 +70,11 @@ def check_targets(node: Any, key: str = "") -> None:
         if not target or node.get("_args_"):
             raise UserError(f"{where}: {node['_target_']} looks up one name; give it as path, not in _args_")
     if (missing := _missing(target, _BY_THE_USER)) is not None:
+        home, allowed = missing.partition(".")[0], ",".join((*_BY_THE_USER, missing))
+        defined = "" if target.partition(".")[0] == home else f" (it is defined in {home})"
         raise UserError(
-            f"{where}={target} is not on the list of what a config may call; if you trust it, set the environment "
-            f"variable GSPO_ALLOWED_TARGETS={missing} (docs/safety.md)"
+            f"{where}={target}{defined} is not on the list of what a config may call; if you trust it, set the "
+            f"environment variable GSPO_ALLOWED_TARGETS={allowed} (docs/safety.md)"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from rich.console import Console
 
 from gspo_lightning import config
@@ -308,6 +308,28 @@ def test_a_mistake_on_the_command_line_is_one_line(text, arguments, line, tmp_pa
     (tmp_path / "c.yaml").write_text(text)
     assert main([str(tmp_path / "c.yaml"), *arguments], Console(file=io.StringIO())) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_token_is_not_shown_and_nothing_reaches_the_terminal_as_something_it_obeys(tmp_path):
+    given = {"hub_token": "hf_abcdef", "report_to": "\x1b]0;pwned\x07[b]", "run_name": "\x9b2J"}
+    (tmp_path / "c.json").write_text(json.dumps(given))
+    out = io.StringIO()
+    model = ["--model", "m\x1b[2J", "--output", str(tmp_path / "mine.yaml")]
+    assert main([str(tmp_path / "c.json"), *model], Console(file=out, width=200)) == 0
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.getvalue().splitlines() if "│" in line]
+    assert [row[2] for row in rows if row[1] in given] == ["***", "␛]0;pwned␇[b]", "\\x9b2J"]
+    assert "  'model.path='\"'\"'m␛[2J'\"'\"'' \\\n" in out.getvalue()
+    assert "hf_abcdef" not in out.getvalue()
+    assert {char for char in out.getvalue() if ord(char) < 32 or 127 <= ord(char) < 160} == {"\n"}
+    assert OmegaConf.load(tmp_path / "mine.yaml").model.path == "m\x1b[2J"
+
+
+def test_an_error_line_is_masked_and_fit_for_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
+    (tmp_path / "c.json").write_text(json.dumps({"hf_abcdef\x1b[2J": 1}))
+    assert main([str(tmp_path / "c.json")], Console(file=io.StringIO())) == 2
+    line = "error: ***␛[2J: TRL 1.16.0's GRPOConfig has no such field; remove it or correct its name\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_file_that_holds_a_number_alone_holds_no_config():

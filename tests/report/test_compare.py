@@ -84,6 +84,14 @@ def test_values_of_settings_are_escaped(tmp_path):
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
 
 
+def test_values_of_settings_reach_no_terminal_as_something_it_obeys(tmp_path):
+    for number, note in enumerate(("\x1b]0;pwned\x07", "\x9b2J")):
+        write_run(tmp_path / str(number), [1.0], note=note)
+    code, text = compare(tmp_path)
+    assert (code, text.splitlines()[:2]) == (0, ["1: note=␛]0;pwned␇", "2: note=\\x9b2J"])
+    assert {char for char in text if ord(char) < 32 or 127 <= ord(char) < 160} == {"\n"}
+
+
 def test_nothing_to_compare_is_one_line_and_code_2(tmp_path, capsys):
     assert compare(tmp_path)[0] == 2
     error = capsys.readouterr().err

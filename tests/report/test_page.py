@@ -238,6 +238,16 @@ def test_a_damaged_file_is_named_in_one_line(name, content, words, tmp_path, cap
     assert words in capsys.readouterr().err
 
 
+def test_the_line_about_a_damaged_file_is_masked_and_fit_for_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
+    write_run(tmp_path)
+    (tmp_path / "metrics.csv").write_text("step,hf_abcdef\n1,\x1b]0;pwned\x07\n")
+    assert main([str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert "hf_abcdef" not in shown and "\x1b" not in shown
+    assert shown.startswith("error: ") and "column *** is '" in shown and shown.count("\n") == 1
+
+
 def test_the_module_draws_the_report_of_a_folder_anew_and_refuses_another(tmp_path):
     write_run(tmp_path)
     command = [sys.executable, "-m", "gspo_lightning.report"]

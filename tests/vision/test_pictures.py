@@ -122,6 +122,7 @@ def test_the_formats_that_are_read(monkeypatch):
     image = Image.new("RGB", (16, 8), RED)
     for kind in (*FORMATS, "MPO"):
         read = load_image(as_bytes(image, kind), "row x")
+        assert load_image(Image.open(io.BytesIO(as_bytes(image, kind))), "row x").tobytes() == read.tobytes()
         assert read.size == (16, 8) and all(abs(a - b) <= 3 for a, b in zip(read.getpixel((8, 4)), RED, strict=True))
     named = "AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"
     stored = as_bytes(image, "EPS")

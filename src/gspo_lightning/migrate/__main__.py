@@ -17,7 +17,8 @@ from rich.table import Table
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.convert import Conversion, convert
 from gspo_lightning.migrate.parse import parse_config
-from gspo_lightning.redact import masked
+from gspo_lightning.redact import masked, redacted
+from gspo_lightning.screen import visible
 
 NOT_IN_TRL = {
     "model": ("path", "model.path"),
@@ -47,14 +48,18 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         return 2
     console.print(verdict_table(result))
     for line in result.added:
-        console.print(f"added: {line}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"added: {line}")
     if result.blocking:
         print(f"error: {', '.join(result.blocking)} would change the result and cannot be expressed", file=sys.stderr)
         return 1
-    console.print("added: model, data and reward do not stand in a GRPOConfig\n", highlight=False, soft_wrap=True)
-    console.print(command(result), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"\n{experiment_yaml(result)}", highlight=False, markup=False, soft_wrap=True)
+    _say(console, "added: model, data and reward do not stand in a GRPOConfig\n")
+    _say(console, command(result))
+    _say(console, f"\n{experiment_yaml(result)}")
     return _write(options.output, experiment_yaml(result)) if options.output else 0
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(path: Path, text: str) -> int:
@@ -72,7 +77,8 @@ def verdict_table(result: Conversion) -> Table:
     for column in ("key", "value", "verdict", "ours, or why not"):
         table.add_column(column, overflow="fold")
     for verdict in result.verdicts:
-        table.add_row(verdict.key, escape(str(verdict.value)), verdict.kind, escape(verdict.note))
+        value = str(redacted({verdict.key: verdict.value})[verdict.key])
+        table.add_row(verdict.key, *(escape(visible(cell)) for cell in (value, verdict.kind, verdict.note)))
     return table
 
 

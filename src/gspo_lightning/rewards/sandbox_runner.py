@@ -6,6 +6,7 @@ Messages both ways are a 4-byte big-endian length and UTF-8 JSON.
 """
 
 import ast
+import builtins
 import ctypes
 import json
 import os
@@ -91,8 +92,10 @@ def main() -> None:
     limit(order["limits"], order["uid"])
     program = order["mode"] == "program"
     module = types.ModuleType("__main__" if program else "candidate")
+    module.__file__ = "candidate.py"
     sys.modules[module.__name__] = module
     if program:
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # of the module site, which -S leaves out
         exec(compile(order["code"], "candidate.py", "exec"), module.__dict__)
         return
     inbox, outbox, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)

@@ -83,7 +83,7 @@ class Server:
             status, answer = self._send(connection, method, path, body)
         except (OSError, http.client.HTTPException) as error:
             late = time.monotonic() - start >= timeout_s
-            why = f"no answer within {timeout_s:g} s" if late else f"{type(error).__name__}: {error}"
+            why = f"no answer within {timeout_s:g} s" if late else visible(f"{type(error).__name__}: {error}")
             raise ServerError(f"{self.url}{path}: {why}") from error
         finally:
             alarm.cancel()

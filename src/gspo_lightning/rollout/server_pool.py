@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.rollout.http_client import Server, ServerError
+from gspo_lightning.screen import visible
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -216,4 +217,4 @@ class _Run(Generic[Job, Result]):
 
 
 def _say(line: str) -> None:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    print(visible(" ".join(line.split())), file=sys.stderr, flush=True)
