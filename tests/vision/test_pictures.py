@@ -120,9 +120,10 @@ def test_the_formats_that_are_read(monkeypatch):
     """EPS is none of them: reading one starts Ghostscript."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     image = Image.new("RGB", (16, 8), RED)
-    for kind in (*FORMATS, "MPO"):
-        read = load_image(as_bytes(image, kind), "row x")
-        assert load_image(Image.open(io.BytesIO(as_bytes(image, kind))), "row x").tobytes() == read.tobytes()
+    for kind in (*FORMATS, "MPO"):  # several JPEG in one file, as phones write them
+        stored = as_bytes(image, kind, **({"save_all": True, "append_images": [image]} if kind == "MPO" else {}))
+        read, opened = load_image(stored, "row x"), Image.open(io.BytesIO(stored))
+        assert opened.format == kind and load_image(opened, "row x").tobytes() == read.tobytes()
         assert read.size == (16, 8) and all(abs(a - b) <= 3 for a, b in zip(read.getpixel((8, 4)), RED, strict=True))
     named = "AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"
     stored = as_bytes(image, "EPS")
