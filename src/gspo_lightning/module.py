@@ -8,7 +8,7 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import lightning as L
@@ -249,13 +249,21 @@ class GSPOModule(L.LightningModule):
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored, by_weight))
         add_metrics(update.metrics, self._drawn.metrics(self.rewards.weighted_sum))
-        # For all threads: one that samples ahead would have these products in some rollouts for longer than in others.
-        with onednn_float32(self.device) if self.ahead is None else nullcontext():
+        with self._float32_products():
             update.prepare(self._minibatches(scored))
             self._sample_ahead()
             update.run()
         self._sync_reference()
         self._finish_rollout(scored, update)
+
+    def _float32_products(self) -> AbstractContextManager[None]:
+        """Those of oneDNN where that is faster, and rows come in lengths that come again.
+
+        Not where a thread samples ahead: the choice is one for all threads, and its rollouts would see it by chance.
+        """
+        assert self.policy is not None
+        filled = not self.policy.is_padded and self.policy.vision is None
+        return onednn_float32(self.device) if filled and self.ahead is None else nullcontext()
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
         """A term of your own that is added to the loss of each minibatch; a subclass overrides it.

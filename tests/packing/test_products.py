@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.packing import products
+from gspo_lightning.packing import attention, products
 from gspo_lightning.packing.products import float32_products, onednn_float32, rows_missing
 from tests.support import relative_distance
 from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of
@@ -122,3 +123,26 @@ def test_where_a_thread_samples_ahead_it_is_not_asked(micro_model_dir, monkeypat
     monkeypatch.setattr(module, "_sample_ahead", lambda: None)
     trainer().fit(module, Batches(scripted_prompts(), 1).loader())
     assert asked == ["none"]
+
+
+def test_attention_whose_shapes_hardly_come_again_is_left_to_mkl(micro_model_dir, monkeypatch):
+    """And so are whole updates whose rows are not filled up to lengths that come again."""
+    on(monkeypatch)
+    monkeypatch.setattr(products, "_stays_float32", lambda: True)
+    seen = {"forward": [], "backward": []}
+
+    def spy(name, function):
+        return lambda *given, **named: (seen[name].append(MATMUL.fp32_precision), function(*given, **named))[1]
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy("forward", scaled_dot_product_attention))
+    monkeypatch.setattr(attention, "_dense_backward", spy("backward", attention._dense_backward))
+    module, asked = build_module(micro_model_dir, Settings(dtype="float32")), []
+    monkeypatch.setattr(module, "auxiliary_loss", lambda minibatch: asked.append(MATMUL.fp32_precision))
+    trainer().fit(module, Batches(scripted_prompts(), 1).loader())
+    assert asked == ["bf16"]
+    assert set(seen["forward"]) == set(seen["backward"]) == {"none"}
+
+    module.policy.fall_back()
+    module.max_rollouts = 2
+    trainer().fit(module, Batches(scripted_prompts(), 1).loader())
+    assert asked == ["bf16", "none"]

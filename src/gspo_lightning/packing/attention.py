@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from gspo_lightning.packing.blocks import BlockBatch, GatheredBlocks, gather_blocks
 from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout
+from gspo_lightning.packing.products import changing_shapes
 
 
 def shared_prefix_attention(
@@ -83,6 +84,7 @@ class _GatheredAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @changing_shapes()
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: GatheredBlocks, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scaling = plan, scaling
@@ -98,6 +100,7 @@ class _GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @changing_shapes()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         plan, size = ctx.plan, query.shape[3]

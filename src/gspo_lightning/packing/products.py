@@ -39,6 +39,22 @@ def onednn_float32(device: torch.device) -> Iterator[None]:
             _ONEDNN.fp32_precision = "none"
 
 
+@contextmanager
+def changing_shapes() -> Iterator[None]:
+    """Inside of `onednn_float32`: float32 products by MKL, because their shapes hardly ever come again.
+
+    oneDNN would make a kernel for each of them and keep it; attention is a small part of an update, and no slower so.
+    """
+    asked = _ONEDNN.fp32_precision
+    if asked == "bf16":
+        _ONEDNN.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        if asked == "bf16":
+            _ONEDNN.fp32_precision = asked
+
+
 def _mkl_is_slow() -> bool:
     """Whether this is an AMD processor with AVX-512 and without AMX."""
     facts = torch.cpu.get_capabilities()
