@@ -77,7 +77,7 @@ def test_the_tower_is_frozen_by_default_and_trains_by_choice(folder):
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}])
 def test_a_loaded_tower_multiplies_its_patches(folder, settings):
     tower = PolicyLoader(str(folder), **settings).load().base_model.model.visual
-    assert tower.patch_embed.proj.forward.__func__ is patches._product
+    assert tower.patch_embed.proj.forward.func is patches._product
 
 
 def test_the_tower_may_train_alone_and_only_with_itself(folder):
