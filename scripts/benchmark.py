@@ -132,7 +132,7 @@ def matmul_rate(precision: str, threads: int) -> float:
     code = (
         "import torch,time,sys\n"
         "from gspo_lightning.packing.products import onednn_float32\n"
-        "onednn_float32(torch.device('cpu')).__enter__()\n"
+        "ours=onednn_float32(torch.device('cpu')); ours.__enter__()\n"  # unnamed, it would be left at once
         f"torch.set_num_threads({threads})\n"
         f"a=torch.randn(1536,1536).to(torch.{'bfloat16' if precision == 'bf16' else 'float32'}); b=a.clone()\n"
         "[a@b for _ in range(5)]\n"

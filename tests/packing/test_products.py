@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from gspo_lightning.packing import attention, products
-from gspo_lightning.packing.products import float32_products, onednn_float32, rows_missing
+from gspo_lightning.packing.products import changing_shapes, float32_products, onednn_float32, rows_missing
 from tests.support import relative_distance
 from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 
@@ -76,11 +76,12 @@ def test_gpus_and_a_precision_that_the_user_chose_are_left_alone(monkeypatch):
     on(monkeypatch)
     with onednn_float32(torch.device("cuda")):
         assert MATMUL.fp32_precision == "none"
-    MATMUL.fp32_precision = "ieee"
     try:
-        with onednn_float32(CPU):
-            assert MATMUL.fp32_precision == "ieee"
-        assert MATMUL.fp32_precision == "ieee"
+        for chosen in ("ieee", "bf16"):
+            MATMUL.fp32_precision = chosen
+            with onednn_float32(CPU), changing_shapes():
+                assert MATMUL.fp32_precision == chosen
+            assert MATMUL.fp32_precision == chosen
     finally:
         MATMUL.fp32_precision = "none"
 

@@ -14,6 +14,8 @@ TILE_ROWS = 32
 """What kernels for AMX take at a time; those of other processors like multiples of it too."""
 
 _ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+_is_ours = False
+# Whether oneDNN's permission is that of `onednn_float32`, and not the user's.
 
 
 @contextmanager
@@ -31,10 +33,12 @@ def onednn_float32(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or _ONEDNN.fp32_precision != "none" or not _mkl_is_slow() or not _stays_float32():
         yield
         return
-    _ONEDNN.fp32_precision = "bf16"
+    global _is_ours
+    _ONEDNN.fp32_precision, _is_ours = "bf16", True
     try:
         yield
     finally:
+        _is_ours = False
         if _ONEDNN.fp32_precision == "bf16":  # or else the user has chosen another meanwhile
             _ONEDNN.fp32_precision = "none"
 
@@ -45,14 +49,14 @@ def changing_shapes() -> Iterator[None]:
 
     oneDNN would make a kernel for each of them and keep it; attention is a small part of an update, and no slower so.
     """
-    asked = _ONEDNN.fp32_precision
-    if asked == "bf16":
-        _ONEDNN.fp32_precision = "none"
+    if not _is_ours:
+        yield
+        return
+    asked, _ONEDNN.fp32_precision = _ONEDNN.fp32_precision, "none"
     try:
         yield
     finally:
-        if asked == "bf16":
-            _ONEDNN.fp32_precision = asked
+        _ONEDNN.fp32_precision = asked
 
 
 def _mkl_is_slow() -> bool:
