@@ -58,6 +58,20 @@ def test_a_precision_that_trains_wrongly_is_refused_before_the_first_rollout(set
     assert module.rollouts_done == 0
 
 
+class OnApple(L.Callback):
+    """Stands for accelerator="auto" on a machine of Apple's, where Lightning takes its GPU."""
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.strategy._root_device = torch.device("mps")
+
+
+def test_a_device_without_float64_is_refused_before_the_first_rollout(micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    with pytest.raises(UserError, match="trainer.accelerator: Lightning chose mps, but .* set accelerator='cpu'"):
+        fit(module, callbacks=[OnApple()])
+    assert module.rollouts_done == 0
+
+
 def test_an_adapter_may_be_trained_in_bf16_true(micro_model_dir):
     change, module = update_of(
         micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=2)), precision="bf16-true"

@@ -16,6 +16,7 @@ from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
+from gspo_lightning.hardware import choose_accelerator
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.types import SamplingParams
@@ -202,6 +203,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
     every = plain["validation"]["every_n_rollouts"]
     loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if isinstance(node, dict)]
     ours = {
+        "accelerator": choose_accelerator(plain["trainer"]["accelerator"]),
         # The limit before what saves: it ends the run.
         "callbacks": [*time_limits(plain["trainer"]), *callbacks],
         "max_time": None,
@@ -220,6 +222,10 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         "inference_mode": False,
     }
     try:
-        return instantiate(plain["trainer"], **ours, _convert_="all")
+        return instantiate(
+            {**plain["trainer"], "accelerator": choose_accelerator(plain["trainer"]["accelerator"])},
+            **ours,
+            _convert_="all",
+        )
     except InstantiationException as error:
         raise UserError(f"trainer: {error.__cause__ or error}") from error

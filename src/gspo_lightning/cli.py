@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import hydra
 import lightning as L
-import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -25,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from gspo_lightning import config, first_error
+from gspo_lightning import config, first_error, hardware
 from gspo_lightning.build import build_data, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.config_groups import check_choices
 from gspo_lightning.errors import UserError
@@ -174,7 +173,7 @@ def _train(cfg: DictConfig) -> float | None:
         _dry_run(plain)
         _leave_nothing(folder)
         return None
-    if begins_ranks(plain["trainer"], config.ranks(plain)):
+    if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         return run_apart()
     _share_threads(plain)
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=config.is_sharded(plain))
@@ -213,7 +212,7 @@ def _dry_run(plain: dict[str, Any]) -> None:
         optimizer=plain["optimizer"]["_target_"].rpartition(".")[2],
         needs_reference=module.objective.needs_ref,
         precision=plain["trainer"]["precision"],
-        on_gpu=torch.cuda.is_available() and plain["trainer"]["accelerator"] != "cpu",
+        on_gpu=hardware.on_gpu(plain["trainer"]["accelerator"]),
         validation_generations=module.validator.sampled.num_generations,
         samples_ahead=module.ahead is not None,
         ranks=ranks,
@@ -224,18 +223,18 @@ def _dry_run(plain: dict[str, Any]) -> None:
 def _ranks(plain: dict[str, Any]) -> Ranks:
     sharded = config.is_sharded(plain)
     gather = sharded and plain["trainer"]["strategy"].get("gather_for_rollouts", True)
-    return Ranks(config.ranks(plain), sharded, gather_for_rollouts=gather)
+    return Ranks(hardware.ranks(plain), sharded, gather_for_rollouts=gather)
 
 
 def _share_threads(plain: dict[str, Any]) -> None:
-    share_threads(config.ranks(plain) // plain["trainer"]["num_nodes"])
+    share_threads(hardware.ranks(plain) // plain["trainer"]["num_nodes"])
 
 
 def _evaluate(cfg: DictConfig) -> None:
     _quieten()
     plain = config.resolve(cfg)
     config.check(plain, training=False)
-    if begins_ranks(plain["trainer"], config.ranks(plain)):
+    if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         run_apart()
         return
     _share_threads(plain)

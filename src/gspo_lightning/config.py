@@ -16,13 +16,14 @@ from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
 from gspo_lightning.guarded_step import parameter_groups
+from gspo_lightning.hardware import choose_precision, choose_token_budget, on_gpu, ranks
 from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
 from gspo_lightning.targets import check_targets
 from gspo_lightning.trainer_checks import check_precision, check_sampling
-from gspo_lightning.update import busy_tokens, check_minibatches, token_budget
+from gspo_lightning.update import check_minibatches
 
 DEFAULT_ROLLOUTS = 30
 """What max_rollouts=auto is without num_epochs."""
@@ -41,9 +42,9 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     if plain.get("max_rollouts") == "auto":
         plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain.get("num_epochs") is None else None
     check_sections(plain, re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg)))  # before anything computes with it
-    plain["trainer"]["precision"] = _precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
+    plain["trainer"]["precision"] = choose_precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
-        plain["update"]["max_tokens_per_microbatch"] = _token_budget(plain)
+        plain["update"]["max_tokens_per_microbatch"] = choose_token_budget(plain)
     return plain
 
 
@@ -54,51 +55,25 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         plain: the resolved config.
         training: False where a model is measured only, so that nothing need suit an update.
     """
-    # First, because it is what a machine without a GPU cannot get around.
-    if plain["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"trainer.accelerator={plain['trainer']['accelerator']}: there is no GPU here; accelerator=auto takes "
-            "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
-        )
-    strategy = plain["trainer"]["strategy"]
-    name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
-    if name.startswith(("fsdp", "FSDPStrategy", "deepspeed", "DeepSpeed")):
-        raise UserError(
-            f"trainer.strategy={name} flattens or moves the weights that rollouts and LoRA need as they are; use "
-            "trainer=fsdp, which is FSDP2, or trainer=ddp"
-        )
+    _check_devices(plain)
     if is_sharded(plain):
         _check_sharding(plain)
-    export = plain["export"]
+    export, model = plain["export"], plain["model"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
-    check_quantization(plain["model"].get("quantization"), plain["model"].get("lora"))
-    refuse_merging(bool(plain["model"].get("quantization")), (plain["rollout"]["engine"] or {}).get("lora_sync"))
+    check_quantization(model.get("quantization"), model.get("lora"))
+    refuse_merging(bool(model.get("quantization")), (plain["rollout"]["engine"] or {}).get("lora_sync"))
     check_targets(plain)
     check_trainer(plain["trainer"])
     check_calls(plain)
-    _check_router(plain["model"])
-    update, rollout, data = plain["update"], plain["rollout"], plain["data"]
-    longest = data["max_prompt_length"] + rollout["max_completion_length"]
-    if update["max_tokens_per_microbatch"] < longest:
-        raise UserError(
-            f"update.max_tokens_per_microbatch={update['max_tokens_per_microbatch']} is less than one sequence "
-            f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
-        )
+    _check_router(model)
+    _check_budget(plain)
     if training:
-        check_precision(
-            str(plain["trainer"]["precision"]), plain["model"]["dtype"], has_adapter=bool(plain["model"].get("lora"))
-        )
+        check_precision(str(plain["trainer"]["precision"]), model["dtype"], has_adapter=bool(model.get("lora")))
     time_limits(plain["trainer"])  # these two say themselves what they cannot be
     build(plain["update"])
-    _check_optimizer(plain["optimizer"], on_gpu=_on_gpu(plain["trainer"]["accelerator"]))
-    check_sampling(rollout["temperature"], rollout["repetition_penalty"])
-    if plain["objective"].get("mismatch"):
-        for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-            if rollout.get(key, everything) != everything:
-                raise UserError(
-                    f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
-                    f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
-                )
+    _check_optimizer(plain["optimizer"], on_gpu=on_gpu(plain["trainer"]["accelerator"]))
+    check_sampling(plain["rollout"]["temperature"], plain["rollout"]["repetition_penalty"])
+    _check_support(plain)
     _check_environment(plain)
     _report(plain)
     if training:
@@ -110,27 +85,53 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         _check_measured(plain)
 
 
+def _check_devices(plain: dict[str, Any]) -> None:
+    """First, because they are what a machine cannot get around."""
+    trainer = plain["trainer"]
+    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={trainer['accelerator']}: there is no GPU here; accelerator=auto takes "
+            "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
+        )
+    strategy = trainer["strategy"]
+    name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
+    if name.startswith(("fsdp", "FSDPStrategy", "deepspeed", "DeepSpeed")):
+        raise UserError(
+            f"trainer.strategy={name} flattens or moves the weights that rollouts and LoRA need as they are; use "
+            "trainer=fsdp, which is FSDP2, or trainer=ddp"
+        )
+
+
+def _check_budget(plain: dict[str, Any]) -> None:
+    """A micro-batch must hold one sequence."""
+    budget = plain["update"]["max_tokens_per_microbatch"]
+    longest = plain["data"]["max_prompt_length"] + plain["rollout"]["max_completion_length"]
+    if budget < longest:
+        raise UserError(
+            f"update.max_tokens_per_microbatch={budget} is less than one sequence "
+            f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
+        )
+
+
+def _check_support(plain: dict[str, Any]) -> None:
+    """Weights between two distributions need every token to be possible under both."""
+    if not plain["objective"].get("mismatch"):
+        return
+    rollout = plain["rollout"]
+    for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if rollout.get(key, everything) != everything:
+            raise UserError(
+                f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
+                f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
+            )
+
+
 def is_sharded(plain: dict[str, Any]) -> bool:
     """Whether the weights are split over ranks: trainer=fsdp."""
     strategy = plain["trainer"]["strategy"]
     return isinstance(strategy, dict) and str(strategy.get("_target_")).endswith(
         (".FSDP2Strategy", ".ModelParallelStrategy")
     )
-
-
-def ranks(plain: dict[str, Any]) -> int:
-    """Processes that will train together; ``devices`` may leave their number to this machine: one per GPU."""
-    trainer = plain["trainer"]
-    devices = trainer["devices"]
-    if isinstance(devices, list):
-        devices = len(devices)
-    if not isinstance(devices, int) or devices < 1:
-        devices = torch.cuda.device_count() if _on_gpu(trainer["accelerator"]) else 1
-    return int(devices * trainer["num_nodes"])
-
-
-def _on_gpu(accelerator: str) -> bool:
-    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def _check_sharding(plain: dict[str, Any]) -> None:
@@ -266,28 +267,3 @@ def _no_effect(message: str, plain: dict[str, Any]) -> None:
     if not plain["allow_no_effect"]:
         raise UserError(f"{message} (allow_no_effect=true turns this into a warning)")
     warnings.warn(message, stacklevel=3)
-
-
-def _token_budget(plain: dict[str, Any]) -> int:
-    on_gpu = _on_gpu(plain["trainer"]["accelerator"])
-    rollout = plain["rollout"]
-    return token_budget(
-        plain["data"]["max_prompt_length"],
-        rollout["max_completion_length"],
-        rollout["num_generations"],
-        busy_tokens(on_gpu, narrow=str(plain["trainer"]["precision"]).endswith("-mixed")),
-    )
-
-
-def _precision(precision: str, accelerator: str) -> str:
-    """``auto`` is bf16-mixed where matrix products in bfloat16 are fast in hardware, else 32-true."""
-    if precision != "auto":
-        return precision
-    if _on_gpu(accelerator):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if cpu_has_bf16() else "32-true"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -83,7 +83,12 @@ def check_fit(module: GSPOModule) -> None:
 
 
 def _check_run(trainer: Any) -> None:
-    """Refuses what would lose the trained module, or never end."""
+    """Refuses what could not be computed, would lose the trained module, or never end."""
+    if (device := trainer.strategy.root_device.type) not in ("cpu", "cuda"):
+        raise UserError(
+            f"trainer.accelerator: Lightning chose {device}, but only cuda and cpu are supported (a rollout is summed "
+            "in float64, which Apple's GPUs lack); set accelerator='cpu'"
+        )
     # Only launchers that go through Python's multiprocessing have one; those of torchrun and scripts have none.
     if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
         raise UserError(

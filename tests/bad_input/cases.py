@@ -500,6 +500,9 @@ UPDATE = [
     Case("update", "a precision that does not exist", ["trainer.precision=8-bit"], "8-bit"),
     Case("update", "a GPU where there is none", ["trainer.accelerator=gpu"], "there is no GPU here"),
     Case(
+        "update", "Apple's GPU", ["trainer.accelerator=mps"], "trainer.accelerator=mps is not supported; use cuda, cpu"
+    ),
+    Case(
         "update", "8-bit weights without a GPU", ["model.quantization=int8", "lora=language"], "model.quantization=int8"
     ),
 ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.accelerators import MPSAccelerator
 
 from gspo_lightning import build as build_module_of_config
-from gspo_lightning import config, config_sections
+from gspo_lightning import config, config_sections, hardware
 from gspo_lightning.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.errors import UserError
 from tests.support import has_module
@@ -184,13 +186,24 @@ def test_a_root_key_of_the_users_own_is_accepted_where_something_refers_to_it():
         resolved("experiment=micro", "+my_size=4")
 
 
+@pytest.mark.parametrize(("has_cuda", "chosen"), [(True, "cuda"), (False, "cpu")])
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_auto_takes_cuda_or_the_cpu_also_where_lightning_would_take_an_apple_gpu(name, has_cuda, chosen, monkeypatch):
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    taken = []
+    monkeypatch.setattr(lightning, "Trainer", lambda **arguments: taken.append(arguments["accelerator"]))
+    build_trainer(resolved("experiment=micro", f"trainer.accelerator={name}", "logger=none"), [])
+    assert taken == [chosen if name == "auto" else "cpu"]
+
+
 @pytest.mark.parametrize(
     ("available", "accelerator", "expected"),
     [(True, "auto", "bf16-mixed"), (False, "auto", "32-true"), (False, "cpu", "32-true")],
 )
 def test_precision_is_chosen_for_the_machine(available, accelerator, expected, monkeypatch):
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(config, "cpu_has_bf16", lambda: available)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: available)
     assert (
         resolved("experiment=micro", "trainer.precision=auto", f"trainer.accelerator={accelerator}")["trainer"][
             "precision"

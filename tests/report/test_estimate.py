@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gspo_lightning import config
+from gspo_lightning import hardware
 from gspo_lightning.estimate import ACTIVATIONS, GIB, Ranks, estimate
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
@@ -214,9 +214,9 @@ def test_how_many_processes_a_run_has(devices, nodes, gpus, expected, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     trainer = {"devices": devices, "num_nodes": nodes, "accelerator": "auto"}
-    assert config.ranks({"trainer": trainer}) == expected
+    assert hardware.ranks({"trainer": trainer}) == expected
     on_cpu = {**trainer, "accelerator": "cpu"}
-    assert config.ranks({"trainer": on_cpu}) == (expected if isinstance(devices, list) or devices == 2 else nodes)
+    assert hardware.ranks({"trainer": on_cpu}) == (expected if isinstance(devices, list) or devices == 2 else nodes)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ case "$*" in
   *"--port 8001"*) exit "${ENDS_1:-0}" ;;
   *find_spec*) exit "${NO_VLLM:-0}" ;;
   *resolve_model*) echo /the/model ;;
-  *_precision*) echo float32 ;;
+  *choose_precision*) echo float32 ;;
 esac
 """
 

@@ -14,7 +14,7 @@ import lightning
 import torch
 from hydra.utils import instantiate
 
-from gspo_lightning import config
+from gspo_lightning import hardware
 from gspo_lightning.build import build_trainer
 from gspo_lightning.callbacks import completions as completions_module
 from gspo_lightning.callbacks.health import Facts
@@ -97,8 +97,9 @@ def trainer(node: dict[str, Any], folder: Path) -> Any:
     """The arguments of the Trainer as the program makes it."""
     calls: list[Any] = []
     plain = {"trainer": node, "validation": {"every_n_rollouts": None}, "logger": {}}
-    plain["trainer"]["precision"] = config._precision(node["precision"], node["accelerator"])
-    with mock.patch.object(lightning, "Trainer", lambda **kwargs: calls.append(kwargs)):
+    plain["trainer"]["precision"] = hardware.choose_precision(node["precision"], node["accelerator"])
+    made = mock.patch.object(lightning, "Trainer", lambda **kwargs: calls.append(kwargs))
+    with made, mock.patch.object(torch.cuda, "is_available", lambda: True):
         build_trainer(plain, [])
     kept = [{k: v for k, v in call.items() if k != "plugins"} for call in calls]
     return [

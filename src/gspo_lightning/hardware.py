@@ -1,0 +1,67 @@
+"""What a config leaves to the machine: accelerator, number of processes, precision, tokens of a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.update import busy_tokens, token_budget
+
+
+def choose_accelerator(name: str) -> str:
+    """What ``trainer.accelerator=auto`` becomes: a GPU through CUDA (or ROCm) if there is one, else the CPU.
+
+    Lightning's own choice may be the GPU of an Apple machine, which has no float64 for the sums of a rollout.
+
+    Raises:
+        UserError: neither can be meant.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "gpu"):
+        raise UserError(f"trainer.accelerator={name} is not supported; use cuda, cpu, or auto")
+    return "cpu" if name == "cpu" else "cuda"
+
+
+def on_gpu(name: str) -> bool:
+    """Whether a run with this ``trainer.accelerator`` computes on a GPU."""
+    return choose_accelerator(name) == "cuda" and torch.cuda.is_available()
+
+
+def ranks(plain: dict[str, Any]) -> int:
+    """Processes that will train together; ``devices`` may leave their number to this machine: one per GPU."""
+    trainer = plain["trainer"]
+    devices = trainer["devices"]
+    if isinstance(devices, list):
+        devices = len(devices)
+    if not isinstance(devices, int) or devices < 1:
+        devices = torch.cuda.device_count() if on_gpu(trainer["accelerator"]) else 1
+    return int(devices * trainer["num_nodes"])
+
+
+def choose_precision(precision: str, accelerator: str) -> str:
+    """``auto`` is bf16-mixed where matrix products in bfloat16 are fast in hardware, else 32-true."""
+    if precision != "auto":
+        return precision
+    if on_gpu(accelerator):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if cpu_has_bf16() else "32-true"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_token_budget(plain: dict[str, Any]) -> int:
+    """What ``update.max_tokens_per_microbatch=auto`` becomes."""
+    gpu = on_gpu(plain["trainer"]["accelerator"])
+    rollout = plain["rollout"]
+    return token_budget(
+        plain["data"]["max_prompt_length"],
+        rollout["max_completion_length"],
+        rollout["num_generations"],
+        busy_tokens(gpu, narrow=str(plain["trainer"]["precision"]).endswith("-mixed")),
+    )
