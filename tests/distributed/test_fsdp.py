@@ -24,9 +24,9 @@ HERE = Path(__file__).parent
 def run(script, *arguments, cwd=None):
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=cwd, env={**environment, "OMP_NUM_THREADS": "1"}
-    )
+    # One of these processes once ended by SIGABRT: should it come again, it says where.
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
