@@ -18,13 +18,19 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
 from gspo_lightning.hardware import choose_accelerator
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.types import SamplingParams
 from gspo_lightning.validation import ValidationSettings
 
 
-def build_module(plain: dict[str, Any]) -> GSPOModule:
-    """The LightningModule of a resolved config; loads nothing yet."""
+def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSPOModule:
+    """The LightningModule of a resolved config; loads nothing yet.
+
+    Args:
+        plain: the resolved config.
+        rewards: of this config, if they are built already; a reward may load a model of its own.
+    """
     rollout = dict(plain["rollout"])
     engine = build(rollout.pop("engine"))
     if plain["environment"]:
@@ -33,7 +39,7 @@ def build_module(plain: dict[str, Any]) -> GSPOModule:
     return GSPOModule(
         policy_loader=build(plain["model"]),
         engine=engine,
-        rewards=build(plain["reward"]),
+        rewards=rewards or build(plain["reward"]),
         objective=build(plain["objective"]),
         advantages=build(plain["advantages"]),
         sampling=SamplingParams(**{**rollout, "stop": tuple(rollout["stop"])}),
@@ -82,10 +88,9 @@ def with_environments(engine: RolloutEngine, environments: Any) -> TransformersE
     return replace(engine, environments=environments)
 
 
-def build_data(plain: dict[str, Any]) -> Any:
-    """The data module, with its dataset and templates checked."""
+def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
+    """The data module, with its dataset, its templates and the columns that rewards need checked."""
     datamodule = build({**plain["data"], "task": _task(plain)})
-    rewards = build(plain["reward"])
     rewards.check()
     datamodule.check(rewards.required_columns())
     return datamodule

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from gspo_lightning import config, first_error, hardware
-from gspo_lightning.build import build_data, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.config_groups import check_choices
 from gspo_lightning.errors import UserError
 from gspo_lightning.estimate import Ranks, estimate
@@ -178,12 +178,15 @@ def _train(cfg: DictConfig) -> float | None:
     _share_threads(plain)
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=config.is_sharded(plain))
     run_dir = _make_run_dir(folder)
-    datamodule = build_data(plain)
+    L.seed_everything(plain["seed"], workers=True, verbose=False)
+    rewards = build(plain["reward"])
+    datamodule = build_data(plain, rewards)
     plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(redacted(plain)))
+    # Again, so that the first weights of an adapter do not depend on what data and rewards have drawn.
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    module = build_module(plain)
+    module = build_module(plain, rewards)
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         training = TrainingRun(plain, run_dir, ckpt_path, module, datamodule)
         accuracy = training.execute()
@@ -196,8 +199,8 @@ def _train(cfg: DictConfig) -> float | None:
 
 def _dry_run(plain: dict[str, Any]) -> None:
     """The table of `gspo_lightning.estimate` for the first prompts of the run."""
-    datamodule = build_data(plain)
-    module = build_module(plain)
+    rewards = build(plain["reward"])
+    datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
     size = len(prompts) // ranks.count
     shares = [prompts[start : start + size] for start in range(0, size * ranks.count, size)]
@@ -238,8 +241,8 @@ def _evaluate(cfg: DictConfig) -> None:
         run_apart()
         return
     _share_threads(plain)
-    datamodule = build_data(plain)
-    module = build_module(plain)
+    rewards = build(plain["reward"])
+    datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     folder = Path(HydraConfig.get().runtime.output_dir)
     trainer = build_trainer(plain, [], folder)
     first_error.join(folder, trainer.global_rank, trainer.world_size)

@@ -22,8 +22,8 @@ KEPT_S = 3600.0
 WAIT_S = 10.0
 """A rank that fails may take so long to say why."""
 DIED = "another rank died without a word (killed, or out of memory?)"
-_rank: int | None = None
 # Noted early: when an error arrives, Lightning has already taken its environment variables back.
+_rank: int | None = None
 _last: Path | None = None
 
 

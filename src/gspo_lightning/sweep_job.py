@@ -36,8 +36,8 @@ from gspo_lightning.rollout import RolloutError
 ERROR = "error: "
 CODES: dict[int, type[Exception]] = {2: UserError, 3: NonFiniteGradientError, 4: RolloutError}
 _CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
+# Asked before the first job: Lightning leaves its variables in the environment.
 _IS_RANK = LightningEnvironment().creates_processes_externally
-# Asked before the first job: Lightning leaves its variables behind in the environment.
 _LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
 """In whose jobs ``sys.argv`` is that of the sweep."""
 

@@ -18,8 +18,8 @@ from pathlib import Path
 SPIN_COUNT = 1000
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 _QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
-_is_ours = False
 # Whether the count in the environment is this module's and not the user's.
+_is_ours = False
 
 
 def configure_threads() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspo_lightning.build import build_data
+from gspo_lightning.build import build, build_data
 from gspo_lightning.data import LargestOfFour, MicroLetters
 from gspo_lightning.data.first_rows import FirstRows
 from gspo_lightning.data.stream import PromptStream
@@ -29,6 +29,7 @@ def test_more_rows_than_there_are_or_none_are_refused():
 
 
 def test_debug_overfit_gives_every_rollout_the_same_prompts():
-    data = build_data(resolved("experiment=micro", "debug=overfit", "data.prompts_per_rollout=4"))
+    plain = resolved("experiment=micro", "debug=overfit", "data.prompts_per_rollout=4")
+    data = build_data(plain, build(plain["reward"]))
     first, second = (sorted(p.uid for p in data.batch_at(cursor).prompts) for cursor in (0, 4))
     assert first == second and len(set(first)) == 4

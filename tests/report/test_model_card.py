@@ -45,6 +45,24 @@ def test_the_card_says_what_the_model_is_and_what_was_measured():
     assert "10 rollouts of 8 prompts with 4 completions each, 38 optimizer steps, seed 3" in text
 
 
+@pytest.mark.parametrize(
+    ("loss", "level", "tag", "said"),
+    [
+        ("grpo", "sequence", "gspo", "trained by GSPO\n\nGSPO (`loss_type=grpo`, importance ratio per sequence) on"),
+        ("grpo", "sequence_token", "gspo", "trained by GSPO\n\nGSPO (`loss_type=grpo`, importance ratio per sequence_token) on"),
+        ("grpo", "token", "grpo", "trained by GRPO\n\nGRPO (`loss_type=grpo`, importance ratio per token) on"),
+        ("sapo", "sequence", "sapo", "trained by SAPO\n\nSAPO (`loss_type=sapo`, importance ratio per sequence) on"),
+        ("dr_grpo", "token", "dr-grpo", "trained by Dr. GRPO\n\nDr. GRPO (`loss_type=dr_grpo`, importance ratio per token) on"),
+        ("reinforce", "token", "reinforce", "trained by REINFORCE\n\nREINFORCE (`loss_type=reinforce`) on"),
+        ({"_target_": "hydra.utils.get_method", "path": "mine.gated"}, "token", "gated", "trained by gated\n\ngated (`loss_type=gated`, importance"),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_loss_that_was_minimised(loss, level, tag, said):
+    plain = {**PLAIN, "objective": {"importance_sampling_level": level, "loss_type": loss}}
+    _, front, text = model_card(plain, SUMMARY, is_adapter=False).split("---\n", 2)
+    assert yaml.safe_load(front)["tags"][1] == tag and said in text
+
+
 @pytest.mark.parametrize("path", ["bundled:micro", "/my/folder", "./folder/model", "folder", "models/tiny"])
 def test_a_folder_is_not_named_as_a_model_of_the_hub(path, tmp_path, monkeypatch):
     (tmp_path / "models" / "tiny").mkdir(parents=True)

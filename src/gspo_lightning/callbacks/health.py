@@ -194,7 +194,7 @@ class Health(L.Callback):
         stop_on: names of checks that end the run, such as ``[no_signal, reward_collapse]``; the run can be resumed.
 
     Raises:
-        ValueError: for an unknown check in ``stop_on``.
+        UserError: an unknown check in ``stop_on``, or ``patience`` below 1.
     """
 
     def __init__(self, patience: int = 5, stop_on: list[str] | None = None) -> None:

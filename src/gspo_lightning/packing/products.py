@@ -14,8 +14,8 @@ TILE_ROWS = 32
 """What kernels for AMX take at a time; those of other processors like multiples of it too."""
 
 _ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-_is_ours = False
 # Whether oneDNN's permission is that of `onednn_float32`, and not the user's.
+_is_ours = False
 
 
 @contextmanager
