@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Start vLLM servers for rollout=vllm_server and print the plain command, so that it can be run anywhere else.
 #
-#   bash scripts/serve_rollouts.sh [--model M] [--lora RANK] [--servers N] [--host H] [--port P] [--dtype D]
-#                                  [--max-model-len L] [--print] [-- more vLLM arguments]
+#   bash scripts/serve_rollouts.sh [--model M] [--lora RANK] [--servers N] [--gpus G,H] [--host H] [--port P]
+#                                  [--dtype D] [--max-model-len L] [--print] [-- more vLLM arguments]
 #
 # --model M          as model.path of the training run (default: bundled:smollm2-135m-instruct)
 # --lora RANK        for training an adapter of at most this rank; without it all weights are expected from the trainer
 # --servers N        that many servers on ports P, P+1, ... (default: 1)
+# --gpus G,H         the GPU of each server, named as CUDA_VISIBLE_DEVICES does; leave out the trainer's. Must be given for several
+#                    servers on GPUs. With -- --tensor-parallel-size 2 a server has two: --gpus 1+2,3+4
 # --host H, --port P where they listen (default: 127.0.0.1, 8000)
 # --dtype D          float32 or bfloat16 (default: what trainer.precision=auto computes in on this machine)
 # --max-model-len L  longest prompt plus completion in tokens (default: 2048)
@@ -23,7 +25,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 die() { echo "serve_rollouts: error: $*" >&2; exit 1; }
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
-model=bundled:smollm2-135m-instruct lora="" servers=1 host=127.0.0.1 port=8000 dtype="" length=2048 only_print=""
+model=bundled:smollm2-135m-instruct lora="" servers=1 gpus="" host=127.0.0.1 port=8000 dtype="" length=2048 only_print=""
 extra=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -36,6 +38,7 @@ while [ $# -gt 0 ]; do
     --model) model="$2" ;;
     --lora) lora="$2" ;;
     --servers) servers="$2" ;;
+    --gpus) gpus="$2" ;;
     --host) host="$2" ;;
     --port) port="$2" ;;
     --dtype) dtype="$2" ;;
@@ -44,6 +47,14 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
+[[ "$servers" =~ ^[1-9][0-9]*$ ]] || die "--servers $servers is no number of servers; give 1 or more"
+cards=()
+if [ -n "$gpus" ]; then
+  [[ "$gpus" =~ ^[A-Za-z0-9/-]+([,+][A-Za-z0-9/-]+)*$ ]] || die "--gpus $gpus is no list of GPUs; write it like 1,2"
+  IFS=, read -r -a cards <<<"$gpus"
+  [ "${#cards[@]}" -eq "$servers" ] || die "--gpus $gpus is for ${#cards[@]} servers, and --servers is $servers; give one for each"
+  [ -z "$(tr ',+' '\n\n' <<<"$gpus" | sort | uniq -d)" ] || die "--gpus $gpus names a GPU twice; give every server its own"
+fi
 case "$host" in
   127.* | localhost | ::1) ;;
   *) [ -n "${GSPO_ROLLOUT_KEY:-}" ] || die "--host $host is reachable from elsewhere; set GSPO_ROLLOUT_KEY, and a firewall" ;;
@@ -78,20 +89,25 @@ else
   arguments+=(--load-format dummy)
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  [ -z "$gpus" ] || die "--gpus $gpus has no effect: torch sees no GPU here; leave it out"
   settings+=(VLLM_CPU_OMP_THREADS_BIND=nobind)
   # A prompt cut into chunks ends vLLM 0.32 on a CPU: it turns back the generator of a seeded request, and those cannot.
   batch=$((length > 4096 ? length : 4096))
   arguments+=(--enforce-eager --kv-cache-memory-bytes 1073741824 --max-num-seqs 64
     --no-enable-chunked-prefill --max-num-batched-tokens "$batch")
+elif [ "$servers" -gt 1 ] && [ -z "$gpus" ]; then
+  die "--servers $servers would all take the first GPU; give each its own, and none the trainer's, such as --gpus 1,2"
 fi
 
 children=()
 trap 'kill ${children[@]+"${children[@]}"} 2>/dev/null || true' EXIT INT TERM
 for ((number = 0; number < servers; number++)); do
   command=("$python" -m vllm.entrypoints.openai.api_server "${arguments[@]}" --port $((port + number)) ${extra[@]+"${extra[@]}"})
-  echo "${settings[*]} ${command[*]}"
+  own=("${settings[@]}")
+  [ -z "$gpus" ] || own+=("CUDA_VISIBLE_DEVICES=${cards[number]//+/,}")
+  echo "${own[*]} ${command[*]}"
   [ -z "$only_print" ] || continue
-  env "${settings[@]/\$GSPO_ROLLOUT_KEY/${GSPO_ROLLOUT_KEY:-}}" "${command[@]}" &
+  env "${own[@]/\$GSPO_ROLLOUT_KEY/${GSPO_ROLLOUT_KEY:-}}" "${command[@]}" &
   children+=($!)
 done
 status=0

@@ -14,12 +14,14 @@ SCRIPT = Path(__file__).parents[2] / "scripts/serve_rollouts.sh"
 # Answers what the script asks; servers end with what the test says.
 PYTHON = """#!/bin/sh
 echo "$0" >> "$CALLS"
+case "$*" in *"--port"*) echo "server on ${CUDA_VISIBLE_DEVICES:-any}" ;; esac
 case "$*" in
   *"--port 8000"*) exit "${ENDS_0:-0}" ;;
   *"--port 8001"*) exit "${ENDS_1:-0}" ;;
   *find_spec*) exit "${NO_VLLM:-0}" ;;
   *resolve_model*) echo /the/model ;;
   *choose_precision*) echo float32 ;;
+  *cuda.is_available*) exit "${NO_GPU:-0}" ;;
 esac
 """
 
@@ -76,5 +78,67 @@ def test_an_environment_that_is_not_there_or_has_no_vllm_is_one_line(serve):
 
 @pytest.mark.parametrize(("ends", "status"), [((0, 0), 0), ((3, 0), 3), ((0, 3), 3)])
 def test_a_server_that_failed_is_its_own_status(ends, status, serve):
-    result, _ = serve(".venv", arguments=["--servers", "2"], ENDS_0=str(ends[0]), ENDS_1=str(ends[1]))
+    result, _ = serve(".venv", arguments=["--servers", "2"], NO_GPU="1", ENDS_0=str(ends[0]), ENDS_1=str(ends[1]))
     assert result.returncode == status, result.stderr
+
+
+def gpus_of(printed):
+    """Port -> the value of CUDA_VISIBLE_DEVICES in the printed command, None where it has none."""
+    found = {}
+    for line in printed.splitlines():
+        words = line.split()
+        before = dict(word.split("=") for word in words[: words.index("-m") - 1])
+        found[int(words[words.index("--port") + 1])] = before.get("CUDA_VISIBLE_DEVICES")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {8000: None}),
+        (["--gpus", "1"], {8000: "1"}),
+        (["--servers", "2", "--gpus", "1,2"], {8000: "1", 8001: "2"}),
+        (["--servers", "2", "--gpus", "3,GPU-0a-b", "--port", "9000"], {9000: "3", 9001: "GPU-0a-b"}),
+        (["--servers", "2", "--gpus", "1+2,3+4"], {8000: "1,2", 8001: "3,4"}),
+    ],
+)
+def test_every_server_has_a_gpu_of_its_own(arguments, expected, serve):
+    result, _ = serve(".venv", arguments=["--print", *arguments])
+    assert (result.returncode, gpus_of(result.stdout)) == (0, expected), result.stderr
+
+
+def test_the_servers_see_the_gpus_that_were_printed(serve):
+    result, _ = serve(".venv", arguments=["--servers", "2", "--gpus", "1,2"], CUDA_VISIBLE_DEVICES="0,1,2")
+    lines = result.stdout.splitlines()
+    assert sorted(line for line in lines if line.startswith("server on")) == ["server on 1", "server on 2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cpu", "line"),
+    [
+        (
+            ["--servers", "2"],
+            "",
+            "--servers 2 would all take the first GPU; give each its own, and none the trainer's, such as --gpus 1,2",
+        ),
+        (
+            ["--servers", "2", "--gpus", "1,2,3"],
+            "",
+            "--gpus 1,2,3 is for 3 servers, and --servers is 2; give one for each",
+        ),
+        (["--gpus", "1,2"], "", "--gpus 1,2 is for 2 servers, and --servers is 1; give one for each"),
+        (["--servers", "2", "--gpus", "1,1"], "", "--gpus 1,1 names a GPU twice; give every server its own"),
+        (["--servers", "2", "--gpus", "1+2,2"], "", "--gpus 1+2,2 names a GPU twice; give every server its own"),
+        (["--servers", "2", "--gpus", "1,"], "", "--gpus 1, is no list of GPUs; write it like 1,2"),
+        (["--servers", "two"], "", "--servers two is no number of servers; give 1 or more"),
+        (["--gpus", "1"], "1", "--gpus 1 has no effect: torch sees no GPU here; leave it out"),
+    ],
+)
+def test_gpus_that_do_not_fit_the_servers_are_refused_in_one_line(arguments, cpu, line, serve):
+    result, _ = serve(".venv", arguments=["--print", *arguments], NO_GPU=cpu)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", f"serve_rollouts: error: {line}\n")
+
+
+def test_on_a_cpu_several_servers_share_it(serve):
+    result, _ = serve(".venv", arguments=["--print", "--servers", "2"], NO_GPU="1")
+    assert (result.returncode, gpus_of(result.stdout)) == (0, {8000: None, 8001: None}), result.stderr
