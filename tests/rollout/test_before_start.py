@@ -77,6 +77,21 @@ def test_the_engine_in_process_is_refused_on_gpus_it_would_not_take(gpu, ranks, 
         engine.generate(SimpleNamespace(device=torch.device(device), is_padded=False), PROMPTS, SAMPLING, seed=0)
 
 
+@pytest.mark.parametrize(("visible", "named"), [(None, "1"), ("4,5", "5"), ("4, GPU-0a-b ,6", "GPU-0a-b"), ("4", "1")])
+def test_a_gpu_is_called_what_the_environment_calls_it(visible, named, monkeypatch):
+    """torch counts from 0 the GPUs that the variable names; its numbers are other people's GPUs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError) as error:
+        vllm_settings.refuse_other_gpus(torch.device("cuda", 1))
+    assert str(error.value) == (
+        "rollout=vllm samples on cuda:0, and the policy is on cuda:1; use rollout=vllm_server, or choose the GPU by "
+        f"CUDA_VISIBLE_DEVICES={named} with trainer.devices=1"
+    )
+
+
 @pytest.mark.parametrize("make", [vllm_in_process, vllm_of_servers])
 @pytest.mark.parametrize(
     ("changes", "line"),

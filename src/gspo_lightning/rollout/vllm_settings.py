@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,8 +29,14 @@ def refuse_other_gpus(device: torch.device) -> None:
     if device.type == "cuda" and device.index:
         raise UserError(
             f"rollout=vllm samples on cuda:0, and the policy is on {device}; use rollout=vllm_server, or choose the "
-            f"GPU by CUDA_VISIBLE_DEVICES={device.index} with trainer.devices=1"
+            f"GPU by CUDA_VISIBLE_DEVICES={_name_of_gpu(device.index)} with trainer.devices=1"
         )
+
+
+def _name_of_gpu(index: int) -> str:
+    """What ``CUDA_VISIBLE_DEVICES`` calls torch's GPU of this number: torch counts those that it names."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return names[index].strip() if index < len(names) else str(index)
 
 
 def lora_settings(policy: Policy) -> dict[str, Any]:
