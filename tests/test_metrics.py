@@ -20,6 +20,8 @@ from gspo_lightning.collect import rollout_metrics
 from gspo_lightning.distributed import global_means
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.rollout_log import rollout_values
+from gspo_lightning.timing import Stopwatch
 from gspo_lightning.types import Completion, Prompt, PromptBatch, ScoredRollout
 from gspo_lightning.update import MicroBatch, sampler_mismatch
 from tests.support import micro_policy, padded_logprobs
@@ -202,6 +204,20 @@ def test_sampler_mismatch_by_hand():
     values = means(sampler_mismatch(torch.tensor([-1.5, -1.75, -3.5]), micro))
     assert values["sampler_mismatch/abs_mean"] == pytest.approx((0.5 + 0.25 + 0.5) / 3)
     assert values["gspo/ratio_noise_var"] == pytest.approx((0.125**2 + 0.5**2) / 2)
+
+
+@pytest.mark.parametrize(("device", "peak"), [("cuda:1", 2.5), ("cpu", None)])
+def test_the_peak_of_a_gpu_is_that_of_its_own_memory(device, peak, monkeypatch):
+    """And not of the host's, which has a column of its own."""
+    sizes = {torch.device("cuda:1"): 2.5 * 2**30}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: sizes[device])
+    counts = {"rollout_tokens": 1, "train_tokens": 1}
+    values = rollout_values(
+        {}, torch.empty(0), counts, lr=0.1, stopwatch=Stopwatch(), before={}, device=torch.device(device)
+    )
+    assert values.get("perf/peak_gpu_gb") == peak
+    assert values["perf/peak_rss_gb"] > 0 and values["perf/peak_rss_gb"] != peak
+    assert set(values) <= set(re.findall(r"`([\w/@<>]+)`", DOCS))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -34,7 +34,7 @@ def rollout_values(
         lr: learning rate from now on.
         stopwatch: seconds of this rollout by phase.
         before: the values of the rollout before; empty for the first.
-        device: where ranks exchange tensors.
+        device: of the policy, where ranks exchange tensors too.
     """
     values = global_means(metrics, device)
     if "gspo/ratio_noise_var" in values:
@@ -45,6 +45,8 @@ def rollout_values(
     values |= {f"count/{name}": float(count) for name, count in counts.items()}
     values |= stopwatch.metrics(values, before)
     values["perf/peak_rss_gb"] = peak_rss_gb()
+    if device.type == "cuda":
+        values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
     return values
 
 

@@ -101,6 +101,19 @@ def test_nothing_that_a_model_a_dataset_or_a_user_wrote_becomes_markup(tmp_path)
     )  # prompt, answer, before, after: all there, as text
 
 
+@pytest.mark.parametrize("on_gpu", [40.25, None])
+def test_the_memory_of_a_gpu_stands_beside_that_of_the_process(on_gpu, tmp_path):
+    write_run(tmp_path)
+    if on_gpu:
+        (tmp_path / "metrics.csv").write_text(f"step,perf/peak_gpu_gb\n1,{on_gpu}\n")
+        write_summary(tmp_path, json.loads((tmp_path / "summary.json").read_text()))
+    cards = [
+        " ".join(card.itertext()) for card in body_of(page_of(tmp_path)).iter("div") if card.get("class") == "card"
+    ]
+    assert "peak memory of the process, GiB 1.50" in cards
+    assert [card for card in cards if "GPU" in card] == (["peak GPU memory, GiB 40.25"] if on_gpu else [])
+
+
 def test_the_page_needs_nothing_from_outside(tmp_path):
     write_run(tmp_path)
     page = page_of(tmp_path)

@@ -62,6 +62,24 @@ def test_the_table_says_what_changed_how_fast_and_where_everything_is(tmp_path):
     assert "report.html" in text.replace("\n", "").replace("│", "").replace(" ", "")
 
 
+def test_memory_of_the_gpu_and_of_the_process_are_called_so(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,perf/peak_gpu_gb\n0,\n1,10.5\n2,30.25\n3,20.0\n")
+    assert write_summary(tmp_path, FACTS)["peak_gpu_gb"] == 30.25  # a run that goes on is a process that begins at 0
+    console = screen()
+    print_result_table(console, tmp_path, tmp_path / "report.html")
+    rows = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert "│ peak GPU memory │ 30.25 GiB │" in rows and "│ peak memory of the process │ 3.90 GiB │" in rows
+
+
+def test_without_a_gpu_there_is_no_row_of_its_memory(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,perf/peak_rss_gb\n1,3.9\n")
+    assert write_summary(tmp_path, FACTS)["peak_gpu_gb"] is None
+    console = screen()
+    print_result_table(console, tmp_path, tmp_path / "report.html")
+    text = console.file.getvalue()
+    assert "peak memory of the process" in text and "GPU" not in text
+
+
 def test_speed_is_all_tokens_by_all_seconds_and_not_a_mean_of_rates():
     metrics = {
         "time/update_s": [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0)],

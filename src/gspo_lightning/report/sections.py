@@ -102,8 +102,10 @@ def head(summary: dict[str, Any]) -> str:
         _card("training time", _minutes(summary.get("wall_s"))),
         _card("rollouts", _value(summary.get("steps"))),
         _card("tokens per second", _value(summary.get("tokens_per_s"), ".0f")),
-        _card("peak memory, GiB", _value(summary.get("peak_rss_gb"), ".2f")),
+        _card("peak memory of the process, GiB", _value(summary.get("peak_rss_gb"), ".2f")),
     ]
+    if (on_gpu := summary.get("peak_gpu_gb")) is not None:
+        cards.insert(-1, _card("peak GPU memory, GiB", _value(on_gpu, ".2f")))
     seed, precision = (escape(str(summary.get(key, "?"))) for key in ("seed", "precision"))
     facts = f'<p class="soft">seed {seed}, {precision}</p>'
     return f'<h1>{title}</h1>{facts}<div class="cards">{"".join(cards)}</div>'

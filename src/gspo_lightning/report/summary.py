@@ -19,8 +19,8 @@ from gspo_lightning.screen import visible
 def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes ``summary.json`` with flat keys and returns it.
 
-    To ``facts`` it adds accuracies and rewards before and after, and what the run ran on (`machine_facts`). A
-    number that is not finite becomes null.
+    To ``facts`` it adds accuracies and rewards before and after, ``peak_gpu_gb`` (the largest of ``metrics.csv``; null
+    on a CPU), and what the run ran on (`machine_facts`). A number that is not finite becomes null.
     """
     summary = dict(facts)
     for when in ("before", "after"):
@@ -28,7 +28,8 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
         summary[f"val_accuracy_{when}"] = metrics.get("val/accuracy")
         summary[f"val_sampled_{when}"] = metrics.get("val/sampled_accuracy")
         summary[f"val_reward_{when}"] = metrics.get("val/reward")
-    summary |= machine_facts()
+    peaks = [value for _, value in read_metrics(run_dir).get("perf/peak_gpu_gb", [])]
+    summary |= {"peak_gpu_gb": max(peaks, default=None), **machine_facts()}
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             summary[key] = None
@@ -53,7 +54,9 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
         "speed",
         f"rollout {_speed(metrics, 'rollout', 'rollout')}, update {_speed(metrics, 'train', 'update')}",
     )
-    table.add_row("peak memory", f"{summary['peak_rss_gb']:.2f} GiB")
+    if (on_gpu := summary.get("peak_gpu_gb")) is not None:
+        table.add_row("peak GPU memory", f"{on_gpu:.2f} GiB")
+    table.add_row("peak memory of the process", f"{summary['peak_rss_gb']:.2f} GiB")
     table.add_row("trained model", _text(summary["export_dir"] or "not exported (export.enabled=false)"))
     table.add_row("report", _text(report))
     console.print(table)
