@@ -6,10 +6,14 @@ The kernel is replaced by its definition, in the dtype of the model, and the gra
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gspo_lightning.policy.lean import FAMILIES
 from gspo_lightning.rollout import TransformersEngine, decoder, flash_cache, steps
 from gspo_lightning.rollout.block_cache import BlockCache
 from gspo_lightning.rollout.cache import PrefillCache
@@ -89,7 +93,7 @@ def test_steps_of_fixed_shapes_draw_the_same_tokens(penalty, count, kind, prompt
         assert len(rows) > 1 and all(4 * after <= before for before, after in itertools.pairwise(rows))
 
 
-@pytest.mark.parametrize("why", ["hooks", "dynamic rotation", None])
+@pytest.mark.parametrize("why", ["hooks", "dynamic rotation", "quantised", "split", "compiled", None])
 def test_what_a_graph_cannot_hold_goes_through_the_layers(why, policy, monkeypatch):
     states = torch.zeros(1, 2, 4, 16)
     prefill = PrefillCache()
@@ -100,7 +104,33 @@ def test_what_a_graph_cannot_hold_goes_through_the_layers(why, policy, monkeypat
         policy.base_model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
     if why == "dynamic rotation":
         monkeypatch.setattr(policy.base_model.model.rotary_emb, "rope_type", "dynamic")
+    if why == "quantised":
+        policy.base_model.is_quantized = True
+    if why == "split":
+        policy.shards = object()
+    if why == "compiled":
+        policy.base_model.model.layers[0].compile()
     assert type(steps.steps_of(policy, cache)) is (Steps if why else GraphSteps)
+
+
+def test_the_page_of_models_names_those_whose_steps_are_recorded():
+    """`_attends_to_all` knows layers by the names of their classes, users know models by their types."""
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    (listed,) = re.findall(r"^\* the model is one of (.*), whose layers we know", page, re.MULTILINE)
+    types = {kind.replace("_", "") for kind in re.findall(r"`(\w+)`", listed)}
+    names = {re.sub("(Text)?DecoderLayer$", "", name).replace("_", "").lower() for name in FAMILIES}
+    assert types == names and len(types) == 7
+
+
+@pytest.mark.parametrize(
+    ("window", "name", "all_keys"),
+    [(None, "LlamaDecoderLayer", True), (5, "LlamaDecoderLayer", False), (None, "SmolLM3DecoderLayer", False)],
+)
+def test_flash_attention_and_graphs_are_for_layers_we_know_without_windows(window, name, all_keys):
+    layers = SimpleNamespace(layers=[type(name, (), {})()])
+    body = SimpleNamespace(config=SimpleNamespace(sliding_window=window))
+    policy = SimpleNamespace(base_model=SimpleNamespace(get_decoder=lambda: layers), body=body)
+    assert steps._attends_to_all(policy) is all_keys
 
 
 def test_a_cpu_goes_through_the_layers(prompts, policy, monkeypatch):
