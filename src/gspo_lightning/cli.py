@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from gspo_lightning import config, first_error, hardware
+from gspo_lightning import config, first_error, hardware, rank_watch
 from gspo_lightning.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.config_groups import check_choices
 from gspo_lightning.errors import UserError
@@ -96,6 +96,7 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     try:
         return work(cfg)
     except (*USER_ERRORS, *RUN_ERRORS) as error:
+        rank_watch.stop()
         if HydraConfig.get().mode != RunMode.RUN:
             job = HydraConfig.get().job
             line = masked(f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}")
@@ -105,22 +106,13 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         # What is raised on every rank is said by one of them.
         line = masked(" ".join(str(error).split()))
         is_news = not first_error.several_ranks() or first_error.record(folder, line, _code(error))
-        _leave_nothing(folder)
+        first_error.leave_nothing(folder)
         _exit_with_line(error, bool(cfg.traceback), is_news=is_news)
     except Exception as error:
+        rank_watch.stop()
         if first_error.several_ranks():
             _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
         raise
-
-
-def _leave_nothing(folder: Path) -> None:
-    """A run that was refused before it did anything leaves no folder; Hydra had made it."""
-    left = {path.name for path in folder.rglob("*")}
-    if first_error.is_first_rank() and left <= {"config.yaml", ".hydra", first_error.NAME}:
-        first_error.leave(folder)
-        with contextlib.suppress(OSError):
-            (folder / "config.yaml").unlink(missing_ok=True)
-            folder.rmdir()
 
 
 def _key_of_folder(error: OSError) -> str | None:
@@ -159,7 +151,7 @@ def _end_with_the_others(error: Exception, folder: Path) -> None:
         return
     line, code = first_error.first(folder)
     print(f"error: {line}", file=sys.stderr, flush=True)
-    _leave_nothing(folder)
+    first_error.leave_nothing(folder)
     # Threads of the process group may wait for the rank that has gone.
     os._exit(code)
 
@@ -171,7 +163,7 @@ def _train(cfg: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if plain["dry_run"]:
         _dry_run(plain)
-        _leave_nothing(folder)
+        first_error.leave_nothing(folder)
         return None
     if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         return run_apart()
@@ -246,8 +238,10 @@ def _evaluate(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     trainer = build_trainer(plain, [], folder)
     first_error.join(folder, trainer.global_rank, trainer.world_size)
+    rank_watch.begin(folder, lambda: first_error.leave_nothing(folder))
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
+        rank_watch.stop()
     if trainer.is_global_zero:
         print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
 

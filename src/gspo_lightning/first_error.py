@@ -72,7 +72,7 @@ def record(folder: Path, line: str, code: int) -> bool:
         Whether it is news: False where another rank has noted the same line, and said it. Each rank has rows of its
         own, so which row it was does not count.
     """
-    content = {"rank": _rank or 0, "line": line, "code": code}
+    content = {"rank": _rank or 0, "line": line, "code": code, "time": time.time()}
     for path in _places(folder):
         try:
             _write(path, json.dumps(content))
@@ -85,11 +85,29 @@ def record(folder: Path, line: str, code: int) -> bool:
     return True  # nowhere to note it: the screen has it
 
 
+def read(folder: Path) -> dict[str, Any] | None:
+    """The note as it is, or None."""
+    for path in _places(folder):
+        with contextlib.suppress(OSError, ValueError):
+            note: dict[str, Any] = json.loads(path.read_text())
+            return note
+    return None
+
+
+def is_own(note: dict[str, Any]) -> bool:
+    """Whether this rank has written it."""
+    return bool(note["rank"] == (_rank or 0))
+
+
 def first(folder: Path, wait_s: float = WAIT_S) -> tuple[str, int]:
     """The line and the exit code of whatever failed first; `DIED` and 1 if nothing says so within ``wait_s``."""
-    noted = _noted(folder, wait_s)
-    if noted is not None:
-        return f"rank {noted['rank']}: {noted['line']}", int(noted["code"])
+    return told(_noted(folder, wait_s))
+
+
+def told(note: dict[str, Any] | None) -> tuple[str, int]:
+    """The line and the exit code of a note; without one, those of a rank that has died."""
+    if note is not None:
+        return f"rank {note['rank']}: {note['line']}", int(note["code"])
     return (DIED if _last is None else f"{DIED}; {what_stands(_last)}"), 1
 
 
@@ -99,6 +117,16 @@ def leave(folder: Path) -> None:
     if inside.exists():
         with contextlib.suppress(OSError):
             shutil.move(inside, outside)
+
+
+def leave_nothing(folder: Path) -> None:
+    """A run that was refused or ended before it did anything leaves no folder; Hydra had made it."""
+    left = {path.name for path in folder.rglob("*")}
+    if is_first_rank() and left <= {"config.yaml", ".hydra", NAME}:
+        leave(folder)
+        with contextlib.suppress(OSError):
+            (folder / "config.yaml").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _without_row(line: str) -> str:
@@ -133,9 +161,7 @@ def _write(path: Path, content: str) -> None:
 def _noted(folder: Path, wait_s: float) -> dict[str, Any] | None:
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        for path in _places(folder):
-            with contextlib.suppress(OSError, ValueError):
-                note: dict[str, Any] = json.loads(path.read_text())
-                return note
+        if (note := read(folder)) is not None:
+            return note
         time.sleep(0.05)
     return None

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError
 
-from gspo_lightning import first_error
+from gspo_lightning import first_error, rank_watch
 from gspo_lightning.build import build_callbacks, build_trainer
 from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error, what_stands
@@ -83,6 +83,7 @@ class TrainingRun:
         by_srun = self.trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
         self.lock = RunLock(run_dir) if self.trainer.is_global_zero and not by_srun else None
         first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size, self.checkpoint.last)
+        rank_watch.begin(run_dir, self._leave)
 
     def execute(self) -> float | None:
         """Runs all of it; returns the held-out sampled accuracy at the end.
@@ -94,7 +95,9 @@ class TrainingRun:
             if self.trainer.is_global_zero:
                 config = OmegaConf.to_yaml(OmegaConf.create(redacted(self.plain)))
                 (self.run_dir / "config.yaml").write_text(config, encoding="utf-8")
-            return self._execute()
+            accuracy = self._execute()
+            rank_watch.stop()
+            return accuracy
         except _WRITE_ERRORS as error:
             if (line := disk_error(self.run_dir, error)) is None:
                 raise
@@ -102,6 +105,12 @@ class TrainingRun:
         finally:
             if self.lock is not None:
                 self.lock.release()
+
+    def _leave(self) -> None:
+        """Where another rank ends this one: as little as the ordinary way leaves."""
+        if self.lock is not None:
+            self.lock.release()
+        first_error.leave_nothing(self.run_dir)
 
     def _execute(self) -> float | None:
         self._train()

@@ -19,12 +19,14 @@ from gspo_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
-import os, signal
+import os, signal, time
 def f(completions, **_):
     if os.environ.get("LOCAL_RANK", "0") == os.environ["DIES"]:
-        if os.environ["HOW"] == "kill":
+        if "kill" in os.environ["HOW"]:
             os.kill(os.getpid(), signal.SIGKILL)
         raise ZeroDivisionError("on purpose")
+    if "wait" in os.environ["HOW"]:
+        time.sleep(120)  # no collective that gloo would end
     return [0.0, 1.0] * (len(completions) // 2)
 """
 RAISED = "reward function letter_share raised ZeroDivisionError: on purpose (row micro_letters:"
@@ -36,6 +38,9 @@ RAISED = "reward function letter_share raised ZeroDivisionError: on purpose (row
         ("train.py", "raise", "1", 2, f"error: rank 1: {RAISED}"),
         ("evaluate.py", "raise", "0", 2, f"error: rank 0: {RAISED}"),
         ("train.py", "kill", "1", -9, "[rank: 1] Child process with PID"),
+        ("train.py", "raise, wait", "0", 2, f"error: rank 0: {RAISED}"),
+        ("train.py", "raise, wait", "1", 2, f"error: rank 1: {RAISED}"),
+        ("train.py", "kill, wait", "0", -9, f"error: {first_error.DIED}; no checkpoint was written yet"),
     ],
 )
 def test_the_others_end_too_and_the_first_error_is_the_last_line(script, how, rank, code, last, tmp_path):
@@ -44,16 +49,18 @@ def test_the_others_end_too_and_the_first_error_is_the_last_line(script, how, ra
         sys.executable, str(ROOT / script), "experiment=micro", "trainer=ddp", "trainer.accelerator=cpu", "print_config=false",
         "hydra.run.dir=run", "reward.functions.letter_share.function.path=my_rewards.f",
     ]  # fmt: skip
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
     environment = {
-        **os.environ, "DIES": rank, "HOW": how, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1",
+        **os.environ, "DIES": rank, "HOW": how, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     # Within a minute, start-up included: nobody waits for the rank that has gone.
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.stderr.strip().splitlines()[-1].startswith(last), done.stderr
-    assert len(errors) == (2 if how == "raise" else 0) and "Traceback" not in done.stderr, done.stderr
-    assert (tmp_path / "run").exists() == (how == "kill"), "a run that has done nothing leaves no folder"
+    told = {"raise": 2, "raise, wait": 2, "kill": 0, "kill, wait": 1}[how]
+    assert len(errors) == told and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run").exists() == ("kill" in how), "a run that has done nothing leaves no folder"
 
 
 @pytest.fixture()

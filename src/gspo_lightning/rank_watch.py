@@ -1,0 +1,122 @@
+"""A rank that waits for another one which has failed ends all the same, whatever it waits in.
+
+Gloo raises where a rank has gone, and `gspo_lightning.cli` ends the process by what that one has noted. NCCL waits
+until the strategy's ``timeout``, and a process outside a collective for whatever it does: they are ended from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gspo_lightning import first_error
+
+POLL_S = 0.5
+GRACE_S = 5.0
+"""In this time after a failure elsewhere a process may end by itself."""
+_OBSERVER = "child-process-observer"
+_STARTER = "GSPO_LIGHTNING_STARTER"
+_STARTED = "hydra.job.name=train_ddp_process_"
+_watch: RankWatch | None = None
+
+
+class RankWatch:
+    """A thread that ends this process after another rank has failed, or has started this one and died.
+
+    It prints the first error, and ends with that one's exit code. A note that was there before is of another run.
+
+    Args:
+        folder: of the run, where the first error is noted.
+        before_end: what has to be done before such an end; its errors are ignored.
+        starter: process id of the rank that has started this one; None if none has.
+    """
+
+    def __init__(self, folder: Path, before_end: Callable[[], None], starter: int | None = None) -> None:
+        self._folder, self._before_end, self._starter = folder, before_end, starter
+        self._before = first_error.read(folder)
+        self._over, self._ending = threading.Event(), threading.Lock()
+        threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """The process ends by itself from here on."""
+        with self._ending:  # never released once it ends the process
+            self._over.set()
+
+    def _run(self) -> None:
+        while not self._over.wait(POLL_S):
+            _hold_back_lightning(lambda: self._note() is not None)
+            note = self._note()
+            if (note is not None or self._is_orphan()) and not self._over.wait(GRACE_S):
+                self._end(note or self._note())
+
+    def _note(self) -> dict[str, Any] | None:
+        note = first_error.read(self._folder)
+        return None if note is None or note == self._before or first_error.is_own(note) else note
+
+    def _is_orphan(self) -> bool:
+        return self._starter is not None and os.getppid() != self._starter
+
+    def _end(self, note: dict[str, Any] | None) -> None:
+        line, code = first_error.told(note)
+        with self._ending:
+            if self._over.is_set():
+                return
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                self._before_end()
+            # The main thread may wait for the rank that has gone.
+            os._exit(code)
+
+
+def begin(folder: Path, before_end: Callable[[], None] = lambda: None) -> None:
+    """Watches the other ranks of the run in ``folder`` from now on, if there are any; see `RankWatch`."""
+    global _watch
+    stop()
+    if first_error.several_ranks():
+        _watch = RankWatch(folder, before_end, _starter())
+
+
+def stop() -> None:
+    """The work of this rank is done, or has failed: what is left ends by itself."""
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+    _watch = None
+
+
+def _starter() -> int | None:
+    """The rank by whose Trainer this process was started, and not by srun, torchrun or a shell; else None.
+
+    Such a rank has left its process id for those it starts.
+    """
+    starter = os.environ.get(_STARTER)
+    if starter is not None and any(text.startswith(_STARTED) for text in sys.argv):
+        return int(starter)
+    os.environ[_STARTER] = str(os.getpid())
+    return None
+
+
+def _hold_back_lightning(is_noted: Callable[[], bool]) -> None:
+    """Lightning's observer kills the rank that has started one which failed: not before that rank could say why.
+
+    One that has died without a note leaves nothing to be said, and is observed as ever.
+    """
+    for thread in threading.enumerate():
+        if thread.name == _OBSERVER and "_terminate_all" not in vars(thread):
+            observer: Any = thread
+            observer._terminate_all = _patient(observer._terminate_all, is_noted)
+
+
+def _patient(kill: Callable[[], None], is_noted: Callable[[], bool]) -> Callable[[], None]:
+    def wait_and_kill() -> None:
+        if is_noted():
+            time.sleep(2 * GRACE_S)
+        kill()
+
+    return wait_and_kill
