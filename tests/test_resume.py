@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.optim import PagedAdamW8bit
 from lightning.pytorch.callbacks import Callback, timer
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -259,6 +260,68 @@ def test_settings_hold_where_the_states_are_split_over_ranks():
     (group,) = second.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
     assert all(int(state["step"]) == 1 for state in second.state.values())
+
+
+class Paged(PagedAdamW8bit):
+    """On a CPU nothing is paged; here what would be on a GPU says so."""
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = super().get_state_buffer(p, dtype)
+        buffer.is_paged = self.is_paged and p.numel() >= 1e5
+        return buffer
+
+    def prefetch_state(self, p):
+        pass
+
+
+def stepped(kind, lr=0.25):
+    """An optimizer after a step on three parameters: states are paged from 100,000 numbers."""
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((320, 320), (99_999,), (100_000,))]
+    optimizer = kind(parameters, lr=lr, weight_decay=0.125)
+    for p in parameters:
+        p.grad = torch.linspace(-1.0, 1.0, p.numel()).view(p.shape)
+    optimizer.step()
+    return optimizer
+
+
+def paged(optimizer):
+    return [
+        tuple(getattr(state[name], "is_paged", False) for name in ("state1", "state2", "absmax1"))
+        for state in optimizer.state.values()
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_paged", [True, False])
+def test_states_that_were_paged_are_paged_again_once_they_are_loaded(is_paged, micro_model_dir):
+    first, second = stepped(Paged), stepped(Paged)
+    before = [(is_paged,) * 2 + (False,), (False,) * 3, (is_paged,) * 2 + (False,)]
+    second.load_state_dict(first.state_dict())
+    for state in second.state.values():  # as Lightning moves them to a device
+        state.update({name: value.clone() for name, value in state.items() if name != "step"})
+    assert paged(second) == [(False,) * 3] * 3
+    second.is_paged = is_paged
+    alone = [state["state1"] for state in second.state.values()][1]
+    module = build_module(micro_model_dir, Settings())
+    module._trainer = SimpleNamespace(optimizers=[second], should_stop=False)
+    module.on_train_start()
+    assert paged(second) == before
+    for ours, theirs in zip(second.state.values(), first.state.values(), strict=True):
+        assert ours.keys() == theirs.keys() and ours["state1"].dtype == torch.uint8
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items() if name != "step")
+    assert [state["state1"] for state in second.state.values()][1] is alone
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_settings_hold_where_an_optimizer_loads_in_its_own_way():
+    """bitsandbytes calls none of torch's hooks."""
+    first, second = stepped(PagedAdamW8bit), stepped(PagedAdamW8bit, lr=0.5)
+    second.param_groups[0]["weight_decay"] = 0.0
+    keep_settings(second, functools.partial(PagedAdamW8bit, lr=0.5, weight_decay=0.0))
+    second.load_state_dict(first.state_dict())
+    (group,) = second.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+    assert all(state["step"] == 1 for state in second.state.values())
 
 
 @pytest.mark.filterwarnings("ignore")

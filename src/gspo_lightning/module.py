@@ -40,7 +40,14 @@ from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import forget, rollout_values
 from gspo_lightning.rollout_update import RolloutUpdate
-from gspo_lightning.run_state import keep_settings, leave_frozen_out, refuse_other_model, restore_run_state, run_state
+from gspo_lightning.run_state import (
+    keep_settings,
+    leave_frozen_out,
+    page_again,
+    refuse_other_model,
+    restore_run_state,
+    run_state,
+)
 from gspo_lightning.schedule import Schedule
 from gspo_lightning.sharding import shard_policy
 from gspo_lightning.timing import Stopwatch
@@ -129,22 +136,24 @@ class GSPOModule(L.LightningModule):
         """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""
         if self.policy is not None:
             return
+        mesh = self.device_mesh
+        if mesh is not None and self.ahead is not None:
+            raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
         self.policy = self.policy_loader.load()
+        if mesh is not None:
+            self._choose_forward()  # needs the weights whole, and by other entries
+            # Before the reference is loaded, so that one whole model is in memory and not two.
+            self._shard(self.policy, mesh)
+            self.engine = gathered(self.engine, self.policy_loader)
         if self.objective.needs_ref and not self.policy.has_adapter:
             self.references = [self.policy_loader.load_reference(self.policy)]
-        if self.device_mesh is not None:
-            self._shard(self.device_mesh)
+            if mesh is not None:
+                self._shard(self.references[0], mesh)
 
-    def _shard(self, mesh: DeviceMesh) -> None:
-        """Splits the weights over ranks; what needs them whole and by other entries comes before."""
-        assert self.policy is not None
-        if self.ahead is not None:
-            raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
-        self._choose_forward()
+    def _shard(self, policy: Policy, mesh: DeviceMesh) -> None:
+        """Splits the weights over ranks; refuses a policy that runs padded, so that its reference never does."""
         gather = getattr(self.trainer.strategy, "gather_for_rollouts", True)
-        for policy in (self.policy, *self.references):
-            shard_policy(policy, mesh, gather_for_rollouts=gather)
-        self.engine = gathered(self.engine, self.policy_loader)
+        shard_policy(policy, mesh, gather_for_rollouts=gather)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of all that is trained, without weight decay on vectors (norms, biases), and its schedule."""
@@ -191,7 +200,9 @@ class GSPOModule(L.LightningModule):
     # ---------------------------------------------------------------- collect
 
     def on_train_start(self) -> None:
-        """Says so, where a run was over before."""
+        """Says so, where a run was over before; optimizer states that were loaded are paged again."""
+        for optimizer in self.trainer.optimizers:
+            page_again(optimizer)
         say_nothing_is_left(self)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim import Optimizer
 
-from gspo_lightning.distributed import whole
+from gspo_lightning.distributed import rank, whole
 from gspo_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
+    from gspo_lightning.policy.model import Policy
+
+_PAGED_NUMEL = 1e5
+"""bitsandbytes pages the states of parameters with so many numbers or more."""
 
 
 def leave_frozen_out(module: nn.Module) -> None:
@@ -45,7 +49,7 @@ def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, 
 
 
 def run_state(module: GSPOModule) -> dict[str, Any]:
-    """Counters, the rollout generated ahead, and a reference that has moved."""
+    """Counters, the rollout generated ahead, and a reference that has moved. All ranks must call it together."""
     from gspo_lightning import __version__
 
     state = {
@@ -58,10 +62,26 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
     if module.ahead is not None:
         state["ahead"] = module.ahead.state_dict()
     if module.reference_moves:
-        state["reference"] = [
-            {name: whole(value) for name, value in policy.state_dict().items()} for policy in module.references
-        ]
+        state["reference"] = [_whole_state(policy) for policy in module.references]
     return state
+
+
+def _whole_state(policy: Policy) -> dict[str, Tensor]:
+    """State of a policy; if it is split over ranks, whole on the CPU of rank 0, which writes it, and empty elsewhere.
+
+    One parameter is whole on a device at a time. A state that was saved from a GPU would be loaded onto that GPU, by
+    all ranks.
+    """
+    state: dict[str, Tensor] = policy.state_dict()
+    if policy.shards is None:
+        return state
+    kept = {}
+    for name, value in state.items():
+        gathered = whole(value)  # by all ranks
+        if rank() == 0:
+            kept[name] = gathered.cpu()
+        del gathered  # before the next one is
+    return kept
 
 
 def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
@@ -108,7 +128,41 @@ def keep_settings(optimizer: Optimizer, factory: Any) -> None:
             now = group["lr"] if rate == before else rate * (group["lr"] / before if before else 1.0)
             group.update({**settings, "lr": now, **({"initial_lr": rate} if "initial_lr" in group else {})})
 
-    optimizer.register_load_state_dict_post_hook(put_back)
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        optimizer.register_load_state_dict_post_hook(put_back)
+        return
+    load = optimizer.load_state_dict
+
+    def load_and_put_back(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        put_back(optimizer)
+
+    # A way of its own, as that of bitsandbytes, calls no hooks.
+    optimizer.load_state_dict = load_and_put_back  # type: ignore[method-assign]
+
+
+def page_again(optimizer: Optimizer) -> None:
+    """Brings loaded states of a paged optimizer of bitsandbytes back into memory that is paged.
+
+    Its ``load_state_dict``, and Lightning after it, move them to the device as ordinary tensors, and it asks for paged
+    memory only when a state is first made: a run that fits by paging alone would not fit once it is resumed.
+
+    Tested with buffers that only say they are paged; it was not run on a GPU, and on a CPU nothing is paged.
+
+    Args:
+        optimizer: any; one that is not paged is left alone.
+    """
+    new_buffer = getattr(optimizer, "get_state_buffer", None)
+    if new_buffer is None or not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state.get(name)
+            # It pages what is large; the others it has on the device, where they are.
+            if loaded is None or getattr(loaded, "is_paged", False) or parameter.numel() < _PAGED_NUMEL:
+                continue
+            state[name] = new_buffer(parameter, dtype=loaded.dtype).copy_(loaded)
+            del loaded  # one state at a time is there twice
 
 
 def _is_numeric(value: Any) -> bool:

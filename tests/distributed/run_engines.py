@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from gspo_lightning import run_state as run_state_module
 from gspo_lightning import sharding
 from gspo_lightning.distributed import rank, whole
 from gspo_lightning.policy.load import LoraSettings
@@ -70,6 +71,43 @@ def count_whole_weights() -> list[int]:
     return most
 
 
+class OnDevice:
+    """A gathered weight that is counted until it is brought to the CPU, as one on a GPU."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def cpu(self) -> torch.Tensor:
+        return self.value
+
+
+def check_reference(model: str) -> None:
+    """A reference that has moved is saved whole, by rank 0 alone, and gathered one weight at a time."""
+    update = {"ref_sync_every_n_rollouts": 1}
+    module = build_module(model, Settings(objective={"beta": 0.1}, update=update))
+    trainer(devices=2, strategy=FSDP2Strategy()).fit(module, Batches(scripted_prompts(count=2)).loader())
+    (reference,) = module.references
+    expected = {name: whole(value) for name, value in reference.state_dict().items()}  # of all ranks
+    there: list[weakref.ref] = []
+    most, calls = 0, 0
+
+    def counted(tensor):
+        nonlocal most, calls
+        value = OnDevice(whole(tensor))
+        there[:] = [known for known in there if known() is not None] + [weakref.ref(value)]
+        most, calls = max(most, len(there)), calls + 1
+        return value
+
+    run_state_module.whole = counted
+    (saved,) = run_state_module.run_state(module)["reference"]
+    run_state_module.whole = whole
+    assert (most, calls) == (1, len(expected))
+    assert list(saved) == (list(expected) if rank() == 0 else [])
+    for name, value in saved.items():
+        assert type(value) is torch.Tensor and value.device.type == "cpu", name
+        assert torch.equal(value, expected[name]), name
+
+
 def check_unequal(model: str, gather: bool) -> None:
     """Rank 0 has three prompts in three batches, rank 1 one: what they sample is what one process samples."""
     settings = Settings(optimizer=functools.partial(torch.optim.SGD, lr=0.0))
@@ -101,6 +139,8 @@ def main() -> None:
     for case in cases:
         if case in ("gathered", "layer by layer"):
             check_unequal(model, case == "gathered")
+        elif case == "reference":
+            check_reference(model)
         else:
             check_engine(model, case.removesuffix("-lora"), LoraSettings(r=2) if case.endswith("-lora") else None)
         Path(f"{case}-{rank()}.done").touch()

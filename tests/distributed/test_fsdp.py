@@ -79,8 +79,8 @@ def test_runs_that_are_the_same(name, expected, bound, runs):
     assert_same(found[name], found[expected], bound)
 
 
-def test_ranks_stay_in_step_and_engines_see_whole_weights(micro_model_dir, tmp_path):
-    cases = ["layer by layer", "gathered", "first_rank", "first_rank-lora", "every_rank"]
+def test_ranks_stay_in_step_and_engines_and_checkpoints_see_whole_weights(micro_model_dir, tmp_path):
+    cases = ["layer by layer", "gathered", "first_rank", "first_rank-lora", "every_rank", "reference"]
     run("run_engines.py", micro_model_dir, *cases, cwd=tmp_path)
     assert sorted(path.stem for path in tmp_path.glob("*.done")) == sorted(
         f"{c}-{rank}" for c in cases for rank in (0, 1)
