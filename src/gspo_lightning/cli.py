@@ -36,6 +36,7 @@ from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError, closing_engine
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.sweep_job import SweepStopped, begins_ranks, run_apart
 from gspo_lightning.threads import share_threads
 from gspo_lightning.training_run import TrainingRun
@@ -202,7 +203,7 @@ def _dry_run(plain: dict[str, Any]) -> None:
         num_generations=module.sampling.num_generations,
         max_completion_length=module.sampling.max_completion_length,
         validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,
-        max_concurrent=getattr(module.engine, "max_concurrent", 0),
+        max_concurrent=traits(module.engine).max_concurrent,
         update=module.update_settings,
         optimizer=plain["optimizer"]["_target_"].rpartition(".")[2],
         needs_reference=module.objective.needs_ref,

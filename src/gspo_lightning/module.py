@@ -36,6 +36,7 @@ from gspo_lightning.policy.reference import move_reference
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.rollout_log import forget, rollout_values
@@ -102,7 +103,7 @@ class GSPOModule(L.LightningModule):
         leave_frozen_out(self)
         self.policy_loader, self.rewards = policy_loader, rewards
         self.engine: RolloutEngine = engine or TransformersEngine()
-        self.ahead = OneStepOff(self.engine) if getattr(engine, "staleness", 0) else None
+        self.ahead = OneStepOff(self.engine) if traits(self.engine).staleness else None
         if self.ahead is not None:
             self.engine = self.ahead
             if max_draws:

@@ -16,6 +16,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.types import Prompt, SamplingParams
 
 
@@ -67,7 +68,7 @@ class Validator:
 
     def update(self, policy: Policy, engine: RolloutEngine, prompts: list[Prompt]) -> None:
         """Adds one batch of prompts. Without any, the engine is asked all the same: another rank may have some."""
-        if getattr(engine, "environments", None) is not None:  # so on every rank, whether it has prompts or not
+        if traits(engine).environments is not None:  # so on every rank, whether it has prompts or not
             self.means.setdefault("val/return", MeanMetric().set_dtype(torch.float64))
         greedy = engine.generate(policy, prompts, self.greedy, self.seed)
         if not prompts:

@@ -19,7 +19,7 @@ from gspo_lightning.callbacks.files import flush_to_disk, remove
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
-from gspo_lightning.rollout.engine import RolloutError
+from gspo_lightning.rollout.engine import RolloutError, traits
 
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
@@ -150,12 +150,8 @@ def what_stands(last: Path | None) -> str:
 
 def fails_on_all_ranks(engine: Any) -> bool:
     """Whether a `RolloutError` of this engine, or of the one inside it, is raised on every rank at the same place."""
-    if world_size() == 1:
-        return True
-    while not hasattr(engine, "samples_on") and (inner := getattr(engine, "engine", None)) is not None:
-        engine = inner  # out of `GatheredEngine` or `OneStepOff`
-    # Such an engine asks on the first rank alone and tells the others what went wrong (`on_first_rank`).
-    return getattr(engine, "samples_on", "every_rank") == "first_rank"
+    # An engine that asks on the first rank alone tells the others what went wrong (`on_first_rank`).
+    return world_size() == 1 or traits(engine).samples_on == "first_rank"
 
 
 class RolloutCheckpoint(L.Callback):

@@ -1,6 +1,7 @@
 """Rollout engines: who samples the completions."""
 
 from gspo_lightning.rollout.engine import (
+    EngineTraits,
     EngineUnavailableError,
     RolloutEngine,
     RolloutError,
@@ -13,6 +14,7 @@ from gspo_lightning.rollout.vllm_engine import VLLMEngine
 from gspo_lightning.rollout.vllm_server import VLLMServerEngine
 
 __all__ = [
+    "EngineTraits",
     "EngineUnavailableError",
     "ReplayEngine",
     "RolloutEngine",

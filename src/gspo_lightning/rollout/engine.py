@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
 from gspo_lightning.distributed import world_size
 from gspo_lightning.policy.model import Policy
@@ -28,7 +29,7 @@ class RolloutEngine(Protocol):
 
     An engine that holds memory, processes or files also has a method ``close()``, which gives them back; one that holds
     nothing needs none. ``train.py`` and ``evaluate.py`` call it when a run ends, also upon an error; a program of your
-    own does so by `gspo_lightning.rollout.closing_engine`.
+    own does so by `gspo_lightning.rollout.closing_engine`. `EngineTraits` are what else the program asks of an engine.
     """
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
@@ -41,6 +42,33 @@ class RolloutEngine(Protocol):
             RolloutError: the engine cannot sample from the policy's weights.
         """
         ...
+
+
+@dataclass(frozen=True)
+class EngineTraits:
+    """What the program asks of an engine besides completions. Each is an attribute of that name, which it may have.
+
+    An engine that passes its calls on to another, its attribute ``engine``, has the traits of that one.
+    """
+
+    samples_on: Literal["every_rank", "first_rank"] = "every_rank"
+    """Where weights are needed, and files of the engine lie: "first_rank" where rank 0 samples for all."""
+    staleness: int = 0
+    """1 if the next rollout is to be sampled while this one trains (`gspo_lightning.one_step_off`)."""
+    environments: Any = None
+    """`gspo_lightning.dialogue.Environments` of an engine that samples dialogues."""
+    max_concurrent: int = 0
+    """Completions decoded at a time in this process, for ``dry_run``; 0 where another process decodes."""
+
+
+def traits(engine: RolloutEngine) -> EngineTraits:
+    """What an engine says of itself, and defaults for the rest."""
+    found: dict[str, Any] = {}
+    inner: Any = engine
+    while inner is not None:
+        found = {t.name: getattr(inner, t.name) for t in fields(EngineTraits) if hasattr(inner, t.name)} | found
+        inner = getattr(inner, "engine", None)
+    return EngineTraits(**found)
 
 
 def close_engine(engine: RolloutEngine) -> None:

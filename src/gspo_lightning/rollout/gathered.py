@@ -9,7 +9,7 @@ import torch
 from gspo_lightning.distributed import rank
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.engine import RolloutEngine, close_engine
+from gspo_lightning.rollout.engine import RolloutEngine, close_engine, traits
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
 from gspo_lightning.sharding import copy_trained_weights
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
@@ -41,7 +41,7 @@ class GatheredEngine:
         close_engine(self.engine)
 
     def _refresh(self, policy: Policy) -> None:
-        if rank() == 0 or getattr(self.engine, "samples_on", "every_rank") == "every_rank":
+        if rank() == 0 or traits(self.engine).samples_on == "every_rank":
             self._copy = self._copy or self._load(policy)
         copy_trained_weights(policy, self._copy)
 
