@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from gspo_lightning.collect import rollout_metrics
-from gspo_lightning.distributed import global_means
+from gspo_lightning.distributed import add_metrics, global_means
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout_log import rollout_values
@@ -194,6 +194,16 @@ def test_the_entropy_that_was_asked_for_is_that_of_every_completion(case, update
     )
     _, module = update_of(micro_model_dir, settings, prompts)
     assert module.last_metrics["entropy"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_sums_stay_on_their_device_until_the_rollout_ends():
+    """A copy of each to the CPU would wait for the device once per metric and micro-batch; from "meta" there is none."""
+    total = {}
+    for value in (torch.ones(()), torch.ones((), device="meta"), torch.ones((), device="meta")):
+        add_metrics(total, {"loss": (value, torch.tensor(2)), "entropy": (torch.tensor(0.5), torch.tensor(1))})
+    (loss, count), (entropy, _) = total["loss"], total["entropy"]
+    assert (loss.device.type, loss.dtype, count.item()) == ("meta", torch.float64, 6.0)
+    assert (entropy.item(), entropy.dtype, entropy.device.type) == (1.5, torch.float64, "cpu")
 
 
 def test_sampler_mismatch_by_hand():

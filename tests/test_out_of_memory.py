@@ -1,17 +1,31 @@
-"""A micro-batch that does not fit is cut in two: the same gradient, the same metrics, nothing counted twice."""
+"""A micro-batch that does not fit is cut in two: the same gradient, the same metrics, nothing counted twice.
+
+Where that cannot be done, and where nothing can be cut, the run ends in one line.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.out_of_memory import cut, halved
+from gspo_lightning.out_of_memory import OutOfMemoryError, cut, halved, memory_for
 from gspo_lightning.packing import GroupSlice
+from gspo_lightning.passes import Passes
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout import RolloutError
+from gspo_lightning.sharding import FSDP2Strategy
+from gspo_lightning.training_run import TrainingRun
+from gspo_lightning.types import SamplingParams
 from gspo_lightning.update import Minibatch
 from tests.support import relative_distance
-from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, weights
+from tests.training import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
 
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory"),
@@ -20,8 +34,8 @@ ERRORS = {
 }
 
 
-def fit(module, prompts):
-    trainer().fit(module, Batches(prompts).loader())
+def fit(module, prompts, **changes):
+    trainer(**changes).fit(module, Batches(prompts).loader())
     return module
 
 
@@ -90,6 +104,162 @@ def test_one_of_several_ranks_cannot_cut_alone(micro_model_dir, monkeypatch):
     monkeypatch.setattr("gspo_lightning.out_of_memory.world_size", lambda: 2)
     with pytest.raises(UserError, match=r"of \d+ tokens on one of the ranks; lower update.max_tokens_per_microbatch"):
         fit(build_module(micro_model_dir, Settings()), scripted_prompts(count=8))
+
+
+@pytest.fixture
+def _one_process_of_several():
+    """Gives back what a strategy of several processes leaves in the one that it ran in."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("_one_process_of_several")
+@pytest.mark.parametrize("strategy", [DDPStrategy, FSDP2Strategy])
+def test_a_strategy_of_several_processes_takes_no_gradient_again(strategy, micro_model_dir, monkeypatch):
+    """Of a backward that broke off DDP keeps marks, and FSDP2 gathered weights, which the optimizer does not know."""
+    Limit(monkeypatch, 24, "backward", ERRORS["cuda"])
+    module = build_module(micro_model_dir, Settings())
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"^out of memory in a micro-batch of \d+ tokens; lower update.max_tokens_per_microbatch$",
+    ):
+        fit(module, scripted_prompts(count=8), strategy=strategy())
+    assert module.counts["oom_splits"] == module.counts["optimizer_steps"] == 0
+
+
+@pytest.mark.usefixtures("_one_process_of_several")
+def test_gathered_weights_are_not_taken_again_without_gradient_either(micro_model_dir, monkeypatch):
+    settings = Settings(update={"num_minibatches": 2})  # the second has old log-probabilities
+    Limit(monkeypatch, 24, "old", ERRORS["cuda"])
+    with pytest.raises(OutOfMemoryError, match=r"of \d+ tokens; lower update.max_tokens_per_microbatch$"):
+        fit(build_module(micro_model_dir, settings), scripted_prompts(count=8), strategy=FSDP2Strategy())
+
+
+@pytest.mark.parametrize("replaced", ["all", "one"])
+def test_parameters_that_the_optimizer_has_lost_end_the_run(replaced, micro_model_dir, monkeypatch):
+    loss = Passes.loss
+
+    def replacing(self, *arguments):
+        result = loss(self, *arguments)
+        for layer in list(self.policy.modules()):
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if replaced == "all" or parameter is self.policy.output_weight:
+                    setattr(layer, name, nn.Parameter(parameter.detach().clone()))
+        return result
+
+    module = build_module(micro_model_dir, Settings())
+    module.configure_model()
+    count = len(list(module.parameters()))
+    monkeypatch.setattr(Passes, "loss", replacing)
+    left = {"all": 0, "one": count - 1}[replaced]
+    with pytest.raises(UserError) as caught:
+        fit(module, scripted_prompts())
+    assert str(caught.value) == (
+        f"optimizer: of {count} parameters that it trained {left} are still the module's, the rest would stay as "
+        "they are; replace no parameter after configure_optimizers, and let a backward that breaks off end the run"
+    )
+    assert module.counts["optimizer_steps"] == 0
+
+
+class Full:
+    """An engine that samples nothing: greedily, drawn, or not at all."""
+
+    def __init__(self, error, max_concurrent=None, greedy=True, drawn=True):
+        self.error, self.fails = error, {True: greedy, False: drawn}
+        if max_concurrent is not None:
+            self.max_concurrent = max_concurrent
+
+    def generate(self, policy, prompts, sampling, seed):
+        if self.fails[sampling.temperature == 0.0]:
+            raise self.error
+        return ScriptedEngine().generate(policy, prompts, sampling, seed)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    ("at_once", "key"),
+    [
+        (256, "rollout.engine.max_concurrent"),
+        (3, "rollout.num_generations"),  # the completions of one prompt are decoded together in any case
+        (None, "rollout.engine.memory_fraction (of rollout=vllm)"),
+    ],
+)
+def test_a_rollout_that_does_not_fit_is_one_line_with_the_keys_to_lower(at_once, key, error, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.engine = Full(ERRORS[error], at_once)
+    with pytest.raises(OutOfMemoryError) as caught:
+        fit(module, scripted_prompts())
+    assert str(caught.value) == (
+        f"out of memory while sampling 12 completions of up to 8 tokens; lower {key} or rollout.max_completion_length"
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "count", "key"),
+    [
+        (Full(ERRORS["cuda"], 256), 4, "rollout.engine.max_concurrent"),
+        (Full(ERRORS["cuda"], 256, greedy=False), 8, "rollout.engine.max_concurrent"),
+        (Full(ERRORS["cuda"], 2, greedy=False), 8, "validation.num_generations"),
+    ],
+    ids=["greedy", "drawn", "drawn one prompt at a time"],
+)
+def test_a_validation_that_does_not_fit_is_one_line_with_the_keys_to_lower(engine, count, key, micro_model_dir):
+    module = build_module(micro_model_dir, Settings(), generations=2)
+    module.validator.sampled = SamplingParams(2, 8)
+    prompts = scripted_prompts(generations=1)
+    with pytest.raises(OutOfMemoryError) as caught:
+        module.validator.update(module.policy, engine, prompts)
+    assert str(caught.value) == (
+        f"out of memory while sampling {count} completions of up to 8 tokens for validation; lower {key} or "
+        "rollout.max_completion_length"
+    )
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_optimizer_step_that_does_not_fit_is_one_line_with_what_takes_less(error, micro_model_dir, monkeypatch):
+    class Large(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ERRORS[error]
+
+    module = build_module(micro_model_dir, Settings(optimizer=functools.partial(Large, lr=1.0)))
+    with pytest.raises(OutOfMemoryError) as caught:
+        fit(module, scripted_prompts())
+    assert str(caught.value) == (
+        "out of memory in the optimizer step; optimizer=adamw_8bit keeps a quarter of the state, lora=language only that "
+        "of an adapter"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [RolloutError(f"server 1: {ERRORS['cublas']}"), RuntimeError("no such head")], ids=str
+)
+def test_errors_of_an_engine_elsewhere_and_others_stay_what_they_are(error):
+    """A run that loses its engine saves its rollout first."""
+    with pytest.raises(type(error)) as caught, memory_for("here", "lower it"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_line_says_what_the_run_can_go_on_from(saved, tmp_path, monkeypatch):
+    def train(self):
+        with memory_for("here", "lower it"):
+            raise ERRORS["cuda"]
+
+    last = tmp_path / "last.ckpt"
+    if saved:
+        last.touch()
+    run = object.__new__(TrainingRun)
+    vars(run).update(trainer=SimpleNamespace(is_global_zero=False), checkpoint=SimpleNamespace(last=last), lock=None)
+    monkeypatch.setattr(TrainingRun, "_execute", train)
+    with pytest.raises(OutOfMemoryError) as caught:
+        run.execute()
+    stands = f"go on with ckpt_path={last}" if saved else "no checkpoint was written yet"
+    assert str(caught.value) == f"out of memory here; lower it; {stands}"
 
 
 def test_other_errors_are_not_taken_for_it(micro_model_dir, monkeypatch):

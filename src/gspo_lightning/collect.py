@@ -10,9 +10,11 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.dialogue.turns import silent_rollout, turn_advantages, whole_returns
 from gspo_lightning.distributed import gather_values
 from gspo_lightning.errors import UserError
+from gspo_lightning.out_of_memory import memory_for
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.timing import Stopwatch
 from gspo_lightning.types import Metrics, Prompt, RewardedRollout, Rollout, SamplingParams, ScoredRollout
 
@@ -29,7 +31,7 @@ def collect_rollout(
 ) -> RewardedRollout:
     """Samples ``sampling.num_generations`` completions per prompt and gives each a reward."""
     with stopwatch("rollout"):
-        rollout = engine.generate(policy, prompts, sampling, seed)
+        rollout = sample(policy, engine, prompts, sampling, seed)
     _check_counts(rollout, len(prompts), sampling.num_generations)
     with stopwatch("reward"):
         by_function = rewards(rollout.prompts, rollout.completions)
@@ -42,6 +44,36 @@ def collect_rollout(
         logged=rewards.logged_metrics(),
         extra_columns=rewards.log.columns,
     )
+
+
+def sample(
+    policy: Policy, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, seed: int, of: str = ""
+) -> Rollout:
+    """`RolloutEngine.generate`, where a lack of memory is told in one line with what helps.
+
+    Args:
+        policy: whose completions they are.
+        engine: samples.
+        prompts: of this rank.
+        sampling: how.
+        seed: of the rollout.
+        of: the config group of ``sampling.num_generations``, where that is not the rollout's.
+
+    Raises:
+        OutOfMemoryError: an allocation of this process failed.
+    """
+    at_once = traits(engine).max_concurrent  # at least the completions of one prompt
+    if not at_once:
+        smaller = "rollout.engine.memory_fraction (of rollout=vllm)"
+    else:
+        fewer = sampling.num_generations == 1 or at_once > sampling.num_generations
+        smaller = "rollout.engine.max_concurrent" if fewer else f"{of or 'rollout'}.num_generations"
+    count, where = len(prompts) * sampling.num_generations, f" for {of}" if of else ""
+    with memory_for(
+        f"while sampling {count} completions of up to {sampling.max_completion_length} tokens{where}",
+        f"lower {smaller} or rollout.max_completion_length",
+    ):
+        return engine.generate(policy, prompts, sampling, seed)
 
 
 def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:

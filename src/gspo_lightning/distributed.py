@@ -76,12 +76,20 @@ def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
 
 
 def add_metrics(total: Metrics, more: Metrics) -> None:
-    """Adds sums and counts of ``more`` into ``total``, in float64."""
+    """Adds sums and counts of ``more`` into ``total``, in float64.
+
+    Sums stay on the device that they are on: a copy to the CPU would wait for all that the device has still to do.
+    """
     for name, (value, count) in more.items():
-        value, count = value.detach().double().cpu(), count.detach().double().cpu()
+        value, count = value.detach().double(), count.detach().double()
         if name in total:
             value, count = total[name][0] + value, total[name][1] + count
         total[name] = (value, count)
+
+
+def shares_gradients(strategy: Strategy) -> bool:
+    """Whether gradients go by what the strategy keeps for several ranks, such as buffers; also where there is one."""
+    return isinstance(strategy, ParallelStrategy)
 
 
 def gradient_sync(strategy: Strategy, last: bool) -> AbstractContextManager[None]:

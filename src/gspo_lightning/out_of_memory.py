@@ -1,10 +1,14 @@
-"""A micro-batch that does not fit into memory is cut in two; packing is exact, so the gradient stays the same."""
+"""What happens when memory runs out: a micro-batch is cut in two, and what cannot be cut ends the run in one line.
+
+Packing is exact, so the gradient of a micro-batch in two parts is the same.
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor
 from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
+from gspo_lightning.rollout import RolloutError
 from gspo_lightning.types import ScoredRollout
 from gspo_lightning.update import Minibatch
 
@@ -21,28 +26,72 @@ _WORDS = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of 
 _LOWER = "lower update.max_tokens_per_microbatch"
 
 
+class OutOfMemoryError(UserError):
+    """Memory ran out where nothing can be taken again. A run adds what it can go on from."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; only those by torch's own allocator for GPUs have a class."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _WORDS)
+
+
+@contextmanager
+def memory_for(doing: str, fix: str) -> Iterator[None]:
+    """Around work that is not taken again: should memory run out, that is told in one line.
+
+    Args:
+        doing: what the memory is for, as in "out of memory in the optimizer step".
+        fix: what needs less, by its keys.
+
+    Raises:
+        OutOfMemoryError: an allocation failed.
+    """
+    try:
+        yield
+    except RolloutError:  # of an engine elsewhere, whose memory it may be about; the run is saved for it
+        raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"out of memory {doing}; {fix}") from error
+
+
+def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool) -> None:
+    """Refuses to take a micro-batch again where it cannot be; a single sequence is left to `halved` to refuse.
+
+    Args:
+        plan: what did not fit.
+        scored: the rollout of the plan.
+        repeatable: False where an attempt that broke off leaves something behind: DDP has counted gradients that
+            came, FSDP2 has gathered weights and lays them down only at the end of a backward.
+
+    Raises:
+        OutOfMemoryError: it cannot be repeated, or there are several ranks, which must all run as many forwards.
+    """
+    several = world_size() > 1
+    if (repeatable and not several) or _is_single(plan):
+        return
+    where = " on one of the ranks" if several else ""
+    raise OutOfMemoryError(f"out of memory in a micro-batch of {tokens_of(plan, scored)} tokens{where}; {_LOWER}")
+
+
+def _is_single(plan: MicroBatchPlan) -> bool:
+    return len(plan) == 1 and len(plan[0].completions) == 1
 
 
 def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan, MicroBatchPlan]:
     """The micro-batch in two parts, in its own order: between groups, or within its only group.
 
     Raises:
-        UserError: it is a single sequence, or there are several ranks, which must all run the same number of forwards.
+        OutOfMemoryError: it is a single sequence.
     """
-    if world_size() > 1:
-        raise UserError(
-            f"out of memory in a micro-batch of {tokens_of(plan, scored)} tokens on one of the ranks; {_LOWER}"
-        )
     if len(plan) > 1:
         middle = len(plan) // 2
         return plan[:middle], plan[middle:]
     group, members = plan[0].group, plan[0].completions
-    if len(members) == 1:
+    if _is_single(plan):
         uid = scored.prompts[group].uid
-        raise UserError(
+        raise OutOfMemoryError(
             f"out of memory: one sequence of {tokens_of(plan, scored)} tokens (row {uid}) does not fit; lower "
             "data.max_prompt_length or rollout.max_completion_length, or set model.gradient_checkpointing=true"
         )
@@ -82,16 +131,23 @@ def cut(
     return finer, [x and [*x[:index], x[index][:at], x[index][at:], *x[index + 1 :]] for x in tensors]
 
 
-def in_parts(forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout) -> Tensor:
-    """``forward(plan)`` ``(..., L)``, in parts where the whole does not fit; for forwards without gradient."""
+def in_parts(
+    forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool = True
+) -> Tensor:
+    """``forward(plan)`` ``(..., L)``, in parts where the whole does not fit; for forwards without gradient.
+
+    Raises:
+        OutOfMemoryError: a single sequence does not fit, or it cannot be taken again, see `check_repeatable`.
+    """
     try:
         return forward(plan)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     # Outside of the handler: it would keep the tensors of the failed forward alive.
+    check_repeatable(plan, scored, repeatable=repeatable)
     free()
-    return torch.cat([in_parts(forward, part, scored) for part in halved(plan, scored)], dim=-1)
+    return torch.cat([in_parts(forward, part, scored, repeatable=repeatable) for part in halved(plan, scored)], dim=-1)
 
 
 def free() -> None:

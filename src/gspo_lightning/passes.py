@@ -115,7 +115,7 @@ class Passes:
             return torch.zeros(0)
         with in_step(self.policy):
             plans = [plan for minibatch in minibatches for plan in minibatch.left_out]
-            return torch.cat([torch.zeros(0), *(in_parts(forward, plan, scored).cpu() for plan in plans)])
+            return torch.cat([torch.zeros(0), *(self._in_parts(forward, plan, scored).cpu() for plan in plans)])
 
     def loss(self, micro: MicroBatch, fixed: Fixed, index: int, attempt: Attempt) -> tuple[Tensor, Tensor]:
         """Loss sum and log-probabilities, with gradient, of the micro-batch ``index`` of a minibatch."""
@@ -151,7 +151,7 @@ class Passes:
             logprobs, entropy = old_policy(micro.packed, self.temperature, True)
             return torch.stack([logprobs, entropy.to(logprobs.dtype), (micro.advantages != 0).to(logprobs.dtype)])
 
-        return [in_parts(forward, plan, scored) for plan in minibatch.plan]
+        return [self._in_parts(forward, plan, scored) for plan in minibatch.plan]
 
     def _select(self, outputs: list[Tensor]) -> Fixed:
         """Old log-probabilities of a minibatch and, from the same forwards, the tokens of highest entropy.
@@ -172,7 +172,12 @@ class Passes:
         def logprobs(plan: MicroBatchPlan) -> Tensor:
             return forward(build_micro_batch(scored, plan, self.policy.device))
 
-        return [in_parts(logprobs, plan, scored) for plan in minibatch.plan]
+        return [self._in_parts(logprobs, plan, scored) for plan in minibatch.plan]
+
+    def _in_parts(
+        self, forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout
+    ) -> Tensor:
+        return in_parts(forward, plan, scored, repeatable=self.policy.shards is None)
 
     def _policy(self, micro: MicroBatch) -> Tensor:
         return self.policy(micro.packed, self.temperature)[0]

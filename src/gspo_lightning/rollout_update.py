@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from gspo_lightning.distributed import add_metrics, gather_values, global_max, global_sum, gradient_sync, world_size
-from gspo_lightning.out_of_memory import cut, free, is_out_of_memory
+from gspo_lightning.distributed import (
+    add_metrics,
+    gather_values,
+    global_max,
+    global_sum,
+    gradient_sync,
+    shares_gradients,
+    world_size,
+)
+from gspo_lightning.errors import UserError
+from gspo_lightning.out_of_memory import check_repeatable, cut, free, is_out_of_memory, memory_for
 from gspo_lightning.passes import Attempt, Fixed, Passes
 from gspo_lightning.trainer_checks import check_auxiliary_loss
 from gspo_lightning.types import Metrics, ScoredRollout
@@ -20,6 +29,9 @@ from gspo_lightning.update import Minibatch, build_micro_batch, sampler_mismatch
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
+
+
+_SMALLER_OPTIMIZER = "optimizer=adamw_8bit keeps a quarter of the state, lora=language only that of an adapter"
 
 
 @dataclass
@@ -37,6 +49,8 @@ class RolloutUpdate:
     _fixed: list[Fixed] = field(default_factory=list, init=False)
     _ratios: list[Tensor] = field(default_factory=list, init=False)
     """Importance ratios of the losses taken so far, one tensor per micro-batch."""
+    _trained: int = field(default=0, init=False)
+    """Parameters that the optimizer steps, before the first step of the rollout."""
 
     def prepare(self, minibatches: list[Minibatch]) -> None:
         """What stays fixed during the update: old and reference log-probabilities, and the selection of tokens."""
@@ -55,6 +69,7 @@ class RolloutUpdate:
     def run(self) -> None:
         """``num_iterations`` steps on each minibatch."""
         module = self.module
+        self._trained = len(self._stepped_parameters())
         with module.stopwatch("update"):
             for iteration in range(module.update_settings.num_iterations):
                 for number, minibatch in enumerate(self._minibatches):
@@ -155,18 +170,32 @@ class RolloutUpdate:
 
     def _cut(self, minibatch: Minibatch, fixed: Fixed, index: int) -> tuple[Minibatch, Fixed]:
         """After an attempt that ran out of memory: no gradient is left of it, and the micro-batch becomes two."""
+        alone = not shares_gradients(self.module.trainer.strategy)
+        check_repeatable(minibatch.plan[index], self.scored, repeatable=alone)
         cast(LightningOptimizer, self.module.optimizers()).zero_grad()
         free()
         self.module.counts["oom_splits"] += 1
         minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored)
         return minibatch, Fixed(*tensors)
 
+    def _stepped_parameters(self) -> list[nn.Parameter]:
+        """The module's parameters that the optimizer steps."""
+        optimizer = cast(LightningOptimizer, self.module.optimizers())
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [p for p in self.module.parameters() if id(p) in stepped]
+
     def _take_step(self) -> None:
         module = self.module
         optimizer = cast(LightningOptimizer, module.optimizers())
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parameters = [p for p in module.parameters() if id(p) in stepped]
-        norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1)
+        parameters = self._stepped_parameters()
+        if len(parameters) < max(1, self._trained):
+            raise UserError(
+                f"optimizer: of {self._trained} parameters that it trained {len(parameters)} are still the module's, "
+                "the rest would stay as they are; replace no parameter after configure_optimizers, and let a backward "
+                "that breaks off end the run"
+            )
+        with memory_for("in the optimizer step", _SMALLER_OPTIMIZER):
+            norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1)
         module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
         if norm is not None:
             add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})

@@ -20,6 +20,7 @@ from gspo_lightning.callbacks.files import remove
 from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.out_of_memory import OutOfMemoryError
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push
 from gspo_lightning.policy.model import Policy
@@ -98,6 +99,8 @@ class TrainingRun:
             accuracy = self._execute()
             rank_watch.stop()
             return accuracy
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{error}; {what_stands(self.checkpoint.last)}") from error
         except _WRITE_ERRORS as error:
             if (line := disk_error(self.run_dir, error)) is None:
                 raise

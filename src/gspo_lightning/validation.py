@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from gspo_lightning.collect import sample
 from gspo_lightning.data.images import thumbnail_uri
 from gspo_lightning.data.vision import image_parts, last_text, picture_of
 from gspo_lightning.dialogue.turns import whole_returns
@@ -70,9 +71,9 @@ class Validator:
         """Adds one batch of prompts. Without any, the engine is asked all the same: another rank may have some."""
         if traits(engine).environments is not None:  # so on every rank, whether it has prompts or not
             self.means.setdefault("val/return", MeanMetric().set_dtype(torch.float64))
-        greedy = engine.generate(policy, prompts, self.greedy, self.seed)
+        greedy = sample(policy, engine, prompts, self.greedy, self.seed, "validation")
         if not prompts:
-            engine.generate(policy, prompts, self.sampled, self.seed)
+            sample(policy, engine, prompts, self.sampled, self.seed, "validation")
             return
         right, rewards = self._judge(greedy.prompts, greedy.completions)
         self._update_right(self.names[0], prompts, right)
@@ -93,7 +94,10 @@ class Validator:
                 shown = [picture for part in image_parts(prompt.prompt) if (picture := picture_of(part)) is not None]
                 if pictures := [thumbnail_uri(picture) for picture in shown]:
                     self.samples[-1]["images"] = pictures
-        sampled = engine.generate(policy, prompts, self.sampled, self.seed)
+        sampled = sample(policy, engine, prompts, self.sampled, self.seed, "validation")
+        # The loader keeps held-out prompts as long as the run, and with them went what is kept beside a prompt.
+        if (vision := getattr(policy, "vision", None)) is not None:
+            vision.forget(prompts)
         right, rewards = self._judge(sampled.prompts, sampled.completions)
         self._update_right(self.names[1], prompts, right)
         self.means[self.names[2]].update(right.amax(dim=1))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from gspo_lightning.packing import pack
+from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.types import SamplingParams
+from gspo_lightning.validation import ValidationSettings, Validator
 from tests.support import flat_gradient, relative_distance
 from tests.vision.models import FAMILIES, IMAGE, padded_vision_logprobs, picture_prompt, vision_policy
 
@@ -112,6 +114,20 @@ def test_features_are_forgotten_with_their_prompts():
     assert len(policy.vision._features) == 2
     del batch
     assert len(policy.vision._features) == 0
+
+
+def test_features_of_held_out_prompts_are_forgotten_when_their_validation_is_done():
+    """A loader keeps the prompts of validation as long as the run."""
+    policy = vision_policy("qwen2_5_vl", train_vision=False)
+    held_out, rollout = prompts(), prompts()
+    policy(packed_row(groups_of(rollout)))
+    rewards = RewardSet({"length": RewardSpec(lambda completion_ids, **_: [float(len(c)) for c in completion_ids])})
+    validator = Validator(ValidationSettings(2), rewards, SamplingParams(2, 3), seed=0)
+    calls = count_tower(policy)
+    for times in (1, 2):
+        validator.update(policy, TransformersEngine(), held_out)
+        assert len(calls) == times  # greedy and drawn completions share them
+        assert len(policy.vision._features) == 2 and set(policy.vision._features) <= set(rollout)
 
 
 def test_a_tower_that_trains_runs_once_per_pass():

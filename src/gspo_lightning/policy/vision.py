@@ -5,8 +5,9 @@ A placeholder that the policy itself samples in a completion is an ordinary toke
 models' own forward counts placeholders by token value and would refuse such a completion.)
 
 While the tower is frozen its features are kept as long as the prompt object lives, which is one rollout: generation,
-old, reference and all training passes share them. A tower that trains is forwarded in every pass, over the prompts of
-the pass at once.
+old, reference and all training passes share them. Those of a held-out prompt, which lives as long as the run, are
+forgotten when its validation is done (`Vision.forget`). A tower that trains is forwarded in every pass, over the
+prompts of the pass at once.
 """
 
 from __future__ import annotations
@@ -154,6 +155,11 @@ class Vision:
         if joined.deepstack:
             inputs |= {"visual_pos_masks": mask[None], "deepstack_visual_embeds": list(joined.deepstack)}
         return inputs
+
+    def forget(self, prompts: Sequence[Prompt]) -> None:
+        """Gives the memory of these prompts' features back; they are computed again if they are asked for."""
+        for prompt in prompts:
+            self._features.pop(prompt, None)
 
     def _features_of(self, prompts: Sequence[Prompt]) -> list[dict[str, Features]]:
         seen = [prompt for prompt in prompts if prompt.mm_inputs]
