@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from gspo_lightning.timing import Stopwatch
 
@@ -38,3 +39,20 @@ def test_what_is_unknown_is_left_out():
     assert metrics(rollout=2.0, rollout_ahead=math.nan, update=3.0) == {
         "time/rollout_s": 2.0, "time/update_s": 3.0, "perf/train_tokens_per_s": 20.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_phase_ends_when_a_gpu_has_done_what_it_was_told(on_gpu, monkeypatch):
+    """Kernels are only queued: what is still to be done would be counted in a later phase."""
+    waits: list[dict[str, float]] = []
+    watch = Stopwatch()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(dict(watch.seconds)))
+    with watch("rollout"):
+        pass
+    with watch("update"):
+        pass
+    assert [list(before) for before in waits] == ([[], ["rollout"]] if on_gpu else [])
+    with pytest.raises(ValueError, match="first"), watch("reward"):  # a GPU in trouble must not have the last word
+        raise ValueError("first")
+    assert len(waits) == 2 * on_gpu and list(watch.seconds) == ["rollout", "update", "reward"]

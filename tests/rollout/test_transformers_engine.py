@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -97,6 +99,13 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(policy, prompts):
         else:
             assert after.text == before.text
     assert hits
+
+
+def test_random_numbers_go_to_the_device_once_per_rollout(policy, prompts):
+    """Those of every row and token: a copy at each token would wait for the device."""
+    elsewhere = SimpleNamespace(device=torch.device("meta"), eos_token_ids=(), tokenizer=policy.tokenizer)
+    there, here = (Decoder(p, prompts[:2], SamplingParams(3, 9), 0).uniforms for p in (elsewhere, policy))
+    assert there.is_meta and here.device == policy.device and there.shape == here.shape == (6, 9)
 
 
 def test_a_special_token_can_stop_and_parts_a_string(policy, prompts):

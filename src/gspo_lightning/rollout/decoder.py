@@ -38,9 +38,8 @@ class Decoder:
         count, budget = sampling.num_generations, sampling.max_completion_length
         self.rows = [Row(p, g) for p in range(len(prompts)) for g in range(count)]
         self.active = list(self.rows)
-        self.uniforms = torch.stack(
-            [row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows]
-        )
+        uniforms = [row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows]
+        self.uniforms = torch.stack(uniforms).to(policy.device)  # once: a copy per token would wait for the device
         self.eos = frozenset(policy.eos_token_ids)
         # A token brings a byte or more, but for a few that bring none.
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + SPARE_TOKENS
@@ -109,7 +108,7 @@ class Decoder:
 
     def _keep(self, kept: Tensor) -> None:
         self.active = [self.active[index] for index in kept.tolist()]
-        self.uniforms = self.uniforms[kept.cpu()]
+        self.uniforms = self.uniforms[kept]
         if self.seen is not None:
             self.seen = self.seen[kept]
 
