@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import CodeTests, Limits, sandbox
+from gspo_lightning.rewards import CodeTests, Limits, sandbox, sandbox_runner
 from gspo_lightning.rewards.sandbox import SandboxError, session
 
 try:
@@ -239,13 +240,83 @@ def test_where_isolation_is_missing_it_refuses_in_one_line(monkeypatch):
 def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     assert judge(RIGHT, sandbox="unsafe") == 1.0
-    for attack in ("infinite_loop", "memory_bomb", "writes_1_gb", "prints_forever", "exits_well"):
+    bombs = ("memory_bomb",) if sys.platform != "darwin" else ()  # macOS has no limit of the address space
+    for attack in ("infinite_loop", *bombs, "writes_1_gb", "prints_forever", "exits_well"):
         assert judge(ATTACKS[attack].replace("/tmp/big", "big"), sandbox="unsafe") == -1.0
     with (
         pytest.raises(SandboxError),
         session("import time; time.sleep(99)", "functions", Limits(wall_s=0.3), "unsafe") as p,
     ):
         p.receive(), p.receive()
+
+
+@pytest.fixture
+def fresh_check():
+    """The check of a sandbox runs again in the test, and again after it."""
+    sandbox.require.cache_clear()
+    yield
+    sandbox.require.cache_clear()
+
+
+@pytest.mark.parametrize("isolation", ["unsafe", pytest.param("bubblewrap", marks=needs_isolation)])
+def test_limits_of_the_shell_that_are_lower_than_ours_stay_and_right_code_gets_its_reward(
+    isolation, monkeypatch, fresh_check
+):
+    """Hard limits, of 500 KiB for a file and of 60 s of CPU: they cannot be raised, and ours is 4 MiB for a file."""
+    popen = sandbox._popen
+    shell = ["/bin/sh", "-c", 'ulimit -f 1000; ulimit -t 60; exec "$@"', "sh"]
+    monkeypatch.setattr(sandbox, "_popen", lambda command, *rest: popen([*shell, *command], *rest))
+    assert judge(RIGHT, sandbox=isolation) == 1.0
+    code = (
+        "import resource\ndef f(): return [resource.getrlimit(n) for n in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU)]"
+    )
+    tests = [{"call": "f", "args": [], "expected": [[512000, 512000], [1, 1]]}]
+    assert judge(code, tests, sandbox=isolation) == 1.0
+
+
+MACOS = """
+import resource, sys
+sys.platform = "darwin"
+def setrlimit(kind, values, real=resource.setrlimit):
+    if kind == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    real(kind, values)
+resource.setrlimit = setrlimit
+"""
+
+
+def test_on_macos_which_refuses_a_limit_of_the_address_space_right_code_gets_its_reward(monkeypatch, fresh_check):
+    monkeypatch.setattr(sandbox, "_RUNNER", MACOS + sandbox._RUNNER)
+    assert judge(RIGHT, sandbox="unsafe") == 1.0
+    assert judge(ATTACKS["writes_1_gb"].replace("/tmp/big", "big"), sandbox="unsafe") == -1.0
+
+
+@pytest.mark.parametrize(("platform", "memory"), [("linux", {"RLIMIT_AS": 512 << 20}), ("darwin", {})])
+def test_each_limit_is_the_lower_one_of_ours_and_the_systems(platform, memory, monkeypatch):
+    hard = {"RLIMIT_NOFILE": 20, "RLIMIT_CPU": 9, "RLIMIT_AS": resource.RLIM_INFINITY}
+    names = {getattr(resource, n): n for n in dir(resource) if n.startswith("RLIMIT_") and n != "RLIMIT_OFILE"}
+    taken = {}
+    fake = {
+        "getrlimit": lambda kind: (0, hard.get(names[kind], resource.RLIM_INFINITY)),
+        "setrlimit": lambda kind, values: taken.update({names[kind]: values}),
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(sandbox_runner.resource, name, function)
+    monkeypatch.setattr(sandbox_runner.sys, "platform", platform)
+    monkeypatch.setattr(sandbox_runner.ctypes, "CDLL", lambda name: type("Libc", (), {"prctl": lambda *a: 0}))
+    sandbox_runner.limit({"cpu_s": 5, "memory_mb": 512, "disk_mb": 16, "max_processes": None}, None)
+    expected = {"RLIMIT_CORE": 0, "RLIMIT_CPU": 5, "RLIMIT_FSIZE": 16 << 20, "RLIMIT_NOFILE": 20, **memory}
+    assert taken == {name: (value, value) for name, value in expected.items()}
+
+
+def test_where_right_code_does_not_answer_unsafe_refuses_in_one_line(monkeypatch, fresh_check):
+    monkeypatch.setattr(sandbox, "_RUNNER", "raise SystemExit(1)")
+    with pytest.raises(UserError) as caught:
+        judge(RIGHT, sandbox="unsafe")
+    assert str(caught.value) == (
+        "the code reward with sandbox=unsafe cannot run right code here (it ended before it answered); see what "
+        f"`ulimit -Ha` and `{sys.executable} -I -S -c pass` say"
+    )
 
 
 def test_a_trainer_with_more_than_a_thousand_open_files_can_judge():

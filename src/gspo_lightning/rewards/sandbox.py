@@ -31,7 +31,7 @@ from gspo_lightning.rewards import bubblewrap, seccomp
 
 Isolation = Literal["bubblewrap", "unsafe"]
 
-_RUNNER = (Path(__file__).parent / "sandbox_runner.py").read_text()
+_RUNNER = (Path(__file__).parent / "sandbox_runner.py").read_text(encoding="utf-8")
 
 
 class SandboxError(Exception):
@@ -236,6 +236,7 @@ def probe():
     writes = can(lambda: open("/usr/lib/probe", "w"))
     return [os.path.exists("/etc/passwd"), can(socket.socket), writes, os.getuid() == 0]
 """
+_RIGHT = "def probe():\n    return 42\n"
 
 
 @functools.cache
@@ -243,9 +244,11 @@ def require(isolation: Isolation) -> None:
     """Refuses to go on where this system cannot isolate, unless the user asked for no isolation.
 
     Raises:
-        UserError: names what is missing. The check runs code in the sandbox that tries to get out.
+        UserError: names what is missing. The check runs code in the sandbox that tries to get out; without isolation
+            code that is right, as a process that cannot start would give every completion the reward of failure.
     """
     if isolation == "unsafe":
+        _require_an_answer()
         return
     way_out = "or run on a machine of no value with sandbox=unsafe"
     if not sys.platform.startswith("linux") or not seccomp.supported():
@@ -253,10 +256,26 @@ def require(isolation: Isolation) -> None:
     if shutil.which("bwrap") is None:
         raise UserError(f"the code reward needs bubblewrap (apt-get install bubblewrap), {way_out}")
     try:
-        with session(_PROBE, "functions", Limits(), isolation) as process:
-            process.receive(), process.receive()
-            seen = process.call("probe")
+        seen = _probed(_PROBE, isolation)
     except SandboxError as error:
         raise UserError(f"bubblewrap cannot isolate here (are user namespaces off?): {error}; {way_out}") from error
     if seen != [False] * 4:
         raise UserError(f"bubblewrap does not isolate here (files, network, writing, root: {seen}); {way_out}")
+
+
+def _probed(code: str, isolation: Isolation) -> Any:
+    with session(code, "functions", Limits(), isolation) as process:
+        process.receive(), process.receive()
+        return process.call("probe")
+
+
+def _require_an_answer() -> None:
+    try:
+        found = _probed(_RIGHT, "unsafe")
+    except (SandboxError, OSError) as error:
+        found = error
+    if found != 42:
+        raise UserError(
+            f"the code reward with sandbox=unsafe cannot run right code here ({found}); see what `ulimit -Ha` and "
+            f"`{sys.executable} -I -S -c pass` say"
+        )

@@ -45,18 +45,24 @@ def send(fd: int, message: dict) -> None:
 
 
 def limit(limits: dict, uid: int | None) -> None:
-    """Gives up rights and resources for good. The kernel counts no processes of root, so root becomes someone else."""
+    """Gives up rights and resources for good. The kernel counts no processes of root, so root becomes someone else.
+
+    A hard limit that is lower already stays: it cannot be raised. macOS refuses every limit of the address space.
+    """
     mib = 1 << 20
     for name, value in (
         ("RLIMIT_CORE", 0),
         ("RLIMIT_CPU", limits["cpu_s"]),
-        ("RLIMIT_AS", limits["memory_mb"] * mib),
+        ("RLIMIT_AS", None if sys.platform == "darwin" else limits["memory_mb"] * mib),
         ("RLIMIT_FSIZE", limits["disk_mb"] * mib),
         ("RLIMIT_NOFILE", 64),
         ("RLIMIT_NPROC", limits["max_processes"]),
     ):
         if value is not None:
-            resource.setrlimit(getattr(resource, name), (value, value))
+            kind = getattr(resource, name)
+            hard = resource.getrlimit(kind)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(kind, (value, value))
     if sys.platform == "linux":  # a huge page stays whole while 4 KiB of it are mapped, and RLIMIT_AS counts those
         one, zero = ctypes.c_ulong(1), ctypes.c_ulong(0)
         ctypes.CDLL(None).prctl(41, one, zero, zero, zero)  # PR_SET_THP_DISABLE
