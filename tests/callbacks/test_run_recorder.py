@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -213,6 +215,34 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_can_count_them(tmp_path
     play(recorder, 1, 1)
     names = (tmp_path / "metrics.csv", tmp_path / "completions.jsonl", tmp_path)
     assert synced == [path.stat().st_ino for path in names]
+
+
+@pytest.mark.parametrize("name", ["EINVAL", "EBADF", "EACCES", "EPERM", "ENOTSUP", "EIO"])
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_where_folders_cannot_be_flushed_the_run_goes_on_and_a_file_that_cannot_be_flushed_is_told(
+    call, name, tmp_path, monkeypatch
+):
+    """As vboxsf, CIFS and SMB answer; a full disk is told for folders too."""
+    file, real, number = tmp_path / "file", getattr(os, call), getattr(errno, name)
+    file.touch()
+    refused, flushed = {tmp_path.stat().st_ino}, []
+
+    def answers(what, *rest):
+        inode = os.stat(what).st_ino
+        if inode in refused:
+            raise OSError(number, os.strerror(number))
+        flushed.append(inode)
+        return real(what, *rest)
+
+    monkeypatch.setattr(files.os, call, answers)
+    files.flush_to_disk(file, tmp_path, tmp_path / "missing")
+    assert flushed == [file.stat().st_ino]
+    number = errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        files.flush_to_disk(tmp_path)
+    refused, number = {file.stat().st_ino}, getattr(errno, name)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        files.flush_to_disk(file)
 
 
 def test_lone_surrogates_line_breaks_images_and_infinities_stay_valid_json_on_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -45,13 +46,31 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_FOLDERS_STAY = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EIO}
+"""What file systems answer that cannot flush a folder: vboxsf, CIFS and SMB, Windows' drives in WSL, FUSE."""
+
+
 def flush_to_disk(*paths: Path) -> None:
-    """Waits until the files (or folders) are on the disk; those that do not exist are left out."""
+    """Waits until the files (or folders) are on the disk; those that do not exist are left out.
+
+    A folder that its file system cannot flush is left to the system: its files are on the disk, their names soon are.
+
+    Raises:
+        OSError: a file cannot be flushed, or the disk is full.
+    """
     for path in paths:
         if not path.exists():
             continue
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            _flush(path)
+        except OSError as error:
+            if not (path.is_dir() and error.errno in _FOLDERS_STAY):
+                raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
