@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.rewards import RewardSet, RewardSpec, worker
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.types import Completion, Prompt
 from tests.rewards import functions_of_users as users
@@ -45,6 +45,11 @@ def reward_set():
 
 def gone(pid):
     """Whether a process has ended (a zombie that waits for its parent has)."""
+    if not Path("/proc/self/stat").exists():  # macOS
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+        ).stdout
+        return state.strip()[:1] in ("", "Z")
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
@@ -148,6 +153,46 @@ rewards(*batch(file={str(file)!r}))
         wait_until(lambda: gone(worker))
         if how == signal.SIGINT:  # what is killed cannot end the children of its children
             wait_until(lambda: gone(child))
+    finally:
+        trainer.kill()
+        if file.exists():
+            subprocess.run(["kill", "-9", *file.read_text().split()], stderr=subprocess.DEVNULL, check=False)
+
+
+# Starts what is served as on a system without prctl.
+SERVED = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("serve", {str(worker._SERVE)!r})
+serve = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(serve)
+serve.HAS_PRCTL, serve.LOOK_S = False, 0.05
+serve.main(int(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def test_where_there_is_no_prctl_a_busy_worker_ends_with_its_trainer_too(tmp_path):
+    """As on macOS: the trainer ends without a word to anyone, and the worker is in the middle of a call."""
+    served, file = tmp_path / "served.py", tmp_path / "pids"
+    served.write_text(SERVED)
+    script = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from gspo_lightning.rewards import worker
+from tests.rewards import functions_of_users as users
+worker._SERVE = Path({str(served)!r})
+busy = worker.Worker(users.hangs_with_a_child)
+threading.Thread(target=lambda: busy([], [{str(file)!r}], timeout_s=None), daemon=True).start()
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: file.exists() and len(file.read_text().split()) == 2)
+        pid, _ = file.read_text().split()
+        assert not gone(pid)
+        trainer.kill()
+        trainer.wait(20)
+        wait_until(lambda: gone(pid))
     finally:
         trainer.kill()
         if file.exists():
