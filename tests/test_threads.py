@@ -23,7 +23,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(threads, "_QUOTA_FILE", tmp_path / "cpu.max")
     monkeypatch.setattr(threads, "_affinity", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(threads, "_is_ours", False)
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
         # Set, then delete: so that what configure_threads writes is taken back at the end.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -57,6 +57,7 @@ def test_defaults_are_set_and_shared_among_ranks(machine: Path, monkeypatch: pyt
     assert threads.configure_threads() == 2
     assert threads.os.environ["OMP_NUM_THREADS"] == "2"
     assert threads.os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert "KMP_BLOCKTIME" not in threads.os.environ
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert threads.configure_threads() == 1
@@ -100,6 +101,64 @@ def test_the_users_values_stand(machine: Path, monkeypatch: pytest.MonkeyPatch) 
     assert threads.configure_threads() == 7
     assert threads.os.environ["OMP_NUM_THREADS"] == "7,2"
     assert threads.os.environ["GOMP_SPINCOUNT"] == "5"
+
+
+def on_macos(monkeypatch: pytest.MonkeyPatch, facts: dict[str, str]) -> None:
+    """A Mac whose ``sysctl -n`` knows ``facts``: on other names it fails."""
+
+    def run(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
+        program, flag, name = command
+        assert (program, flag) == ("/usr/sbin/sysctl", "-n")
+        return subprocess.CompletedProcess(command, name not in facts, f"{facts.get(name, '')}\n", "")
+
+    monkeypatch.setattr(threads.sys, "platform", "darwin")
+    monkeypatch.setattr(threads.subprocess, "run", run)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 10)
+
+
+@pytest.mark.parametrize(
+    ("facts", "cores"),
+    [
+        ({"hw.perflevel0.physicalcpu": "4", "hw.physicalcpu": "10"}, 4),
+        ({"hw.physicalcpu": "6"}, 6),  # an Intel Mac has one kind
+        ({"hw.perflevel0.physicalcpu": "0"}, 10),
+        ({}, 10),
+    ],
+)
+def test_a_mac_gives_its_performance_cores(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, str], cores: int
+) -> None:
+    on_macos(monkeypatch, facts)
+    assert threads.available_cores() == cores
+
+
+def test_without_sysctl_every_cpu_of_a_mac_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_macos(monkeypatch, {})
+    monkeypatch.setattr(threads.subprocess, "run", lambda *a, **k: (machine / "missing").read_text())
+    assert threads.available_cores() == 10
+
+
+@pytest.mark.filterwarnings("ignore:configure_threads:RuntimeWarning")
+@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("200", "200")])
+def test_on_a_mac_the_openmp_of_its_torch_does_not_spin_unless_the_user_wants_it(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    on_macos(monkeypatch, {"hw.perflevel0.physicalcpu": "4"})
+    if given is not None:
+        monkeypatch.setenv("KMP_BLOCKTIME", given)
+    assert threads.configure_threads() == 4
+    assert threads.os.environ["KMP_BLOCKTIME"] == expected
+
+
+def test_native_windows_is_refused_in_one_line(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(threads.sys, "platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        threads.configure_threads()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "error: native Windows is not supported; use WSL2\n")
+    assert "OMP_NUM_THREADS" not in threads.os.environ
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"])

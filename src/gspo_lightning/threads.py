@@ -3,7 +3,8 @@
 OpenMP's default is to spin while it waits. With any other load on the machine the spinning threads
 fight for the cores that the working ones need: a rollout of 13 s was measured at 180 s. A short spin
 (``GOMP_SPINCOUNT``) survives company. It has a price: threads that fell asleep must be woken, and a
-machine with nothing else to do is faster with a long one (docs/performance.md).
+machine with nothing else to do is faster with a long one (docs/performance.md). On macOS torch brings
+LLVM's OpenMP, which spins by time (``KMP_BLOCKTIME``, 200 ms unless set): there it does not spin at all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,17 +25,24 @@ _is_ours = False
 
 
 def configure_threads() -> int:
-    """Set ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT`` where the user has not, and return the thread count.
+    """Set ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT`` (macOS: ``KMP_BLOCKTIME``) where the user has not.
 
     Call it before the first import of torch; later it cannot act, and a ``RuntimeWarning`` says so.
     The default count is :func:`available_cores` shared among the ranks of this machine where ``torchrun`` has
     started them (``LOCAL_WORLD_SIZE``); :func:`share_threads` does it for others. Values that the user set are
     never changed.
 
+    Returns:
+        the thread count.
+
     Raises:
+        SystemExit: on native Windows, which the rest does not run on, after one line that says so.
         ValueError: if ``OMP_NUM_THREADS`` or ``LOCAL_WORLD_SIZE`` is set to something that is not a count.
     """
     global _is_ours
+    if sys.platform == "win32":
+        print("error: native Windows is not supported; use WSL2", file=sys.stderr)
+        raise SystemExit(2)
     if "torch" in sys.modules and "OMP_NUM_THREADS" not in os.environ:
         warnings.warn(
             "configure_threads() was called after torch was imported; set OMP_NUM_THREADS in the shell",
@@ -45,6 +54,8 @@ def configure_threads() -> int:
         _is_ours = True
         os.environ["OMP_NUM_THREADS"] = str(_share(ranks))
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    if sys.platform == "darwin":
+        os.environ.setdefault("KMP_BLOCKTIME", "0")
     # OpenMP allows one count per nesting level, as in "4,2"; the outermost is ours.
     return _positive("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"].split(",")[0])
 
@@ -85,11 +96,26 @@ def keep_freed_memory() -> bool:
 def available_cores() -> int:
     """Physical cores this process may use: its CPU affinity and its cgroup quota are respected.
 
-    Hyper-threads of one core count once, because matrix products gain nothing from the second.
+    Hyper-threads of one core count once, because matrix products gain nothing from the second. On macOS the
+    performance cores, as torch does: its threads get equal shares, and one on an efficiency core holds up the others.
     """
+    if sys.platform == "darwin":
+        counts = map(sysctl, ("hw.perflevel0.physicalcpu", "hw.physicalcpu"))
+        return next((int(count) for count in counts if count.isdigit() and int(count) > 0), os.cpu_count() or 1)
     cpus = _affinity()
     cores = {_siblings(cpu) for cpu in cpus}
     return max(1, min(len(cores), _quota()))
+
+
+def sysctl(name: str) -> str:
+    """A fact of macOS's kernel, such as ``hw.physicalcpu``; empty where it is not known."""
+    try:
+        result = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.strip()
 
 
 def _share(ranks: int) -> int:
@@ -112,7 +138,7 @@ def _affinity() -> set[int]:
 def _siblings(cpu: int) -> str:
     """The name of the physical core that ``cpu`` belongs to; its own number where that is not known."""
     try:
-        return (_CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+        return (_CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8").strip()
     except OSError:
         return str(cpu)
 
@@ -120,7 +146,7 @@ def _siblings(cpu: int) -> str:
 def _quota() -> int:
     """Whole cores under the cgroup's CPU quota, rounded up; very large where there is none."""
     try:
-        limit, period = _QUOTA_FILE.read_text().split()
+        limit, period = _QUOTA_FILE.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return sys.maxsize
     return sys.maxsize if limit == "max" else math.ceil(int(limit) / int(period))

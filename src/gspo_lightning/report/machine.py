@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gspo_lightning.threads import sysctl
 
 
 def machine_facts() -> dict[str, Any]:
@@ -27,10 +30,20 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
-        return found[1].strip()
+    if sys.platform == "darwin" and (brand := sysctl("machdep.cpu.brand_string")):
+        return brand
+    facts: dict[str, str] = {}
+    if _CPU_INFO.exists():
+        for line in re.findall(r"^([^:\n]+?)\s*:[ \t]*(.+)$", _CPU_INFO.read_text(encoding="utf-8"), re.MULTILINE):
+            facts.setdefault(*line)
+    if "model name" in facts:
+        return facts["model name"].strip()
+    if "CPU implementer" in facts:  # ARM gives numbers of its list of vendors and of theirs of cores
+        return f"{platform.machine()} implementer {facts['CPU implementer']} part {facts.get('CPU part', 'unknown')}"
     return platform.processor() or platform.machine()
 
 
