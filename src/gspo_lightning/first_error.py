@@ -89,7 +89,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The note as it is, or None."""
     for path in _places(folder):
         with contextlib.suppress(OSError, ValueError):
-            note: dict[str, Any] = json.loads(path.read_text())
+            note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return note
     return None
 
@@ -151,7 +151,7 @@ def _write(path: Path, content: str) -> None:
     """Creates a file with this content, or none."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(content)
     except OSError:  # a full disk may have room for a name without content
         path.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def peak_rss_gb() -> float:
 def rss_gb() -> float:
     """Resident memory of this process now, in GiB; the peak where the system does not tell."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except OSError:
         return peak_rss_gb()
     return pages * resource.getpagesize() / 2**30

@@ -148,13 +148,13 @@ def _build_into(target: Path, recipe: _Recipe) -> None:
 def _write_manifest(folder: Path, recipe: _Recipe) -> None:
     files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     manifest = {"source": recipe.source, "sha256": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_intact(folder: Path) -> bool:
     """Whether the folder has a manifest and every file it lists has the recorded hash."""
     try:
-        expected: dict[str, str] = json.loads((folder / MANIFEST).read_text())["sha256"]
+        expected: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         return all(sha256(folder / name) == digest for name, digest in expected.items())
     except (OSError, json.JSONDecodeError, KeyError):
         return False

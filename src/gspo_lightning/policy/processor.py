@@ -62,12 +62,14 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
             "video_processor_type": "Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor",
             **(self.video_settings or self._settings_like_pictures()),
         }
-        (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(videos, indent=2) + "\n")
+        target = Path(folder) / "video_preprocessor_config.json"
+        target.write_text(json.dumps(videos, indent=2) + "\n", encoding="utf-8")
         for file in (Path(folder) / "processor_config.json", Path(folder) / "tokenizer_config.json"):
             if file.is_file():
-                content = json.loads(file.read_text())
+                content = json.loads(file.read_text(encoding="utf-8"))
                 if "processor_class" in content:
-                    file.write_text(json.dumps(content | {"processor_class": self.own_class}, indent=2) + "\n")
+                    content |= {"processor_class": self.own_class}
+                    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return list(saved or [])
 
     def _settings_like_pictures(self) -> dict[str, Any]:

@@ -97,13 +97,13 @@ def build_processor(smollm2: Path, scratch: Path) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (scratch / name).write_text((smollm2 / name).read_text())
-    content = json.loads((scratch / "tokenizer.json").read_text())
+        (scratch / name).write_bytes((smollm2 / name).read_bytes())
+    content = json.loads((scratch / "tokenizer.json").read_text(encoding="utf-8"))
     names = {number: token for token, number in SPECIAL_IDS.items()}
     for token in content["added_tokens"]:
         token["content"] = names.get(token["id"], token["content"])
     content["model"]["vocab"] = {names.get(i, token): i for token, i in content["model"]["vocab"].items()}
-    (scratch / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    (scratch / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     images = Qwen2VLImageProcessorPil(min_pixels=84 * 84, max_pixels=84 * 84)
@@ -131,7 +131,7 @@ def build_tiny_vlm(folder: Path, smollm2: Path) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     facts = {"sampled_accuracy": accuracy, "steps": steps, "seconds": round(seconds, 1)}
-    (folder / "warm_up.json").write_text(json.dumps(facts) + "\n")
+    (folder / "warm_up.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     log.info("warm-up ended after %d steps and %.0f s at sampled accuracy %.2f", steps, seconds, accuracy)
 
 
