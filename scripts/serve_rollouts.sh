@@ -23,7 +23,7 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 die() { echo "serve_rollouts: error: $*" >&2; exit 1; }
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
 
 model=bundled:smollm2-135m-instruct lora="" servers=1 gpus="" host=127.0.0.1 port=8000 dtype="" length=2048 only_print=""
 extra=()

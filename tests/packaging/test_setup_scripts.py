@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ case "$1 $2" in
   "-m pytest") echo "$@" >> "$CALLS"; exit "${PYTEST_RC:-0}" ;;
   "-m gspo_lightning.policy.bundled") echo "$@" >> "$CALLS"; echo /the/model ;;
   "-m gspo_lightning.threads") echo 3 ;;
-  "train.py "*) echo "$@ OMP=$OMP_NUM_THREADS SPIN=$GOMP_SPINCOUNT" >> "$CALLS" ;;
+  "train.py "*) echo "$@ OMP=$OMP_NUM_THREADS SPIN=$GOMP_SPINCOUNT${KMP_BLOCKTIME+ BLOCK=$KMP_BLOCKTIME}" >> "$CALLS" ;;
   *) exec {real} "$@" ;;
 esac
 """
@@ -120,29 +121,67 @@ def test_a_failed_install_is_one_clear_line_and_is_tried_again(sandbox: Sandbox)
     python.write_text(working.replace('"-m pip") echo "$@" >> "$CALLS" ;;', '"-m pip") exit 1 ;;'))
     result = sandbox.run("scripts/setup.sh")
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"setup: error: pip could not install {TORCH}")
+    assert result.stderr.splitlines()[-1] == (
+        f"setup: error: pip could not install {TORCH}; check the network and TORCH_INDEX_URL, or this Python or system "
+        "has no wheel"
+    )
     python.write_text(working)
     sandbox.run("scripts/setup.sh")
     assert len(sandbox.installs) == 2
 
 
-def test_an_old_python_is_refused_with_one_line_and_no_venv(sandbox: Sandbox, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["3.10", "3.14", "3.15"])
+def test_a_python_that_does_not_fit_is_refused_with_one_line_and_no_venv(
+    sandbox: Sandbox, tmp_path: Path, version: str
+) -> None:
     shutil.rmtree(sandbox.root / ".venv")
     for name in ("python", "python3", "python3.11", "python3.12", "python3.13"):
-        # Says it is 3.10 in the way the script asks: the version test fails.
-        write_program(tmp_path / "bin" / name, "#!/bin/sh\nexit 1\n")
+        write_program(tmp_path / "bin" / name, claims(version))
     result = sandbox.run("scripts/setup.sh", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "Python 3.11 or newer" in line and "GSPO_PYTHON" in line
+    assert line == (
+        "setup: error: needs Python 3.11, 3.12 or 3.13, found none; install one, or name it with GSPO_PYTHON=/path/to/python"
+    )
     assert not (sandbox.root / ".venv").exists()
+    named = sandbox.run("scripts/setup.sh", GSPO_PYTHON=str(tmp_path / "bin/python"))
+    assert named.returncode == 1 and named.stderr.endswith(
+        "bin/python is not Python 3.11, 3.12 or 3.13; name one that is\n"
+    )
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_a_python_that_fits_is_taken(sandbox: Sandbox, tmp_path: Path, version: str) -> None:
+    shutil.rmtree(sandbox.root / ".venv")
+    write_program(tmp_path / "python", claims(version))
+    result = sandbox.run("scripts/setup.sh", GSPO_PYTHON=str(tmp_path / "python"))
+    assert "/python cannot make virtual environments" in result.stderr
+
+
+def claims(version: str) -> str:
+    """A Python that is of ``version`` where it is asked for that, and fails at everything else."""
+    return f"""#!/bin/sh
+case "$2" in
+  *sys.version_info*) exec {sys.executable} -c "import sys; sys.version_info = tuple(map(int, '{version}'.split('.')))
+$2" ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+def test_the_scripts_and_the_package_want_the_same_pythons() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    (lowest, above) = re.findall(r"3, (\d+)", (ROOT / "scripts/setup.sh").read_text())
+    assert wanted == f">=3.{lowest},<3.{above}"
 
 
 def test_a_venv_of_an_old_python_is_refused(sandbox: Sandbox) -> None:
     write_program(sandbox.root / ".venv/bin/python", "#!/bin/sh\nexit 1\n")
     result = sandbox.run("scripts/setup.sh")
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 1 and "older than 3.11; remove it" in line
+    assert result.returncode == 1 and line.endswith(
+        "holds another Python than 3.11, 3.12 or 3.13; remove it and run again"
+    )
 
 
 def test_an_unknown_option_is_refused_before_anything_happens(sandbox: Sandbox) -> None:
@@ -239,3 +278,61 @@ def test_quickstart_trains_with_the_thread_settings_and_the_overrides(sandbox: S
     assert sandbox.calls[-1] == "train.py seed=3 OMP=3 SPIN=1000"
     sandbox.run("scripts/quickstart.sh", "seed=3", OMP_NUM_THREADS="1")
     assert sandbox.calls[-1] == "train.py seed=3 OMP=1 SPIN=1000"
+    write_program(sandbox.programs / "uname", "#!/bin/sh\necho Darwin\n")
+    sandbox.run("scripts/quickstart.sh", "seed=3")
+    assert sandbox.calls[-1] == "train.py seed=3 OMP=3 SPIN=1000 BLOCK=0"
+    sandbox.run("scripts/quickstart.sh", "seed=3", KMP_BLOCKTIME="200")
+    assert sandbox.calls[-1] == "train.py seed=3 OMP=3 SPIN=1000 BLOCK=200"
+
+
+@pytest.mark.parametrize("system", ["MINGW64_NT-10.0-22631", "MSYS_NT-10.0-22631", "CYGWIN_NT-10.0-22631"])
+@pytest.mark.parametrize("name", ["setup", "quickstart"])
+def test_native_windows_is_refused_in_one_line(sandbox: Sandbox, name: str, system: str) -> None:
+    write_program(sandbox.programs / "uname", f"#!/bin/sh\necho {system}\n")
+    result = sandbox.run(f"scripts/{name}.sh")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"{name}: error: native Windows is not supported; use WSL2\n"
+    assert sandbox.calls == []
+
+
+@pytest.mark.parametrize(("name", "kind"), [("quickstart", "override"), ("test", "argument")])
+def test_a_comment_that_zsh_hands_on_is_refused_before_anything_is_installed(
+    sandbox: Sandbox, name: str, kind: str
+) -> None:
+    for arguments in (["#", "installs", "into", ".venv"], ["seed=1", "#then"]):
+        result = sandbox.run(f"scripts/{name}.sh", *arguments)
+        word = next(argument for argument in arguments if "#" in argument)
+        assert result.returncode == 1
+        assert result.stderr == f"{name}: error: {word} is no {kind} but a comment, which zsh hands on; leave it out\n"
+        assert sandbox.calls == []
+
+
+@pytest.mark.parametrize("name", ["setup", "quickstart", "test", "serve_rollouts"])
+def test_help_is_the_comment_at_the_top_and_its_sed_program_is_one_of_macos_too(sandbox: Sandbox, name: str) -> None:
+    """The sed of BSD wants each command to end before a closing brace."""
+    result = sandbox.run(f"scripts/{name}.sh", "--help")
+    text = (ROOT / f"scripts/{name}.sh").read_text()
+    comment = re.search(r"\A#!.*\n((?:#.*\n)+)set ", text)
+    assert comment is not None
+    assert result.stdout.splitlines() == [line[2:] for line in comment[1].splitlines()]
+    assert (result.returncode, result.stderr, sandbox.calls) == (0, "", [])
+    for script in (ROOT / "scripts").glob("*.sh"):
+        for program in re.findall(r"sed (?:-\w+ )*'([^']*)'", script.read_text()):
+            assert not re.search(r"[^;\s{]\}", re.sub(r"\\[{}]|\{[\d,]+\\\}|\d+\\\}", "", program)), (
+                script.name,
+                program,
+            )
+
+
+def test_a_clone_made_by_git_for_windows_has_the_line_ends_that_bash_takes(tmp_path: Path) -> None:
+    theirs, clone = tmp_path / "theirs", tmp_path / "clone"
+    (theirs / "scripts").mkdir(parents=True)
+    for name in (".gitattributes", "scripts/quickstart.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, theirs / name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.invalid", "-c", "core.autocrlf=true"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], cwd=theirs, check=True, capture_output=True)
+    subprocess.run([*git, "clone", "-q", str(theirs), str(clone)], check=True, capture_output=True)
+    for name in ("scripts/quickstart.sh", "pyproject.toml"):
+        assert (clone / name).read_bytes() == (ROOT / name).read_bytes()
+        assert b"\r" not in (clone / name).read_bytes()

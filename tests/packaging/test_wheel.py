@@ -55,7 +55,9 @@ def test_the_wheel_states_licence_python_and_commands(wheel: zipfile.ZipFile) ->
     info = "gspo_lightning-0.1.0.dist-info"
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert "Requires-Python: >=3.11" in metadata
+    assert "Requires-Python: <3.14,>=3.11" in metadata
+    systems = [line for line in metadata.splitlines() if "Operating System" in line]
+    assert systems == ["Classifier: Operating System :: POSIX :: Linux", "Classifier: Operating System :: MacOS"]
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
     commands = configparser.ConfigParser()
     commands.read_string(wheel.read(f"{info}/entry_points.txt").decode())
