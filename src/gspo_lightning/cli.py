@@ -29,6 +29,7 @@ from gspo_lightning.build import build, build_data, build_module, build_trainer,
 from gspo_lightning.config_groups import check_choices
 from gspo_lightning.errors import UserError
 from gspo_lightning.estimate import Ranks, estimate
+from gspo_lightning.evaluation import HeldOutLog, write_evaluation
 from gspo_lightning.extras import install_line
 from gspo_lightning.guarded_step import NonFiniteGradientError
 from gspo_lightning.redact import masked, masked_stderr, redacted
@@ -236,15 +237,18 @@ def _evaluate(cfg: DictConfig) -> None:
     _share_threads(plain)
     rewards = build(plain["reward"])
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     trainer = build_trainer(plain, [], folder)
+    module.validator.log = HeldOutLog(folder, trainer.global_rank)
     first_error.join(folder, trainer.global_rank, trainer.world_size)
     rank_watch.begin(folder, lambda: first_error.leave_nothing(folder))
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
         rank_watch.stop()
     if trainer.is_global_zero:
+        written = write_evaluation(folder, plain, module.last_validation)
         print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
+        print(f"written: {written} and {module.validator.log.path.name} beside it", flush=True)
 
 
 def _make_run_dir(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.types import Prompt, SamplingParams
+from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Validator:
         self.greedy = replace(sampling, num_generations=1, temperature=0.0)
         self.sampled = replace(sampling, num_generations=settings.num_generations)
         self.seed = seed
+        self.log: Callable[[list[dict[str, Any]]], None] | None = None
+        """Gets a record of every completion of a batch, greedy ones first; None keeps none."""
         self.names: tuple[str, ...] = (
             "val/accuracy",
             "val/sampled_accuracy",
@@ -75,30 +78,16 @@ class Validator:
         if not prompts:
             sample(policy, engine, prompts, self.sampled, self.seed, "validation")
             return
-        right, rewards = self._judge(greedy.prompts, greedy.completions)
+        right, rewards = self._judge(greedy, "greedy")
         self._update_right(self.names[0], prompts, right)
         for row, (prompt, (completion,)) in enumerate(zip(prompts, greedy.completions, strict=True)):
             if len(self.samples) < self.settings.num_samples:
-                answer = prompt.sample.get("answer")
-                self.samples.append(
-                    {
-                        "prompt": last_text(prompt.prompt),
-                        "completion": completion.text,
-                        "reward": rewards[row, 0].item(),
-                        "right": bool(right[row, 0]),
-                        "answer": None if answer is None else str(answer),
-                    }
-                )
-                if completion.thinking:
-                    self.samples[-1]["thinking"] = completion.thinking
-                shown = [picture for part in image_parts(prompt.prompt) if (picture := picture_of(part)) is not None]
-                if pictures := [thumbnail_uri(picture) for picture in shown]:
-                    self.samples[-1]["images"] = pictures
+                self.samples.append(_sample(prompt, completion, rewards[row, 0].item(), bool(right[row, 0])))
         sampled = sample(policy, engine, prompts, self.sampled, self.seed, "validation")
         # The loader keeps held-out prompts as long as the run, and with them went what is kept beside a prompt.
         if (vision := getattr(policy, "vision", None)) is not None:
             vision.forget(prompts)
-        right, rewards = self._judge(sampled.prompts, sampled.completions)
+        right, rewards = self._judge(sampled, "sampled")
         self._update_right(self.names[1], prompts, right)
         self.means[self.names[2]].update(right.amax(dim=1))
         self.means["val/reward"].update(rewards)
@@ -114,14 +103,58 @@ class Validator:
             if rows:
                 self.means[f"{name}/{task}"].update(right[rows])
 
-    def _judge(self, prompts: list[Prompt], completions: list[Any]) -> tuple[Tensor, Tensor]:
-        by_function = self.rewards(prompts, completions)
+    def _judge(self, rollout: Rollout, how: str) -> tuple[Tensor, Tensor]:
+        """``(B, G)`` each: whether a completion is right, and its reward."""
+        by_function = self.rewards(rollout.prompts, rollout.completions)
         judged = by_function[..., self.judge]
         for number in range(by_function.shape[-1]):
             judged = torch.where(judged.isnan(), by_function[..., number], judged)
-        right = (judged >= self.settings.threshold).double()
-        return right, self.rewards.weighted_sum(by_function)
+        right, rewards = (judged >= self.settings.threshold).double(), self.rewards.weighted_sum(by_function)
+        if self.log is not None:
+            self.log(_records(rollout, how, self.rewards.names, by_function, right, rewards))
+        return right, rewards
 
     def compute(self, device: torch.device) -> dict[str, float]:
         """Means over all prompts of all ranks."""
         return {name: metric.to(device).compute().item() for name, metric in self.means.items()}
+
+
+def _sample(prompt: Prompt, completion: Completion, reward: float, right: bool) -> dict[str, Any]:
+    """What the report shows of a held-out prompt and its greedy completion."""
+    answer = prompt.sample.get("answer")
+    shown: dict[str, Any] = {
+        "prompt": last_text(prompt.prompt),
+        "completion": completion.text,
+        "reward": reward,
+        "right": right,
+        "answer": None if answer is None else str(answer),
+    }
+    if completion.thinking:
+        shown["thinking"] = completion.thinking
+    pictures = [picture for part in image_parts(prompt.prompt) if (picture := picture_of(part)) is not None]
+    if pictures:
+        shown["images"] = [thumbnail_uri(picture) for picture in pictures]
+    return shown
+
+
+def _records(
+    rollout: Rollout, how: str, names: Sequence[str], by_function: Tensor, right: Tensor, rewards: Tensor
+) -> list[dict[str, Any]]:
+    """One flat record per completion; a reward that does not apply is NaN, which JSON has as null."""
+    records = []
+    for b, (prompt, group) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
+        for g, completion in enumerate(group):
+            record = {
+                "uid": prompt.uid,
+                "how": how,
+                "generation": g,
+                "prompt": prompt.prompt,
+                "completion": completion.text,
+                "rewards": dict(zip(names, by_function[b, g].tolist(), strict=True)),
+                "reward": rewards[b, g].item(),
+                "right": bool(right[b, g]),
+                "finish_reason": completion.finish_reason,
+                "tokens": completion.num_trained,
+            }
+            records.append(record | ({"thinking": completion.thinking} if completion.thinking else {}))
+    return records
