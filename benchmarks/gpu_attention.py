@@ -25,7 +25,7 @@ HEADS = ((16, 2, 128), (14, 2, 64))
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Mean of some calls behind two that warm up."""
+    """Mean of some calls after two that warm up."""
     for number in range(2 + repeats):
         if number == 2:
             torch.cuda.synchronize()

@@ -21,7 +21,7 @@ from gspo_lightning.policy.vision import packs_pictures
 SPECIAL = (
     "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-"""Ids 0 to 6; behind them a token per character. The other ids of the large vocabularies have no text."""
+"""Ids 0 to 6; after them a token per character. The other ids of the large vocabularies have no text."""
 
 PICTURE_SIDE = 448
 

@@ -165,7 +165,7 @@ _EXTRAS = ("wandb", "mlflow")
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Refuses an argument of the Trainer that would be overwritten, or refused by it behind the first validation."""
+    """Refuses an argument of the Trainer that would be overwritten, or refused by it after the first validation."""
     for key in trainer:
         if key in _INSTEAD:
             raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")

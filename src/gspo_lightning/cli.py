@@ -52,7 +52,7 @@ def run(main: Callable[[], Any]) -> None:
     """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing lines of its own
     logging.getLogger("hydra").setLevel(logging.CRITICAL)
-    if os.getcwd() not in sys.path:  # the user's own modules; behind the libraries, which they must not shadow
+    if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
         sys.path.append(os.getcwd())
     try:
         check_choices(sys.argv[1:])
@@ -187,7 +187,7 @@ def _train(cfg: DictConfig) -> float | None:
     if training.stopped:
         training.stop.hand_over()
     if training.stopped and HydraConfig.get().mode != RunMode.RUN:
-        raise SweepStopped(f"{training.stopped}; the jobs behind it were not run")
+        raise SweepStopped(f"{training.stopped}; the jobs after it were not run")
     return accuracy
 
 

@@ -1,6 +1,6 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups without signal make room for fresh prompts.
 
-Prompts are drawn when they are needed, from the position behind the last finished rollout, never from a batch that
+Prompts are drawn when they are needed, from the position after the last finished rollout, never from a batch that
 was fetched ahead; all ranks draw the same prompts and each takes as many as it lacks. So a run resumes exactly.
 """
 
@@ -23,7 +23,7 @@ class PromptSource(Protocol):
     """A data module that hands out prompts on demand."""
 
     def first(self) -> PromptBatch:
-        """This rank's share of the rollout behind the last finished one."""
+        """This rank's share of the rollout after the last finished one."""
         ...
 
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:

@@ -170,7 +170,7 @@ class GSPOModule(L.LightningModule):
 
         In bfloat16 most updates of an adapter would be rounded away, and rotary frequencies, which are buffers, would
         turn a token 2048 places on by more than a radian too far. Split weights are exchanged by what they are
-        converted to, so widening them again behind the call would come too late.
+        converted to, so widening them again after the call would come too late.
         """
         if self.policy is None or self._trainer is None or self._trainer.precision != "bf16-true":
             return super()._apply(fn, recurse)

@@ -62,7 +62,7 @@ def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable:
     Args:
         plan: what did not fit.
         scored: the rollout of the plan.
-        repeatable: False where an attempt that broke off leaves something behind: DDP has counted gradients that
+        repeatable: False where an attempt that broke off leaves something after: DDP has counted gradients that
             came, FSDP2 has gathered weights and lays them down only at the end of a backward.
 
     Raises:

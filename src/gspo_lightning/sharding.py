@@ -74,9 +74,9 @@ class Shards:
             global_max(1, self.root.device)
 
     def gather(self, keep: bool) -> None:
-        """Whether layers stay whole behind a forward."""
+        """Whether layers stay whole after a forward."""
         for unit in self.units:
-            # The root always does: rollouts read its output embedding behind the forward.
+            # The root always does: rollouts read its output embedding after the forward.
             unit.set_reshard_after_forward(unit is not self.root and not keep, recurse=False)
 
     def reshard(self) -> None:

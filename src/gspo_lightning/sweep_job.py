@@ -101,7 +101,7 @@ def run_apart() -> float | None:
         code = process.wait()
     if received:
         name = signal.Signals(received[0]).name
-        raise SweepStopped(f"{name}: the job in {folder} was the last one; the jobs behind it were not run")
+        raise SweepStopped(f"{name}: the job in {folder} was the last one; the jobs after it were not run")
     if code:
         raise CODES.get(code, RuntimeError)(line or f"the job ended with code {code}")
     accuracy = read_json(folder / "summary.json").get("val_sampled_after")

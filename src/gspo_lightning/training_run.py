@@ -125,7 +125,7 @@ class TrainingRun:
                 self.stopped = f"{done} in {self.run_dir}"
             return None
         wall_s = self.recorder.seconds
-        # Lightning validates when it stops, but not where a run was resumed behind its last rollout.
+        # Lightning validates when it stops, but not where a run was resumed after its last rollout.
         if not self.module.last_validation:
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
         self._finish(wall_s)

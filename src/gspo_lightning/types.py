@@ -7,7 +7,7 @@ B      prompts per rank in one rollout
 G      completions per prompt (``num_generations``)
 K      reward functions
 P      tokens of one prompt
-C      tokens of one completion, the end-of-sequence token included if sampled; of a dialogue, all behind the prompt
+C      tokens of one completion, the end-of-sequence token included if sampled; of a dialogue, all after the prompt
 S      sequences (completions) in a minibatch or micro-batch
 T      tokens of one packed row
 L      completion tokens whose log-probability is asked for

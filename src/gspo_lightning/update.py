@@ -39,7 +39,7 @@ def _gpu_memory() -> float:
 def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:
     """What ``max_tokens_per_microbatch=auto`` becomes.
 
-    Where a group does not fit, it is split and its prompt forwarded once per part. So behind a long prompt the budget
+    Where a group does not fit, it is split and its prompt forwarded once per part. So after a long prompt the budget
     holds the whole group, or at least so much that prompts make up no more than a quarter.
 
     Args:

@@ -124,7 +124,7 @@ def test_a_signal_ends_the_sweep_behind_the_job_in_hand(trainer, tmp_path):
             break
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert "the jobs behind it were not run" in error and "Traceback" not in error
+    assert "the jobs after it were not run" in error and "Traceback" not in error
     assert (tmp_path / "0" / "checkpoints" / "last.ckpt").exists() and not (tmp_path / "1").exists()
 
 

@@ -157,7 +157,7 @@ def fails_on_all_ranks(engine: Any) -> bool:
 class RolloutCheckpoint(L.Callback):
     """Saves ``last.ckpt`` every ``every_n_rollouts`` rollouts and at the end; the one before stays ``previous.ckpt``.
 
-    Where a validation follows the rollout, the checkpoint is taken behind it: a resumed run would not repeat it.
+    Where a validation follows the rollout, the checkpoint is taken after it: a resumed run would not repeat it.
 
     Args:
         folder: where they go.
@@ -214,7 +214,7 @@ class RolloutCheckpoint(L.Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Saves what a stop from elsewhere, such as a callback behind this one, would lose."""
+        """Saves what a stop from elsewhere, such as a callback after this one, would lose."""
         if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
             self._write(trainer, pl_module)
 
@@ -229,7 +229,7 @@ class RolloutCheckpoint(L.Callback):
             self._write(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Saves now, or behind the validation that is due; not twice for a rollout."""
+        """Saves now, or after the validation that is due; not twice for a rollout."""
         every = self.validate_every_n_rollouts
         if every and pl_module.rollouts_done % every == 0:
             self.wanted = True
@@ -237,7 +237,7 @@ class RolloutCheckpoint(L.Callback):
             self._write(trainer, pl_module)
 
     def end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Saves and ends the run here, or behind the validation that is due."""
+        """Saves and ends the run here, or after the validation that is due."""
         trainer.should_stop = True
         self.save(trainer, pl_module)
         if not self.wanted and pl_module.rollouts_done < pl_module.max_rollouts:

@@ -21,7 +21,7 @@ class DetectAnomaly(L.Callback):
     """Looks at what every leaf module of the policy puts out, forward and backward; the first bad one ends the run.
 
     Rollouts are looked at too. Before each rollout the weights are: one that is not finite is named instead of the
-    layers behind it.
+    layers after it.
 
     Raises:
         NonFiniteLayerError: names the module and whether it was forward or backward.

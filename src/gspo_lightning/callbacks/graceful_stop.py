@@ -23,8 +23,8 @@ class GracefulStop(L.Callback):
 
     SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
     --requeue``): it is requeued if rollouts are left and it goes on. SIGUSR2 is heard where a launcher has a
-    handler for it, as submitit has, which requeues the job: whoever runs the Trainer calls it behind the run
-    (`hand_over`). A signal to one of several ranks stops them all behind the same rollout. A second one of the same
+    handler for it, as submitit has, which requeues the job: whoever runs the Trainer calls it after the run
+    (`hand_over`). A signal to one of several ranks stops them all after the same rollout. A second one of the same
     kind ends the process at once; different kinds do not add up, because a scheduler may send two for one stop.
     After ``grace_s`` the process ends with code 128 plus the signal, and the last boundary's checkpoint stands. So
     it does at once where no rollout has begun yet (`listen`).
@@ -49,7 +49,7 @@ class GracefulStop(L.Callback):
         self._launcher: Callable[[int, FrameType | None], Any] | None = None
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Takes over a scheduler's signals before the training; who calls it calls `give_back` behind the training.
+        """Takes over a scheduler's signals before the training; who calls it calls `give_back` after the training.
 
         The others end a process by themselves until a validation or the training begins: one that waits for other ranks
         in a library would never come to a handler.
@@ -81,7 +81,7 @@ class GracefulStop(L.Callback):
         self._take_over(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The boundary: save and leave, behind the validation if one is due."""
+        """The boundary: save and leave, after the validation if one is due."""
         if not self._agree(pl_module):
             return
         self.checkpoint.end(trainer, pl_module)
@@ -95,7 +95,7 @@ class GracefulStop(L.Callback):
             self._leave(pl_module)
 
     def _agree(self, pl_module: Any) -> bool:
-        """Whether to stop here: ranks that stopped behind different rollouts would wait for each other for ever."""
+        """Whether to stop here: ranks that stopped after different rollouts would wait for each other for ever."""
         self.stopping = global_max(max(self.stopping, self._wanted), pl_module.device)
         return self.stopping > 0
 
@@ -104,7 +104,7 @@ class GracefulStop(L.Callback):
         return 2 if signal.SIGUSR1 in self.received else int(bool(self.received))
 
     def _leave(self, pl_module: Any) -> None:
-        """Once: behind the last rollout both a batch and a validation end."""
+        """Once: after the last rollout both a batch and a validation end."""
         self._cancel()
         if self._left:
             return

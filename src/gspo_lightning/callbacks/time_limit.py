@@ -12,7 +12,7 @@ from gspo_lightning.errors import UserError
 
 
 class TimeLimit(Timer):
-    """Ends a run behind the rollout in which ``duration`` is over.
+    """Ends a run after the rollout in which ``duration`` is over.
 
     Lightning's own adds up the time of the runs that a run goes on from: the second job of a Slurm chain would end
     before its first rollout, and so would every later one.

@@ -37,7 +37,7 @@ _DROPS_IN_A_ROW = 1_000
 class PromptDataModule(L.LightningDataModule):
     """Prompts of a task, split over ranks.
 
-    ``cursor`` is the position of the prompt stream behind the last finished rollout. It moves when the module
+    ``cursor`` is the position of the prompt stream after the last finished rollout. It moves when the module
     says a rollout is finished, never when a batch is fetched: Lightning may fetch ahead.
 
     Args:
@@ -168,7 +168,7 @@ class PromptDataModule(L.LightningDataModule):
         return DataLoader(Listed(batches), batch_size=None)
 
     def finish(self, batch: PromptBatch) -> None:
-        """The rollout on this batch is finished; a checkpoint taken now resumes behind it."""
+        """The rollout on this batch is finished; a checkpoint taken now resumes after it."""
         self.cursor = batch.cursor
         self.dropped_prompts += batch.dropped
 
@@ -177,7 +177,7 @@ class PromptDataModule(L.LightningDataModule):
         return self._share(self._rollout(cursor))
 
     def first(self) -> PromptBatch:
-        """This rank's share of the rollout behind the last finished one; `draw` knows which prompts it has taken.
+        """This rank's share of the rollout after the last finished one; `draw` knows which prompts it has taken.
 
         Rows passed over at the end of an epoch are none of them.
         """
@@ -186,7 +186,7 @@ class PromptDataModule(L.LightningDataModule):
         return self._share(everyone)
 
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:
-        """Fresh prompts behind ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
+        """Fresh prompts after ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
 
         None, on all ranks, if the task has too few rows left that are short enough and not in the rollout.
         """

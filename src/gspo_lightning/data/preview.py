@@ -61,7 +61,7 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
 
 
 def show(datamodule: PromptDataModule, num: int, validation: bool, console: Console) -> None:
-    """Prints ``num`` prompts with uid, token count, text behind the chat template, and the other columns.
+    """Prints ``num`` prompts with uid, token count, text after the chat template, and the other columns.
 
     Raises:
         UserError: what would stop a training run on this data, or there is nothing to show.

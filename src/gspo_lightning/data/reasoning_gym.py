@@ -37,7 +37,7 @@ class ReasoningGym:
     options: dict[str, Any] = field(default_factory=dict)
     """Of the dataset, such as ``max_digits: 2``."""
     instruction: str = "\nAnswer with just the answer."
-    """Put behind every question."""
+    """Put after every question."""
     seed: int = 0
     num_validation: int = 128
 

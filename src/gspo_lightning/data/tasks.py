@@ -286,11 +286,11 @@ class MicroDigit:
         return None
 
     def train_row(self, index: int) -> Row:
-        """Asks for the digits in turn behind a counter in letters."""
+        """Asks for the digits in turn after a counter in letters."""
         return self._row(index, ord("a"))
 
     def validation_rows(self) -> list[Row]:
-        """The same questions behind a counter in capitals."""
+        """The same questions after a counter in capitals."""
         return [self._row(index, ord("A")) for index in range(self.num_validation)]
 
     def _row(self, index: int, first_letter: int) -> Row:

@@ -1,6 +1,6 @@
 """From a message of the environment to the tokens between two turns of the policy.
 
-The policy's own tokens are never rendered and tokenised anew: only what the chat template puts behind an assistant's
+The policy's own tokens are never rendered and tokenised anew: only what the chat template puts after an assistant's
 turn is.
 """
 
@@ -28,7 +28,7 @@ def continuation(
     eos: tuple[int, ...],
     prompt: str | Sequence[Message] = (),
 ) -> list[int]:
-    """Token ids from behind a turn of the policy to where its next turn begins.
+    """Token ids from the end of a turn of the policy to where its next turn begins.
 
     Args:
         tokenizer: with the chat template.
@@ -58,14 +58,14 @@ def continuation(
             return [*([] if has_end else [token]), *ids]
     raise UserError(
         "the chat template does not end an assistant's turn with an end-of-sequence token of the model, so a dialogue "
-        "cannot go on behind it"
+        "cannot go on after it"
     )
 
 
 def _behind_turn(
     tokenizer: PreTrainedTokenizerBase, message: Message, template_kwargs: dict[str, Any], prompt: Sequence[Message]
 ) -> str:
-    """What the chat template writes behind an assistant's turn that the message follows.
+    """What the chat template writes after an assistant's turn that the message follows.
 
     The prompt's own system message is there only for a template that refuses to do without: some write it into the
     newest message of the user, where it would stand a second time.

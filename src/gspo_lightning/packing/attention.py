@@ -31,7 +31,7 @@ def shared_prefix_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one packed row. Tokens behind those of the layout, which fill it up, get zeros.
+    """Attention of one packed row. Tokens after those of the layout, which fill it up, get zeros.
 
     Args:
         query: ``(1, heads, T, D)``.
@@ -147,7 +147,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _scatter(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
-    """Rows of all batches -> ``(1, heads, T, D)``, in the order in memory that the projection behind it reads."""
+    """Rows of all batches -> ``(1, heads, T, D)``, in the order in memory that the projection after it reads."""
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     out = rows.index_select(0, plan.place).view(like.shape[2], like.shape[1], like.shape[3])
     out[plan.num_tokens :] = 0

@@ -58,13 +58,13 @@ class GatheredBlocks:
 
     batches: tuple[BlockBatch, ...]
     place: Tensor
-    """``(T * heads,)``: where each query lies in all batches, one after another; 0 for tokens behind the layout's."""
+    """``(T * heads,)``: where each query lies in all batches, one after another; 0 for tokens after the layout's."""
     members: Tensor
     """Where each key lies in all batches, key by key: ``(T * kv_heads, D)`` gradients are sums over these."""
     num_tokens: int
     """Of the layout."""
     starts: Tensor
-    """``(T * kv_heads,)``: where each key's begin in ``members``; tokens behind the layout's have none."""
+    """``(T * kv_heads,)``: where each key's begin in ``members``; tokens after the layout's have none."""
 
 
 def gather_blocks(
@@ -133,7 +133,7 @@ def _batch(
 
 
 def _indices(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> tuple[Array, Array]:
-    """Tokens ``(B, length)`` of each block's spans, 0 behind them; and which are theirs."""
+    """Tokens ``(B, length)`` of each block's spans, 0 after them; and which are theirs."""
     tokens = np.zeros((len(spans), length), dtype=np.int64)
     theirs = np.zeros((len(spans), length), dtype=bool)
     for number, some in enumerate(spans):

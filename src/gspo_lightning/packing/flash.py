@@ -1,7 +1,7 @@
 """Attention over a shared-prefix row by FlashAttention (arXiv 2307.08691), for GPUs: two calls, nothing to compile.
 
 Every prompt and every completion attends to itself, causally: rows of varying lengths, which the kernel knows. Then
-the completions of a group, one behind the other, attend to their prompt, all of it. A softmax over both sets of keys
+the completions of a group, one after the other, attend to their prompt, all of it. A softmax over both sets of keys
 is the mean of the two, weighted by the sums of their exponentials (the online softmax, arXiv 1805.02867), and with
 these sums and the mean in place of its own, the kernel's backward gives the gradients of either part.
 """

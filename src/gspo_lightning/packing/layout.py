@@ -152,7 +152,7 @@ class SharedPrefixLayout:
     def mask(self, number: int, window: int | None = None) -> Tensor:
         """Boolean ``(queries, keys)`` mask of block ``number``, True where a query may look.
 
-        ``window`` keeps only keys less than that many positions behind their query (sliding-window attention).
+        ``window`` keeps only keys less than that many positions before their query (sliding-window attention).
         """
         if (number, window) not in self._masks:
             self._masks[number, window] = self._build_mask(self.blocks[number], window)

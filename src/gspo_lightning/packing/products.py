@@ -81,7 +81,7 @@ def _stays_float32() -> bool:
 
 
 def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of zeros to put behind the operands of oneDNN's products: those in bfloat16 on a CPU, and in float32 inside
+    """Rows of zeros to put after the operands of oneDNN's products: those in bfloat16 on a CPU, and in float32 inside
     of `onednn_float32`; none elsewhere.
 
     oneDNN makes a kernel for every shape: 3 ms and up to 2 MB for a number of rows that it has not seen, in each of 20

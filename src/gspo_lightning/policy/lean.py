@@ -1,8 +1,8 @@
 """Layers that keep and do less: norms, attention and gated MLPs of the Llama family, as functions of our own.
 
-transformers' RMSNorm keeps three tensors of its input's size, and every linear layer behind it casts its output anew;
+transformers' RMSNorm keeps three tensors of its input's size, and every linear layer after it casts its output anew;
 its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
-answers in the dtype of the products, the layers behind it keep nothing and norm once more in the backward, the MLP
+answers in the dtype of the products, the layers after it keep nothing and norm once more in the backward, the MLP
 keeps gate and up alone and multiplies them again, and attention rotates queries and keys in a third of the operations
 (`gspo_lightning.policy.rotary`).
 Numbers are those of transformers but for roundings; `lighten` compares them before it changes anything.
@@ -98,7 +98,7 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
 
 
 def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products behind it take."""
+    """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products after it take."""
     dtype = product_dtype(hidden_states)
     if hidden_states.is_cuda or not torch.is_grad_enabled():
         return _norm(hidden_states, self.weight, self.variance_epsilon, dtype)
@@ -106,7 +106,7 @@ def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def remade_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """The same, whose result the layers behind it need not keep."""
+    """The same, whose result the layers after it need not keep."""
     out = lean_norm(self, hidden_states)
     if torch.is_grad_enabled():
         x, weight, dtype = hidden_states.detach(), self.weight.detach(), out.dtype

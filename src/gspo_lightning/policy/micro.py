@@ -85,7 +85,7 @@ def build_micro_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def character_tokenizer(special: Sequence[str], chat_template: str, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token per character behind the special ones, the first of which is ``<unk>``.
+    """A tokenizer of one token per character after the special ones, the first of which is ``<unk>``.
 
     Args:
         special: in the order of their ids.

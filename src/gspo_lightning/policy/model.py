@@ -146,7 +146,7 @@ class Policy(nn.Module):
                 module.gradient_checkpointing = True
 
     def last_positions(self, prompts: Sequence[Prompt]) -> Tensor:
-        """``(B,)``: the position behind which each prompt's completions go on."""
+        """``(B,)``: the position after which each prompt's completions go on."""
         if self.vision is None:
             return torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=self.device)
         starts = [int(self.vision.prompt_positions(prompt)[0, -1]) - 1 for prompt in prompts]

@@ -4,7 +4,7 @@ Nothing of the model is assumed but its own forward and `generate`: logits come 
 does to them, and pictures go in as its processor made them, once per completion. It is exact, and it computes prompts
 and pictures as often as there are completions. `gspo_lightning.policy.check` chooses it, and says so.
 
-The model's own forward puts features wherever it finds a placeholder, so behind a prompt with pictures a completion can
+The model's own forward puts features wherever it finds a placeholder, so after a prompt with pictures a completion can
 have none: the policy's distribution is that of the model without placeholders, in sampling as in training.
 """
 
@@ -44,7 +44,7 @@ def padded_logprobs(
     one prompt have the same ones.
     """
     row, start, first = packed.input_ids[0], 0, 0
-    # In an unpacked sequence a completion begins right behind its prompt, so its positions are those of the layout.
+    # In an unpacked sequence a completion begins right after its prompt, so its positions are those of the layout.
     predictors = packed.layout.positions[packed.predictor_index]
     outputs = []
     for number, group in enumerate(packed.layout.groups):
@@ -78,7 +78,7 @@ def repeated_media(
 ) -> dict[str, Tensor]:
     """The vision inputs of one prompt for so many rows of it, each ``width`` tokens long.
 
-    What has a value per token goes on behind the prompt: ``..._type_ids`` with ``completion_type``, and the mask of
+    What has a value per token goes on after the prompt: ``..._type_ids`` with ``completion_type``, and the mask of
     what a token sees of the pictures (Mllama) with that of the last token. All else is repeated along its first
     dimension, which counts pictures or patches.
     """
@@ -100,7 +100,7 @@ def repeated_media(
 def check_pictures(model: PreTrainedModel, prompt: Prompt) -> None:
     """Compares, once per model, what follows a prompt with pictures in padded rows and in the prompt alone.
 
-    An architecture may have inputs that are not lengthened as they should be, or a prompt that sees what comes behind
+    An architecture may have inputs that are not lengthened as they should be, or a prompt that sees what comes after
     it.
 
     Raises:

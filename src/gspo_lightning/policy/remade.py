@@ -13,7 +13,7 @@ from torch import Tensor
 class Remade:
     """A tensor that operations save for their backward without keeping it.
 
-    It is made once for all of them, and forgotten again behind the last one.
+    It is recomputed once, shared by all of them, and freed after the last use.
 
     Args:
         tensor: the one to forget; the operations may save views of it.

@@ -112,7 +112,7 @@ def _word_loss(features: Tensor, labels: list[dict[str, str]], words: dict[str, 
 
 
 def _embeddings(model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """``(TOKENS, H)`` of each answer: the embeddings of its tokens behind a space, again and again."""
+    """``(TOKENS, H)`` of each answer: the embeddings of its tokens after a space, again and again."""
     weight = model.get_output_embeddings().weight.detach()
     ids = {word: tokenizer(" " + word)["input_ids"] for word in (*COLOURS, "circle", "rectangle", "triangle")}
     return {word: weight[(own * TOKENS)[:TOKENS]] for word, own in ids.items()}

@@ -59,7 +59,7 @@ class Features:
     tokens: Tensor
     """``(placeholders, H)``: takes the place of their embeddings."""
     deepstack: tuple[Tensor, ...] = ()
-    """Of the same shape, added behind the first decoder layers (Qwen3-VL)."""
+    """Of the same shape, added after the first decoder layers (Qwen3-VL)."""
 
 
 class Vision:

@@ -18,7 +18,7 @@ from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Sess
 MAX_CODE_CHARACTERS = 50_000
 _CALL, _PROGRAM = {"call", "args", "expected"}, {"input", "output"}
 _INFO = re.compile(r"\s*(?:\w+|\{\s*\.?(?:python|py)\b[^}]*\}|(?:python|py)[\d.]*(?:\s+[^\s=].*)?)\s*", re.IGNORECASE)
-"""What may stand behind an opening fence: one word, or more where it is Python: ``python run``, ``{python}``."""
+"""What may follow an opening fence: one word, or more where it is Python: ``python run``, ``{python}``."""
 
 
 def extract_code(text: str) -> str | None:

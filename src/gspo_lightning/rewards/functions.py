@@ -110,7 +110,7 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _whole_number(value: Any) -> str | None:
-    """Its digits, behind a minus if it has one; a text, because a million digits are no ``int`` at once."""
+    """Its digits, after a minus if it has one; a text, because a million digits are no ``int`` at once."""
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     found = _WHOLE_NUMBER.fullmatch(plain_groups(text).strip())
     if found is None:

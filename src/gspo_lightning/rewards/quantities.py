@@ -47,7 +47,7 @@ _NUMBER = re.compile(
     rf"(?:[a-z{_LETTER}.,:;：，。\s]*[\s,])?[-+]?[{_CURRENCY}]?[-+]?(?:\d{{1,3}}(?:[,\s]\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?",
     re.IGNORECASE,
 )
-"""Words, and a number or a fraction behind them."""
+"""Words, and a number or a fraction after them."""
 _UNIT = re.compile(
     rf"(?:\\?%|[°²³{_CURRENCY}])?"
     r"(?:(?:(?<=[°²³])|[\s~]|(?=\\(?:text|mathrm))|(?=（))"
@@ -64,7 +64,7 @@ Atomic and possessive: letters that touch are one word, or there were 2^n ways t
 def plain_quantities(text: str) -> str:
     r"""The text with plain numerals, and a space between words of other scripts and a number: ``42 元`` for ``42元``.
 
-    In formulas they stay together, but for a unit behind a number in braces: ``\boxed{42\text{元}}``.
+    In formulas they stay together, but for a unit after a number in braces: ``\boxed{42\text{元}}``.
     """
     text = plain_groups(text)
     folded = _folded(text)

@@ -174,7 +174,7 @@ class MultipleChoice:
         return [float(self._choice(plain_letters(text_of(c))) == plain_letters(str(a).strip())) for c, a in pairs]
 
     def _choice(self, text: str) -> str | None:
-        # Chinese and Japanese have no space behind a Latin letter: "B因为".
+        # Chinese and Japanese have no space after a Latin letter: "B因为".
         alone = rf"(?:(?!\w)|(?<=[A-Za-z])(?![0-9_{_LATIN}]))(?!'\w|’[{_LATIN}]|{_ACCENT})"
         before = r"(?:[\s(\[*_`$\"'（［【〔「『“‘]|\\(?:text|mathrm|mathbf|textbf)\{){0,9}"
         letter = f"{before}([{plain_letters(self.choices)}]){alone}"

@@ -80,7 +80,7 @@ class BlockCache(Cache):
     """Keys and values of R rows that go on from n prompts.
 
     ``states[layer]`` is ``(2, blocks, kv_heads, P + slots * width, D)`` in the dtype of the products: the prompt of a
-    block's rows, right-aligned, and behind it slot by slot what they have drawn. Rows that end leave holes; once half
+    block's rows, right-aligned, and after it, slot by slot, what they have drawn. Rows that end leave holes; once half
     of the places are holes, the others move together. A row of NaN makes those of its block NaN too.
 
     Args:

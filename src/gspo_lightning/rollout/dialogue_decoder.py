@@ -87,7 +87,7 @@ class DialogueDecoder(Decoder):
         if between is None:
             row.finish_reason = "stop"
             return False
-        # Without room for the environment's words and one token behind them the dialogue ends with this turn.
+        # Without room for the environment's words and one token after them the dialogue ends with this turn.
         if len(row.tokens) + len(between) >= self.sampling.max_completion_length:
             return False
         own.pending.extend(between)

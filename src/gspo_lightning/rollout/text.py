@@ -20,7 +20,7 @@ def answer_and_thinking(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[
 
     Args:
         tokenizer: of the policy. Without the special tokens of harmony there is nothing but text.
-        token_ids: sampled behind ``<|start|>assistant``, if it is harmony.
+        token_ids: sampled after ``<|start|>assistant``, if it is harmony.
 
     Returns:
         ``(answer, thinking)``. In harmony the answer is the ``final`` channel, and empty where the completion was cut
@@ -55,7 +55,7 @@ def _messages(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> I
 
 
 def _channel(tokenizer: PreTrainedTokenizerBase, header: list[int], mark: int | None) -> str:
-    """The first word behind the mark; a message to a tool, and to nobody's channel, is commentary."""
+    """The first word after the mark; a message to a tool, and to nobody's channel, is commentary."""
     if mark in header:
         return (_decode(tokenizer, header[header.index(mark) + 1 :]).split() or [""])[0]
     return "commentary" if "to=" in _decode(tokenizer, header) else ""
