@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["coming-from", "design", "metrics", "multi_turn", "performance", "quickstart", "rewards", "vision"]
+PAGES = [
+    "coming-from", "data", "design", "distributed", "faults", "gpt_oss", "metrics", "models", "multi_turn", "performance", "quickstart",
+    "rewards", "rollouts", "safety", "sweeps", "vision", "../README",
+]  # fmt: skip
 WORDS = {
     r"\bbehind\b": "after, below, with",
     r"\b(go|goes) on\b": "continue, resume, be active",
