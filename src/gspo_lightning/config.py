@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gspo_lightning.advantages import check_combination
 from gspo_lightning.build import build, check_trainer, time_limits
+from gspo_lightning.callbacks.best import metrics_of
 from gspo_lightning.config_sections import check_sections
 from gspo_lightning.config_types import check_calls
 from gspo_lightning.errors import UserError
@@ -24,6 +25,7 @@ from gspo_lightning.rollout.weights import refuse_merging
 from gspo_lightning.targets import check_targets
 from gspo_lightning.trainer_checks import check_precision, check_sampling
 from gspo_lightning.update import check_minibatches
+from gspo_lightning.validation import ValidationSettings
 
 DEFAULT_ROLLOUTS = 30
 """What max_rollouts=auto is without num_epochs."""
@@ -79,6 +81,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     if training:
         check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
         _check_schedule(plain)
+        _check_best(plain)
         _check_export(plain)
         _check_minibatches(plain)
     else:
@@ -194,6 +197,27 @@ def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
         raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({why})") from error
     if not all(parameter.isfinite().all() for parameter in probe):
         raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings ends at infinity")
+
+
+def _check_best(plain: dict[str, Any]) -> None:
+    """A best checkpoint needs validations inside the run, and a metric of theirs; tasks the first of them knows."""
+    metric, validation = plain["checkpoint"]["keep_best"], plain["validation"]
+    if metric is None:
+        return
+    if validation["every_n_rollouts"] is None:
+        raise UserError(
+            f"checkpoint.keep_best={metric} has no effect: no validation falls inside the run; set "
+            "validation.every_n_rollouts to 10, say"
+        )
+    if plain["trainer"].get("limit_val_batches") == 0:
+        raise UserError(f"checkpoint.keep_best={metric} has no effect with trainer.limit_val_batches=0; remove one")
+    names = metrics_of(validation.get("num_generations", ValidationSettings.num_generations))
+    names += ["val/return"] if plain["environment"] else []
+    if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
+        raise UserError(
+            f"checkpoint.keep_best={metric} must be a validation metric that is better where it is higher: "
+            f"{', '.join(names)}"
+        )
 
 
 def _check_export(plain: dict[str, Any]) -> None:

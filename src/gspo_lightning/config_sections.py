@@ -33,7 +33,11 @@ _NEEDED = {
     "trainer": ("_target_", "accelerator", "devices", "num_nodes", "strategy", "precision"),
 }  # fmt: skip
 """What the groups must have, whichever choice or file of the user's own they come from."""
-_TYPES = {"": {"ckpt_path": str | None}, "export": {"push_to_hub": str | None}}
+_TYPES = {
+    "": {"ckpt_path": str | None},
+    "checkpoint": {"keep_best": str | None},
+    "export": {"push_to_hub": str | None},
+}
 """Types in the sections whose defaults do not tell them."""
 _SAMPLING = ("rollout", SamplingParams, "engine")
 _VALIDATION = ("validation", ValidationSettings, "every_n_rollouts")

@@ -68,6 +68,7 @@ class TrainingRun:
             plain["checkpoint"]["every_n_rollouts"],
             plain["validation"]["every_n_rollouts"],
             plain["checkpoint"]["keep_last"],
+            plain["checkpoint"]["keep_best"],
         )
         resume_dir = run_folder(self.ckpt_path) if self.ckpt_path else None
         # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
@@ -117,10 +118,13 @@ class TrainingRun:
 
     def _execute(self) -> float | None:
         self._train()
+        best = self.checkpoint.best
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
             if self.trainer.is_global_zero:
                 print(f"{done}; {what_stands(self.checkpoint.last)}", flush=True)
+                if best is not None and best.found:
+                    print(f"best checkpoint: {best}", flush=True)
             if self.stop.stopping:
                 self.stopped = f"{done} in {self.run_dir}"
             return None
@@ -128,6 +132,7 @@ class TrainingRun:
         # Lightning validates when it stops, but not where a run was resumed after its last rollout.
         if not self.module.last_validation:
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+            self.checkpoint.save_if_best(self.trainer, self.module)
         self._finish(wall_s)
         return self.module.last_validation.get("val/sampled_accuracy")
 
@@ -197,4 +202,5 @@ class TrainingRun:
             "precision": self.plain["trainer"]["precision"],
             "threads": torch.get_num_threads(),
             "export_dir": None if export_dir is None else str(export_dir),
+            **({} if self.checkpoint.best is None else self.checkpoint.best.facts()),
         }

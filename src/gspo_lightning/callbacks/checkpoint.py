@@ -15,7 +15,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gspo_lightning.callbacks.files import flush_to_disk, remove
+from gspo_lightning.callbacks.best import Best
+from gspo_lightning.callbacks.files import flush_checkpoint, flush_to_disk, remove, second_name
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed import world_size
 from gspo_lightning.errors import UserError
@@ -51,7 +52,7 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
             remove(temporary)  # what was written of it would keep the disk full
         raise line or causes[0] from error
     if trainer.is_global_zero:
-        _flush(temporary)
+        flush_checkpoint(temporary)
         _keep(path, previous)
         os.replace(temporary, path)
         flush_to_disk(path.parent)
@@ -98,27 +99,11 @@ def keep_numbered(path: Path, number: int, keep_last: int) -> None:
     """
     target = path.with_name(f"rollout-{number:06d}.ckpt")
     remove(target)
-    if path.is_dir():
-        shutil.copytree(path, target, copy_function=_link_or_copy)
-    else:
-        _link_or_copy(path, target)
+    second_name(path, target)
     numbered = sorted(path.parent.glob("rollout-*.ckpt"))
     index = numbered.index(target)
     for other in (*numbered[: max(0, index + 1 - keep_last)], *numbered[index + 1 :]):
         remove(other)
-
-
-def _link_or_copy(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _flush(path: Path) -> None:
-    for file in path.iterdir() if path.is_dir() else ():
-        flush_to_disk(file)
-    flush_to_disk(path)
 
 
 def disk_error(path: Path, error: BaseException) -> UserError | None:
@@ -164,6 +149,9 @@ class RolloutCheckpoint(L.Callback):
         every_n_rollouts: rollouts between checkpoints.
         validate_every_n_rollouts: rollouts between validations.
         keep_last: so many of the newest stay under their numbers too, as ``rollout-000010.ckpt``.
+        keep_best: a validation metric, such as ``val/accuracy``; the checkpoint of the rollout after which it was
+            highest stays as ``best.ckpt``. It is written after that validation, whether one is due or not. A
+            validation before training does not count: there is no checkpoint of it.
     """
 
     def __init__(
@@ -172,9 +160,11 @@ class RolloutCheckpoint(L.Callback):
         every_n_rollouts: int,
         validate_every_n_rollouts: int | None = None,
         keep_last: int = 0,
+        keep_best: str | None = None,
     ) -> None:
         self.folder, self.every_n_rollouts = Path(folder), every_n_rollouts
         self.validate_every_n_rollouts, self.keep_last = validate_every_n_rollouts, keep_last
+        self.best = None if keep_best is None else Best(keep_best, self.folder / "best.ckpt", self.state_key)
         self.wanted = False
         self.saved_at: int | None = None
 
@@ -183,8 +173,19 @@ class RolloutCheckpoint(L.Callback):
         """Where the newest checkpoint is."""
         return self.folder / "last.ckpt"
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which rollout was best; nothing where that is not asked for."""
+        return {} if self.best is None else self.best.found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The same, back."""
+        if self.best is not None:
+            self.best.load(state_dict)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses to stand before what writes the rows that a checkpoint counts, and to wait for validations in vain.
+
+        The best checkpoint of a run that goes on is here from now on.
 
         Raises:
             UserError: says what to change.
@@ -199,6 +200,13 @@ class RolloutCheckpoint(L.Callback):
                 f"RolloutCheckpoint(validate_every_n_rollouts={every}) waits for validations that the Trainer does not "
                 f"make; give it val_check_interval={every} and check_val_every_n_epoch=None"
             )
+        if self.best is not None:
+            if not trainer.enable_validation:
+                raise UserError(
+                    f"RolloutCheckpoint(keep_best={self.best.metric}) needs validations inside the run; give the "
+                    "Trainer held-out prompts and no limit_val_batches=0"
+                )
+            self.best.take_over(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves when it is time, or when a callback before this one ends the run."""
@@ -209,8 +217,17 @@ class RolloutCheckpoint(L.Callback):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Saves what waited for the validation."""
+        """Saves what waited for the validation, and what it has shown to be the best so far."""
+        if self.best is not None and not pl_module.rollouts_done:
+            self.best.check(pl_module.last_validation)
+        elif self.best is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.save_if_best(trainer, pl_module)  # a validation outside of the run may be of any prompts
         if self.wanted:
+            self._write(trainer, pl_module)
+
+    def save_if_best(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Saves, also a second time, if the newest validation is the best so far: a checkpoint knows what was best."""
+        if self.best is not None and self.best.is_higher(pl_module.last_validation, pl_module.rollouts_done):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -246,5 +263,9 @@ class RolloutCheckpoint(L.Callback):
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         atomic_checkpoint(trainer, self.last, self.folder / "previous.ckpt")
         self.saved_at, self.wanted = pl_module.rollouts_done, False
-        if self.keep_last and trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        if self.keep_last:
             keep_numbered(self.last, pl_module.rollouts_done, self.keep_last)
+        if self.best is not None and self.best.found.get("rollout") == pl_module.rollouts_done:
+            self.best.keep(self.last)

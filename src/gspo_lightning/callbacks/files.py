@@ -46,6 +46,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def second_name(path: Path, target: Path) -> None:
+    """Gives a file, or a folder with its files, another name; copied only where a file cannot have two names."""
+    if path.is_dir():
+        shutil.copytree(path, target, copy_function=_link_or_copy)
+    else:
+        _link_or_copy(path, target)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def flush_checkpoint(path: Path) -> None:
+    """Waits until a checkpoint is on the disk: a file, or a folder with its files."""
+    flush_to_disk(*(path.iterdir() if path.is_dir() else ()), path)
+
+
 _FOLDERS_STAY = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EIO}
 """What file systems answer that cannot flush a folder: vboxsf, CIFS and SMB, Windows' drives in WSL, FUSE."""
 

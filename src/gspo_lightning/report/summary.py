@@ -57,6 +57,8 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
     if (on_gpu := summary.get("peak_gpu_gb")) is not None:
         table.add_row("peak GPU memory", f"{on_gpu:.2f} GiB")
     table.add_row("peak memory of the process", f"{summary['peak_rss_gb']:.2f} GiB")
+    if "best_metric" in summary:
+        table.add_row("best checkpoint", _text(_best(summary, run_dir / "checkpoints" / "best.ckpt")))
     table.add_row("trained model", _text(summary["export_dir"] or "not exported (export.enabled=false)"))
     table.add_row("report", _text(report))
     console.print(table)
@@ -102,6 +104,12 @@ def _text(value: Any) -> Text:
 def _speed(metrics: dict[str, Series], rate: str, phase: str) -> str:
     value = phase_speed(metrics, rate, phase)
     return "idle" if value is None else f"{value:.0f} tokens/s"
+
+
+def _best(summary: dict[str, Any], path: Path) -> str:
+    if summary["best_rollout"] is None:
+        return f"none: {summary['best_metric']} was no number"
+    return f"rollout {summary['best_rollout']}, {summary['best_metric']}={summary['best_value']:.4g}: {path}"
 
 
 def _change(before: float | None, after: float | None) -> str:

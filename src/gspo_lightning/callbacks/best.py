@@ -1,0 +1,130 @@
+"""The best checkpoint: a second name of the one after the validation with the highest value so far."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from gspo_lightning.callbacks.files import flush_checkpoint, flush_to_disk, remove, second_name
+from gspo_lightning.errors import UserError
+from gspo_lightning.sharded_checkpoint import REST
+
+NO_BETTER = "val/mean_tokens"
+"""The metric of a validation that is not better where it is higher."""
+
+
+def metrics_of(num_generations: int) -> list[str]:
+    """What every validation measures with so many sampled completions per prompt, and is better where it is higher."""
+    return ["val/accuracy", "val/sampled_accuracy", f"val/pass@{num_generations}", "val/reward"]
+
+
+class Best:
+    """Which rollout was best by a validation metric, and its checkpoint.
+
+    Every checkpoint holds which rollout it was, and is written before the best takes its name. So after a kill in
+    between, the checkpoint that the run goes on from is itself the best, and gets the name at the start (`take_over`).
+
+    Args:
+        metric: such as ``val/accuracy``; higher is better, the first of equals stays.
+        path: where the checkpoint goes.
+        key: of the callback's state in a checkpoint, which is `found`.
+    """
+
+    def __init__(self, metric: str, path: Path, key: str) -> None:
+        self.metric, self.path, self.key = metric, path, key
+        self.found: dict[str, Any] = {}
+        """``metric``, ``value`` and ``rollout`` of the best so far; empty before the first."""
+
+    def __str__(self) -> str:
+        """For the screen."""
+        return f"rollout {self.found['rollout']}, {self.metric}={self.found['value']:.4g}: {self.path}"
+
+    def facts(self) -> dict[str, Any]:
+        """For ``summary.json``: ``best_metric``, ``best_value``, ``best_rollout``; null where there is no best."""
+        return {
+            f"best_{name}": {"metric": self.metric, **self.found}.get(name) for name in ("metric", "value", "rollout")
+        }
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """Refuses a name that a validation does not give.
+
+        Raises:
+            UserError: names those that it gives.
+        """
+        if self.metric not in metrics:
+            names = ", ".join(name for name in metrics if name != NO_BETTER)
+            raise UserError(f"checkpoint.keep_best={self.metric}: the validation does not measure it; it has {names}")
+
+    def is_higher(self, metrics: dict[str, float], rollout: int) -> bool:
+        """Notes the value of a validation if it is higher than all before; what is no number never is."""
+        self.check(metrics)
+        value = metrics[self.metric]
+        if not value > self.found.get("value", float("-inf")):
+            return False
+        self.found = {"metric": self.metric, "value": value, "rollout": rollout}
+        return True
+
+    def load(self, found: dict[str, Any]) -> None:
+        """Takes the best of the run before, unless that was by another metric."""
+        self.found = dict(found) if found.get("metric") == self.metric else {}
+
+    def keep(self, checkpoint: Path) -> None:
+        """Gives ``checkpoint`` its second name. A kill leaves the old best or the new one, a folder for a moment none.
+
+        It is copied only where a file cannot have two names.
+        """
+        temporary, aside = (self.path.with_name(f".{self.path.name}.{end}") for end in ("tmp", "old"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        try:
+            second_name(checkpoint.resolve(), temporary)
+        except BaseException:
+            remove(temporary)  # what was copied of it would keep the disk full
+            raise
+        flush_checkpoint(temporary)
+        if self.path.is_dir() or (self.path.exists() and temporary.is_dir()):  # it cannot be replaced in one step
+            remove(aside)
+            os.replace(self.path, aside)
+        os.replace(temporary, self.path)
+        flush_to_disk(self.path.parent)
+        remove(aside)
+        remove(temporary)  # two names of one file are not replaced by each other
+
+    def take_over(self, trainer: L.Trainer) -> None:
+        """At the start of a run that goes on, brings the best so far here; where it is gone, counts anew.
+
+        It is here already, or what the run goes on from, or beside that.
+        """
+        if not self.found:
+            return
+        if not trainer.strategy.broadcast(trainer.is_global_zero and self._bring(trainer.ckpt_path)):
+            rank_zero_warn(
+                f"{self.path.name} of rollout {self.found['rollout']} ({self.metric}={self.found['value']:.4g}) is not "
+                f"there any more, neither in {self.path.parent} nor beside ckpt_path: the best is counted anew"
+            )
+            self.found = {}
+
+    def _bring(self, ckpt_path: str | Path | None) -> bool:
+        if self._holds(self.path):
+            return True
+        sources = [] if ckpt_path is None else [Path(ckpt_path), Path(ckpt_path).with_name(self.path.name)]
+        source = next(filter(self._holds, sources), None)
+        if source is not None:
+            self.keep(source)
+        return source is not None
+
+    def _holds(self, checkpoint: Path) -> bool:
+        """Whether it is that of the best rollout. Nothing but the structure is loaded: tensors stay on the disk."""
+        file = checkpoint / REST if checkpoint.is_dir() else checkpoint
+        try:
+            content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            return False
+        done = content["gspo_lightning"]["rollouts_done"] if "gspo_lightning" in content else None
+        return done == self.found["rollout"] and content.get("callbacks", {}).get(self.key) == self.found
