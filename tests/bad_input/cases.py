@@ -56,6 +56,7 @@ def rows_file(*more: dict[str, Any], count: int = 12) -> Callable[[Path], Any]:
     return writes("rows.jsonl", lines([*good_rows(count), *more]))
 
 
+BEST = ["validation.every_n_rollouts=1"]
 ROWS = ["data=rows", "data.task.num_validation=1", "data.task.conversational=false"]
 JSONL = [*ROWS, "data.task.source={tmp}/rows.jsonl"]
 
@@ -138,7 +139,8 @@ CONFIG = [
         "config",
         "a key that checkpoint lacks",
         ["+checkpoint.save_total_limit=3"],
-        "checkpoint.save_total_limit: there is no such setting; checkpoint has every_n_rollouts, keep_last, grace_s",
+        "checkpoint.save_total_limit: there is no such setting; checkpoint has every_n_rollouts, keep_last, "
+        "keep_best, grace_s",
     ),
     Case("config", "a key that export lacks", ["+export.enable=true"], "the nearest name is export.enabled"),
     Case(
@@ -965,6 +967,12 @@ RUNS = [
     Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
     Case("run", "a progress line every 0 rollouts", ["callbacks.progress.every_n_rollouts=0"], "callbacks.progress.every_n_rollouts=0 must be at least 1"),
     Case("run", "a validation every 0 rollouts", ["validation.every_n_rollouts=0"], "validation.every_n_rollouts=0 must be at least 1; null: validate before"),
+    Case("run", "a best checkpoint without a validation inside the run", ["checkpoint.keep_best=val/accuracy"], "checkpoint.keep_best=val/accuracy has no effect: no validation falls inside the run; set validation.every_n_rollouts"),
+    Case("run", "a best checkpoint by what no validation measures", [*BEST, "checkpoint.keep_best=val/acuracy"], "checkpoint.keep_best=val/acuracy must be a validation metric that is better where it is higher: val/accuracy, val/sampled_accuracy, val/pass@2, val/reward"),
+    Case("run", "the longest completions as the best", [*BEST, "checkpoint.keep_best=val/mean_tokens"], "checkpoint.keep_best=val/mean_tokens must be a validation metric that is better"),
+    Case("run", "a best checkpoint by a task that is not there", [*BEST, "checkpoint.keep_best=val/accuracy/sums"], "checkpoint.keep_best=val/accuracy/sums: the validation does not measure it; it has val/accuracy, val/sampled_accuracy"),
+    Case("run", "a number for the metric of the best checkpoint", [*BEST, "checkpoint.keep_best=3"], "checkpoint.keep_best=3 has the wrong type"),
+    Case("run", "a best checkpoint where validation is off", [*BEST, "checkpoint.keep_best=val/reward", "+trainer.limit_val_batches=0"], "checkpoint.keep_best=val/reward has no effect with trainer.limit_val_batches=0"),
     Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected float"),
     Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
     Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),

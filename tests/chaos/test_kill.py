@@ -21,7 +21,7 @@ from gspo_lightning import cli
 from tests.conf.test_groups import composed
 
 RUN = ["experiment=micro", "max_rollouts=8", "checkpoint.every_n_rollouts=2", "validation.every_n_rollouts=3",
-       "ckpt_path=auto", "print_config=false"]  # fmt: skip
+       "checkpoint.keep_best=val/reward", "ckpt_path=auto", "print_config=false"]  # fmt: skip
 
 
 def start(folder: Path) -> int:
@@ -79,6 +79,9 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert (folder / "run/completions.jsonl").read_bytes() == (whole / "run/completions.jsonl").read_bytes()
     ours, expected = (load_file(f / "run" / "model" / "model.safetensors") for f in (folder, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    best, expected_best = (torch.load(f / "run/checkpoints/best.ckpt", weights_only=True) for f in (folder, whole))
+    assert best["callbacks"]["RolloutCheckpoint"] == expected_best["callbacks"]["RolloutCheckpoint"]
+    assert all(torch.equal(best["state_dict"][name], value) for name, value in expected_best["state_dict"].items())
     summary = [name for name in ("summary.json", "report.html") if not (folder / "run" / name).exists()]
     assert not summary
 

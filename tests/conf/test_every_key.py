@@ -86,6 +86,7 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "print_config": (SCREEN, ["print_config=false"], []),
     "checkpoint.every_n_rollouts": (FILES, ["checkpoint.every_n_rollouts=1"], []),
     "checkpoint.keep_last": (FILES, ["checkpoint.keep_last=1"], []),
+    "checkpoint.keep_best": (FILES, ["checkpoint.keep_best=val/reward"], ["validation.every_n_rollouts=1"]),
     "export.enabled": (FILES, ["export.enabled=false"], []),
     "export.merge_lora": (FILES, ["export.merge_lora=true"], ["lora=language"]),
     "environment.environment": (COMPLETIONS, ["environment=guess_the_number"], [

@@ -71,9 +71,13 @@ def test_a_run_on_two_nodes_is_that_of_two_processes_on_one(straight, tmp_path):
 def test_a_checkpoint_in_parts_becomes_one_model_on_any_number_of_processes(tmp_path):
     """By going on from it for no further rollout."""
     sharded = [*SHORT, "trainer=fsdp", "trainer.accelerator=cpu", "max_rollouts=3", "validation.every_n_rollouts=null"]
-    run(*sharded, "checkpoint.keep_last=2", f"hydra.run.dir={tmp_path / 'run'}")
+    # By a value that never changes, the first rollout is the best.
+    best = ["checkpoint.keep_best=val/accuracy", "validation.every_n_rollouts=1", "validation.threshold=9"]
+    run(*sharded, *best, "checkpoint.keep_last=2", f"hydra.run.dir={tmp_path / 'run'}")
     numbered = tmp_path / "run" / "checkpoints" / "rollout-000003.ckpt"
     assert sorted(path.name for path in numbered.parent.glob("rollout-*")) == ["rollout-000002.ckpt", numbered.name]
+    best_state = torch.load(numbered.with_name("best.ckpt") / "meta.pt", weights_only=True)
+    assert best_state["gspo_lightning"]["rollouts_done"] == 1
     run(*sharded, "trainer.devices=1", f"ckpt_path={numbered}", f"hydra.run.dir={tmp_path / 'one'}")
     ours, expected = (load_file(tmp_path / f / "model" / "model.safetensors") for f in ("one", "run"))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -39,6 +40,30 @@ def test_the_summary_is_flat_strict_json_with_accuracies_and_machine(tmp_path):
     }  # fmt: skip
     assert not [value for value in summary.values() if isinstance(value, dict | list)]
     assert summary["cpu"] and summary["python"] and 1 <= summary["cpu_count"] <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ({}, None),
+        (
+            {"best_metric": "val/accuracy", "best_value": 0.8125, "best_rollout": 20},
+            "rollout 20, val/accuracy=0.8125: checkpoints/best.ckpt",
+        ),
+        (
+            {"best_metric": "val/accuracy", "best_value": None, "best_rollout": None},
+            "none: val/accuracy was no number",
+        ),
+    ],
+    ids=["not asked for", "there", "none"],
+)
+def test_the_best_checkpoint_is_in_the_summary_and_in_the_table(facts, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, console = Path(), screen()
+    assert write_summary(folder, FACTS | facts).items() >= facts.items()
+    print_result_table(console, folder, folder / "report.html")
+    shown = [row for row in console.file.getvalue().splitlines() if "best checkpoint" in row]
+    assert [row.strip(" │").split("│")[1].strip() for row in shown] == ([line] if line else [])
 
 
 def test_without_validations_the_accuracies_are_null(tmp_path):
