@@ -28,7 +28,7 @@ from gspo_lightning import cli, config
 from gspo_lightning.build import build, build_module
 from gspo_lightning.errors import UserError
 from tests.conf.probes import PROBES, Probe
-from tests.conf.test_groups import CONF, composed, resolved
+from tests.conf.test_groups import CONF, composed, of_file, resolved
 
 ROOT = CONF.parent
 
@@ -253,7 +253,8 @@ def leaves() -> Iterator[tuple[str, str, str | None, str]]:
         group = file.parent.name
         if group in ("experiment", "hydra", "hparams_search", "debug"):
             continue  # these only set keys of other groups
-        node = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in ("defaults", "hydra")}
+        node = yaml.safe_load(file.read_text()) if file.stem == "train" else of_file(file)
+        node = {k: v for k, v in node.items() if k not in ("defaults", "hydra")}
         prefix = "" if file.stem == "train" else f"{group}."
         base = {"trainer": "lightning.Trainer"}.get(group)  # ddp and its like add to the default
         for key, target in walk(node, base):

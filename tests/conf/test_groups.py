@@ -10,7 +10,11 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import MissingConfigException
 from lightning.pytorch.accelerators import MPSAccelerator
+from omegaconf import OmegaConf
 
 from gspo_lightning import build as build_module_of_config
 from gspo_lightning import config, config_sections, hardware
@@ -61,6 +65,21 @@ def resolved(*overrides, run_dir="/nowhere"):
     return config.resolve(cfg)
 
 
+def of_file(file):
+    """The settings of a config file and of the files that it begins with, by its own defaults list."""
+    node = OmegaConf.load(file)
+    merged = OmegaConf.create()
+    for name in node.pop("defaults", ["_self_"]):
+        if name == "_self_":
+            merged = OmegaConf.merge(merged, node)
+        elif isinstance(name, str):
+            path, _, package = name.partition("@")
+            assert package in ("", "_here_"), f"{file}: {name}"
+            base = CONF / path[1:] if path.startswith("/") else file.parent / path
+            merged = OmegaConf.merge(merged, OmegaConf.create(of_file(base.with_suffix(".yaml"))))
+    return OmegaConf.to_container(merged)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_composes_passes_the_checks_and_builds_its_objects(choice):
@@ -82,13 +101,13 @@ def test_composes_passes_the_checks_and_builds_its_objects(choice):
 
 
 def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names():
-    """No constructor argument is hidden from the user: each file spells all of them."""
+    """No constructor argument is hidden from the user: each file spells all of them, or what it begins with does."""
     import inspect
 
     from hydra.utils import get_object
 
     for file in sorted(CONF.glob("*/*.yaml")):
-        node = yaml.safe_load(file.read_text())
+        node = of_file(file)
         target = node.get("_target_", "")
         if not target.startswith("gspo_lightning.") or file.parent.name in ("callbacks",):
             continue
@@ -101,6 +120,41 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         if file.parent.name == "data":
             missing -= {"seed"}  # refused for tasks that never run out
         assert not missing, f"{file.relative_to(CONF)} hides {missing}"
+
+
+BASES = sorted(CONF.glob("_*.yaml"))
+STAND_ALONE = {"mismatch/none.yaml", "data/reasoning_gym.yaml"}
+"""Choices that have nothing of what the others of their group share."""
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.stem)
+def test_what_the_choices_of_a_group_share_is_written_once(base):
+    said = {line.strip() for line in base.read_text().splitlines() if line.strip().startswith("#")}
+    files = [file for file in CONF.glob(f"{base.stem[1:]}/*.yaml") if str(file.relative_to(CONF)) not in STAND_ALONE]
+    assert len(files) >= 4
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert f"defaults: [/{base.stem}@_here_, _self_]" in lines, file
+        assert not said & {line.strip() for line in lines}, file
+
+
+def test_what_the_choices_of_a_group_share_is_offered_nowhere():
+    assert [base.stem for base in BASES] == ["_data", "_mismatch", "_model", "_objective", "_rollout"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        for group in loader.list_groups(""):  # what --help, glob(*) and Hydra's error lines list
+            assert not group.startswith("_")
+            assert [name for name in loader.get_group_options(group, ObjectType.CONFIG) if name.startswith("_")] == []
+        for name in ("_base", "_objective"):
+            with pytest.raises(MissingConfigException, match=f"Could not find 'objective/{name}'"):
+                compose("train", [f"objective={name}"])
+
+
+def test_a_choice_takes_what_it_shares_along_to_where_another_project_puts_it():
+    ours = composed("objective=cispo", "mismatch=none").objective
+    theirs = composed("+objective@mine.loss=cispo").mine.loss
+    assert OmegaConf.to_container(theirs) | {"mismatch": None} == OmegaConf.to_container(ours)
+    assert (theirs.loss_type, theirs.kl_estimator) == ("cispo", "k3")
 
 
 def test_every_setting_of_a_reward_stands_in_its_file():
