@@ -192,6 +192,25 @@ def test_the_config_of_a_hydra_project_of_ones_own_composes_with_our_groups(tmp_
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_to_files_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#\s]+)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_links_to_files_and_their_sections_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked.read_text()), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page: small letters, hyphens for spaces, no other signs."""
+    found = []
+    for title in re.findall(r"^#{1,6} +(.+?)[ #]*$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.MULTILINE):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        again = sum(slug == earlier for _, earlier in found)
+        found.append((f"{slug}-{again}" if again else slug, slug))
+    return [anchor for anchor, _ in found]
+
+
+def test_anchors_are_those_of_github():
+    page = "# A loss: `x_y` (30 lines)\n```bash\n# no heading\n```\n## [Two -- words](a.md) ##\n## Same\n### Same\nKL(π‖π_ref)\n## 2. Übung\n"
+    assert anchors(page) == ["a-loss-x_y-30-lines", "two----words", "same", "same-1", "2-übung"]
