@@ -25,14 +25,16 @@ class HeldOutLog:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / (f"held_out.rank{rank}.jsonl" if rank else "held_out.jsonl")
-        self._mode = "wb"
+        self._is_new = True
 
     def __call__(self, records: list[dict[str, Any]]) -> None:
         """Appends the records, in their order."""
         lines = "".join(to_json(record) + "\n" for record in records)
-        with self.path.open(self._mode) as file:
+        if self._is_new:
+            self.path.unlink(missing_ok=True)
+        self._is_new = False
+        with self.path.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
-        self._mode = "ab"
 
 
 def write_evaluation(folder: Path, plain: dict[str, Any], metrics: dict[str, float]) -> Path:
