@@ -12,9 +12,9 @@ from gspo_lightning.dialogue.environment import Reply
 _INTEGER = re.compile(r"-?\d+")
 _OPERATIONS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _LONGEST = 40
-"""Characters of an expression."""
+"""Most characters of an expression."""
 _LONGEST_NUMBER = 1000
-"""Characters of a number that can be an answer."""
+"""Most characters of a number that can be an answer."""
 
 
 class Calculator:
@@ -42,7 +42,7 @@ class Calculator:
 
 
 def call_of(text: str) -> str | None:
-    """What stands between the first ``<calc>`` and the ``</calc>`` next to it, in time linear in the text."""
+    """The text from the first ``<calc>`` to the next ``</calc>``, None if either is missing; in linear time."""
     expression, closed, _ = text.partition("<calc>")[2].partition("</calc>")
     return expression if closed else None
 

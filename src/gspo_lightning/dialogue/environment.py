@@ -1,4 +1,4 @@
-"""The protocol of an environment, and what drives one dialogue with it."""
+"""The protocol of an environment, and the class that runs one dialogue with it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Reply:
     text: str | None
     """None ends the dialogue."""
     role: str = "user"
-    """Of the message in the chat template, such as ``tool``."""
+    """Role of the message in the chat template, such as ``tool``."""
     reward: float | None = None
-    """Of the policy's turn; None in all turns if the dialogue is rewarded as a whole. A final `Reply(None, ...)` has
-    the one of the last turn."""
+    """Reward of the policy's turn; None in all turns if the dialogue is rewarded as a whole. A final `Reply(None, ...)`
+    has that of the last turn."""
 
     def __post_init__(self) -> None:
         text, role = cast("tuple[object, object]", (self.text, self.role))
@@ -41,7 +41,7 @@ class Environment(Protocol):
     """One dialogue about one dataset row. Everything random in it must derive from the row and ``seed``."""
 
     def reset(self, row: dict[str, Any], seed: int) -> None:
-        """Begins the dialogue. The prompt of the row is its first message; ``row`` is a copy, with lists of its own."""
+        """Begins the dialogue, whose first message is the row's prompt; ``row`` is a copy, its lists included."""
         ...
 
     def step(self, text: str) -> Reply:
@@ -49,7 +49,7 @@ class Environment(Protocol):
         ...
 
     def reward(self) -> float:
-        """Of the whole dialogue, when it has ended: by a `Reply` without text, by the number of turns, or by length."""
+        """Reward of the whole dialogue, once it has ended: by a `Reply` without text, the turn limit or the length."""
         ...
 
 
@@ -60,7 +60,7 @@ class Environments:
     Args:
         make: returns a fresh `Environment`.
         max_turns: turns of the policy after which a dialogue ends.
-        chat_template_kwargs: for the chat template, as for the prompts.
+        chat_template_kwargs: arguments of the chat template, the same as for the prompts.
     """
 
     make: Callable[[], Environment]
@@ -77,16 +77,16 @@ class Environments:
             )
 
     def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
-        """A dialogue about the row of ``prompt``."""
+        """Begins a dialogue about the row of ``prompt``."""
         environment = _asked("environment.make", prompt, self.make)
         dialogue = OpenDialogue(environment, prompt, self, tokenizer)
-        # A copy: what one dialogue takes from a list of its row must be there for the others, and after a resume.
+        # A copy: what one dialogue removes from a list of its row must still be there for the others and on resuming.
         dialogue.ask("reset", copied(dict(prompt.sample)), seed)
         return dialogue
 
 
 class OpenDialogue:
-    """A dialogue under way. Errors of the environment become one line that names the row."""
+    """A dialogue in progress. Errors of the environment become one line that names the row."""
 
     def __init__(
         self, environment: Environment, prompt: Prompt, settings: Environments, tokenizer: PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ class OpenDialogue:
         self.turn_rewards: list[float | None] = []
 
     def reply(self, text: str, has_end: bool, eos: tuple[int, ...]) -> list[int] | None:
-        """Tokens of what comes between a turn of the policy and its next one; None ends the dialogue.
+        """Tokens between a turn of the policy and its next one; None ends the dialogue.
 
         Args:
             text: the turn, decoded.
@@ -116,14 +116,14 @@ class OpenDialogue:
         return continuation(self.tokenizer, message, kwargs, has_end, eos, self.prompt.prompt)
 
     def add(self, text: str) -> None:
-        """Notes a turn of the policy."""
+        """Records a turn of the policy."""
         self.messages.append({"role": "assistant", "content": text})
 
     def result(self) -> tuple[float, tuple[float, ...]]:
-        """The reward of the whole, and those of the turns if there are any.
+        """The reward of the whole dialogue, and those of its turns if there are any.
 
         Raises:
-            UserError: a reward is no finite number, or some turns have one and others none.
+            UserError: a reward is not a finite number, or some turns have one and others none.
         """
         whole = self._number(self.ask("reward"))
         given = [self._number(reward) for reward in self.turn_rewards if reward is not None]
@@ -153,7 +153,7 @@ class OpenDialogue:
 
 
 def _asked(name: str, prompt: Prompt, call: Callable[..., Any], *arguments: Any) -> Any:
-    """What code of the user returns; what it raises becomes one line with its name and the row."""
+    """Result of a call of the user's code; what that raises becomes one line with its name and the row."""
     try:
         result = call(*arguments)
     except UserError as error:
@@ -162,11 +162,11 @@ def _asked(name: str, prompt: Prompt, call: Callable[..., Any], *arguments: Any)
         raise UserError(f"{name} raised {type(error).__name__}: {error} (row {prompt.uid})") from error
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
-            result.close()  # or Python warns that nobody awaited it
+            result.close()  # else Python warns that nobody awaited it
         raise UserError(f"{name} is async, but nothing awaits it; make it a plain function (row {prompt.uid})")
     return result
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """Halves of characters, which ``errors="surrogateescape"`` leaves and no tokenizer takes, replaced by U+FFFD."""
+    """The text with U+FFFD for lone surrogates, which ``errors="surrogateescape"`` leaves and no tokenizer takes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -14,7 +14,7 @@ class GuessTheNumber:
     """The policy guesses the row's ``secret``; the answer is "higher" or "lower" until it is right.
 
     The whole dialogue is rewarded with 1 for the right number. With ``turn_rewards`` a turn also gets 0.2 if it is a
-    guess that the feedback so far allows, and 0 if not: what was known to be wrong is not worth trying.
+    guess that the feedback so far allows, else 0: a guess that is known to be wrong earns nothing.
     """
 
     def __init__(self, turn_rewards: bool = False) -> None:

@@ -1,6 +1,6 @@
 """From a message of the environment to the tokens between two turns of the policy.
 
-The policy's own tokens are never rendered and tokenised anew: only what the chat template puts after an assistant's
+The policy's own tokens are never rendered and tokenised again: only what the chat template puts after an assistant's
 turn is.
 """
 
@@ -28,15 +28,15 @@ def continuation(
     eos: tuple[int, ...],
     prompt: str | Sequence[Message] = (),
 ) -> list[int]:
-    """Token ids from the end of a turn of the policy to where its next turn begins.
+    """Token ids from the end of a turn of the policy to the beginning of its next turn.
 
     Args:
-        tokenizer: with the chat template.
+        tokenizer: holds the chat template.
         message: what the environment says.
-        template_kwargs: for the chat template.
+        template_kwargs: arguments of the chat template.
         has_end: whether the turn has its end token; if not, it is added here, as context.
         eos: the policy's end tokens.
-        prompt: of the dialogue. If it is a string, without a template, the text of the message follows as it is.
+        prompt: prompt of the dialogue. If it is a string, no template is used: the message's text follows unchanged.
 
     Raises:
         UserError: the chat template refuses the message or leaves it out, or does not end a turn with one of ``eos``.
@@ -67,8 +67,8 @@ def _behind_turn(
 ) -> str:
     """What the chat template writes after an assistant's turn that the message follows.
 
-    The prompt's own system message is there only for a template that refuses to do without: some write it into the
-    newest message of the user, where it would stand a second time.
+    The prompt's system message is included only if the template refuses to do without it: some templates write it into
+    the newest message of the user, where it would appear a second time.
     """
     talk = [{"role": "user", "content": "."}, {"role": "assistant", "content": _TURN}, message]
     system = [first for first in prompt[:1] if first["role"] not in ("user", "assistant")]

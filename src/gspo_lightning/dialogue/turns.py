@@ -11,10 +11,10 @@ from gspo_lightning.types import Completion
 def turn_advantages(
     completions: list[list[Completion]], rewards: torch.Tensor, estimator: AdvantageEstimator
 ) -> list[list[tuple[float, ...]]] | None:
-    """Advantages of every turn of every dialogue, or None where no environment rewards turns.
+    """Advantages of every turn of every dialogue, or None if no environment rewards turns.
 
-    The return of turn t is the sum of the turn rewards from t on, and the reward of the whole (``rewards``, as the
-    reward functions made it). It is compared among the dialogues of the group that have a turn t; a turn that no
+    The return of turn t is the sum of the turn rewards from t on, plus the reward of the whole dialogue (``rewards``,
+    from the reward functions). It is compared among the dialogues of the group that have a turn t; a turn that no
     other dialogue reached has the advantage of its dialogue's first turn.
 
     Args:
@@ -28,7 +28,7 @@ def turn_advantages(
 
 
 def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
-    """Groups without signal, ``(B,)`` bool: those whose every turn has equal `returns`, and so advantages of zero.
+    """Groups without signal, ``(B,)`` bool: those whose `returns` are equal in every turn, so advantages are zero.
 
     Args:
         completions: B lists of G.
@@ -43,13 +43,13 @@ def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -
 
 
 def _by_turn(group: list[Completion], rewards: list[float]) -> list[list[float]]:
-    """Returns of the dialogues that have a turn, turn by turn."""
+    """For each turn, the returns of the dialogues that have it."""
     own = [returns(completion, whole) for completion, whole in zip(group, rewards, strict=True)]
     return [[of_one[turn] for of_one in own if len(of_one) > turn] for turn in range(max(map(len, own)))]
 
 
 def returns(completion: Completion, whole: float) -> list[float]:
-    """What each turn and the later ones earn, and the reward of the whole; of a completion without turns that alone."""
+    """For each turn, its reward plus those of later turns and of the whole; without turns, the last of these alone."""
     dialogue = completion.dialogue
     turns = dialogue.num_turns if dialogue is not None else 1
     own = (dialogue.turn_rewards if dialogue is not None else ()) or (0.0,) * turns
@@ -57,7 +57,7 @@ def returns(completion: Completion, whole: float) -> list[float]:
 
 
 def whole_returns(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
-    """``(B, G)`` float64 returns of the first turn: all that a completion earned, with the rewards of its turns."""
+    """``(B, G)`` float64 returns of the first turn: all that a completion earned, its turns' rewards included."""
     groups = zip(completions, rewards.tolist(), strict=True)
     return torch.tensor(
         [[returns(completion, whole)[0] for completion, whole in zip(*group, strict=True)] for group in groups],

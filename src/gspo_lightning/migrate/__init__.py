@@ -1,4 +1,4 @@
-"""Coming from another trainer: its configuration in, an equivalent command and YAML out."""
+"""Migration from another trainer: from its configuration to an equivalent command and YAML."""
 
 from gspo_lightning.migrate.convert import Conversion, Verdict, convert
 from gspo_lightning.migrate.parse import parse_config

@@ -24,7 +24,7 @@ NOT_IN_TRL = {
     "model": ("path", "model.path"),
     "data": ("rows", "data.task.source"),
 }
-"""Group -> choice and the key that takes what a GRPOConfig does not hold."""
+"""Config group -> its choice, and the key for what a GRPOConfig does not contain."""
 _PLAIN = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./")
 
 
@@ -94,7 +94,7 @@ def command(result: Conversion) -> str:
 
 
 def experiment_yaml(result: Conversion) -> str:
-    """The same as a file for ``conf/experiment``."""
+    """The conversion as a file for ``conf/experiment``."""
     tree = OmegaConf.create({})
     for key, value in sorted(result.settings.items(), key=_by_name):
         OmegaConf.update(tree, key.lstrip("+"), value, force_add=True)

@@ -22,7 +22,7 @@ PAPER_MINIBATCHES = 4
 
 
 def optimization(config: Config, result: Conversion, notes: Notes, ranks: int) -> int:
-    """Batch sizes, length of the run, optimizer and schedule; returns TRL's optimizer steps per rollout."""
+    """Converts batch sizes, run length, optimizer and schedule; returns TRL's optimizer steps per rollout."""
     steps = _batches(config, result, notes, ranks)
     length(config, result, notes, steps)
     _optimizer(config, result, notes)
@@ -31,7 +31,7 @@ def optimization(config: Config, result: Conversion, notes: Notes, ranks: int) -
 
 
 def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> int:
-    """Prompts per rollout and minibatches; returns TRL's optimizer steps per rollout."""
+    """Converts batch sizes to prompts per rollout and minibatches; returns TRL's optimizer steps per rollout."""
     accumulation, per_device = config["gradient_accumulation_steps"], config["per_device_train_batch_size"]
     generation, steps_per_generation = config.get("generation_batch_size"), config.get("steps_per_generation")
     completions = generation or per_device * ranks * (steps_per_generation or accumulation)
@@ -76,7 +76,7 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
 
 
 def _let_the_clip_act(prompts: int, result: Conversion) -> None:
-    """With one step per rollout the ratio is exactly 1: TRL runs that in silence, we would refuse it."""
+    """Divides a rollout with one step, whose ratios would be exactly 1: TRL accepts that silently, we refuse it."""
     why = "one optimizer step per rollout, as written, makes every ratio exactly 1, so that no clip could ever act"
     if prompts > 1:
         most = max(n for n in range(2, PAPER_MINIBATCHES + 1) if prompts % n == 0) if _divides(prompts) else prompts
@@ -101,14 +101,14 @@ def _optimizer(config: Config, result: Conversion, notes: Notes) -> None:
     else:
         notes["optim"] = ("no counterpart", "write a config group conf/optimizer/<name>.yaml that names its class")
     norm = config["max_grad_norm"]
-    if norm is None or not norm > 0:  # TRL clips above 0 alone
+    if norm is None or not norm > 0:  # TRL clips only for values above 0
         result.settings["update.max_grad_norm"] = math.inf
     result.settings["optimizer.betas"] = [config["adam_beta1"], config["adam_beta2"]]
     notes["adam_beta1"] = notes["adam_beta2"] = ("renamed", "optimizer.betas")
 
 
 def objective(config: Config, given: Config, result: Conversion, notes: Notes) -> None:
-    """The loss, its clip and its KL term, the advantages."""
+    """Converts the loss, its clip and KL term, and the advantages."""
     loss, level = config["loss_type"], config["importance_sampling_level"]
     if loss not in _LOSSES:
         notes["loss_type"] = ("no counterpart", f"losses are {', '.join(_LOSSES)}")
@@ -151,7 +151,7 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
 
 
 def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) -> None:
-    """The one bound of cispo; TRL takes ``epsilon`` for it where ``epsilon_high`` is not given."""
+    """Converts the one bound of cispo; TRL takes ``epsilon`` for it if ``epsilon_high`` is not given."""
     cap = config.get("epsilon_high")
     result.settings |= {"objective.epsilon": None, "objective.delta": None}
     notes["delta"] = ("better default", "cispo caps the ratio from above alone: objective.epsilon_high")
@@ -164,7 +164,7 @@ def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) ->
 
 
 def single_tokens(config: Config, result: Conversion, notes: Notes) -> None:
-    """TRL masks single tokens under the ratio of a sequence too, where a mask only scales whole completions."""
+    """Handles token masks, which TRL allows under a sequence ratio too, where they only scale whole completions."""
     if result.settings["objective.importance_sampling_level"] != "sequence":
         return
     mismatch = result.groups.get("mismatch")
@@ -186,7 +186,7 @@ def single_tokens(config: Config, result: Conversion, notes: Notes) -> None:
 
 
 def running(config: Config, result: Conversion, notes: Notes, steps: int) -> None:
-    """Precision, saving, validation, logging, sampling details; ``steps``: TRL's optimizer steps per rollout."""
+    """Converts precision, saving, validation, logging and more; ``steps``: TRL's optimizer steps per rollout."""
     settings = result.settings
     if config.get("fp16"):
         notes["fp16"] = ("no counterpart", "float16 needs a loss scale, which a ratio clip does not survive; use bf16")
@@ -218,7 +218,7 @@ def running(config: Config, result: Conversion, notes: Notes, steps: int) -> Non
 
 
 def _hub(config: Config, result: Conversion, notes: Notes) -> None:
-    """The upload at the end, where a repository is named; a public one is made only where that is asked for."""
+    """Converts the upload at the end, if a repository is named; it is public only if the config asks for that."""
     repository, wanted = config.get("hub_model_id"), bool(config.get("push_to_hub"))
     off = ("same", "nothing is uploaded")
     notes["push_to_hub"] = ("renamed", "export.push_to_hub, which names the repository") if wanted else off

@@ -1,4 +1,4 @@
-"""From the keys of a GRPOConfig to overrides of ours, with a verdict on each key."""
+"""From the keys of a GRPOConfig to our overrides, with a verdict on each key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Verdict:
     value: Any
     kind: Kind
     note: str
-    """The key of ours, or why there is none."""
+    """Our key, or why there is none."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Conversion:
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted key -> value."""
     added: list[str] = field(default_factory=list)
-    """What stands in no key of the source, and why."""
+    """Settings and notes that come from no key of the source, and why."""
     blocking: list[str] = field(default_factory=list)
     """Keys that change what is trained and cannot be expressed."""
 
@@ -59,11 +59,11 @@ class Conversion:
 def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
     """Translates a GRPOConfig of TRL 1.16.0 (and ``max_prompt_length``, ``warmup_ratio`` of older releases).
 
-    What decides the result and is not given takes TRL's default, not ours, so that the two runs are the same.
+    Keys that affect the result and are not given take TRL's default, not ours, so that the two runs are the same.
 
     Args:
         given: the keys as written.
-        ranks: processes the batch sizes of the config are per-device of.
+        ranks: processes of the TRL run; its batch sizes are per process.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, or batch sizes that do not hold whole groups.
@@ -91,7 +91,7 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
 
 
 def _read(key: str, value: Any) -> Any:
-    """The value as the rest reads it: a number where TRL has one, and a mapping where TRL takes JSON for it."""
+    """The checked value: a number if TRL has one, and a mapping if TRL also takes JSON for it."""
     default = DEFAULTS.get(key)
     if value is None and key in SWITCHED_OFF_BY_NONE:
         return None
@@ -117,7 +117,7 @@ def _check_kind(key: str, value: Any) -> None:
 
 
 def _json(text: str) -> Any:
-    """What the text stands for, or the text itself."""
+    """The text parsed as JSON, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -132,7 +132,7 @@ def _verdict(key: str, value: Any, notes: dict[str, tuple[Kind, str]], result: C
         return Verdict(key, value, kind, note)
     if key in BETTER:
         return Verdict(key, value, "better default", BETTER[key])
-    if key in COMPUTED:  # what it depends on blocks already
+    if key in COMPUTED:  # the key that it depends on blocks already
         return Verdict(key, value, "no counterpart", "it belongs to a choice of TRL that has none here")
     default, why = NONE[key]
     if value is None or value == default or not (value or default):

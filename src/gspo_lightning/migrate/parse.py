@@ -1,4 +1,4 @@
-"""Reading a GRPOConfig that someone wrote down: JSON, YAML, or Python keyword arguments. Nothing is ever evaluated."""
+"""Reads a GRPOConfig from JSON, YAML, or Python keyword arguments. No code is ever executed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def parse_config(text: str) -> dict[str, Any]:
     """The keys and values of a config.
 
     A Python snippet may hold imports and assignments of literals around the call of ``GRPOConfig``, or be the keyword
-    arguments alone. Values are literals, names assigned before, and sums and products of these.
+    arguments alone. Values are literals, names assigned before, and arithmetic on these.
 
     Raises:
-        UserError: it is none of the three forms, or a value is not a literal; names the line or the key.
+        UserError: the text has none of the three forms, or a value is not a literal; names the line or the key.
     """
     tree = _python(text)
     if tree is not None:
@@ -53,7 +53,7 @@ def _python(text: str) -> ast.Module | None:
 
 
 def _call(tree: ast.Module) -> ast.Call | None:
-    """The call of ``GRPOConfig``; without one, that of another config, such as a subclass."""
+    """The call of ``GRPOConfig``; if there is none, that of another config, such as a subclass."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for ending in ("GRPOConfig", "Config"):
         named = [call for call in calls if ast.unparse(call.func).split(".")[-1].endswith(ending)]

@@ -1,4 +1,4 @@
-"""What TRL counts in optimizer steps: the length of the run, its learning rates, and what happens every so often."""
+"""What TRL counts in optimizer steps: the length of the run, its learning rates, and intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCHEDULERS = {
 
 
 def length(config: Config, result: Conversion, notes: Notes, steps: int) -> None:
-    """Rollouts or epochs, from TRL's ``steps`` optimizer steps per rollout."""
+    """Converts the run's length to rollouts or epochs, at TRL's ``steps`` optimizer steps per rollout."""
     maximum = _max_steps(config)
     if maximum > 0:
         result.settings["max_rollouts"] = math.ceil(maximum / steps)
@@ -27,13 +27,13 @@ def length(config: Config, result: Conversion, notes: Notes, steps: int) -> None
     else:
         epochs = config["num_train_epochs"]
         result.settings["num_epochs"] = int(epochs) if float(epochs).is_integer() else epochs
-        result.settings["max_rollouts"] = None  # whatever recipe these settings are laid over
+        result.settings["max_rollouts"] = None  # overrides any recipe that these settings are added to
         notes["num_train_epochs"] = ("renamed", "num_epochs")
         notes["max_steps"] = ("same", "not positive: the epochs count")
 
 
 def schedule(config: Config, result: Conversion, notes: Notes) -> None:
-    """The config group ``scheduler``: shape, least rate and warm-up."""
+    """Converts to the config group ``scheduler``: shape, least rate and warm-up."""
     name = str(config["lr_scheduler_type"])
     if name not in _SCHEDULERS:
         notes["lr_scheduler_type"] = ("no counterpart", f"schedules are {', '.join(sorted(set(_SCHEDULERS.values())))}")
@@ -60,7 +60,7 @@ def _least_rate(name: str, config: Config, result: Conversion, notes: Notes) -> 
 
 
 def _warm_up(name: str, config: Config, result: Conversion, notes: Notes) -> None:
-    """In transformers, steps above 0 go before the ratio, and ``constant`` reads neither."""
+    """Converts the warm-up: in transformers, steps above 0 override the ratio, and ``constant`` reads neither."""
     warmup, ratio = config.get("warmup_steps") or 0, config.get("warmup_ratio") or 0.0
     notes["warmup_steps"] = notes["warmup_ratio"] = ("renamed", "scheduler.warmup_ratio, a share of all steps")
     if name == "constant":
@@ -80,12 +80,12 @@ def _warm_up(name: str, config: Config, result: Conversion, notes: Notes) -> Non
 
 
 def _max_steps(config: Config) -> int:
-    """TRL's optimizer steps of the run; not positive where the epochs count."""
+    """TRL's optimizer steps of the run; not positive if the epochs count instead."""
     return int(config.get("max_steps") or -1)
 
 
 def intervals(config: Config, settings: Config, notes: Notes, steps: int) -> None:
-    """Saving, validation and a moving reference, every so many rollouts of ``steps`` optimizer steps of TRL."""
+    """Converts the intervals of saving, validation and a moving reference to rollouts of ``steps`` TRL steps each."""
     _every(config, notes, settings, steps, "save", "checkpoint.every_n_rollouts")
     _every(config, notes, settings, steps, "eval", "validation.every_n_rollouts")
     _moving_reference(config, notes, settings, steps)

@@ -36,7 +36,7 @@ RENAMED: dict[str, str] = {
     "per_device_eval_batch_size": "data.validation_batch_size",
     "output_dir": "hydra.run.dir",
 }
-"""Key -> ours, the value as it is."""
+"""TRL's key -> our key, with the same value."""
 
 COMPUTED = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size",
@@ -103,7 +103,7 @@ BETTER: dict[str, str] = {
     "vllm_group_port": "weights travel through a folder (rollout.engine.sync_dir), not through a process group",
     "vllm_max_model_length": "data.max_prompt_length + rollout.max_completion_length, by itself",
 }
-"""Key -> what happens here without it. Nothing is lost by leaving it out."""
+"""Key -> what happens here instead. Nothing is lost by leaving it out."""
 
 _ACCELERATOR = {
     "split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True,
@@ -176,13 +176,13 @@ NONE: dict[str, tuple[Any, str]] = {
     "debug": ("", "debug= chooses aids such as debug=overfit, something else"),
     "local_rank": (-1, "Lightning starts the ranks: trainer.devices"),
 }
-"""Key -> (TRL's default, why there is none). At its default a key asks for nothing."""
+"""Key -> (TRL's default, why there is no counterpart). At its default a key asks for nothing."""
 
 HARMLESS = (
     "log_", "hub_", "trackio_", "save_", "eval_", "ddp_", "local_rank", "debug", "label_names", "tf32",
     "torch_compile_",
 )  # fmt: skip
-"""Beginnings of the keys that do not change what is trained, with a counterpart or without."""
+"""Prefixes of the keys that do not change what is trained, with or without a counterpart."""
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-6, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0,
@@ -192,13 +192,13 @@ DEFAULTS: dict[str, Any] = {
     "num_iterations": 1, "loss_type": "dapo", "importance_sampling_level": "token", "epsilon": 0.2, "beta": 0.0,
     "scale_rewards": "group",
 }  # fmt: skip
-"""TRL's values for what decides the result, where a config does not give them."""
+"""TRL's defaults of the keys that affect the result, for configs that do not give them."""
 
 COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations")
-"""What the sizes of batches are computed from."""
+"""Counts that batch sizes and steps are computed from; at least 1."""
 
 SWITCHED_OFF_BY_NONE = ("max_grad_norm", "top_k")
-"""Numbers that older releases take None for: no clip, and all of the vocabulary."""
+"""Numbers for which older releases take None: no clip, and the whole vocabulary."""
 
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
@@ -211,7 +211,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     ),
     "reward_weights": (list,), "report_to": (str, list), "scale_rewards": (str, bool), "vllm_server_base_url": (str,),
 }  # fmt: skip
-"""Types of what is computed with and has no default above; None stands for a key that is not given."""
+"""Types of keys that are used in computations and have no default above; None means that a key is not given."""
 
 MAPPINGS = ("chat_template_kwargs", "lr_scheduler_kwargs")
 """Keys that TRL also takes as JSON."""

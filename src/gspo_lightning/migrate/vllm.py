@@ -1,4 +1,4 @@
-"""The keys of a GRPOConfig about vLLM: which engine samples, and how its log-probabilities are corrected."""
+"""The vLLM keys of a GRPOConfig: which engine samples, and how its log-probabilities are corrected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CORRECTION = "vllm_importance_sampling_"
 
 
 def rollout(config: dict[str, Any], result: Conversion, notes: Notes) -> None:
-    """The config groups ``rollout`` and ``mismatch``."""
+    """Converts to the config groups ``rollout`` and ``mismatch``."""
     if not config.get("use_vllm"):
         notes.update(dict.fromkeys(KEYS, ("same", "no effect without use_vllm, in TRL as here")))
         notes["use_vllm"] = ("same", "off: rollout=transformers")

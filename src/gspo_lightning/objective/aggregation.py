@@ -1,7 +1,7 @@
 """From losses of tokens to the loss of a minibatch: a weight per token and a global denominator.
 
 ``loss = sum_t weight_t loss_t / denominator`` where the sum runs over all micro-batches and ranks. Denominators count
-every completion of the minibatch, those dropped before the forward for want of a gradient included.
+every completion of the minibatch, including those dropped before the forward because they have no gradient.
 """
 
 from __future__ import annotations

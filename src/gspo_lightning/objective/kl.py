@@ -15,10 +15,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) ->
     With ``d = log pi_ref - log pi``: k1 is ``-d`` (unbiased, may be negative), k2 is ``d^2 / 2`` (biased, never
     negative), k3 is ``exp(d) - 1 - d`` (unbiased, never negative).
 
-    The gradient of an estimate is another matter: tokens are drawn from the policy, and only a weight, the token ratio
-    of ``kl_importance_weighted``, lets the gradient see that. Of samples of the policy itself it is, on average,
+    The gradient of an estimate is another matter: tokens are drawn from the policy, and only the token ratio of
+    ``kl_importance_weighted`` as a weight lets the gradient account for that. On samples of the policy itself the
+    gradient is, on average,
 
-    * k1: 0, for the reference is a constant; weighted: that of ``KL(pi || pi_ref)``;
+    * k1: 0, since the reference is constant; weighted: that of ``KL(pi || pi_ref)``;
     * k2: that of ``KL(pi || pi_ref)``; weighted: that of ``E[d^2] / 2``;
     * k3: that of ``KL(pi_ref || pi)``, as in GRPO; weighted: that of ``KL(pi || pi_ref)``.
     """

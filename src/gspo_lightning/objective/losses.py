@@ -1,6 +1,6 @@
 """The losses. Each is one function of flat tensors: it returns the loss of every token, before any averaging.
 
-A loss sees a `LossInputs` and returns ``(L,)`` values whose gradient is the loss's; `aggregation.py` weighs and adds
+A loss takes a `LossInputs` and returns ``(L,)`` values whose gradient is the loss's; `aggregation.py` weighs and adds
 them. To add one, follow CONTRIBUTING.md; or keep it in your own package as a `LossSpec`, and name that by
 ``loss_type: {_target_: hydra.utils.get_object, path: ...}``.
 """
@@ -21,7 +21,7 @@ from gspo_lightning.objective.ratios import CLIP_WIDTHS, sequence_mean
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss may look at; all tensors ``(L,)`` but ``lengths`` ``(S,)``."""
+    """What a loss may read; all tensors are ``(L,)``, except ``lengths`` ``(S,)``."""
 
     logprobs: Tensor
     """With gradient."""
@@ -87,10 +87,10 @@ def reinforce(x: LossInputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Clip:
-    """Where a loss clips, for metrics and messages; the loss itself does not look at it."""
+    """Where a loss clips, for metrics and messages; the loss itself does not read it."""
 
     masks: Callable[[LossInputs], tuple[Tensor, Tensor]]
-    """(clipped from below, clipped from above), each ``(L,)`` bool: where other widths would give another loss."""
+    """(clipped from below, clipped from above), each ``(L,)`` bool: tokens whose loss would change with the widths."""
     bounds: Callable[[float, float], tuple[float, float]]
     """(epsilon, epsilon_high) -> smallest and largest ratio that is never clipped."""
 
@@ -128,17 +128,17 @@ class LossSpec:
     aggregation: str
     """Over tokens: ``sequence_mean``, ``sequence_sum``, ``tokens`` or ``max_tokens`` (`aggregation.AGGREGATIONS`)."""
     clip: Clip | None
-    """Where it clips; None if nowhere, or if that is not known: there are no ``clip_frac_*`` then."""
+    """Where it clips; None if nowhere or unknown: there are no ``clip_frac_*`` metrics then."""
     reads: tuple[str, ...] = CLIP_KEYS
-    """Those of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive`` and ``tau_negative`` that it reads; the
-    others are refused."""
+    """Which of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive`` and ``tau_negative`` it reads; the others
+    are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
     """Own default clip widths; None takes those of the level."""
     shares_one_loss: bool | None = None
-    """True if all tokens of a completion get one loss, whose gradient is that of all of them, at every level; False if
-    never, as where the ratio is detached. None: True at the level ``sequence``, where tokens share their ratio."""
+    """True if at every level all tokens of a completion get the same loss, whose gradient is that of all of them; False
+    if never, for example with a detached ratio. None: True at level ``sequence``, where tokens share their ratio."""
 
     def __post_init__(self) -> None:
         for field, names, known in (

@@ -29,14 +29,14 @@ class Objective:
     """The constant in the denominator of ``dr_grpo``."""
     importance_sampling_level: Level = "sequence"
     loss_type: str | LossSpec | LossFunction = "grpo"
-    """A name in `losses.LOSSES`, a `LossSpec`, or a function of `LossInputs`: that is averaged as ``sequence_mean``,
-    has the clip widths of the level, and may read every setting."""
+    """A name in `losses.LOSSES`, a `LossSpec`, or a function of `LossInputs`. The losses of a function are averaged as
+    ``sequence_mean``; it has the clip widths of the level and may read every setting."""
     epsilon: float | None = None
     """Lower clip width; None takes the default of the ratio level."""
     epsilon_high: float | None = None
     """Upper clip width; None takes the default of the loss or of the level, or ``epsilon`` if only that is given."""
     delta: float | None = None
-    """Cap of the ratio from above (two-sided clip); None for none."""
+    """Upper cap of the ratio (two-sided clip); None for no cap."""
     beta: float = 0.0
     """Weight of the KL term against the reference; 0 needs no reference."""
     beta_end: float | None = None
@@ -44,19 +44,19 @@ class Objective:
     kl_estimator: Estimator = "k3"
     kl_importance_weighted: bool = False
     """Weigh each KL term by its token ratio. With ``k1`` and ``k3`` the gradient is then that of ``KL(pi || pi_ref)``,
-    also when the policy has moved off the sampler; with ``k2`` it is not."""
+    even when the policy has moved away from the sampler; with ``k2`` it is not."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of loss and denominator."""
     top_entropy_quantile: float = 1.0
-    """Share of the tokens with a gradient, highest entropy first, that the policy term is computed on; not with
+    """Share of the tokens with a gradient that the policy term is computed on, highest entropy first; not with
     `shares_one_loss`."""
     off_policy_mask_threshold: float | None = None
-    """Leaves out sequences of negative advantage that the policy has moved away from by more than this, in nats per
-    token; None for none."""
+    """Leave out sequences of negative advantage that the policy has moved away from by more than this, in nats per
+    token; None leaves out none."""
     mismatch: MismatchCorrection | None = None
-    """Weights that make up for a sampler that differs from the trainer; None for none."""
+    """Weights that correct for a sampler that differs from the trainer; None for no correction."""
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     """Temperatures of ``sapo``."""
@@ -81,7 +81,7 @@ class Objective:
 
     @property
     def loss_name(self) -> str:
-        """The loss in messages: its name in `losses.LOSSES`, or that of its function."""
+        """Name of the loss in messages: that in `losses.LOSSES`, or that of its function."""
         return self.loss_type if isinstance(self.loss_type, str) else self.spec.name
 
     @property
@@ -91,7 +91,7 @@ class Objective:
 
     @property
     def clip(self) -> tuple[float, float]:
-        """(epsilon, epsilon_high) in force."""
+        """(epsilon, epsilon_high) in effect."""
         low, high = self.spec.epsilons or CLIP_WIDTHS[self.importance_sampling_level]
         if self.epsilon is not None and "epsilon" in self.spec.reads:
             low = high = self.epsilon
@@ -99,13 +99,13 @@ class Objective:
 
     @property
     def ratio_bounds(self) -> tuple[float, float] | None:
-        """Smallest and largest ratio that is never clipped; None where there is no clip, or none that is known."""
+        """Smallest and largest ratio that is never clipped; None if there is no clip or it is unknown."""
         return None if self.spec.clip is None else self.spec.clip.bounds(*self.clip)
 
     @property
     def shares_one_loss(self) -> bool:
-        """Whether the tokens of a completion share one loss, whose gradient is that of all of them: a weight per token
-        then scales the whole completion by its mean, and a mask leaves no token out."""
+        """Whether the tokens of a completion share one loss, whose gradient is that of all of them: weights per token
+        then scale the whole completion by their mean, and a mask leaves no token out."""
         if self.spec.shares_one_loss is not None:
             return self.spec.shares_one_loss
         return self.importance_sampling_level == "sequence" and "sequence" in self.spec.levels
@@ -126,7 +126,7 @@ class Objective:
         return self.top_entropy_quantile < 1.0
 
     def at(self, progress: float) -> Objective:
-        """The objective at a point of the run, from 0 (first rollout) to 1 (last): ``beta`` is what it is there."""
+        """The objective at a point of the run, from 0 (first rollout) to 1 (last), with the ``beta`` of that point."""
         if self.beta_end is None:
             return self
         return replace(self, beta=self.beta + progress * (self.beta_end - self.beta), beta_end=None)
@@ -137,7 +137,7 @@ class Objective:
         return not self.needs_ref and not self.needs_entropy
 
     def denominator(self, num_sequences: int, num_tokens: int) -> float:
-        """What the sum over the minibatch is divided by; counts over all ranks. 1 where nothing counts."""
+        """Divisor of the sum over the minibatch, from counts over all ranks; 1 if they are 0."""
         return self.aggregation.denominator(num_sequences, num_tokens, self.max_completion_length) or 1.0
 
     def __call__(
@@ -163,7 +163,7 @@ class Objective:
             lengths: ``(S,)`` tokens per sequence.
             ref_logprobs: ``(L,)``; required if ``needs_ref``.
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
-            selected: ``(L,)`` bool, the tokens of the policy term; None for all.
+            selected: ``(L,)`` bool, the tokens that the policy term is computed on; None for all.
             sampler_logprobs: ``(L,)``; required with ``mismatch``.
 
         Raises:
@@ -203,7 +203,7 @@ class Objective:
         return PolicyLoss((weights * per_token).sum(), metrics, self._per_unit(ratio.detach(), inputs))
 
     def _loss_of_tokens(self, x: LossInputs) -> Tensor:
-        """``(L,)`` of the loss function; a scalar would be spread over all tokens and train another gradient."""
+        """``(L,)`` values of the loss function; a scalar would be broadcast to all tokens and change the gradient."""
         losses: Any = self.spec.function(x)
         if not isinstance(losses, Tensor) or losses.shape != x.logprobs.shape:
             what = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__

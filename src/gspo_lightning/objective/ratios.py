@@ -20,7 +20,7 @@ CLIP_WIDTHS: dict[str, tuple[float, float]] = {
 def sequence_mean(values: Tensor, sequence_index: Tensor, lengths: Tensor) -> Tensor:
     """``(L,)`` -> ``(S,)``: mean over the tokens of each sequence."""
     total = torch.zeros(len(lengths), dtype=values.dtype, device=values.device)
-    if values.is_cuda:  # there `index_add` adds in an order of its own, and a resumed run would have other bits
+    if values.is_cuda:  # there `index_add` adds in no fixed order, and a resumed run would not be bit-identical
         total = total.index_put((sequence_index,), values, accumulate=True)
     else:
         total = total.index_add(0, sequence_index, values)

@@ -40,8 +40,8 @@ def check_objective(
 ) -> list[Finding]:
     """All findings, in a fixed order. Each names the key and the fix.
 
-    ``staleness`` is by how many rollouts the weights that sample are behind: above 0 no ratio is exactly 1.
-    ``max_completion_length`` is that of the rollouts; None where it is not known.
+    ``staleness`` is the number of rollouts by which the sampling weights lag behind: above 0 no ratio is exactly 1.
+    ``max_completion_length`` is that of the rollouts; None if unknown.
     """
     steps = num_iterations * num_minibatches
     on_policy = steps == 1 and not staleness
@@ -229,10 +229,10 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
 
 
 def refuse_turn_rewards(objective: Objective) -> None:
-    """Refuses advantages of single turns, where the tokens of a completion have one loss together.
+    """Refuses advantages of single turns if the tokens of a completion share one loss.
 
     Raises:
-        UserError: they have.
+        UserError: they do.
     """
     if objective.shares_one_loss:
         where, other = _sharing(objective)
@@ -243,7 +243,7 @@ def refuse_turn_rewards(objective: Objective) -> None:
 
 
 def _sharing(objective: Objective) -> tuple[str, str]:
-    """The setting by which the tokens of a completion have one loss together, and one by which they have not."""
+    """The setting by which the tokens of a completion share one loss, and one by which they do not."""
     if objective.spec.shares_one_loss:
         return f"loss_type={objective.loss_name}", "another loss_type"
     level = "sequence_token" if "sequence_token" in objective.spec.levels else "token"
@@ -251,7 +251,7 @@ def _sharing(objective: Objective) -> tuple[str, str]:
 
 
 def _tokens(objective: Objective) -> Iterator[Finding]:
-    """What weighs or leaves out single tokens, where those of a completion have one loss together."""
+    """Findings on settings that weigh or leave out single tokens, if those of a completion share one loss."""
     if not objective.shares_one_loss:
         return
     shared = "{}, where the tokens of a completion share one loss; use {}".format(*_sharing(objective))

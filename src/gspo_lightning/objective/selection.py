@@ -11,10 +11,10 @@ from gspo_lightning.objective.ratios import sequence_mean
 
 
 def top_entropy_threshold(entropies: Tensor, quantile: float) -> Tensor:
-    """The entropy from which on a token belongs to the top ``quantile`` (arXiv 2506.01939, section 5).
+    """The least entropy with which a token belongs to the top ``quantile`` (arXiv 2506.01939, section 5).
 
     Args:
-        entropies: ``(N,)`` of all tokens that compete: those of a whole minibatch, over all ranks.
+        entropies: ``(N,)`` of all tokens that are compared: those of a whole minibatch, over all ranks.
         quantile: share to keep, in (0, 1]; at least one token is kept. Ties at the threshold are all kept.
 
     Returns:
@@ -30,7 +30,7 @@ def near_old_policy(
 ) -> Tensor:
     """Sequences that the off-policy mask keeps (DeepSeek-V3.2, arXiv 2512.02556, Eq. 9), as ``(S,)`` bool.
 
-    One is left out if its advantage is negative and the policy has moved away from it since it was sampled:
+    A sequence is left out if its advantage is negative and the policy has moved away from it since it was sampled:
     ``mean_t (log pi_old - log pi) > threshold``.
 
     Args:

@@ -2,7 +2,7 @@
 
 The result for every token is what ordinary causal attention over its own, unpacked sequence gives. Attention
 sinks (a learnt logit per head that takes part in the softmax and contributes no value, as gpt-oss uses) and
-sliding windows are covered because models that have them would be wrong without, silently.
+sliding windows are covered because models that have them would silently give wrong results without them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def shared_prefix_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one packed row. Tokens after those of the layout, which fill it up, get zeros.
+    """Attention of one packed row. Filler tokens after those of the layout get zeros.
 
     Args:
         query: ``(1, heads, T, D)``.
         key: ``(1, kv_heads, T, D)``; ``heads`` is a multiple of ``kv_heads``.
         value: ``(1, kv_heads, T, D)``.
-        layout: which token may look at which.
+        layout: which token may attend to which.
         scaling: factor on the scores, usually ``D ** -0.5``.
         window: sliding-window width in positions, None for full attention.
         sinks: ``(heads,)`` sink logits, or None.
@@ -80,7 +80,7 @@ class _GatheredAttention(torch.autograd.Function):
 
     The backward of the fused CPU kernel runs small blocks at a tenth of the matrix-product rate. The forward stays
     fused because it keeps its scores in float32; those of the backward are in the dtype of the products, whose rounding
-    reaches gradients but no ratio. Nothing but the row itself is kept in between: blocks are gathered again.
+    reaches gradients but no ratio. Only the row itself is kept in between: blocks are gathered again.
     """
 
     @staticmethod
@@ -142,12 +142,12 @@ def _gathered(layout: SharedPrefixLayout, query: Tensor, key: Tensor, window: in
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``(1, heads, T, D)`` -> ``(T * heads, D)``, a view of what a projection gave."""
+    """``(1, heads, T, D)`` -> ``(T * heads, D)``, a view of the projection's output."""
     return x[0].transpose(0, 1).reshape(-1, x.shape[3])
 
 
 def _scatter(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
-    """Rows of all batches -> ``(1, heads, T, D)``, in the order in memory that the projection after it reads."""
+    """Rows of all batches -> ``(1, heads, T, D)``, in the memory order that the next projection reads."""
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     out = rows.index_select(0, plan.place).view(like.shape[2], like.shape[1], like.shape[3])
     out[plan.num_tokens :] = 0
@@ -155,7 +155,7 @@ def _scatter(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
 
 
 def _summed(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
-    """Rows of all batches -> ``(1, kv_heads, T, D)``: a prompt's keys collect from every block of its completions."""
+    """Rows of all batches -> ``(1, kv_heads, T, D)``: a prompt's keys sum over every block of its completions."""
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     # Sums over bags of rows, in float32 or wider.
     total = embedding_bag(plan.members, rows, plan.starts, mode="sum")
@@ -163,7 +163,7 @@ def _summed(parts: list[Tensor], plan: GatheredBlocks, like: Tensor) -> Tensor:
 
 
 def _is_causal(block: AttentionBlock, window: int | None) -> bool:
-    """Whether the fused kernels know the mask by name."""
+    """Whether the mask is plain causal, which the fused kernels apply without a mask tensor."""
     return block.causal and (window is None or block.query[1] - block.query[0] <= window)
 
 
@@ -175,7 +175,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 class _Runs:
     """A row, split where any block's queries or keys begin or end.
 
-    One split: its backward is a single concatenation, where slicing would zero-fill a whole row per slice.
+    The backward of the one split is a single concatenation; slicing would zero-fill a whole row per slice.
     """
 
     def __init__(self, x: Tensor, layout: SharedPrefixLayout) -> None:

@@ -19,7 +19,7 @@ class PackedBatch:
     input_ids: Tensor
     """``(1, T)``: every prompt once, then its completions without their last tokens."""
     position_ids: Tensor
-    """``(1, T)``: positions inside each sequence. Models with several position axes make theirs of the prompts."""
+    """``(1, T)``: positions inside each sequence. Models with several position axes derive theirs from the prompts."""
     layout: SharedPrefixLayout
     predictor_index: Tensor
     """``(L,)``: the row position whose hidden state predicts each completion token."""
@@ -30,7 +30,7 @@ class PackedBatch:
     lengths: Tensor
     """``(S,)``: trained completion tokens per sequence."""
     prompts: tuple[Prompt, ...] = ()
-    """The prompts of the row with their vision inputs, one per group; empty where nobody asks for those."""
+    """The prompts of the row with their vision inputs, one per group; empty if no vision inputs are needed."""
 
     @property
     def num_tokens(self) -> int:
@@ -51,9 +51,9 @@ def pack(
     Args:
         groups: at least one; every prompt and every completion holds at least one token.
         device: where the tensors go.
-        prompts: of the groups, in their order, for models that read vision inputs.
-        trained: per completion, in the order of the row, ``(C_i,)`` bool: the tokens whose log-probability is asked
-            for. The others are context. None, or nothing given, is all of them.
+        prompts: one per group, in the same order, for models that read vision inputs.
+        trained: per completion, in the order of the row, ``(C_i,)`` bool: the tokens whose log-probability is needed.
+            The others are context. None, or no entry, means all tokens.
     """
     tokens: list[Tensor] = []
     predictors: list[Tensor] = []

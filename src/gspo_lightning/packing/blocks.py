@@ -1,8 +1,8 @@
 """Attention blocks of a row, gathered into batches of equal shape, for CPUs.
 
-A group of the quickstart has 45 + 8 x 16 tokens. Its attention as one block computes three times the scores that are
-looked at, and block by block every product is too small for two cores. Here each prompt and each few completions are
-a block of their own, filled up to common lengths, and all blocks of a shape are one product.
+A group of the quickstart has 45 + 8 x 16 tokens. Attending to it as one block computes three times as many scores as
+are used, and block by block every product is too small for two cores. Here each prompt and every few completions form
+a block, padded to common lengths, and all blocks of one shape form one product.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout, ma
 Array = np.ndarray[Any, Any]
 
 QUANTUM = 16
-"""Queries and keys of a block are filled up to a multiple of it."""
+"""The queries and the keys of a block are padded to a multiple of this."""
 
 MOST_SCORES = 2**20
-"""Of a batch: they are written and read a few times, from a cache where they fit."""
+"""Most scores of a batch: they are written and read a few times, from the cache if they fit."""
 
 
 @dataclass(frozen=True)
 class BlockBatch:
     """B blocks with Q queries and K keys each.
 
-    Rows of queries are those of ``(T * heads, D)``, rows of keys those of ``(T * kv_heads, D)``.
+    Query rows index ``(T * heads, D)``, key rows index ``(T * kv_heads, D)``.
     """
 
     shape: tuple[int, int, int]
@@ -40,12 +40,12 @@ class BlockBatch:
     key_rows: Tensor
     """``(B * kv_heads * K,)``."""
     no_query: Tensor
-    """Places in ``query_rows`` that hold none."""
+    """Places in ``query_rows`` that hold no query."""
     bias: Tensor
-    """``(B, Q, K)``: 0 where a query looks, else -inf; what is no query looks everywhere."""
+    """``(B, Q, K)``: 0 where a query may attend, else -inf; 0 throughout for rows that hold no query."""
 
     def bias_of(self, kv_heads: int) -> Tensor:
-        """``(B, kv_heads, repeats * Q, K)``; made for every use, because it is as large as the scores."""
+        """``(B, kv_heads, repeats * Q, K)`` bias; made for every use, because it is as large as the scores."""
         blocks, queries, keys = self.bias.shape
         repeats = self.shape[1] // queries
         bias = self.bias[:, None, None].expand(blocks, kv_heads, repeats, queries, keys)
@@ -54,31 +54,32 @@ class BlockBatch:
 
 @dataclass(frozen=True)
 class GatheredBlocks:
-    """All blocks of a row, and how what they give is put together."""
+    """All blocks of a row, and how their results are put together."""
 
     batches: tuple[BlockBatch, ...]
     place: Tensor
-    """``(T * heads,)``: where each query lies in all batches, one after another; 0 for tokens after the layout's."""
+    """``(T * heads,)``: where each query lies in the concatenated batches; 0 for tokens after the layout's."""
     members: Tensor
-    """Where each key lies in all batches, key by key: ``(T * kv_heads, D)`` gradients are sums over these."""
+    """Places of each key in the concatenated batches, key by key: ``(T * kv_heads, D)`` gradients sum over these."""
     num_tokens: int
-    """Of the layout."""
+    """Tokens of the layout."""
     starts: Tensor
-    """``(T * kv_heads,)``: where each key's begin in ``members``; tokens after the layout's have none."""
+    """``(T * kv_heads,)``: where each key's places begin in ``members``; tokens after the layout's have none."""
 
 
 def gather_blocks(
     layout: SharedPrefixLayout, tokens: int, heads: int, kv_heads: int, window: int | None, dtype: torch.dtype
 ) -> GatheredBlocks:
-    """Made once per row and kind of layer; of lengths alone, in NumPy, so that rows without memory have it too.
+    """Gathers the blocks of a row, once per row and kind of layer; from lengths alone, in NumPy, so that it works for
+    fake tensors too.
 
     Args:
-        layout: of the row.
-        tokens: T, of the row with what fills it up.
-        heads: of queries.
-        kv_heads: of keys and values.
+        layout: layout of the row.
+        tokens: T, the tokens of the row including its filler.
+        heads: query heads.
+        kv_heads: key/value heads.
         window: sliding-window width in positions, None for full attention.
-        dtype: of the bias.
+        dtype: dtype of the bias.
     """
     by_shape: dict[tuple[int, int], list[AttentionBlock]] = {}
     for block in layout.fine_blocks():
@@ -105,7 +106,7 @@ def gather_blocks(
             key_places.append(keys_before + numbers.swapaxes(1, 2)[is_key])
             queries_before += len(blocks) * heads * length
             keys_before += len(blocks) * kv_heads * key_length
-    # Of each token and key head, in the order of the blocks: sums do not depend on anything else.
+    # The places of each token and key head, in the order of the blocks: sums depend on nothing else.
     keys = (np.concatenate(key_tokens)[:, None] * kv_heads + np.arange(kv_heads)).ravel()
     members = np.concatenate(key_places).ravel()[keys.argsort(kind="stable")]
     counts = np.bincount(keys, minlength=tokens * kv_heads)
@@ -133,7 +134,7 @@ def _batch(
 
 
 def _indices(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> tuple[Array, Array]:
-    """Tokens ``(B, length)`` of each block's spans, 0 after them; and which are theirs."""
+    """Tokens ``(B, length)`` of each block's spans, 0 after them; and a mask of the tokens that are theirs."""
     tokens = np.zeros((len(spans), length), dtype=np.int64)
     theirs = np.zeros((len(spans), length), dtype=bool)
     for number, some in enumerate(spans):
@@ -144,7 +145,7 @@ def _indices(spans: Sequence[Sequence[tuple[int, int]]], length: int) -> tuple[A
 
 
 def _cut(blocks: list[AttentionBlock], scores: int) -> list[list[AttentionBlock]]:
-    """Batches of about the same size with at most `MOST_SCORES`, or one block."""
+    """Batches of about the same size, each with at most `MOST_SCORES` or of one block."""
     count = -(-len(blocks) // max(1, MOST_SCORES // scores))
     edges = [len(blocks) * number // count for number in range(count + 1)]
     return [blocks[start:end] for start, end in zip(edges, edges[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""What torch.compile is told, in a way that all supported versions of torch understand."""
+"""Settings of torch.compile, in a form that all supported versions of torch understand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ GRAPHS = 64
 
 
 def allow_graphs() -> None:
-    """So many graphs of one function, in this process (with torch 2.13 in this thread); torch stops at 8 otherwise."""
+    """Allows `GRAPHS` graphs per function in this process (with torch 2.13: in this thread); torch's default is 8."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS)

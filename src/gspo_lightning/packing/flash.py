@@ -1,9 +1,9 @@
 """Attention over a shared-prefix row by FlashAttention (arXiv 2307.08691), for GPUs: two calls, nothing to compile.
 
-Every prompt and every completion attends to itself, causally: rows of varying lengths, which the kernel knows. Then
-the completions of a group, one after the other, attend to their prompt, all of it. A softmax over both sets of keys
-is the mean of the two, weighted by the sums of their exponentials (the online softmax, arXiv 1805.02867), and with
-these sums and the mean in place of its own, the kernel's backward gives the gradients of either part.
+Every prompt and every completion attends to itself, causally: sequences of varying lengths, which the kernel supports.
+Then the concatenated completions of a group attend to their whole prompt. A softmax over both sets of keys is the mean
+of the two, weighted by the sums of their exponentials (the online softmax, arXiv 1805.02867). Given the combined sums
+and mean in place of its own, the kernel's backward gives the gradients of either part.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ OLDEST = (8, 0)
 """Compute capability of the first cards with these kernels."""
 
 LARGEST_HEAD = 128
-"""Wider heads have a backward on some cards alone."""
+"""Wider heads have a backward on some cards only."""
 
 Part = tuple[Tensor, Tensor]
 """``(T, heads, D)`` attention to some keys, and ``(heads, T)`` float32 logarithms of the sums of exponentials."""
 
 
 def can_flash(query: Tensor, window: int | None, sinks: Tensor | None) -> bool:
-    """Whether the kernel knows this attention: bfloat16 or float16 on a GPU, without windows and sinks."""
+    """Whether the kernel supports this attention: bfloat16 or float16 on a GPU, without windows and sinks."""
     return (
         query.is_cuda
         and torch.version.hip is None
@@ -55,40 +55,40 @@ def flash_shared_prefix_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`shared_prefix_attention` in two calls of a kernel; the same arguments and result, where `can_flash` says so."""
+    """`shared_prefix_attention` in two kernel calls, for what `can_flash` allows; same arguments and result."""
     assert window is None and sinks is None and query.shape[2] == layout.num_tokens
     if layout.flash_calls is None:
         layout.flash_calls = flash_calls(layout)
-    # The kernel reads (tokens, heads, D), which is how the projections wrote it.
+    # The kernel reads (tokens, heads, D), which is how the projections wrote them.
     by_token = (x[0].transpose(0, 1) for x in (query, key, value))
     return _SharedPrefix.apply(*by_token, layout.flash_calls, scaling).transpose(0, 1)[None]
 
 
 @dataclass(frozen=True)
 class Spans:
-    """One call: the queries of every span attend to the keys of the span with its number."""
+    """One kernel call: the queries of every span attend to the keys of the key span with the same number."""
 
     query_ends: Tensor
-    """``(spans + 1,)`` int32, from 0."""
+    """``(spans + 1,)`` int32, beginning with 0; likewise ``key_ends``."""
     key_ends: Tensor
     longest_query: int
-    """A bound, as the next one. At least 2: at 1 the kernel of decoding answers, in another shape."""
+    """An upper bound, like ``longest_key``. At least 2: 1 selects the decoding kernel, whose output shape differs."""
     longest_key: int
     causal: bool
     keys_used: Tensor | None = None
-    """``(spans,)`` int32: so many keys of each span are looked at; None for all."""
+    """``(spans,)`` int32: how many keys of each span are attended to; None for all."""
 
 
 @dataclass(frozen=True)
 class FlashCalls:
-    """What a row's attention is made of."""
+    """The kernel calls that make up a row's attention."""
 
     own: Spans
-    """All tokens: every prompt and completion by itself."""
+    """All tokens: every prompt and completion to itself."""
     prompts: Spans | None
     """The tokens of completions to those of their prompts; None if there are no completions."""
     completion_tokens: Tensor
-    """Where the row has them."""
+    """Row positions of the queries of ``prompts``; ``prompt_tokens`` are those of its keys."""
     prompt_tokens: Tensor
 
 
@@ -149,12 +149,12 @@ class _SharedPrefix(torch.autograd.Function):
 
 
 def add_part(own: Part, other: Part, at: Tensor) -> None:
-    """Makes of the attention to some keys that to these and others.
+    """Extends an attention to some keys by the attention to others, in place.
 
     Args:
-        own: of all tokens; overwritten.
-        other: of the tokens ``at``, each of them once, to other keys.
-        at: tokens.
+        own: attention of all tokens to some keys; overwritten by that to both.
+        other: attention of the tokens ``at`` to other keys.
+        at: tokens, each once.
     """
     (out, total), (addend, its_total) = own, other
     before = total[:, at]
@@ -164,7 +164,7 @@ def add_part(own: Part, other: Part, at: Tensor) -> None:
 
 
 def flash_forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float) -> Part:
-    """One call."""
+    """The forward of one kernel call."""
     out, total, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, spans.query_ends, spans.key_ends, spans.longest_query, spans.longest_key,
         0.0, spans.causal, False, scale=scaling, seqused_k=spans.keys_used,
@@ -175,11 +175,11 @@ def flash_forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scali
 def flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, total: Tensor, spans: Spans, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, as far as they come from the scores of this call.
+    """Gradients of queries, keys and values that come from the scores of this call.
 
-    ``out`` and ``total`` may be those of an attention to more keys, of which these are some.
+    ``out`` and ``total`` may be those of an attention to more keys that includes these.
     """
-    seed = torch.empty(2, dtype=torch.uint64, device=query.device)  # of a dropout that there is not
+    seed = torch.empty(2, dtype=torch.uint64, device=query.device)  # for dropout, which is off
     with _one_order():
         grads = torch.ops.aten._flash_attention_backward(
             grad, query, key, value, out, total, spans.query_ends, spans.key_ends, spans.longest_query,
@@ -190,7 +190,7 @@ def flash_backward(
 
 @contextmanager
 def _one_order() -> Iterator[None]:
-    """The kernel adds up in the same order every time, or a resumed run would have other bits."""
+    """Makes the kernel add in the same order every time; else a resumed run would differ in its last bits."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic

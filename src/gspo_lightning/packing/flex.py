@@ -1,8 +1,8 @@
 """Attention over a shared-prefix row as one block-sparse kernel: torch's FlexAttention, for GPUs.
 
 `gspo_lightning.packing.attention` calls a fused kernel once per block of the row, which suits a CPU; on a GPU that is
-hundreds of small launches per layer. Here the row is one launch, and blocks of scores that no token may look at are
-never touched. Both forms give the same numbers (`tests/packing/test_flex.py`, `tests/gpu`).
+hundreds of small launches per layer. Here the row is one launch, and blocks of scores that are masked throughout are
+never computed. Both forms give the same numbers (`tests/packing/test_flex.py`, `tests/gpu`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from gspo_lightning.packing.compiling import allow_graphs
 from gspo_lightning.packing.layout import SharedPrefixLayout
 
 BLOCK = 128
-"""Queries and keys of a block of scores; those that are all forbidden are skipped."""
+"""Queries, and keys, of a block of scores; blocks that are masked throughout are skipped."""
 
 NO_WINDOW = 2**62
 
 ROWS_AT_A_TIME = 2**26
-"""Entries of the token mask that are looked at together while its blocks are found."""
+"""Entries of the token mask that are evaluated at a time while its blocks are found."""
 
 
 def flex_shared_prefix_attention(
@@ -38,13 +38,13 @@ def flex_shared_prefix_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`shared_prefix_attention` in one kernel; the same arguments and result.
+    """`shared_prefix_attention` in one kernel; same arguments and result.
 
     On a GPU the kernel is compiled on first use (Triton, some seconds), for all lengths at once. Elsewhere
-    FlexAttention computes all scores, and no gradients.
+    FlexAttention computes all scores and gives no gradients.
     """
     for x in (query, key, value):
-        # Else a number of blocks that happens to be that of the heads is taken for it, and compiled in with it.
+        # Else a number of blocks that happens to equal the number of heads is taken for it and compiled in.
         torch._dynamo.mark_static(x, [0, 1, 3])
     out, aux = (_compiled() if query.is_cuda else _plain)(
         query,
@@ -58,13 +58,13 @@ def flex_shared_prefix_attention(
     )
     if sinks is None:
         return out
-    # With a sink of logit s the softmax has exp(s) more in its denominator: exp(lse) / (exp(lse) + exp(s)).
+    # A sink of logit s adds exp(s) to the softmax's denominator: the rest is scaled by exp(lse) / (exp(lse) + exp(s)).
     share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))
     return out * share.unsqueeze(-1).to(out.dtype)
 
 
 FLOAT32_SHARED_MEMORY = 160 * 1024
-"""Bytes a block may have on the cards where the kernel is compiled for float32."""
+"""Shared memory per block, in bytes, that a card must offer for the kernel to be compiled for float32."""
 
 
 def can_flex(query: Tensor) -> bool:
@@ -78,7 +78,7 @@ def can_flex(query: Tensor) -> bool:
 
 
 def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
-    """Which blocks of scores of a row are forbidden, partly or wholly allowed; made once per row and window."""
+    """Which blocks of a row's scores are masked, partly allowed or wholly allowed; made once per row and window."""
     masks = layout.block_masks
     if window not in masks:
         masks[window] = _build(layout, window)
@@ -87,11 +87,11 @@ def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
 
 def _build(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
     (owner, prompt), positions = layout.owners(), layout.positions
-    # A tensor, not a number: numbers are compiled in, and every window would be a kernel of its own.
+    # A tensor, not a number: numbers are compiled in, and every window would need its own kernel.
     reach = torch.tensor(NO_WINDOW if window is None else window, device=layout.device)
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Causal inside the own sequence, which is the prompt and the completion."""
+        """Whether key k precedes query q in q's own sequence (its prompt and its completion), within the window."""
         mine = (owner[k] == owner[q]) | (owner[k] == prompt[q])
         distance = positions[q] - positions[k]
         return mine & (distance >= 0) & (distance < reach)
@@ -104,8 +104,8 @@ def _build(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
 
 
 def _summary(tokens: int, device: torch.device, allowed: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """Per block of scores ``(blocks, blocks)``: whether some, and whether all of it is allowed."""
-    # At least two: a dimension of one is compiled in, and short rows would be a kernel of their own.
+    """Per block of scores ``(blocks, blocks)``: whether some of it is allowed, and whether all of it is."""
+    # At least two: a dimension of one is compiled in, and short rows would need their own kernel.
     count = max(2, -(-tokens // BLOCK))
     keys = torch.arange(count * BLOCK, device=device)
     inside = keys < tokens
@@ -123,14 +123,14 @@ def _summary(tokens: int, device: torch.device, allowed: Callable[..., Tensor]) 
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """``(rows, columns)`` bool -> how many columns each row has ``(1, 1, rows)``, and which, those first."""
+    """``(rows, columns)`` bool -> each row's number of True columns ``(1, 1, rows)``, and its columns, True first."""
     columns = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    # Dtype, gradient, autocast and every head size are a graph each; beyond the usual 8 torch computes all scores.
+    # Each dtype, gradient mode, autocast state and head size is a graph; beyond the default 8 all scores are computed.
     allow_graphs()
     return torch.compile(flex_attention, dynamic=True)
 

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from gspo_lightning.packing.flash import FlashCalls
 
 WHOLE_GROUP_TOKENS = 256
-"""Groups up to this many tokens are attended to in one call; a quadratic mask is cheaper than many calls there."""
+"""Groups of up to this many tokens take one call; at that size a quadratic mask is cheaper than many calls."""
 
 TILE_QUERIES = 64
-"""Longer groups are cut into tiles of whole completions with at least this many queries where they have them."""
+"""Longer groups are cut into tiles of whole completions, each with at least this many queries if enough are left."""
 
 FINE_TILE_QUERIES = 32
-"""The same where blocks are gathered into batches: fewer scores for nothing, more copies of a prompt's keys."""
+"""The same for blocks that are gathered into batches: fewer wasted scores, more copies of a prompt's keys."""
 
 WHOLE_PROMPT_TOKENS = 512
-"""On CPUs longer prompts are cut into chunks: the scores of a whole prompt are half waste."""
+"""On CPUs longer prompts are cut into chunks: half of a whole prompt's scores are wasted."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class SharedPrefixLayout:
     groups: tuple[GroupLayout, ...]
     device: torch.device
     may_compile: bool = True
-    """False for a row that is looked at once: no kernel is made for it unless the model was told to have one."""
+    """False for a row that is used once: no kernel is compiled for it unless the model was told to compile one."""
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
-    """By sliding window, of the one-kernel form (`gspo_lightning.packing.flex`)."""
+    """Masks of the one-kernel form (`gspo_lightning.packing.flex`), by sliding window."""
     flash_calls: FlashCalls | None = field(default=None, repr=False)
-    """Of `gspo_lightning.packing.flash`."""
+    """The kernel calls of `gspo_lightning.packing.flash`."""
     gathered: dict[tuple[Any, ...], GatheredBlocks] = field(default_factory=dict, repr=False)
-    """By tokens, heads, window and dtype, of `gspo_lightning.packing.blocks`."""
+    """The gathered blocks of `gspo_lightning.packing.blocks`, by tokens, heads, window and dtype."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,20 +102,20 @@ class SharedPrefixLayout:
         return sum(group.num_tokens for group in self.groups)
 
     def position_list(self) -> list[int]:
-        """`positions` as numbers."""
+        """`positions` as a list of numbers."""
         return [position for group in self.groups for position in group.local_positions()]
 
     def segment_list(self) -> list[int]:
-        """0 for every token of a prompt, 1..G for those of its group's completions."""
+        """0 for every token of a prompt, 1..G for the tokens of its group's completions."""
         return [segment for group in self.groups for segment in group.segments()]
 
     @property
     def positions(self) -> Tensor:
-        """``(T,)`` position of every token inside its own sequence; completions restart right after their prompt."""
+        """``(T,)`` position of every token inside its own sequence; every completion continues from its prompt."""
         return self._positions
 
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Two times ``(T,)``: the number of the prompt or completion that a token belongs to, and of its prompt."""
+        """Two ``(T,)`` tensors: the number of each token's prompt or completion, and the number of its prompt."""
         lengths = [n for group in self.groups for n in (group.prompt_length, *group.completion_lengths)]
         sizes = [1 + len(group.completion_lengths) for group in self.groups]
         prompts = [start for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False) for _ in range(size)]
@@ -124,7 +124,7 @@ class SharedPrefixLayout:
         return numbers.to(self.device), torch.tensor(prompts).repeat_interleave(counts).to(self.device)
 
     def fine_blocks(self) -> tuple[AttentionBlock, ...]:
-        """The blocks for batches of them (`gspo_lightning.packing.blocks`): no group is one whatever its size."""
+        """Blocks to be gathered into batches (`gspo_lightning.packing.blocks`): even small groups are split."""
         return tuple(self._blocks(whole_group=0, tile=FINE_TILE_QUERIES))
 
     def _blocks(self, whole_group: int = WHOLE_GROUP_TOKENS, tile: int = TILE_QUERIES) -> Iterator[AttentionBlock]:
@@ -144,13 +144,13 @@ class SharedPrefixLayout:
             start = end
 
     def _prompt(self, span: tuple[int, int]) -> Iterator[AttentionBlock]:
-        # The fused kernels of GPUs leave the upper half out by themselves.
+        # The fused kernels of GPUs skip the masked half by themselves.
         is_long = self.device.type == "cpu" and span[1] - span[0] > WHOLE_PROMPT_TOKENS
         for start, end in _chunks(span) if is_long else [span]:
             yield AttentionBlock((start, end), ((span[0], end),), causal=start == span[0])
 
     def mask(self, number: int, window: int | None = None) -> Tensor:
-        """Boolean ``(queries, keys)`` mask of block ``number``, True where a query may look.
+        """Boolean ``(queries, keys)`` mask of block ``number``, True where a query may attend to a key.
 
         ``window`` keeps only keys less than that many positions before their query (sliding-window attention).
         """
@@ -165,9 +165,9 @@ class SharedPrefixLayout:
 
 
 def may_look(positions: Any, segments: Any, queries: Any, keys: Any, window: int | None) -> Any:
-    """Tokens ``(..., Q)`` and ``(..., K)`` of the same groups -> ``(..., Q, K)``, True where a query may look.
+    """Tokens ``(..., Q)`` and ``(..., K)`` of the same groups -> ``(..., Q, K)``, True where a query may attend.
 
-    All tensors, or all arrays of NumPy; positions and segments are those of the row's tokens.
+    All arguments are tensors, or all are NumPy arrays; positions and segments are those of the row's tokens.
     """
     segment_q, segment_k = segments[queries][..., None], segments[keys][..., None, :]
     distance = positions[queries][..., None] - positions[keys][..., None, :]
@@ -176,9 +176,9 @@ def may_look(positions: Any, segments: Any, queries: Any, keys: Any, window: int
 
 
 def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:
-    """Spans of a tile from front to back, of at least ``TILE_QUERIES`` tokens where it has them.
+    """Spans of a tile from front to back, each of at least ``TILE_QUERIES`` tokens if the tile is that long.
 
-    No query looks further than the end of its chunk: half of a long completion's scores are never computed.
+    Keys after the end of a chunk are left out for its queries: half of a long completion's scores are never computed.
     """
     start, end = tile
     count = max(1, (end - start) // TILE_QUERIES)
@@ -187,7 +187,7 @@ def _chunks(tile: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _tiles(start: int, lengths: tuple[int, ...], least: int) -> Iterator[tuple[int, int]]:
-    """Spans of whole consecutive completions, each closed once it holds at least so many tokens."""
+    """Spans of whole consecutive completions, each closed once it holds at least ``least`` tokens."""
     tile_start = start
     for end in accumulate(lengths, initial=start):
         if end - tile_start >= least:

@@ -1,12 +1,12 @@
 """Log-probabilities and entropies straight from hidden states, without ever holding all logits.
 
-``log p(y | h) = (h . w_y) / tau - logsumexp_v((h . w_v) / tau)``. The vocabulary is taken in slices: the sums over it
-are put together as in the online softmax (arXiv 1805.02867), and the backward recomputes the logits slice by slice and
-writes each slice's part of the head's gradient once. A slice stays in a processor's cache from product to product.
+``log p(y | h) = (h . w_y) / tau - logsumexp_v((h . w_v) / tau)``. The vocabulary is processed in slices: the sums over
+it are combined as in the online softmax (arXiv 1805.02867), and the backward recomputes the logits slice by slice and
+writes each slice's part of the head's gradient once. A slice stays in the CPU's cache from product to product.
 
-The products of the forward are in float32 whatever the body ran in: a clip width of 3e-4 on a sequence's mean
-log-ratio would drown in bfloat16 logits. Those of the backward are in the dtype of the autocast region (its rounding
-reaches the gradient as it does in every other layer, but no ratio).
+The products of the forward are in float32 whatever the dtype of the body: a clip width of 3e-4 on a sequence's mean
+log-ratio would drown in the rounding of bfloat16 logits. Those of the backward are in the dtype of the autocast region
+(its rounding reaches the gradient as it does in every other layer, but no ratio).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from gspo_lightning.packing.products import float32_products, product_dtype, rows_missing
 
 SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
-"""Of a slice's logits, and of its weights: near a CPU's cache, enough to occupy a GPU. Copies of them come on top."""
+"""Size of a slice's logits, and of its weights: near a CPU's cache, enough to occupy a GPU. Copies come on top."""
 
 
 def linear_logprobs(
@@ -37,7 +37,7 @@ def linear_logprobs(
 
     Args:
         hidden: ``(L, H)`` last hidden states.
-        weight: ``(V, H)`` of the output embedding.
+        weight: ``(V, H)`` weight of the output embedding.
         targets: ``(L,)`` int64.
         temperature: logits are divided by it, in sampling and training alike.
         with_entropy: False returns zeros in place of the entropy and saves two passes over the logits.
@@ -47,7 +47,7 @@ def linear_logprobs(
         gradient to ``hidden`` and ``weight``.
 
     Raises:
-        RuntimeError: a target is no row of ``weight`` (on a GPU: at the next synchronisation).
+        RuntimeError: a target is not a row of ``weight`` (on a GPU: raised at the next synchronisation).
     """
     torch._assert_async(((targets >= 0) & (targets < len(weight))).all(), "a target outside of the vocabulary")
     backward_dtype, count = product_dtype(hidden), len(hidden)
@@ -62,7 +62,7 @@ def linear_logprobs(
 def logits_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same from ``(L, V)`` logits, for models whose head is more than a matrix; float32 whatever theirs are."""
+    """`linear_logprobs` from ``(L, V)`` logits, for models whose head is more than a matrix; float32 or wider."""
     log_p = torch.log_softmax(_wide(logits) / temperature, dim=-1)
     logprobs = log_p.gather(1, targets[:, None]).squeeze(1)
     return logprobs, -torch.linalg.vecdot(log_p.exp(), log_p) if with_entropy else torch.zeros_like(logprobs)
@@ -70,7 +70,7 @@ def logits_logprobs(
 
 def _slices(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     held = SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cpu"]) // (dtype.itemsize * max(1, *hidden.shape))
-    # A power of two: kernels for odd sizes are slow, and take up to 50 ms to be made.
+    # A power of two: kernels for odd sizes are slow, and take up to 50 ms to build.
     size = max(128, (1 << held.bit_length()) >> 1)
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
@@ -123,12 +123,12 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         narrow, temperature = ctx.backward_dtype, ctx.temperature
         rows, wide = hidden.to(narrow), _wide(hidden)
-        # Taken off inside the product, before it is rounded: what is left of a likely token's logit is small.
-        # What its own rounding left is `rest`: a row holds log-probabilities plus that.
+        # Subtracted inside the product, before rounding: what remains of a likely token's logit is small.
+        # `rest` is the rounding error of the shift: a row holds log-probabilities plus it.
         shift = -normaliser.to(narrow)
         rest = shift + normaliser
         own, own_factor = _own_entry(logprobs, rest, narrow)
-        # What all logits of a row are multiplied by goes to the narrow side of the products.
+        # The factor common to all logits of a row is applied to the small operand of the products.
         factor = -(torch.ones_like(logprobs) if ctx.with_entropy else grad_logprobs * own_factor)[:, None] / temperature
         weighted_rows = (wide * factor).to(narrow)
         grad_hidden = torch.zeros_like(wide) if needs_hidden else None
@@ -147,7 +147,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     _add_product(grad_hidden, grad, narrow_weight)
                 if grad_weight is not None:
                     _put_product(grad_weight[part], grad.t(), weighted_rows)
-                del shifted, grad  # else they live while those of the next slice are made
+                del shifted, grad  # else they stay in memory while those of the next slice are made
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -157,11 +157,11 @@ def _summed(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor
     """Sums over a slice of the vocabulary; overwrites ``logits`` ``(L, slice)``.
 
     Args:
-        targets: ``(L,)``, counted from the slice's beginning; they may lie outside.
+        targets: ``(L,)``, counted from the slice's beginning; they may lie outside the slice.
 
     Returns:
-        each ``(L,)``: the largest logit m; the sum of ``exp(l - m)``; ``l - m`` of the target, -inf outside; and the
-        sum of ``exp(l - m) (l - m)``, zeros if that is not asked for.
+        each ``(L,)``: the largest logit m; the sum of ``exp(l - m)``; ``l - m`` of the target, -inf if it lies outside;
+        and the sum of ``exp(l - m) (l - m)``, zeros without ``with_entropy``.
     """
     largest = logits.amax(-1, keepdim=True)
     logits.sub_(largest)
@@ -174,7 +174,7 @@ def _summed(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor
 
 
 def _together(largest: Tensor, total: Tensor, chosen: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, normaliser ``logsumexp(l)`` and entropy ``(L,)`` from `_summed` of all slices ``(n, L)``."""
+    """Log-probability, normaliser ``logsumexp(l)`` and entropy, each ``(L,)``, from `_summed` of slices ``(n, L)``."""
     overall = largest.amax(0)
     below = largest - overall
     scale = below.exp()
@@ -184,9 +184,9 @@ def _together(largest: Tensor, total: Tensor, chosen: Tensor, moment: Tensor) ->
 
 
 def _own_entry(logprobs: Tensor, rest: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``p - 1`` of the targets in rows of ``exp(rest) p``, rounded, and the factors that undo both ``(L,)``.
+    """``exp(rest) (p - 1)`` of the targets, rounded, and the factors that undo ``exp(rest)`` and rounding: ``(L,)``.
 
-    The factors take the rounding with them: the target's entry, most of a row's gradient, is as exact as the forward.
+    With the rounding undone, the target's entry, most of a row's gradient, is as exact as the forward.
     """
     own = torch.expm1(logprobs)
     rounded = (own * rest.exp()).to(narrow)
@@ -202,7 +202,7 @@ def _grad_of_both(
     grad_entropy: Tensor,
     narrow: torch.dtype,
 ) -> Tensor:
-    """The negative gradient by the logits of a slice, of log-probabilities and entropies together.
+    """The negative gradient of log-probabilities and entropies together with respect to a slice's logits.
 
     ``d log p(y) / d l = onehot(y) - p`` and ``d entropy / d l = -p (log p + entropy)``.
 
@@ -218,10 +218,10 @@ def _grad_of_both(
 
 
 def _set(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    """Puts the values ``(L,)`` where the targets lie in this slice.
+    """Writes the values ``(L,)`` at those targets that lie in this slice.
 
-    In a narrow dtype ``p(y) - 1`` would lose the gradient of every confident token, so the target's entry comes from
-    the forward's log-probability.
+    Computing ``p(y) - 1`` in a narrow dtype would lose the gradient of every confident token, so the target's entry
+    comes from the forward's log-probability.
     """
     place, inside = _place(targets, grad.shape[1])
     grad[place] = torch.where(inside, values.to(grad.dtype), grad[place])
@@ -229,13 +229,13 @@ def _set(grad: Tensor, targets: Tensor, values: Tensor) -> Tensor:
 
 
 def _place(targets: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Row and column of each target, or of some entry of its row; and whether it lies in a slice of this size."""
+    """Row and column of each target, clamped to the slice; and whether the target lies in a slice of this size."""
     rows = torch.arange(len(targets), device=targets.device)
     return (rows, targets.clamp(0, size - 1)), (targets >= 0) & (targets < size)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``; without a product of its own where the dtypes allow it."""
+    """``total += a @ b``; without a temporary for the product if the dtypes allow it."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:

@@ -1,4 +1,4 @@
-"""Which sequences share a micro-batch: whole groups where they fit, split groups where they do not."""
+"""Which sequences share a micro-batch: groups are kept whole if they fit and split if they do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GroupSlice:
 MicroBatchPlan = tuple[GroupSlice, ...]
 
 _Part = tuple[int, GroupSlice]
-"""With its forwarded tokens."""
+"""A group slice, preceded by its number of forwarded tokens."""
 
 
 def plan_micro_batches(
@@ -27,12 +27,12 @@ def plan_micro_batches(
 ) -> list[MicroBatchPlan]:
     """Distributes groups over few micro-batches of at most ``max_tokens`` forwarded tokens, evenly filled.
 
-    First-fit decreasing decides how many micro-batches are needed. The parts are then spread evenly over that many, if
-    none exceeds the budget, because the largest decides how much memory an update takes.
+    First-fit decreasing decides how many micro-batches are needed. The parts are then spread evenly over them if this
+    exceeds no budget, because the largest micro-batch decides how much memory an update takes.
 
     A group longer than the budget is split between completions; its prompt is then forwarded once per part. A
-    single sequence longer than the budget gets a micro-batch of its own. The plan depends on lengths alone, so
-    the passes for old, reference and new log-probabilities that share a plan share their rounding.
+    single sequence longer than the budget gets its own micro-batch. The plan depends on lengths alone, so the
+    passes for old, reference and new log-probabilities that share a plan share their rounding.
 
     Args:
         prompt_lengths: tokens of each group's prompt.
@@ -66,7 +66,7 @@ def _first_fit(parts: list[_Part], max_tokens: int) -> list[list[_Part]]:
 
 
 def _evenly(parts: list[_Part], count: int) -> list[list[_Part]]:
-    """The next longest to where the least is."""
+    """Puts each part, longest first, into the emptiest of ``count`` bins."""
     bins: list[list[_Part]] = [[] for _ in range(count)]
     filled = [0] * count
     for part in parts:

@@ -1,4 +1,4 @@
-"""How matrix products want their operands, on CPUs and on GPUs."""
+"""Precision and operand shapes that make matrix products fast, on CPUs and on GPUs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 32
-"""What kernels for AMX take at a time; those of other processors like multiples of it too."""
+"""Rows that AMX kernels process at a time; kernels of other processors are faster at multiples of it too."""
 
 _ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-# Whether oneDNN's permission is that of `onednn_float32`, and not the user's.
+# Whether oneDNN's precision was set by `onednn_float32`, not by the user.
 _is_ours = False
 
 
 @contextmanager
 def onednn_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products by oneDNN, where MKL would use half of the processor: on AMD's with AVX-512.
+    """Computes float32 products by oneDNN on AMD processors with AVX-512, of which MKL would use half.
 
-    There MKL runs its kernels for AVX2: 98 GFLOP/s on a core where oneDNN's reach 220. torch asks oneDNN only where
-    float32 operands may be rounded to bfloat16, and oneDNN rounds them only where there are units for bfloat16 matrices
-    (AMX). Without such units the permission costs no digit; a product is compared once, and if it was rounded after
-    all, nothing changes. A precision that the user has chosen stays.
+    MKL runs its AVX2 kernels there: 98 GFLOP/s on a core where oneDNN's reach 220. torch calls oneDNN only if float32
+    operands may be rounded to bfloat16, and oneDNN rounds them only on processors with bfloat16 matrix units (AMX).
+    Without such units allowing it loses no digit; one product is checked, and if it was rounded after all, this does
+    nothing. A precision that the user has chosen is kept.
 
     Args:
-        device: of the products; elsewhere than on a CPU this does nothing.
+        device: device of the products; if it is not a CPU, this does nothing.
     """
     if device.type != "cpu" or _ONEDNN.fp32_precision != "none" or not _mkl_is_slow() or not _stays_float32():
         yield
@@ -39,15 +39,15 @@ def onednn_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _is_ours = False
-        if _ONEDNN.fp32_precision == "bf16":  # or else the user has chosen another meanwhile
+        if _ONEDNN.fp32_precision == "bf16":  # else the user has chosen another meanwhile
             _ONEDNN.fp32_precision = "none"
 
 
 @contextmanager
 def changing_shapes() -> Iterator[None]:
-    """Inside of `onednn_float32`: float32 products by MKL, because their shapes hardly ever come again.
+    """Inside `onednn_float32`, computes float32 products by MKL, for products whose shapes hardly ever recur.
 
-    oneDNN would make a kernel for each of them and keep it; attention is a small part of an update, and no slower so.
+    oneDNN would build and keep a kernel for each shape; attention is a small part of an update, and no slower by MKL.
     """
     if not _is_ours:
         yield
@@ -67,7 +67,7 @@ def _mkl_is_slow() -> bool:
 
 @functools.cache
 def _stays_float32() -> bool:
-    """Whether oneDNN keeps all digits of float32 operands that it might round."""
+    """Whether oneDNN keeps all digits of float32 operands although it may round them."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 512, generator=generator, device="cpu", dtype=torch.float32) for _ in range(2))
     _ONEDNN.fp32_precision = "bf16"
@@ -81,34 +81,34 @@ def _stays_float32() -> bool:
 
 
 def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows of zeros to put after the operands of oneDNN's products: those in bfloat16 on a CPU, and in float32 inside
-    of `onednn_float32`; none elsewhere.
+    """Number of zero rows to append to the operands of oneDNN's products: those in bfloat16 on a CPU, and in float32
+    inside `onednn_float32`; 0 elsewhere.
 
-    oneDNN makes a kernel for every shape: 3 ms and up to 2 MB for a number of rows that it has not seen, in each of 20
-    products of a training step. Multiples of ``TILE_ROWS`` come again, and a product over so many is a third faster.
+    oneDNN builds a kernel for every shape: 3 ms and up to 2 MB for each new number of rows, in each of 20 products of a
+    training step. Multiples of ``TILE_ROWS`` recur, and a product over such a multiple is a third faster.
     """
     by_onednn = dtype == torch.bfloat16 or (dtype == torch.float32 and _ONEDNN.fp32_precision == "bf16")
     return -rows % TILE_ROWS if device.type == "cpu" and by_onednn else 0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Of products with this operand: autocast's, where it is on and the operand is not in float64."""
+    """Dtype of products with this operand: autocast's if that is on and the operand is not float64."""
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def float32_products(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """``a @ b.T`` in float32 from bfloat16 products, for GPUs, whose float32 ones run at a tenth of the speed.
+    """``a @ b.T`` in float32 from bfloat16 products, for GPUs, whose float32 products run at a tenth of the speed.
 
-    The matrix units multiply bfloat16 numbers exactly and add them up in float32; what an ordinary bfloat16 product
-    loses is the rounding of its *result*. So bfloat16 operands give float32 logits at no cost. Float32 operands are
-    taken as sums of two bfloat16 numbers each, which keeps 16 of their 24 bits, and of the four products the smallest
+    The matrix units multiply bfloat16 numbers exactly and add them in float32; an ordinary bfloat16 product loses
+    digits only by rounding its *result*. So bfloat16 operands give float32 logits at no cost. Float32 operands are
+    split into sums of two bfloat16 numbers each, which keeps 16 of their 24 bits, and of the four products the smallest
     is left out: an error near 1e-5, where bfloat16 logits are off by hundredths (what torch calls ``bf16_3x``).
 
     Args:
-        a: ``(N, H)`` float32 or bfloat16; taken apart once, whatever the number of calls.
-        dtype: of b, one of the two.
+        a: ``(N, H)`` float32 or bfloat16; split once, whatever the number of calls.
+        dtype: dtype of b, float32 or bfloat16.
 
     Returns:
         b ``(M, H)`` -> ``(N, M)`` float32.
@@ -127,7 +127,7 @@ def _high_low_high(x: Tensor) -> Tensor:
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16 number, and the nearest to what that leaves."""
+    """The nearest bfloat16 number, and the bfloat16 number nearest to the remainder."""
     high = x.bfloat16()
     return high, (x.float() - high.float()).bfloat16()
 

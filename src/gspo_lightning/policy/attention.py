@@ -25,24 +25,24 @@ from gspo_lightning.packing.products import product_dtype
 ATTENTION_NAME = "gspo_shared_prefix"
 
 AttentionForm = Literal["auto", "sdpa", "flex"]
-"""How a packed row is attended to: block by block with torch's fused kernels (``sdpa``), in one block-sparse kernel
-that is compiled first (``flex``), or as suits device and model (``auto``), which on a GPU is FlashAttention in
-bfloat16 without windows and sinks, else ``flex`` where it can be compiled."""
+"""Attention of a packed row: block by block with torch's fused kernels (``sdpa``), in one block-sparse kernel that is
+compiled first (``flex``), or as suits device and model (``auto``): on a GPU, FlashAttention in bfloat16 or float16
+without windows and sinks, else ``flex`` if it can be compiled."""
 
 
 def attention_name(form: AttentionForm) -> str:
-    """What transformers knows a form by; it reads meaning into names that hold ``sdpa`` or ``flex``."""
+    """Name of a form in transformers, which gives a meaning of its own to names that contain ``sdpa`` or ``flex``."""
     return {"auto": ATTENTION_NAME, "sdpa": f"{ATTENTION_NAME}_blocks", "flex": f"{ATTENTION_NAME}_kernel"}[form]
 
 
 def attention_implementation(form: AttentionForm, has_vision: bool) -> Any:
-    """transformers' ``attn_implementation`` for a packed model; a tower keeps its own, for it sees patches."""
+    """transformers' ``attn_implementation`` for a packed model; a vision tower keeps its own: it reads patches."""
     name = attention_name(form)
     return {"": name, "text_config": name, "vision_config": "sdpa"} if has_vision else name
 
 
 class AttentionLayout(Protocol):
-    """Anything that knows how the tokens of a forward may look at each other."""
+    """Anything that computes which tokens of a forward attend to each other."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
@@ -99,7 +99,7 @@ def attention_forward(
 def _with_sinks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks: Tensor
 ) -> Tensor:
-    """Padded rows of a model with attention sinks; no mask is causal. Returns ``(rows, tokens, heads, D)``."""
+    """Attention of padded rows with sinks; without a mask, causal. Returns ``(rows, tokens, heads, D)``."""
     if mask is None:
         queries, keys = query.shape[2], key.shape[2]
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
@@ -111,9 +111,9 @@ def _with_sinks(
 def register() -> None:
     """Makes the names of all forms known to transformers; calling it again changes nothing.
 
-    cuDNN's attention, which torch prefers on recent GPUs, is switched off: it plans anew for every shape, and every
-    decoding step has its own. For good, because layers that are recomputed choose a kernel again in the backward, and
-    what another one kept would not fit.
+    cuDNN's attention, which torch prefers on recent GPUs, is switched off: it plans again for every shape, and every
+    decoding step has its own. It stays off, because recomputed layers choose a kernel again in the backward, and what
+    another kernel kept would not fit.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     for form in get_args(AttentionForm):

@@ -41,7 +41,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to build one bundled model; a new ``version`` leaves caches of another result behind."""
+    """How to build one bundled model; a new ``version`` ignores caches of earlier results."""
 
     version: int
     build: Callable[[Path], None]
@@ -117,7 +117,7 @@ def _bundled_folder(name: str) -> Path:
 
 
 def _require_space(models: Path, needed_bytes: int) -> None:
-    """Make the cache folder, and refuse before any work where the model could not be written."""
+    """Make the cache folder; refuse before any work if the model could not be written there."""
     try:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,7 +131,7 @@ def _require_space(models: Path, needed_bytes: int) -> None:
 
 
 def _build_into(target: Path, recipe: _Recipe) -> None:
-    """Build beside ``target`` and rename. The caller holds the lock."""
+    """Build in a folder next to ``target``, then rename it. The caller holds the lock."""
     for leftover in target.parent.glob(f".{target.name}-*"):
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:

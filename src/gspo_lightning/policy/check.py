@@ -1,4 +1,4 @@
-"""Is the packed forward of this model the padded forward? Asked once, before training on any architecture."""
+"""Checks once, before training, that a model's packed forward gives the same as its padded forward."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Relative L2 distance of the log-probabilities. Float32 has measured distances near 1e-6; a layout bug gives 1e-1."""
 
 LONGEST_WINDOW = 1024
-"""Sliding windows up to this many tokens are looked beyond; a longer prompt would take long on a CPU."""
+"""Windows up to this many tokens are checked with a longer prompt; for wider ones that would take long on a CPU."""
 
 NARROW_FACTOR = 2.5
-"""In narrower dtypes: this many times what rounding does, which has been measured at 0.1 to 0.9 times of it (bfloat16
-and 4 bits, 2 to 30 layers, trained or not); forgotten sinks, windows or pictures were 3 times of it and more."""
+"""Bound in narrower dtypes, as a multiple of the effect of rounding. Correct models measured 0.1 to 0.9 times it
+(bfloat16 and 4 bits, 2 to 30 layers, trained or not); forgotten sinks, windows or pictures gave 3 times and more."""
 
 
 class PackingMismatchError(RuntimeError):
@@ -31,7 +31,7 @@ class PackingMismatchError(RuntimeError):
 
 
 def choose_forward(policy: Policy) -> None:
-    """Leaves a policy packed if that is exact, and else sets ``policy.is_padded``, with a line that says so."""
+    """Leaves a policy packed if that is exact; else sets ``policy.is_padded``, with a warning."""
     if policy.is_padded:
         return
     try:
@@ -51,10 +51,10 @@ SLOW = (
 def check_packing(policy: Policy) -> float:
     """Compares one small group of random tokens, packed and padded; returns the relative distance.
 
-    Of the layout, not of a kernel: a GPU that trains float32 weights with bfloat16 products does so in another one.
+    This checks the layout, not a kernel: a GPU that trains float32 weights with bfloat16 products uses another kernel.
 
     Raises:
-        PackingMismatchError: beyond the bound of the model's dtype.
+        PackingMismatchError: the distance exceeds the bound of the model's dtype.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
@@ -86,13 +86,13 @@ def check_packing(policy: Policy) -> float:
 
 
 def _coarsest_dtype(policy: Policy) -> torch.dtype:
-    """What a forward rounds to: a base in few bits multiplies in a narrow dtype, whatever the rest is kept in."""
+    """Dtype that a forward rounds to: a quantised base multiplies in a narrow dtype, whatever the rest is in."""
     return torch.bfloat16 if getattr(policy.base_model, "is_quantized", False) else policy.output_weight.dtype
 
 
 @contextmanager
 def rounded_embeddings(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
-    """Every number from the input embedding is one or two units of ``dtype`` in its last place too large or small."""
+    """Makes every output of the input embedding too large or too small, by half the machine epsilon of ``dtype``."""
     embedding = policy.base_model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
 
@@ -108,7 +108,7 @@ def rounded_embeddings(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _prompt_length(policy: Policy) -> int:
-    """Long enough that a sliding window leaves out the beginning of the prompt, in some layers of some models."""
+    """Prompt length at which a sliding window, if there is one up to `LONGEST_WINDOW`, hides the prompt's beginning."""
     window = getattr(policy.config.get_text_config(), "sliding_window", None)
     return 11 if not isinstance(window, int) or window > LONGEST_WINDOW else window + 3
 

@@ -15,8 +15,8 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
     """Writes weights (safetensors), config, tokenizer and image processor into ``folder``.
 
     A LoRA policy is saved as its adapter, or, with ``merge_lora``, folded into a copy of the weights: the policy
-    itself is never merged, because merging and unmerging drifts. An adapter that an earlier
-    export left there is removed beside whole weights: transformers would load it on top of them.
+    itself is never merged, because merging and unmerging drifts. If whole weights are saved, an adapter that an earlier
+    export left there is removed: transformers would load it on top of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = policy.model

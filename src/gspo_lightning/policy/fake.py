@@ -1,4 +1,4 @@
-"""A policy on fake tensors (torch's `FakeTensorMode`), which have shapes and no memory: what would a forward keep?"""
+"""A policy on fake tensors (torch's `FakeTensorMode`), which have shapes but no memory, to estimate memory."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def fake_policy(loader: PolicyLoader) -> Policy:
 
 
 def saved_bytes(policy: Policy, packed: PackedBatch, precision: str) -> float:
-    """What autograd keeps of a training forward, parameters left out. Casts of weights to bfloat16 are among it."""
+    """Bytes that autograd keeps of a training forward, without parameters but with their casts to bfloat16."""
     own = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
     seen: dict[int, int] = {}
-    # What is kept must live until it is counted: a storage that is freed may give its address to the next one.
+    # Kept tensors must live until they are counted: the address of a freed storage may be used again.
     alive: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
 
 
 def _override(config: Any, overrides: dict[str, Any]) -> None:
-    """Sets what `from_pretrained` would: entries of a config within the config one by one."""
+    """Sets what `from_pretrained` would; entries of a nested config are set one by one."""
     for name, value in overrides.items():
         if isinstance(value, dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
             _override(getattr(config, name), value)
@@ -92,7 +92,7 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Puts fake tensors in place of those of the meta device; tied ones stay tied. Moving a module would swap them."""
+    """Replaces meta tensors by fake ones; tied ones stay tied, which moving the module would not ensure."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -106,8 +106,8 @@ def _make_fake(model: nn.Module) -> None:
 
 @contextmanager
 def _products_of_experts_without_memory() -> Iterator[None]:
-    """The grouped product of experts by transformers' own operator, which keeps the same tensors: torch's has no shapes
-    for tensors without memory but in bfloat16. (In float64 the policy takes a loop, which keeps some percent more.)
+    """Makes experts use transformers' own grouped product, which keeps the same tensors: torch's supports tensors
+    without memory only in bfloat16. (In float64 the policy uses a loop, which keeps some percent more.)
     """
     can_use = moe._can_use_grouped_mm
     moe._can_use_grouped_mm = lambda *_: False

@@ -33,7 +33,7 @@ def check_push(repository: str | None, *, exported: bool, private: bool) -> None
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Uploads a folder and returns its address; the repository is made if it is not there.
+    """Uploads a folder and returns its address; the repository is created if it does not exist.
 
     Raises:
         UserError: the hub cannot be reached or refuses.

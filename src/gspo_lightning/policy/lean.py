@@ -1,11 +1,11 @@
-"""Layers that keep and do less: norms, attention and gated MLPs of the Llama family, as functions of our own.
+"""Layers that keep and compute less: our own norms, attention and gated MLPs for the Llama family.
 
-transformers' RMSNorm keeps three tensors of its input's size, and every linear layer after it casts its output anew;
+transformers' RMSNorm keeps three tensors of its input's size, and every linear layer after it casts its output again;
 its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
-answers in the dtype of the products, the layers after it keep nothing and norm once more in the backward, the MLP
-keeps gate and up alone and multiplies them again, and attention rotates queries and keys in a third of the operations
+returns the dtype of the products, the layers after it keep nothing and recompute the norm in the backward, the MLP
+keeps only gate and up and multiplies them again, and attention rotates queries and keys in a third of the operations
 (`gspo_lightning.policy.rotary`).
-Numbers are those of transformers but for roundings; `lighten` compares them before it changes anything.
+Results equal those of transformers except for rounding; `lighten` compares them before it changes anything.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from gspo_lightning.policy.rotary import rotate
 FAMILIES = frozenset(
     f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
 )
-"""Layers whose two norms feed linear layers and nothing else, so that their output may have the dtype of those."""
+"""Layers whose two norms feed only linear layers, so that the norms' output may have the dtype of the products."""
 
 ATTENTIONS = frozenset(
     f"{name}Attention" for name in ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
 )
-"""Projections, norms of the heads where there are any, rotation, cache, attention, projection; in this order.
+"""Attention modules that compute projections, any norms of heads, rotation, cache, attention and projection, in order.
 
 Mistral's reads its window from the config.
 """
@@ -42,13 +42,13 @@ Mistral's reads its window from the config.
 def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = True) -> int:
     """Replaces what can be replaced, in place; returns the number of modules changed, 0 for an unknown architecture.
 
-    Not together with compiled layers, which do less by themselves.
+    Not for compiled layers, which do less by themselves.
 
     Args:
-        model: before any adapter is put on it.
-        recomputed: the layers' activations are: nothing is kept anyway, so their MLPs stay as they are and their norms
-            are not made again once more.
-        check: compare the numbers first; a model without weights has none.
+        model: the model before any adapter is added.
+        recomputed: whether the layers' activations are recomputed: nothing is kept then, so the MLPs stay unchanged
+            and the norms are not recomputed separately.
+        check: compare the results first; impossible for a model without weights.
     """
     changed = 0
     verdicts: dict[Any, bool] = {}
@@ -79,12 +79,12 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
 
 @torch.no_grad()
 def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
-    """Whether the function is that of this class, of which a version may do something else."""
+    """Whether ``lean`` computes what the module does, which may differ between versions of transformers."""
     weight = next(module.parameters())
     if not weight.is_floating_point():  # a quantised one
         return False
     generator = torch.Generator().manual_seed(0)
-    # The device by name: the Trainer builds the policy where another one is the default.
+    # The device is named because the Trainer builds the policy under another default device.
     x = torch.randn(1, 3, weight.shape[-1], generator=generator, device="cpu").to(weight.device, weight.dtype)
     more = {}
     if lean is lean_attention:
@@ -98,7 +98,7 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
 
 
 def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype that the products after it take."""
+    """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype of the products after it."""
     dtype = product_dtype(hidden_states)
     if hidden_states.is_cuda or not torch.is_grad_enabled():
         return _norm(hidden_states, self.weight, self.variance_epsilon, dtype)
@@ -106,7 +106,7 @@ def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def remade_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """The same, whose result the layers after it need not keep."""
+    """`lean_norm` with a result that the layers after it need not keep."""
     out = lean_norm(self, hidden_states)
     if torch.is_grad_enabled():
         x, weight, dtype = hidden_states.detach(), self.weight.detach(), out.dtype
@@ -171,7 +171,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        # Empty where the product was not asked for: its weight has no gradient.
+        # Empty if the product was not recomputed, since the weight it feeds has no gradient.
         activated = ctx.activated.pop() if ctx.activated else nn.functional.silu(gate)
         return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
 
@@ -179,7 +179,7 @@ class _Gated(torch.autograd.Function):
 def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     if not x.is_cuda:
         return _normed(x, weight, eps, dtype)[0]
-    # One kernel, which keeps as little; on a CPU it takes longer than ours on long rows.
+    # One kernel, which keeps equally little; on a CPU it is slower than ours for long rows.
     with torch.autocast("cuda", enabled=False):
         return nn.functional.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
 
@@ -188,7 +188,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
     """The norm in ``dtype``, and the factors ``(..., 1)`` of the tokens in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    # As few operations as there can be: on the few rows of a decoding step each takes longer to start than to run.
+    # As few operations as possible: on the few rows of a decoding step each takes longer to start than to run.
     scale = torch.addcmul(length.new_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
     return (wide * scale).mul_(weight).to(dtype), scale
 

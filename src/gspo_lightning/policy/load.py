@@ -31,7 +31,7 @@ from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, vision_parts
 
 _NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", r"mamba\.dt_proj", r"mixer\.dt_proj")
-"""Routers of experts, by their names in transformers, and a projection whose weight Mamba's kernels read."""
+"""Modules without adapters: expert routers, by their names in transformers, and a weight that Mamba's kernels read."""
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -64,8 +64,8 @@ class PolicyLoader:
     lora: LoraSettings | None = None
     gradient_checkpointing: bool = False
     attention: AttentionForm = "auto"
-    """Of packed rows: ``flex`` is one compiled kernel for GPUs, ``sdpa`` goes block by block, ``auto`` suits device and
-    model."""
+    """Attention of packed rows: ``flex`` is one compiled kernel for GPUs, ``sdpa`` computes block by block, ``auto``
+    suits device and model."""
     compile: bool = False
     """Compile the layers (torch.compile): a minute at the start, fewer and larger kernels on a GPU."""
     quantization: Literal["nf4", "int8"] | None = None
@@ -82,7 +82,7 @@ class PolicyLoader:
         return load_tokenizer(self.path)
 
     def load(self) -> Policy:
-        """Loads model and tokenizer, puts our attention in place and attaches the adapter."""
+        """Loads model and tokenizer, installs our attention and attaches the adapter."""
         model = self.load_model()
         _refuse_dropout(model)
         if self.gradient_checkpointing:
@@ -134,7 +134,7 @@ class PolicyLoader:
         return model.train()
 
     def change_layers(self, model: PreTrainedModel) -> None:
-        """Compiled or leaner layers. Patches of pictures are multiplied."""
+        """Compiles or lightens the layers; patches of pictures become one matrix product (`multiply_patches`)."""
         multiply_patches(model)
         if self.compile:
             compile_layers(model)
@@ -158,7 +158,7 @@ class PolicyLoader:
         check_attention(self.attention, self.dtype)
 
     def _read(self, config: Any) -> PreTrainedModel:
-        """The weights, in bits and with the attention that were asked for."""
+        """Loads the weights, with the quantization and attention that were asked for."""
         attention = attention_implementation(self.attention, packs_pictures(config))
         if not may_pack(config):
             what = "reads pictures" if has_vision(config) else "names its layers"
@@ -202,14 +202,14 @@ def check_attention(form: AttentionForm, dtype: str) -> None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Every layer of the language half becomes a compiled one, at its first forward; from the second, for all lengths.
+    """Compiles every layer of the language half at its first forward; from the second, for all lengths.
 
-    One graph serves all layers. A cache asks each for its number, which would otherwise be a constant: every layer a
-    graph of its own, and those beyond the limit not compiled at all, in training neither. The settings that say so
-    hold for all of torch.compile in this process: layers are compiled when they run.
+    One graph serves all layers. A cache asks each layer for its number, which would otherwise be a constant: every
+    layer would need its own graph, and those beyond the limit would not be compiled at all, not even in training. The
+    settings for this hold for all of torch.compile in this process, since layers are compiled when they run.
 
     Raises:
-        UserError: the model's layers are not where those of other models are.
+        UserError: the model's layers are not found where those of other models are.
     """
     layers: Any = getattr(model.get_decoder(), "layers", None)
     if layers is None:
@@ -221,7 +221,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
-    """transformers draws the weights that it does not find at random, with no more than a log line."""
+    """Refuses missing weights, which transformers draws at random with no more than a log line."""
     mismatched = {
         str(name): f" ({tuple(stored)}, not {tuple(wanted)})" for name, stored, wanted in found["mismatched_keys"]
     }
@@ -256,15 +256,15 @@ def _dropouts(config: dict[str, Any], instead: float | None = None) -> dict[str,
 
 
 def _flow(settings: dict[str, Any]) -> str:
-    """As Hydra's command line reads it."""
+    """The settings in the syntax of Hydra's command line."""
     items = (f"{key}: {_flow(value) if isinstance(value, dict) else value}" for key, value in settings.items())
     return f"{{{', '.join(items)}}}"
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
-    """The peft model around ``model``: adapters on its language layers, and on its vision half by choice.
+    """The peft model around ``model``: adapters on its language layers, and with ``train_vision`` on its vision half.
 
-    ``all-linear`` leaves out what chooses experts, and what a layer reads without calling it.
+    ``all-linear`` leaves out routers of experts, and modules whose weight a layer reads without calling them.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -281,7 +281,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool)
     )
     wrapped = get_peft_model(model, config)
     if settings.target_modules == "all-linear":
-        # peft finds the routers of some families by other ways, as it does their experts.
+        # For some families peft finds the routers in another way, together with their experts.
         for name, parameter in wrapped.named_parameters():
             if re.search(rf"\.({'|'.join(_NO_ADAPTER)})\..*lora_", name):
                 parameter.requires_grad_(False)

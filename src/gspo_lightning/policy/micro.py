@@ -38,8 +38,8 @@ def build_micro_model(folder: str | os.PathLike[str], seed: int = 0, num_attenti
     gives the same bytes of weights; torch's global random state is left as it was.
 
     Args:
-        folder: made if missing.
-        seed: of the weights.
+        folder: created if missing.
+        seed: seed of the weights.
         num_attention_heads: query heads; 2 gives heads of size 32, the least that vLLM takes.
 
     Raises:
@@ -88,9 +88,9 @@ def character_tokenizer(special: Sequence[str], chat_template: str, **kwargs: An
     """A tokenizer of one token per character after the special ones, the first of which is ``<unk>``.
 
     Args:
-        special: in the order of their ids.
-        chat_template: as on the hub.
-        kwargs: which of the special tokens is what, as `PreTrainedTokenizerFast` takes it.
+        special: special tokens in the order of their ids.
+        chat_template: a template as on the hub.
+        kwargs: the roles of the special tokens, as `PreTrainedTokenizerFast` takes them.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -30,8 +30,8 @@ class Policy(nn.Module):
         tokenizer: its tokenizer.
         has_adapter: whether ``model`` is a peft model.
         has_vision: whether the model reads images: see `gspo_lightning.policy.vision`.
-        processor: of images, for models that read them; saved with an export.
-        is_padded: every forward and all decoding by the model itself: see `gspo_lightning.policy.padded`.
+        processor: image processor, for models that read images; saved with an export.
+        is_padded: run every forward and all decoding by the model itself: see `gspo_lightning.policy.padded`.
         features_from: a policy with the same frozen vision tower, such as the one this is the reference of.
     """
 
@@ -53,7 +53,7 @@ class Policy(nn.Module):
         self.is_padded = is_padded
         self.shards: Any = None  # `gspo_lightning.sharding.Shards` once the weights are split over ranks
         self.processor = processor
-        # Looked for once: a rollout asks at every token.
+        # Searched once: a rollout needs them at every token.
         modules: list[Any] = list(self.base_model.modules())
         self._recomputing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
         shared = features_from.vision if features_from is not None else None
@@ -82,7 +82,7 @@ class Policy(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """``(V, H)`` of the output embedding."""
+        """``(V, H)`` weight of the output embedding."""
         return self.base_model.get_output_embeddings().weight
 
     @property
@@ -102,7 +102,7 @@ class Policy(nn.Module):
         """
         return self._hidden_states(input_ids, position_ids, layout, prompts, **kwargs)
 
-    # Apart, because under FSDP2 both `hidden_states` and `forward` are entries that gather weights.
+    # Separate, because under FSDP2 both `hidden_states` and `forward` are entry points that gather weights.
     def _hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt] = (), **kwargs: Any
     ) -> Tensor:
@@ -112,7 +112,7 @@ class Policy(nn.Module):
             if self.vision is not None and prompts:
                 inputs = self.vision.inputs(input_ids, layout, prompts)
             else:
-                # Not rows with pictures: every architecture has inputs of its own that would be filled with them.
+                # Not for rows with pictures: each architecture has other inputs that would have to be padded too.
                 is_row = isinstance(layout, SharedPrefixLayout)
                 if (
                     missing := rows_missing(tokens, input_ids.device, product_dtype(self.output_weight))
@@ -136,7 +136,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def _caching(self) -> Iterator[None]:
-        """transformers' layers drop a cache without a word where they recompute activations, gradient or not."""
+        """Switches recomputation off: transformers' layers silently drop a cache with it, gradient or not."""
         for module in self._recomputing:
             module.gradient_checkpointing = False
         try:
@@ -146,7 +146,7 @@ class Policy(nn.Module):
                 module.gradient_checkpointing = True
 
     def last_positions(self, prompts: Sequence[Prompt]) -> Tensor:
-        """``(B,)``: the position after which each prompt's completions go on."""
+        """``(B,)``: the position after which each prompt's completions begin."""
         if self.vision is None:
             return torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=self.device)
         starts = [int(self.vision.prompt_positions(prompt)[0, -1]) - 1 for prompt in prompts]
@@ -163,8 +163,8 @@ class Policy(nn.Module):
             return padded_logprobs(self.base_model, packed, temperature, with_entropy)
         with tied_weight(self.base_model.get_input_embeddings(), self.output_weight) as head:
             hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)[0]
-        # The end of a prompt predicts for all its completions, so a backward adds up. In an order of its own: that of
-        # `index_select` on a GPU, that of indexing on a CPU; a resumed run would have other bits.
+        # The end of a prompt predicts for all its completions, so a backward adds gradients. The order is not fixed for
+        # `index_select` on a GPU and for indexing on a CPU; a resumed run would not be bit-identical.
         at = packed.predictor_index
         return linear_logprobs(
             hidden[at] if hidden.is_cuda else hidden.index_select(0, at),

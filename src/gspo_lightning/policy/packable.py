@@ -10,7 +10,7 @@ from gspo_lightning.policy.vision import has_vision, packs_pictures
 
 
 def may_pack(config: Any) -> bool:
-    """Whether the class for a config calls its body ``model``; asked before loading, for the attention to load with."""
+    """Whether the class for a config calls its body ``model``; checked before loading, to choose the attention."""
     if has_vision(config):
         return packs_pictures(config)
     mapping: Any = AutoModelForCausalLM._model_mapping

@@ -1,10 +1,10 @@
-"""The fall-back for architectures that packing does not know: every completion a padded row through the model itself.
+"""The fall-back for architectures that packing does not know: each completion is a padded row through the model itself.
 
-Nothing of the model is assumed but its own forward and `generate`: logits come from the model with all that its head
-does to them, and pictures go in as its processor made them, once per completion. It is exact, and it computes prompts
-and pictures as often as there are completions. `gspo_lightning.policy.check` chooses it, and says so.
+Only the model's own forward and `generate` are used: logits come from the model with all that its head does to them,
+and pictures are passed as its processor made them, once per completion. This is exact, but computes prompts and
+pictures once per completion. `gspo_lightning.policy.check` chooses it, with a warning.
 
-The model's own forward puts features wherever it finds a placeholder, so after a prompt with pictures a completion can
+The model's own forward puts features wherever it finds a placeholder, so after a prompt with pictures a completion must
 have none: the policy's distribution is that of the model without placeholders, in sampling as in training.
 """
 
@@ -23,13 +23,13 @@ from gspo_lightning.packing import PackedBatch, logits_logprobs
 from gspo_lightning.types import Prompt
 
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
-"""What configs call the tokens in whose places features are put."""
+"""Names in configs of the tokens that features replace."""
 
 NEVER = -1e4
-"""A logit whose token has probability 0 in every dtype; not minus infinity, of which 0 times has no value."""
+"""A logit whose token has probability 0 in every dtype; not minus infinity, since 0 times that is NaN."""
 
 PICTURES_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
-"""Relative L2 distance of logits; 0.1 in narrower dtypes. A prompt that saw its completion was 0.25 and more away."""
+"""Relative L2 distance of logits; 0.1 in narrower dtypes. A prompt that saw its completion was off by 0.25 or more."""
 
 _CAUSES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
 _checked: WeakSet[PreTrainedModel] = WeakSet()
@@ -38,7 +38,7 @@ _checked: WeakSet[PreTrainedModel] = WeakSet()
 def padded_logprobs(
     model: PreTrainedModel, packed: PackedBatch, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `Policy.forward` gives, from padded rows: one forward of the model per group.
+    """The result of `Policy.forward`, from padded rows: one forward of the model per group.
 
     Groups differ in their pictures, and models differ in how they batch pictures of several prompts; completions of
     one prompt have the same ones.
@@ -76,10 +76,10 @@ def _placeholder_ids(model: PreTrainedModel) -> Tensor:
 def repeated_media(
     media: dict[str, Tensor], rows: int, width: int, device: torch.device, completion_type: int = 0
 ) -> dict[str, Tensor]:
-    """The vision inputs of one prompt for so many rows of it, each ``width`` tokens long.
+    """The vision inputs of one prompt for ``rows`` rows of it, each ``width`` tokens long.
 
-    What has a value per token goes on after the prompt: ``..._type_ids`` with ``completion_type``, and the mask of
-    what a token sees of the pictures (Mllama) with that of the last token. All else is repeated along its first
+    Inputs with a value per token continue after the prompt: ``..._type_ids`` with ``completion_type``, and the mask of
+    what a token sees of the pictures (Mllama) with that of the last token. All others are repeated along their first
     dimension, which counts pictures or patches.
     """
     out = {}
@@ -100,8 +100,7 @@ def repeated_media(
 def check_pictures(model: PreTrainedModel, prompt: Prompt) -> None:
     """Compares, once per model, what follows a prompt with pictures in padded rows and in the prompt alone.
 
-    An architecture may have inputs that are not lengthened as they should be, or a prompt that sees what comes after
-    it.
+    An architecture may have inputs that are not extended correctly, or a prompt that attends to what comes after it.
 
     Raises:
         UserError: they differ, or the model fails at the padded rows; names the row.
@@ -143,7 +142,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], promp
         mask[row, :length] = 1
     media: dict[str, Any] = {}
     if prompt is not None:
-        # Of PaliGemma, 0 is the prompt, which sees all of itself, and 1 what follows; of others, 0 is text.
+        # In PaliGemma, 0 is the prompt, which attends to all of itself, and 1 what follows; in others, 0 is text.
         completion_type = int(model.config.model_type == "paligemma")
         media = repeated_media(prompt.mm_inputs, len(parts), width, ids.device, completion_type)
     try:
@@ -155,7 +154,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], promp
 
 
 def padding_id(model: PreTrainedModel) -> int:
-    """A token for padded places; what they hold is masked, but it must not be a placeholder of pictures."""
+    """A token for padding, which is masked but must not be a placeholder of pictures."""
     config: Any = model.config.get_text_config()
     padding = config.pad_token_id
     return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else 0

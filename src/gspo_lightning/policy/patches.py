@@ -1,8 +1,8 @@
-"""The first layer of a vision tower as the matrix product that it is.
+"""The first layer of a vision tower as a matrix product.
 
-The Qwen-VL towers cut a picture into patches beforehand and then convolve every patch with kernels of its own size.
-Libraries take the long way for such a convolution: 0.4 s on a CPU for 2048 patches of 14 x 14 in bfloat16, whose
-product takes 6 ms.
+The Qwen-VL towers cut a picture into patches beforehand and then convolve every patch with kernels of the patch's size.
+Libraries are slow at such a convolution: 0.4 s on a CPU for 2048 patches of 14 x 14 in bfloat16, whose product takes
+6 ms.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 
 def multiply_patches(model: nn.Module) -> int:
-    """Replaces such convolutions, in place, whatever else is done with the layers; returns their number."""
+    """Replaces convolutions of single patches by matrix products, in place; returns their number."""
     layers = [module for module in model.modules() if type(module) is nn.Conv3d and _takes_patches(module)]
     for layer in layers:
         layer.forward = partial(_product, layer)  # type: ignore[method-assign]

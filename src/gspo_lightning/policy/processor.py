@@ -1,8 +1,8 @@
 """The image processor of a model, with or without torchvision.
 
-transformers builds no processor with a video half on a machine without torchvision. There `ImageTextProcessor` stands
-in: the same text half, the PIL image processor (pixels within 0.015 of torchvision's), no videos. What it saves names
-the model's own processor class and holds its settings of videos, so a machine with torchvision loads that.
+transformers builds no processor with a video half on a machine without torchvision. `ImageTextProcessor` replaces it
+there: the same text half, the PIL image processor (pixels within 0.015 of torchvision's), no videos. What it saves
+names the model's own processor class and has its video settings, so a machine with torchvision loads that class.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
     """The processor of the Qwen-VL families without its video half."""
 
     own_class = "Qwen2_5_VLProcessor"
-    """The class that transformers has for the model: what is saved names it."""
+    """The class that transformers has for the model, named in what is saved."""
     video_settings: Mapping[str, Any] | None = None
-    """Those of the folder that this was read from, of no use here; None where there were none."""
+    """Video settings of the folder that this was read from, only to be saved again; None if there were none."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         for name, token in _SPECIAL.items():
@@ -55,7 +55,7 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
         return ["image_processor", "tokenizer"]
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> list[str]:
-        """Saves the parts; the folder names the class that transformers has for the model, and has its video half."""
+        """Saves the parts, the name of the class that transformers has for the model, and video settings."""
         saved = super().save_pretrained(folder, **kwargs)
         third = self.image_processor.patch_size == 16
         videos = {
@@ -73,7 +73,7 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
         return list(saved or [])
 
     def _settings_like_pictures(self) -> dict[str, Any]:
-        """Where torchvision is, the model's class wants settings of videos; without them it does not load at all."""
+        """Video settings made from those of images: with torchvision, the model's class does not load without any."""
         keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
         return {key: getattr(self.image_processor, key) for key in keys}
 
@@ -113,7 +113,7 @@ def _without_videos(path: str, model_type: str) -> ImageTextProcessor:
 
 
 def _has_video_half(path: str) -> bool:
-    """Whether the model brings a video processor and the library that it needs is here."""
+    """Whether the model has a video processor and the library that it needs is installed."""
     if not is_torchvision_available():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits: what is asked for, what a folder holds, and what cannot work."""
+"""Weights in 4 or 8 bits: those asked for, those in a folder, and refusals of what cannot work."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NOT_QUANTISED = ["visual", "vision_tower", "vision_model", "multi_modal_project
 
 
 def quantization_arguments(quantization: str | None, lora: Any, path: str, config: Any) -> dict[str, Any]:
-    """What ``from_pretrained`` is given for a base in few bits; empty for one that is none.
+    """Arguments of ``from_pretrained`` for a quantised base; empty for any other.
 
     Args:
         quantization: ``nf4``, ``int8`` or None.
         lora: the adapter's settings, or None.
-        path: of the model, for messages.
-        config: its config, which knows how the weights lie on the disk.
+        path: path of the model, for messages.
+        config: the model's config, which says how the weights are stored.
 
     Raises:
         UserError: such a base cannot be made, or would have nothing to train.
@@ -53,13 +53,13 @@ def _bitsandbytes(quantization: str) -> BitsAndBytesConfig:
 
 
 def _is_mxfp4(config: Any) -> bool:
-    """Whether the weights lie on the disk in MXFP4, as gpt-oss is published: its kernels have no backward."""
+    """Whether the weights are stored in MXFP4, as gpt-oss is published; MXFP4 kernels have no backward."""
     quantization = getattr(config, "quantization_config", None) or {}
     return dict(quantization).get("quant_method") == "mxfp4"
 
 
 def check_quantization(quantization: str | None, lora: Any) -> None:
-    """Refuses a quantised base where it cannot work.
+    """Refuses a quantised base if it cannot work.
 
     Raises:
         UserError: there is no GPU for 8 bits, or no adapter to train.
@@ -75,7 +75,7 @@ def check_quantization(quantization: str | None, lora: Any) -> None:
 def keep_packing(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights at the first forward in evaluation mode on a CPU.
 
-    After that its backward and its dequantisation read the old layout: gradients are wrong without a word.
+    After repacking, its backward and its dequantisation still read the old layout: gradients are silently wrong.
     """
     from bitsandbytes.nn import Linear4bit
 

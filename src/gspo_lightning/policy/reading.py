@@ -1,4 +1,4 @@
-"""Reading a model's files, with what libraries say about broken ones in one line."""
+"""Reads a model's files, with library errors about broken ones in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspo_lightning.policy.bundled import resolve_model
 
 @contextmanager
 def reading(path: str, what: str, fix: str) -> Iterator[None]:
-    """Around calls of transformers, peft and safetensors: what they raise becomes one line.
+    """For calls of transformers, peft and safetensors: turns what they raise into one line.
 
     Args:
         path: the model, as the user named it.
@@ -25,7 +25,7 @@ def reading(path: str, what: str, fix: str) -> Iterator[None]:
         fix: what to do about it.
 
     Raises:
-        UserError: names both, and the cause.
+        UserError: names model, ``what`` and the cause.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what is wrong is raised; its tables of weights say it in many lines
@@ -42,9 +42,9 @@ def reading(path: str, what: str, fix: str) -> Iterator[None]:
 
 
 def refuse_own_code(path: str, what: str, error: Exception) -> None:
-    """Says in our words what transformers says about a model that cannot be read without code of its own.
+    """Replaces transformers' message about a model that cannot be read without its own code.
 
-    Unless it is told not to, transformers would ask at the terminal whether to run that code.
+    Unless told not to, transformers would ask at the terminal whether to run that code.
 
     Raises:
         UserError: if that is what ``error`` is about.
@@ -70,7 +70,7 @@ def load_config(path: str) -> Any:
     """The config of a model folder or of a model on the hub.
 
     Raises:
-        UserError: it is neither here nor to be had.
+        UserError: it is not cached and cannot be downloaded, or cannot be read.
     """
     folder = resolve_model(path)
     with reading(path, "config.json", "check the folder, or the version of transformers"):

@@ -1,4 +1,4 @@
-"""Tensors that autograd forgets, and that are made again when a backward asks for them."""
+"""Tensors that autograd does not keep, and that are recomputed when a backward needs them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Remade:
     It is recomputed once, shared by all of them, and freed after the last use.
 
     Args:
-        tensor: the one to forget; the operations may save views of it.
-        make: gives it once more, bit by bit.
+        tensor: the tensor not to keep; the operations may save views of it.
+        make: recomputes it bit for bit.
     """
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
@@ -26,7 +26,7 @@ class Remade:
         self.made: Tensor | None = None
 
     def hooks(self) -> AbstractContextManager[None]:
-        """Around the operations; hooks that are set outside of it go on to see everything else."""
+        """Context for the operations; hooks that are set outside of it still see all other tensors."""
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
         pack, unpack = outer or (lambda x: x, lambda x: x)
 
@@ -53,6 +53,6 @@ class Remade:
 
 
 def remade(x: Tensor) -> AbstractContextManager[None]:
-    """Around operations that read x: they do not keep it if it can be made again."""
+    """Context for operations that read x: they do not keep it if it can be recomputed."""
     own = getattr(x, "remade", None)
     return nullcontext() if own is None else own.hooks()

@@ -1,7 +1,7 @@
 """Rotary position embeddings (RoFormer, arXiv 2104.09864) of queries and keys at once.
 
-transformers rotates each of them by itself, in the dtype that type promotion arrives at, and its backward fills a
-tensor with zeros per half. A rotation's backward is the rotation back: the same few operations.
+transformers rotates each of them separately, in the dtype that type promotion gives, and its backward fills a tensor
+with zeros per half. The backward of a rotation is the inverse rotation: the same few operations.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.autograd.function import once_differentiable
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns the pairs ``(x[i], x[i + D / 2])`` of every head; in float32 or wider, rounded once.
+    """Rotates the pairs ``(x[i], x[i + D / 2])`` of every head; in float32 or wider, rounded once.
 
     Args:
         query: ``(B, T, heads, D)``.
         key: ``(B, T, kv_heads, D)`` in the same dtype.
-        cos: ``(B, T, D)`` or ``(1, T, D)``, of the positions' angles.
-        sin: in the shape of ``cos``.
+        cos: ``(B, T, D)`` or ``(1, T, D)`` cosines of the positions' angles.
+        sin: their sines, in the same shape.
 
     Returns:
-        both, turned, in their shapes and dtype.
+        both, rotated, in their shapes and dtype.
     """
     if not torch.is_grad_enabled():
         return _turn(query, key, cos, sin, back=False)
@@ -34,7 +34,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        # Apart: attention takes their rows to pieces, and again in its backward.
+        # Separate copies: attention splits their rows, and again in its backward.
         query, key = (x.contiguous() for x in _turn(query, key, cos, sin, back=False))
         return query, key
 
@@ -59,7 +59,7 @@ def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> t
 
 
 def _side_by_side(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(B, T, heads + kv_heads, D)`` in this dtype; as they lie, where one product gave both."""
+    """``(B, T, heads + kv_heads, D)`` in this dtype; a view if one product gave both and the dtype fits."""
     heads, size = query.shape[2:]
     shape = (*query.shape[:2], heads + key.shape[2], size)
     is_one = key.untyped_storage()._cdata == query.untyped_storage()._cdata

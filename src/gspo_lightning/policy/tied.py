@@ -1,7 +1,7 @@
-"""The gradient of an embedding that is the output embedding too, without a table of zeros.
+"""The gradient of an embedding that is also the output embedding, without a table of zeros.
 
 The backward of an ordinary embedding fills a gradient of the whole vocabulary with zeros for the few rows that were
-read, and autograd adds all of it to the head's. Here those rows alone are added to the head's gradient, in place.
+read, and autograd adds all of it to the head's. Here only those rows are added to the head's gradient, in place.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn.functional import embedding
 
 @contextmanager
 def tied_weight(table: nn.Module, weight: Tensor) -> Iterator[Tensor]:
-    """Around a training forward on a CPU, where filling and adding take a twentieth of an update.
+    """Context for a training forward on a CPU, where filling and adding take a twentieth of an update.
 
     Args:
-        table: the embedding of the input.
-        weight: ``(V, H)`` of the output embedding.
+        table: the input embedding.
+        weight: ``(V, H)`` weight of the output embedding.
 
     Yields:
-        what the head takes for its weight: ``weight`` itself where nothing is tied, trained or gained.
+        the weight for the head: ``weight`` itself if nothing is tied, trained or gained.
     """
     trained = torch.is_grad_enabled() and weight.requires_grad and weight.device.type == "cpu"
     if not trained or type(table) is not nn.Embedding or table.weight is not weight or "forward" in vars(table):
@@ -43,7 +43,7 @@ def tied_weight(table: nn.Module, weight: Tensor) -> Iterator[Tensor]:
 
 
 class _Tied(torch.autograd.Function):
-    """Two names of one weight, of which the first gets a sparse gradient and the second a dense one of its own."""
+    """Two views of one weight, of which the first gets a sparse gradient and the second a separate dense one."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from gspo_lightning.types import Prompt
 log = logging.getLogger(__name__)
 
 SPECIAL_IDS = {"<|vision_start|>": 3, "<|vision_end|>": 4, "<|image_pad|>": 5, "<|video_pad|>": 6}
-"""Ids that SmolLM2 has for file names and the like, and that no text uses."""
+"""Ids that SmolLM2 reserves for file names and the like, and that no text uses."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -42,7 +42,7 @@ BATCH = 32
 MAX_STEPS = 400
 EVALUATE_EVERY = 2
 STOP_AT = 0.45
-"""Sampled accuracy on held-out pictures of the warm-up's own half at which it ends."""
+"""Sampled accuracy at which the warm-up ends, on held-out pictures of its own half of the data."""
 
 
 def build_language_half(smollm2: Path) -> Any:

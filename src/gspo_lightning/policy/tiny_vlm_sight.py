@@ -28,11 +28,11 @@ SIDE, TOKENS = 84, 9
 COLOUR_TOKENS = 4
 DIRECTIONS = 32
 EDGE = 20.0
-"""Difference of two pixels (of 255) from which on there is an edge."""
+"""Difference of two pixels (of 255) above which there is an edge."""
 BATCH, STEPS, RATE = 64, 900, 1e-3
 
 Labels = dict[str, dict[str, str]]
-"""Path of a picture -> ``colour`` and ``shape``, where a question asks for it."""
+"""Path of a picture -> ``colour`` and ``shape``, each if a question asks for it."""
 
 
 def learn_to_see(model: Any, processor: Any, task: EasyVQA) -> None:

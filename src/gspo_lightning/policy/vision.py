@@ -1,6 +1,6 @@
-"""The vision half of a policy: features of images once per prompt, and what the language half is given.
+"""The vision half of a policy: features of images once per prompt, and the inputs of the language half.
 
-The language model is called directly, with embeddings in which the features stand at the placeholders of the prompts.
+The language model is called directly, with embeddings that hold the features at the placeholders of the prompts.
 A placeholder that the policy itself samples in a completion is an ordinary token: in decoding as in training. (The
 models' own forward counts placeholders by token value and would refuse such a completion.)
 
@@ -39,14 +39,14 @@ def has_vision(config: Any) -> bool:
 
 
 def packs_pictures(config: Any) -> bool:
-    """Whether its pictures can be packed: their positions and features are known here. Others run padded."""
+    """Whether pictures of a model of this config can be packed: positions and features are known. Others run padded."""
     return has_vision(config) and config.model_type in FAMILIES
 
 
 def vision_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What a model has besides its language model and its head, by name: the tower, the projector."""
     decoder = model.get_decoder()
-    body = getattr(model, "model", None)  # a language model may call it otherwise
+    body = getattr(model, "model", None)  # a language model may have another name for it
     if body is None or decoder is body or not has_vision(model.config):
         return {}
     return {name: part for name, part in body.named_children() if part is not decoder}
@@ -54,10 +54,10 @@ def vision_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class Features:
-    """What the tower says about the images, or the videos, of one prompt."""
+    """The tower's output for the images, or the videos, of one prompt."""
 
     tokens: Tensor
-    """``(placeholders, H)``: takes the place of their embeddings."""
+    """``(placeholders, H)``: replaces the placeholders' embeddings."""
     deepstack: tuple[Tensor, ...] = ()
     """Of the same shape, added after the first decoder layers (Qwen3-VL)."""
 
@@ -67,7 +67,7 @@ class Vision:
 
     Args:
         model: the transformers model, without an adapter around it (its layers may hold one).
-        cache_from: the `Vision` of a model with the same frozen tower, whose features are used as they are.
+        cache_from: the `Vision` of a model with the same frozen tower, whose features are shared.
     """
 
     def __init__(self, model: PreTrainedModel, cache_from: Vision | None = None) -> None:
@@ -157,7 +157,7 @@ class Vision:
         return inputs
 
     def forget(self, prompts: Sequence[Prompt]) -> None:
-        """Gives the memory of these prompts' features back; they are computed again if they are asked for."""
+        """Frees the memory of these prompts' features; they are computed again if needed."""
         for prompt in prompts:
             self._features.pop(prompt, None)
 
@@ -196,7 +196,7 @@ class Vision:
         return found
 
     def _nothing(self, like: Tensor) -> Tensor:
-        """Zero; attached to a tower that trains, so that a rank without images reduces the same gradients."""
+        """Zero, connected to a tower that trains, so that a rank without images reduces the same gradients."""
         if self.is_frozen or not torch.is_grad_enabled():
             return like.new_zeros(())
         parts = [p.sum() for p in self._body.visual.parameters() if p.requires_grad]
@@ -240,7 +240,7 @@ def _join(
 
 
 def _interleave(by_modality: dict[str, Tensor], types: Tensor) -> Tensor:
-    """Features of images and videos in the order in which their placeholders stand."""
+    """Features of images and videos in the order of their placeholders."""
     if len(by_modality) == 1:
         return next(iter(by_modality.values()))
     order = types[types > 0]

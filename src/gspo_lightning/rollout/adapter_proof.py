@@ -1,8 +1,9 @@
 """Proof that an engine applies an adapter, part by part.
 
-A new adapter is zero times something, so an engine that leaves it out could not be told from one that uses it, and one
-that leaves out the vision tower's part stays within the tolerance of bfloat16. Each part is therefore given random
-values once, and what the engine then samples must be nearer to the policy with that part than to the one without.
+A new adapter is a product with a zero factor, so an engine that leaves it out could not be told from one that uses it,
+and one that leaves out the vision tower's part stays within the tolerance of bfloat16. Each part is therefore given
+random values once, and the log-probabilities of what the engine then samples must be nearer to those of the policy with
+that part than without it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from gspo_lightning.types import Completion, Prompt
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """What an engine may leave out by itself."""
+    """A part of the adapter that an engine may leave out while it applies the others."""
 
     name: str
     parameters: Sequence[Tensor]
     size: float
-    """Standard deviation of the random values, times the root of what a factor sums over."""
+    """Standard deviation of the random values, times the square root of the number of terms that a factor sums."""
 
 
 def adapter_parts(policy: Policy) -> list[AdapterPart]:
-    """The adapter's halves: that of the language model, and of each module of the vision tower (blocks, merger)."""
+    """The adapter's parts: that of the language model, and of each module of the vision tower (blocks, merger)."""
     children = [
         (f"{tower}.{name}", child)
         for tower, module in vision_parts(policy.base_model).items()
@@ -42,8 +43,8 @@ def adapter_parts(policy: Policy) -> list[AdapterPart]:
     vision = [(name, [p for p in child.parameters() if p.requires_grad]) for name, child in children]
     inside = {id(parameter) for _, parameters in vision for parameter in parameters}
     language = [parameter for parameter in trained_parameters(policy) if id(parameter) not in inside]
-    # What the adapter adds is about this share of what it is added to, whatever its scale: it moves the output well
-    # beyond the rounding of bfloat16 and leaves that accurate. Features of a picture are a few tokens among many.
+    # The adapter adds about this share of what it is added to, whatever its scale: it moves the output well beyond the
+    # rounding of bfloat16 and keeps it accurate. Features of a picture are a few tokens among many.
     scale = adapter_scale(policy)
     parts = [AdapterPart("the language model", language, (0.2 / scale) ** 0.5)]
     parts += [AdapterPart(name, parameters, (0.4 / scale) ** 0.5) for name, parameters in vision]
@@ -52,7 +53,7 @@ def adapter_parts(policy: Policy) -> list[AdapterPart]:
 
 @contextmanager
 def shaken(part: AdapterPart) -> Iterator[None]:
-    """The part with random values in both factors of every product, and as it was afterwards, bit for bit."""
+    """Puts random values into both factors of every product of the part; restores it bit for bit afterwards."""
     generator = torch.Generator().manual_seed(0)
     values = [
         part.size * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
@@ -64,7 +65,7 @@ def shaken(part: AdapterPart) -> Iterator[None]:
 
 @torch.no_grad()
 def refuse_left_out(policy: Policy, part: AdapterPart, probe: Prompt, completions: Sequence[Completion]) -> None:
-    """Compares what an engine sampled, while the part was `shaken`, with the policy that has it and that has it not.
+    """Compares what an engine sampled, while the part was `shaken`, with the policy with and without that part.
 
     Raises:
         WeightSyncError: the engine does not apply the part.

@@ -1,8 +1,8 @@
-"""The decoding cache of CPUs: rows of a prompt are a block, and a layer's attention to all blocks is one fused call.
+"""The decoding cache of CPUs: rows of a prompt form blocks, and a layer's attention over all blocks is one fused call.
 
 An operation on few numbers takes as long to start as it runs, and attention row by row is many of them. In a block all
-rows ask all keys, and a bias hides from a row what the others have drawn: more products than are needed in a fifth of
-the operations.
+rows attend to all keys, and a bias hides from a row what the others have drawn: more products than are needed, but in a
+fifth of the operations.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from transformers.cache_utils import Cache
 from gspo_lightning.rollout.cache import PrefillCache, align
 
 MOST_ROWS = 8
-"""Of a block; half as many where completions may be longer than prompts: its keys are other rows' for the most part."""
+"""Most rows of a block; half of it if completions may be longer than prompts: most of its keys are then other rows'."""
 
 
 def rows_per_block(rows: float, prompt_length: int, new_tokens: int) -> int:
     """How many rows share a copy of their prompt.
 
     Args:
-        rows: of a prompt, on average.
-        prompt_length: of the longest.
-        new_tokens: that a row may draw.
+        rows: average number of rows per prompt.
+        prompt_length: length of the longest prompt.
+        new_tokens: most tokens that a row may draw.
     """
     most = MOST_ROWS if new_tokens <= prompt_length else MOST_ROWS // 2
     return math.ceil(rows / math.ceil(rows / most))
@@ -36,13 +36,13 @@ def rows_per_block(rows: float, prompt_length: int, new_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Where R rows are."""
+    """The blocks, and the place of each of the R rows in them."""
 
     width: int
-    """Places of a block."""
+    """Places per block."""
     prompt_of_block: Tensor
     places: Tensor
-    """``(R,)``: block times width plus the place in the block; in order."""
+    """``(R,)``: block times width plus the place in the block; ascending."""
 
     @property
     def count(self) -> int:
@@ -53,13 +53,13 @@ class _Blocks:
         return len(self.places) == self.count * self.width
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """``(R, ...)`` -> ``(blocks, width, ...)``, zeros where no row is."""
+        """``(R, ...)`` -> ``(blocks, width, ...)``, zeros in places without a row."""
         if not self.is_full:
             x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_copy_(0, self.places, x)
         return x.unflatten(0, (self.count, self.width))
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """Back again."""
+        """The inverse of `of_rows`: ``(blocks, width, ...)`` -> ``(R, ...)``."""
         x = x.flatten(0, 1)
         return x if self.is_full else x[self.places]
 
@@ -68,7 +68,7 @@ class _Blocks:
 
 
 def _arranged(prompt_of_row: Tensor, width: int) -> _Blocks:
-    """Blocks of the rows of one prompt each, filled one after another; prompts come in order."""
+    """Blocks with rows of one prompt each, filled one after another, in the order of the prompts."""
     counts = torch.bincount(prompt_of_row)
     blocks = counts.add(width - 1).div(width, rounding_mode="floor")
     number = torch.arange(len(prompt_of_row)) - (counts.cumsum(0) - counts)[prompt_of_row]
@@ -77,17 +77,17 @@ def _arranged(prompt_of_row: Tensor, width: int) -> _Blocks:
 
 
 class BlockCache(Cache):
-    """Keys and values of R rows that go on from n prompts.
+    """Keys and values of R rows that continue n prompts.
 
     ``states[layer]`` is ``(2, blocks, kv_heads, P + slots * width, D)`` in the dtype of the products: the prompt of a
     block's rows, right-aligned, and after it, slot by slot, what they have drawn. Rows that end leave holes; once half
-    of the places are holes, the others move together. A row of NaN makes those of its block NaN too.
+    of the places are holes, the remaining rows are compacted. A row with NaNs makes the others of its block NaN too.
 
     Args:
-        prefill: of the prompts; emptied.
-        prompt_lengths: of the n prompts.
-        repeats: rows per prompt, which lie together.
-        new_tokens: slots.
+        prefill: the filled cache of the prompts; emptied here.
+        prompt_lengths: lengths of the n prompts.
+        repeats: rows per prompt, which are adjacent.
+        new_tokens: number of slots.
     """
 
     def __init__(self, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int) -> None:
@@ -102,12 +102,12 @@ class BlockCache(Cache):
             prompts = torch.stack([align(x, prompt_lengths) for x in prefill.states.pop(0)])
             self.states.append(self._with_slots(prompts[:, self._blocks.prompt_of_block]))
         self._layer = 0
-        """The one whose keys were written last, which is the one that attends."""
+        """The layer whose keys were written last, which is the one that attends."""
         self._biases: dict[int, Tensor] = {}
 
     @property
     def rows(self) -> int:
-        """That go on."""
+        """Number of active rows."""
         return len(self._blocks.places)
 
     @torch.compiler.disable  # slots and rows change with every token
@@ -121,7 +121,7 @@ class BlockCache(Cache):
         return key_states, value_states
 
     def advance(self) -> None:
-        """The forward of one token is over."""
+        """Moves to the next slot; called after the forward of one token."""
         self.slots_filled += 1
 
     def keep(self, alive: Tensor) -> Tensor:
@@ -134,13 +134,13 @@ class BlockCache(Cache):
         return kept
 
     def layout(self) -> BlockCache:
-        """The attention of the next token."""
+        """The object that computes the attention of the next token."""
         return self
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
     ) -> Tensor:
-        """``query`` ``(R, heads, 1, D)`` of the layer that was written last against all its keys, in the same shape."""
+        """Attention of ``query`` ``(R, heads, 1, D)`` to all keys of the layer written last, in the same shape."""
         states, blocks = self.states[self._layer], self._blocks
         kv_heads, repeats = states.shape[2], query.shape[1] // states.shape[2]
         by_head = blocks.of_rows(query[:, :, 0]).unflatten(2, (kv_heads, repeats)).transpose(1, 2)
@@ -157,19 +157,19 @@ class BlockCache(Cache):
         return blocks.to_rows(out).to(query.dtype).reshape(query.shape)
 
     def _end(self) -> int:
-        """Of the keys, those of the current slot included."""
+        """End of the keys, those of the current slot included."""
         return self._longest + (self.slots_filled + 1) * self._blocks.width
 
     def _first_seen(self, window: int | None) -> int:
-        """Where the keys begin that a window of so many positions shows."""
+        """Index of the first key that a window of ``window`` positions shows."""
         if window is None:
             return 0
         slots = min(window, self.slots_filled + 1)
         return self._end() - slots * self._blocks.width - min(window - slots, self._longest)
 
     def _bias_for(self, repeats: int) -> Tensor:
-        """``(blocks, 1, width * repeats, P + slots * width)``: -inf where a query does not look."""
-        if repeats not in self._biases:  # the heads of a layer need not be as many as those of another
+        """``(blocks, 1, width * repeats, P + slots * width)``: -inf where a query may not attend."""
+        if repeats not in self._biases:  # layers may differ in their number of heads
             blocks = self._blocks
             prompt = torch.arange(self._longest) >= (self._longest - self._lengths)[blocks.prompt_of_block, None]
             if prompt.all():
@@ -181,7 +181,7 @@ class BlockCache(Cache):
         return self._biases[repeats]
 
     def _with_slots(self, prompts: Tensor) -> Tensor:
-        """``(2, blocks, kv_heads, P, D)`` -> with room for what is drawn."""
+        """``(2, blocks, kv_heads, P, D)`` -> the same with room for the drawn tokens."""
         room = prompts.new_empty(*prompts.shape[:3], self._longest + self.slots * self._blocks.width, prompts.shape[4])
         room[:, :, :, : self._longest] = prompts
         return room
@@ -192,7 +192,7 @@ class BlockCache(Cache):
         prompt_of_row = old.prompt_of_row()
         mean = len(prompt_of_row) / len(prompt_of_row.unique())
         new = self._blocks = _arranged(prompt_of_row, rows_per_block(mean, self._longest, self.slots))
-        # Holes repeat the first row, which nobody reads.
+        # Holes hold copies of the first row, which are never read.
         source = old.places.new_zeros(new.count * new.width).index_copy_(0, new.places, old.places)
         block, place = source // old.width, source % old.width
         for layer, states in enumerate(self.states):

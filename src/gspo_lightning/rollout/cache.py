@@ -28,27 +28,27 @@ class PrefillCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Stores ``(1, kv_heads, T, D)`` of layer ``layer_idx``."""
         assert layer_idx == len(self.states)
-        # Of their own: they may be parts of a product that has the queries too.
+        # Copies: they may be views of a product that holds the queries too.
         self.states.append((key_states.clone(), value_states.clone()))
         return key_states, value_states
 
 
 class DecodeCache(Cache):
-    """Keys and values of R rows that go on from n prompts, on any device and for any architecture.
+    """Keys and values of R rows that continue n prompts, on any device and for any architecture.
 
-    A prompt is kept and read once per token, however many rows go on from it: ``prompts[layer]`` are keys and values
-    ``(n, kv_heads, P, D)``, right-aligned. What the rows draw has a place of its own, ``drawn[layer]``
+    A prompt is kept once and read once per token, however many rows continue it: ``prompts[layer]`` are keys and values
+    ``(n, kv_heads, P, D)``, right-aligned. What the rows draw is kept apart, in ``drawn[layer]``
     ``(2, R, kv_heads, slots, D)``, preallocated; all rows write the same slot. Rows that finish are dropped by moving
-    rows from the end into their place: copying is proportional to what finished, not to what goes on. Prompts without
-    rows are dropped when they are half of all.
+    rows from the end into their place: copying is proportional to the finished rows, not to the active ones. Prompts
+    without rows are dropped when they are half of all.
 
     The numbers are rounded to the dtype of the products, as in training.
 
     Args:
-        prefill: of the prompts; emptied.
-        prompt_lengths: of the n prompts.
-        repeats: rows per prompt, which lie together at first.
-        new_tokens: slots.
+        prefill: the filled cache of the prompts; emptied here.
+        prompt_lengths: lengths of the n prompts.
+        repeats: rows per prompt, which are adjacent at first.
+        new_tokens: number of slots.
     """
 
     def __init__(self, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int) -> None:
@@ -64,7 +64,7 @@ class DecodeCache(Cache):
             self.drawn.append(values.new_empty(2, self.rows, values.shape[1], new_tokens, values.shape[3]))
         self.prompt_of_row = torch.arange(len(prompt_lengths), device=device).repeat_interleave(repeats)
         self.layer = 0
-        """The one whose keys were written last, which is the one that attends."""
+        """The layer whose keys were written last, which is the one that attends."""
         self._padding = _padding(prompt_lengths, self.prompts[0][0])
         self._arrange()
 
@@ -72,7 +72,7 @@ class DecodeCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots of what was drawn."""
+        """Writes ``(R, kv_heads, 1, D)`` into the current slot and returns all filled slots."""
         self.layer, drawn = layer_idx, self.drawn[layer_idx]
         for place, states in zip(drawn, (key_states, value_states), strict=True):
             place[: self.rows, :, self.slots_filled] = states[:, :, 0].to(product_dtype(states))
@@ -80,7 +80,7 @@ class DecodeCache(Cache):
         return filled[0], filled[1]
 
     def advance(self) -> None:
-        """The forward of one token is over."""
+        """Moves to the next slot; called after the forward of one token."""
         self.slots_filled += 1
 
     def keep(self, alive: Tensor) -> Tensor:
@@ -98,11 +98,11 @@ class DecodeCache(Cache):
         return kept
 
     def layout(self) -> DecodeLayout:
-        """The attention of the next token."""
+        """The object that computes the attention of the next token."""
         return DecodeLayout(self)
 
     def by_prompt(self, x: Tensor) -> Tensor:
-        """``(R, kv_heads, repeats, E)`` -> ``(n * kv_heads, most * repeats, E)``: a block per prompt and key head."""
+        """``(R, kv_heads, repeats, E)`` -> ``(n * kv_heads, most * repeats, E)``: one block per prompt and key head."""
         (_, kv_heads, repeats, size), prompts = x.shape, len(self.prompts[0][0])
         if self._places is not None:
             grid = x.new_zeros(prompts * self._most, kv_heads, repeats, size)
@@ -112,16 +112,16 @@ class DecodeCache(Cache):
         return x.reshape(prompts * kv_heads, self._most * repeats, size)
 
     def by_row(self, x: Tensor, kv_heads: int) -> Tensor:
-        """Back again."""
+        """The inverse of `by_prompt`."""
         x = x.view(len(x) // kv_heads, kv_heads, self._most, x.shape[1] // self._most, x.shape[2])
         x = x.transpose(1, 2).flatten(0, 1)
         return x if self._places is None else x[self._places]
 
     def seen_of_prompts(self, reach: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values ``(n, kv_heads, P, D)`` of the layer in hand, and what hides padding ``(n, 1, 1, P)``.
+        """Keys and values ``(n, kv_heads, P, D)`` of the current layer, and a mask term for padding ``(n, 1, 1, P)``.
 
         Args:
-            reach: so many of the last slots of the prompts are seen; None for all.
+            reach: number of last slots of the prompts that are seen; None for all.
         """
         keys, values = self.prompts[self.layer]
         first = 0 if reach is None else max(0, keys.shape[2] - reach)
@@ -140,7 +140,7 @@ class DecodeCache(Cache):
         self.prompt_of_row = torch.searchsorted(live, self.prompt_of_row)
 
     def _arrange(self) -> None:
-        """The place of each row in a table of prompts by rows; None if the rows fill it in order."""
+        """Computes each row's place in a table of prompts by rows; None if the rows fill it in order."""
         of_prompt = torch.nn.functional.one_hot(self.prompt_of_row, len(self.prompts[0][0]))
         counts = of_prompt.cumsum(0)
         self._most = int(counts[-1].max()) if self.rows else 0
@@ -151,10 +151,10 @@ class DecodeCache(Cache):
 
 
 class DecodeLayout:
-    """One new token per row looks at its prompt and at what its row has drawn.
+    """One new token per row attends to its prompt and to what its row has drawn.
 
-    A prompt's keys are one operand for all rows that go on from it ("cascade" or "Hydragen" attention, arXiv
-    2402.05099). The query heads that share a key head are several queries of it, so keys are never repeated.
+    A prompt's keys are one operand for all rows that continue it ("cascade" or "Hydragen" attention, arXiv
+    2402.05099). The query heads that share a key head are treated as several queries, so keys are never repeated.
     """
 
     def __init__(self, cache: DecodeCache) -> None:
@@ -163,9 +163,9 @@ class DecodeLayout:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
     ) -> Tensor:
-        """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)``; returns ``(R, heads, 1, D)``.
+        """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)`` and the prompts -> ``(R, heads, 1, D)``.
 
-        Scores and sums are in float32 or wider, of numbers in the dtype of the products.
+        Scores and sums are in float32 or wider, computed from numbers in the dtype of the products.
         """
         grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
         reach = None if window is None else max(0, window - key.shape[2])
@@ -177,7 +177,7 @@ class DecodeLayout:
     def _products(
         self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
     ) -> Tensor:
-        """One softmax over the scores of both, by plain batched products."""
+        """One softmax over the scores of prompts and drawn tokens, by plain batched products."""
         rows, kv_heads = query.shape[:2]
         wide = torch.promote_types(query.dtype, torch.float32)
 
@@ -200,7 +200,7 @@ class DecodeLayout:
 
 
 def moves(alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Old row numbers of the rows that stay, in their new order; the places to be filled, and the rows that fill them.
+    """Old numbers of the rows that stay, in their new order; the places to fill, and the rows that fill them.
 
     Args:
         alive: ``(R,)`` bool.
@@ -217,8 +217,8 @@ def align(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, in the dtype of the products.
 
     Args:
-        x: may be filled up: more tokens than the prompts have are left out.
-        lengths: of the prompts.
+        x: may end with filler: tokens after those of the prompts are left out.
+        lengths: lengths of the prompts.
     """
     x = x.to(product_dtype(x))
     aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3])
@@ -228,7 +228,7 @@ def align(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _padding(lengths: Sequence[int], like: Tensor) -> Tensor | None:
-    """``(n, 1, 1, P)`` term of the scores that hides what is in front of shorter prompts; None if none is shorter."""
+    """``(n, 1, 1, P)`` term of the scores that hides the padding before shorter prompts; None if none is shorter."""
     longest = max(lengths)
     if min(lengths) == longest:
         return None

@@ -16,12 +16,12 @@ from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParams
 
 SPARE_TOKENS = 8
-"""Looked at beside those that a stop string can consist of: decoding may do without the first space of a text."""
+"""Tokens decoded in addition to those that a stop string can span: decoding may drop the first space of a text."""
 
 
 @dataclass
 class Row:
-    """One completion under way."""
+    """One completion in progress."""
 
     prompt: int
     generation: int
@@ -41,7 +41,7 @@ class Decoder:
         uniforms = [row_uniforms(seed, prompts[r.prompt].uid, r.generation, budget) for r in self.rows]
         self.uniforms = torch.stack(uniforms).to(policy.device)  # once: a copy per token would wait for the device
         self.eos = frozenset(policy.eos_token_ids)
-        # A token brings a byte or more, but for a few that bring none.
+        # A token decodes to a byte or more, except for a few that give none.
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + SPARE_TOKENS
         self.seen = self._seen_in_prompts() if sampling.repetition_penalty != 1.0 else None
 
@@ -82,17 +82,17 @@ class Decoder:
         )
 
     def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
-        """The next token ``(R,)`` of each row, and which rows go on."""
+        """The next token ``(R,)`` of each row, and which rows continue."""
         tokens, logprobs = sample(self.policy.logits(hidden), self.uniforms[:, step], self.sampling, self.seen)
         return tokens, self._record(tokens, logprobs)
 
     def _record(self, tokens: Tensor, logprobs: Tensor) -> list[bool]:
-        """Appends the drawn tokens; returns which rows go on."""
+        """Appends the drawn tokens; returns which rows continue."""
         drawn = zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)
         return [self.record(row, token, logprob) for row, token, logprob in drawn]
 
     def record(self, row: Row, token: int, logprob: float) -> bool:
-        """Appends a drawn token; returns whether the row goes on."""
+        """Appends a drawn token; returns whether the row continues."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
         if token in self.eos or self._has_stop_string(row.tokens):
@@ -102,7 +102,7 @@ class Decoder:
     def _has_stop_string(self, tokens: list[int]) -> bool:
         if not self.sampling.stop:
             return False
-        # Special tokens too: they may be what stops, and vLLM keeps them for this as well.
+        # Special tokens too: a stop string may contain them, and vLLM keeps them for this as well.
         text = self.policy.tokenizer.decode(tokens[-self.stop_window :], skip_special_tokens=False)
         return any(stop in text for stop in self.sampling.stop)
 

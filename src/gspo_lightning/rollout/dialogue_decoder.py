@@ -1,4 +1,4 @@
-"""Decoding of dialogues: where a turn ends, the environment's tokens are fed to the same row, and it goes on.
+"""Decoding of dialogues: when a turn ends, the environment's tokens are fed to the same row, which then continues.
 
 The row keeps its cache, so no token of a dialogue is forwarded twice.
 """
@@ -23,16 +23,16 @@ from gspo_lightning.types import Completion, Dialogue, Prompt, SamplingParams
 
 @dataclass
 class _Turns:
-    """What a row of the decoder has beyond its tokens."""
+    """State of a decoder row besides its tokens."""
 
     dialogue: OpenDialogue
     pending: deque[int] = field(default_factory=deque)
     """Tokens of the environment that have not been fed yet."""
     trained: list[bool] = field(default_factory=list)
     begins: list[bool] = field(default_factory=list)
-    """The first token of each of the policy's turns: an empty reply leaves nothing else to tell two turns apart."""
+    """True at the first token of each of the policy's turns: with empty replies, nothing else separates two turns."""
     turn: list[int] = field(default_factory=list)
-    """Tokens of the policy's turn under way."""
+    """Tokens of the policy's current turn."""
 
 
 class DialogueDecoder(Decoder):
@@ -72,7 +72,7 @@ class DialogueDecoder(Decoder):
         return torch.tensor(tokens, device=hidden.device), alive
 
     def _add(self, row: Row, own: _Turns, token: int, logprob: float, sampled: bool) -> bool:
-        """Appends a token; returns whether the row goes on."""
+        """Appends a token; returns whether the row continues."""
         row.tokens.append(token)
         row.logprobs.append(logprob)
         own.trained.append(sampled)
@@ -87,7 +87,7 @@ class DialogueDecoder(Decoder):
         if between is None:
             row.finish_reason = "stop"
             return False
-        # Without room for the environment's words and one token after them the dialogue ends with this turn.
+        # Without room for the environment's reply and one token after it the dialogue ends with this turn.
         if len(row.tokens) + len(between) >= self.sampling.max_completion_length:
             return False
         own.pending.extend(between)

@@ -1,12 +1,12 @@
 """Proof that an engine runs the policy's weights: a small rollout whose log-probabilities the trainer checks.
 
 The probe is one prompt of random ordinary tokens, always the same, with eight short completions at temperature 0.7. It
-goes the way of every rollout: prefill, prefix cache, decoding, processed log-probabilities. The engine's numbers must
+takes the path of every rollout: prefill, prefix cache, decoding, processed log-probabilities. The engine's numbers must
 equal the trainer's for the same tokens.
 
-What the bound alone would miss is caught by two more facts. Engines start from random weights (or an adapter that
-moves the output), so the first proof fails if any tensor is left out; and a probe that repeats bit for bit
-although the trainer's has moved shows an engine that took nothing.
+Two more facts catch what the bound alone would miss. Engines start from random weights (or an adapter that moves the
+output), so the first proof fails if any tensor is left out; and a probe that repeats bit for bit although the
+trainer's has moved shows an engine that took no new weights.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0
 def probe_prompt(policy: Policy, max_model_len: int, limits: VisionSettings = DEFAULT_LIMITS) -> Prompt:
     """At most `PROBE_TOKENS` tokens, none of them special; the same for the same tokenizer.
 
-    A policy that reads pictures gets one of noise in front of them: its vision half has to be proven too.
+    For a policy that reads pictures, a picture of noise precedes them: its vision half has to be proven too.
 
     Args:
-        policy: whose tokenizer and processor.
-        max_model_len: of the engine; the probe and its completions fit.
-        limits: on pictures, as the engine has them.
+        policy: its tokenizer and processor are used.
+        max_model_len: the engine's limit; the probe and its completions fit.
+        limits: the engine's limits on pictures.
     """
     special = {*policy.tokenizer.get_added_vocab().values(), *policy.tokenizer.all_special_ids}
     size = min(len(policy.tokenizer), policy.output_weight.shape[0])
@@ -81,13 +81,13 @@ class Fingerprint:
         """Returns the mean absolute difference in nats.
 
         Args:
-            policy: with the weights that the engine ought to run.
-            probe: of `probe_prompt`.
+            policy: holds the weights that the engine ought to run.
+            probe: prompt from `probe_prompt`.
             completions: what the engine sampled from it, by `PROBE_SAMPLING`.
-            name: of the engine, for messages and memory.
+            name: name of the engine, for messages and to remember its last probe.
 
         Raises:
-            WeightSyncError: beyond the tolerance, or the engine's numbers stand still while the trainer's move.
+            WeightSyncError: the difference exceeds the tolerance, or the engine's numbers stay as the trainer's move.
         """
         own = probe_logprobs(policy, probe, completions)
         theirs = torch.cat([c.sampler_logprobs for c in completions]).double()
@@ -105,7 +105,7 @@ class Fingerprint:
         if before is None or before[1] != tokens or not torch.equal(before[2], theirs):
             self._last[name] = own, tokens, theirs
             return
-        # Against the first time that it sampled this: many small steps are a large one.
+        # Compared with the first time that it sampled this: many small steps add up to a large one.
         moved = (own - before[0]).abs().mean().item()
         if moved > 1e-4:
             raise WeightSyncError(
@@ -114,5 +114,5 @@ class Fingerprint:
             )
 
     def forget(self, name: str) -> None:
-        """The engine ``name`` is a new one."""
+        """Forgets what engine ``name`` sampled; called when it is a new one."""
         self._last.pop(name, None)

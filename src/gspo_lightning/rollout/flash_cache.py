@@ -1,4 +1,4 @@
-"""The decoding cache of GPUs: read by FlashAttention, and in the same places of memory from token to token."""
+"""The decoding cache of GPUs: read by FlashAttention, and at the same memory addresses from token to token."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from gspo_lightning.rollout.cache import PrefillCache, moves
 
 
 class FlashCache(Cache):
-    """Keys and values of R rows that go on from n prompts, in bfloat16 or float16.
+    """Keys and values of R rows that continue n prompts, in bfloat16 or float16.
 
-    As in `DecodeCache` a prompt is kept and read once, and what the rows draw has places of its own, which rows from
-    the end take when others leave. What changes from token to token are numbers in tensors, so that a step can be
+    As in `DecodeCache` a prompt is kept and read once, and what the rows draw is kept apart, in places that rows from
+    the end take when others leave. All that changes from token to token is numbers in tensors, so that a step can be
     recorded in a CUDA graph (`gspo_lightning.rollout.steps`): a graph computes all rows that it was recorded with,
-    those that have left since included, and nobody reads them.
+    including those that have left since, whose results are never read.
 
     Args:
-        prefill: of the prompts; emptied.
-        prompt_lengths: of the n prompts.
-        repeats: rows per prompt, which lie together at first.
-        new_tokens: slots.
+        prefill: the filled cache of the prompts; emptied here.
+        prompt_lengths: lengths of the n prompts.
+        repeats: rows per prompt, which are adjacent at first.
+        new_tokens: number of slots.
     """
 
     def __init__(self, prefill: PrefillCache, prompt_lengths: Sequence[int], repeats: int, new_tokens: int) -> None:
         super().__init__(layers=[])
         self.rows = len(prompt_lengths) * repeats
-        """Of a step."""
+        """Rows that a step computes."""
         self.live = self.rows
-        """Those that go on, which come first."""
+        """Active rows, which come first."""
         self.slots, self.slots_filled, self._is_held = new_tokens, 0, False
         self.prompts: list[tuple[Tensor, Tensor]] = []
         self.drawn: list[Tensor] = []
@@ -51,12 +51,12 @@ class FlashCache(Cache):
         self._fit()
 
     def hold(self) -> None:
-        """From now on a step has as many rows as go on now, and its tensors keep their places, though rows leave."""
+        """Fixes a step's rows to those active now: its tensors keep their addresses even when rows leave."""
         self._fit()
         self._is_held = True
 
     def _fit(self) -> None:
-        """A step has as many rows as go on now."""
+        """Makes a step compute the rows that are active now."""
         self.rows = self.live
         self._prompt_of_row = self._prompt_of_row[: self.rows].clone()
         self._used = torch.full((self.rows,), self.slots_filled + 1, dtype=torch.int32, device=self._device)
@@ -67,7 +67,7 @@ class FlashCache(Cache):
         self._shared = Spans(row_ends, self._prompt_ends, max(2, self.rows), self._longest_prompt, False)
         self._arrange()
 
-    @torch.compiler.disable  # else every layer would be a graph of its own
+    @torch.compiler.disable  # else every layer would need its own graph
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class FlashCache(Cache):
         return key_states, value_states
 
     def advance(self) -> None:
-        """The forward of one token is over."""
+        """Moves to the next slot; called after the forward of one token."""
         self.slots_filled += 1
         self._slot += 1
         self._used += 1
@@ -98,13 +98,13 @@ class FlashCache(Cache):
         return kept
 
     def layout(self) -> FlashCache:
-        """The attention of the next token."""
+        """The object that computes the attention of the next token."""
         return self
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
     ) -> Tensor:
-        """``query`` ``(R, heads, 1, D)`` of the layer that was written last against all its keys, in the same shape."""
+        """Attention of ``query`` ``(R, heads, 1, D)`` to all keys of the layer written last, in the same shape."""
         assert window is None and sinks is None
         asked = query[:, :, 0].to(self.drawn[0].dtype)
         keys, values = (x[: self.rows].flatten(0, 1) for x in self.drawn[self._layer])
@@ -114,16 +114,16 @@ class FlashCache(Cache):
         return own[0][:, :, None].to(query.dtype)
 
     def _arrange(self) -> None:
-        """The rows in the order of their prompts, and where each prompt's end."""
+        """Updates the order of the rows by prompt, and where each prompt's rows end."""
         self._order.copy_(torch.argsort(self._prompt_of_row, stable=True))
         self._shared.query_ends.copy_(_ends(torch.bincount(self._prompt_of_row, minlength=len(self._prompt_ends) - 1)))
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """``(1, kv_heads, T, D)`` -> ``(T, kv_heads, D)`` in memory of its own, in the dtype of the products."""
+    """``(1, kv_heads, T, D)`` -> a copy ``(T, kv_heads, D)`` in the dtype of the products."""
     return x[0].transpose(0, 1).to(product_dtype(x), copy=True, memory_format=torch.contiguous_format)
 
 
 def _ends(lengths: Tensor) -> Tensor:
-    """``(n,)`` -> ``(n + 1,)`` int32, from 0."""
+    """Lengths ``(n,)`` -> their cumulative sums ``(n + 1,)`` int32, beginning with 0."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()

@@ -17,7 +17,7 @@ from gspo_lightning.types import Prompt, Rollout, SamplingParams
 
 @dataclass
 class GatheredEngine:
-    """Gives ``engine`` a policy on the CPU that is whole and up to date.
+    """Gives ``engine`` an unsharded, current copy of the policy on the CPU.
 
     There is one such copy on every rank, or on rank 0 alone if the engine has ``samples_on = "first_rank"``.
     Weights arrive one parameter at a time, so no rank ever holds more than that copy and one parameter.
@@ -31,7 +31,7 @@ class GatheredEngine:
         """See `RolloutEngine.generate`; all ranks must call it together."""
         self._refresh(policy)
         kind = policy.device.type
-        # The copy computes, and the engine chooses its dtype, as the policy would.
+        # The copy computes in the policy's autocast dtype, and the engine chooses its dtype by it.
         precision = torch.autocast("cpu", torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
         with precision:
             return self.engine.generate(self._copy or policy, prompts, sampling, seed)
@@ -55,5 +55,5 @@ class GatheredEngine:
 
 
 def gathered(engine: RolloutEngine, loader: PolicyLoader) -> RolloutEngine:
-    """The engine as a sharded policy needs it."""
+    """The engine, wrapped if it cannot sample from a sharded policy."""
     return engine if isinstance(engine, TransformersEngine) else GatheredEngine(engine, loader)

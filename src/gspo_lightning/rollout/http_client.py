@@ -17,11 +17,11 @@ _MAX_ANSWER_BYTES = 1 << 30
 
 
 class ServerError(Exception):
-    """No usable answer: refused, cut, too late, not 200, not JSON. Another server may do better."""
+    """No usable answer: refused, cut off, too late, not 200, not JSON. Another server may succeed."""
 
 
 class RequestRefusedError(Exception):
-    """The server understood the request and refuses it (400, 401, 403, 413, 422): so would every other."""
+    """The server understood the request and refuses it (400, 401, 403, 413, 422), as every other would."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class RequestRefusedError(Exception):
 
 
 class Server:
-    """One server. Its methods may be called from several threads; `abort` ends what is under way in all of them."""
+    """One server. Its methods may be called from several threads; `abort` ends the exchanges of all of them."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
@@ -47,11 +47,11 @@ class Server:
         self._aborted = False
 
     def post(self, path: str, body: Any, timeout_s: float, *, is_json: bool = True) -> Any:
-        """Sends JSON, returns JSON; None for an empty body, or if only the status of the answer counts."""
+        """Sends JSON, returns JSON; None for an empty answer, or without ``is_json``: then only its status counts."""
         return self._exchange("POST", path, json.dumps(body).encode(), timeout_s, is_json)
 
     def abort(self) -> None:
-        """Cuts every exchange under way, and refuses new ones until `revive`: each raises `ServerError`."""
+        """Cuts off every exchange in progress and refuses new ones until `revive`: each raises `ServerError`."""
         with self._lock:
             self._aborted = True
             connections = list(self._open)
@@ -69,14 +69,14 @@ class Server:
             if self._aborted:
                 raise ServerError(f"{self.url}: not needed any more")
             self._open.add(connection)
-        # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on their sum.
+        # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on the total.
         alarm = threading.Timer(timeout_s, _cut, [connection])
         alarm.daemon = True
         alarm.start()
         start = time.monotonic()
         try:
             connection.connect()
-            with self._lock:  # an abort meanwhile had no socket to cut
+            with self._lock:  # an abort during the connect had no socket to cut
                 if self._aborted:
                     raise ServerError(f"{self.url}: not needed any more")
             connection.sock.settimeout(timeout_s)

@@ -1,7 +1,7 @@
-"""One rank asks for the completions of all: for engines that are not in the trainer's process.
+"""One rank requests the completions of all: for engines that are not in the trainer's process.
 
-The engine sees one caller whatever the number of ranks: weights are written once, a server is proven right once, and
-what goes wrong is decided in one place and raised on every rank.
+The engine sees one caller whatever the number of ranks: weights are written once, a server is verified once, and an
+error is decided on in one place and raised on every rank.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class _Failure:
 
 
 def on_first_rank(prompts: list[Prompt], generate: Callable[[list[Prompt]], Groups]) -> Groups:
-    """``generate`` of all ranks' prompts on rank 0; every rank gets the completions of its own.
+    """Calls ``generate`` with all ranks' prompts on rank 0; every rank gets the completions of its own prompts.
 
-    All ranks must call it together, as often as each other; a rank may have no prompts.
+    All ranks must call it together and equally often; a rank may have no prompts.
 
     Raises:
         RolloutError, UserError: on every rank, what rank 0 raised.

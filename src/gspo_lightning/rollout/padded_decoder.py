@@ -1,6 +1,6 @@
 """Decoding by the model's own `generate`, for architectures that run padded (`gspo_lightning.policy.padded`).
 
-The tokens are still drawn by our sampler from the row's own random numbers, so a run is as reproducible as elsewhere.
+The tokens are still drawn by our sampler from the row's own random numbers, so runs are as reproducible as with others.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class PaddedDecoder(Decoder):
 
 @contextmanager
 def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Takes the model's own settings of `generate` away for a while.
+    """Temporarily removes the model's own settings of `generate`.
 
-    `generate` fills whatever its argument leaves open from them: a repetition penalty, tokens to suppress or beams that
+    `generate` takes whatever its argument leaves open from them: a repetition penalty, tokens to suppress or beams that
     a model was published with would change the scores our sampler draws from.
     """
     own = model.generation_config
@@ -73,7 +73,7 @@ def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Draw(LogitsProcessor):
-    """Draws the next token of every row that goes on, and leaves `generate` no choice but to take it."""
+    """Draws the next token of every active row, and leaves `generate` no choice but to take it."""
 
     def __init__(self, decoder: Decoder, number: int, rows: slice) -> None:
         self.decoder, self.rows, self.uniforms = decoder, decoder.rows[rows], decoder.uniforms[rows]
@@ -96,7 +96,7 @@ class _Draw(LogitsProcessor):
 
 
 class _Ended(StoppingCriteria):
-    """The end of a row is ours to say: any of several ids, or a stop string."""
+    """Ends a row where our decoder does: at any of several ids, or a stop string."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows

@@ -1,11 +1,11 @@
-"""Weights in the dtype and the order in memory that products read, for as long as a rollout lasts.
+"""Weights in the dtype and memory order that products read, for as long as a rollout lasts.
 
-oneDNN brings the weight of a product into blocks of its own first, every time. With the few rows of a decoding step
-that costs as much as the product itself (49,152 x 576 by 16 rows: 10.8 ms, of which 6.1), and the weights of a rollout
-do not change: they are brought into blocks once. Bfloat16 products keep their bits; float32 ones, which MKL would
-multiply otherwise, are another sum of the same terms. Layers that read the same input are one product: a call of its
-own costs a small one as much as its weight does. On a GPU autocast would narrow every weight for every token, which
-reads and writes three times what the product itself reads: they are narrowed once.
+oneDNN first reorders the weight of a product into its own blocks, every time. With the few rows of a decoding step that
+costs as much as the product itself (49,152 x 576 by 16 rows: 10.8 ms, of which 6.1), and the weights do not change
+during a rollout: they are reordered once. Bfloat16 products keep their bits; float32 ones, which MKL would compute
+otherwise, add the same terms in another order. Layers that read the same input are merged into one product: for a small
+product, a separate call costs as much as its weight does. On a GPU autocast would narrow every weight for every token,
+which reads and writes three times what the product itself reads: they are narrowed once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @contextmanager
 def prepacked_weights(policy: Policy, rows: int) -> Iterator[None]:
-    """Around the forwards of a rollout without gradient, during which no weight changes.
+    """Prepacks weights for the forwards of a rollout without gradient, during which no weight changes.
 
-    A second copy of these weights, in the dtype of the products, is held meanwhile. Without effect where nothing is
+    A second copy of these weights, in the dtype of the products, is held meanwhile. It has no effect where nothing is
     gained: on GPUs for weights in that dtype, in float64, on weights that are sharded, quantised or in compiled layers.
 
     Args:
-        policy: whose linear layers and output embedding are multiplied.
-        rows: of a decoding step; nothing is packed for none.
+        policy: its linear layers and output embedding are prepacked.
+        rows: rows of a decoding step; with 0, nothing is packed.
     """
     modules = [] if not rows or policy.is_padded or policy.shards is not None else list(policy.body.modules())
     if any(module._compiled_call_impl is not None for module in modules):
@@ -50,7 +50,7 @@ def prepacked_weights(policy: Policy, rows: int) -> Iterator[None]:
 
 
 def _by_input(modules: Sequence[nn.Module]) -> Iterator[list[nn.Linear]]:
-    """The linear layers whose product can be another, each once; those of a list read the same input."""
+    """The linear layers whose product can be replaced, each once; the layers of a list read the same input."""
     left = {m: None for m in modules if type(m) is nn.Linear and "forward" not in vars(m) and _is_worthwhile(m.weight)}
     for module in modules:
         for names in SIBLINGS:
@@ -69,7 +69,7 @@ def _replace(stack: ExitStack, owner: nn.Module, name: str, method: Callable[[Te
 
 
 def _is_worthwhile(weight: Tensor) -> bool:
-    """Whether oneDNN has such products, or a GPU's autocast would narrow the weight."""
+    """Whether oneDNN has prepacked products for the weight, or a GPU's autocast would narrow it."""
     if weight.is_cuda:
         return weight.is_floating_point() and product_dtype(weight) != weight.dtype
     if weight.device.type != "cpu" or platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():

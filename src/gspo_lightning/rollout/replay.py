@@ -1,7 +1,7 @@
-"""Completions of an earlier run, in place of sampling: for looking at an update again and again.
+"""Completions of an earlier run instead of sampling: for studying an update repeatedly.
 
 With the settings of that run the weights are bit-identical to it. With other settings (a rate, a loss) the policy moves
-away from what sampled: `sampler_mismatch/abs_mean` says how far, and a ``mismatch`` correction weighs it.
+away from the sampler: `sampler_mismatch/abs_mean` says how far, and a ``mismatch`` correction weighs it.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ class ReplayEngine:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """That run's; empty where there is none."""
+        """Config of that run; empty if there is none."""
         file = self.run / "config.yaml"
         found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return found
 
     def _check_run(self, sampling: SamplingParams) -> None:
-        """Refuses what was sampled from another distribution, and what is not recorded as a whole."""
+        """Refuses a run that sampled from another distribution or was not recorded completely."""
         for key, then in self._config.get("rollout", {}).items():
             if key in _DISTRIBUTION and then != getattr(sampling, key):
                 raise UserError(f"rollout.{key}={getattr(sampling, key)}: {self.run} was sampled at {then}; set that")

@@ -14,7 +14,7 @@ from torch import Tensor
 from gspo_lightning.types import SamplingParams
 
 _BLOCKS = 192
-"""The vocabulary is summed in about this many blocks: two short scans in place of one sequential pass."""
+"""The vocabulary is summed in this many blocks: two short scans in place of one sequential pass."""
 
 
 def row_uniforms(seed: int, uid: str, generation: int, count: int) -> Tensor:
@@ -94,7 +94,7 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     before = torch.where(block > 0, block_cdf.gather(1, (block - 1).clamp(min=0)), torch.zeros_like(goal))
     inner = padded.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1)
     cdf = inner.double().cumsum(dim=-1)
-    # The block sum and the scan inside it round differently: keep the goal inside, on a token that can be drawn.
+    # The block sum and the scan inside it round differently: keep the goal inside the block, on a token with mass.
     inside = (goal - before).clamp(max=cdf[:, -1:] * (1 - 1e-15))
     offset = torch.searchsorted(cdf, inside, right=True).clamp_(max=width - 1)
     return (block * width + offset).squeeze(1)

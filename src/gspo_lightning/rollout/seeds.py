@@ -1,4 +1,4 @@
-"""One number for (seed of the run, rollout): what random numbers of a rollout derive from, and resume with."""
+"""One number for (seed of the run, rollout), from which a rollout's random numbers derive, also in a resumed run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Jobs over several servers that may fail at any moment: each job ends exactly once, or the run stops in bounded time.
 
-One thread decides (the caller's), others only wait for answers. A server takes jobs when it has been prepared: found
-alive, on the right model, with the right weights. Any failure sends its jobs back to the queue and the server to rest;
-after a pause that doubles from failure to failure it is prepared again, as if it were new.
+One thread decides (the caller's), others only wait for answers. A server takes jobs once it has been prepared: found
+alive, on the right model, with the right weights. After any failure its jobs return to the queue and the server pauses;
+after that pause, which doubles from failure to failure, it is prepared again as if it were new.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _SAY_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for what. All bounds are of one wait; a run that ends never waits twice for the same."""
+    """How long to wait for what. Each bound is for a single wait; a run that ends never waits twice for the same."""
 
     ready_timeout_s: float = 600.0
-    """For the first server at the start of a run."""
+    """Longest wait for the first server at the start of a run."""
     request_timeout_s: float = 600.0
-    """For one answer: the completions of one prompt, of which a server has ``max_in_flight`` at a time."""
+    """Longest wait for one answer: the completions of a prompt, of which a server has ``max_in_flight`` at a time."""
     give_up_after_s: float = 120.0
-    """Without any usable server, later on; a first attempt to load weights may take ``request_timeout_s``."""
+    """Longest later wait without a usable server; a first attempt to load weights may take ``request_timeout_s``."""
     pause_s: float = 0.5
-    """Before a failed server is tried again; doubles up to 30 s."""
+    """Pause before a failed server is tried again; doubles up to 30 s."""
     max_attempts: int = 8
-    """Failed answers to one and the same prompt, whatever the servers."""
+    """Most failed answers to the same prompt, over all servers."""
     max_in_flight: int = 64
-    """Prompts that a server is asked at a time; what waits in its own queue would count as its silence."""
+    """Most prompts that a server is sent at a time; time in its own queue would count against the timeout."""
 
 
 class Member:
@@ -50,13 +50,13 @@ class Member:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.ready = self.preparing = False
-        self.told = False  # by a line, that others do its work
+        self.told = False  # whether a line has said that others do its work
         self.in_flight = self.failures = 0
         self.retry_at = 0.0
         self.trouble = f"{server.url} has not answered yet"
 
     def rest(self, error: Exception, pause_s: float) -> None:
-        """Out of use after a failure; jobs in flight that fail together count as one."""
+        """Takes the server out of use after a failure; jobs in flight that fail together count as one."""
         if self.ready or self.preparing:
             self.retry_at = time.monotonic() + min(pause_s * 2**self.failures, _MAX_PAUSE_S)
             self.failures += 1
@@ -64,13 +64,13 @@ class Member:
 
 
 class ServerPool:
-    """The servers over a whole run.
+    """The servers of a whole run.
 
     Args:
         servers: at least one.
         prepare: called in another thread before a server is used: makes it ready or raises `ServerError`.
         accept: called in the caller's thread with what ``prepare`` returned; raises `ServerError` for a server that
-            must not be used, anything else to end the run.
+            must not be used, any other exception to end the run.
         patience: the bounds.
     """
 
@@ -86,13 +86,13 @@ class ServerPool:
         self.ever_ready = False
 
     def run(self, jobs: Sequence[Job], work: Callable[[Server, Job], Result]) -> list[Result]:
-        """``work(server, job)`` for every job, in order of the jobs; `ServerError` in it means: try another.
+        """Results of ``work(server, job)``, in the order of the jobs; if it raises `ServerError`, another is tried.
 
         Raises:
             EngineUnavailableError: no server was usable for as long as `Patience` allows.
         """
         for member in self.members:
-            # The weights may have changed since; a run that ended in a preparation has not taken that back.
+            # The weights may have changed since; a run that ended during a preparation has not reset that flag.
             member.ready = member.preparing = False
         return _Run(self, jobs, work).results()
 
@@ -120,7 +120,7 @@ class _Run(Generic[Job, Result]):
                 for future in self._finished():
                     self._settle(future)
         finally:
-            # What is still under way belongs to servers that are not needed (any more).
+            # What is still in progress belongs to servers that are not needed (any more).
             for member, _ in self.futures.values():
                 member.server.abort()
                 member.preparing = False
@@ -131,7 +131,7 @@ class _Run(Generic[Job, Result]):
         return [self.done[number] for number in range(len(self.jobs))]
 
     def _finished(self) -> Set[Future[Any]]:
-        """What has ended, once something has or it is time to look around."""
+        """The futures that have ended, once one has or it is time to look again."""
         if not self.futures:  # all servers rest; waiting for nothing would return at once
             time.sleep(self._next_look())
         return wait(self.futures, timeout=self._next_look(), return_when=FIRST_COMPLETED).done
@@ -143,9 +143,9 @@ class _Run(Generic[Job, Result]):
                 self.futures[threads.submit(self.pool.prepare, member.server)] = (member, None)
 
     def _hand_out(self, threads: ThreadPoolExecutor) -> None:
-        """Each job to the ready server with the least in hand."""
+        """Gives each job to the ready server with the fewest in flight."""
         ready = [member for member in self.pool.members if member.ready]
-        # Not all to the first that is up: those still being prepared get their share.
+        # Not all go to the first server that is up: those still being prepared get their share.
         hopeful = sum(member.preparing and member.failures == 0 for member in self.pool.members)
         while self.queue and ready:
             member = min(ready, key=lambda m: m.in_flight)
@@ -199,7 +199,7 @@ class _Run(Generic[Job, Result]):
         bound = patience.give_up_after_s if self.pool.ever_ready else patience.ready_timeout_s
         key = "give_up_after_s" if self.pool.ever_ready else "ready_timeout_s"
         trouble = "; ".join(member.trouble for member in self.pool.members)
-        # A first attempt may take its time: loading large weights does.
+        # A first attempt may take longer: loading large weights does.
         loading = any(member.preparing and not member.failures for member in self.pool.members)
         if now - self.last_ready >= bound and not loading:
             raise EngineUnavailableError(f"no rollout server was usable for {bound:g} s ({key}): {trouble}")

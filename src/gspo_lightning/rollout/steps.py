@@ -1,7 +1,7 @@
-"""One token of every row through the model; on a GPU by a CUDA graph.
+"""Forwards of one token of every row; on a GPU by a CUDA graph.
 
-A decoding step is a thousand small kernels, and telling a GPU to start them takes ten times as long as they do. A
-graph is told once.
+A decoding step is a thousand small kernels, and launching them takes ten times as long as they run. A graph takes one
+launch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
 from gspo_lightning.rollout.flash_cache import FlashCache
 
 FEWER_ROWS = 4
-"""Another graph is recorded when so many times as many rows are computed as go on."""
+"""A new graph is recorded when the old one computes at least this many times the active rows."""
 
 DecodingCache = DecodeCache | BlockCache | FlashCache
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes a function of fixed tensors, and returns one that does the same with what is in them then."""
+"""Takes a function of fixed tensors, and returns one that repeats it with the tensors' contents at its call."""
 
 
 def cache_of(
@@ -41,30 +41,30 @@ def cache_of(
 
 
 def steps_of(policy: Policy, cache: DecodingCache) -> Steps:
-    """The way to step that suits the policy and its device."""
+    """The kind of `Steps` that suits the policy and its device."""
     if isinstance(cache, FlashCache) and _starts_the_same_kernels(policy):
         return GraphSteps(policy, cache)
     return Steps(policy, cache)
 
 
 def _attends_to_all(policy: Policy) -> bool:
-    """Without windows and sinks, as far as we know the architecture."""
+    """Whether the architecture is known to attend without windows and sinks."""
     layers: Any = policy.base_model.get_decoder().layers
     is_known = all(type(layer).__name__ in FAMILIES for layer in layers)
     return is_known and getattr(policy.body.config, "sliding_window", None) is None
 
 
 def _starts_the_same_kernels(policy: Policy) -> bool:
-    """At every token, and asks for no number meanwhile.
+    """Whether a step starts the same kernels at every token, and reads no number back from the GPU.
 
-    Not so where weights come from other ranks or are unpacked, where code is compiled, where hooks look at what comes
-    out, and where positions choose the rotation.
+    False if weights come from other ranks or are dequantised, if layers are compiled or have hooks, or if the rotation
+    depends on the positions' range.
     """
     if policy.shards is not None or getattr(policy.base_model, "is_quantized", False):
         return False
     modules: list[Any] = list(policy.body.modules())
     is_compiled = any(module._compiled_call_impl is not None for module in modules)
-    embedding = policy.base_model.get_input_embeddings()  # peft's hook there asks for gradients and nothing else
+    embedding = policy.base_model.get_input_embeddings()  # peft's hook there only requires gradients
     is_watched = any((m._forward_hooks or m._forward_pre_hooks) and m is not embedding for m in modules)
     is_dynamic = any("dynamic" in kind or kind == "longrope" for m in modules if (kind := getattr(m, "rope_type", "")))
     return not (is_compiled or is_watched or is_dynamic)
@@ -75,14 +75,14 @@ class Steps:
 
     Args:
         policy: see `Policy.hidden_states`.
-        cache: of the rows; it is written to.
+        cache: cache of the rows; it is written to.
     """
 
     def __init__(self, policy: Policy, cache: DecodingCache) -> None:
         self.policy, self.cache = policy, cache
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens ``(R,)`` at their positions ``(R,)`` -> last hidden states ``(R, H)``, good until the next call."""
+        """Tokens ``(R,)`` at their positions ``(R,)`` -> last hidden states ``(R, H)``, valid until the next call."""
         hidden = self._forward(tokens[:, None], positions[:, None])
         self.cache.advance()
         return hidden
@@ -93,11 +93,11 @@ class Steps:
 
 
 class GraphSteps(Steps):
-    """The same, recorded: all of a step's kernels are started at once.
+    """`Steps` as a recorded graph: all of a step's kernels are started at once.
 
     Args:
         policy: see `Policy.hidden_states`.
-        cache: of the rows; it is written to.
+        cache: cache of the rows; it is written to.
         record: makes a graph of a function.
     """
 
@@ -111,11 +111,11 @@ class GraphSteps(Steps):
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """See `Steps`."""
-        if not self._is_warm:  # libraries make their plans at the first call, which no graph may hold
+        if not self._is_warm:  # libraries make their plans at the first call, which cannot be recorded
             self._is_warm = True
             return super().__call__(tokens, positions)
         if self._replay is None or len(tokens) * FEWER_ROWS <= self.cache.rows:
-            self._replay = None  # its memory is free before the next one takes some
+            self._replay = None  # frees its memory before the next graph takes some
             self.cache.hold()
             self._tokens, self._positions = tokens[:, None].clone(), positions[:, None].clone()
             self._replay = self._record(self._run)
@@ -133,7 +133,7 @@ class GraphSteps(Steps):
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
     """Records what the function does on the current GPU."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile: pictures of the next prompts are on their way.
+    # Other threads may use the device meanwhile: they copy pictures of the next prompts.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay

@@ -1,7 +1,7 @@
-"""Token ids -> what a completion says: to its reader, and in a channel of its own to itself.
+"""Token ids -> the text of a completion: the answer to its reader, and the thinking in separate channels.
 
 The harmony format of gpt-oss writes messages into channels, ``<|channel|>analysis<|message|>...<|end|>`` before
-``<|start|>assistant<|channel|>final<|message|>...<|return|>``. The reader gets the ``final`` channel alone.
+``<|start|>assistant<|channel|>final<|message|>...<|return|>``. The reader gets only the ``final`` channel.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _ENDS = ("<|end|>", "<|return|>", "<|call|>")
 
 
 def answer_and_thinking(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> tuple[str, str]:
-    """The text of a completion, decoded without special tokens, and what stands in other channels before it.
+    """The answer of a completion, decoded without special tokens, and the text of its other channels.
 
     Args:
-        tokenizer: of the policy. Without the special tokens of harmony there is nothing but text.
-        token_ids: sampled after ``<|start|>assistant``, if it is harmony.
+        tokenizer: the policy's. Without the special tokens of harmony, all of a completion is the answer.
+        token_ids: the completion; in harmony, sampled after ``<|start|>assistant``.
 
     Returns:
-        ``(answer, thinking)``. In harmony the answer is the ``final`` channel, and empty where the completion was cut
-        before it; messages of all other channels, tool calls among them, are the thinking, one below the other. A
-        completion without any message of this form is text.
+        ``(answer, thinking)``. In harmony the answer is the ``final`` channel, empty if the completion was cut off
+        before it; messages of all other channels, tool calls among them, are the thinking, separated by newlines. A
+        completion without any message of this form is all answer.
     """
     messages = list(_messages(tokenizer, token_ids)) if _speaks_harmony(tokenizer) else []
     if not messages:
@@ -41,7 +41,7 @@ def _messages(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> I
     ends = {_id(tokenizer, end) for end in _ENDS} | {None}
     header: list[int] = []
     content: list[int] | None = None
-    for token in [*token_ids, None]:  # what was cut ends here
+    for token in [*token_ids, None]:  # None ends a message that was cut off
         if content is None:
             if token == message:
                 content = []
@@ -55,7 +55,7 @@ def _messages(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> I
 
 
 def _channel(tokenizer: PreTrainedTokenizerBase, header: list[int], mark: int | None) -> str:
-    """The first word after the mark; a message to a tool, and to nobody's channel, is commentary."""
+    """The first word after the mark; without a mark, commentary for a message to a tool and else empty."""
     if mark in header:
         return (_decode(tokenizer, header[header.index(mark) + 1 :]).split() or [""])[0]
     return "commentary" if "to=" in _decode(tokenizer, header) else ""
@@ -67,7 +67,7 @@ def _speaks_harmony(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    """None where the vocabulary does not have it."""
+    """Id of the token; None if the vocabulary does not have it."""
     found = tokenizer.convert_tokens_to_ids(token)
     return None if found == tokenizer.unk_token_id else found
 

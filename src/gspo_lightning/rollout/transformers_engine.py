@@ -1,7 +1,7 @@
 """The in-process engine: each prompt is forwarded once, rows leave the batch as they finish.
 
-What is reproducible: with the same weights, seed, prompts and grouping into batches, completions are bit-identical.
-Every completion has random numbers of its own, so the order of the prompts and the presence of others change its
+Reproducibility: with the same weights, seed, prompts and grouping into batches, completions are bit-identical.
+Every completion has its own random numbers, so the order of the prompts and the presence of others change its
 logits only by the rounding of differently shaped matrix products. In float32 that flips a token only when a
 uniform falls within about 1e-6 of a boundary; in bfloat16 it can happen every few thousand tokens.
 """
@@ -27,13 +27,13 @@ from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 class TransformersEngine:
     """Generates with the training model itself: nothing to synchronise.
 
-    A copy of the weights in the dtype of the products is held while a rollout lasts; on GPUs where it is another.
+    A copy of the weights in the dtype of the products is held during a rollout; on GPUs only if the dtypes differ.
     """
 
     max_concurrent: int = 256
-    """Completions decoded at a time; more prompts than fit are taken in turn."""
+    """Completions decoded at a time; further prompts are decoded in later batches."""
     environments: Environments | None = None
-    """Make completions dialogues (`gspo_lightning.dialogue`)."""
+    """Makes every completion a dialogue (`gspo_lightning.dialogue`)."""
 
     @torch.no_grad()
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:

@@ -1,4 +1,4 @@
-"""What a trainer says to one vLLM server, and which answers it believes."""
+"""A trainer's requests to one vLLM server, and checks of its answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Weights:
     """A folder."""
     kind: Literal["full", "adapter"]
     checksum: int
-    """Of the tensors in the folder (``full``)."""
+    """Checksum of the tensors in the folder (``full``)."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Of `gspo_lightning.rollout.vllm_worker.WeightSync.gspo_status`."""
+    """Answer of `gspo_lightning.rollout.vllm_worker.WeightSync.gspo_status`."""
 
     instance: str
     version: str | None
@@ -38,7 +38,7 @@ class Status:
     logprobs_mode: str
     lora: bool
     base_replaced: bool = False
-    """Whether weights of a trainer lie where an adapter needs those of the model's folder."""
+    """Whether a trainer's weights have replaced those of the model's folder, which an adapter needs."""
 
 
 class VLLMClient:
@@ -49,7 +49,7 @@ class VLLMClient:
         self.url = server.url
 
     def status(self) -> Status:
-        """Who the server is and what it runs."""
+        """Instance, model and weights of the server."""
         answer = self._rpc("gspo_status")
         try:
             return Status(**answer)
@@ -57,9 +57,9 @@ class VLLMClient:
             raise ServerError(f"{self.url} answered nonsense about itself: {error}") from error
 
     def load(self, weights: Weights) -> None:
-        """Brings the weights to the server and throws away what it has cached of others."""
+        """Loads the weights into the server and drops what it has cached from others."""
         if weights.kind == "adapter":
-            # In place: an earlier attempt may have got half way.
+            # In place: an earlier attempt may have got halfway.
             body = {"lora_name": weights.version, "lora_path": str(weights.path), "load_inplace": True}
             self.server.post("/v1/load_lora_adapter", body, self.timeout_s, is_json=False)
             self._rpc("gspo_set_version", weights.version)
@@ -70,14 +70,14 @@ class VLLMClient:
         self.reset_caches()
 
     def unload_adapter(self, name: str) -> None:
-        """Frees an old adapter; versions have names of their own, so one that stays cannot be mistaken."""
+        """Frees an old adapter; each version has its own name, so one that stays cannot be mistaken for another."""
         try:
             self.server.post("/v1/unload_lora_adapter", {"lora_name": name}, self.timeout_s, is_json=False)
         except (ServerError, RequestRefusedError):
             return
 
     def reset_caches(self) -> None:
-        """Keys, values and image features of other weights."""
+        """Drops keys, values and image features of other weights."""
         reset = self.server.post("/reset_prefix_cache", {}, self.timeout_s)
         if not isinstance(reset, dict) or reset.get("success") is not True:
             raise ServerError(f"{self.url} did not reset its prefix cache; is somebody else using it?")
@@ -87,7 +87,7 @@ class VLLMClient:
     def complete(
         self, policy: Policy, prompt: Prompt, sampling: SamplingParams, seed: int, adapter: str | None
     ) -> list[Completion]:
-        """The completions of one prompt, by the base weights or by an adapter."""
+        """Completions of one prompt, by the base weights or by an adapter."""
         body = request_fields(policy, prompt, sampling, seed)
         body |= {"prompt": prompt.input_ids.tolist(), "return_token_ids": True}
         if adapter is not None:

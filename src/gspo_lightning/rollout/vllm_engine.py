@@ -2,7 +2,7 @@
 
 The engine starts from random weights: what it samples before the first synchronisation would be noise, and a weight
 that a synchronisation forgets cannot be right by chance (`fingerprint.py`). With an adapter, the base comes from
-disk, and the first adapters it gets are some that move the output (`adapter_proof.py`).
+disk, and the first adapters that the engine gets are random ones that move the output (`adapter_proof.py`).
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class VLLMEngine:
         max_prompt_length: longest prompt in tokens.
         max_completion_length: longest completion in tokens.
         overrides: the policy's config overrides.
-        dtype: the engine computes in it; ``auto`` takes the autocast dtype of the trainer, else that of the policy.
-        memory_fraction: share of the GPU's memory the engine may take; on CUDA only, there 0.3 by default.
+        dtype: dtype the engine computes in; ``auto`` takes the autocast dtype of the trainer, else that of the policy.
+        memory_fraction: share of the GPU's memory the engine may take; only on CUDA, where it is 0.3 by default.
         kv_cache_gb: size of the key/value cache instead; on the CPU 1 by default.
         max_num_seqs: completions decoded at a time.
-        prefix_caching: keep the keys and values of prompts that come again (validation, several passes).
+        prefix_caching: keep the keys and values of prompts that recur (validation, several passes).
         enforce_eager: no compilation; None means eager on the CPU, where compiling costs 40 s at every start.
-        sleep: free the GPU's memory while training; None means on CUDA. Has no effect on a CPU.
-        lora_sync: ``adapter`` sends the adapter alone, ``merged`` sends weights with the adapter added to copies.
+        sleep: free the GPU's memory while training; None means True on CUDA. True is refused without a GPU.
+        lora_sync: ``adapter`` sends only the adapter, ``merged`` sends weights with the adapter added to copies.
         tolerance: mean difference allowed between engine and trainer on the probe in nats; None: by dtype.
         min_pixels: as in the data, for models that read pictures.
         max_pixels: likewise.
@@ -195,13 +195,13 @@ class VLLMEngine:
                 self._prove(policy, part)
 
     def _whole_prompts(self) -> dict[str, Any]:
-        """On a CPU, no prompt in chunks: vLLM 0.32 then turns back the generator of a seeded request, which fails."""
+        """Settings against prompts in chunks on a CPU: vLLM 0.32 then rewinds a request's generator, which fails."""
         if torch.cuda.is_available():
             return {}
         return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.max_model_len, 4096)}
 
     def _vision(self, policy: Policy) -> dict[str, Any]:
-        """The same pictures as in training: the processor's own limits, or those of the data."""
+        """Settings for the same pictures as in training: the processor's own limits, or those of the data."""
         if policy.vision is None:
             if self.limits.is_set:
                 raise UserError(
@@ -251,11 +251,11 @@ class VLLMEngine:
         if self._lora is not None:
             self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
         folder = save_adapter(policy, Path(self._folder.name) / "adapter")
-        # A number of its own for every version: under an old one the engine would go on with the old adapter.
+        # Every version has a new number: under an old one the engine would keep using the old adapter.
         self._lora = LoRARequest(f"policy-{self.syncs}", self.syncs, str(folder))
 
     def _reset_caches(self) -> None:
-        """Keys, values and image features of the old weights must not be used again."""
+        """Drops keys, values and image features of the old weights, which must not be used again."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are under way")
         self._llm.llm_engine.reset_encoder_cache()

@@ -1,4 +1,4 @@
-"""What we ask of vLLM and how its answer becomes completions; the same in process and over HTTP."""
+"""Requests to vLLM, and completions from its answers; the same in process and over HTTP."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def request_fields(policy: Policy, prompt: Prompt, sampling: SamplingParams, see
 
 
 def refuse_sampling(sampling: SamplingParams) -> None:
-    """What vLLM samples otherwise than `TransformersEngine`, without a word; greedy decoding reads none of it."""
+    """Refuses settings that vLLM silently samples differently from `TransformersEngine`; greedy ones read none."""
     if 0 < sampling.temperature < _LEAST_TEMPERATURE:
         raise UserError(
             f"rollout.temperature={sampling.temperature}: vLLM samples at {_LEAST_TEMPERATURE} instead; set at least "
             "that, or rollout=transformers"
         )
     if sampling.temperature > 0 and sampling.top_p < 1 and sampling.min_p > 0:
-        # The nucleus of what min-p has left is smaller. Cut the other way round, as transformers' `generate` does.
+        # The nucleus of what min-p has left is smaller. transformers' `generate` cuts in the other order.
         raise UserError(
             f"rollout.top_p={sampling.top_p} with rollout.min_p={sampling.min_p}: vLLM cuts by min_p first and "
             "rollout=transformers by top_p; set one of them, or rollout=transformers"
@@ -59,7 +59,7 @@ def refuse_sampling(sampling: SamplingParams) -> None:
 
 
 def refuse_images(prompts: Sequence[Prompt]) -> None:
-    """Servers are asked for completions of token ids, and that way has no place for pictures."""
+    """Refuses pictures: servers are sent token ids, and such a request has no place for pictures."""
     for prompt in prompts:
         if prompt.mm_inputs:
             raise UserError(
@@ -69,7 +69,7 @@ def refuse_images(prompts: Sequence[Prompt]) -> None:
 
 
 def refuse_padded_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
-    """Which tokens are a picture's is known for the families that pack, and only their vision half is proven."""
+    """Refuses pictures of padded models: only packed families have known picture tokens and a proven vision half."""
     for prompt in prompts:
         if prompt.mm_inputs and policy.is_padded:
             raise UserError(
@@ -79,9 +79,9 @@ def refuse_padded_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
 
 
 def engine_input(prompt: Prompt) -> dict[str, Any]:
-    """A prompt for vLLM's `generate`: its tokens, and pictures as they are beside one placeholder for each.
+    """A prompt for vLLM's `generate`: its tokens with one placeholder per picture, and the pictures themselves.
 
-    vLLM expands the placeholders itself; prompts that are expanded already would be expanded twice.
+    vLLM expands the placeholders itself; prompts that are already expanded would be expanded twice.
 
     Raises:
         UserError: the prompt has a video.
@@ -97,7 +97,7 @@ def engine_input(prompt: Prompt) -> dict[str, Any]:
 
 
 def unexpanded(prompt: Prompt) -> list[int]:
-    """The tokens of a prompt with one placeholder for each picture in place of a run of them."""
+    """The tokens of a prompt with one placeholder per picture in place of a run of them."""
     types = prompt.mm_inputs["mm_token_type_ids"].tolist()
     ids = prompt.input_ids.tolist()
     return [
@@ -110,7 +110,7 @@ def unexpanded(prompt: Prompt) -> list[int]:
 def completion(
     policy: Policy, token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str | None
 ) -> Completion:
-    """One completion; raises ValueError for what no sampler can have meant."""
+    """One completion; raises ValueError for an answer that no sampler can give."""
     if finish_reason not in ("stop", "length"):
         raise ValueError(f"finish reason {finish_reason!r}")
     if not token_ids or len(token_ids) != len(logprobs):

@@ -1,9 +1,9 @@
-"""vLLM in servers of its own: one or several, started by ``scripts/serve_rollouts.sh``, here or elsewhere.
+"""vLLM in separate servers: one or several, started by ``scripts/serve_rollouts.sh``, here or elsewhere.
 
 Weights travel through a folder that trainer and servers see under the same path (shared memory on one machine): the
-trainer writes each version once, the servers read it. Who runs what is asked of the servers themselves: each has an
-instance number that changes with every start and the version it loaded, and an answer counts only if both are
-the same after it as they were when the server was proven right.
+trainer writes each version once, the servers read it. The servers themselves report what they run: an instance number
+that changes with every start, and the version they loaded. An answer counts only if both are the same after it as they
+were when the server was verified.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class VLLMServerEngine:
     """Samples with vLLM servers. Nothing is sent before the first `generate`.
 
     Args:
-        urls: one per server.
+        urls: addresses, one per server.
         max_prompt_length: longest prompt in tokens; the servers must take it and a completion.
         max_completion_length: longest completion in tokens.
-        api_key_env: the environment variable that holds the servers' API key, ``GSPO_...``; it is not sent if that is
-            not set.
+        api_key_env: the environment variable that holds the servers' API key, ``GSPO_...``; if it is not set, no key is
+            sent.
         sync_dir: folder for weights, seen under this path by the trainer and by every server.
-        dtype: the servers compute in it (``--dtype`` of the servers).
-        lora_sync: ``adapter`` sends the adapter alone, ``merged`` sends weights with the adapter added to copies.
+        dtype: dtype the servers compute in (their ``--dtype``).
+        lora_sync: ``adapter`` sends only the adapter, ``merged`` sends weights with the adapter added to copies.
         ready_timeout_s: see `Patience`.
         request_timeout_s: see `Patience`; also for loading weights.
         give_up_after_s: see `Patience`.
@@ -95,7 +95,7 @@ class VLLMServerEngine:
         self._weights: Weights | None = None
         self._trained: int | None = None
         self._proven: dict[str, tuple[str, str]] = {}
-        """Server address -> (instance, version) whose fingerprint was right."""
+        """Server address -> (instance, version) whose fingerprint matched."""
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
@@ -114,7 +114,7 @@ class VLLMServerEngine:
         return Rollout(prompts, on_first_rank(prompts, ask))
 
     def close(self) -> None:
-        """Removes the weights from ``sync_dir``; the servers go on, and so does a later `generate`."""
+        """Removes the weights from ``sync_dir``; the servers keep running, and `generate` can be called again."""
         if self._folder is not None:
             self._folder.cleanup()
         self._folder = self._weights = self._trained = None
@@ -139,7 +139,7 @@ class VLLMServerEngine:
 
     def _make_folder(self) -> tempfile.TemporaryDirectory[str]:
         try:
-            # A run that fails does not wait for a rollout ahead, which may be writing when the folder goes.
+            # A run that fails does not wait for the next rollout, which may be writing when the folder is removed.
             return tempfile.TemporaryDirectory(prefix="gspo-weights-", dir=self.sync_dir, ignore_cleanup_errors=True)
         except OSError as error:
             raise UserError(
@@ -149,7 +149,7 @@ class VLLMServerEngine:
     def _write(self, policy: Policy, adapter: bool) -> None:
         assert self._folder is not None
         self.syncs += 1
-        # Unlike any version of another trainer that uses the same servers.
+        # Unique, even if another trainer uses the same servers.
         version = f"{Path(self._folder.name).name}-{self.syncs}"
         path, before = Path(self._folder.name) / version, self._weights
         if adapter:
@@ -165,7 +165,7 @@ class VLLMServerEngine:
         return VLLMClient(server, self.timeout_s)
 
     def _prepare(self, server: Server) -> tuple[Status, list[Completion] | None]:
-        """Status of a server that runs the weights, and what it samples from the probe if it is not proven yet."""
+        """Status of a server that runs the weights, and what it samples from the probe if it is not verified yet."""
         try:
             return self._load(self._client(server))
         except RequestRefusedError as error:
@@ -183,7 +183,7 @@ class VLLMServerEngine:
         if weights.kind == "adapter" and proven is not None and proven[0] == status.instance:
             client.unload_adapter(proven[1])
         if status.version == weights.version:
-            client.reset_caches()  # a load that was cut short may not have come to that
+            client.reset_caches()  # a load that was cut short may not have got that far
         else:
             client.load(weights)
             status = client.status()
@@ -214,7 +214,7 @@ class VLLMServerEngine:
             raise ServerError(f"{url} has no base for an adapter: it was replaced by another run; restart it")
 
     def _work(self, server: Server, request: tuple[Prompt, SamplingParams, int]) -> list[Completion]:
-        """The completions of one prompt, from a server that was the same and ran the same before and after."""
+        """Completions of one prompt, from a server whose instance and weights were the same before and after."""
         client, refusal = self._client(server), None
         try:
             completions = client.complete(self._policy, *request, self._adapter)
@@ -244,6 +244,6 @@ class VLLMServerEngine:
         except WeightSyncError as error:
             if before is not None and before[0] == status.instance:
                 raise
-            # Never right yet: another base model, perhaps. It is not used; the others may go on.
+            # It has never matched: another base model, perhaps. It is not used; the others may continue.
             raise ServerError(str(error)) from error
         self._proven[server.url] = (status.instance, self._weights.version)

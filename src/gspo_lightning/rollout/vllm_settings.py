@@ -1,4 +1,4 @@
-"""What vLLM in process is started with, and what is refused before."""
+"""Settings that in-process vLLM is started with, and refusals before that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def refuse_other_gpus(device: torch.device) -> None:
-    """The engine takes cuda:0, whatever the trainer's device is. Every rank comes to the same answer."""
+    """Refuses devices other than cuda:0, which the engine always takes. Every rank reaches the same verdict."""
     if not torch.cuda.is_available():
         return
     if world_size() > 1:
@@ -34,13 +34,13 @@ def refuse_other_gpus(device: torch.device) -> None:
 
 
 def _name_of_gpu(index: int) -> str:
-    """What ``CUDA_VISIBLE_DEVICES`` calls torch's GPU of this number: torch counts those that it names."""
+    """Name in ``CUDA_VISIBLE_DEVICES`` of torch's GPU number ``index``: torch counts the GPUs named there."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return names[index].strip() if index < len(names) else str(index)
 
 
 def lora_settings(policy: Policy) -> dict[str, Any]:
-    """Room for one adapter of the policy's rank, and for its part in the vision tower, which vLLM else leaves out."""
+    """Settings for one adapter of the policy's rank and its part in the vision tower, which vLLM else leaves out."""
     rank = adapter_rank(policy)
     fitting = [size for size in _LORA_RANKS if size >= rank]
     if not fitting:
@@ -51,7 +51,7 @@ def lora_settings(policy: Policy) -> dict[str, Any]:
 
 
 def engine_dtype(setting: str, policy: Policy) -> torch.dtype:
-    """The dtype the engine computes in: the trainer's, so that sampler and trainer differ by rounding alone."""
+    """The dtype the engine computes in: by default the trainer's, so that the two differ only by rounding."""
     if setting != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[setting]
     kind = policy.device.type
@@ -62,7 +62,7 @@ def engine_dtype(setting: str, policy: Policy) -> torch.dtype:
 
 @contextmanager
 def refusals_in_one_line(max_model_len: int) -> Iterator[None]:
-    """What vLLM says about its settings, in place of a hundred lines of where it says so."""
+    """Turns vLLM's refusal of its settings into one line, in place of a hundred lines of traceback."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -75,8 +75,8 @@ def refusals_in_one_line(max_model_len: int) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence: what follows is advice about settings under vLLM's own names."""
-    details = getattr(error, "errors", None)  # of pydantic: its text repeats all that it was given
+    """The error's first sentence: what follows is advice about settings under vLLM's own names."""
+    details = getattr(error, "errors", None)  # a pydantic error, whose text repeats all of its input
     if callable(details):
         first = details()[0]
         where = ".".join(str(part) for part in first["loc"])

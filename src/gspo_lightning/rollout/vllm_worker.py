@@ -1,8 +1,8 @@
-"""What runs inside vLLM's worker (``worker_extension_cls``): taking weights, and saying which ones it has.
+"""Code that runs inside vLLM's worker (``worker_extension_cls``): it loads weights and reports which ones it has.
 
-`reload_weights` of vLLM 0.32 alone is not enough, and nothing tells: with tied embeddings on a CPU the output
+`reload_weights` of vLLM 0.32 alone is not enough, and fails silently: with tied embeddings on a CPU the output
 embedding keeps a packed copy of the old weights, gpt-oss keeps its old experts and attention sinks, and models that
-read pictures scale pixels at random. The functions below cure that; `tests/rollout/test_vllm_*.py` show what happens
+read pictures scale pixels at random. The functions below fix that; `tests/rollout/test_vllm_*.py` show what happens
 without them.
 """
 
@@ -29,7 +29,7 @@ class WeightSync:
     model_runner: Any
 
     def gspo_status(self) -> dict[str, Any]:
-        """Who this is and what it runs; ``instance`` changes with every start of the process."""
+        """Identity of this worker and what it runs; ``instance`` changes with every start of the process."""
         config = self.model_runner.model_config
         return {
             "instance": _INSTANCE,
@@ -42,13 +42,13 @@ class WeightSync:
         }
 
     def gspo_set_version(self, version: str) -> None:
-        """Remembers what the caller has loaded by other ways (an adapter)."""
+        """Remembers the version that the caller has loaded in another way (an adapter)."""
         self.gspo_version: str | None = version
 
     def gspo_load_folder(self, path: str, version: str, expected: str) -> dict[str, Any]:
         """Loads all weights from a folder of `save_weights`; returns the checksum of what vLLM was given.
 
-        They count as this version only if that is the expected one.
+        The weights count as ``version`` only if the checksum is the expected one.
         """
         passes: list[RunningChecksum] = []
 
@@ -64,7 +64,7 @@ class WeightSync:
         return {"checksum": passes[0].total}
 
     def gspo_load_weights(self, weights: NamedWeights, version: str) -> None:
-        """Loads all weights, named as on the hub; ``weights`` may be asked for them twice."""
+        """Loads all weights, named as on the hub; ``weights`` may be called twice."""
         self.gspo_version, self.gspo_base_replaced = None, True
         self.model_runner.reload_weights(weights_iterator=weights())
         model = self.model_runner.get_model()
@@ -74,13 +74,13 @@ class WeightSync:
         self.gspo_version = version
 
     def gspo_base_checksum(self) -> dict[str, Any]:
-        """Checksum of the base weights as the engine holds them, adapters left out."""
+        """Checksum of the base weights as the engine holds them, without adapters."""
         state = self.model_runner.get_model().state_dict()
         return {"checksum": checksum(state[name] for name in sorted(state) if "lora_" not in name)}
 
 
 def model_shape(config: Any) -> dict[str, Any]:
-    """What tells one model from another at a glance, from a transformers config."""
+    """Entries of a transformers config that distinguish models quickly."""
     text = config.get_text_config()
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     return {"model_type": config.model_type, **{key: getattr(text, key, None) for key in keys}}
@@ -94,7 +94,7 @@ def repack_cpu_linears(model: nn.Module) -> None:
 
 
 def restore_pixel_norm(model: nn.Module, config: Any) -> None:
-    """The scaling of pixels, which is no weight of the checkpoint, and which a start from random weights overwrites."""
+    """Restores the scaling of pixels, which no checkpoint holds and a start from random weights overwrites."""
     norm = getattr(getattr(model, "visual", None), "input_norm", None)
     if norm is None or not norm.state_dict():
         return
@@ -106,7 +106,7 @@ def restore_pixel_norm(model: nn.Module, config: Any) -> None:
 
 
 def load_what_reload_skips(model: nn.Module, weights: NamedWeights) -> None:
-    """Experts and attention sinks of gpt-oss, which the layerwise reload leaves as they were."""
+    """Loads experts and attention sinks of gpt-oss, which the layerwise reload leaves unchanged."""
     if type(model).__name__ != "GptOssForCausalLM":
         return
     with torch.no_grad():

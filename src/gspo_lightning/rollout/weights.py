@@ -23,7 +23,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def refuse_merging(quantised: bool, lora_sync: str | None) -> None:
-    """Refuses to add an adapter to copies of weights that are packed into few bits.
+    """Refuses to add an adapter to copies of quantised weights.
 
     Raises:
         UserError: names the key.
@@ -36,7 +36,7 @@ def refuse_merging(quantised: bool, lora_sync: str | None) -> None:
 
 
 def check_base(policy: Policy, lora_sync: str) -> None:
-    """Refuses or warns where the policy's base is quantised: an engine reads a base of its own from its folder.
+    """Refuses or warns if the policy's base is quantised: an engine reads its own base from the model's folder.
 
     Raises:
         UserError: see `refuse_merging`; or an adapter on experts is to be merged.
@@ -57,7 +57,7 @@ def check_base(policy: Policy, lora_sync: str) -> None:
 
 
 def trained_parameters(policy: Policy) -> Iterator[Tensor]:
-    """What the optimizer changes: all weights, or the adapter's."""
+    """Parameters that the optimizer changes: all weights, or the adapter's."""
     return (parameter for parameter in policy.parameters() if parameter.requires_grad)
 
 
@@ -76,10 +76,10 @@ class RunningChecksum:
         self.total = self._count = 0
 
     def add(self, tensor: Tensor) -> None:
-        """The next tensor."""
+        """Adds the next tensor."""
         flat = tensor.detach().contiguous().view(-1)
         size = flat.element_size()
-        # Eight bytes at a time where they fit: nothing to convert, and overflow only drops carries.
+        # Eight bytes at a time if the size allows: nothing to convert, and overflow only drops carries.
         whole = flat.numel() * size % 8 == 0
         if whole and flat.storage_offset() * size % 8:
             flat = flat.clone()
@@ -89,8 +89,8 @@ class RunningChecksum:
 
 
 def weight_parts(policy: Policy, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Every weight under its hub name, in ``dtype``: first what is outside of the layers, then layer by layer, so that
-    whoever takes them one after the other never holds the model a second time.
+    """Every weight under its hub name, in ``dtype``: first those outside the layers, then layer by layer, so that a
+    caller that takes them one after the other never holds the model a second time.
 
     An adapter is added to copies, the base is only read. Tied weights appear once, under the name of the input
     embedding. A float32 policy and ``dtype`` float32 share memory: use a part before the next optimizer step.
@@ -105,7 +105,7 @@ def weight_parts(policy: Policy, dtype: torch.dtype) -> Iterator[dict[str, Tenso
 
 
 def named_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The same, weight by weight."""
+    """`weight_parts`, weight by weight."""
     for part in weight_parts(policy, dtype):
         yield from part.items()
 
@@ -113,7 +113,7 @@ def named_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Ten
 @torch.no_grad()
 def _part(policy: Policy, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
     part = {name.replace(".base_layer.", "."): _weight(policy, name).to(dtype) for name in names}
-    # For some models the hub has other names, and other cuts of what is in a layer.
+    # For some models the hub has other names and divides a layer's weights differently.
     reverted: dict[str, Tensor] = revert_weight_conversion(policy.base_model, part)
     return reverted
 
@@ -128,7 +128,7 @@ def _weight(policy: Policy, name: str) -> Tensor:
 
 
 def save_weights(policy: Policy, dtype: torch.dtype, folder: Path) -> int:
-    """Writes `weight_parts` to ``folder``, a safetensors file each; returns the checksum of all."""
+    """Writes `weight_parts` to ``folder``, one safetensors file each; returns the checksum of all."""
 
     def written() -> Iterator[Tensor]:
         for number, part in enumerate(weight_parts(policy, dtype)):
@@ -141,9 +141,9 @@ def save_weights(policy: Policy, dtype: torch.dtype, folder: Path) -> int:
 
 
 def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """What `save_weights` has written, in its order, one tensor in memory at a time.
+    """The weights that `save_weights` has written, in its order, one tensor in memory at a time.
 
-    All files are opened before the first is read: whoever removes the folder then takes nothing away.
+    All files are opened before the first is read, so removing the folder then does no harm.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(f, framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
@@ -164,7 +164,7 @@ def adapter_rank(policy: Policy) -> int:
 
 
 def adapter_scale(policy: Policy) -> float:
-    """What the product of its factors is multiplied by."""
+    """Factor that the product of the LoRA matrices is multiplied by."""
     config = _adapter_config(policy)
     return float(config.lora_alpha / config.r)
 
