@@ -1,4 +1,4 @@
-"""Group-relative advantages: how much better a completion is than the others of its prompt."""
+"""Group-relative advantages: how much better a completion is than the others for the same prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STD_EPSILON = 1e-4
 """Added to the standard deviation, as TRL does, so that recipes carry over."""
 
 ROUNDING = 1e-12
-"""Rewards that differ by less, relative to the size of what they are a sum of, are equal: 0.1 + 0.2 is 0.3."""
+"""Rewards are equal if their difference, relative to the size of their summands, is at most this: 0.1 + 0.2 is 0.3."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class AdvantageEstimator:
     """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
 
     def __call__(self, rewards: Tensor, everyone: Tensor | None = None) -> Tensor:
-        """Rewards to advantages.
+        """Turns rewards into advantages.
 
         Args:
             rewards: ``(B, G)``; G must be at least 2.
-            everyone: ``(N,)`` rewards of the whole batch, where ``rewards`` are one rank's share of it.
+            everyone: ``(N,)`` rewards of the whole batch, if ``rewards`` are one rank's share of it.
 
         Returns:
             ``(B, G)`` advantages.
@@ -53,11 +53,11 @@ class AdvantageEstimator:
 
 
 def silent_groups(rewards: Tensor, size: Tensor | None = None) -> Tensor:
-    """Groups without signal, ``(B,)`` bool: all rewards of the group are equal but for `ROUNDING`.
+    """Mask of the groups without signal, ``(B,)`` bool: all rewards of the group are equal up to `ROUNDING`.
 
     Args:
         rewards: ``(B, G)``.
-        size: ``(B, G)`` of what the rewards are a sum of; None takes their own.
+        size: ``(B, G)`` summed magnitudes of the rewards' summands; None takes the magnitudes of the rewards.
     """
     size = rewards.abs() if size is None else size
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= ROUNDING * size.amax(dim=1)
@@ -66,14 +66,14 @@ def silent_groups(rewards: Tensor, size: Tensor | None = None) -> Tensor:
 def combine_rewards(
     by_function: Tensor, weights: Tensor, how: Literal["weighted_sum", "normalize_then_sum"] = "weighted_sum"
 ) -> Tensor:
-    """One reward per completion from several functions; the very same for all of a group that `silent_groups` finds.
+    """One reward per completion from several functions; exactly equal within each group that `silent_groups` finds.
 
     Args:
         by_function: ``(B, G, K)``; NaN where a function does not apply, which leaves it out of the sum.
         weights: ``(K,)``.
         how: ``weighted_sum``, or each function's rewards made zero-mean and unit-variance within the group first
-            (GDPO, arXiv 2601.05242), so that no function's scale drowns another's; `check_combination` says by what
-            the sum is divided then.
+            (GDPO, arXiv 2601.05242), so that no function's scale drowns another's; `check_combination` says what
+            the sum is then divided by.
 
     Raises:
         ValueError: if no function applies to some completion.
@@ -96,10 +96,10 @@ def combine_rewards(
 
 
 def check_combination(how: str, scale_rewards: str) -> None:
-    """GDPO divides the sum of normalised rewards by the spread of the batch: of a group it would be divided twice.
+    """Refuses GDPO with a scale other than ``batch``: dividing the sum by the group's std would normalise it twice.
 
     Raises:
-        UserError: another scale.
+        UserError: ``normalize_then_sum`` with another scale.
     """
     if how == "normalize_then_sum" and scale_rewards != "batch":
         raise UserError(

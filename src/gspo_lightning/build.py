@@ -1,4 +1,4 @@
-"""From a resolved config to objects: module, data, callbacks, Trainer."""
+"""Builds the objects of a resolved config: module, data, callbacks, Trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSP
 
     Args:
         plain: the resolved config.
-        rewards: of this config, if they are built already; a reward may load a model of its own.
+        rewards: those of this config, if already built; a reward may load its own model.
     """
     rollout = dict(plain["rollout"])
     engine = build(rollout.pop("engine"))
@@ -57,7 +57,7 @@ def build(node: Any) -> Any:
     """The object of one ``_target_`` node.
 
     Raises:
-        UserError: with what the constructor said.
+        UserError: carries the constructor's message.
     """
     try:
         return instantiate(node, _convert_="all")
@@ -66,7 +66,7 @@ def build(node: Any) -> Any:
             f"importing what the config names ended with exit code {error.code}; remove that exit"
         ) from error
     except InstantiationException as error:
-        # What the constructor said is the message; Hydra's wrapping around it is not the user's business.
+        # The constructor's message alone; Hydra's wrapping around it does not help the user.
         raise UserError(str(error.__cause__ or error)) from error
 
 
@@ -74,8 +74,8 @@ def with_environments(engine: RolloutEngine, environments: Any) -> TransformersE
     """The engine whose completions are dialogues.
 
     Raises:
-        UserError: only the in-process engine can go on in a row's cache where a turn ends; or what makes the
-            environments is no `Environments`.
+        UserError: the engine is not the in-process one, which alone can continue in a row's cache after a turn; or
+            ``environments`` is no `Environments`.
     """
     if not isinstance(environments, Environments):
         raise UserError(
@@ -89,7 +89,7 @@ def with_environments(engine: RolloutEngine, environments: Any) -> TransformersE
 
 
 def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
-    """The data module, with its dataset, its templates and the columns that rewards need checked."""
+    """The data module; its dataset, its templates and the columns that rewards need are checked."""
     datamodule = build({**plain["data"], "task": _task(plain)})
     rewards.check()
     datamodule.check(rewards.required_columns())
@@ -97,7 +97,7 @@ def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
 
 
 def _task(plain: dict[str, Any]) -> Any:
-    """The node of the task, or of its first rows."""
+    """The config node of the task, limited to its first rows under ``overfit_rows``."""
     task, count = plain["data"]["task"], plain["overfit_rows"]
     if not count:
         return task
@@ -109,7 +109,7 @@ def _task(plain: dict[str, Any]) -> Any:
 def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
     """The length of the run: ``max_rollouts``, or ``num_epochs`` passes over a finite task, whichever is shorter.
 
-    Warns where ``max_rollouts`` ends it before the epochs do.
+    Warns if ``max_rollouts`` ends the run before the epochs do.
     """
     epochs, limit = plain["num_epochs"], plain["max_rollouts"]
     if epochs is None:
@@ -161,11 +161,11 @@ _INSTEAD = {
 }
 """Arguments of the Trainer that `build_trainer` sets, or that manual optimization has no use for -> what to do."""
 _EXTRAS = ("wandb", "mlflow")
-"""Loggers of the extras of the same names."""
+"""Loggers that are installed by the extra of the same name."""
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Refuses an argument of the Trainer that would be overwritten, or refused by it after the first validation."""
+    """Refuses a Trainer argument that would be overwritten, or that the Trainer would refuse after validating."""
     for key in trainer:
         if key in _INSTEAD:
             raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")
@@ -175,19 +175,19 @@ def check_trainer(trainer: dict[str, Any]) -> None:
 
 
 def time_limits(trainer: dict[str, Any]) -> list[Any]:
-    """What ends the run after ``max_time``; none where there is no limit."""
+    """The callback that ends the run after ``max_time``; an empty list without a limit."""
     limit = {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": trainer.get("max_time")}
     return [] if limit["duration"] is None else [build(limit)]
 
 
 def _plugins() -> list[Any]:
-    """What writes checkpoints; on Slurm also that signals are ours: Lightning would save where nobody looks for it."""
+    """The checkpoint writer; on Slurm also a plugin that leaves signals to us: Lightning would save elsewhere."""
     on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [StreamingCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if on_slurm else [])]
 
 
 def _logger(name: str, node: dict[str, Any]) -> Any:
-    """Lightning's own hint would install another version, and for MLflow another package."""
+    """Builds a logger; a missing package gets our install line, as Lightning's names another version or package."""
     try:
         return build(node)
     except UserError as error:
@@ -202,21 +202,21 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
 
     Args:
         plain: the resolved config.
-        callbacks: what watches and saves, in order.
-        run_dir: where Lightning keeps, and on Slurm looks for, files of its own; None is the current folder.
+        callbacks: in the order in which they are called.
+        run_dir: where Lightning keeps, and on Slurm looks for, its own files; None is the current folder.
     """
     every = plain["validation"]["every_n_rollouts"]
     loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if isinstance(node, dict)]
     ours = {
         "accelerator": choose_accelerator(plain["trainer"]["accelerator"]),
-        # The limit before what saves: it ends the run.
+        # The time limit comes before the callback that saves: it ends the run.
         "callbacks": [*time_limits(plain["trainer"]), *callbacks],
         "max_time": None,
         "logger": loggers or False,
         "plugins": _plugins(),
         "default_root_dir": run_dir,
         "max_epochs": -1,
-        # A batch count no run reaches: validation inside the run is off, validation before and after is not.
+        # By default a batch count no run reaches: no validation inside the run, only before and after it.
         "val_check_interval": every or 10**12,
         "check_val_every_n_epoch": None,
         "log_every_n_steps": 1,

@@ -1,4 +1,4 @@
-"""What `train.py` and `evaluate.py` do, from the command line to the exit code."""
+"""The programs of `train.py` and `evaluate.py`, from the command line to the exit code."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from gspo_lightning.training_run import TrainingRun
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
 RUN_ERRORS = (NonFiniteGradientError, RolloutError)
-"""What ends a run that was well set up."""
+"""Errors that end a run whose config was right."""
 
 
 def run(main: Callable[[], Any]) -> None:
     """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing lines of its own
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own lines
     logging.getLogger("hydra").setLevel(logging.CRITICAL)
     if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
         sys.path.append(os.getcwd())
@@ -71,12 +71,12 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def train_main() -> None:
-    """`train` with the configs of the package (`gspo_lightning.commands`)."""
+    """Runs `train` with the configs of the package (`gspo_lightning.commands`)."""
     run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(train))
 
 
 def evaluate_main() -> None:
-    """`evaluate` with the configs of the package."""
+    """Runs `evaluate` with the configs of the package."""
     run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(evaluate))
 
 
@@ -91,9 +91,9 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """In a single run a user's mistake ends the program here; in a sweep it must not take the other jobs along.
+    """Runs ``work``. A user's mistake ends a single run here; in a sweep it must not end the other jobs.
 
-    A sweep runs all of its jobs, and then ends with the first failure and its exit code; each failure has its line.
+    A sweep runs all of its jobs and then ends with the first failure and its exit code; each failure prints a line.
     """
     try:
         return work(cfg)
@@ -105,7 +105,7 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             print(f"failed: {line}", file=sys.stderr, flush=True)
             raise next((kind for kind in RUN_ERRORS if isinstance(error, kind)), UserError)(line) from error
         folder = Path(HydraConfig.get().runtime.output_dir)
-        # What is raised on every rank is said by one of them.
+        # An error raised on every rank is printed by one of them.
         line = masked(" ".join(str(error).split()))
         is_news = not first_error.several_ranks() or first_error.record(folder, line, _code(error))
         first_error.leave_nothing(folder)
@@ -118,7 +118,7 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 
 def _key_of_folder(error: OSError) -> str | None:
-    """The key of the folder that Hydra could not make, before any of our code ran; any other is not ours to explain."""
+    """The key of the folder that Hydra could not make before any of our code ran; None for any other error."""
     frames = traceback.extract_tb(error.__traceback__)
     if not any(frame.name in ("run_job", "sweep", "launch") and "mkdir" in str(frame.line) for frame in frames):
         return None
@@ -126,14 +126,14 @@ def _key_of_folder(error: OSError) -> str | None:
 
 
 def _wants_traceback() -> bool:
-    """Where there is no config, because it is what is wrong."""
+    """Whether the command line asks for a traceback, for errors that leave no config to ask."""
     return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
 
 
 def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = True) -> NoReturn:
     if with_traceback:
         traceback.print_exc()
-    # Hydra goes on about where it has looked, OmegaConf about its types.
+    # Hydra appends its search path, OmegaConf its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
     if (extra := _OF_SWEEPS.search(line)) is not None:
         line = f"{extra[1]} is not installed; run {install_line('sweep')}"
@@ -147,14 +147,14 @@ def _code(error: Exception) -> int:
 
 
 def _end_with_the_others(error: Exception, folder: Path) -> None:
-    """One of several ranks: notes an error of its own; where it has only lost another, ends with that one's error."""
+    """On one of several ranks: notes this rank's own error; if it only lost another, ends with that one's error."""
     if not first_error.lost_a_rank(error):
         first_error.record(folder, masked(f"{type(error).__name__}: {' '.join(str(error).split())}"), 1)
         return
     line, code = first_error.first(folder)
     print(f"error: {line}", file=sys.stderr, flush=True)
     first_error.leave_nothing(folder)
-    # Threads of the process group may wait for the rank that has gone.
+    # Threads of the process group may wait for the rank that is gone.
     os._exit(code)
 
 
@@ -178,7 +178,7 @@ def _train(cfg: DictConfig) -> float | None:
     plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(redacted(plain)))
-    # Again, so that the first weights of an adapter do not depend on what data and rewards have drawn.
+    # Seeded again, so that an adapter's initial weights do not depend on random numbers drawn by data and rewards.
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     module = build_module(plain, rewards)
     with contextlib.closing(module.rewards), closing_engine(module.engine):
@@ -192,7 +192,7 @@ def _train(cfg: DictConfig) -> float | None:
 
 
 def _dry_run(plain: dict[str, Any]) -> None:
-    """The table of `gspo_lightning.estimate` for the first prompts of the run."""
+    """Prints the table of `gspo_lightning.estimate` for the first prompts of the run."""
     rewards = build(plain["reward"])
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
@@ -267,7 +267,7 @@ def _no_run_dir(folder: str | Path, error: OSError, key: str = "hydra.run.dir") 
 
 
 def _quieten() -> None:
-    """Keeps the screen for what matters: no tips of libraries, no progress bars of file loading."""
+    """Silences tips of libraries and progress bars of file loading."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -49,15 +49,15 @@ def collect_rollout(
 def sample(
     policy: Policy, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, seed: int, of: str = ""
 ) -> Rollout:
-    """`RolloutEngine.generate`, where a lack of memory is told in one line with what helps.
+    """Calls `RolloutEngine.generate`; running out of memory becomes one line that names the remedy.
 
     Args:
-        policy: whose completions they are.
-        engine: samples.
-        prompts: of this rank.
-        sampling: how.
+        policy: the policy that samples.
+        engine: the engine that samples.
+        prompts: this rank's prompts.
+        sampling: how completions are drawn.
         seed: of the rollout.
-        of: the config group of ``sampling.num_generations``, where that is not the rollout's.
+        of: the config group of ``sampling.num_generations``, if that is not ``rollout``.
 
     Raises:
         OutOfMemoryError: an allocation of this process failed.
@@ -77,7 +77,7 @@ def sample(
 
 
 def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
-    """Refuses what an engine of one's own may return: tensors of rewards are ``(B, G)``."""
+    """Refuses a wrong number of completions, as a custom engine may return: reward tensors are ``(B, G)``."""
     found = [len(group) for group in rollout.completions]
     if len(rollout.prompts) != prompts or found != [generations] * prompts:
         raise UserError(
@@ -87,10 +87,10 @@ def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
 
 
 def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredRollout:
-    """Gives each completion of a rollout its advantage. All ranks call it together: one setting compares the batch.
+    """Gives each completion of a rollout its advantage. All ranks call it together: ``batch`` scaling spans ranks.
 
     Raises:
-        UserError: an environment rewards turns, and rewards are to be scaled by the batch; or an estimator of one's own
+        UserError: an environment rewards turns, and rewards are to be scaled by the batch; or a custom estimator
             returns another shape.
     """
     turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
@@ -119,7 +119,7 @@ def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) 
 
     Args:
         scored: the rollout.
-        rewards: ``(B, G)`` on a scale that stays the same from rollout to rollout; None where the combined ones are.
+        rewards: ``(B, G)`` on a scale that is the same in all rollouts; None takes the combined rewards.
     """
     rewards = scored.rewards if rewards is None else rewards
     lengths = torch.tensor([[c.num_trained for c in group] for group in scored.completions], dtype=torch.float64)
@@ -142,7 +142,7 @@ def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) 
 
 
 def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
-    """Turns and returns, as (sum, count); nothing where there are no dialogues."""
+    """Turns and returns, as (sum, count); empty without dialogues."""
     turns = [float(c.dialogue.num_turns) for group in scored.completions for c in group if c.dialogue is not None]
     if not turns:
         return {}
@@ -154,7 +154,7 @@ def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
 
 
 def _advantage_stds(scored: ScoredRollout) -> torch.Tensor:
-    """``(B,)`` standard deviations of the advantages that are trained on: of the turns, where these have rewards."""
+    """``(B,)`` standard deviations of the trained advantages: those of the turns, if turns have rewards."""
     if scored.turn_advantages is None:
         return scored.advantages.std(dim=1)
     flat = [[value for of_turns in group for value in of_turns] for group in scored.turn_advantages]

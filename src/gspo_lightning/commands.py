@@ -1,4 +1,4 @@
-"""The console commands ``gspo-train`` and ``gspo-eval``: as `train.py` and `evaluate.py`, threads before torch."""
+"""The console commands ``gspo-train`` and ``gspo-eval``; like `train.py` they set threads before importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choices of config groups on the command line, looked at before Hydra does."""
+"""Checks the choices of config groups on the command line before Hydra reads them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gspo_lightning.errors import UserError
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Refuses, in one line, what names no file of a group, such as ``logger=null``: Hydra ends in a traceback there.
+    """Refuses, in one line, a choice that names no file, such as ``logger=null``, on which Hydra ends in a traceback.
 
     Args:
-        arguments: of the command line; what does not parse is left to Hydra.
+        arguments: the command line; arguments that do not parse are left to Hydra.
     """
     parser = OverridesParser.create()
     for argument in arguments:

@@ -1,4 +1,4 @@
-"""Names and types in the parts of a config that have no ``_target_``; their files and dataclasses say what there is."""
+"""Checks names and types in the config sections without ``_target_``, against their files and dataclasses."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _NEEDED = {
     "validation": ("every_n_rollouts",),
     "trainer": ("_target_", "accelerator", "devices", "num_nodes", "strategy", "precision"),
 }  # fmt: skip
-"""What the groups must have, whichever choice or file of the user's own they come from."""
+"""Names that each group must have, whichever choice or custom file it comes from."""
 _TYPES = {
     "": {"ckpt_path": str | None},
     "checkpoint": {"keep_best": str | None},
     "export": {"push_to_hub": str | None},
 }
-"""Types in the sections whose defaults do not tell them."""
+"""Types of settings whose default values do not show them."""
 _SAMPLING = ("rollout", SamplingParams, "engine")
 _VALIDATION = ("validation", ValidationSettings, "every_n_rollouts")
 
@@ -72,15 +72,15 @@ _MAY_BE_INFINITE = (
     "update.max_grad_norm", "objective.epsilon", "objective.epsilon_high", "objective.delta",
     "objective.off_policy_mask_threshold",
 )  # fmt: skip
-"""Limits that infinity lifts."""
+"""Limits that may be infinite, which switches them off."""
 
 
 def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
-    """Refuses, in one line, a setting that is unknown or missing, a number that is none, or a value of the wrong type.
+    """Refuses, in one line, an unknown or missing setting, a number that is not finite, or a value of the wrong type.
 
     Args:
         plain: the resolved config. Nodes with a ``_target_`` are left to `config_types.check_calls`.
-        used: names at the root that interpolations refer to, such as a variable of the user's own.
+        used: names at the root that interpolations refer to, such as a user's own variable.
     """
     root, elsewhere = _root()
     _check_names("", {name: value for name, value in plain.items() if name not in used}, root, elsewhere)
@@ -107,7 +107,7 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
 
 
 def choices_of(group: str) -> list[str]:
-    """The files of a config group; none where there is no such group."""
+    """Names of the files of a config group; empty if there is no such group."""
     folder = files("gspo_lightning.conf").joinpath(group)
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
@@ -115,7 +115,7 @@ def choices_of(group: str) -> list[str]:
 
 @functools.cache
 def _root() -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of ``conf/train.yaml`` with their defaults, groups included; and where other groups put theirs."""
+    """The settings of ``conf/train.yaml`` and its groups with their defaults; and the path of each relocated group."""
     conf = files("gspo_lightning.conf")
     root: dict[str, Any] = _read(conf.joinpath("train.yaml").read_text(encoding="utf-8"))
     elsewhere: dict[str, str] = {}
@@ -140,7 +140,7 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _check_names(section: str, node: Any, known: dict[str, Any], elsewhere: dict[str, str] | None = None) -> None:
-    """Each name of a node must be known; ``elsewhere`` has names that are known under another one."""
+    """Refuses an unknown name in a node; ``elsewhere`` maps names to the path under which they are known."""
     if not isinstance(node, dict):
         raise UserError(f"{section}={node!r} must be a section with {', '.join(known)}")
     for name in node:
@@ -155,7 +155,7 @@ def _check_names(section: str, node: Any, known: dict[str, Any], elsewhere: dict
 
 
 def _check_there(section: str, node: Any, needed: Collection[str]) -> None:
-    """None of the names may have been taken out (``~``), nor a whole group (``logger=[]``)."""
+    """Refuses a section from which a needed name (``~``) or everything (``logger=[]``) was removed."""
     if not isinstance(node, dict):
         raise UserError(f"{section}={node!r} must be a section{' with ' if needed else ''}{', '.join(needed)}")
     for name in needed:
@@ -174,7 +174,7 @@ def _check_engine(node: Any) -> None:
 
 
 def _check_held_out(data: dict[str, Any]) -> None:
-    """A task that is asked for fewer than no rows gives none, and nothing would be measured."""
+    """Refuses a negative ``num_validation``: the task would give no rows, and nothing would be measured."""
     task = data["task"] if isinstance(data["task"], dict) else {}
     places = {"data": data, "data.task": task}
     places |= {f"data.task.tasks.{name}": node for name, node in (task.get("tasks") or {}).items()}
@@ -185,7 +185,7 @@ def _check_held_out(data: dict[str, Any]) -> None:
 
 
 def _check_finite(plain: dict[str, Any]) -> None:
-    """Comparisons with what is no number are all false: most checks of ranges let it pass."""
+    """Refuses NaN and infinity: comparisons with NaN are all false, so most range checks let it pass."""
     for key, value in ((f"{section}.{name}", v) for section in _NUMBERS for name, v in plain[section].items()):
         lifted = key in _MAY_BE_INFINITE and value == math.inf
         if isinstance(value, float) and not math.isfinite(value) and not lifted:

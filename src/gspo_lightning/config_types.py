@@ -1,4 +1,4 @@
-"""Types of a config: every ``_target_`` node is compared with the signature it will be called with."""
+"""Checks the types in a config: every ``_target_`` node is compared with the signature of what it calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gspo_lightning.errors import UserError
 
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 _OBJECTS = ("gspo_lightning.", "lightning.")
-"""Where classes are defined that no value of a config is an instance of: they take a section."""
+"""Packages of classes that no plain value is an instance of: such an argument needs a section."""
 
 
 def check_calls(node: Any, key: str = "") -> None:
@@ -22,7 +22,7 @@ def check_calls(node: Any, key: str = "") -> None:
 
     Args:
         node: a resolved config or a part of it.
-        key: its place in the config, for the message.
+        key: path of the node in the config, for the message.
     """
     if isinstance(node, list):
         for number, item in enumerate(node):
@@ -45,7 +45,7 @@ def _check_call(node: dict[str, Any], key: str) -> None:
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:
-        return  # a class of C code, such as datetime.timedelta, does not say
+        return  # a class written in C, such as datetime.timedelta, has no signature
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     settings = {name: value for name, value in node.items() if name not in _HYDRA_KEYS}
     for name in settings:
@@ -60,8 +60,8 @@ def check_values(node: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
 
     Args:
         node: settings by name.
-        key: their place in the config, for the message; empty at the root.
-        hints: type hints by name; what has none may be anything.
+        key: path of the node in the config, for the message; empty at the root.
+        hints: type hints by name; a setting without one may be anything.
     """
     for name, value in node.items():
         hint = hints.get(name)
@@ -81,7 +81,7 @@ def hints_of(target: Any) -> dict[str, Any]:
 
 def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, dict) and "_target_" in value:
-        return True  # what it returns is not known yet
+        return True  # the type of the built object is not known yet
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)

@@ -1,4 +1,4 @@
-"""Sums over ranks: every mean and every normaliser of this project is global."""
+"""Sums over ranks: every mean and every denominator of this project is global."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gspo_lightning.types import Metrics
 
 
 def world_size() -> int:
-    """Processes that train together; 1 outside a process group."""
+    """Number of processes that train together; 1 outside a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number among them; 0 outside a process group."""
+    """Number of this process among those that train together; 0 outside a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -32,12 +32,12 @@ def global_sum(values: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is split over ranks, who must all ask for it; any other tensor itself."""
+    """Gathers a tensor that is split over ranks, which must all call this; returns any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def global_max(value: int, device: torch.device) -> int:
-    """Largest value of any rank."""
+    """Largest value over all ranks."""
     if world_size() == 1:
         return value
     tensor = torch.tensor(value, device=device)
@@ -46,7 +46,7 @@ def global_max(value: int, device: torch.device) -> int:
 
 
 def gather_values(values: Tensor) -> Tensor:
-    """``(N,)`` of this rank -> those of all ranks in the order of ranks, on the CPU."""
+    """Concatenates ``(N,)`` values of all ranks in the order of ranks, on the CPU; N may differ."""
     values = values.detach().cpu()
     if world_size() == 1:
         return values
@@ -59,7 +59,7 @@ def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
     """Means over everything all ranks saw: sums over ranks divided by counts over ranks.
 
     Ranks may hold different names (a rank without a surviving group has no ratios), so the names are gathered first.
-    A name of which no rank saw anything is left out, on all ranks alike.
+    A name whose count is zero on every rank is left out, on all ranks alike.
     """
     names = sorted(metrics)
     if world_size() > 1:
@@ -78,7 +78,7 @@ def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
 def add_metrics(total: Metrics, more: Metrics) -> None:
     """Adds sums and counts of ``more`` into ``total``, in float64.
 
-    Sums stay on the device that they are on: a copy to the CPU would wait for all that the device has still to do.
+    Sums stay on their device: a copy to the CPU would wait for all of the device's pending work.
     """
     for name, (value, count) in more.items():
         value, count = value.detach().double(), count.detach().double()
@@ -88,12 +88,12 @@ def add_metrics(total: Metrics, more: Metrics) -> None:
 
 
 def shares_gradients(strategy: Strategy) -> bool:
-    """Whether gradients go by what the strategy keeps for several ranks, such as buffers; also where there is one."""
+    """Whether the strategy is one for several ranks, with state such as gradient buffers; also with a single rank."""
     return isinstance(strategy, ParallelStrategy)
 
 
 def gradient_sync(strategy: Strategy, last: bool) -> AbstractContextManager[None]:
-    """Around a backward: gradients of a minibatch travel between ranks once, with its last micro-batch."""
+    """Context of a backward: gradients of a minibatch are synchronised once, with its last micro-batch."""
     if last or not isinstance(strategy, ParallelStrategy):
         return nullcontext()
     return strategy.block_backward_sync()

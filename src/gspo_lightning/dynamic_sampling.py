@@ -1,7 +1,7 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups without signal make room for fresh prompts.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): fresh prompts replace groups without signal.
 
 Prompts are drawn when they are needed, from the position after the last finished rollout, never from a batch that
-was fetched ahead; all ranks draw the same prompts and each takes as many as it lacks. So a run resumes exactly.
+was fetched ahead; all ranks draw the same prompts and each takes the number it lacks. So a run resumes exactly.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ class PromptSource(Protocol):
         ...
 
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:
-        """``counts[rank]`` fresh prompts for this rank; cursor and drops go on from ``batch``.
+        """``counts[rank]`` fresh prompts for this rank; cursor and drops continue those of ``batch``.
 
-        None, on all ranks, if there are not as many.
+        None, on all ranks, if there are not enough prompts left.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What dynamic sampling did in one rollout on this rank."""
+    """Record of dynamic sampling in one rollout on this rank."""
 
     enabled: bool = False
     draws: int = 0
     extra_prompts: int = 0
     silent_left: int = 0
     discarded_tokens: int = 0
-    """Sampled tokens of groups that made room."""
+    """Sampled tokens of replaced groups."""
     by_function: tuple[Tensor, ...] = ()
-    """``(B, G, K)`` rewards of all that was sampled, draw after draw, with those of groups that made room."""
+    """``(B, G, K)`` rewards of everything sampled, one tensor per draw, replaced groups included."""
 
     def metrics(self, combine: Callable[[Tensor], Tensor]) -> Metrics:
-        """Counts per rollout over all ranks and means over all that was sampled; nothing where dynamic sampling is off.
+        """Counts per rollout over all ranks and means over everything sampled; empty if dynamic sampling is off.
 
         Args:
             combine: ``(B, G, K)`` rewards by function -> ``(B, G)``.
@@ -57,7 +57,7 @@ class Drawn:
             return {}
         share = torch.tensor(1 / world_size(), dtype=torch.float64)
         rewards = combine(torch.cat(self.by_function))
-        # Only silent groups made room, each for one prompt.
+        # Only silent groups were replaced, each by one prompt.
         silent, sampled = torch.tensor([self.extra_prompts + self.silent_left, len(rewards)], dtype=torch.float64)
         return {
             "dynamic_sampling/sampled_reward": (rewards.sum(), torch.tensor(float(rewards.numel()))),
@@ -77,7 +77,7 @@ def draw_until_signal(
     """Collects a rollout and replaces groups without signal (`silent_rollout`), at most ``max_draws`` times
     and as long as there are fresh prompts.
 
-    Where other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
+    If other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
     Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
     """
     batch = source.first()
@@ -141,7 +141,7 @@ def _replace(rollout: RewardedRollout, places: list[int], fresh: RewardedRollout
 
 
 def _merged_column(old: list[Any] | None, new: list[Any] | None, places: list[int], rewards: Tensor) -> list[Any]:
-    """Values of a reward's column, one per completion, group after group; None where it was not given."""
+    """Values of a logged column, one per completion, group after group; None for completions without one."""
     groups, size = rewards.shape
     merged = [None] * (groups * size) if old is None else list(old)
     fresh = [None] * (len(places) * size) if new is None else new

@@ -1,8 +1,8 @@
-"""What a run will need, before any weight is loaded: ``python train.py ... dry_run=true``.
+"""Estimates the memory of a run before any weight is loaded: ``python train.py ... dry_run=true``.
 
-The largest micro-batch of the first rollout goes through the training forward of a policy without memory
-(`gspo_lightning.policy.fake`), and what autograd would keep is counted tensor by tensor: nothing is known here about
-any architecture.
+The largest micro-batch of the first rollout goes through the training forward of a policy whose tensors have no
+memory (`gspo_lightning.policy.fake`), and the tensors that autograd would keep are counted one by one, so no formula
+for an architecture is needed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ GIB = 2**30
 OPTIMIZER_BYTES = {"AdamW8bit": 2.0, "PagedAdamW8bit": 2.0, "SGD": 0.0}
 """Bytes of state per trained parameter; every other optimizer keeps two moments in the dtype of the weights."""
 LOGITS_COPIES = 4
-"""Of the logits of a decoding step: raw, float32, probabilities and their running sums."""
+"""Copies of the logits in a decoding step: raw, float32, probabilities and their running sums."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, and what they follow from."""
+    """Memory by part, and the settings that decide the pace."""
 
     parameters: int
     trained: int
@@ -45,19 +45,19 @@ class Estimate:
     whole: float
     """Bytes of the whole weights that a process of trainer=fsdp holds while it samples."""
     pace: dict[str, str]
-    """What decides how long a rollout takes."""
+    """Settings that decide how long a rollout takes, by name."""
     on_gpu: bool
 
     @property
     def total(self) -> float:
-        """Bytes at the peak. A GPU's allocator uses memory of the rollout again; a process on a CPU keeps it."""
+        """Bytes at the peak. A GPU's allocator reuses the memory of the rollout; a process on a CPU keeps it."""
         passing = (ACTIVATIONS, GATHERED)
         kept = sum(value for name, value in self.parts.items() if name not in passing)
         needed = (sum(self.parts.get(name, 0.0) for name in passing), self.rollout + self.whole)
         return kept + (max(needed) if self.on_gpu else sum(needed))
 
     def table(self) -> Table:
-        """For the screen."""
+        """The estimate as a table for the screen."""
         title = "What the run will need (estimated; no weights were loaded)"
         table = Table(title=title, show_header=False, title_justify="left")
         table.add_column(style="bold", no_wrap=True)
@@ -87,7 +87,7 @@ class Ranks:
     sharded: bool = False
     """Each holds its share of weights, gradients and optimizer states (trainer=fsdp), not all of them."""
     gather_for_rollouts: bool = True
-    """As `gspo_lightning.sharding.FSDP2Strategy` has it."""
+    """The setting of `gspo_lightning.sharding.FSDP2Strategy`."""
 
 
 def estimate(
@@ -107,22 +107,22 @@ def estimate(
     samples_ahead: bool = False,
     ranks: Ranks = Ranks(),
 ) -> Estimate:
-    """The memory of each process of a run, on its device.
+    """Estimates the memory of each process of a run, on its device.
 
     Args:
         loader: of the policy.
         prompts: of one rollout on one rank.
         num_generations: completions per prompt.
-        max_completion_length: every completion is taken to be as long.
+        max_completion_length: assumed length of every completion.
         validation_rows: completions of a batch of held-out prompts.
-        max_concurrent: completions decoded at a time, at least those of one prompt; 0 where another engine samples.
+        max_concurrent: completions decoded at a time, at least those of one prompt; 0 if another engine samples.
         update: minibatches and micro-batches.
-        optimizer: name of its class.
-        needs_reference: whether the objective needs one; an adapter's is the policy without it.
+        optimizer: class name of the optimizer.
+        needs_reference: whether the objective needs a reference; with an adapter that is the policy without it.
         precision: as the Trainer names it.
         on_gpu: whether the memory is a GPU's; then the program and its libraries are not counted.
-        validation_generations: how many of ``validation_rows`` are of one prompt.
-        samples_ahead: whether the next rollout is sampled while this one trains, from a copy of what is trained.
+        validation_generations: completions per held-out prompt among ``validation_rows``.
+        samples_ahead: whether the next rollout is sampled during the update, from a copy of the trained weights.
         ranks: the processes, of which this is one.
     """
     micro, micro_batches = _largest_micro_batch(prompts, num_generations, max_completion_length, update)
@@ -130,7 +130,7 @@ def estimate(
     training = _rows_at_once(len(prompts) * num_generations, num_generations, max_concurrent)
     held_out = _rows_at_once(validation_rows, validation_generations, max_concurrent)
     rows = max(training, held_out)
-    resolve_model(loader.path)  # what has to be built first is built of true tensors
+    resolve_model(loader.path)  # a model that has to be built first is built of real tensors
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = fake_policy(loader)
         activations = saved_bytes(policy, micro.packed, precision)
@@ -143,7 +143,7 @@ def estimate(
         if max_concurrent and loader.quantization is None and not loader.compile and not ranks.sharded:
             rollout += _packed_bytes(policy, precision, on_gpu)
         is_whole = max_concurrent and ranks.sharded and ranks.gather_for_rollouts
-        whole = parts["weights"] * ranks.count if is_whole else 0.0  # beside this process's share
+        whole = parts["weights"] * ranks.count if is_whole else 0.0  # in addition to this process's share
         count, trained_count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained)
     parts[ACTIVATIONS] = activations
     if not on_gpu:
@@ -164,7 +164,7 @@ def estimate(
 def _largest_micro_batch(
     prompts: list[Prompt], num_generations: int, max_completion_length: int, update: UpdateSettings
 ) -> tuple[MicroBatch, int]:
-    """Of one rollout whose completions are all as long as they may be; and how many micro-batches it has."""
+    """The largest micro-batch of a rollout of completions of maximum length, and its number of micro-batches."""
     scored = _scored(prompts, _longest(len(prompts), num_generations, max_completion_length))
     minibatches = split_minibatches(
         scored, update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
@@ -176,7 +176,7 @@ def _largest_micro_batch(
 def _model_parts(
     policy: Policy, loader: PolicyLoader, optimizer: str, needs_reference: bool, ranks: Ranks, several: bool
 ) -> dict[str, float]:
-    """Bytes of what every process holds of the model; ``several`` micro-batches add up before gradients travel."""
+    """Bytes of the model's parts in every process; ``several`` micro-batches accumulate before gradients are sent."""
     share = 1 / ranks.count if ranks.sharded else 1.0
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = share * sum(_bytes(p) for p in policy.parameters()) * _quantised_share(loader, policy)
@@ -199,8 +199,8 @@ def _model_parts(
 
 
 def _gathered_bytes(policy: Policy) -> float:
-    """Whole weights of what is outside of the layers and of two layers, of which one arrives while the other computes;
-    and for the largest of these units what FSDP2 sends and receives: its weights once more, or its gradients twice.
+    """Bytes of the whole weights outside of the layers and of two layers, of which one arrives while the other
+    computes; and of FSDP2's buffers for the largest of these units: its weights again, or its gradients twice.
     """
     layers: Any = policy.base_model.get_decoder().layers
     inside = [list(unit.parameters()) for unit in layers]
@@ -212,7 +212,7 @@ def _gathered_bytes(policy: Policy) -> float:
 
 
 def _rows_at_once(rows: int, generations: int, max_concurrent: int) -> int:
-    """Of so many completions, those decoded at a time: whole prompts, at least one; 0 where another engine samples."""
+    """Completions of ``rows`` decoded at a time: those of whole prompts, at least one; 0 if another engine samples."""
     return min(rows, max(1, max_concurrent // generations) * generations) if max_concurrent else 0
 
 
@@ -224,9 +224,9 @@ def _cache_slots(
     held_out: int,
     on_gpu: bool,
 ) -> int:
-    """Tokens whose keys and values are held at a time, by ``training`` rows of a rollout or ``held_out`` rows.
+    """Tokens whose keys and values are held at a time, for ``training`` rows of a rollout or ``held_out`` rows.
 
-    Prompts are held once, on a CPU once per block of their rows; those of a validation have a row each.
+    A prompt is held once (on a CPU once per block of its rows); in validation once per row.
     """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
@@ -235,7 +235,7 @@ def _cache_slots(
 
 
 def _rollout_bytes(policy: Policy, rows: int, slots: int, item: int) -> float:
-    """Keys and values of ``item`` bytes of so many tokens, prompts once, and the logits of one step of all rows."""
+    """Bytes of the keys and values of ``slots`` tokens, ``item`` bytes each, and of the logits of ``rows`` rows."""
     text = policy.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * item
@@ -248,7 +248,7 @@ def _product_bytes(policy: Policy, precision: str) -> int:
 
 
 def _packed_bytes(policy: Policy, precision: str, on_gpu: bool) -> float:
-    """The copy of the weights that `gspo_lightning.rollout.prepacked` holds while a rollout lasts."""
+    """Bytes of the copy of the weights that `gspo_lightning.rollout.prepacked` holds during a rollout."""
     is_narrowed = precision.endswith("-mixed") and policy.output_weight.dtype == torch.float32
     if policy.output_weight.dtype == torch.float64 or (on_gpu and not is_narrowed):
         return 0.0
@@ -257,7 +257,7 @@ def _packed_bytes(policy: Policy, precision: str, on_gpu: bool) -> float:
 
 
 def _quantised_share(loader: PolicyLoader, policy: Policy) -> float:
-    """Bytes that are left of the weights by quantising the linear layers of the language half (4.13 or 8 bits)."""
+    """Share of the weights' bytes left after quantising the language half's linear layers (4.13 or 8 bits)."""
     if loader.quantization is None:
         return 1.0
     bits = {"nf4": 4.13, "int8": 8.0}[loader.quantization]

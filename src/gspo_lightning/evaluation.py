@@ -1,4 +1,4 @@
-"""What `evaluate.py` leaves: numbers that can be kept and compared, and every completion they come from."""
+"""The files that `evaluate.py` writes: metrics to keep and compare, and every completion they come from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EVALUATION = "evaluation.json"
 class HeldOutLog:
     """Writes a line per held-out completion to ``held_out.jsonl``; see `Validator.log`.
 
-    Each rank writes those of its own prompts: rank 0 to that file, rank r to ``held_out.rank<r>.jsonl``.
+    Each rank writes the completions of its own prompts: rank 0 to that file, rank r to ``held_out.rank<r>.jsonl``.
 
     Args:
-        folder: exists. A log of an earlier evaluation in it is replaced once the first completions are there.
+        folder: exists. An earlier evaluation's log in it is replaced when the first completions are written.
         rank: of this process.
     """
 
@@ -38,7 +38,7 @@ class HeldOutLog:
 
 
 def write_evaluation(folder: Path, plain: dict[str, Any], metrics: dict[str, float]) -> Path:
-    """Writes ``evaluation.json``: model, metrics, machine and the config, with nothing secret in it.
+    """Writes ``evaluation.json``: model, metrics, machine and the config without secrets. Returns its path.
 
     Args:
         folder: exists.

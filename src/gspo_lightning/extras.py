@@ -1,4 +1,4 @@
-"""What to install where an optional package is missing."""
+"""Says what to install if an optional package is missing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, requires
 
 
 def install_line(extra: str) -> str:
-    """``pip install`` with the packages of an extra, in the versions that were tested.
+    """A ``pip install`` command with the packages of an extra, in the versions that were tested.
 
-    By their names, because the extra itself can be asked for in the folder of the repository alone.
+    It names the packages, because the extra itself can be installed only in the repository's folder.
 
     Args:
         extra: a key of ``[project.optional-dependencies]``.

@@ -1,4 +1,4 @@
-"""Several ranks: one fails, the others lose it, and the last line on the screen is still the first error."""
+"""With several ranks, makes the error of the first rank that fails the last line on the screen."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NAME = ".first_error.json"
 _LOST = ("closed by peer", "reset by peer", "gloo/transport", "Socket Timeout", "NCCL", "TCPStore")
 _PREFIX = "gspo_lightning_"
 KEPT_S = 3600.0
-"""So long a note outlives its folder."""
+"""Seconds for which a note is kept after its run folder is gone."""
 WAIT_S = 10.0
-"""A rank that fails may take so long to say why."""
+"""Seconds to wait for the note of a failed rank."""
 DIED = "another rank died without a word (killed, or out of memory?)"
 # Noted early: when an error arrives, Lightning has already taken its environment variables back.
 _rank: int | None = None
@@ -28,13 +28,13 @@ _last: Path | None = None
 
 
 def join(folder: Path, rank: int, ranks: int, last: Path | None = None) -> None:
-    """This process is rank ``rank`` of a run of ``ranks``; an error of an earlier run in its folder is forgotten.
+    """Registers this process as rank ``rank`` of ``ranks``; rank 0 removes the note of an earlier run.
 
     Args:
         folder: of the run.
         rank: of this process.
-        ranks: how many there are.
-        last: the run's newest checkpoint, as soon as there is one; None for what saves nothing.
+        ranks: number of ranks.
+        last: where the run saves its newest checkpoint; None if it saves nothing.
     """
     global _rank, _last
     _rank, _last = rank if ranks > 1 else None, last
@@ -54,7 +54,7 @@ def is_first_rank() -> bool:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether the error is only that another rank has gone."""
+    """Whether the error is only the loss of another rank."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
 
 
@@ -66,11 +66,11 @@ def forget(folder: Path) -> None:
 
 
 def record(folder: Path, line: str, code: int) -> bool:
-    """Notes the error of this rank, unless another was first.
+    """Notes the error of this rank, unless another rank was first.
 
     Returns:
-        Whether it is news: False where another rank has noted the same line, and said it. Each rank has rows of its
-        own, so which row it was does not count.
+        Whether it is news: False if another rank has noted, and printed, the same line. Each rank has its own dataset
+        rows, so lines that differ only in the row count as the same.
     """
     content = {"rank": _rank or 0, "line": line, "code": code, "time": time.time()}
     for path in _places(folder):
@@ -80,13 +80,13 @@ def record(folder: Path, line: str, code: int) -> bool:
             noted = _noted(folder, 1.0)
             return noted is None or _without_row(noted["line"]) != _without_row(line)
         except OSError:
-            continue  # a full disk, or the folder has gone
+            continue  # a full disk, or the folder is gone
         return True
     return True  # nowhere to note it: the screen has it
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The note as it is, or None."""
+    """The note, or None if there is none."""
     for path in _places(folder):
         with contextlib.suppress(OSError, ValueError):
             note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -95,24 +95,24 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def is_own(note: dict[str, Any]) -> bool:
-    """Whether this rank has written it."""
+    """Whether this rank wrote the note."""
     return bool(note["rank"] == (_rank or 0))
 
 
 def first(folder: Path, wait_s: float = WAIT_S) -> tuple[str, int]:
-    """The line and the exit code of whatever failed first; `DIED` and 1 if nothing says so within ``wait_s``."""
+    """The line and the exit code of the first error; `DIED` and 1 if none is noted within ``wait_s``."""
     return told(_noted(folder, wait_s))
 
 
 def told(note: dict[str, Any] | None) -> tuple[str, int]:
-    """The line and the exit code of a note; without one, those of a rank that has died."""
+    """The line and the exit code of a note; without a note, those of a rank that has died."""
     if note is not None:
         return f"rank {note['rank']}: {note['line']}", int(note["code"])
     return (DIED if _last is None else f"{DIED}; {what_stands(_last)}"), 1
 
 
 def leave(folder: Path) -> None:
-    """Takes the note out of a folder that is to go: other ranks may still ask for it."""
+    """Moves the note out of a folder that will be removed: other ranks may still read it."""
     inside, outside = _places(folder)
     if inside.exists():
         with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ def leave(folder: Path) -> None:
 
 
 def leave_nothing(folder: Path) -> None:
-    """A run that was refused or ended before it did anything leaves no folder; Hydra had made it."""
+    """Removes the folder that Hydra made, if the run was refused or ended before it did anything."""
     left = {path.name for path in folder.rglob("*")}
     if is_first_rank() and left <= {"config.yaml", ".hydra", NAME}:
         leave(folder)
@@ -134,7 +134,7 @@ def _without_row(line: str) -> str:
 
 
 def _forget_old() -> None:
-    """Removes notes of folders that never come again: by now nobody asks for them."""
+    """Removes old notes among the temporary files: nobody reads them any more."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*{NAME}"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > KEPT_S:
@@ -142,13 +142,13 @@ def _forget_old() -> None:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """In the folder of the run, which all nodes see; where that is full or gone, among the temporary files."""
+    """Paths of the note: in the run folder, which all nodes see; if that is full or gone, among the temporary files."""
     name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
     return folder / NAME, Path(tempfile.gettempdir()) / f"{_PREFIX}{name}{NAME}"
 
 
 def _write(path: Path, content: str) -> None:
-    """Creates a file with this content, or none."""
+    """Creates a file with this content, or leaves none."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The optimizer step: parameter groups, clipping, and gradients that are not finite."""
+"""The optimizer step: parameter groups, clipping, and the treatment of non-finite gradients."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from gspo_lightning.distributed import whole
 
 
 class NonFiniteGradientError(RuntimeError):
-    """Too many optimizer steps in a row had a non-finite gradient; none of them reached the weights."""
+    """Raised after too many consecutive non-finite gradients; none of them reached the weights."""
 
 
 class Steppable(Protocol):
-    """What is needed of an optimizer here; Lightning wraps torch's."""
+    """The part of an optimizer used here; Lightning wraps torch's."""
 
     def step(self) -> Any:
         """Updates the weights from their gradients."""
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Clears the gradients."""
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """What is trained, in two groups: matrices, and vectors (norms, biases) without weight decay."""
+    """The trained parameters in two groups: matrices, and vectors (norms, biases) without weight decay."""
     trained = [p for p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim >= 2]}]
     if vectors := [p for p in trained if p.ndim < 2]:
@@ -35,11 +35,11 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
 
 
 class GuardedStep:
-    """Clips the gradient and steps; throws a non-finite gradient away, and gives up after too many in a row.
+    """Clips the gradient and steps; discards a non-finite gradient, and raises after too many in a row.
 
     Args:
         max_grad_norm: L2 norm over all parameters that a gradient is scaled down to.
-        max_nonfinite_steps: so many skipped steps in a row end the run.
+        max_nonfinite_steps: number of consecutive skipped steps that ends the run.
     """
 
     def __init__(self, max_grad_norm: float, max_nonfinite_steps: int) -> None:
@@ -50,12 +50,12 @@ class GuardedStep:
         """Steps and clears the gradients.
 
         Args:
-            optimizer: steps over at least these parameters.
-            parameters: those whose gradient counts.
-            rollout: number of the rollout in hand, for the message.
+            optimizer: steps at least these parameters.
+            parameters: those whose gradients are clipped and checked.
+            rollout: number of the current rollout, for the message.
 
         Returns:
-            The norm before clipping, or None if the gradient was thrown away.
+            The norm before clipping, or None if the gradient was discarded.
 
         Raises:
             NonFiniteGradientError: this was the last of ``max_nonfinite_steps`` in a row.
@@ -65,13 +65,13 @@ class GuardedStep:
         norm = whole(total)
         finite = bool(torch.isfinite(norm))
         if finite:
-            # Below, the factor would be 1: a pass over all gradients that changes nothing.
+            # Otherwise the factor would be 1, and the pass over all gradients would change nothing.
             if norm + 1e-6 > self.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(with_gradient, self.max_grad_norm, total)
             optimizer.step()
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         optimizer.zero_grad()
-        # Where autocast keeps casts (Lightning's does not): the weights have changed.
+        # If autocast caches casts (Lightning's does not), they are stale: the weights have changed.
         torch.clear_autocast_cache()
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteGradientError(

@@ -1,4 +1,4 @@
-"""What a config leaves to the machine: accelerator, number of processes, precision, tokens of a micro-batch."""
+"""Settings that depend on the machine: accelerator, number of processes, precision, tokens of a micro-batch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gspo_lightning.update import busy_tokens, token_budget
 
 
 def choose_accelerator(name: str) -> str:
-    """What ``trainer.accelerator=auto`` becomes: a GPU through CUDA (or ROCm) if there is one, else the CPU.
+    """Resolves ``trainer.accelerator=auto``: a GPU through CUDA (or ROCm) if there is one, else the CPU.
 
     Lightning's own choice may be the GPU of an Apple machine, which has no float64 for the sums of a rollout.
 
     Raises:
-        UserError: neither can be meant.
+        UserError: ``name`` is another accelerator.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,7 @@ def on_gpu(name: str) -> bool:
 
 
 def ranks(plain: dict[str, Any]) -> int:
-    """Processes that will train together; ``devices`` may leave their number to this machine: one per GPU."""
+    """Number of processes that will train together; if ``devices`` names no number, one per GPU of this machine."""
     trainer = plain["trainer"]
     devices = trainer["devices"]
     if isinstance(devices, list):
@@ -42,7 +42,7 @@ def ranks(plain: dict[str, Any]) -> int:
 
 
 def choose_precision(precision: str, accelerator: str) -> str:
-    """``auto`` is bf16-mixed where matrix products in bfloat16 are fast in hardware, else 32-true."""
+    """Resolves ``auto``: bf16-mixed if the hardware multiplies bfloat16 matrices fast, else 32-true."""
     if precision != "auto":
         return precision
     if on_gpu(accelerator):
@@ -56,7 +56,7 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_token_budget(plain: dict[str, Any]) -> int:
-    """What ``update.max_tokens_per_microbatch=auto`` becomes."""
+    """Resolves ``update.max_tokens_per_microbatch=auto``."""
     gpu = on_gpu(plain["trainer"]["accelerator"])
     rollout = plain["rollout"]
     return token_budget(

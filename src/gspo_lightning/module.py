@@ -76,8 +76,8 @@ class GSPOModule(L.LightningModule):
         update: minibatches, micro-batches and clipping.
         validation: what is measured on held-out prompts.
         seed: of sampling and of the order of minibatches.
-        max_draws: dynamic sampling (DAPO, arXiv 2503.14476): so many times per rollout, prompts whose rewards are all
-            equal are replaced by fresh ones. Needs a `PromptDataModule`. 0 trains on the batch as it comes.
+        max_draws: dynamic sampling (DAPO, arXiv 2503.14476): at most this many times per rollout, prompts whose
+            rewards are all equal are replaced by fresh ones. Needs a `PromptDataModule`. 0 switches it off.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class GSPOModule(L.LightningModule):
             raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
         self.policy = self.policy_loader.load()
         if mesh is not None:
-            self._choose_forward()  # needs the weights whole, and by other entries
+            self._choose_forward()  # runs whole weights, by other forwards than those that sharding counts
             # Before the reference is loaded, so that one whole model is in memory and not two.
             self._shard(self.policy, mesh)
             self.engine = gathered(self.engine, self.policy_loader)
@@ -152,25 +152,25 @@ class GSPOModule(L.LightningModule):
                 self._shard(self.references[0], mesh)
 
     def _shard(self, policy: Policy, mesh: DeviceMesh) -> None:
-        """Splits the weights over ranks; refuses a policy that runs padded, so that its reference never does."""
+        """Splits the weights over ranks; refuses a padded policy, so its reference is never padded either."""
         gather = getattr(self.trainer.strategy, "gather_for_rollouts", True)
         shard_policy(policy, mesh, gather_for_rollouts=gather)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of all that is trained, without weight decay on vectors (norms, biases), and its schedule."""
+        """The optimizer of trained parameters, without weight decay on vectors (norms, biases), and its schedule."""
         optimizer = self.optimizer_factory(parameter_groups(self.parameters()))
         keep_settings(optimizer, self.optimizer_factory)
         steps = self.update_settings.num_iterations * self.update_settings.num_minibatches
-        # A second fit goes on where the first one stopped.
+        # The schedule of a second fit continues where the first one stopped.
         schedule = self.schedule.build(optimizer, self.max_rollouts * steps, self.rollouts_done * steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As of any module; but the precision bf16-true, which narrows the base, leaves adapters and buffers as wide.
+        """Like `nn.Module._apply`, except that under bf16-true adapters and buffers keep their dtype.
 
         In bfloat16 most updates of an adapter would be rounded away, and rotary frequencies, which are buffers, would
-        turn a token 2048 places on by more than a radian too far. Split weights are exchanged by what they are
-        converted to, so widening them again after the call would come too late.
+        rotate a token 2048 positions away by more than a radian too much. Sharded weights are replaced by the
+        converted ones, so widening them again after the call would be too late.
         """
         if self.policy is None or self._trainer is None or self._trainer.precision != "bf16-true":
             return super()._apply(fn, recurse)
@@ -180,12 +180,12 @@ class GSPOModule(L.LightningModule):
         return super()._apply(lambda t: t.to(fn(t).device) if id(t) in wide else fn(t), recurse)
 
     def on_fit_start(self) -> None:
-        """Refuses Trainer settings under which training would be wrong; what cannot be packed runs padded."""
+        """Refuses Trainer settings under which training would be wrong; a model that cannot be packed runs padded."""
         check_fit(self)
         self._choose_forward()
 
     def on_validation_start(self) -> None:
-        """Chooses the forward, where nothing is trained or validation comes first."""
+        """Chooses the forward, if nothing is trained or validation comes first."""
         self._choose_forward()
 
     def _choose_forward(self) -> None:
@@ -201,7 +201,7 @@ class GSPOModule(L.LightningModule):
     # ---------------------------------------------------------------- collect
 
     def on_train_start(self) -> None:
-        """Says so, where a run was over before; optimizer states that were loaded are paged again."""
+        """Prints a line if all rollouts were already done; moves loaded optimizer states back to paged memory."""
         for optimizer in self.trainer.optimizers:
             page_again(optimizer)
         say_nothing_is_left(self)
@@ -242,12 +242,12 @@ class GSPOModule(L.LightningModule):
         return scored
 
     def _run_along(self) -> None:
-        """Asks the engine for nothing, because other ranks ask it for something."""
+        """Calls the engine without prompts, because other ranks call it with some."""
         assert self.policy is not None
         self.engine.generate(self.policy, [], self.sampling, rollout_seed(self.seed, self.rollouts_done))
 
     def _source(self) -> PromptSource:
-        """Where fresh prompts are drawn from; the loader fetches ahead, so its batches would be stale here."""
+        """The data module, which fresh prompts are drawn from: the loader fetches ahead, so its batches are stale."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if not isinstance(datamodule, PromptSource):
             raise UserError("dynamic_sampling.max_draws needs a data module with first() and draw(): PromptDataModule")
@@ -256,7 +256,7 @@ class GSPOModule(L.LightningModule):
     # ---------------------------------------------------------------- update
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """All optimizer steps on the rollout in hand."""
+        """Takes all optimizer steps on the current rollout."""
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored, by_weight))
@@ -269,18 +269,18 @@ class GSPOModule(L.LightningModule):
         self._finish_rollout(scored, update)
 
     def _float32_products(self) -> AbstractContextManager[None]:
-        """Those of oneDNN where that is faster, and rows come in lengths that come again.
+        """Context that uses oneDNN for float32 products if that is faster and row lengths recur.
 
-        Not where a thread samples ahead: the choice is one for all threads, and its rollouts would see it by chance.
+        Not if a thread samples ahead: the setting is global, so that thread's rollouts would depend on timing.
         """
         assert self.policy is not None
         filled = not self.policy.is_padded and self.policy.vision is None
         return onednn_float32(self.device) if filled and self.ahead is None else nullcontext()
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
-        """A term of your own that is added to the loss of each minibatch; a subclass overrides it.
+        """A custom term that is added to the loss of each minibatch; override it in a subclass.
 
-        Called once per optimizer step on every rank, whatever the number of micro-batches, and also where no completion
+        Called once per optimizer step on every rank, whatever the number of micro-batches, and also if no completion
         of the minibatch survives: the step is then taken on this term alone.
 
         Args:
@@ -306,7 +306,7 @@ class GSPOModule(L.LightningModule):
         )
 
     def _sample_ahead(self) -> None:
-        """Begins the next rollout; its old log-probabilities will be those of the weights as they are now."""
+        """Begins the next rollout; its old log-probabilities will be those of the current weights."""
         if self.ahead is None or self.rollouts_done + 1 >= self.max_rollouts:
             return
         batch_at = getattr(getattr(self.trainer, "datamodule", None), "batch_at", None)
@@ -339,7 +339,7 @@ class GSPOModule(L.LightningModule):
         )
 
     def _sync_reference(self) -> None:
-        """Moves the frozen reference towards the policy, if it is time to."""
+        """Moves the frozen reference towards the policy every ``ref_sync_every_n_rollouts`` rollouts."""
         every = self.update_settings.ref_sync_every_n_rollouts
         if every and (self.rollouts_done + 1) % every == 0 and self.references and self.policy is not None:
             move_reference(self.references[0], self.policy, self.update_settings.ref_model_mixup_alpha)
@@ -357,7 +357,7 @@ class GSPOModule(L.LightningModule):
             lr=float(self.trainer.optimizers[0].param_groups[0]["lr"]),
             stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
         )  # fmt: skip
-        forget(self.trainer, self.last_metrics.keys() - values.keys())  # what this rollout did not measure
+        forget(self.trainer, self.last_metrics.keys() - values.keys())  # metrics that this rollout did not measure
         self.last_metrics = values
         self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
         # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
@@ -367,12 +367,12 @@ class GSPOModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the validation counters anew, with one for each task of a mixture."""
+        """Resets the validation counters, with one for each task of a mixture."""
         task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
         self.validator.reset(getattr(task, "task_names", ()))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Greedy and sampled completions of held-out prompts."""
+        """Measures greedy and sampled completions of held-out prompts."""
         assert self.policy is not None
         check_prompts(batch, "val_dataloader")
         self.validator.update(self.policy, self.engine, batch.prompts)
@@ -390,7 +390,7 @@ class GSPOModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the counters and refuses the checkpoint of another model."""
-        # A sharded one has no weights here: its strategy loads them, and asks the same question.
+        # A sharded checkpoint has no weights here: its strategy loads them and makes the same check.
         if "state_dict" in checkpoint:
             self.refuse_other_model({name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()})
         restore_run_state(self, checkpoint["gspo_lightning"])

@@ -30,7 +30,7 @@ from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
 class OneStepOff:
-    """An engine that hands out the rollout generated ahead when it is asked for, and asks the engine for all else.
+    """An engine that returns the rollout generated ahead when it is requested, and passes other requests on.
 
     Args:
         engine: samples elsewhere, so that this process can train at the same time.
@@ -47,16 +47,16 @@ class OneStepOff:
         self._pending: _Pending | None = None
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
-        """See `RolloutEngine.generate`; waits for what is under way.
+        """See `RolloutEngine.generate`; waits for a rollout under way.
 
         Raises:
             RolloutError: what the engine raised, ahead or now.
         """
         pending = self._pending
         if pending is not None and pending.key == _key(prompts, sampling, seed):
-            completions = pending.result()  # one that failed stays: the checkpoint saved now has to know of it
+            completions = pending.result()  # if it raises, it stays pending: a checkpoint saved now must record it
             self._pending, self.is_stale, self.seconds = None, True, pending.seconds
-            if completions is None:  # lost with the process that generated it: the same again
+            if completions is None:  # lost with the process that generated it: generate it again
                 assert self.behaviour is not None
                 start = time.perf_counter()
                 completions = self.engine.generate(self.behaviour, prompts, sampling, seed).completions
@@ -77,17 +77,17 @@ class OneStepOff:
         seed: int,
         context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """Begins the next rollout, from the weights as they are now, in a thread.
+        """Begins the next rollout, from the current weights, in a thread.
 
-        A pending one that this training rollout did not ask for is dropped, with a warning: it comes from a checkpoint
-        of other settings.
+        A pending rollout that training did not request is dropped with a warning: it comes from a checkpoint with
+        other settings.
 
         Args:
             policy: its weights are copied before this returns.
             prompts: of the next rollout.
             sampling: of training.
             seed: of the next rollout.
-            context: the precision that forwards run in; a thread begins without.
+            context: the precision that forwards run in; a new thread does not inherit it.
         """
         if self._pending is not None:
             warnings.warn(
@@ -123,7 +123,7 @@ class OneStepOff:
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The pending rollout, once it is there, and the weights that sampled it; empty if none is under way."""
+        """The pending rollout, which this waits for, and the weights that sampled it; empty if none is pending."""
         if self._pending is None or self.behaviour is None:
             return {}
         self._pending.join()
@@ -135,7 +135,7 @@ class OneStepOff:
         }
 
     def load_state_dict(self, state: dict[str, Any], policy: Policy) -> None:
-        """Goes on with the pending rollout of a checkpoint. A failed one is generated anew, by the same weights."""
+        """Restores the pending rollout of a checkpoint. A failed one is generated again, by the same weights."""
         if not state:
             return
         self._copy(policy)
@@ -145,7 +145,7 @@ class OneStepOff:
             for parameter, value in zip(trained, state["behaviour"], strict=True):
                 parameter.copy_(value)
         completions = state["completions"]
-        # Checkpoints of older versions do not say how long it took.
+        # Checkpoints of older versions do not store how long it took.
         self._pending = _Pending(tuple(state["key"]), state.get("seconds", math.nan))
         self._pending.value = None if completions is None else [[_unpack(c) for c in group] for group in completions]
 
@@ -168,7 +168,7 @@ class _Pending:
                 self.error = error
             self.seconds = time.perf_counter() - start
 
-        # A daemon: a training that fails must not wait for a rollout that nobody will use.
+        # A daemon: failed training must not wait for a rollout that nobody will use.
         self._thread = threading.Thread(target=run, name="rollout ahead", daemon=True)
         self._thread.start()
 
@@ -184,7 +184,7 @@ class _Pending:
 
 
 def _key(prompts: list[Prompt], sampling: SamplingParams, seed: int) -> tuple[Any, ...]:
-    """All that decides what a policy samples; data that was edited has other prompts under the same uids."""
+    """Everything that decides what a policy samples, token ids included: edited data keeps its uids."""
     tokens = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         ids = prompt.input_ids.to("cpu", torch.int64)
@@ -193,7 +193,7 @@ def _key(prompts: list[Prompt], sampling: SamplingParams, seed: int) -> tuple[An
 
 
 def _share_frozen(policy: Policy) -> Policy:
-    """A copy of the policy whose trained parameters are its own and whose other tensors are those of the policy."""
+    """A copy of the policy that has its own trained parameters and shares all other tensors."""
     shared: list[Any] = [policy.tokenizer, policy.processor, *policy.buffers()]
     shared += [parameter for parameter in policy.parameters() if not parameter.requires_grad]
     copied: Policy = copy.deepcopy(policy, {id(thing): thing for thing in shared})

@@ -1,4 +1,4 @@
-"""What happens when memory runs out: a micro-batch is cut in two, and what cannot be cut ends the run in one line.
+"""Handles running out of memory: a micro-batch is cut in two; if it cannot be cut, the run ends with one line.
 
 Packing is exact, so the gradient of a micro-batch in two parts is the same.
 """
@@ -22,12 +22,12 @@ from gspo_lightning.types import ScoredRollout
 from gspo_lightning.update import Minibatch
 
 _WORDS = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Of the CPU's allocator, and of what libraries and kernels allocate by themselves."""
+"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves."""
 _LOWER = "lower update.max_tokens_per_microbatch"
 
 
 class OutOfMemoryError(UserError):
-    """Memory ran out where nothing can be taken again. A run adds what it can go on from."""
+    """Memory ran out in work that cannot be repeated. A run adds the checkpoint it can resume from."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -37,18 +37,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_for(doing: str, fix: str) -> Iterator[None]:
-    """Around work that is not taken again: should memory run out, that is told in one line.
+    """Context of work that is not repeated: if memory runs out, the error is one line.
 
     Args:
         doing: what the memory is for, as in "out of memory in the optimizer step".
-        fix: what needs less, by its keys.
+        fix: the settings that reduce it.
 
     Raises:
         OutOfMemoryError: an allocation failed.
     """
     try:
         yield
-    except RolloutError:  # of an engine elsewhere, whose memory it may be about; the run is saved for it
+    except RolloutError:  # may be about the memory of an engine elsewhere; the run is saved on this error
         raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -57,16 +57,16 @@ def memory_for(doing: str, fix: str) -> Iterator[None]:
 
 
 def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool) -> None:
-    """Refuses to take a micro-batch again where it cannot be; a single sequence is left to `halved` to refuse.
+    """Refuses a micro-batch that cannot be repeated; a single sequence is left to `halved` to refuse.
 
     Args:
         plan: what did not fit.
         scored: the rollout of the plan.
-        repeatable: False where an attempt that broke off leaves something after: DDP has counted gradients that
-            came, FSDP2 has gathered weights and lays them down only at the end of a backward.
+        repeatable: False if a failed attempt leaves state behind: DDP has counted the gradients that arrived,
+            FSDP2 has gathered weights and releases them only at the end of a backward.
 
     Raises:
-        OutOfMemoryError: it cannot be repeated, or there are several ranks, which must all run as many forwards.
+        OutOfMemoryError: it cannot be repeated, or there are several ranks, which must all run the same forwards.
     """
     several = world_size() > 1
     if (repeatable and not several) or _is_single(plan):
@@ -107,17 +107,17 @@ def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
 
 
 def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
-    """L of a micro-batch."""
+    """L of a micro-batch: its completion tokens whose log-probability is needed."""
     return sum(scored.completions[part.group][n].num_trained for part in plan for n in part.completions)
 
 
 def cut(
     minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout
 ) -> tuple[Minibatch, list[list[Tensor] | None]]:
-    """Cuts micro-batch ``index`` in two, and with it what belongs to its tokens.
+    """Cuts micro-batch ``index`` in two, and the tensors of its tokens accordingly.
 
     Args:
-        minibatch: whose plan is changed.
+        minibatch: the minibatch whose plan is changed.
         tensors: each None, or ``(L,)`` for every micro-batch of the plan.
         index: the micro-batch that did not fit.
         scored: the rollout of the plan.
@@ -134,29 +134,29 @@ def cut(
 def in_parts(
     forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool = True
 ) -> Tensor:
-    """``forward(plan)`` ``(..., L)``, in parts where the whole does not fit; for forwards without gradient.
+    """``forward(plan)`` ``(..., L)``, in parts if the whole does not fit; for forwards without gradient.
 
     Raises:
-        OutOfMemoryError: a single sequence does not fit, or it cannot be taken again, see `check_repeatable`.
+        OutOfMemoryError: a single sequence does not fit, or the forward cannot be repeated, see `check_repeatable`.
     """
     try:
         return forward(plan)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # Outside of the handler: it would keep the tensors of the failed forward alive.
+    # Outside of the handler, which would keep the tensors of the failed forward alive.
     check_repeatable(plan, scored, repeatable=repeatable)
     free()
     return torch.cat([in_parts(forward, part, scored, repeatable=repeatable) for part in halved(plan, scored)], dim=-1)
 
 
 def free() -> None:
-    """Gives back what the failed attempt held."""
+    """Frees the memory that the failed attempt held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def say(line: str) -> None:
-    """One warning on the screen."""
+    """Prints one warning."""
     print(f"warning: {line}; {_LOWER} to spare the attempt", file=sys.stderr, flush=True)

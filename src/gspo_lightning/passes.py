@@ -24,10 +24,10 @@ Logprobs = list[Tensor]
 
 @dataclass(frozen=True)
 class Fixed:
-    """What an update of one minibatch takes as given, micro-batch by micro-batch in the order of its plan."""
+    """Fixed inputs of the update of one minibatch, one entry per micro-batch in the order of its plan."""
 
     old: Logprobs | None = None
-    """None means that the weights to be updated are those that sampled: old is new."""
+    """None means that the weights to be updated are those that sampled: old and new log-probabilities are equal."""
     reference: Logprobs | None = None
     selected: list[Tensor] | None = None
     """``(L,)`` bool: the tokens of the policy term; None for all."""
@@ -40,22 +40,22 @@ class Fixed:
 
 @dataclass
 class Attempt:
-    """What one accumulation of a gradient leaves; thrown away whole if it runs out of memory."""
+    """Results of one accumulation of a gradient; discarded as a whole if it runs out of memory."""
 
     fresh: bool
-    """The weights are those that sampled."""
+    """Whether the weights are those that sampled."""
     denominator: float
-    """Of the loss, over minibatch and ranks."""
+    """Denominator of the loss, over minibatch and ranks."""
     seen: Logprobs = field(default_factory=list)
     """Log-probabilities of the micro-batches whose backward is done."""
     ratios: list[Tensor] = field(default_factory=list)
     """Importance ratios, one tensor per micro-batch."""
     metrics: Metrics = field(default_factory=dict)
     tokens: int = 0
-    """Forwarded."""
+    """Forwarded tokens."""
 
     def finish(self, logprobs: Tensor, micro: MicroBatch) -> None:
-        """The backward of a micro-batch is done."""
+        """Records a micro-batch whose backward is done."""
         self.seen.append(logprobs.detach())
         self.tokens += micro.packed.num_tokens
 
@@ -74,19 +74,19 @@ class Passes:
     temperature: float
     log_entropy: bool
     behaviour: Policy | None = None
-    """The weights that sampled, where those are not the policy's (`gspo_lightning.one_step_off`)."""
+    """The weights that sampled, if those are not the policy's (`gspo_lightning.one_step_off`)."""
 
     @torch.no_grad()
     def before_update(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Fixed]:
-        """Old log-probabilities of all minibatches but the first, and the selection of tokens where there is one.
+        """Old log-probabilities of all minibatches but the first, and the selection of tokens if there is one.
 
-        The first is updated from the very weights that sampled it: there, old is new. Not so where the rollout was
-        generated ahead: all old log-probabilities are those of ``behaviour`` then.
+        The first is updated from the very weights that sampled it, so its old log-probabilities are the new ones. If
+        the rollout was generated ahead, all minibatches get old log-probabilities, those of ``behaviour``.
         """
         if self.objective.selects_tokens:
             with in_step(self.policy):
                 outputs = [self._entropies(scored, minibatch) for minibatch in minibatches]
-            # Ranks talk about thresholds when all have run all of their forwards: under FSDP2 those talk too.
+            # Ranks exchange thresholds only after all forwards: under FSDP2 forwards communicate too.
             return [self._select(of_minibatch) for of_minibatch in outputs]
         with in_step(self.policy):
             first = 0 if self.behaviour is not None else 1
@@ -105,7 +105,7 @@ class Passes:
 
     @torch.no_grad()
     def entropy_left_out(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> Tensor:
-        """``(N,)`` entropies at the tokens of completions that no loss is taken of; none unless they are asked for."""
+        """``(N,)`` entropies at the tokens of completions without a loss; empty unless ``log_entropy`` is set."""
 
         def forward(plan: MicroBatchPlan) -> Tensor:
             micro = build_micro_batch(scored, plan, self.policy.device)

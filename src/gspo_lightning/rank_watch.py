@@ -1,7 +1,8 @@
-"""A rank that waits for another one which has failed ends all the same, whatever it waits in.
+"""Ends a rank that waits for a failed one, whatever it waits in.
 
-Gloo raises where a rank has gone, and `gspo_lightning.cli` ends the process by what that one has noted. NCCL waits
-until the strategy's ``timeout``, and a process outside a collective for whatever it does: they are ended from here.
+Gloo raises if a rank is gone, and `gspo_lightning.cli` then ends the process with the error that rank has noted. NCCL
+waits until the strategy's ``timeout``, and a process outside a collective until its work is done: this module ends
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gspo_lightning import first_error
 
 POLL_S = 0.5
 GRACE_S = 5.0
-"""In this time after a failure elsewhere a process may end by itself."""
+"""Seconds after another rank's failure in which a process may end by itself."""
 _OBSERVER = "child-process-observer"
 _STARTER = "GSPO_LIGHTNING_STARTER"
 _STARTED = "hydra.job.name=train_ddp_process_"
@@ -27,14 +28,14 @@ _watch: RankWatch | None = None
 
 
 class RankWatch:
-    """A thread that ends this process after another rank has failed, or has started this one and died.
+    """A thread that ends this process after another rank has failed, or after the rank that started it has died.
 
-    It prints the first error, and ends with that one's exit code. A note that was there before is of another run.
+    It prints the first error and ends with that error's exit code. A note that existed before is of another run.
 
     Args:
         folder: of the run, where the first error is noted.
-        before_end: what has to be done before such an end; its errors are ignored.
-        starter: process id of the rank that has started this one; None if none has.
+        before_end: called before such an end; its errors are ignored.
+        starter: process id of the rank that started this one; None if no rank did.
     """
 
     def __init__(self, folder: Path, before_end: Callable[[], None], starter: int | None = None) -> None:
@@ -44,7 +45,7 @@ class RankWatch:
         threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """The process ends by itself from here on."""
+        """Stops watching: from here on the process ends by itself."""
         with self._ending:  # never released once it ends the process
             self._over.set()
 
@@ -70,7 +71,7 @@ class RankWatch:
             print(f"error: {line}", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 self._before_end()
-            # The main thread may wait for the rank that has gone.
+            # The main thread may wait for the rank that is gone.
             os._exit(code)
 
 
@@ -83,7 +84,7 @@ def begin(folder: Path, before_end: Callable[[], None] = lambda: None) -> None:
 
 
 def stop() -> None:
-    """The work of this rank is done, or has failed: what is left ends by itself."""
+    """Stops watching: the work of this rank is done or has failed, and the process will end by itself."""
     global _watch
     if _watch is not None:
         _watch.stop()
@@ -91,9 +92,9 @@ def stop() -> None:
 
 
 def _starter() -> int | None:
-    """The rank by whose Trainer this process was started, and not by srun, torchrun or a shell; else None.
+    """Process id of the rank whose Trainer started this process; None if srun, torchrun or a shell did.
 
-    Such a rank has left its process id for those it starts.
+    A rank leaves its process id in the environment for the ranks it starts.
     """
     starter = os.environ.get(_STARTER)
     if starter is not None and any(text.startswith(_STARTED) for text in sys.argv):
@@ -103,9 +104,9 @@ def _starter() -> int | None:
 
 
 def _hold_back_lightning(is_noted: Callable[[], bool]) -> None:
-    """Lightning's observer kills the rank that has started one which failed: not before that rank could say why.
+    """Delays Lightning's observer, which kills a rank whose child rank failed, until that rank could print the error.
 
-    One that has died without a note leaves nothing to be said, and is observed as ever.
+    Without a note there is nothing to print, and the observer acts at once.
     """
     for thread in threading.enumerate():
         if thread.name == _OBSERVER and "_terminate_all" not in vars(thread):

@@ -1,4 +1,4 @@
-"""Secrets stay out of what a run writes and shows: ``config.yaml``, the report, the screen, error lines."""
+"""Keeps secrets out of what a run writes and shows: ``config.yaml``, the report, the screen, error lines."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from gspo_lightning.screen import visible
 
 MASK = "***"
 _SHORT = 6
-"""A value of fewer characters is looked for under its own key alone: it may be a word that stands anywhere."""
+"""A value of fewer characters is masked only under its own key: elsewhere it may be an ordinary word."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _ALWAYS = ("secret", "password", "passwd", "passphrase", "credential", "apikey", "authorization", "bearer")
-"""Ends of words, for ``PGPASSWORD``."""
+"""Endings of words that always name a secret, as in ``PGPASSWORD``."""
 _ABBREVIATIONS = {"pass", "pat", "pwd"}
 _ISSUERS = {
     "access", "api", "auth", "bearer", "github", "gitlab", "hf", "hub", "huggingface", "openai", "private", "refresh",
     "session", "ssh", "wandb",
 }  # fmt: skip
-"""Before a plural: ``hf_tokens`` is a list of secrets, ``max_tokens`` is a number."""
+"""Words before the plural of a secret: ``hf_tokens`` is a list of secrets, ``max_tokens`` is a number."""
 _ACCOUNTS = _ISSUERS | {
     "admin", "aws", "azure", "database", "databricks", "db", "devops", "docker", "email", "ftp", "gh", "ghcr", "git",
     "http", "https", "imap", "keystore", "ldap", "login", "mail", "mongo", "mongodb", "mqtt", "mysql", "pg", "postgres",
     "postgresql", "proxy", "rabbitmq", "redis", "registry", "root", "smtp", "sql", "sudo", "user", "vpn",
 }  # fmt: skip
-"""Before an abbreviation: ``DB_PASS`` is a secret, ``first_pass``, ``file_pat`` and ``HOST_PWD`` are none."""
+"""Words before an abbreviation: ``DB_PASS`` is a secret; ``first_pass``, ``file_pat`` and ``HOST_PWD`` are not."""
 _PASSWORD_IN_URL = re.compile(r"""(://[^\s/@:'"]*:)(?!\d{1,5}[,?#])[^\s/'"]+@(?!sha\d+:)""")
 """Not the port in ``http://host:80?to=me@host``, nor the version in ``docker://image:1@sha256:0f3c``."""
 _VOCABULARY = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "image", "video", "vision", "start", "end", "stop"}
-"""``eos_token`` is no secret, and neither is ``token_id``."""
+"""Words before ``token`` that make it no secret, as in ``eos_token``. ``token_id`` is none either."""
 
 
 def redacted(plain: Any) -> Any:
-    """A copy with ``***`` for the values of keys that name a secret, for values of such environment variables, and for
-    the password in ``https://user:password@host``."""
+    """A copy with ``***`` for the values of keys and environment variables that name a secret, and for the password in
+    ``https://user:password@host``."""
     return _redacted(plain, _known())
 
 
 def masked(line: str) -> str:
-    """A line of text, fit for a terminal, with ``***`` for each secret of the environment and of the command line, and
+    """A line of text, safe for a terminal, with ``***`` for each secret of the environment and of the command line, and
     for passwords in addresses."""
     return visible(_masked(line, _known()))
 
@@ -53,7 +53,7 @@ def masked_stderr() -> contextlib.redirect_stderr[TextIO]:
 
 
 class _MaskedStream:
-    """Masks what is written; in all else the stream itself."""
+    """A stream that masks what is written and passes everything else to the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -78,7 +78,7 @@ def names_a_secret(name: str) -> bool:
 
 
 def _names_a_password(name: str) -> bool:
-    """Whether even a number under this name is a secret: elsewhere it counts or chooses, as in ``session_tokens``."""
+    """Whether even a number under this name is a secret; under others it is a setting, as in ``session_tokens``."""
     words = _words(name)
     return bool(words) and words[-1].endswith(_ALWAYS)
 
@@ -91,7 +91,7 @@ def _words(name: str) -> list[str]:
 
 
 def _known() -> list[str]:
-    """Longest first."""
+    """Secrets of the environment and the command line, longest first."""
     secret = {value for name, value in os.environ.items() if names_a_secret(name) and not _is_folder(name, value)}
     for argument in sys.argv[1:]:
         key, _, value = argument.lstrip("+~").partition("=")
@@ -114,7 +114,7 @@ def _is_number(text: str) -> bool:
 
 
 def _redacted(node: Any, known: list[str], secret: str = "") -> Any:
-    """``secret`` is the nearest key above that names one, if any does."""
+    """`redacted` with the known secrets; ``secret`` is the nearest key above the node that names one, if any."""
     if isinstance(node, dict):
         return {k: _redacted(v, known, str(k) if names_a_secret(str(k)) else secret) for k, v in node.items()}
     if isinstance(node, list):

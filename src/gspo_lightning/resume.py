@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: whole, free of code, and one of ours."""
+"""Finds the checkpoint that a run resumes from, and checks that it is whole, free of code and of this package."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ AUTO = "auto"
 
 
 def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = False) -> Path | None:
-    """The checkpoint to go on from, None to start afresh.
+    """The checkpoint to resume from; None to start afresh.
 
     Args:
         ckpt_path: None, a file, or ``auto``: the newest good one of ``run_dir``, or a fresh start if it has none.
         run_dir: the run's folder.
         sharded: whether the run splits its weights over ranks (trainer=fsdp).
 
-    One that is damaged gives way to ``previous.ckpt`` beside it, with a line that says so.
+    If ``last.ckpt`` is damaged, ``previous.ckpt`` next to it is used, and a line says so.
 
     Raises:
-        UserError: there is no such file, no good one, it holds code or something that is not a run of ours, or is of a
-            run that splits its weights where this one does not.
+        UserError: the file does not exist, there is no good one, it holds code or is not a checkpoint of this package,
+            or only one of the two runs splits its weights over ranks.
     """
     if ckpt_path is None:
         return None
@@ -62,7 +62,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
 
 
 def _refuse_folder(path: Path) -> None:
-    """Refuses the folder of a run, or that of its checkpoints; one that several ranks wrote has its own files."""
+    """Refuses a run folder or its checkpoints folder; a sharded checkpoint is a folder too, with files of its own."""
     if not path.is_dir() or path.suffix == ".ckpt" or any((path / name).exists() for name in (INDEX, REST)):
         return
     inside = path if path.name == "checkpoints" else path / "checkpoints"
@@ -70,7 +70,7 @@ def _refuse_folder(path: Path) -> None:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The folder of the run that saved ``checkpoint``, wherever it is named from.
+    """The folder of the run that saved ``checkpoint``, as an absolute path.
 
     Links are not followed: a run's ``checkpoints`` may lie on another disk than its records.
     """
@@ -95,7 +95,7 @@ def _first_good(newest: Path) -> Path:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every record of a checkpoint has the checksum that was written with it.
+    """Whether every record of a checkpoint matches the checksum that was written with it.
 
     ``torch.save`` writes a zip archive with a CRC-32 of each record; ``torch.load`` does not compare them.
     """
@@ -107,7 +107,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Loads nothing but the structure: tensors stay on the disk."""
+    """Refuses what is no checkpoint of this package; loads only the structure, tensors stay on the disk."""
     file = path / REST if path.is_dir() else path
     try:
         checkpoint = torch.load(file, map_location="meta", weights_only=True, mmap=True)
@@ -122,10 +122,10 @@ def _holds_code(path: Path) -> UserError:
 
 
 def goes_on(ckpt_path: str | None, last: Path) -> bool:
-    """Whether the same command, given again, goes on from what this run saves.
+    """Whether the same command, run again, resumes from what this run saves.
 
     Args:
         ckpt_path: the setting.
-        last: where the run saves.
+        last: path of the checkpoint that the run saves.
     """
     return ckpt_path == AUTO or (ckpt_path is not None and Path(ckpt_path).absolute() == last.absolute())

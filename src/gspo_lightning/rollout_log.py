@@ -1,4 +1,4 @@
-"""What one rollout leaves in the log: sums over ranks become means, counters and times join them."""
+"""The logged metrics of one rollout: means from sums over ranks, counters and times."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def rollout_values(
 
     Args:
         metrics: sums and counts of this rank.
-        ratios: importance ratios of every loss taken, all ranks.
-        counts: counters of the run, all ranks.
-        lr: learning rate from now on.
+        ratios: importance ratios of every loss taken, over all ranks.
+        counts: counters of the run, over all ranks.
+        lr: learning rate of the next step.
         stopwatch: seconds of this rollout by phase.
-        before: the values of the rollout before; empty for the first.
-        device: of the policy, where ranks exchange tensors too.
+        before: the values of the previous rollout; empty for the first.
+        device: of the policy; ranks exchange tensors there.
     """
     values = global_means(metrics, device)
     if "gspo/ratio_noise_var" in values:
@@ -51,9 +51,9 @@ def rollout_values(
 
 
 def forget(trainer: Any, names: Set[str]) -> None:
-    """Has the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
+    """Makes the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
 
-    Callbacks can monitor the last value all the same.
+    Callbacks can still monitor the last value.
     """
     logged = trainer._results or {}
     for key in [key for key, value in logged.items() if value.meta.fx == "training_step" and value.meta.name in names]:
@@ -63,7 +63,7 @@ def forget(trainer: Any, names: Set[str]) -> None:
 def quantiles(values: Tensor, levels: Sequence[float]) -> dict[float, float]:
     """Quantiles with linear interpolation between neighbours, by level.
 
-    `torch.quantile` refuses more than 2**24 values, which a large rollout has of token ratios.
+    `torch.quantile` refuses more than 2**24 values; a large rollout has more token ratios than that.
 
     Args:
         values: ``(N,)``, not empty.

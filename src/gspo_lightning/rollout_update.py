@@ -1,4 +1,4 @@
-"""The optimizer steps on one rollout: passes, micro-batches, backwards, and what is left when memory runs out."""
+"""The optimizer steps on one rollout: passes, micro-batches, backwards, and retries when memory runs out."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class RolloutUpdate:
     metrics: Metrics
     """Sums and counts of this rank, added to while the update runs."""
     forwarded_tokens: int = 0
-    """With gradient, on this rank, prompts included."""
+    """Tokens forwarded with gradient on this rank, prompts included."""
     _minibatches: list[Minibatch] = field(default_factory=list, init=False)
     _fixed: list[Fixed] = field(default_factory=list, init=False)
     _ratios: list[Tensor] = field(default_factory=list, init=False)
     """Importance ratios of the losses taken so far, one tensor per micro-batch."""
     _trained: int = field(default=0, init=False)
-    """Parameters that the optimizer steps, before the first step of the rollout."""
+    """Number of parameters that the optimizer steps, counted before the first step of the rollout."""
 
     def prepare(self, minibatches: list[Minibatch]) -> None:
-        """What stays fixed during the update: old and reference log-probabilities, and the selection of tokens."""
+        """Computes what stays fixed in the update: old and reference log-probabilities, and selected tokens."""
         module, self._minibatches = self.module, list(minibatches)
         with module.stopwatch("old_logprobs"):
             fixed = self.passes.before_update(self.scored, minibatches)
@@ -63,11 +63,11 @@ class RolloutUpdate:
         with module.stopwatch("ref_logprobs"):
             reference = self.passes.reference(self.scored, minibatches)
             self._fixed = [replace(f, reference=r) for f, r in zip(fixed, reference, strict=True)]
-        # Where autocast keeps casts (Lightning's does not): those made without gradient must not serve one with.
+        # If autocast caches casts (Lightning's does not): casts made without gradient must not be used with gradient.
         torch.clear_autocast_cache()
 
     def run(self) -> None:
-        """``num_iterations`` steps on each minibatch."""
+        """Takes ``num_iterations`` steps on each minibatch."""
         module = self.module
         self._trained = len(self._stepped_parameters())
         with module.stopwatch("update"):
@@ -77,14 +77,14 @@ class RolloutUpdate:
                     self._minibatches[number], self._fixed[number] = self._step(minibatch, self._fixed[number], fresh)
 
     def _add_entropy(self, left_out: Tensor) -> None:
-        """Entropies of completions that no step forwards count as often as those of the others: once in each pass."""
+        """Adds the entropies of completions that no step forwards, weighted like the others: once per pass."""
         passes = self.module.update_settings.num_iterations
         if len(left_out):
             count = torch.tensor(float(len(left_out) * passes), dtype=torch.float64)
             add_metrics(self.metrics, {"entropy": (left_out.double().sum() * passes, count)})
 
     def _compare_with_sampler(self, fixed: list[Fixed]) -> None:
-        """The mismatch of a rollout generated ahead, by the weights that sampled it."""
+        """Measures the sampler mismatch of a rollout generated ahead, with the weights that sampled it."""
         if not self.module.sampling.full_support:
             return
         for minibatch, given in zip(self._minibatches, fixed, strict=True):
@@ -93,14 +93,14 @@ class RolloutUpdate:
                 add_metrics(self.metrics, sampler_mismatch(old, micro))
 
     def ratios(self) -> Tensor:
-        """Importance ratios of every step, of all ranks."""
+        """Importance ratios of every step, over all ranks."""
         return gather_values(torch.cat([torch.zeros(0), *(ratio.detach().cpu() for ratio in self._ratios)]))
 
     def _step(self, minibatch: Minibatch, fixed: Fixed, fresh: bool) -> tuple[Minibatch, Fixed]:
         """One optimizer step on one minibatch.
 
         Returns:
-            The minibatch as it was cut in the end, with the log-probabilities that are its old ones from now on.
+            The minibatch as finally cut, and its fixed inputs with the old log-probabilities that apply from now on.
         """
         module = self.module
         counts = torch.tensor(
@@ -115,7 +115,7 @@ class RolloutUpdate:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # Outside of the handler: it would keep the tensors of the failed attempt alive.
+            # Outside of the handler, which would keep the tensors of the failed attempt alive.
             minibatch, fixed = self._cut(minibatch, fixed, len(attempt.seen))
         self._ratios.extend(attempt.ratios)
         add_metrics(self.metrics, attempt.metrics)
@@ -128,23 +128,23 @@ class RolloutUpdate:
         # A subclass's own configure_optimizers may have none.
         if (scheduler := module.lr_schedulers()) is not None:
             with warnings.catch_warnings():
-                # It goes on where a minibatch has no signal, and so no step; `count/skipped_steps` counts those.
+                # It advances even if a minibatch has no signal and so no step; `count/skipped_steps` counts those.
                 warnings.filterwarnings("ignore", message=".*call of `lr_scheduler.step\\(\\)` before.*")
                 cast(LRScheduler, scheduler).step()
         return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
 
     def _has_gradient(self, minibatch: Minibatch) -> bool:
-        """Whether what was forwarded, on any rank, can have one: an optimizer with momentum moves the weights by a
-        gradient of zero too."""
+        """Whether anything forwarded on any rank can have a gradient. If not, the step is skipped: with momentum a zero
+        gradient moves the weights too."""
         module = self.module
         if not (module.update_settings.keep_zero_advantage and self.passes.objective.zero_advantage_is_free):
-            return True  # what could not is left out
+            return True  # completions that cannot have one are left out
         members = ((part.group, number) for plan in minibatch.plan for part in plan for number in part.completions)
         signal = not all(self.scored.has_zero_advantage(group, number) for group, number in members)
         return bool(global_max(int(signal or module.has_auxiliary_loss), module.device))
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
-        """The gradient of one minibatch; returns the number of backwards, the same on every rank."""
+        """Accumulates the gradient of one minibatch; returns the number of backwards, the same on every rank."""
         module = self.module
         rounds = global_max(max(len(minibatch.plan), int(module.has_auxiliary_loss)), module.device)
         for index in range(rounds):
@@ -152,12 +152,12 @@ class RolloutUpdate:
                 if index < len(minibatch.plan):
                     micro = build_micro_batch(self.scored, minibatch.plan[index], module.device)
                     loss, logprobs = self.passes.loss(micro, fixed, index, attempt)
-                    # Under top-p, top-k or min-p the sampler's log-probabilities are of another support.
+                    # Under top-p, top-k or min-p the sampler's distribution has another support.
                     if attempt.fresh and module.sampling.full_support:
                         add_metrics(attempt.metrics, sampler_mismatch(logprobs, micro))
                 else:
                     loss, logprobs = self.passes.empty_loss(self.scored), None
-                # Data-parallel strategies average over ranks; the denominator is already that of all of them.
+                # Data-parallel strategies average over ranks; the denominator already covers all of them.
                 loss = loss * (world_size() / attempt.denominator)
                 if index + 1 == rounds and (extra := module.auxiliary_loss(minibatch)) is not None:
                     check_auxiliary_loss(extra, module)
@@ -169,7 +169,7 @@ class RolloutUpdate:
         return rounds
 
     def _cut(self, minibatch: Minibatch, fixed: Fixed, index: int) -> tuple[Minibatch, Fixed]:
-        """After an attempt that ran out of memory: no gradient is left of it, and the micro-batch becomes two."""
+        """Clears the gradient of an attempt that ran out of memory, and cuts its micro-batch in two."""
         alone = not shares_gradients(self.module.trainer.strategy)
         check_repeatable(minibatch.plan[index], self.scored, repeatable=alone)
         cast(LightningOptimizer, self.module.optimizers()).zero_grad()

@@ -1,4 +1,4 @@
-"""One run per folder: a second one that begins while the first still writes there is refused."""
+"""One run per folder: a second run is refused while the first still writes there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NAME = ".lock"
 
 
 class RunLock:
-    """Holds ``.lock`` in a folder from here until `release`, or until the process ends in whatever way.
+    """Locks ``.lock`` in a folder from construction until `release`, or until the process ends in whatever way.
 
-    A lock of the process, not of an open file: a child (a reward worker, another rank) that outlives a killed run does
-    not hold it, so the run can be resumed at once. On a file system without locks there is none.
+    The lock belongs to the process, not to an open file: a child (a reward worker, another rank) that outlives a killed
+    run does not hold it, so the run can be resumed at once. A file system without locks gives no protection.
 
     Args:
         folder: of the run; exists.
@@ -44,7 +44,7 @@ class RunLock:
             pass
 
     def release(self) -> None:
-        """Gives the folder free and leaves nothing in it."""
+        """Releases the lock and removes its file."""
         if self._descriptor is None:
             return
         self._path.unlink(missing_ok=True)

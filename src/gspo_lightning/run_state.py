@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run beside weights and optimizer, and whether it belongs to this run."""
+"""The state of a run in a checkpoint, besides weights and optimizer, and checks that it fits this run."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from gspo_lightning.policy.model import Policy
 
 _PAGED_NUMEL = 1e5
-"""bitsandbytes pages the states of parameters with so many numbers or more."""
+"""bitsandbytes pages the states of parameters with at least this many elements."""
 
 
 def leave_frozen_out(module: nn.Module) -> None:
-    """State dicts of the module, also as a part of another one, are without its frozen weights from now on.
+    """Leaves frozen weights out of the module's state dict from now on, also as part of another module.
 
-    These come from where they were loaded; a state without them loads strictly all the same.
+    Frozen weights are loaded from their source; a state without them still loads strictly.
     """
     module.register_state_dict_post_hook(_delete_frozen)
     module.register_load_state_dict_pre_hook(_keep_frozen)
 
 
 def _frozen(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
-    """With duplicates, for a tied output embedding has two names."""
+    """Frozen parameters by name, with duplicates: a tied output embedding has two names."""
     named = module.named_parameters(remove_duplicate=False)
     return {prefix + name: parameter for name, parameter in named if not parameter.requires_grad}
 
 
 def _delete_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     frozen = _frozen(module, prefix)
-    # A frozen weight in 4 bits brings entries of its own along, such as `weight.absmax`.
+    # A frozen 4-bit weight has additional entries, such as `weight.absmax`.
     for name in [n for n in state if n in frozen or f"{n.partition('.weight.')[0]}.weight" in frozen]:
         del state[name]
 
@@ -69,8 +69,8 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
 def _whole_state(policy: Policy) -> dict[str, Tensor]:
     """State of a policy; if it is split over ranks, whole on the CPU of rank 0, which writes it, and empty elsewhere.
 
-    One parameter is whole on a device at a time. A state that was saved from a GPU would be loaded onto that GPU, by
-    all ranks.
+    One parameter is whole on a device at a time. It is moved to the CPU because a state saved from a GPU would be
+    loaded onto that GPU by all ranks.
     """
     state: dict[str, Tensor] = policy.state_dict()
     if policy.shards is None:
@@ -80,15 +80,15 @@ def _whole_state(policy: Policy) -> dict[str, Tensor]:
         gathered = whole(value)  # by all ranks
         if rank() == 0:
             kept[name] = gathered.cpu()
-        del gathered  # before the next one is
+        del gathered  # before the next one is gathered
     return kept
 
 
 def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
-    """The same, back into the module.
+    """Restores the result of `run_state` into the module.
 
     Raises:
-        UserError: the checkpoint was saved with another optimizer, whose states mean nothing to this one.
+        UserError: the checkpoint was saved with another optimizer, whose states this one cannot use.
     """
     is_ours = getattr(type(module).configure_optimizers, "__module__", "") == "gspo_lightning.module"
     saved, own = state.get("optimizer"), _class_name(module.optimizer_factory) if is_ours else None
@@ -98,25 +98,26 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
             "or start anew from the exported model (model=path model.path=.../model)"
         )
     module.rollouts_done, module.counts = state["rollouts_done"], {**module.counts, **state["counts"]}
-    # What the next rollout adds to these is what its pace is measured by.
+    # The pace of the next rollout is measured by what it adds to these.
     module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
     if module.ahead is not None and module.policy is not None:
         module.ahead.load_state_dict(state.get("ahead", {}), module.policy)
     for policy, weights in zip(module.references, state.get("reference", ()), strict=False):
         set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
-        # From now on it is one that no folder holds, whatever the settings say.
+        # From now on it must be saved, whatever the settings say: no model folder holds it.
         module.reference_moves = True
 
 
 def keep_settings(optimizer: Optimizer, factory: Any) -> None:
-    """Its numbers stay those it was made with, also where it is loaded from a checkpoint that was saved with others.
+    """Keeps this run's numeric optimizer settings when its state is loaded from a checkpoint saved with others.
 
-    Numbers alone: flags such as ``amsgrad`` say what its state is made of, and some optimizers count in their groups.
+    Numbers only: flags such as ``amsgrad`` decide what the state consists of, and some optimizers keep counters in
+    their groups.
 
     Args:
         optimizer: not yet loaded.
-        factory: has made it; a `functools.partial` knows its settings, of any other only the rate is known.
+        factory: made the optimizer; for a `functools.partial` all settings are known, for others only the lr.
     """
     names = {"lr", *(name for name, value in getattr(factory, "keywords", {}).items() if _is_numeric(value))}
     own = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
@@ -124,7 +125,7 @@ def keep_settings(optimizer: Optimizer, factory: Any) -> None:
     def put_back(loaded: Optimizer) -> None:
         for group, settings in zip(loaded.param_groups, own, strict=True):
             rate, before = settings["lr"], group.get("initial_lr", group["lr"])
-            # Where the schedule stands; equal rates are left alone, to the last bit.
+            # Scaled to the schedule's current factor; equal rates are left alone, to the last bit.
             now = group["lr"] if rate == before else rate * (group["lr"] / before if before else 1.0)
             group.update({**settings, "lr": now, **({"initial_lr": rate} if "initial_lr" in group else {})})
 
@@ -137,17 +138,17 @@ def keep_settings(optimizer: Optimizer, factory: Any) -> None:
         load(*args, **kwargs)
         put_back(optimizer)
 
-    # A way of its own, as that of bitsandbytes, calls no hooks.
+    # An overridden method, such as that of bitsandbytes, calls no hooks.
     optimizer.load_state_dict = load_and_put_back  # type: ignore[method-assign]
 
 
 def page_again(optimizer: Optimizer) -> None:
-    """Brings loaded states of a paged optimizer of bitsandbytes back into memory that is paged.
+    """Moves loaded states of a paged bitsandbytes optimizer back into paged memory.
 
-    Its ``load_state_dict``, and Lightning after it, move them to the device as ordinary tensors, and it asks for paged
-    memory only when a state is first made: a run that fits by paging alone would not fit once it is resumed.
+    Its ``load_state_dict``, and Lightning after it, move them to the device as ordinary tensors, and the optimizer
+    allocates paged memory only when a state is first made: a run that fits only by paging would not fit when resumed.
 
-    Tested with buffers that only say they are paged; it was not run on a GPU, and on a CPU nothing is paged.
+    Tested with buffers that only claim to be paged; it was not run on a GPU, and on a CPU nothing is paged.
 
     Args:
         optimizer: any; one that is not paged is left alone.
@@ -158,11 +159,11 @@ def page_again(optimizer: Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             loaded = state.get(name)
-            # It pages what is large; the others it has on the device, where they are.
+            # The optimizer pages only large states; the others already are on the device, where it keeps them.
             if loaded is None or getattr(loaded, "is_paged", False) or parameter.numel() < _PAGED_NUMEL:
                 continue
             state[name] = new_buffer(parameter, dtype=loaded.dtype).copy_(loaded)
-            del loaded  # one state at a time is there twice
+            del loaded  # only one state at a time exists twice
 
 
 def _is_numeric(value: Any) -> bool:
@@ -175,8 +176,8 @@ def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str
     """Refuses the weights of another model.
 
     Args:
-        parameters: the trained ones.
-        saved: shapes in the checkpoint.
+        parameters: names and trained parameters.
+        saved: shapes in the checkpoint, by name.
 
     Raises:
         UserError: a parameter is missing there or has another shape.
@@ -191,12 +192,12 @@ def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str
 
 
 def _made_class(module: GSPOModule) -> str | None:
-    """Of the optimizer there is; None where nothing was trained."""
+    """Class name of the Trainer's optimizer; None if it has none."""
     optimizers = module.trainer.optimizers
     return type(optimizers[0]).__name__ if optimizers else None
 
 
 def _class_name(factory: Any) -> str | None:
-    """Of the optimizer that a factory makes; None for a function, which does not say."""
+    """Class name of the optimizer that a factory makes; None for a function, whose result is unknown."""
     factory = getattr(factory, "func", factory)
     return factory.__name__ if isinstance(factory, type) else None

@@ -26,7 +26,7 @@ class Schedule:
                 raise UserError(f"scheduler.{key}={getattr(self, key)} must be between 0 and 1")
 
     def factor(self, step: int, total: int) -> float:
-        """Multiplier of the base rate in step ``step`` (counted from 0) of ``total``."""
+        """Multiplier of the base learning rate in step ``step`` (counted from 0) of ``total``."""
         warmup = math.ceil(self.warmup_ratio * total)
         if step < warmup:
             return (step + 1) / warmup
@@ -39,15 +39,15 @@ class Schedule:
     def build(self, optimizer: Optimizer, total: int, done: int = 0) -> LambdaLR:
         """The torch scheduler over ``total`` optimizer steps, of which ``done`` were taken by another optimizer."""
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # torch asks for it where a schedule does not begin at 0
+            group.setdefault("initial_lr", group["lr"])  # torch requires it if a schedule does not begin at step 0
         return _OwnRates(optimizer, lambda step: self.factor(step, total), last_epoch=done - 1)
 
 
 class _OwnRates(LambdaLR):
-    """Goes on from where a checkpoint was, but with the base rates of this run."""
+    """A `LambdaLR` that resumes a checkpoint's position with the base learning rates of this run."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """All but the rates."""
+        """Loads everything but the base learning rates."""
         own = self.base_lrs
         super().load_state_dict(state_dict)
         self.base_lrs = own

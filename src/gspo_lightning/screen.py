@@ -1,4 +1,4 @@
-"""What others wrote, fit for a terminal."""
+"""Makes text from elsewhere safe for a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _SIGNS = {
 
 
 def visible(text: str) -> str:
-    """A text with signs for control characters, but for ends of lines and tabs.
+    """The text with visible signs for control characters, except line feeds and tabs.
 
-    A terminal obeys them: they clear it, rename it, hide what was said, or make links. Whatever a dataset, a model, a
-    server or a config of somebody else says passes through here on its way to the screen.
+    A terminal obeys control characters: they clear it, rename it, hide output, or make links. Text of a dataset, a
+    model, a server or somebody else's config passes through here on its way to the screen.
     """
     return text.translate(_SIGNS)

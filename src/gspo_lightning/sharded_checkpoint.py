@@ -1,8 +1,8 @@
-"""Checkpoints that several ranks wrote: whole, and free of code, before torch reads them.
+"""Checks that checkpoints written by several ranks are whole and free of code before torch reads them.
 
-``torch.distributed.checkpoint`` unpickles the index and what is no tensor without asking. The index may hold the few
-classes it is made of, and nothing else; every record is a zip archive of ``torch.save`` with checksums of its own, and
-lies in a file beside the index, so that the bytes that are checked are those that torch will read.
+``torch.distributed.checkpoint`` unpickles the index and everything that is no tensor without restrictions. Here the
+index may hold only the few classes it is made of; every record is a zip archive of ``torch.save`` with its own
+checksums, and lies in a file beside the index, so that the bytes that are checked are those that torch will read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 INDEX = ".metadata"
-"""Which record is where."""
+"""File with the location of each record."""
 REST = "meta.pt"
-"""Where Lightning keeps what is neither a weight nor an optimizer state."""
+"""File in which Lightning keeps everything but weights and optimizer states."""
 _CLASSES = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
@@ -41,18 +41,18 @@ _CLASSES = {
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """One of the classes of an index, or a dtype."""
+        """Finds a class of an index, or a dtype; refuses everything else."""
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
 
 
 def read_index(folder: Path) -> Metadata:
-    """What is where in a sharded checkpoint.
+    """Reads the index of a sharded checkpoint: which record is where.
 
     Raises:
-        pickle.UnpicklingError: it names something else than the parts of an index, or a record elsewhere than in a
-            file of ``folder``, as its bytes are.
+        pickle.UnpicklingError: it names something other than the parts of an index, or a record that is not stored
+            untransformed in a file of ``folder``.
     """
     with (folder / INDEX).open("rb") as file:
         index: Metadata = _IndexUnpickler(file).load()
@@ -65,7 +65,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def _lies_beside(place: Any) -> bool:
-    """Whether torch reads the bytes of a record where we do, and as they are."""
+    """Whether torch reads a record from the same bytes as we do, without transforms."""
     try:
         name, start, length = place.relative_path, place.offset, place.length
     except AttributeError:
@@ -77,7 +77,7 @@ def _lies_beside(place: Any) -> bool:
 
 
 def is_whole_folder(folder: Path) -> bool:
-    """Whether every record of a sharded checkpoint has the checksum that was written with it.
+    """Whether every record of a sharded checkpoint matches the checksum that was written with it.
 
     Raises:
         pickle.UnpicklingError: the index or a record holds something that could run code.
@@ -116,7 +116,7 @@ def _is_whole(content: bytes, is_tensor: bool) -> bool:
 
 
 def _reads_as_pickle(path: Path) -> bool:
-    """Whether a pickle has all of its bytes: a damaged one is no attack."""
+    """Whether a pickle parses to its end; one that does not is damaged, and no attack."""
     try:
         return sum(1 for _ in pickletools.genops(path.read_bytes())) > 0
     except ValueError:

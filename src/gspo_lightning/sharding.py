@@ -1,8 +1,8 @@
-"""Weights split over ranks by FSDP2: what rollouts, passes and exports need to know of it.
+"""Weights split over ranks by FSDP2, as rollouts, passes and exports use them.
 
-Every layer is a unit of its own, and what is left (embeddings, norms, a vision tower) is one: a rank without a picture
-then gathers the same as the others. A forward gathers weights from all ranks, so all must run as many forwards: an
-update does by construction, everything without gradient runs inside `in_step`.
+Every layer is an FSDP unit, and the rest (embeddings, norms, a vision tower) is another: a rank without a picture then
+gathers the same as the others. A forward gathers weights from all ranks, so all must run the same number of forwards:
+an update does so by construction, everything without gradient runs inside `in_step`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from gspo_lightning.sharded_checkpoint import read_index
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's FSDP2 with all ranks in one data-parallel group and a checkpoint that every rank writes its part of.
+    """Lightning's FSDP2 with all ranks in one data-parallel group; every rank writes its part of the checkpoint.
 
     Args:
         timeout: how long a rank waits for the others.
         gather_for_rollouts: keep the whole weights on every rank while it samples, instead of gathering each layer
-            anew for each token. Needs room for one copy of the model.
+            again for each token. Needs room for one copy of the model.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=30), gather_for_rollouts: bool = True) -> None:
@@ -61,7 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class Shards:
-    """The units of a sharded policy, and whether its forwards are being counted."""
+    """The FSDP units of a sharded policy, and whether its forwards are announced to other ranks."""
 
     def __init__(self, policy: Policy, gather_for_rollouts: bool) -> None:
         self.root, self.gather_for_rollouts = policy, gather_for_rollouts
@@ -69,24 +69,24 @@ class Shards:
         self.counting = False
 
     def announce(self, *_: Any) -> None:
-        """One more forward of this rank: the others must follow."""
+        """Announces one more forward of this rank, which the other ranks must follow."""
         if self.counting:
             global_max(1, self.root.device)
 
     def gather(self, keep: bool) -> None:
-        """Whether layers stay whole after a forward."""
+        """Sets whether layers stay whole after a forward."""
         for unit in self.units:
-            # The root always does: rollouts read its output embedding after the forward.
+            # The root unit always stays whole: rollouts read its output embedding after the forward.
             unit.set_reshard_after_forward(unit is not self.root and not keep, recurse=False)
 
     def reshard(self) -> None:
-        """Back to this rank's part of everything."""
+        """Reduces all units to this rank's part again."""
         self.gather(False)
         for unit in self.units:
             unit.reshard()
 
     def follow(self) -> None:
-        """Runs forwards of one token for as long as any rank has some to run."""
+        """Runs forwards of one token for as long as any rank announces forwards."""
         device = self.root.device
         token = torch.zeros(1, 1, dtype=torch.long, device=device)
         layout = SharedPrefixLayout((GroupLayout(1, ()),), device)
@@ -137,10 +137,10 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, gather_for_rollouts: bool 
 
 @contextmanager
 def in_step(policy: Policy, *, rollout: bool = False) -> Iterator[None]:
-    """Around forwards without gradient, of which ranks may have different numbers; all ranks must enter together.
+    """Context of forwards without gradient, whose number may differ between ranks; all ranks must enter together.
 
-    A rank that has finished runs along until all have. Whole weights are given back at the end. Without effect on a
-    policy that is not sharded.
+    A rank that has finished runs dummy forwards until all have finished. Whole weights are released at the end. Without
+    effect on a policy that is not sharded.
     """
     shards: Shards | None = policy.shards
     if shards is None:
@@ -159,12 +159,12 @@ def in_step(policy: Policy, *, rollout: bool = False) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_trained_weights(module: nn.Module, target: nn.Module | None) -> None:
-    """Brings every trained weight, whole, into the parameter of its name. All ranks must call it together.
+    """Copies every trained weight, gathered, into the parameter of the same name. All ranks must call it together.
 
-    One parameter is whole at a time, so ``target`` is the only copy of the model that this makes anyone hold.
+    One parameter is whole at a time, so ``target`` is the only whole copy of the model that this needs.
 
     Args:
-        module: whose weights may be split over ranks.
+        module: the source; its weights may be split over ranks.
         target: unsharded; None on a rank that keeps nothing.
     """
     own = {} if target is None else dict(target.named_parameters())
@@ -177,9 +177,9 @@ def copy_trained_weights(module: nn.Module, target: nn.Module | None) -> None:
 
 
 def whole_policy(policy: Policy, loader: PolicyLoader) -> Policy | None:
-    """The policy with all of its weights, on the CPU of rank 0; elsewhere None. All ranks must call it.
+    """The policy with all of its weights, on the CPU of rank 0; None on other ranks. All ranks must call it.
 
-    A policy that is not sharded is returned as it is.
+    A policy that is not sharded is returned unchanged on rank 0.
     """
     if policy.shards is None:
         return None if rank() else policy

@@ -1,8 +1,8 @@
-"""A job of a sweep that trains on several ranks, as a program of its own.
+"""Runs a job of a sweep that trains on several ranks as a separate program.
 
-Lightning starts the other ranks by this program's command line, which is that of the whole sweep: each rank would walk
-through all jobs by itself, a search would give every rank other settings, and a job that fails on one rank would leave
-the others waiting.
+Lightning starts the other ranks by this program's command line, which is that of the whole sweep: each rank would run
+all jobs by itself, a search would give every rank other settings, and a job that fails on one rank would leave the
+others waiting.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvir
 # Asked before the first job: Lightning leaves its variables in the environment.
 _IS_RANK = LightningEnvironment().creates_processes_externally
 _LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
-"""In whose jobs ``sys.argv`` is that of the sweep."""
+"""Launchers that run jobs with the ``sys.argv`` of the sweep."""
 
 
 class SweepStopped(KeyboardInterrupt):
-    """A signal ended a job of a sweep; not an Exception, because Hydra would go on with the next job."""
+    """A signal ended a job of a sweep; not an Exception, on which Hydra would start the next job."""
 
 
 def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
     """Whether this is a job of a sweep whose ranks Lightning would start, and not srun, torchrun or the like.
 
     Args:
-        trainer: settings of the Trainer. Any strategy but ``auto`` makes a process group, also of one rank, which the
-            next job would find.
-        ranks: how many there are.
+        trainer: settings of the Trainer. Any strategy but ``auto`` makes a process group, even for one rank, which
+            would still exist in the next job.
+        ranks: number of ranks.
 
     Raises:
-        UserError: the launcher starts jobs by a program from which the other ranks cannot be started; or each rank is
-            a sweep of its own already.
+        UserError: the launcher starts jobs by a program from which the other ranks cannot be started; or every rank
+            already runs the whole sweep.
     """
     if HydraConfig.get().mode == RunMode.RUN or (ranks == 1 and trainer["strategy"] == "auto"):
         return False
@@ -78,13 +78,13 @@ def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
 
 
 def run_apart() -> float | None:
-    """Runs this job by the program of the sweep, as a single run in the job's folder; signals are passed on to it.
+    """Runs this job with the program of the sweep, as a single run in the job's folder; signals are passed on to it.
 
     Returns:
         The held-out sampled accuracy at its end, for sweeps.
 
     Raises:
-        UserError, NonFiniteGradientError, RolloutError: as the job's exit code says; RuntimeError for any other.
+        UserError, NonFiniteGradientError, RolloutError: by the job's exit code; RuntimeError for any other code.
         SweepStopped: a signal ended it.
     """
     hydra = HydraConfig.get()
@@ -109,7 +109,7 @@ def run_apart() -> float | None:
 
 
 def command(hydra: Any) -> list[str]:
-    """The command line of a single run with the settings of a job of a sweep, in its folder."""
+    """The command line of a single run with the settings and the folder of a sweep's job."""
     overrides = [text for text in hydra.overrides.hydra if not text.startswith("hydra.mode=")]
     folder = str(hydra.runtime.output_dir).replace("'", "\\'")
     return [
@@ -124,7 +124,7 @@ def command(hydra: Any) -> list[str]:
 
 
 def _config_flags(hydra: Any) -> list[str]:
-    """Where configs come from, as the sweep was told by flags."""
+    """The flags of the sweep that say where configs come from."""
     flags = ["--config-name", str(hydra.job.config_name)]
     for source in hydra.runtime.config_sources:
         path = source.path if source.schema == "file" else f"{source.schema}://{source.path}"
@@ -137,7 +137,7 @@ def _config_flags(hydra: Any) -> list[str]:
 
 @contextmanager
 def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Signals go to the job, which finishes its rollout and saves; yields those that came."""
+    """Passes signals on to the job, which finishes its rollout and saves; yields the list of signals received."""
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -148,7 +148,7 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         yield received
         return
     heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    # What this program was started to ignore (SIGINT behind nohup or &) the job ignores too.
+    # Signals that this program was started to ignore (SIGINT under nohup or &) are ignored by the job too.
     before = {n: signal.signal(n, pass_on) for n in heard if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield received
@@ -158,10 +158,10 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
 
 def _tell(process: subprocess.Popen[bytes]) -> str:
-    """What the job says on its standard error, but for the last line of an error, which is returned."""
+    """Copies the job's standard error to the screen, except its last error line, which is returned."""
     assert process.stderr is not None
     last = ""
-    # Lines keep their ends: a progress bar goes back to the beginning of its own.
+    # Line ends are kept: a progress bar returns to the beginning of its line.
     for line in io.TextIOWrapper(process.stderr, errors="backslashreplace", newline=""):
         if not line.startswith(ERROR):
             sys.stderr.write(line)

@@ -1,12 +1,11 @@
-"""What a config may call: a config is code, and may have been written by somebody else.
+"""Checks what a config may call: a config is code, and may have been written by somebody else.
 
 Allowed are this project, the libraries that ``conf/`` uses, and modules below the folder the command starts in or on
 ``PYTHONPATH``, which are the user's own. Anything else must be named in the environment variable
-``GSPO_ALLOWED_TARGETS`` (prefixes, separated by commas): there, and not in a config, because a config could allow
-itself.
+``GSPO_ALLOWED_TARGETS`` (prefixes, separated by commas), not in a config, because a config could allow itself.
 
-A dotted name can lead anywhere: a module has what it imports as attributes. So the name is followed as Hydra will
-follow it, and what each step finds must be defined where a config may call something.
+A dotted name can lead anywhere: whatever a module imports is an attribute of it. So the name is followed as Hydra will
+follow it, and the object that each step finds must be defined in an allowed place.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ _RUN_WHAT_THEY_ARE_GIVEN = (
     "gspo_lightning.config_types",
     "gspo_lightning.rewards.sandbox_runner",
 )
-"""Ours, and not for configs: they call, import or remove what an argument names, which nobody checks."""
+"""Our modules that configs may not use: they call, import or remove what an unchecked argument names."""
 LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
-"""They return what ``path`` names without calling it; the same rule holds for that name."""
-# Read once, before any config is: Hydra can set environment variables from a config (hydra.job.env_set). It can also
-# change the folder (hydra.job.chdir), so the one in which the command started counts beside the current one.
+"""Hydra functions that return what ``path`` names without calling it; that name is checked instead."""
+# Read once, before any config: Hydra can set environment variables from a config (hydra.job.env_set). It can also
+# change the folder (hydra.job.chdir), so the folder in which the command started counts besides the current one.
 _START = str(Path.cwd())
 _PYTHONPATH = tuple(place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place)
 _BY_THE_USER = tuple(name.strip() for name in os.environ.get("GSPO_ALLOWED_TARGETS", "").split(",") if name.strip())
 
 
 def check_targets(node: Any, key: str = "") -> None:
-    """Refuses a config that calls what is not allowed; nothing is imported that is not.
+    """Refuses a config that calls something not allowed; imports only what is allowed.
 
     Raises:
         UserError: names the key, the target, and how to allow it.
@@ -84,12 +83,12 @@ def is_allowed(target: str, more: tuple[str, ...] = _BY_THE_USER) -> bool:
 
 
 def _missing(target: str, more: tuple[str, ...]) -> str | None:
-    """What would have to be on the list for a target; None if nothing is missing."""
+    """The name that would have to be on the list to allow a target; None if it is allowed."""
     package = target.partition(".")[0]
     if not package.isidentifier():
         return target
     if _is_below(target, more):
-        more = (*more, package)  # who trusts a part of a package may find it defined in another
+        more = (*more, package)  # an object of a trusted part of a package may be defined in another part
     elif not _is_below(target, LIBRARIES) and not _is_own(package):
         return package
     parts, found = target.split("."), None
@@ -105,7 +104,7 @@ def _missing(target: str, more: tuple[str, ...]) -> str | None:
 
 
 def _step(found: Any, path: str) -> Any:
-    """What Hydra finds at the end of ``path``, given what it found one step before."""
+    """The object that Hydra finds at the end of ``path``, given the one it found a step before."""
     before, _, name = path.rpartition(".")
     try:
         return getattr(found, name) if before else import_module(path)
@@ -124,8 +123,8 @@ def _strays(found: Any, path: str, more: tuple[str, ...]) -> str | None:
     while isinstance(found, functools.partial):
         found = found.func
     if not callable(found):
-        return None  # a value: what can be called on it is the next step
-    module = getattr(found, "__module__", None)  # that of its class, if it is an object
+        return None  # a value: the next step checks what is called on it
+    module = getattr(found, "__module__", None)  # the module of its class, if it is an instance
     if not isinstance(module, str):
         return path
     home = f"{module}.{getattr(found, '__qualname__', type(found).__qualname__)}"
@@ -146,13 +145,13 @@ def _is_below(name: str, prefixes: tuple[str, ...]) -> bool:
 def _is_own(package: str) -> bool:
     """Whether a top-level module is the user's own; finding it imports nothing."""
     if package in sys.stdlib_module_names:
-        return False  # also where Python itself lies below the folder, as below a home folder
+        return False  # even if Python itself lies below the folder, as in a home folder
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return False
     if spec is None:
-        return True  # there is no such module: whoever imports it says so better
+        return True  # no such module: importing it gives the better error
     places = [spec.origin] if spec.origin else [str(p) for p in spec.submodule_search_locations or ()]
     mine = {Path(place).resolve() for place in (_START, str(Path.cwd()), *_PYTHONPATH)}
     found = [Path(place).resolve() for place in places if place and place not in ("built-in", "frozen")]

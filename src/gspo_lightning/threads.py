@@ -2,8 +2,8 @@
 
 OpenMP's default is to spin while it waits. With any other load on the machine the spinning threads
 fight for the cores that the working ones need: a rollout of 13 s was measured at 180 s. A short spin
-(``GOMP_SPINCOUNT``) survives company. It has a price: threads that fell asleep must be woken, and a
-machine with nothing else to do is faster with a long one (docs/performance.md). On macOS torch brings
+(``GOMP_SPINCOUNT``) stays fast under other load. It has a price: sleeping threads must be woken, and an
+otherwise idle machine is faster with a long spin (docs/performance.md). On macOS torch brings
 LLVM's OpenMP, which spins by time (``KMP_BLOCKTIME``, 200 ms unless set): there it does not spin at all.
 """
 
@@ -28,15 +28,15 @@ def configure_threads() -> int:
     """Set ``OMP_NUM_THREADS`` and ``GOMP_SPINCOUNT`` (macOS: ``KMP_BLOCKTIME``) where the user has not.
 
     Call it before the first import of torch; later it cannot act, and a ``RuntimeWarning`` says so.
-    The default count is :func:`available_cores` shared among the ranks of this machine where ``torchrun`` has
-    started them (``LOCAL_WORLD_SIZE``); :func:`share_threads` does it for others. Values that the user set are
+    The default count is :func:`available_cores`, divided by the number of ranks on this machine if ``torchrun``
+    started them (``LOCAL_WORLD_SIZE``); :func:`share_threads` divides for others. Values that the user set are
     never changed.
 
     Returns:
         the thread count.
 
     Raises:
-        SystemExit: on native Windows, which the rest does not run on, after one line that says so.
+        SystemExit: on native Windows, which is not supported, after one line that says so.
         ValueError: if ``OMP_NUM_THREADS`` or ``LOCAL_WORLD_SIZE`` is set to something that is not a count.
     """
     global _is_ours
@@ -61,10 +61,10 @@ def configure_threads() -> int:
 
 
 def share_threads(ranks: int) -> None:
-    """Share the cores among ``ranks`` processes that train together on this machine, unless the user set a count.
+    """Divide the cores among ``ranks`` processes that train together on this machine, unless the user set a count.
 
     Call it before Lightning starts the others: they inherit ``OMP_NUM_THREADS``, and with that set Lightning does not
-    divide. It does nothing where :func:`configure_threads` was not called.
+    divide. It does nothing unless :func:`configure_threads` was called.
     """
     count = str(_share(ranks))
     if not _is_ours or os.environ["OMP_NUM_THREADS"] == count:
@@ -79,11 +79,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the next step instead of giving it back to the system.
+    """Tell glibc to keep freed memory for the next step instead of returning it to the system.
 
     A training step frees and allocates gigabytes of activations; without this every step pays again for the page
-    faults (a third of the system time of the quickstart). Returns whether the C library took it; others than glibc
-    do not know the call.
+    faults (a third of the system time of the quickstart). Returns whether the C library accepted the settings; False
+    if it lacks the call, which is glibc's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -94,10 +94,10 @@ def keep_freed_memory() -> bool:
 
 
 def available_cores() -> int:
-    """Physical cores this process may use: its CPU affinity and its cgroup quota are respected.
+    """Number of physical cores this process may use, within its CPU affinity and its cgroup quota.
 
-    Hyper-threads of one core count once, because matrix products gain nothing from the second. On macOS the
-    performance cores, as torch does: its threads get equal shares, and one on an efficiency core holds up the others.
+    Hyper-threads of one core count once, because matrix products gain nothing from the second. On macOS only the
+    performance cores count, as in torch: threads get equal shares, and one on an efficiency core delays the others.
     """
     if sys.platform == "darwin":
         counts = map(sysctl, ("hw.perflevel0.physicalcpu", "hw.physicalcpu"))
@@ -108,7 +108,7 @@ def available_cores() -> int:
 
 
 def sysctl(name: str) -> str:
-    """A fact of macOS's kernel, such as ``hw.physicalcpu``; empty where it is not known."""
+    """A value of macOS's kernel, such as ``hw.physicalcpu``; empty if it is not known."""
     try:
         result = subprocess.run(
             ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False
@@ -123,7 +123,7 @@ def _share(ranks: int) -> int:
 
 
 def _is_bound() -> bool:
-    """Whether ``srun`` has given this rank CPUs of its own among those of the job on this machine."""
+    """Whether ``srun`` has bound this rank to a part of the job's CPUs on this machine."""
     of_the_job = os.environ.get("SLURM_CPUS_ON_NODE", "")
     return of_the_job.isdigit() and len(_affinity()) < int(of_the_job)
 
@@ -136,7 +136,7 @@ def _affinity() -> set[int]:
 
 
 def _siblings(cpu: int) -> str:
-    """The name of the physical core that ``cpu`` belongs to; its own number where that is not known."""
+    """The name of the physical core that ``cpu`` belongs to; its own number if that is not known."""
     try:
         return (_CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8").strip()
     except OSError:
@@ -144,7 +144,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> int:
-    """Whole cores under the cgroup's CPU quota, rounded up; very large where there is none."""
+    """Number of cores under the cgroup's CPU quota, rounded up; very large without a quota."""
     try:
         limit, period = _QUOTA_FILE.read_text(encoding="utf-8").split()
     except (OSError, ValueError):

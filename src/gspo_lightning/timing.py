@@ -1,4 +1,4 @@
-"""Seconds by phase and memory of the process. Nothing here is reproducible; the names say so (``time/``, ``perf/``)."""
+"""Seconds by phase and memory of the process. None of it is reproducible, as the names ``time/`` and ``perf/`` show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up wall seconds per phase since the last reset; a phase ends when a GPU has done what it was told."""
+    """Adds up wall seconds per phase since the last reset; a phase ends when the GPU has finished its work."""
 
     def __init__(self) -> None:
         self.reset()
@@ -30,22 +30,22 @@ class Stopwatch:
         start = time.perf_counter()
         try:
             yield
-            if torch.cuda.is_initialized():  # by whoever works there; on a CPU nobody does
+            if torch.cuda.is_initialized():  # only then anything was computed there
                 torch.cuda.synchronize()
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self, now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update, without what is unknown.
+        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update; unknown ones are left out.
 
         Args:
             now: counters ``count/rollout_tokens`` and ``count/train_tokens`` after this rollout.
-            before: the same after the rollout before; empty for the first.
+            before: the same after the previous rollout; empty for the first.
         """
         times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items() if not math.isnan(seconds)}
         times["time/step_s"] = time.perf_counter() - self._start
         rates = {}
-        # A rollout generated ahead took as long as it took, however little of that was waited for.
+        # The time of a rollout generated ahead is that of its generation, not that of waiting for it.
         spent = {
             "rollout": self.seconds.get("rollout_ahead", self.seconds.get("rollout", 0.0)),
             "train": self.seconds.get("update", 0.0),
@@ -65,7 +65,7 @@ def peak_rss_gb() -> float:
 
 
 def rss_gb() -> float:
-    """Resident memory of this process now, in GiB; the peak where the system does not tell."""
+    """Current resident memory of this process in GiB; the peak if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except OSError:

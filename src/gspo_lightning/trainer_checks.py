@@ -1,4 +1,4 @@
-"""What training refuses before its first rollout: settings under which it would go wrong without a word."""
+"""Checks before the first rollout: refuses settings under which training would silently go wrong."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
 
 HOTTEST = 100
-"""Largest temperature: logits, which differ by tens, differ by tenths after it."""
+"""Largest temperature: divided by it, logits that differ by tens differ by tenths."""
 
 
 def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
-    """Refuses precisions in which training would go wrong without a word.
+    """Refuses precisions in which training would silently go wrong.
 
     Args:
         precision: as the Trainer names it.
         dtype: of the weights, as `PolicyLoader` names it.
-        has_adapter: whether an adapter is trained, and not all weights.
+        has_adapter: whether only an adapter is trained.
     """
     if precision in ("16", "16-mixed", "16-true"):
         raise UserError(
@@ -36,7 +36,7 @@ def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
         raise UserError(f"trainer.precision={precision} needs weights that are loaded so; set model.dtype=float64")
     if has_adapter:
         return
-    # Updates of all weights at usual rates are smaller than the spacing of bfloat16.
+    # At usual learning rates, updates of full fine-tuning are smaller than the spacing of bfloat16.
     for key, value, fix in (("trainer.precision", precision, "bf16-mixed"), ("model.dtype", dtype, "float32")):
         if value in ("bf16-true", "transformer-engine", "bfloat16"):
             raise UserError(
@@ -46,7 +46,7 @@ def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
 
 
 def check_sampling(temperature: float, repetition_penalty: float) -> None:
-    """Refuses rollouts that there is nothing to learn from, or that are of another distribution than the policy's."""
+    """Refuses rollouts with nothing to learn from, or from another distribution than the policy's."""
     if not temperature > 0:
         raise UserError(f"rollout.temperature={temperature} must be above 0: greedy completions are all equal")
     if temperature > HOTTEST:
@@ -62,7 +62,7 @@ def check_sampling(temperature: float, repetition_penalty: float) -> None:
 
 
 def check_fit(module: GSPOModule) -> None:
-    """Refuses, once the Trainer has made its optimizer, what a program of one's own may have set."""
+    """Refuses, once the Trainer has made its optimizer, wrong settings of a user's own program."""
     trainer: Any = module.trainer  # Lightning does not declare all of its attributes
     sampling = module.sampling
     assert module.policy is not None
@@ -72,7 +72,7 @@ def check_fit(module: GSPOModule) -> None:
         check_rotation(module.policy.config, longest, sampling.max_completion_length)
     _check_run(trainer)
     _check_optimizers(module)
-    # Loaders of one's own give their first batch in every epoch.
+    # Custom loaders give their first batch in every epoch.
     if trainer.overfit_batches and hasattr(getattr(trainer, "datamodule", None), "finish"):
         raise UserError(
             f"trainer.overfit_batches={trainer.overfit_batches}: each epoch would go on in the stream of prompts; set "
@@ -83,13 +83,13 @@ def check_fit(module: GSPOModule) -> None:
 
 
 def _check_run(trainer: Any) -> None:
-    """Refuses what could not be computed, would lose the trained module, or never end."""
+    """Refuses a Trainer that cannot compute a rollout, would lose the trained module, or would never end."""
     if (device := trainer.strategy.root_device.type) not in ("cpu", "cuda"):
         raise UserError(
             f"trainer.accelerator: Lightning chose {device}, but only cuda and cpu are supported (a rollout is summed "
             "in float64, which Apple's GPUs lack); set accelerator='cpu'"
         )
-    # Only launchers that go through Python's multiprocessing have one; those of torchrun and scripts have none.
+    # Only launchers that use Python's multiprocessing have a start method; those of torchrun and scripts have none.
     if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
         raise UserError(
             "trainer.strategy: processes that this one starts from its own memory (ddp_spawn, ddp_notebook) take what "
@@ -103,7 +103,7 @@ def _check_run(trainer: Any) -> None:
 
 
 def _check_optimizers(module: GSPOModule) -> None:
-    """Refuses what an override of ``configure_optimizers`` may return and no minibatch could step."""
+    """Refuses optimizers and schedulers of an overridden ``configure_optimizers`` that a minibatch cannot step."""
     optimizers, configs = module.trainer.optimizers, module.trainer.lr_scheduler_configs
     for kind, count in (("optimizers", len(optimizers)), ("schedulers", len(configs))):
         if count > 1:
@@ -111,7 +111,7 @@ def _check_optimizers(module: GSPOModule) -> None:
                 f"configure_optimizers: {count} {kind}, but a minibatch is one step of one; return one optimizer "
                 "with parameter groups, and at most one scheduler"
             )
-    # For None, Lightning makes one of a tensor of its own.
+    # If it returns None, Lightning makes an optimizer with a tensor of its own.
     stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if stepped.isdisjoint(map(id, module.parameters())):
         raise UserError("configure_optimizers: no optimizer of this module's parameters; return one of them")
@@ -122,7 +122,7 @@ def _check_optimizers(module: GSPOModule) -> None:
                 f"configure_optimizers: {type(made).__name__}.step() needs {missing}, but a minibatch is one step "
                 "without arguments; return one that needs none"
             )
-    # The interval is no matter: Lightning writes its own where a program has named none.
+    # The interval is not checked: Lightning fills in its own if a program has named none.
     if configs and configs[0].frequency != 1:
         raise UserError(
             f"configure_optimizers: frequency={configs[0].frequency}, but the scheduler steps once per minibatch; "
@@ -131,14 +131,14 @@ def _check_optimizers(module: GSPOModule) -> None:
 
 
 def _needed(step: Any) -> str | None:
-    """The first argument that a method cannot go without."""
+    """Name of the first required argument of a method, ``self`` aside; None if there is none."""
     _, *others = inspect.signature(step).parameters.values()
     required = (p for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return next((p.name for p in required), None)
 
 
 def _check_own_parameters(module: GSPOModule) -> None:
-    """Beside split weights, the gradient of a whole parameter would stay that of its rank."""
+    """Refuses a whole parameter next to sharded ones: its gradient would not be averaged over ranks."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise UserError(
@@ -148,9 +148,9 @@ def _check_own_parameters(module: GSPOModule) -> None:
 
 
 def check_rotation(config: Any, prompt_tokens: int, completion_tokens: int) -> None:
-    """Refuses sequences that change the rotation of all others in their row, in sampling from one token to the next.
+    """Refuses lengths at which the rotary embedding of all tokens in a row changes, in sampling even between tokens.
 
-    Rotary embeddings of the kinds longrope and dynamic take their frequencies from the longest sequence of a forward.
+    Rotary embeddings of types longrope and dynamic choose their frequencies by the longest sequence of a forward.
     """
     limit = _rotation_limit(config.get_text_config())
     if limit is not None and prompt_tokens + completion_tokens > limit:
@@ -162,7 +162,7 @@ def check_rotation(config: Any, prompt_tokens: int, completion_tokens: int) -> N
 
 
 def _rotation_limit(config: Any) -> int | None:
-    """Tokens up to which all rotations of a model stay what they are; None if they always do."""
+    """Number of tokens up to which a model's rotary embeddings do not change; None if they never change."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one per kind of layer
     limits = []
@@ -175,7 +175,7 @@ def _rotation_limit(config: Any) -> int | None:
 
 
 def check_advantages(advantages: Any) -> None:
-    """Refuses a function: its scale and baseline are asked for too."""
+    """Refuses a plain function: the scale and the baseline of the estimator are read too."""
     if not isinstance(advantages, AdvantageEstimator):
         raise UserError(
             "advantages: not an AdvantageEstimator; subclass it and override __call__(self, rewards, everyone=None)"
@@ -183,7 +183,7 @@ def check_advantages(advantages: Any) -> None:
 
 
 def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
-    """Refuses what cannot be added to a loss."""
+    """Refuses an auxiliary loss that is not a scalar tensor."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return
     found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -194,7 +194,7 @@ def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
 
 
 def check_prompts(batch: Any, loader: str) -> None:
-    """Refuses what a loader of one's own may give that is no `PromptBatch`."""
+    """Refuses a batch of a custom loader that is no `PromptBatch`."""
     if not isinstance(batch, PromptBatch):
         raise UserError(
             f"{loader}: a batch is a {type(batch).__name__}, not a PromptBatch; give "
@@ -203,7 +203,7 @@ def check_prompts(batch: Any, loader: str) -> None:
 
 
 def check_batch(batch: Any, module: GSPOModule) -> None:
-    """Refuses what a loader of one's own may give and no rollout can be made of."""
+    """Refuses a batch of a custom loader that no rollout can be made of."""
     check_prompts(batch, "train_dataloader")
     if not batch.prompts:
         raise UserError("train_dataloader: a PromptBatch without prompts; leave empty batches out")
@@ -213,7 +213,7 @@ def check_batch(batch: Any, module: GSPOModule) -> None:
 
 
 def say_nothing_is_left(module: GSPOModule) -> None:
-    """One line where a run is begun that was over before."""
+    """Prints one line if all rollouts of the run were done before it began."""
     if module.rollouts_done >= module.max_rollouts and module.trainer.is_global_zero:
         done = f"{module.rollouts_done} of {module.max_rollouts} rollouts are done"
         print(f"{done}, so nothing is trained; raise max_rollouts to go on", flush=True)

@@ -34,7 +34,7 @@ from gspo_lightning.sharding import whole_policy
 from gspo_lightning.timing import peak_rss_gb
 
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What a full disk may be told by, see `disk_error`."""
+"""Exceptions that a full disk may cause, see `disk_error`."""
 
 
 class TrainingRun:
@@ -42,8 +42,8 @@ class TrainingRun:
 
     Args:
         plain: the config, resolved and checked.
-        run_dir: where everything goes; it exists.
-        ckpt_path: what to go on from; None starts anew.
+        run_dir: where everything is written; it exists.
+        ckpt_path: checkpoint to resume from; None starts afresh.
         module: not yet set up.
         datamodule: its prompts.
 
@@ -62,7 +62,7 @@ class TrainingRun:
             )
         self.ckpt_path = ckpt_path
         self.stopped = ""
-        """How far it came, where a signal ended it."""
+        """How far the run came if a signal ended it; else empty."""
         self.checkpoint = RolloutCheckpoint(
             run_dir / "checkpoints",
             plain["checkpoint"]["every_n_rollouts"],
@@ -80,7 +80,7 @@ class TrainingRun:
         )
         callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
         self.trainer = build_trainer(plain, callbacks, run_dir)
-        # Where srun has started the ranks, those without the lock would wait for the one that was refused.
+        # If srun started the ranks, those without the lock would wait for the one that was refused.
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
         by_srun = self.trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
         self.lock = RunLock(run_dir) if self.trainer.is_global_zero and not by_srun else None
@@ -88,7 +88,7 @@ class TrainingRun:
         rank_watch.begin(run_dir, self._leave)
 
     def execute(self) -> float | None:
-        """Runs all of it; returns the held-out sampled accuracy at the end.
+        """Runs all of it; returns the held-out sampled accuracy at the end, None if the run ended early.
 
         Raises:
             UserError: for a mistake of the user, or a disk that cannot be written to.
@@ -111,7 +111,7 @@ class TrainingRun:
                 self.lock.release()
 
     def _leave(self) -> None:
-        """Where another rank ends this one: as little as the ordinary way leaves."""
+        """Cleans up when another rank's failure ends this one: releases the lock, removes an empty run folder."""
         if self.lock is not None:
             self.lock.release()
         first_error.leave_nothing(self.run_dir)
@@ -129,7 +129,7 @@ class TrainingRun:
                 self.stopped = f"{done} in {self.run_dir}"
             return None
         wall_s = self.recorder.seconds
-        # Lightning validates when it stops, but not where a run was resumed after its last rollout.
+        # Lightning validates when it stops, but not if a run was resumed after its last rollout.
         if not self.module.last_validation:
             self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
             self.checkpoint.save_if_best(self.trainer, self.module)
@@ -166,7 +166,7 @@ class TrainingRun:
                 self._publish(export_dir, summary)
 
     def _export(self, policy: Policy) -> Path:
-        """Beside its place first: a disk that fills up leaves no half model there, nor anything that keeps it full."""
+        """Exports to a temporary folder and renames it: a full disk leaves no partial model and no leftovers."""
         folder, temporary = self.run_dir / "model", self.run_dir / ".model.tmp"
         remove(temporary)
         try:
@@ -179,7 +179,7 @@ class TrainingRun:
         return folder
 
     def _publish(self, folder: Path, summary: dict[str, Any]) -> None:
-        """The model card beside the weights, and both on the hub if that is asked for."""
+        """Writes the model card next to the weights, and pushes both to the hub if ``push_to_hub`` is set."""
         settings = self.plain["export"]
         is_adapter = (folder / "adapter_config.json").exists()
         card = model_card(redacted(self.plain), summary, is_adapter=is_adapter)

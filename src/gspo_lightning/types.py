@@ -1,6 +1,6 @@
-"""What flows through the program: one frozen type per phase, complete when it exists.
+"""The data that flows through the program: one frozen type per phase, complete once constructed.
 
-Shape legend of this package; a module with letters of its own (blocks, heads) says what they are there:
+Shape letters of this package; modules with further letters (blocks, heads) define them:
 
 ====== ======================================================================
 B      prompts per rank in one rollout
@@ -10,7 +10,7 @@ P      tokens of one prompt
 C      tokens of one completion, the end-of-sequence token included if sampled; of a dialogue, all after the prompt
 S      sequences (completions) in a minibatch or micro-batch
 T      tokens of one packed row
-L      completion tokens whose log-probability is asked for
+L      completion tokens whose log-probability is computed
 V      vocabulary size
 ====== ======================================================================
 """
@@ -38,12 +38,12 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, tokenised and unpadded. Compared by identity: what is known about a prompt is kept beside it."""
+    """One prompt, tokenised and unpadded. Compared by identity, so that caches can be keyed by the object."""
 
     uid: str
-    """Names the row for ever (task and index); sampling seeds are derived from it."""
+    """Permanent name of the row (task and index); sampling seeds are derived from it."""
     prompt: str | Messages
-    """What the dataset row holds; reward functions receive it unchanged."""
+    """The prompt in the dataset row; reward functions receive it unchanged."""
     input_ids: Tensor
     """``(P,)`` int64 token ids, chat template applied."""
     sample: dict[str, Any]
@@ -56,13 +56,13 @@ class Prompt:
 class PromptBatch:
     """The prompts of one rollout on one rank.
 
-    Not a dataclass on purpose: Lightning walks into those, and would move, cast or refuse what users keep in their
-    dataset rows. Tensors go to the device when they are packed.
+    Not a dataclass on purpose: Lightning walks into dataclasses, and would move, cast or refuse what users keep in
+    their dataset rows. Tensors go to the device when they are packed.
 
     Args:
-        prompts: as many as this rank has of the rollout.
-        cursor: where the prompt stream stands after this batch; a run resumes from here (0 where there is no stream).
-        dropped: prompts left out on the way because they are too long, over all ranks.
+        prompts: this rank's share of the rollout.
+        cursor: position of the prompt stream after this batch, from which a run resumes (0 without a stream).
+        dropped: prompts left out of this batch because they are too long, over all ranks.
     """
 
     def __init__(self, prompts: list[Prompt], cursor: int = 0, dropped: int = 0) -> None:
@@ -99,13 +99,13 @@ class SamplingParams:
 
     @property
     def full_support(self) -> bool:
-        """Whether every token can be drawn, so that sampler and policy speak of the same distribution."""
+        """Whether every token can be drawn, so that sampler and policy have the same distribution."""
         return self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What makes a completion of several turns more than its tokens."""
+    """Data of a completion of several turns, besides its tokens."""
 
     trained: Tensor
     """``(C,)`` bool: the tokens that the policy sampled. The others are the environment's: context, never trained on.
@@ -113,14 +113,14 @@ class Dialogue:
     messages: Messages
     """The turns, from the policy's first one."""
     reward: float
-    """The environment's, for the whole dialogue."""
+    """The environment's reward for the whole dialogue."""
     turn_rewards: tuple[float, ...] = ()
-    """One for each of the policy's turns; empty if the environment rewards the whole alone."""
+    """One reward for each of the policy's turns; empty if the environment rewards only the whole dialogue."""
     begins: Tensor | None = None
     """``(C,)`` bool: the first token of each of the policy's turns. None: the environment has tokens between them."""
 
     def turn_index(self) -> Tensor:
-        """``(C,)`` int64: the policy's turn, from 0, that a trained token belongs to."""
+        """``(C,)`` int64: for each trained token, the number of the policy's turn it belongs to, from 0."""
         begins = self.begins
         if begins is None:
             begins = self.trained.clone()
@@ -129,7 +129,7 @@ class Dialogue:
 
     @property
     def num_turns(self) -> int:
-        """Turns of the policy; read off the tokens, not the messages, which others may change."""
+        """Number of the policy's turns; counted from the tokens, as other code may change the messages."""
         return int(self.turn_index()[-1]) + 1
 
 
@@ -140,19 +140,19 @@ class Completion:
     token_ids: Tensor
     """``(C,)`` int64 on the CPU, C >= 1; the end-of-sequence token is part of it when it was sampled."""
     text: str
-    """Decoded without special tokens; in harmony the ``final`` channel alone, but of a dialogue all."""
+    """The decoded text without special tokens; in harmony only the ``final`` channel, except in a dialogue."""
     sampler_logprobs: Tensor
     """``(C,)`` float32: log-probability of each token under the distribution it was drawn from (0 where it was not
     drawn: the tokens of an environment)."""
     finish_reason: FinishReason
     dialogue: Dialogue | None = None
-    """Set where an environment took part."""
+    """Set if an environment took part."""
     thinking: str = ""
-    """Before the text, in other channels (harmony)."""
+    """Text of the other channels, before ``text`` (harmony)."""
 
     @property
     def num_trained(self) -> int:
-        """Tokens that the policy sampled."""
+        """Number of tokens that the policy sampled."""
         return len(self.token_ids) if self.dialogue is None else int(self.dialogue.trained.sum())
 
 
@@ -173,18 +173,18 @@ class RewardedRollout:
     completions: list[list[Completion]]
     reward_names: tuple[str, ...]
     rewards_by_function: Tensor
-    """``(B, G, K)`` float64; NaN where a function said it does not apply."""
+    """``(B, G, K)`` float64; NaN where a function does not apply."""
     rewards: Tensor
     """``(B, G)`` float64: the combined reward."""
     logged: Metrics = field(default_factory=dict, kw_only=True)
-    """What reward functions logged by TRL's ``log_metric``."""
+    """Metrics that reward functions logged by TRL's ``log_metric``."""
     extra_columns: dict[str, list[Any]] = field(default_factory=dict, kw_only=True)
     """Lists of B x G values that reward functions logged by TRL's ``log_extra``."""
 
 
 @dataclass(frozen=True)
 class ScoredRollout(RewardedRollout):
-    """A rollout with everything the update needs but the log-probabilities of the policy."""
+    """A rollout with everything the update needs except the policy's log-probabilities."""
 
     advantages: Tensor
     """``(B, G)`` float64."""

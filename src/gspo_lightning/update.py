@@ -1,4 +1,4 @@
-"""From a scored rollout to gradients: minibatches, what can be left out, micro-batches, and the passes over them."""
+"""From a scored rollout to micro-batches: minibatches, completions that can be left out, and packing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro
 from gspo_lightning.types import ScoredRollout
 
 LARGE_GPU = 40 * 2**30
-"""Bytes of a card that has room for 16384 tokens; with fewer, starting its kernels takes longer than running them."""
+"""Memory of a card with room for 16384 tokens; with fewer tokens, starting kernels takes longer than running them."""
 
 
 def busy_tokens(on_gpu: bool, narrow: bool) -> int:
-    """Tokens of a micro-batch that keep the device busy; more of them only take memory.
+    """Tokens of a micro-batch that keep the device busy; more only take memory.
 
-    oneDNN leaves a bfloat16 product of about 600 to 1300 rows to one thread where the result is a few hundred columns
-    wide, as those of many layers are: two micro-batches of 800 tokens take longer than one of 1600.
+    oneDNN runs a bfloat16 product of about 600 to 1300 rows on one thread if the result is a few hundred columns wide,
+    as in many layers: two micro-batches of 800 tokens take longer than one of 1600.
 
     Args:
-        on_gpu: or else on a CPU.
-        narrow: products in a narrower dtype than the weights.
+        on_gpu: whether on a GPU; else on a CPU.
+        narrow: whether products are in a narrower dtype than the weights.
     """
     if on_gpu:
         return 16384 if _gpu_memory() >= LARGE_GPU else 8192
@@ -31,22 +31,22 @@ def busy_tokens(on_gpu: bool, narrow: bool) -> int:
 
 
 def _gpu_memory() -> float:
-    """Bytes of the smallest; where there is no GPU to ask, those of a large one."""
+    """Bytes of the smallest GPU; infinite if there is none to ask."""
     devices = range(torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(d).total_memory for d in devices), default=torch.inf)
 
 
 def token_budget(prompt: int, completion: int, generations: int, busy: int) -> int:
-    """What ``max_tokens_per_microbatch=auto`` becomes.
+    """The value of ``max_tokens_per_microbatch=auto``.
 
-    Where a group does not fit, it is split and its prompt forwarded once per part. So after a long prompt the budget
-    holds the whole group, or at least so much that prompts make up no more than a quarter.
+    A group that does not fit is split, and its prompt is forwarded once per part. So for long prompts the budget holds
+    the whole group, or at least enough that the prompt makes up no more than a quarter.
 
     Args:
-        prompt: the longest, in tokens.
-        completion: the longest.
+        prompt: longest prompt, in tokens.
+        completion: longest completion, in tokens.
         generations: completions per prompt.
-        busy: tokens that keep the device busy, the least that is taken.
+        busy: tokens that keep the device busy; the result is at least this.
     """
     return max(busy, prompt + completion, min(prompt + generations * completion, 4 * prompt))
 
@@ -68,22 +68,22 @@ class UpdateSettings:
     keep_zero_advantage: bool = False
     """Forward sequences even if they cannot change the gradient (for debugging)."""
     ref_sync_every_n_rollouts: int = 0
-    """Move the reference towards the policy after so many rollouts; 0 never does."""
+    """Rollouts between updates of the reference towards the policy; 0 never updates it."""
     ref_model_mixup_alpha: float = 0.6
-    """How far: ``reference = alpha * policy + (1 - alpha) * reference``."""
+    """Share alpha of such an update: ``reference = alpha * policy + (1 - alpha) * reference``."""
     log_entropy: bool = False
     """Measure the exact entropy even if the objective does not need it: two more passes over the logits, and one
     forward of the completions that are otherwise left out."""
 
     def __post_init__(self) -> None:
-        if not self.max_grad_norm > 0:  # below 0 a gradient would be turned around
+        if not self.max_grad_norm > 0:  # below 0 a gradient's sign would flip
             raise UserError(f"update.max_grad_norm={self.max_grad_norm} must be above 0 (inf: no clip)")
         if self.max_nonfinite_steps < 1:
             raise UserError(f"update.max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1")
 
 
 def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
-    """Refuses what would leave prompts of a rollout untrained: every rank cuts its share into whole minibatches.
+    """Refuses numbers that would leave prompts untrained: every rank divides its share into whole minibatches.
 
     Args:
         prompts: of a rollout, over all ranks.
@@ -101,10 +101,10 @@ def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
 
 
 def minibatch_order(prompts: int, minibatches: int, seed: int, first: int) -> list[int]:
-    """The prompts of a rank in the order of the minibatches they go to, drawn by chance.
+    """The prompts of a rank in random order, those of the first minibatch first.
 
-    Each run of ``minibatches`` prompts gives one to every minibatch. So every rank has as much to do in each, and a
-    prompt's minibatch does not depend on how many ranks there are.
+    Each run of ``minibatches`` prompts gives one to every minibatch. So every rank has equally many prompts in each,
+    and a prompt's minibatch does not depend on the number of ranks.
 
     Args:
         prompts: of this rank.
@@ -127,17 +127,17 @@ class Minibatch:
     plan: tuple[MicroBatchPlan, ...]
     """Micro-batches; group numbers are rollout indices. Empty if nothing survives."""
     num_sequences: int
-    """Completions in the normaliser: all but those masked as truncated."""
+    """Completions in the denominator: all but those masked as truncated."""
     num_tokens: int
-    """Their tokens."""
+    """Trained tokens of those completions."""
     left_out: tuple[MicroBatchPlan, ...] = ()
-    """Micro-batches of the completions in the normaliser that are not forwarded, as they cannot change the gradient;
-    none unless their entropy is asked for."""
+    """Micro-batches of the completions in the denominator that are not forwarded, as they cannot change the gradient;
+    empty unless ``log_entropy`` is set."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward: the packed row and what belongs to each of its completion tokens."""
+    """One forward: the packed row, and the values that belong to each of its completion tokens."""
 
     packed: PackedBatch
     advantages: Tensor
@@ -156,8 +156,8 @@ def split_minibatches(
 ) -> list[Minibatch]:
     """Cuts the rollout into ``num_minibatches`` sets of whole groups, taken in ``order``, and plans each.
 
-    A completion is left out of the forward when it cannot change the gradient: masked as truncated, or of
-    advantage zero under an objective without another term. The former leave the normaliser too, the latter stay.
+    A completion is left out of the forward if it cannot change the gradient: it is masked as truncated, or its
+    advantage is zero under an objective without another term. Only the former leave the denominator too.
     """
     check_minibatches(len(order), settings.num_minibatches, 1)
     size = len(order) // settings.num_minibatches

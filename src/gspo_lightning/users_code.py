@@ -1,4 +1,4 @@
-"""What is handed to reward functions and environments of users, and what they hand back. Without torch."""
+"""Copies and checks of what users' reward functions and environments receive and return. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from numbers import Real
 from typing import Any, cast
 
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
-"""What code of users may raise and a line must name; Ctrl-C is not theirs."""
+"""Exceptions that users' code may raise and an error line must name; Ctrl-C is not among them."""
 
 
 def copied(value: Any) -> Any:
-    """``value`` with new lists, dicts and sets all the way down, so that taking from one leaves every other as it was.
+    """``value`` with new lists, dicts, tuples and sets all the way down, so that changing the copy leaves it unchanged.
 
-    Pictures, tensors and other objects are shared. A list that stands in two places becomes two.
+    Pictures, tensors and other objects are shared. A list that occurs in two places becomes two.
     """
     kind = type(value)
     if kind is dict:
         return {key: copied(item) for key, item in value.items()}
     if kind is list:
-        # Most items are numbers or texts, and token ids come by the million: no call for those.
+        # Most items are numbers or strings, and token ids come by the million: no call for those.
         return [copied(item) if type(item) in _CONTAINERS else item for item in value]
     if kind is tuple:
         return tuple(map(copied, value))

@@ -1,4 +1,4 @@
-"""What held-out prompts say about the policy: greedy and sampled accuracy, pass@k, mean reward."""
+"""Measures the policy on held-out prompts: greedy and sampled accuracy, pass@k, mean reward."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ValidationSettings:
     num_generations: int = 2
     """Sampled completions per prompt, at the training temperature; k of pass@k."""
     reward: str | None = None
-    """The reward function that decides what is right; by default the first. Where it does not apply, the first that
-    does decides."""
+    """The reward function that decides what is right; by default the first. If it does not apply to a completion, the
+    first that does decides."""
     threshold: float = 1.0
     """A completion is right if that reward is at least this."""
     num_samples: int = 10
@@ -53,7 +53,7 @@ class Validator:
         self.sampled = replace(sampling, num_generations=settings.num_generations)
         self.seed = seed
         self.log: Callable[[list[dict[str, Any]]], None] | None = None
-        """Gets a record of every completion of a batch, greedy ones first; None keeps none."""
+        """Called with a record of every completion of a batch, greedy ones first; None for no log."""
         self.names: tuple[str, ...] = (
             "val/accuracy",
             "val/sampled_accuracy",
@@ -64,15 +64,15 @@ class Validator:
         self.reset()
 
     def reset(self, tasks: tuple[str, ...] = ()) -> None:
-        """Starts anew; ``tasks`` of a mixture are measured apart as well, the same on every rank."""
+        """Resets all means; ``tasks`` of a mixture, the same on every rank, are also measured separately."""
         self.tasks = tasks
         apart = (f"{name}/{task}" for task in tasks for name in self.names[:2])
         self.means = {name: MeanMetric().set_dtype(torch.float64) for name in (*self.names, *apart)}
         self.samples: list[dict[str, Any]] = []
 
     def update(self, policy: Policy, engine: RolloutEngine, prompts: list[Prompt]) -> None:
-        """Adds one batch of prompts. Without any, the engine is asked all the same: another rank may have some."""
-        if traits(engine).environments is not None:  # so on every rank, whether it has prompts or not
+        """Adds one batch of prompts. Even without any, the engine is called: another rank may have some."""
+        if traits(engine).environments is not None:  # the same on every rank, whether it has prompts or not
             self.means.setdefault("val/return", MeanMetric().set_dtype(torch.float64))
         greedy = sample(policy, engine, prompts, self.greedy, self.seed, "validation")
         if not prompts:
@@ -84,7 +84,7 @@ class Validator:
             if len(self.samples) < self.settings.num_samples:
                 self.samples.append(_sample(prompt, completion, rewards[row, 0].item(), bool(right[row, 0])))
         sampled = sample(policy, engine, prompts, self.sampled, self.seed, "validation")
-        # The loader keeps held-out prompts as long as the run, and with them went what is kept beside a prompt.
+        # The loader keeps held-out prompts for the whole run, and would keep alive what is cached for each of them.
         if (vision := getattr(policy, "vision", None)) is not None:
             vision.forget(prompts)
         right, rewards = self._judge(sampled, "sampled")
@@ -120,7 +120,7 @@ class Validator:
 
 
 def _sample(prompt: Prompt, completion: Completion, reward: float, right: bool) -> dict[str, Any]:
-    """What the report shows of a held-out prompt and its greedy completion."""
+    """The report's record of a held-out prompt and its greedy completion."""
     answer = prompt.sample.get("answer")
     shown: dict[str, Any] = {
         "prompt": last_text(prompt.prompt),

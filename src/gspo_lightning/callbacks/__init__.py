@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: recorder, progress line, checkpoints, graceful stop."""
+"""Callbacks that record, show and guard a run: recorder, progress line, checkpoints, graceful stop, checks."""
 
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.callbacks.completions import CompletionsTable

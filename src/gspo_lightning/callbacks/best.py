@@ -1,4 +1,4 @@
-"""The best checkpoint: a second name of the one after the validation with the highest value so far."""
+"""The best checkpoint: a second name for the checkpoint of the rollout with the highest validation value so far."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.sharded_checkpoint import REST
 
 NO_BETTER = "val/mean_tokens"
-"""The metric of a validation that is not better where it is higher."""
+"""The validation metric for which higher is not better."""
 
 
 def metrics_of(num_generations: int) -> list[str]:
-    """What every validation measures with so many sampled completions per prompt, and is better where it is higher."""
+    """Metrics of every validation for which higher is better, given the number of sampled completions per prompt."""
     return ["val/accuracy", "val/sampled_accuracy", f"val/pass@{num_generations}", "val/reward"]
 
 
 class Best:
-    """Which rollout was best by a validation metric, and its checkpoint.
+    """The best rollout by a validation metric, and its checkpoint.
 
-    Every checkpoint holds which rollout it was, and is written before the best takes its name. So after a kill in
-    between, the checkpoint that the run goes on from is itself the best, and gets the name at the start (`take_over`).
+    Every checkpoint records the best rollout, and is written before the best gets its second name. So after a kill in
+    between, the checkpoint that the run resumes from is itself the best, and gets the name at the start (`take_over`).
 
     Args:
         metric: such as ``val/accuracy``; higher is better, the first of equals stays.
-        path: where the checkpoint goes.
-        key: of the callback's state in a checkpoint, which is `found`.
+        path: path of the best checkpoint.
+        key: key of the callback's state, which is `found`, in a checkpoint.
     """
 
     def __init__(self, metric: str, path: Path, key: str) -> None:
@@ -42,27 +42,27 @@ class Best:
         """``metric``, ``value`` and ``rollout`` of the best so far; empty before the first."""
 
     def __str__(self) -> str:
-        """For the screen."""
+        """The best rollout, its value and its path, for the screen."""
         return f"rollout {self.found['rollout']}, {self.metric}={self.found['value']:.4g}: {self.path}"
 
     def facts(self) -> dict[str, Any]:
-        """For ``summary.json``: ``best_metric``, ``best_value``, ``best_rollout``; null where there is no best."""
+        """``best_metric``, ``best_value``, ``best_rollout`` for ``summary.json``; the last two null without a best."""
         return {
             f"best_{name}": {"metric": self.metric, **self.found}.get(name) for name in ("metric", "value", "rollout")
         }
 
     def check(self, metrics: dict[str, float]) -> None:
-        """Refuses a name that a validation does not give.
+        """Refuses a metric that the validation does not measure.
 
         Raises:
-            UserError: names those that it gives.
+            UserError: names the metrics that it measures.
         """
         if self.metric not in metrics:
             names = ", ".join(name for name in metrics if name != NO_BETTER)
             raise UserError(f"checkpoint.keep_best={self.metric}: the validation does not measure it; it has {names}")
 
     def is_higher(self, metrics: dict[str, float], rollout: int) -> bool:
-        """Notes the value of a validation if it is higher than all before; what is no number never is."""
+        """Whether a validation's value is higher than all before (NaN never is); records it if so."""
         self.check(metrics)
         value = metrics[self.metric]
         if not value > self.found.get("value", float("-inf")):
@@ -71,13 +71,13 @@ class Best:
         return True
 
     def load(self, found: dict[str, Any]) -> None:
-        """Takes the best of the run before, unless that was by another metric."""
+        """Restores the best of the resumed run, unless it was by another metric."""
         self.found = dict(found) if found.get("metric") == self.metric else {}
 
     def keep(self, checkpoint: Path) -> None:
-        """Gives ``checkpoint`` its second name. A kill leaves the old best or the new one, a folder for a moment none.
+        """Gives ``checkpoint`` its second name. A kill leaves the old best or the new one; for a folder perhaps none.
 
-        It is copied only where a file cannot have two names.
+        It is copied only if a file cannot have two names.
         """
         temporary, aside = (self.path.with_name(f".{self.path.name}.{end}") for end in ("tmp", "old"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Best:
         try:
             second_name(checkpoint.resolve(), temporary)
         except BaseException:
-            remove(temporary)  # what was copied of it would keep the disk full
+            remove(temporary)  # a partial copy would keep the disk full
             raise
         flush_checkpoint(temporary)
         if self.path.is_dir() or (self.path.exists() and temporary.is_dir()):  # it cannot be replaced in one step
@@ -94,12 +94,12 @@ class Best:
         os.replace(temporary, self.path)
         flush_to_disk(self.path.parent)
         remove(aside)
-        remove(temporary)  # two names of one file are not replaced by each other
+        remove(temporary)  # os.replace does nothing if both are names of one file
 
     def take_over(self, trainer: L.Trainer) -> None:
-        """At the start of a run that goes on, brings the best so far here; where it is gone, counts anew.
+        """Brings the best so far into this run at the start of a resumed run; forgets it if its checkpoint is gone.
 
-        It is here already, or what the run goes on from, or beside that.
+        It is looked for at ``path``, in the checkpoint that the run resumes from, and next to that.
         """
         if not self.found:
             return
@@ -120,7 +120,7 @@ class Best:
         return source is not None
 
     def _holds(self, checkpoint: Path) -> bool:
-        """Whether it is that of the best rollout. Nothing but the structure is loaded: tensors stay on the disk."""
+        """Whether a checkpoint is that of the best rollout. Only the structure is loaded: tensors stay on the disk."""
         file = checkpoint / REST if checkpoint.is_dir() else checkpoint
         try:
             content = torch.load(file, map_location="meta", weights_only=True, mmap=True)

@@ -1,4 +1,4 @@
-"""Completions as a table in the logger, where it has tables."""
+"""Completions as a table in each logger that has tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MARKDOWN = frozenset("|*_`[]~$\\")
 
 
 class CompletionsTable(L.Callback):
-    """Every so many rollouts the completions of the first prompts, with rewards and advantages, to each logger.
+    """Periodically writes the completions of the first prompts, with rewards and advantages, to each logger.
 
     Weights & Biases gets a table, MLflow a table artifact, TensorBoard a text panel. A CSV logger has no tables:
     ``completions.jsonl`` in the run's folder has all completions in any case.
 
     Args:
-        every_n_rollouts: rollouts between tables; the first and the last have one too.
+        every_n_rollouts: rollouts between tables; the first and the last rollout always have one.
         num_completions: rows of a table, all completions of a prompt before those of the next.
     """
 
@@ -70,7 +70,7 @@ def write_table(logger: Logger, columns: list[str], rows: list[list[Any]], step:
 
 
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
-    """A table that TensorBoard draws; what a model wrote stays text."""
+    """A Markdown table for TensorBoard; special characters of a model's text are escaped."""
 
     def cell(value: Any) -> str:
         text = escape(f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -1,4 +1,4 @@
-"""Names the first layer whose output, or whose gradient, is not finite."""
+"""Names the first layer whose output or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gspo_lightning.guarded_step import NonFiniteGradientError
 
 
 class NonFiniteLayerError(NonFiniteGradientError):
-    """A layer made a number that is not finite."""
+    """A layer produced a number that is not finite."""
 
 
 class DetectAnomaly(L.Callback):
-    """Looks at what every leaf module of the policy puts out, forward and backward; the first bad one ends the run.
+    """Checks the output of every leaf module of the policy, forward and backward; the first bad one ends the run.
 
-    Rollouts are looked at too. Before each rollout the weights are: one that is not finite is named instead of the
-    layers after it.
+    Forwards of rollouts are checked too. The weights are checked before each rollout, so that a non-finite weight is
+    named instead of the layers after it.
 
     Raises:
         NonFiniteLayerError: names the module and whether it was forward or backward.
@@ -31,7 +31,7 @@ class DetectAnomaly(L.Callback):
         self._hooks: list[RemovableHandle] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Looks at the weights and puts the hooks in place."""
+        """Checks the weights and registers the hooks."""
         check_weights(pl_module.policy, "from the start")
         for name, module in pl_module.policy.named_modules():
             if not any(module.children()):
@@ -39,11 +39,11 @@ class DetectAnomaly(L.Callback):
                 self._hooks.append(module.register_full_backward_hook(self._backward_hook(name)))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Looks at the weights."""
+        """Checks the weights."""
         check_weights(pl_module.policy, f"before rollout {pl_module.rollouts_done + 1}")
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -90,6 +90,6 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def what(tensor: Tensor) -> str:
-    """How many values are not finite, and of what kind."""
+    """Text with the numbers of NaN and infinite values of a tensor."""
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     return f"{nan} NaN and {inf} infinite of {tensor.numel()} values"

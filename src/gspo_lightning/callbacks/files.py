@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Puts ``content`` (UTF-8) in place of ``path`` in one step.
+    """Replaces ``path`` by ``content`` (UTF-8) in one step.
 
     A lone surrogate, which byte-level tokenizers can decode to, is written as a backslash escape.
     """
@@ -47,7 +47,7 @@ def remove(path: Path) -> None:
 
 
 def second_name(path: Path, target: Path) -> None:
-    """Gives a file, or a folder with its files, another name; copied only where a file cannot have two names."""
+    """Gives a file, or a folder with its files, another name; copies it only if a file cannot have two names."""
     if path.is_dir():
         shutil.copytree(path, target, copy_function=_link_or_copy)
     else:
@@ -67,13 +67,13 @@ def flush_checkpoint(path: Path) -> None:
 
 
 _FOLDERS_STAY = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EIO}
-"""What file systems answer that cannot flush a folder: vboxsf, CIFS and SMB, Windows' drives in WSL, FUSE."""
+"""Errors of file systems that cannot flush a folder: vboxsf, CIFS and SMB, Windows' drives in WSL, FUSE."""
 
 
 def flush_to_disk(*paths: Path) -> None:
-    """Waits until the files (or folders) are on the disk; those that do not exist are left out.
+    """Waits until the files (or folders) are on the disk; paths that do not exist are skipped.
 
-    A folder that its file system cannot flush is left to the system: its files are on the disk, their names soon are.
+    A folder that its file system cannot flush is left to the system, which writes the names of its files soon.
 
     Raises:
         OSError: a file cannot be flushed, or the disk is full.

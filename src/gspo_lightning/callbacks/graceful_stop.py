@@ -1,4 +1,4 @@
-"""A graceful end on a signal: the rollout in hand is finished and saved, on all ranks together."""
+"""A graceful end on a signal: the current rollout is finished and saved, on all ranks together."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not go on from her
 
 
 class GracefulStop(L.Callback):
-    """On a signal: finish the rollout in hand and save it, if that fits ``grace_s``; say what stands.
+    """On a signal, finishes the current rollout and saves it, if that fits ``grace_s``, and says what is saved.
 
     SIGINT and SIGTERM end the run. SIGUSR1 is how Slurm announces the end of a job (``sbatch --signal=USR1@120
-    --requeue``): it is requeued if rollouts are left and it goes on. SIGUSR2 is heard where a launcher has a
-    handler for it, as submitit has, which requeues the job: whoever runs the Trainer calls it after the run
-    (`hand_over`). A signal to one of several ranks stops them all after the same rollout. A second one of the same
-    kind ends the process at once; different kinds do not add up, because a scheduler may send two for one stop.
-    After ``grace_s`` the process ends with code 128 plus the signal, and the last boundary's checkpoint stands. So
-    it does at once where no rollout has begun yet (`listen`).
+    --requeue``): the job is requeued if rollouts are left and it would resume. SIGUSR2 is handled if a launcher has
+    installed a handler for it, as submitit does to requeue the job: whoever runs the Trainer calls that handler after
+    the run (`hand_over`). A signal to one of several ranks stops them all after the same rollout. A second one of the
+    same kind ends the process at once; different kinds do not add up, because a scheduler may send two for one stop.
+    After ``grace_s`` the process ends with code 128 plus the signal, and the previous checkpoint remains. Before the
+    first rollout it ends at once (`listen`).
 
     Args:
-        checkpoint: what saves.
-        grace_s: seconds for the rollout in hand and its checkpoint.
-        goes_on: whether a launcher's job that is started again goes on from there; it is not requeued to begin anew.
+        checkpoint: the callback that saves.
+        grace_s: seconds for the current rollout and its checkpoint.
+        goes_on: whether the job, started again, resumes from the checkpoint; if not, it is not requeued.
     """
 
     def __init__(self, checkpoint: RolloutCheckpoint, grace_s: float, goes_on: bool = True) -> None:
         self.checkpoint, self.grace_s, self.goes_on = checkpoint, grace_s, goes_on
         self.received: list[int] = []
-        """The signals that this process got."""
+        """The signals that this process received."""
         self.stopping = 0
-        """The same on all ranks at a boundary: 1 if one of them got a signal, 2 if that was SIGUSR1."""
+        """Equal on all ranks after a rollout: 1 if one of them received a signal, 2 if that was SIGUSR1; else 0."""
         self.is_first_rank = True
         self._begins = False
         self._left = self._requeued = False
@@ -49,10 +49,10 @@ class GracefulStop(L.Callback):
         self._launcher: Callable[[int, FrameType | None], Any] | None = None
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Takes over a scheduler's signals before the training; who calls it calls `give_back` after the training.
+        """Handles a scheduler's signals from before training on; the caller must call `give_back` after training.
 
-        The others end a process by themselves until a validation or the training begins: one that waits for other ranks
-        in a library would never come to a handler.
+        Other signals keep their default effect until a validation or the training begins: a process that waits for
+        other ranks in a library would never run a Python handler.
         """
         self._begins = True
         self._take_over(trainer, (signal.SIGUSR1, signal.SIGUSR2))
@@ -71,17 +71,17 @@ class GracefulStop(L.Callback):
                 signal.signal(number, self._on_signal)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes them back from Lightning, which has installed handlers of its own for the validation before."""
+        """Installs our handlers over those of Lightning, which it has set for the validation before training."""
         if self._begins:
             self._take_over(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same for the training; from here on there is a rollout in hand."""
+        """Installs our handlers for training; from here on there is a current rollout."""
         self._begins = False
         self._take_over(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The boundary: save and leave, after the validation if one is due."""
+        """If a rank received a signal, saves and stops; if a validation is due, stops after it."""
         if not self._agree(pl_module):
             return
         self.checkpoint.end(trainer, pl_module)
@@ -89,13 +89,13 @@ class GracefulStop(L.Callback):
             self._leave(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The boundary of a rollout with a validation, during which the signal may have come."""
+        """Stops after the validation of a saved rollout; the signal may have come during it."""
         if self._agree(pl_module) and self.checkpoint.saved_at == pl_module.rollouts_done:
             trainer.should_stop = True
             self._leave(pl_module)
 
     def _agree(self, pl_module: Any) -> bool:
-        """Whether to stop here: ranks that stopped after different rollouts would wait for each other for ever."""
+        """Whether to stop here, the same on all ranks: else they would wait for each other for ever."""
         self.stopping = global_max(max(self.stopping, self._wanted), pl_module.device)
         return self.stopping > 0
 
@@ -104,7 +104,7 @@ class GracefulStop(L.Callback):
         return 2 if signal.SIGUSR1 in self.received else int(bool(self.received))
 
     def _leave(self, pl_module: Any) -> None:
-        """Once: after the last rollout both a batch and a validation end."""
+        """Says that the run stopped, and requeues it; acts once, as a batch and a validation may both end here."""
         self._cancel()
         if self._left:
             return
@@ -115,7 +115,7 @@ class GracefulStop(L.Callback):
             self._requeue()
 
     def _requeue(self) -> None:
-        """Once: a second signal may come while the run ends."""
+        """Requeues the Slurm job after SIGUSR1; acts once, as a second signal may come while the run ends."""
         if self._requeued or not self.is_first_rank or max(self.stopping, self._wanted) < 2:
             return
         self._requeued = True
@@ -131,15 +131,15 @@ class GracefulStop(L.Callback):
             self._launcher(signal.SIGUSR2, None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers."""
         self.give_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same: the alarm of a run that failed would end the next run of this process."""
+        """Restores the signal handlers and cancels the timer, which would end the next run of this process."""
         self.give_back()
 
     def give_back(self) -> None:
-        """The handlers as they were before, also a second time: Lightning puts ours back when its run is over."""
+        """Restores the previous handlers. May be called again: Lightning reinstalls ours when its run is over."""
         self._cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -167,7 +167,7 @@ class GracefulStop(L.Callback):
         except SystemExit as wish:
             code = wish.code if isinstance(wish.code, int) else 1
         finally:
-            # The main thread may be deep inside a matrix product or a hung reward; nothing of it is needed any more.
+            # The main thread may be inside a matrix product or a hung reward; its work is no longer needed.
             os._exit(code % 256)
 
     def _cancel(self) -> None:

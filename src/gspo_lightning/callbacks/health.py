@@ -1,7 +1,8 @@
 """Warnings about a run that goes wrong, each with its cause and a remedy, each printed once per episode.
 
-A check is a function of the metrics of the rollouts so far and returns a line or None. It is said when it begins to
-hold, not again while it goes on, and anew when it comes back, three times at most. See docs/troubleshooting.md.
+A check is a function of the metrics of the rollouts so far and returns a line or None. The line is printed when the
+condition begins to hold, and again when it returns after having passed, three times at most. See
+docs/troubleshooting.md.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks look at."""
+    """The input of the checks."""
 
     rows: Sequence[Row]
     """Metrics of the rollouts so far, oldest first."""
     patience: int
-    """Rollouts in a row before something that may pass by itself is said."""
+    """Consecutive rollouts that a possibly transient condition must hold before it is reported."""
     clip: tuple[float, float] | None
-    """Smallest and largest ratio that is never clipped, None for a loss without a clip or where all ratios are 1."""
+    """Smallest and largest ratio that is never clipped; None for a loss without a clip, or if all ratios are 1."""
     by_sequence: bool
-    """Whether the ratio is that of a sequence."""
+    """Whether there is one ratio per sequence, not per token."""
 
     def last(self, name: str) -> float | None:
-        """The newest value of a metric."""
+        """The newest value of a metric; None if the newest rollout lacks it."""
         return self.rows[-1].get(name)
 
     def recent(self, name: str) -> list[float] | None:
-        """The last ``patience`` values, None if there are not as many."""
+        """The values of the last ``patience`` rollouts; None if one is missing."""
         values = [row[name] for row in self.rows[-self.patience :] if name in row]
         return values if len(values) == self.patience else None
 
 
 def noise_floor(facts: Facts) -> str | None:
-    """Rounding alone moves ``log s_i`` by more than half a clip width."""
+    """Warns if rounding alone moves ``log s_i`` by more than half a clip width."""
     floor = facts.last("gspo/ratio_noise_floor")
     if floor is None or facts.clip is None or not facts.by_sequence:
         return None
@@ -59,7 +60,7 @@ def noise_floor(facts: Facts) -> str | None:
 
 
 def clip_never_acts(facts: Facts) -> str | None:
-    """No ratio left the clip for a while. A cap from above alone is a guard, which is not meant to act."""
+    """Warns if no ratio was clipped for a while. An upper cap alone is a guard that is not meant to act."""
     low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
     if facts.clip is None or facts.clip[0] <= 0 or low is None or high is None or any(low) or any(high):
         return None
@@ -71,7 +72,7 @@ def clip_never_acts(facts: Facts) -> str | None:
 
 
 def clip_takes_most(facts: Facts) -> str | None:
-    """More than half of the rollout is clipped."""
+    """Warns if more than half of each rollout is clipped."""
     low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
     if low is None or high is None or min(a + b for a, b in zip(low, high, strict=True)) <= 0.5:
         return None
@@ -83,7 +84,7 @@ def clip_takes_most(facts: Facts) -> str | None:
 
 
 def no_signal(facts: Facts) -> str | None:
-    """All rewards of every group are equal."""
+    """Warns if all rewards of every group are equal."""
     silent = facts.recent("frac_zero_std_groups")
     if silent is None or min(silent) < 1.0:
         return None
@@ -96,8 +97,8 @@ def no_signal(facts: Facts) -> str | None:
 
 
 def reward_collapse(facts: Facts) -> str | None:
-    """The moving average of the reward has lost more than half of what was gained."""
-    # With rewards of turns the reward of the whole is only a part of what is trained on, or none.
+    """Warns if the moving average of the reward has lost more than half of its gain."""
+    # With turn rewards, the reward of the whole dialogue is only a part of what is trained on, or no part.
     name = "dialogue/return" if facts.last("dialogue/return") is not None else _reward_name(facts)
     means = [row[name] for row in facts.rows if name in row]
     n = facts.patience
@@ -117,7 +118,7 @@ def reward_collapse(facts: Facts) -> str | None:
 
 
 def entropy_collapse(facts: Facts) -> str | None:
-    """Entropy is below a tenth of what it was at first."""
+    """Warns if entropy is below a tenth of its first value."""
     entropies = [row["entropy"] for row in facts.rows if "entropy" in row]
     if not entropies or entropies[-1] >= 0.1 * entropies[0]:
         return None
@@ -128,7 +129,7 @@ def entropy_collapse(facts: Facts) -> str | None:
 
 
 def length_explosion(facts: Facts) -> str | None:
-    """Most completions are cut at the limit, which they were not at first."""
+    """Warns if most completions are cut at the limit, unless they were from the first rollout on."""
     cut = facts.recent("completion/truncated_frac")
     if cut is None or min(cut) <= 0.5 or facts.rows[0].get("completion/truncated_frac", 0.0) > 0.5:
         return None
@@ -139,7 +140,7 @@ def length_explosion(facts: Facts) -> str | None:
 
 
 def mismatch(facts: Facts) -> str | None:
-    """Sampler and trainer disagree about the same weights."""
+    """Warns if sampler and trainer disagree about the same weights."""
     value = facts.last("sampler_mismatch/abs_mean")
     if value is None or value <= 0.1:
         return None
@@ -150,7 +151,7 @@ def mismatch(facts: Facts) -> str | None:
 
 
 def gradient_spike(facts: Facts) -> str | None:
-    """The gradient is ten times what it usually is."""
+    """Warns if the gradient norm is more than ten times its median."""
     norms = [row["grad_norm"] for row in facts.rows if "grad_norm" in row]
     if len(norms) <= facts.patience or "grad_norm" not in facts.rows[-1]:
         return None
@@ -179,18 +180,18 @@ METRICS = (
     "reward/mean", "dynamic_sampling/sampled_reward", "dialogue/return", "entropy", "completion/truncated_frac",
     "sampler_mismatch/abs_mean", "grad_norm",
 )  # fmt: skip
-"""What the checks read."""
+"""Metrics that the checks read."""
 MOST_TIMES = 3
-"""A state that comes and goes is said so often; after that the metrics tell."""
+"""Most times that one check's line is printed; after that the metrics tell."""
 MOST_ROWS = 4000
-"""So many rollouts are looked at: the first 1000, which are what later ones are compared with, and the newest."""
+"""Rollouts kept for the checks: the first 1000, which later ones are compared with, and the newest 3000."""
 
 
 class Health(L.Callback):
     """Prints what the checks find, and may end the run.
 
     Args:
-        patience: rollouts in a row before a passing state is said.
+        patience: consecutive rollouts that a possibly transient condition must hold before it is reported.
         stop_on: names of checks that end the run, such as ``[no_signal, reward_collapse]``; the run can be resumed.
 
     Raises:
@@ -214,7 +215,7 @@ class Health(L.Callback):
         """Runs all checks on the rollout that has just ended."""
         module = cast(GSPOModule, pl_module)
         now = module.last_metrics
-        # What the checks read and no more: the rows of a long run add up.
+        # Only what the checks read: the rows of a long run add up.
         self.rows.append({name: float(now[name]) for name in METRICS if name in now and now[name] == now[name]})
         if len(self.rows) > MOST_ROWS:
             del self.rows[MOST_ROWS // 4]
@@ -228,7 +229,7 @@ class Health(L.Callback):
                 trainer.should_stop = True
 
     def findings(self, facts: Facts) -> list[tuple[str, str]]:
-        """(check, line) of what holds now and did not hold before."""
+        """(check, line) of each condition that holds now and did not hold before."""
         found = {check.__name__: line for check in CHECKS if (line := check(facts)) is not None}
         new = [(name, line) for name, line in found.items() if name not in self._holding]
         self._holding = set(found)
@@ -236,16 +237,16 @@ class Health(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Two with other settings may watch one run."""
+        """Key that includes the settings, so that two instances with different settings can watch one run."""
         return self._generate_state_key(patience=self.patience, stop_on=sorted(self.stop_on))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on compares with and what was said: a column for each metric, NaN where it is not."""
+        """The rows to compare with (a column per metric, NaN where it is missing), and what was reported."""
         columns = {name: [row.get(name, math.nan) for row in self.rows] for name in METRICS}
         return {"columns": columns, "holding": sorted(self._holding), "said": dict(self._said)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Restores the state of `state_dict`."""
         columns = state_dict["columns"]
         rows = zip(*columns.values(), strict=True)
         self.rows = [{n: v for n, v in zip(columns, row, strict=True) if v == v} for row in rows]
@@ -253,13 +254,13 @@ class Health(L.Callback):
 
 
 def _reward_name(facts: Facts) -> str:
-    """What the policy earns: with dynamic sampling ``reward/mean`` is of the groups that were kept alone."""
+    """Metric of the policy's reward: with dynamic sampling ``reward/mean`` covers only the kept groups."""
     name = "dynamic_sampling/sampled_reward"
     return "reward/mean" if facts.last(name) is None else name
 
 
 def _clip(module: GSPOModule) -> tuple[float, float] | None:
-    """The bounds of the ratio; None without a clip, and where every ratio is exactly 1 and nothing can be clipped."""
+    """The bounds of the ratio; None without a clip, or if every ratio is exactly 1 and nothing can be clipped."""
     bounds = module.objective.ratio_bounds
     if bounds is None or module.ahead is not None:
         return bounds

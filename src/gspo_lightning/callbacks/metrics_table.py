@@ -1,4 +1,4 @@
-"""``metrics.csv``: one row per rollout, columns that may appear late, and exactly n rows on demand."""
+"""``metrics.csv``: one row per rollout, columns that may be added later, and truncation to n rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MetricsTable:
         self._newest: dict[str, str] = {}
 
     def write(self, row: Mapping[str, float | None]) -> None:
-        """Appends a row; one with the step of the newest row completes that row instead."""
+        """Appends a row; a row with the step of the newest one is merged into that one instead."""
         cells = {name: _cell(value) for name, value in row.items()}
         completes = self.rows > 0 and self._newest["step"] == cells["step"]
         if completes:
@@ -41,7 +41,7 @@ class MetricsTable:
         self._newest = cells
 
     def take_over(self, source: Path, rows: int) -> int:
-        """Becomes the first ``rows`` rows of ``source``, which may be the same file; returns how many it had.
+        """Takes over the first ``rows`` rows of ``source``, which may be the same file; returns their number.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from gspo_lightning.errors import UserError
 
 WIDE = 100
-"""Columns of a terminal from which on the bar also says how many tokens were clipped."""
+"""Columns of a terminal from which on the bar also shows the share of clipped ratios (per token or sequence)."""
 
 
 class ProgressLine(L.Callback):
@@ -23,8 +23,8 @@ class ProgressLine(L.Callback):
     Each validation adds one line with the accuracies on held-out prompts. Rank 0 alone prints.
 
     Args:
-        every_n_rollouts: rollouts between lines where the output is no terminal; the last one has a line.
-        clock: seconds, for the time left.
+        every_n_rollouts: rollouts between lines if the output is no terminal; the last rollout always has a line.
+        clock: returns seconds, for the time left.
     """
 
     def __init__(self, every_n_rollouts: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,7 +60,7 @@ class ProgressLine(L.Callback):
             print(f"rollout {done}/{total}  {describe(pl_module.last_metrics, left_s)}", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """One line with the accuracies."""
+        """Prints one line with the accuracies."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         values = "  ".join(
@@ -78,7 +78,7 @@ class ProgressLine(L.Callback):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Closes the bar, so that the error stands below it."""
+        """Closes the bar, so that the error is printed below it."""
         self._close()
 
     def _close(self) -> None:
@@ -92,7 +92,7 @@ def describe(metrics: dict[str, float], left_s: float, clipped: bool = True) -> 
     parts = [f"reward {metrics['reward/mean']:.3f}", f"length {metrics['completion/mean_tokens']:.1f}"]
     if clipped and "clip_frac_high" in metrics:  # a loss without a clip has no such metric
         parts.append(f"clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
-    # Of a rollout that was sampled before a resume the speed may be unknown.
+    # The speed of a rollout that was sampled before a resume may be unknown.
     rollout, update = metrics.get("perf/rollout_tokens_per_s"), metrics["perf/train_tokens_per_s"]
     sampled = "?" if rollout is None else f"{rollout:.0f}"
     return "  ".join([*parts, f"{sampled} + {update:.0f} tokens/s", f"left {format_time(left_s)}"])

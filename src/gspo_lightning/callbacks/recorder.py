@@ -26,20 +26,20 @@ BEFORE, AFTER, SUMMARY = "validation_before.json", "validation_after.json", "sum
 
 
 class RunRecorder(L.Callback):
-    """Writes the run's files; rank 0 alone, which sees its own completions and the metrics of all ranks.
+    """Writes the run's files, on rank 0 only, which has its own completions and the metrics of all ranks.
 
     ``metrics.csv`` has a row per rollout (``step`` counts finished rollouts; 0 is the validation before
     training), with the columns of a validation in the row of the rollout it follows. ``completions.jsonl``
     has a line per completion. ``validation_before.json`` and ``validation_after.json`` hold the validation
-    before training and the newest one since. A ``summary.json`` in the folder is of a run that ended, and set aside.
+    before training and the newest one since. A ``summary.json`` in the folder, of a run that ended, is set aside.
 
     Args:
         run_dir: where to write; exists.
-        resume_dir: the folder of the run that a checkpoint comes from; by default ``run_dir``. Nothing is
+        resume_dir: the folder of the run that a checkpoint comes from; by default ``run_dir``. If given, nothing is
             recorded before that checkpoint is loaded.
-        tokens: token ids and sampler log-probabilities of each completion too, which `rollout.ReplayEngine` needs.
-        begins_anew: whether the validation before training is the beginning of a run; else only its training is, so
-            that a validation alone moves no checkpoints.
+        tokens: whether to record token ids and sampler log-probabilities too, which `rollout.ReplayEngine` needs.
+        begins_anew: whether a run begins with the validation before training; else it begins with training, so that a
+            validation alone moves no checkpoints.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunRecorder(L.Callback):
 
     @property
     def seconds(self) -> float:
-        """Training time, with that of the runs which this one goes on from, up to their checkpoints."""
+        """Training time, including that of the runs that this one resumes, up to their checkpoints."""
         return self._seconds_before + time.perf_counter() - self._start
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class RunRecorder(L.Callback):
         return {"rows": self.table.rows, "completions_bytes": self.completions_bytes, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Notes what the checkpoint counts. The files follow in `on_train_start`, on rank 0 only."""
+        """Stores the checkpoint's counts. The files are taken over in `on_train_start`, on rank 0 only."""
         self._loaded, self._ready = dict(state_dict), False
         self._seconds_before = state_dict.get("seconds", 0.0)
         source = (self.resume_dir or self.run_dir) / "metrics.csv"
@@ -87,7 +87,7 @@ class RunRecorder(L.Callback):
             self._begin()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """What another run has left here is set aside before this one begins: nothing may go on from it by mistake."""
+        """When a run begins, sets another run's files in this folder aside: no run must resume from them by mistake."""
         if self.begins_anew and self._writes(trainer):
             self._begin()
 
@@ -97,14 +97,14 @@ class RunRecorder(L.Callback):
             self._set_checkpoints_aside()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One row of metrics, one line per completion."""
+        """Writes a row of metrics and a line per completion."""
         if trainer.is_global_zero:
             self._prepare()
             self._log_completions(pl_module.rollouts_done, pl_module.last_scored)
             self.table.write({"step": pl_module.rollouts_done, **pl_module.last_metrics})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Validation columns of the row of this rollout; before training and after, the samples too."""
+        """Writes the validation columns of this rollout's row, and the JSON file of this validation."""
         if not self._writes(trainer):
             return
         self._prepare()
@@ -121,7 +121,7 @@ class RunRecorder(L.Callback):
     def _prepare(self) -> None:
         if self._ready:
             return
-        self._set_aside(SUMMARY)  # of a run that ended: this one has not
+        self._set_aside(SUMMARY)  # it is of a run that ended
         if self._loaded is None:
             # A run from the start neither mixes with the records of another in its folder nor destroys them.
             self._set_aside(self.table.path.name, self.completions.name, BEFORE, AFTER)
@@ -134,7 +134,7 @@ class RunRecorder(L.Callback):
             os.replace(path, path.with_name(f"{path.name}.old"))
 
     def _set_checkpoints_aside(self) -> None:
-        """Those of another run: until this one has saved, ``ckpt_path=auto`` would go on from them."""
+        """Moves another run's checkpoints: until this run has saved, ``ckpt_path=auto`` would resume from them."""
         folder = self.run_dir / "checkpoints"
         first, self._is_alone = not self._is_alone, True
         if first and folder.exists() and any(folder.iterdir()):
@@ -148,7 +148,7 @@ class RunRecorder(L.Callback):
             if (rows := self.table.take_over(source / "metrics.csv", counted["rows"])) < counted["rows"]:
                 problems.append(f"metrics.csv has {rows} of {counted['rows']} rows")
         except FileNotFoundError:
-            pass  # `load_state_dict` has said so
+            pass  # `load_state_dict` has warned of it
         try:
             size = counted["completions_bytes"]
             self.completions_bytes = copy_prefix(source / "completions.jsonl", self.completions, size)
@@ -210,7 +210,7 @@ def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """Strict JSON: what is not finite becomes null, and what JSON has no form for (an image) its type."""
+    """Strict JSON: non-finite numbers become null, and objects that JSON cannot hold (an image) become their type."""
     return json.dumps(_plain(content), ensure_ascii=False, indent=indent, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""Preemption on Slurm: the job goes back into the queue, and its next start goes on from the checkpoint."""
+"""Preemption on Slurm: the job goes back into the queue, and its next start resumes from the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 
 
 def requeue() -> str:
-    """Asks Slurm to run this job again, if it is one; returns a line that says what came of it."""
+    """Asks Slurm to run this job again, if this is a Slurm job; returns a line with the outcome."""
     job = os.environ.get("SLURM_JOB_ID")
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     if array and task:

@@ -1,4 +1,4 @@
-"""``trainer.max_time``: the limit of one process, not of all that go on from each other."""
+"""``trainer.max_time``: the limit of one process, not of a chain of resumed runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gspo_lightning.errors import UserError
 class TimeLimit(Timer):
     """Ends a run after the rollout in which ``duration`` is over.
 
-    Lightning's own adds up the time of the runs that a run goes on from: the second job of a Slurm chain would end
-    before its first rollout, and so would every later one.
+    Lightning's `Timer` adds up the time of resumed runs: the second job of a Slurm chain, and every later one, would
+    end before its first rollout.
 
     Args:
         duration: ``"DD:HH:MM:SS"``, a `datetime.timedelta`, or the arguments of one; above 0.
@@ -31,12 +31,12 @@ class TimeLimit(Timer):
 
     @property
     def state_key(self) -> str:
-        """That of Lightning's own, whose state older checkpoints hold."""
+        """Key of Lightning's `Timer`, whose state older checkpoints hold."""
         return "Timer"
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """An empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The clock begins anew."""
+        """Ignores the saved state: the clock starts at zero."""

@@ -1,4 +1,4 @@
-"""Says where a run stands when a rollout takes far longer than usual, and ends one that hangs: never in silence."""
+"""Prints where each thread is when a rollout takes far longer than usual, and ends a run that hangs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gspo_lightning.errors import UserError
 class Watchdog(L.Callback):
     """Prints the stack of every thread when a rollout with its update takes ``factor`` times the median so far.
 
-    Once per rollout, on every rank. Engines, process groups and rewards with a ``timeout_s`` have limits of their own;
+    Once per rollout, on every rank. Engines, process groups and rewards with a ``timeout_s`` have their own limits;
     ``end_s`` is the limit of everything else.
 
     Args:
-        factor: times the median of the rollouts so far; 0 switches it off.
-        min_rollouts: so many rollouts make the median; before, nothing is said.
-        min_s: seconds that are never too long.
+        factor: multiple of the median of the rollouts so far; 0 switches the report off.
+        min_rollouts: rollouts needed for the median; before, nothing is printed.
+        min_s: a rollout of at most this many seconds is never reported.
         end_s: seconds without a finished rollout or batch of held-out prompts after which the process ends, with exit
             code 1; None never ends it.
     """
@@ -49,13 +49,13 @@ class Watchdog(L.Callback):
 
     @property
     def limit_s(self) -> float | None:
-        """Seconds after which the next rollout is too long; None if that is not known yet."""
+        """Seconds after which the next rollout is reported; None if not known yet, or switched off."""
         if not self.factor or len(self._seconds) < self.min_rollouts:
             return None
         return max(self.min_s, self.factor * statistics.median(self._seconds))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Sets the alarms."""
+        """Starts the timers."""
         self._start = time.monotonic()
         self._last = next((c.last for c in trainer.callbacks if isinstance(c, RolloutCheckpoint)), None)  # type: ignore[attr-defined]
         self._expect_progress()
@@ -65,26 +65,26 @@ class Watchdog(L.Callback):
             self._timer.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Takes the alarm back and remembers the time."""
+        """Restarts the timer of ``end_s``, cancels the other, and records the time of the rollout."""
         self._cancel()
         self._expect_progress()
         self._seconds.append(time.monotonic() - self._start)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Progress, too."""
+        """Counts as progress: restarts the timer of ``end_s``."""
         if self._end is not None:
             self._expect_progress()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The run is over."""
+        """Cancels the timers."""
         self._cancel()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The run is over."""
+        """Cancels the timers."""
         self._cancel()
 
     def report(self, rollout: int, limit_s: float) -> None:
-        """The line and the stacks."""
+        """Prints a warning and the stack of every thread."""
         usual = statistics.median(self._seconds)
         print(
             f"warning: rollout {rollout} has taken {limit_s:.0f} s, {limit_s / max(usual, 1e-9):.0f} times the median "
@@ -95,7 +95,7 @@ class Watchdog(L.Callback):
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
     def give_up(self) -> None:
-        """The stacks, a line, and the end: a thread that hangs cannot be stopped in any other way."""
+        """Prints the stacks and a line, and ends the process: a hung thread cannot be stopped in any other way."""
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         print(
             f"error: no rollout and no validation has ended for {self.end_s:g} s (callbacks.watchdog.end_s); above is "

@@ -1,4 +1,4 @@
-"""Reading columns of a row, and what a prompt must look like; every mistake names the row and the setting."""
+"""Reads columns of a row and checks prompts; every error names the row and the setting."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gspo_lightning.types import Messages
 _TOOL_ROLES = ("tool", "ipython", "function")
 
 Needed = Mapping[str, str | Mapping[str, str]]
-"""Column -> who needs it in every row, or by task of a mixture."""
+"""Column -> what needs it in every row, or a mapping from task of a mixture -> what needs it there."""
 
 
 def template_columns(template: str, constant: bool = False) -> list[str]:
-    """The columns a format string reads; ``constant``: it may read none, because a picture makes the difference.
+    """The columns a format string reads; ``constant``: it may read none, because the rows differ in their pictures.
 
     Raises:
         UserError: it is malformed, has no field, or has a field without a name.
@@ -37,7 +37,7 @@ def template_columns(template: str, constant: bool = False) -> list[str]:
 
 
 def fill_template(template: str, row: Row, where: str, constant: bool = False) -> str:
-    """The template with the row's columns in it; a null is an error and never the word None."""
+    """Fills the template with the row's columns; a null is an error and never the word None."""
     for name in template_columns(template, constant):
         column_of(row, name, where, "data.task.template")
     try:
@@ -47,7 +47,7 @@ def fill_template(template: str, row: Row, where: str, constant: bool = False) -
 
 
 def checked_prompt(prompt: Any, where: str) -> str | Messages:
-    """A prompt that a model can go on with: text, or a conversation as `checked_messages` gives it."""
+    """The prompt, checked to be one that a model can continue: text, or a conversation as from `checked_messages`."""
     if not isinstance(prompt, str):
         return checked_messages(prompt, where)
     if not prompt.strip():
@@ -56,9 +56,9 @@ def checked_prompt(prompt: Any, where: str) -> str | Messages:
 
 
 def checked_messages(prompt: Any, where: str) -> Messages:
-    """A conversation that a model can go on with, without the nulls that Arrow adds to messages and parts.
+    """The conversation, checked to be one that a model can continue, without the nulls that Arrow adds.
 
-    What a tool returned may be any data, which the chat template reads or refuses; nulls within it are kept.
+    A tool's result may be any data, which the chat template reads or refuses; nulls within it are kept.
     """
     well_formed = isinstance(prompt, list | tuple) and all(isinstance(m, Mapping) and _has_role(m) for m in prompt)
     if not well_formed or not prompt:
@@ -76,16 +76,16 @@ def checked_messages(prompt: Any, where: str) -> Messages:
 
 
 def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a message; none where its content is text, or data that a tool returned."""
+    """The parts of a message; empty if its content is text, or data that a tool returned."""
     content = message.get("content")
     return [part for part in content if _is_typed(part)] if isinstance(content, list) else []
 
 
 def _without_added_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that are null: Arrow gives every mapping the keys of all of its column.
+    """The message without null keys: Arrow gives every mapping all keys that occur in its column.
 
-    At any depth (it does so to the arguments of calls too), but not within content that is no part: that is data, which
-    no column of Arrow holds beside text.
+    They are removed at any depth (arguments of tool calls have them too), except within content that is no part: that
+    is a tool's data, which an Arrow column cannot hold together with text.
     """
     return {
         name: _content(item) if name == "content" else _without_nulls(item)
@@ -116,7 +116,7 @@ def _has_role(message: Mapping[str, Any]) -> bool:
 
 
 def _check_content(content: Any, where: str) -> None:
-    """Refuses what no chat template reads; the content may be missing, as beside a call of a tool."""
+    """Refuses content that no chat template reads; it may be missing, as in a message with a tool call."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list) or not all(isinstance(part, dict) and _is_part(part) for part in content):
@@ -130,7 +130,7 @@ def _is_part(part: dict[str, Any]) -> bool:
     kind = part.get("type")
     if kind == "text":
         return isinstance(part.get("text"), str)
-    # Of an ``image_url`` a template may write a placeholder, which nothing fills.
+    # For an ``image_url`` a template may write a placeholder, which nothing would fill.
     return kind in ("image", "video") or (isinstance(kind, str) and not re.search("image|video|audio", kind))
 
 
@@ -141,7 +141,7 @@ def _is_blank(content: Any) -> bool:
 
 
 def as_mapping(row: Any, where: str) -> Row:
-    """The row, if it is one."""
+    """The row; refuses what is no mapping."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a row with columns, found {type(row).__name__}")
     return row  # type: ignore[return-value]
@@ -183,7 +183,7 @@ def _problem(row: Row, column: str) -> str:
 
 
 def extract(pattern: str, text: str, column: str, where: str) -> str:
-    """What the first group of ``pattern`` finds in ``text``."""
+    """The match of the first group of ``pattern`` in ``text``."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -28,8 +28,8 @@ from gspo_lightning.types import Messages, Prompt, PromptBatch
 OverlongPrompts = Literal["error", "drop"]
 
 ROWS_CHECKED = 5_000
-"""So many rows of a finite task, evenly spaced, are made into tokens before a run begins: a few seconds. Of a mixture
-about as many in all."""
+"""Rows of a finite task, evenly spaced, that are tokenised before a run begins, which takes a few seconds. For a
+mixture, about the total over its tasks."""
 
 _DROPS_IN_A_ROW = 1_000
 
@@ -42,13 +42,13 @@ class PromptDataModule(L.LightningDataModule):
 
     Args:
         task: where rows come from.
-        model_path: whose tokenizer and chat template are used.
+        model_path: the model whose tokenizer and chat template are used.
         prompts_per_rollout: over all ranks; must be divisible by their number.
         max_prompt_length: in tokens. A longer prompt is an error or left out, never cut.
         overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row and counts.
         validation_batch_size: held-out prompts decoded at a time, per rank.
         seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
-            its rows from a seed of its own.
+            its rows from its own seed.
         chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``.
         min_pixels: pictures with fewer pixels are enlarged; None leaves it to the model's image processor.
         max_pixels: pictures with more pixels are made smaller; None leaves it to the model's image processor.
@@ -84,7 +84,7 @@ class PromptDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded once."""
         if self._tokenizer is None:
-            load_config(self.model_path)  # says in one line what is missing
+            load_config(self.model_path)  # its error names in one line what is missing
             self._tokenizer = load_tokenizer(self.model_path)
             if not self._tokenizer.chat_template and self.processor is not None:  # LLaVA-NeXT: chat_template.json
                 self._tokenizer.chat_template = self.processor.chat_template
@@ -106,8 +106,8 @@ class PromptDataModule(L.LightningDataModule):
         """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.
 
         Args:
-            required_columns: column -> who needs it, such as ``{"answer": "reward function last_integer"}``, or task of
-                a mixture -> who needs it in the rows of that task.
+            required_columns: column -> what needs it, such as ``{"answer": "reward function last_integer"}``, or a
+                mapping from task of a mixture -> what needs it in the rows of that task.
 
         Raises:
             UserError: there are too few rows, an option of the template has no effect, or a row lacks a column, is
@@ -140,11 +140,11 @@ class PromptDataModule(L.LightningDataModule):
                 yield prompt
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint holds of the data."""
+        """The state of the data in a checkpoint: cursor and dropped prompts."""
         return {"cursor": self.cursor, "dropped_prompts": self.dropped_prompts}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues where the checkpoint stood."""
+        """Continues at the position of the checkpoint."""
         self.cursor, self.dropped_prompts = state_dict["cursor"], state_dict["dropped_prompts"]
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
@@ -157,18 +157,18 @@ class PromptDataModule(L.LightningDataModule):
         return DataLoader(_Batches(self), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[PromptBatch]:
-        """Every held-out prompt once, spread over the ranks; all have as many batches, if need be an empty one."""
+        """A loader of every held-out prompt once, spread over ranks with equally many batches; a batch may be empty."""
         count, size = len(self._validation_rows()), self.validation_batch_size
         mine = range(rank(), count, world_size())
         batches = [
             PromptBatch([self._validation_prompt(i) for i in mine[start : start + size]], cursor=0)
             for start in range(0, -(-count // world_size()), size)
         ]
-        # Iterable: Lightning would give each rank a share of a list, and these batches are the rank's share already.
+        # An iterable: Lightning would divide a list among the ranks, but these batches are this rank's share already.
         return DataLoader(Listed(batches), batch_size=None)
 
     def finish(self, batch: PromptBatch) -> None:
-        """The rollout on this batch is finished; a checkpoint taken now resumes after it."""
+        """Marks the rollout on this batch as finished; a checkpoint taken now resumes after it."""
         self.cursor = batch.cursor
         self.dropped_prompts += batch.dropped
 
@@ -177,16 +177,16 @@ class PromptDataModule(L.LightningDataModule):
         return self._share(self._rollout(cursor))
 
     def first(self) -> PromptBatch:
-        """This rank's share of the rollout after the last finished one; `draw` knows which prompts it has taken.
+        """This rank's share of the rollout after the last finished one; its prompts are recorded for `draw`.
 
-        Rows passed over at the end of an epoch are none of them.
+        Rows passed over at the end of an epoch are not recorded.
         """
         everyone = self._rollout(self.cursor)
         self._taken = {prompt.uid for prompt in everyone.prompts}
         return self._share(everyone)
 
     def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:
-        """Fresh prompts after ``batch``: ``counts[r]`` for rank r, none of them in the rollout already.
+        """Fresh prompts after ``batch``: ``counts[r]`` for rank r, none of which is already in the rollout.
 
         None, on all ranks, if the task has too few rows left that are short enough and not in the rollout.
         """
@@ -216,7 +216,7 @@ class PromptDataModule(L.LightningDataModule):
         return PromptBatch(everyone.prompts[rank() * size : (rank() + 1) * size], everyone.cursor, everyone.dropped)
 
     def _rollout(self, cursor: int) -> PromptBatch:
-        """The prompts of all ranks: which rows are too long decides where a rank's share begins."""
+        """The prompts of all ranks, since rows that are too long decide where a rank's share begins."""
         prompts: list[Prompt] = []
         dropped = drops_in_a_row = epochs_begun = 0
         while len(prompts) < self.prompts_per_rollout:

@@ -21,15 +21,15 @@ Question = tuple[str, str, str]
 
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-"""The answers that are no shapes."""
+"""The answers that are colours; all others are shapes."""
 
 
 @dataclass(frozen=True)
 class EasyVQA:
-    """What colour, what shape: one word about a picture of 64 x 64 pixels.
+    """Questions for the colour or the shape in a picture of 64 x 64 pixels, each answered by one word.
 
-    ``shuffle_images`` gives every training and held-out question the picture of another: a model that really looks
-    falls to the best answer that the text alone allows.
+    ``shuffle_images`` gives every training and held-out question the picture of another one: the accuracy of a model
+    that uses the pictures falls to what the text alone allows.
     """
 
     part: Literal["rl", "warmup"] = "rl"
@@ -38,17 +38,17 @@ class EasyVQA:
     name: str = "easy_vqa"
 
     def check(self) -> None:
-        """Refuses to go on without the package."""
+        """Raises if the package is missing."""
         _package()
 
     @property
     def questions(self) -> list[Question]:
-        """Those of the training rows, as the package has them."""
+        """The questions of the training rows, as the package has them."""
         return self._train
 
     @property
     def text_only_accuracy(self) -> float:
-        """What each question's most frequent answer in training gets on the held-out rows: all that text can say."""
+        """Held-out accuracy of each question's most frequent training answer: the best that text alone allows."""
         counts: dict[str, Counter[str]] = {}
         for text, answer, _ in self._train:
             counts.setdefault(text, Counter())[answer] += 1
@@ -57,7 +57,7 @@ class EasyVQA:
 
     @property
     def num_train_rows(self) -> int:
-        """Questions about this part's pictures."""
+        """Number of questions about this part's pictures."""
         return len(self._train)
 
     def train_row(self, index: int) -> Row:

@@ -29,7 +29,7 @@ def is_file(source: str) -> bool:
 
 
 def read_file(source: str) -> Sequence[Row]:
-    """All rows of a JSON (a list of objects, or one a line), JSONL, CSV (values stay strings) or Parquet file.
+    """All rows of a JSON (a list of objects, or one per line), JSONL, CSV (values stay strings) or Parquet file.
 
     Raises:
         UserError: the file is missing, of another kind, empty or malformed; names the file and the line.
@@ -58,8 +58,8 @@ def _rows_of(source: str) -> Sequence[Row]:
 def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     """A split of a dataset of the Hugging Face hub, or of a local folder that ``datasets`` understands or wrote.
 
-    JSON and CSV of a folder are read as `read_file` reads them, where a whole split is asked for; a file of a split
-    may be empty.
+    JSON and CSV files of a folder are read as by `read_file` if a whole split is requested; a file of a split may be
+    empty.
 
     Raises:
         UserError: it cannot be found, reached or read, or is empty; names dataset, split and cause.
@@ -88,7 +88,7 @@ def _text_files(folder: Path, config_name: str | None, split: str) -> list[str]:
 
     if not folder.is_dir():
         return []
-    with TemporaryDirectory() as empty:  # a cache of earlier runs would have features, as a README may
+    with TemporaryDirectory() as empty:  # a cache of earlier runs would define features, as a README may
         builder = datasets.load_dataset_builder(str(folder), config_name, cache_dir=empty)
     config = builder.config
     files = [str(file) for file in (config.data_files or {}).get(split, [])]
@@ -99,7 +99,7 @@ def _text_files(folder: Path, config_name: str | None, split: str) -> list[str]:
 
 
 def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
-    """The split of what ``save_to_disk`` wrote; a dataset alone is ``train``, and what its split was called."""
+    """A split of what ``save_to_disk`` wrote; a single dataset is ``train``, and the name of its own split."""
     if config_name is not None:
         raise UserError(f"data.task.config_name={config_name} has no effect on a folder of save_to_disk; make it null")
     splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
@@ -111,7 +111,7 @@ def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
 
 
 def with_class_names(rows: Any) -> Sequence[Row]:
-    """Classes by their names, not by numbers: a reward compares what the model says. -1, for no class, becomes null."""
+    """The rows with class numbers replaced by names, which a reward compares; -1, for no class, becomes null."""
     import datasets
 
     for name, feature in rows.features.items():
@@ -148,7 +148,7 @@ def _read_json(stream: TextIO, source: str) -> Iterator[Row]:
 
 
 def _is_lines(text: str) -> bool:
-    """Whether each line has an object, which ``datasets`` calls JSON too: the first line is one, and more follow."""
+    """Whether a JSON file has an object per line, as ``datasets`` allows: the first line is one, and more follow."""
     first = re.match(r"\s*(\{[^\n]*)\n\s*\S", text)
     if first is None:
         return False
@@ -177,7 +177,7 @@ def _read_parquet(path: Path) -> Sequence[Row]:
     import datasets
 
     said = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(CRITICAL)  # it prints a line of its own about a broken file
+    datasets.logging.set_verbosity(CRITICAL)  # it prints its own line about a broken file
     try:
         return with_class_names(datasets.load_dataset("parquet", data_files=str(path), split="train"))
     except (ValueError, datasets.exceptions.DatasetsError) as error:

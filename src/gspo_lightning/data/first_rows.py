@@ -1,4 +1,4 @@
-"""The first rows of a task, again and again: to see whether a reward can rise at all."""
+"""The first rows of a task, repeated, to see whether a reward can rise at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gspo_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class FirstRows:
-    """A finite task of the first ``count`` training rows of another; the held-out rows are its own.
+    """A finite task of the first ``count`` training rows of another task, with that task's held-out rows.
 
     Raises:
         UserError: the task has fewer rows, or ``count`` is less than 1.
@@ -26,18 +26,18 @@ class FirstRows:
 
     @property
     def name(self) -> str:
-        """Part of every uid."""
+        """Name of the task, part of every uid."""
         return self.task.name
 
     @property
     def num_train_rows(self) -> int:
-        """``count``."""
+        """Number of training rows: ``count``."""
         return self.count
 
     def train_row(self, index: int) -> Row:
-        """That of the task."""
+        """Row ``index`` of the task."""
         return self.task.train_row(index)
 
     def validation_rows(self) -> list[Row]:
-        """Those of the task."""
+        """The held-out rows of the task."""
         return self.task.validation_rows()

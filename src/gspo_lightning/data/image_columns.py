@@ -1,4 +1,4 @@
-"""Pictures in columns of a dataset: read without decoding, and put into the conversation."""
+"""Reads pictures in columns of a dataset without decoding them, and puts them into the conversation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def encoded_images(rows: Any, columns: Sequence[str]) -> Any:
 
 
 def kept_rows(rows: Any, patterns: Mapping[str, str], source: str) -> Any:
-    """The rows whose columns match; the others are left out.
+    """The rows whose columns match the patterns.
 
     Raises:
         UserError: a pattern is malformed, a column missing, or nothing is left.

@@ -1,4 +1,4 @@
-"""Pictures as they come (paths, bytes, PIL, columns of datasets) to upright RGB; every mistake names the row."""
+"""Converts pictures of any source (paths, bytes, PIL, dataset columns) to upright RGB; every error names the row."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gspo_lightning.errors import UserError
 
 MAX_PIXELS_DECODED = 512 * 1024 * 1024
-"""Above this a picture is refused: a file of some kilobytes can ask for any amount of memory."""
+"""A larger picture is refused: a file of some kilobytes can require any amount of memory."""
 
 Picture = Image.Image
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""By Pillow's names. Others are refused: its EPS starts Ghostscript, which is a programming language."""
+"""Accepted formats, by Pillow's names. Others are refused: EPS starts Ghostscript, which is a programming language."""
 
 
 def load_image(value: Any, where: str) -> Picture:
     """An upright RGB picture.
 
-    Greyscale (of 8 or 16 bits), palette and CMYK are converted; transparent pixels are put on white; the rotation
-    that a camera noted (EXIF) is applied.
+    Greyscale (8 or 16 bits), palette and CMYK pictures are converted; transparent pixels are put on white; the
+    rotation that a camera noted (EXIF) is applied.
 
     Args:
         value: a path, encoded bytes, a PIL image, a ``data:`` address in base64, or a mapping with one of these as
@@ -59,7 +59,7 @@ def load_image(value: Any, where: str) -> Picture:
 
 
 def thumbnail_uri(value: Any, side: int = 160) -> str:
-    """A small copy of a picture as a ``data:`` address, for a report that is one file."""
+    """A small copy of a picture as a ``data:`` address, for the self-contained report."""
     image = load_image(value, "report")
     image.thumbnail((side, side))
     stream = io.BytesIO()
@@ -68,7 +68,7 @@ def thumbnail_uri(value: Any, side: int = 160) -> str:
 
 
 def refuse_address(value: str, what: str, where: str) -> None:
-    """Refuses what is no path of a file but ``https://...``, ``s3://...`` or the like.
+    """Refuses an address such as ``https://...`` or ``s3://...``, where a file path is needed.
 
     Raises:
         UserError: names the address.
@@ -109,7 +109,7 @@ def _open(value: Any, where: str) -> Picture:
 
 
 def _of_known_format(image: Picture, where: str) -> Picture:
-    """A picture that somebody else has opened: its file may not have been decoded yet."""
+    """The picture, opened elsewhere; refuses other formats, as its file may not have been decoded yet."""
     if image.format not in (None, "MPO", *FORMATS):  # MPO are several JPEG in one file
         raise UserError(f"{where}: the image is {image.format}, none of {', '.join(FORMATS)}; save it as PNG or JPEG")
     return image
@@ -124,7 +124,7 @@ def _decoded(address: str) -> bytes:
 
 
 def _short(name: str) -> str:
-    """A picture in base64 would be a line of megabytes, or many lines."""
+    """A short form of a name for messages: a picture in base64 would be a line of megabytes, or many lines."""
     name = " ".join(name.splitlines())
     return name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
 
@@ -140,7 +140,7 @@ def _on_white(image: Picture) -> Picture:
 
 
 def _in_8_bits(image: Picture) -> Picture:
-    """The high byte of 16 bits of grey, as Pillow itself takes it from 16 bits of colour; its own `convert` clips."""
+    """The high bytes of a 16-bit grey picture, as Pillow does for 16-bit colour; Pillow's own `convert` clips."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:

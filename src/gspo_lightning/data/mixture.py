@@ -19,10 +19,10 @@ TASK_COLUMN = "task"
 class Mixture:
     """Rows of several tasks, interleaved so that every ``sum(weights)`` rows hold each task ``weight`` times.
 
-    The row at an index is a function of (seed, index) alone: the proportions are exact and not drawn. A finite task
-    begins anew in another order when it is through, so a mixture never runs out. Held-out rows are those of all tasks.
+    The row at an index is a function of (seed, index) alone: the proportions are exact, not random. A finite task
+    starts again in another order at its end, so a mixture never runs out. Held-out rows are those of all tasks.
     Every row gets a column ``task`` with the name of its task: `rewards.ForTasks` reads it, and validation measures
-    each task apart.
+    each task separately.
 
     Raises:
         UserError: names or weights do not match, a weight is no whole number above 0, or a row has a column ``task``.
@@ -32,7 +32,7 @@ class Mixture:
     weights: dict[str, int] | None = None
     """Task name -> rows in each round; None: one of each."""
     seed: int = 0
-    """Of the order of rows in finite tasks."""
+    """Seed of the order of rows in finite tasks."""
     name: str = "mixture"
 
     def __post_init__(self) -> None:
@@ -48,29 +48,29 @@ class Mixture:
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: a mixture never runs out."""
         return None
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """For the metrics of each task."""
+        """Names of the tasks, for the metrics of each task."""
         return tuple(self.tasks)
 
     def train_row(self, index: int) -> Row:
-        """The row of the task whose turn it is."""
+        """The next row of the task whose turn it is at ``index``."""
         rounds, place = divmod(index, len(self._turns))
         task, earlier = self._turns[place]
         _, row = self._streams[task].row_at(rounds * self._weights[task] + earlier)
         return _marked(row, task)
 
     def validation_rows(self) -> list[Row]:
-        """Those of every task, one task after the other."""
+        """The held-out rows of every task, one task after the other."""
         return [_marked(row, name) for name, task in self.tasks.items() for row in task.validation_rows()]
 
     def spaced_rows(self, most: int) -> Iterator[tuple[str, Row]]:
-        """Rows to be checked before a run, each under the number its task gives it.
+        """Uid and row of the rows to check before a run, each with its number in its task.
 
-        At most ``most`` in all, an equal share of each finite task, and the first row of an endless one.
+        About ``most`` in all: an equal share of each finite task (at least one row), the first row of an endless one.
         """
         share = max(1, most // len(self.tasks))
         for name, task in self.tasks.items():
@@ -87,9 +87,9 @@ class Mixture:
 
     @cached_property
     def _turns(self) -> list[tuple[str, int]]:
-        """One round: (task, its rows earlier in the round), each task spread as evenly as can be.
+        """One round: (task, number of its rows earlier in the round), each task spread as evenly as possible.
 
-        The k-th of the w rows of a task stands at ``(k + 1/2) / w`` of the round.
+        Row k (from 0) of a task's w rows is at ``(k + 1/2) / w`` of the round.
         """
         weights = self._weights
         places = [((2 * k + 1) / (2 * w), task, k) for task, w in weights.items() for k in range(w)]

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: a list of choices becomes lettered options, and the answer a letter."""
+"""Multiple-choice questions: a list of choices becomes lettered options, the answer becomes a letter."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gspo_lightning.errors import UserError
 class MultipleChoice(RowsTask):
     """`RowsTask` whose rows hold a list of choices; ``{options}`` in the template is the lettered list.
 
-    ``answer`` of the row becomes a letter, ``choices`` stays. The dataset may name the right choice by its number (from
-    0), by its letter (or the label it gives it), or by its text.
+    The row's ``answer`` becomes a letter, ``choices`` stays. The dataset may name the right choice by its number (from
+    0), by its letter or the dataset's own label, or by its text.
     """
 
     template: str | None = "{question}\n{options}\nAnswer with just the letter."
     choices_column: str = "choices"
-    """A list of texts, ``{"A": text, "B": ...}``, or ``{"text": [...], "label": [...]}`` as ARC has it."""
+    """Column with a list of strings, ``{"A": text, "B": ...}``, or ``{"text": [...], "label": [...]}`` as in ARC."""
     answer_column: str = "answer"
 
     @cached_property
@@ -43,7 +43,7 @@ class MultipleChoice(RowsTask):
 
 
 def _labelled(column: Any, where: str) -> tuple[list[Any], list[str] | None]:
-    """The choices, and the dataset's own labels of them where it has any."""
+    """The choices, and the dataset's own labels of them, or None without any."""
     choices, labels = _plain(column), None
     if isinstance(column, Mapping):
         given = {str(name): _plain(item) for name, item in column.items() if item is not None}  # Arrow adds nulls
@@ -73,7 +73,7 @@ def _are_choices(choices: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numbers of numpy, which pandas gives, as those of Python."""
+    """NumPy arrays and numbers, as from pandas, as Python lists and numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -82,11 +82,11 @@ def _are_letters(labels: list[str]) -> bool:
 
 
 def letter_of(answer: Any, choices: list[Any], where: str, labels: list[str] | None = None) -> str:
-    """The letter of the right choice, which the dataset may call by a label of its own.
+    """The letter of the right choice, which the dataset may name by its own label.
 
     Raises:
-        UserError: the answer is neither a number below the count of choices, nor a letter or label of one, nor one of
-            them, or it could be two of them.
+        UserError: the answer is neither a number below the number of choices, nor a choice's letter, label or text, or
+            it fits two choices.
     """
     texts, letters = [str(choice) for choice in choices], string.ascii_uppercase[: len(choices)]
     names = list(letters) if labels is None else labels

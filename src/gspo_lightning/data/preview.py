@@ -1,6 +1,6 @@
 """Shows the first prompts exactly as the model sees them: `python -m gspo_lightning.data.preview data=gsm8k`.
 
-Takes the overrides of ``train.py``; needs the model's tokenizer and not its weights.
+Takes the overrides of ``train.py``; needs the model's tokenizer but not its weights.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) -> PromptDataModule:
-    """The data module of the training config under these overrides, with configs of one's own in ``config_dir``.
+    """The data module of the training config under these overrides, with custom configs in ``config_dir``.
 
     Raises:
-        UserError: a ``_target_`` that a config may not call (docs/safety.md), or the folder is none.
+        UserError: a ``_target_`` that a config may not call (docs/safety.md), or ``config_dir`` is no folder.
     """
     from hydra import compose, initialize_config_module
     from hydra.utils import instantiate
@@ -64,7 +64,7 @@ def show(datamodule: PromptDataModule, num: int, validation: bool, console: Cons
     """Prints ``num`` prompts with uid, token count, text after the chat template, and the other columns.
 
     Raises:
-        UserError: what would stop a training run on this data, or there is nothing to show.
+        UserError: for whatever would stop a training run on this data, or if there is nothing to show.
     """
     if num < 1:
         raise UserError(f"--num={num} must be at least 1")

@@ -1,4 +1,4 @@
-"""Tasks of the package reasoning-gym by name: endless rows with a verifier each. The package is an optional extra."""
+"""Tasks of the package reasoning-gym (an optional extra) by name: endless rows, each task with its verifier."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ class ReasoningGym:
     """Rows of one reasoning-gym dataset (https://github.com/open-thought/reasoning-gym, Apache-2.0).
 
     Row i is a function of (seed, i). The held-out rows do not depend on ``seed``; a training row with the question of a
-    held-out one is drawn again. Rows have ``answer`` (None where a task has no single one) and ``entry``, which the
+    held-out one is drawn again. Rows have ``answer`` (None if a task has no single one) and ``entry``, which the
     verifier reads.
 
     Raises:
-        UserError: the package is missing, has no such dataset, or refuses the options; when rows are first asked for.
+        UserError: the package is missing, has no such dataset, or refuses the options; raised when rows are first read.
     """
 
     dataset: str
-    """Such as ``gcd`` or ``products``."""
+    """Name of the dataset, such as ``gcd`` or ``products``."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the dataset, such as ``max_digits: 2``."""
+    """Options of the dataset, such as ``max_digits: 2``."""
     instruction: str = "\nAnswer with just the answer."
-    """Put after every question."""
+    """Text appended to every question."""
     seed: int = 0
     num_validation: int = 128
 
     @property
     def name(self) -> str:
-        """Part of every uid."""
+        """Name of the task, part of every uid."""
         return f"reasoning_gym.{self.dataset}"
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: the task never runs out."""
         return None
 
     def train_row(self, index: int) -> Row:
@@ -86,7 +86,7 @@ class ReasoningGym:
 
 
 class ReasoningGymData(PromptDataModule):
-    """`PromptDataModule` on a reasoning-gym dataset by its name; arguments as there and in `ReasoningGym`."""
+    """`PromptDataModule` on a reasoning-gym dataset by name; see there and `ReasoningGym` for the arguments."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ def reasoning_gym_score(
     partial: bool = False,
     **_: Any,
 ) -> list[float]:
-    """1 if the task's verifier gives its full score to what stands in ``<answer>`` tags (or to the whole text), else 0.
+    """1 if the task's verifier gives full score to the content of ``<answer>`` tags (or the whole text), else 0.
 
-    Some verifiers give 0.01 to 0.05 to any text; ``partial=True`` keeps those shares. A verifier that raises on what
-    the model wrote gives 0.
+    Some verifiers give 0.01 to 0.05 to any text; ``partial=True`` returns the verifier's own score. A verifier that
+    raises on the model's text gives 0.
     """
     rewards = []
     for completion, row, dataset in zip(completions, entry, reasoning_gym_dataset, strict=True):

@@ -1,4 +1,4 @@
-"""A task from rows that exist: a file, a dataset of the hub, or a Python iterable."""
+"""A task from existing rows: a file, a dataset of the hub, or a Python iterable."""
 
 from __future__ import annotations
 
@@ -34,31 +34,32 @@ class RowsTask:
     not depend on the run's seed; a training row whose prompt equals a held-out one is left out, with a
     warning that counts them.
 
-    A column may be blank; what a reward needs may not, which is checked where both are known.
+    A column may be blank, but not if a reward needs it, which the data module checks.
 
-    Mistakes raise ``UserError`` when rows are first asked for: constructing the task reads nothing.
+    Mistakes raise ``UserError`` when rows are first read: constructing the task reads nothing.
     """
 
     source: str | Iterable[Row]
     """A path, a hub name, or the rows themselves."""
     name: str = "rows"
-    """Part of every uid."""
+    """Name of the task, part of every uid."""
     split: str = "train"
     config_name: str | None = None
-    """Of a hub dataset, such as ``main``."""
+    """Configuration of a hub dataset, such as ``main``."""
     validation_split: str | None = None
-    """A split of the same hub dataset, or a file: where held-out rows come from instead of ``source``."""
+    """A split of the same hub dataset, or a file, from which held-out rows are taken instead of ``source``."""
     num_validation: int | None = 64
-    """Held-out rows; None takes all of ``validation_split``."""
+    """Number of held-out rows; None takes all of ``validation_split``."""
     prompt_column: str = "prompt"
     template: str | None = None
-    """Such as ``"{question} Answer with just the number."``; takes the place of ``prompt_column``."""
+    """Format string over the columns, such as ``"{question} Answer with just the number."``; replaces
+    ``prompt_column``."""
     system_prompt: str | None = None
     conversational: bool = True
-    """Make a user message of a string prompt, so that the chat template applies."""
+    """Whether a string prompt becomes a user message, so that the chat template applies."""
     image_columns: list[str] = field(default_factory=list)
     """Columns with a picture, or a list of pictures, of the prompt: paths, bytes, PIL or columns of ``datasets``. They
-    fill the image parts of the last message in order; where it is a string they come before it."""
+    fill the image parts of the last message in order; if that message is a string they come before it."""
     keep_rows: dict[str, str] = field(default_factory=dict)
     """Column -> regular expression: rows whose value does not match it as a whole are left out."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class RowsTask:
 
     @property
     def num_train_rows(self) -> int:
-        """Rows that are not held out."""
+        """Number of rows that are not held out."""
         return len(self._train)
 
     def train_row(self, index: int) -> Row:
@@ -123,7 +124,7 @@ class RowsTask:
 
     @property
     def _image_columns(self) -> list[str]:
-        """By their names in the dataset."""
+        """The image columns by their names in the dataset."""
         return [self.columns.get(name, name) for name in self.image_columns]
 
     @cached_property
@@ -216,9 +217,9 @@ def _key(row: Any, columns: list[str]) -> str:
 
 
 def _as_in_prompt(value: Any) -> Any:
-    """The same for values that make the same prompt, whatever kind of file they are from; of a picture's bytes a hash.
+    """A form of a value that is equal for equal prompts, whatever kind of file they are from; bytes become a hash.
 
-    A message has its keys in any order, and nulls where Arrow adds them; a number may be text.
+    Keys of a message may be in any order, with nulls that Arrow adds; a number may be a string.
     """
     if isinstance(value, str):  # first, for the sake of a million rows
         return value
@@ -230,7 +231,7 @@ def _as_in_prompt(value: Any) -> Any:
 
 
 def _listed(source: Any, where: str) -> Sequence[Row]:
-    """The rows of a Python object; what has no rows in order is refused."""
+    """The rows of a Python object; refuses an object without rows in a fixed order."""
     name = type(source).__name__
     if isinstance(source, Mapping):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The prompt stream: one integer says where it stands, and everything before and after follows from it."""
+"""The prompt stream: one integer is its position, from which everything before and after follows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gspo_lightning.types import PromptBatch
 
 @dataclass(frozen=True)
 class PromptStream:
-    """Rows in training order. A finite task is shuffled anew each epoch, by (seed, epoch) alone."""
+    """Rows in training order. A finite task is reshuffled in each epoch, by (seed, epoch) alone."""
 
     task: Task
     seed: int
@@ -40,7 +40,7 @@ class PromptStream:
 
 
 class Listed(IterableDataset[PromptBatch]):
-    """Batches that are there already."""
+    """An iterable dataset of given batches."""
 
     def __init__(self, batches: list[PromptBatch]) -> None:
         self.batches = batches
@@ -50,7 +50,7 @@ class Listed(IterableDataset[PromptBatch]):
 
 
 def spaced_rows(task: Task, most: int) -> Iterator[tuple[str, Row]]:
-    """Uid and row of at most ``most`` training rows of a finite task, evenly spaced; a task may have its own way."""
+    """Uid and row of at most ``most`` training rows of a finite task, evenly spaced, or as its `spaced_rows` yields."""
     if hasattr(task, "spaced_rows"):
         yield from task.spaced_rows(most)
         return

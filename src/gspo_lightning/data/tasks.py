@@ -1,4 +1,4 @@
-"""Tasks that write their own rows. A task owns its data: training rows by index, and a fixed held-out set."""
+"""Tasks that generate their rows. A task owns its data: training rows by index, and a fixed held-out set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Part of every uid."""
+        """Name of the task, part of every uid."""
         ...
 
     @property
     def num_train_rows(self) -> int | None:
-        """How many training rows there are; None for a task that never runs out."""
+        """Number of training rows; None for a task that never runs out."""
         ...
 
     def train_row(self, index: int) -> Row:
@@ -30,13 +30,13 @@ class Task(Protocol):
         ...
 
     def validation_rows(self) -> list[Row]:
-        """The held-out rows, none of which is ever a training row."""
+        """The held-out rows, which are never training rows."""
         ...
 
 
 @dataclass(frozen=True)
 class LargestOfFour:
-    """Which of four distinct two-digit numbers is the largest?
+    """Questions for the largest of four distinct two-digit numbers.
 
     Row i is a function of (seed, i) alone. The held-out rows do not depend on ``seed``, so that runs with
     different seeds are measured on the same prompts; a training row with the numbers of a held-out one, in
@@ -49,7 +49,7 @@ class LargestOfFour:
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: the task never runs out."""
         return None
 
     def train_row(self, index: int) -> Row:
@@ -96,8 +96,8 @@ def _row(numbers: list[int]) -> Row:
 class Arithmetic:
     """Sum, difference or product of two whole numbers of ``digits`` digits.
 
-    Like ``LargestOfFour`` an endless stream with a held-out set that no seed changes. Where the order of the
-    numbers does not matter to the answer it makes no new problem: 3 + 4 is not trained on if 4 + 3 is held
+    Like ``LargestOfFour`` an endless stream with a held-out set that no seed changes. If the order of the
+    numbers does not change the answer, it makes no new problem: 3 + 4 is not trained on if 4 + 3 is held
     out.
     """
 
@@ -106,14 +106,14 @@ class Arithmetic:
     seed: int = 0
     num_validation: int = 20
     instruction: str = "Answer with just the number."
-    """Behind the question."""
+    """Text after the question."""
     examples: tuple[dict[str, Any], ...] = ()
-    """Messages in front of it."""
+    """Messages before the question."""
     name: str = "arithmetic"
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: the task never runs out."""
         return None
 
     def train_row(self, index: int) -> Row:
@@ -173,7 +173,7 @@ class SecretNumber:
     seed: int = 0
     num_validation: int = 64
     examples: tuple[dict[str, Any], ...] = ()
-    """Messages in front of the question."""
+    """Messages before the question."""
     name: str = "secret_number"
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class SecretNumber:
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: the task never runs out."""
         return None
 
     def train_row(self, index: int) -> Row:
@@ -190,7 +190,7 @@ class SecretNumber:
         return self._row(random.Random(f"secret|train|{self.seed}|{index}").randint(self.low, self.high))
 
     def validation_rows(self) -> list[Row]:
-        """Every secret about equally often. The prompts are those of training: the secret is what is held out."""
+        """Rows with every secret about equally often. The prompt is that of training: no secret is held out."""
         return [self._row(self.low + number % (self.high - self.low + 1)) for number in range(self.num_validation)]
 
     def _row(self, secret: int) -> Row:
@@ -209,7 +209,7 @@ class SecretNumber:
 
 @dataclass(frozen=True)
 class MicroLetters:
-    """Write one letter again and again. A random character model learns it in seconds."""
+    """Requests to repeat one letter. A randomly initialised character model learns it in seconds."""
 
     letters: str = "abcd"
     num_validation: int = 8
@@ -221,27 +221,27 @@ class MicroLetters:
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: the task never runs out."""
         return None
 
     def train_row(self, index: int) -> Row:
-        """Asks for the letters in turn, with a counter that makes prompts differ in length."""
+        """A row that asks for the letters in turn, with a counter that makes prompts differ in length."""
         letter = self.letters[index % len(self.letters)]
         return {"prompt": f"{index % 1000}{letter}:", "letter": letter}
 
     def validation_rows(self) -> list[Row]:
-        """The same questions with a marker no training row has."""
+        """The same questions with a marker that no training row has."""
         letters = (self.letters[i % len(self.letters)] for i in range(self.num_validation))
         return [{"prompt": f"v{i}{letter}:", "letter": letter} for i, letter in enumerate(letters)]
 
 
 @dataclass(frozen=True)
 class OnePrompt:
-    """One and the same prompt, for a reward that always finds something to improve, such as the speed of code."""
+    """The same prompt in every row, for a reward without an upper end, such as the speed of code."""
 
     prompt: str
     columns: dict[str, Any] = field(default_factory=dict)
-    """For the reward functions."""
+    """Columns for the reward functions."""
     num_validation: int = 1
     name: str = "one_prompt"
 
@@ -253,11 +253,11 @@ class OnePrompt:
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out."""
+        """None: the task never runs out."""
         return None
 
     def train_row(self, index: int) -> Row:
-        """The prompt; sampling differs from row to row."""
+        """The prompt; rows differ only in their sampling seed."""
         return {"prompt": [{"role": "user", "content": self.prompt}], **self.columns}
 
     def validation_rows(self) -> list[Row]:
@@ -267,7 +267,7 @@ class OnePrompt:
 
 @dataclass(frozen=True)
 class MicroDigit:
-    """Copy the digit that ends the prompt, and nothing else: exact answers for the micro model.
+    """Requests to copy the digit that ends the prompt, and nothing else: exact answers for the micro model.
 
     Training prompts begin with two small letters, held-out ones with two capitals.
     """
@@ -282,11 +282,11 @@ class MicroDigit:
 
     @property
     def num_train_rows(self) -> None:
-        """Never runs out; the prompts repeat after 676 rounds of the digits."""
+        """None: the task never runs out; the prompts repeat after 676 rounds of the digits."""
         return None
 
     def train_row(self, index: int) -> Row:
-        """Asks for the digits in turn after a counter in letters."""
+        """A row that asks for the digits in turn, after a counter in letters."""
         return self._row(index, ord("a"))
 
     def validation_rows(self) -> list[Row]:

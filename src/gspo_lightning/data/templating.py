@@ -15,7 +15,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
 
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
-"""What a template raises over messages that it does not read; most test nothing, and add what is there to a string."""
+"""Exceptions of templates on messages they cannot read; most check nothing and append the content to a string."""
 _MARK = "TEXT-OF-A-PART"
 _WRITTEN_OUT = re.compile(rf"""["']text["']: ?["']{_MARK}""")
 _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"})
@@ -31,10 +31,10 @@ def encode_prompt(
 
     Messages go through the chat template, up to where the assistant's turn begins; a plain string is
     tokenised with the special tokens the tokenizer itself adds. Whatever the template adds, such as a default
-    system prompt, stays. Text in parts is joined where the template reads no parts.
+    system prompt, stays. Text in parts is joined if the template reads no parts.
 
     Raises:
-        UserError: there is no chat template, it refuses the messages, or the text has half a character; the message
+        UserError: there is no chat template, it refuses the messages, or the text has a lone surrogate; the message
             begins with ``where``.
     """
     refuse_surrogates(prompt, where)
@@ -61,7 +61,7 @@ def encode_prompt(
 def with_joined_text(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None
 ) -> Messages:
-    """The conversation with text instead of parts that are all text, unless the chat template reads parts."""
+    """The conversation with contents that have only text parts joined to strings, if the template reads no parts."""
     if not any(_is_text_in_parts(message) for message in messages):
         return messages
     if _reads_parts(messages, tokenizer, template_kwargs or {}):
@@ -82,10 +82,10 @@ def _is_text_in_parts(message: dict[str, Any]) -> bool:
 
 
 def _reads_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> bool:
-    """Whether the last part's text is rendered, and the list of parts not written out as Python or JSON has it.
+    """Whether the template renders the last part's text, and does not write the list out as Python or JSON.
 
-    Tried with the conversation itself: some templates refuse others. How text in parts looks is the template's affair
-    (some put each on a line of its own, or trim it).
+    Tried with the conversation itself: some templates refuse others. How the template formats the parts does not
+    matter (some put each on its own line, or trim it).
     """
     last = [{"type": "text", "text": _MARK}]
     marked = [
@@ -121,12 +121,12 @@ def refuse_surrogates(prompt: str | Messages, where: str) -> None:
 def make_prompt(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, uid: str, template_kwargs: dict[str, Any] | None = None
 ) -> Prompt:
-    """A `Prompt` of a row, for loaders of your own; `PromptDataModule` does this for tasks.
+    """Makes a `Prompt` of a row, for custom loaders; `PromptDataModule` does this for tasks.
 
     Args:
         row: has ``prompt``, a string or a list of messages; its other columns go to the reward functions.
         tokenizer: the policy's.
-        uid: names the row for ever: sampling seeds derive from it.
+        uid: permanent name of the row; sampling seeds derive from it.
         template_kwargs: for the chat template.
 
     Raises:
@@ -140,10 +140,10 @@ def make_prompt(
 
 
 def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:
-    """Refuses options that the chat template would ignore: templates do not complain of unknown ones.
+    """Refuses options that the chat template would ignore: templates do not report unknown ones.
 
     Raises:
-        UserError: names the option that the template never reads, or that is not for the user to set.
+        UserError: names the option that the template never reads, or that the program itself sets.
     """
     template = tokenizer.chat_template or ""
     text = "\n".join(template.values()) if isinstance(template, dict) else template

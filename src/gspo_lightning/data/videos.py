@@ -1,4 +1,4 @@
-"""Videos as they come (frames, a folder of frames, a file) to frames of one size; every mistake names the row."""
+"""Converts videos of any source (frames, a folder of frames, a file) to frames of one size; errors name the row."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gspo_lightning.data.images import Picture, load_image, refuse_address
 from gspo_lightning.errors import UserError
 
 DEFAULT_FPS = 2.0
-"""Frames per second where a row does not say: the rate Qwen's models were trained at."""
+"""Frames per second if a row does not say: the rate Qwen's models were trained at."""
 
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
 class Video:
-    """Upright RGB frames of one size, and how many of them make a second."""
+    """Upright RGB frames of one size, and their rate in frames per second."""
 
     frames: tuple[Picture, ...]
     fps: float
 
     def array(self) -> np.ndarray:
-        """``(frames, H, W, 3)`` uint8."""
+        """The frames as ``(frames, H, W, 3)`` uint8."""
         return np.stack([np.asarray(frame) for frame in self.frames])
 
 
@@ -35,7 +35,7 @@ def load_video(part: Mapping[str, Any], where: str) -> Video:
 
     Args:
         part: ``video`` is a list of pictures, a folder of pictures (frames in the order of their names) or a file, for
-            which PyAV is needed; ``fps`` is the rate of the frames given, or at which the file is read.
+            which PyAV is needed; ``fps`` is the rate of given frames, or the rate at which the file is read.
         where: such as ``row x:train:3, video 0``; the error begins with it.
 
     Raises:
@@ -70,7 +70,7 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
 
 
 def _decoded(path: Path, fps: float, where: str) -> list[Picture]:
-    """Frames of a file, so many per second of its running time."""
+    """Frames of a file, ``fps`` per second of its running time."""
     try:
         import av  # type: ignore[import-not-found]
     except ImportError as error:
@@ -82,7 +82,7 @@ def _decoded(path: Path, fps: float, where: str) -> list[Picture]:
         with av.open(str(path)) as container:
             taken: list[Picture] = []
             for frame in container.decode(video=0):
-                # A little more, for a time stamp that was rounded down.
+                # The small addend allows for a time stamp that was rounded down.
                 if frame.time is None or frame.time * fps + 1e-3 >= len(taken):
                     taken.append(frame.to_image())
             return taken

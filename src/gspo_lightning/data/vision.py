@@ -1,4 +1,4 @@
-"""From a conversation with pictures or videos to token ids and vision inputs, by the model's own processor."""
+"""Converts a conversation with pictures or videos to token ids and vision inputs with the model's own processor."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from gspo_lightning.types import Messages
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """Limits on pictures; None leaves the processor's own. A picture is resized to lie between them.
+    """Limits on the pixels of pictures, which are resized to meet them; None leaves the processor's own limit.
 
     Raises:
-        UserError: a limit is no whole number above 0, or the least is above the most.
+        UserError: a limit is no whole number above 0, or the minimum is above the maximum.
     """
 
     min_pixels: int | None = None
@@ -43,18 +43,18 @@ class VisionSettings:
 
     @property
     def is_set(self) -> bool:
-        """Whether anything differs from the processor's own."""
+        """Whether any limit is set."""
         return self.min_pixels is not None or self.max_pixels is not None
 
     def size(self, processor: Any, frames: int = 1) -> dict[str, int]:
-        """What an image or video processor takes as ``size`` for each picture or frame.
+        """The ``size`` argument of an image or video processor for each picture or frame.
 
-        Where one limit is set, the processor's own other one gives way if it is near: pictures are enlarged to whole
-        patches, rounded up, which must not take them past the most.
+        If only one limit is set and the processor's other one is too near to it, that one is adjusted: pictures are
+        enlarged to whole patches, rounded up, which must not exceed the maximum.
 
         Args:
-            processor: has the limits that are not set, and patches.
-            frames: of a video, for a processor whose own limits are those of a whole video (Qwen3-VL).
+            processor: has the limits that are not set, and the patch size.
+            frames: of a video, for a processor whose limits are those of a whole video (Qwen3-VL).
 
         Raises:
             UserError: the processor does not count pixels.
@@ -83,7 +83,7 @@ def image_parts(prompt: str | Messages) -> list[dict[str, Any]]:
 
 
 def picture_of(part: Mapping[str, Any]) -> Any:
-    """Of an image part the picture, of a video part a frame: what a page shows of it. None if it is a video file."""
+    """The picture of an image part, or the first frame of a video part, for a page; None if it is a video file."""
     if part["type"] == "image":
         return part.get("image")
     video = part.get("video")
@@ -91,7 +91,7 @@ def picture_of(part: Mapping[str, Any]) -> Any:
 
 
 def last_text(prompt: str | Messages) -> str:
-    """What a prompt says, for people: a plain prompt, or the text of the last message."""
+    """The text of a prompt to show to people: a plain prompt, or the text of the last message."""
     if isinstance(prompt, str):
         return prompt
     if not (parts := parts_of(prompt[-1])):
@@ -126,7 +126,7 @@ def encode_conversation(
         )
     except REFUSALS as error:
         raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
-    # Gemma 3 writes one token that its processor makes a picture's whole run of placeholders of.
+    # Gemma 3's template writes one token, which its processor expands to a picture's whole run of placeholders.
     _match(text, getattr(processor, "boi_token", processor.image_token), len(media.pictures), "image", where)
     if videos:
         _match(text, processor.video_token, len(videos), "video", where)
@@ -183,13 +183,13 @@ def _picture_kwargs(processor: Any, pictures: list[Picture], settings: VisionSet
 
 
 def _video_kwargs(processor: Any, videos: list[Video], settings: VisionSettings) -> dict[str, Any]:
-    """The frames are taken as they are, and their rate is told (positions and time stamps follow from it)."""
+    """Processor arguments that keep all frames and give their rate, from which positions and time stamps follow."""
     metadata = [
         VideoMetadata(total_num_frames=len(v.frames), fps=v.fps, frames_indices=list(range(len(v.frames))))
         for v in videos
     ]
     kwargs: dict[str, Any] = {"do_sample_frames": False, "video_metadata": metadata}
-    if hasattr(processor.video_processor, "cap_pixels_per_frame"):  # Qwen's; they warn where it is not given
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):  # Qwen's; they warn if it is not given
         kwargs["cap_pixels_per_frame"] = True
     if settings.is_set:  # here, because a processor has one size for all videos of a prompt
         videos = [_limited(video, processor.video_processor, settings) for video in videos]

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: a summary, a table on the screen, and a page to read."""
+"""Reports of a finished run: a summary, a table on the screen, and a page to read."""
 
 from gspo_lightning.report.page import render_report
 from gspo_lightning.report.summary import print_evaluation, print_result_table, write_summary

@@ -1,4 +1,4 @@
-"""`python -m gspo_lightning.report RUN_DIR` draws report.html anew from the files of a run."""
+"""`python -m gspo_lightning.report RUN_DIR` draws report.html again from the files of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gspo_lightning.report import render_report
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the path of the report; 2 and one line on stderr if there is nothing to draw."""
+    """Prints the path of the report; returns 2, after one line on stderr, if there is nothing to draw."""
     if len(arguments) != 1 or not (Path(arguments[0]) / "metrics.csv").exists():
         print("usage: python -m gspo_lightning.report RUN_DIR   (a folder with metrics.csv)", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """Several runs side by side: a table on the screen and ``comparison.html``.
 
-`python -m gspo_lightning.report.compare multirun/<day>/<time>`; runs that differ in their seed alone become one line
+`python -m gspo_lightning.report.compare multirun/<day>/<time>`; runs that differ only in their seed become one line
 with a mean and a 95 % confidence band.
 """
 
@@ -32,12 +32,12 @@ COLUMNS = {
     "time, s": "wall_s",
     "tokens/s": "tokens_per_s",
 }
-"""Heading -> key of ``summary.json``; accuracies are on held-out prompts. Peak memory is left out: that of the second
-job of a sweep in one process is that of the first, if the first needed more."""
+"""Heading -> key of ``summary.json``; accuracies are on held-out prompts. Peak memory is left out: a later job of a
+sweep in the same process reports the peak of an earlier one, if that needed more."""
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Prints the table and the path of the page; 2 and one line on stderr if there is nothing to compare."""
+    """Prints the table and the path of the page; returns 2, after a line on stderr, if there is nothing to compare."""
     parser = argparse.ArgumentParser(prog="compare", description="Runs side by side, as a table and as a page.")
     parser.add_argument("folders", nargs="+", type=Path, help="a sweep's folder, or folders of runs")
     parser.add_argument("--output", type=Path, help="where to write (default: comparison.html in the first folder)")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def comparison_table(groups: Sequence[RunGroup]) -> Table:
-    """One row per setting, by its number: how many runs, and means of those that finished with their intervals."""
+    """A numbered row per setting: number of runs, and means with intervals over the finished ones."""
     table = Table(title="Mean ± half-width of the 95 % confidence interval", title_justify="left")
     for heading in ("", *_headings(groups)[len(groups[0].settings) :]):
         table.add_column(heading, justify="right", overflow="fold")
@@ -73,6 +73,7 @@ def comparison_table(groups: Sequence[RunGroup]) -> Table:
 
 def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[Path] = ()) -> Path:
     """Writes the page: settings that differ, the table, and every chart of the report with one line per setting.
+    Returns its path.
 
     Raises:
         UserError: ``path`` cannot be written to.
@@ -123,7 +124,7 @@ def _short(value: float) -> str:
 
 
 def _charts(groups: Sequence[RunGroup]) -> list[str]:
-    """One figure per metric, so that settings and not metrics share an axis."""
+    """One figure per metric, in which the settings share an axis."""
     drawn = []
     for chart in CHARTS:
         for name, column in chart.lines.items():
@@ -132,7 +133,7 @@ def _charts(groups: Sequence[RunGroup]) -> list[str]:
                 label = f"{number + 1}: {group.label}"
                 points = [(step, mean_and_halfwidth(values)) for step, values in group.curve(column)]
                 lines[label] = [(step, mean) for step, (mean, _) in points]
-                # An interval ends where values end: a share is never above 1, a count never below 0.
+                # Intervals are cut to the possible values: a share is never above 1, a count never below 0.
                 least = 0.0 if 0.0 in chart.reach else -math.inf
                 most = 1.0 if 1.0 in chart.reach else math.inf
                 edges = [(s, max(m - h, least), min(m + h, most)) for s, (m, h) in points if not math.isnan(h)]

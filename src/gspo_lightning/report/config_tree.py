@@ -13,11 +13,11 @@ from gspo_lightning.targets import LOOKUPS
 
 
 def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
-    """Groups as branches, their settings on one line, nested objects as branches of their own.
+    """A tree with groups as branches, their settings on one line, and nested objects as further branches.
 
     Args:
         plain: a resolved config.
-        title: of the root.
+        title: text of the root.
     """
     tree = Tree(f"[bold]{_plain(title)}[/bold]")
     leaves = {key: value for key, value in plain.items() if not _is_branch(value)}
@@ -29,7 +29,7 @@ def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
 
 
 def looked_up(node: Any) -> str | None:
-    """The path of what a node looks up: how Hydra is told so is of no interest, which function it is, is."""
+    """The path of the object that a lookup node names; None for any other node."""
     is_lookup = isinstance(node, Mapping) and str(node.get("_target_")) in LOOKUPS and "path" in node
     return str(node["path"]) if is_lookup else None
 
@@ -53,7 +53,7 @@ def _add_leaves(tree: Tree, leaves: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> str:
-    """No markup of the tree's, and no control sequence of the terminal's."""
+    """The value as text without markup of the tree or control sequences of the terminal."""
     return escape(visible(str(value)))
 
 

@@ -14,7 +14,7 @@ Series = list[tuple[float, float]]
 
 
 def read_metrics(run_dir: Path) -> dict[str, Series]:
-    """Column -> (step, value) where the column has a finite value; empty if there is no ``metrics.csv``.
+    """Column -> (step, value) of each row with a finite value there; empty if there is no ``metrics.csv``.
 
     Raises:
         UserError: a cell is not a number.

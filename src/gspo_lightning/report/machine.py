@@ -1,4 +1,4 @@
-"""What a run ran on: facts that make its speed comparable."""
+"""Facts about the machine of a run, which make its speed comparable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspo_lightning.threads import sysctl
 def machine_facts() -> dict[str, Any]:
     """``cpu``, ``cpu_count`` (of this process), ``memory_gb``, ``gpu``, ``os``, ``python`` and ``torch``.
 
-    ``memory_gb`` (GiB) is None where the system does not tell, ``gpu`` is None where there is none.
+    ``memory_gb`` (GiB) is None if the system does not report it, ``gpu`` is None without a GPU.
     """
     return {
         "cpu": _cpu_name(),
@@ -42,7 +42,7 @@ def _cpu_name() -> str:
             facts.setdefault(*line)
     if "model name" in facts:
         return facts["model name"].strip()
-    if "CPU implementer" in facts:  # ARM gives numbers of its list of vendors and of theirs of cores
+    if "CPU implementer" in facts:  # ARM has numbers for vendors and for their cores
         return f"{platform.machine()} implementer {facts['CPU implementer']} part {facts.get('CPU part', 'unknown')}"
     return platform.processor() or platform.machine()
 

@@ -1,4 +1,4 @@
-"""``README.md`` of an exported model: what it is made of, by which method, and what was measured."""
+"""``README.md`` of an exported model: its base model, the method, and the measurements."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ LICENCE_NOTE = "The licence of the base model holds for this one."
 
 
 def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bool) -> str:
-    """The card, with the front matter that the hub reads.
+    """The model card, with the front matter that the hub reads.
 
     Args:
-        plain: the resolved config, with nothing secret in it.
+        plain: the resolved config, without secrets.
         summary: of `gspo_lightning.report.summary.write_summary`.
-        is_adapter: whether the folder holds an adapter alone.
+        is_adapter: whether the folder holds only an adapter.
     """
     base, objective = plain["model"]["path"], plain["objective"]
     loss = _loss(objective["loss_type"])
     method = _method(loss, objective["importance_sampling_level"])
     tags = ["reinforcement-learning", method.lower().replace(". ", "-"), "gspo_lightning"]
-    # A folder of one's own is no model of the hub, and the hub refuses a card that names it as one.
+    # A local folder is no model of the hub, and the hub refuses a card that names it as one.
     is_name = base.count("/") == 1 and not base.startswith(("/", ".")) and ":" not in base
     on_hub = is_name and not Path(base).exists()
     front = [
@@ -72,7 +72,7 @@ def _loss(loss_type: Any) -> str:
 
 
 def _method(loss: str, level: str) -> str:
-    """How papers call it: GSPO and GRPO are one loss with two ratios, the others have a name of their own."""
+    """Name of the method in papers: GSPO and GRPO are one loss with two ratios, every other loss has its own name."""
     if loss == "grpo":
         return "GRPO" if level == "token" else "GSPO"
     if loss not in LOSSES:

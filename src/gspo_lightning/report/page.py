@@ -11,9 +11,9 @@ from gspo_lightning.report.style import STYLE
 
 
 def render_report(run_dir: Path) -> Path:
-    """Writes ``report.html`` from metrics, summary, config and the two validations in ``run_dir``.
+    """Writes ``report.html`` from metrics, summary, config and the two validations in ``run_dir``; returns its path.
 
-    A file that is missing leaves its part of the page out. Everything that a model or a dataset wrote is
+    The part of a missing file is left out of the page. Everything that a model or a dataset wrote is
     escaped: a completion with a script tag stays text.
 
     Raises:
@@ -39,11 +39,11 @@ def render_report(run_dir: Path) -> Path:
 
 
 _NOTHING_ELSE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""A browser loads and runs nothing for a page that says so, whatever slips into it."""
+"""Content security policy with which a browser loads and runs nothing, whatever gets into the page."""
 
 
 def html_page(title: str, body: str) -> str:
-    """A whole page that needs nothing but itself; ``title`` is escaped here, ``body`` is HTML already."""
+    """A self-contained HTML page; ``title`` is escaped here, ``body`` is already HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_ELSE}">'

@@ -1,4 +1,4 @@
-"""Finished and unfinished runs as data: their settings, their curves, and what sets them apart."""
+"""Finished and unfinished runs as data: their settings, their curves, and the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspo_lightning.report.config_tree import looked_up
 from gspo_lightning.report.files import Series, read_json, read_metrics
 
 _PLACES = ("logger.", "ckpt_path", "traceback", "checkpoint.", "export.")
-"""Settings that say where a run writes and not what it does."""
+"""Settings of what a run reads, writes and prints, not of how it trains."""
 
 _T95 = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -29,18 +29,18 @@ _T95 = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder holds."""
+    """The content of one run folder."""
 
     folder: Path
     settings: dict[str, Any]
-    """Dotted key -> value of its ``config.yaml``."""
+    """Dotted key -> value in its ``config.yaml``."""
     metrics: dict[str, Series]
     summary: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     settings: dict[str, Any]
     """The settings in which the groups differ, with this group's values."""
@@ -48,12 +48,12 @@ class RunGroup:
 
     @property
     def label(self) -> str:
-        """The settings in words, without the part of a key that its name does not need."""
+        """The settings as text, each with the last part of its key only."""
         words = (f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.settings.items())
         return ", ".join(words) or "all runs"
 
     def values(self, key: str) -> list[float]:
-        """A number of the summaries, from the runs that have it."""
+        """The values of a number in the summaries, from the runs that have it."""
         found = (run.summary.get(key) for run in self.runs)
         return [float(value) for value in found if isinstance(value, int | float)]
 
@@ -67,7 +67,7 @@ class RunGroup:
 
 
 def mean_and_halfwidth(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % confidence interval by Student's t; NaN for a single value."""
+    """Mean and half the width of its 95 % confidence interval by Student's t; half the width is NaN for one value."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
@@ -78,9 +78,9 @@ def mean_and_halfwidth(values: Sequence[float]) -> tuple[float, float]:
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
-    """Runs at any depth below ``folders``, and the folders of a sweep in which none was recorded.
+    """Runs at any depth below ``folders``, and the folders of a sweep in which no run was recorded.
 
-    A run counts once, however many of the folders hold it: a second time it would make an interval narrower.
+    A run counts once, however many of the folders hold it: counted twice, it would make an interval narrower.
 
     Raises:
         UserError: a folder is missing, or there is no run in any of them.
@@ -104,7 +104,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
-    """Runs put together that differ in the seed alone, in the order of their first member."""
+    """Groups of runs that differ only in the seed, in the order of their first member."""
     keys = differing_settings(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -113,10 +113,9 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """Keys whose values differ between runs, without the seed, what follows from it, and places of files.
+    """Keys whose values differ between runs, except the seed, keys that follow from it, and places of files.
 
-    A key whose values are those of another in every run (one interpolates the other) is named once, by the shorter
-    name.
+    Of keys with equal values in every run (one interpolates the other) only the shortest is named.
     """
     every = sorted({key for run in runs for key in run.settings}, key=lambda key: (key.count("."), key))
     seeds = [run.settings.get("seed") for run in runs]
@@ -134,7 +133,7 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists stay values, and what is looked up by its path is the path."""
+    """Nested mappings as dotted keys; lists stay values, and a lookup node becomes the path it names."""
     if (path := looked_up(node)) is not None:
         return {prefix: path}
     if not isinstance(node, Mapping) or not node:
@@ -155,7 +154,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _logger_folders(folder: Path) -> set[Path]:
-    """Lightning's CSVLogger writes a metrics.csv of its own for every start, in folders inside the run's."""
+    """Folders of Lightning's CSVLogger, which writes its own metrics.csv per start inside the run's folder."""
     paths = {path.parent for path in folder.rglob("metrics.csv")}
     return {path for path in paths if paths & set(path.parents) and not (path / "config.yaml").exists()}
 

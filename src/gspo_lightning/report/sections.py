@@ -17,7 +17,7 @@ from gspo_lightning.report.svg import format_number, line_chart
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows."""
+    """Definition of a chart."""
 
     title: str
     unit: str
@@ -92,7 +92,7 @@ MACHINE_KEYS = {
 
 
 def head(summary: dict[str, Any]) -> str:
-    """Title and the numbers that matter."""
+    """Title and main numbers."""
     title = escape(str(summary.get("model", "A run")))
     if not summary:
         return f'<h1>{title}</h1><p class="soft">This run has not finished: there is no summary.json yet.</p>'
@@ -129,7 +129,7 @@ def curves(metrics: dict[str, Series]) -> str:
 
 
 def phases(metrics: dict[str, Series]) -> str:
-    """Where the time of the rollouts went, as bars. A rollout generated ahead ran beside the other phases."""
+    """Time of the rollouts by phase, as bars. A rollout generated ahead ran in parallel to the other phases."""
     totals = {
         name.removeprefix("time/").removesuffix("_s").replace("_", " "): sum(value for _, value in series)
         for name, series in metrics.items()
@@ -150,7 +150,7 @@ def phases(metrics: dict[str, Series]) -> str:
 
 
 def completions(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Greedy completions of the same held-out prompts, before and after training side by side; marks right ones."""
+    """Greedy completions of the same held-out prompts before and after training, in pairs; marks right ones."""
     old, new = before.get("samples", []), after.get("samples", [])
     if not old and not new:
         return ""
@@ -164,7 +164,7 @@ def completions(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def settings(config: Path, summary: dict[str, Any]) -> str:
-    """The settings that matter and the whole ``config.yaml`` folded away; the machine."""
+    """The main settings, the whole ``config.yaml`` folded away, and the machine."""
     parts = []
     if config.exists():
         text = config.read_text(encoding="utf-8")

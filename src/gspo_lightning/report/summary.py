@@ -20,7 +20,7 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes ``summary.json`` with flat keys and returns it.
 
     To ``facts`` it adds accuracies and rewards before and after, ``peak_gpu_gb`` (the largest of ``metrics.csv``; null
-    on a CPU), and what the run ran on (`machine_facts`). A number that is not finite becomes null.
+    on a CPU), and the machine (`machine_facts`). A number that is not finite becomes null.
     """
     summary = dict(facts)
     for when in ("before", "after"):
@@ -38,7 +38,7 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
-    """Held-out accuracy before and after, time, speed by phase, memory, and where everything is."""
+    """Prints held-out accuracy before and after, time, speed by phase, memory, and the paths of the files."""
     summary, metrics = read_json(run_dir / "summary.json"), read_metrics(run_dir)
     table = Table(title="What the run did", show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -65,7 +65,7 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
 
 
 def print_evaluation(console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-    """Accuracies of a model on held-out prompts, and some of its greedy completions."""
+    """Prints accuracies of a model on held-out prompts, and some of its greedy completions."""
     table = Table(title=_text(f"Held-out evaluation of {model}"), title_justify="left")
     table.add_column("metric", style="bold")
     table.add_column("value", justify="right")
@@ -82,7 +82,7 @@ def print_evaluation(console: Console, model: str, metrics: dict[str, float], sa
 
 
 def phase_speed(metrics: dict[str, Series], rate: str, phase: str) -> float | None:
-    """All tokens of a phase by all its seconds; None if it never ran. What ran ahead took the seconds of that.
+    """Tokens per second of a phase over the run; None if it never ran. Phases run ahead count their ``_ahead`` seconds.
 
     Args:
         metrics: columns of ``metrics.csv``.
@@ -97,7 +97,7 @@ def phase_speed(metrics: dict[str, Series], rate: str, phase: str) -> float | No
 
 
 def _text(value: Any) -> Text:
-    """No markup of the table's, and no control sequence of the terminal's."""
+    """The value as text without markup of the table or control sequences of the terminal."""
     return Text(visible(str(value)))
 
 

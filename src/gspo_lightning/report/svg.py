@@ -12,9 +12,9 @@ from gspo_lightning.report.files import Series
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 48, 12, 14, 40
 MAX_POINTS = 300
 SMOOTH_FROM = 60
-"""Points from which on the single values are pale, and a running mean is drawn over them."""
+"""Number of points from which on values are drawn pale, with a running mean over them."""
 COLOURS = 8
-"""Colours of the style sheet (``s0`` to ``s7``); further lines begin again, dashed."""
+"""Colours of the style sheet (``s0`` to ``s7``); further lines reuse them, dashed."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Band:
 
 
 def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0) -> list[float]:
-    """Round numbers that cover ``[low, high]``, about ``count`` steps of 1, 2, 2.5 or 5 by a power of ten."""
+    """Round numbers that cover ``[low, high]`` in about ``count`` steps of 1, 2, 2.5 or 5 times a power of ten."""
     if high - low <= 1e-9 * max(abs(low), abs(high)) + 1e-30:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -39,7 +39,7 @@ def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0)
 
 
 def thin_out(series: Series, most: int = MAX_POINTS) -> Series:
-    """At most ``most`` points: means of neighbours, so that a long run stays a small page."""
+    """At most ``most`` points, each a mean of neighbours, so that the page of a long run stays small."""
     size = math.ceil(len(series) / most)
     if size <= 1:
         return series
@@ -72,7 +72,7 @@ def line_chart(
         lines: name -> points.
         unit: of the values.
         span: first and last rollout of the horizontal axis; by default those of the points.
-        reach: values that the vertical axis reaches in any case, such as 0 and 1 for a share.
+        reach: values that the vertical axis always includes, such as 0 and 1 for a share.
         bands: name of a line -> the range around it.
         across: what the horizontal axis counts.
     """
@@ -101,7 +101,7 @@ def line_chart(
 
 
 class _Scale:
-    """Data to pixels. The horizontal axis ends with the data, the vertical one at round numbers."""
+    """Maps data to pixels. The horizontal axis ends with the data, the vertical one at round numbers."""
 
     def __init__(self, x_low: float, x_high: float, values: list[float]) -> None:
         if x_low == x_high:
@@ -183,7 +183,7 @@ def _mean(series: Series) -> tuple[float, float]:
 
 
 def format_number(value: float) -> str:
-    """Four digits, with ``k`` and ``M`` for what is large."""
+    """The number with four digits, and ``k`` or ``M`` if it is large."""
     for size, suffix in ((1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if suffix == 'k' else 1e6):.4g}{suffix}"

@@ -1,4 +1,4 @@
-"""The command line of bubblewrap: what the process in the sandbox sees stands here, and nothing else."""
+"""The command line of bubblewrap, which lists everything that the process in the sandbox sees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 
 PYTHON = "/python/bin/python"
-"""The interpreter's name inside."""
+"""Path of the interpreter inside the sandbox."""
 
 
 def command(disk_mb: int, as_root: bool) -> list[str]:
@@ -17,7 +17,7 @@ def command(disk_mb: int, as_root: bool) -> list[str]:
         rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     line = [str(shutil.which("bwrap")), *rights, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     line += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
-    # bwrap would make the folders above a mount for itself alone.
+    # Without this, bwrap would make the parent folders of a mount readable by itself only.
     for folder in ("/usr", "/python", "/python/bin"):
         line += ["--perms", "0755", "--dir", folder]
     for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
@@ -25,7 +25,7 @@ def command(disk_mb: int, as_root: bool) -> list[str]:
             line += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             line += ["--ro-bind", folder, folder]
-    # Under a name of our own: the folders above a home are closed to the sandbox's user, and are nobody's business.
+    # Under our own path: the folders above a home are closed to the sandbox's user, and should stay hidden.
     library = os.path.join(sys.base_prefix, "lib")
     line += ["--ro-bind", os.path.realpath(sys.executable), PYTHON, "--ro-bind", library, "/python/lib"]
     line += ["--setenv", "LD_LIBRARY_PATH", "/python/lib"]

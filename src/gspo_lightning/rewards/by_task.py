@@ -11,9 +11,9 @@ from gspo_lightning.rewards.calling import SERVICES
 
 
 class ForTasks:
-    """Calls ``function`` for the completions of the named tasks alone; for all others it does not apply (None).
+    """Calls ``function`` only for the completions of the named tasks; for all others it does not apply (None).
 
-    The function sees shorter lists, as if the other tasks were not there; it must not be asynchronous,
+    The function gets shorter lists, as if the other tasks did not exist; it must not be asynchronous,
     nor use ``log_extra``.
 
     Args:
@@ -30,13 +30,13 @@ class ForTasks:
         self._accepted = None if open_ended else {parameter.name for parameter in parameters}
 
     def __getattr__(self, name: str) -> Any:
-        # What prepares and ends the function is the function's; asked for before __init__ has run, when unpickling.
+        # These methods are the function's; when unpickling, attributes are requested before __init__ has run.
         if name in ("check", "start", "close") and "function" in self.__dict__:
             return getattr(self.function, name)
         raise AttributeError(name)
 
     def __call__(self, task: list[str | None], **columns: Any) -> list[float | None]:
-        """One reward per completion; None where the task is another."""
+        """One reward per completion; None for those of other tasks."""
         mine = [number for number, name in enumerate(task) if name in self.tasks]
         result: list[float | None] = [None] * len(task)
         if not mine:

@@ -1,4 +1,4 @@
-"""Calling a reward function as TRL does; shared by the trainer's threads and the worker processes, so without torch."""
+"""Calls a reward function as TRL does; used by the trainer's threads and by worker processes, so it needs no torch."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ SEARCH_S = 1.0
 
 
 class RewardFunctionError(Exception):
-    """A reward function raised; the message says what and on which row."""
+    """A reward function raised; the message names the error and the row."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What functions written for TRL read from ``trainer_state``, in rollouts."""
+    """The ``trainer_state`` that functions written for TRL read; steps are rollouts."""
 
     global_step: int = 0
     max_steps: int = 0
 
     @property
     def epoch(self) -> float:
-        """Share of the run that is done, in [0, 1]; the stream of prompts has no epochs."""
+        """Share of the run that is done, in [0, 1]; a stream of prompts has no epochs."""
         return self.global_step / max(1, self.max_steps)
 
 
 @dataclass
 class Log:
-    """What functions report through TRL's ``log_metric`` and ``log_extra``."""
+    """Values that functions report through TRL's ``log_metric`` and ``log_extra``."""
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Adds a number; those of one rollout are averaged."""
+        """Adds a number; the numbers of one rollout are averaged."""
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
@@ -52,11 +52,11 @@ class Log:
 SERVICES = frozenset({"trainer_state", "log_metric", "log_extra"})
 """Arguments that are not lists with one entry per completion."""
 GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_reward", "policy_tokens"}
-"""Arguments that are no columns of the dataset."""
+"""Arguments that the program gives; all others are columns of the dataset."""
 
 
 def required_parameters(function: Callable[..., Any]) -> list[str]:
-    """Columns that a function cannot do without: parameters without a default."""
+    """Columns that a function requires: its parameters without a default."""
     return [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
@@ -81,7 +81,7 @@ class Caller:
         return {name: value for name, value in arguments.items() if name in known}
 
     def __call__(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> tuple[Any, Log]:
-        """What the function returns, and what it logged.
+        """Calls the function; returns its result and what it logged.
 
         Raises:
             RewardFunctionError: it raised; names the row, found by calling it again row by row.
@@ -89,14 +89,14 @@ class Caller:
         log = Log()
         try:
             return self._call(arguments, state, log), log
-        except RAISED as error:  # a function that exits must not end the run without a word
+        except RAISED as error:  # a function that exits must not end the run silently
             where = self._row(arguments, uids, state)
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise RewardFunctionError(f"{what} ({where})") from error
 
     def _call(self, arguments: dict[str, Any], state: TrainerState, log: Log) -> Any:
         given = {"trainer_state": state, "log_metric": log.log_metric, "log_extra": log.log_extra}
-        # Copies: functions run side by side on one rollout, and what one takes from a list is there for the others.
+        # Copies: functions run in parallel on one rollout, and one must not change the lists of the others.
         result = self.function(**copied(self.accepted({**arguments, **given})))
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
@@ -107,7 +107,7 @@ class Caller:
                 return f"one of the rows {uid} to {uids[-1]}"
             try:
                 self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())
-            except RAISED:  # this is the row that was looked for
+            except RAISED:  # this row makes it raise
                 return f"row {uid}"
         return f"in the batch of rows {uids[0]} to {uids[-1]}, on none of them alone"
 

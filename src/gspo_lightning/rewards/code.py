@@ -1,4 +1,4 @@
-"""Reward of code that passes tests. The code runs in the sandbox; the tests' answers never enter it."""
+"""Reward for code that passes tests. The code runs in the sandbox; the tests' answers never enter it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Sess
 MAX_CODE_CHARACTERS = 50_000
 _CALL, _PROGRAM = {"call", "args", "expected"}, {"input", "output"}
 _INFO = re.compile(r"\s*(?:\w+|\{\s*\.?(?:python|py)\b[^}]*\}|(?:python|py)[\d.]*(?:\s+[^\s=].*)?)\s*", re.IGNORECASE)
-"""What may follow an opening fence: one word, or more where it is Python: ``python run``, ``{python}``."""
+"""Text that may follow an opening fence: one word, or more for Python: ``python run``, ``{python}``."""
 
 
 def extract_code(text: str) -> str | None:
-    """The last block fenced by three backticks, or the whole text if there is none; None for nothing or too much.
+    """The last block fenced by three backticks, or the whole text without a fence; None if empty or too long.
 
-    The last block may lack its closing fence, as completions are cut and models forget it, if it says its language or
+    The last block may lack its closing fence, as completions are cut and models forget it, if it names its language or
     is the only one.
     """
     parts = text.split("```")
@@ -66,15 +66,15 @@ class CodeTests:
     A test is ``{"call": "add", "args": [1, 2], "expected": 3}`` (a function of the code, JSON values) or
     ``{"input": "1 2", "output": "3"}`` (the code as a program, which must end with exit status 0; outputs are compared
     without white space at line ends and at the end). All calls of a row share one process and one wall clock; every
-    program has its own. Tests written as ``assert`` are not offered: they would run beside the code they judge, which
-    could fake them.
+    program has its own. Tests written as ``assert`` are not supported: they would run in the process of the code they
+    judge, which could fake them.
 
     Args:
-        partial: the share of tests passed (true), or 1 for all of them and else 0 (false), decided by the first that
-            fails: the others do not run.
-        failure: reward of code that is not there, does not run, or passes no test.
+        partial: the reward is the share of tests passed (true), or 1 only if all pass (false), where the first failure
+            decides and the other tests do not run.
+        failure: reward of code that is missing, does not run, or passes no test.
         tolerance: relative, for numbers.
-        workers: sandboxes at the same time.
+        workers: number of sandboxes at the same time.
         sandbox: ``bubblewrap``, or ``unsafe`` for a plain process, which can read and delete what the trainer can.
         limits: of one sandbox.
     """
@@ -96,7 +96,7 @@ class CodeTests:
         check_sandbox("CodeTests", self.sandbox)
 
     def check(self) -> None:
-        """Refuses to run where the sandbox cannot isolate."""
+        """Refuses to run if the sandbox cannot isolate."""
         require(self.sandbox)
 
     def __call__(self, completions: list[Any], tests: list[Any], **_: Any) -> list[float]:
@@ -110,14 +110,14 @@ class CodeTests:
         code = extract_code(full_text(completion))
         if code is None:
             return self.failure
-        with closing(self._verdicts(code, tests)) as verdicts:  # ends the sandbox where not all of them are asked for
+        with closing(self._verdicts(code, tests)) as verdicts:  # ends the sandbox if not all of them are read
             passed = sum(verdicts if self.partial else takewhile(bool, verdicts))
         if passed == 0 or (passed < len(tests) and not self.partial):
             return self.failure
         return passed / len(tests)
 
     def _verdicts(self, code: str, tests: Sequence[dict[str, Any]]) -> Generator[bool, None, None]:
-        """Whether the code passes each test, one after the other; fewer where it does not get as far."""
+        """Whether the code passes each test, one after the other; ends early if the sandbox ends."""
         for test in tests:
             if "input" in test:
                 yield self._runs(code, test)
@@ -131,7 +131,7 @@ class CodeTests:
                 for test in calls:
                     yield self._answers(process, test)
         except SandboxError:
-            return  # what was right before the code broke a limit stays right
+            return  # tests passed before the code broke a limit still count
 
     def _answers(self, process: Session, test: dict[str, Any]) -> bool:
         try:
@@ -153,13 +153,13 @@ def lines(text: str) -> list[str]:
 
 
 def check_sandbox(owner: str, sandbox: str) -> None:
-    """Refuses a name that is no kind of isolation."""
+    """Refuses an unknown kind of isolation."""
     if sandbox not in ("bubblewrap", "unsafe"):
         raise UserError(f"{owner}.sandbox={sandbox!r} must be bubblewrap or unsafe")
 
 
 def checked_tests(tests: Any, number: int) -> list[dict[str, Any]]:
-    """Tests in the two forms that are known, without the nulls of the other form, which Arrow adds; refuses others."""
+    """Tests in either known form, without the nulls of the other form, which Arrow adds; refuses all others."""
     if not isinstance(tests, list) or not tests:
         raise UserError(f"tests of row {number} of the batch must be a list of one or more tests")
     return [_checked_test(test, number) for test in tests]

@@ -1,4 +1,4 @@
-"""Reward functions that come with the package. None of them ever evaluates what the model wrote."""
+"""Reward functions that come with the package. None of them executes text of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.numerals import GROUPED, plain_groups
 
 MAX_CHARACTERS = 20_000
-"""A longer completion is judged by its end: an answer is near the end, and no pattern sees megabytes."""
+"""Of a longer completion only the end is read: an answer is near the end, and patterns must not search megabytes."""
 
 _INTEGER = re.compile(rf"(?<![\d.])-?{GROUPED}(?![\d.]*\d)|-?\d+")
 _NUMBER = re.compile(rf"-?(?:{GROUPED}|\d+)(?:\.\d+)?|-?\.\d+")
@@ -29,16 +29,16 @@ def full_text(completion: str | list[dict[str, Any]]) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value can be no answer: None, NaN (an empty cell of a table) or blank text."""
+    """Whether a value cannot be an answer: None, NaN (an empty cell of a table) or blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def number(text: Any) -> float | None:
-    """The number a text is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is not one.
+    """The number that a string is (``5``, ``5.0``, ``1,234``, ``-.5``, ``1e3``), white space aside; None if it is none.
 
-    In the digits of any script.
+    Digits may be of any script.
     """
     text = plain_groups(str(text)).strip()
     if len(text) > 1000 or not any(c in "0123456789" for c in text) or _ONE_NUMBER.fullmatch(text) is None:
@@ -83,7 +83,7 @@ def numeric_match(completions: list[Any], answer: list[Any], tolerance: float = 
 
 
 def environment_reward(completions: list[Any], environment_reward: list[float], **_: Any) -> list[float]:
-    """What the environment of a dialogue gave for it; see `gspo_lightning.dialogue`."""
+    """The reward that the environment gave for each dialogue; see `gspo_lightning.dialogue`."""
     return environment_reward
 
 
@@ -91,7 +91,7 @@ def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[flo
     """1 if the completion is the ``answer``, white space at both ends aside, else 0.
 
     Raises:
-        UserError: a row's ``answer`` is blank: saying nothing would be right.
+        UserError: a row's ``answer`` is blank: an empty completion would be right.
     """
     if any(map(is_missing, answer)):
         raise UserError("exact_match: the row's answer is blank, null or NaN")
@@ -110,7 +110,7 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _whole_number(value: Any) -> str | None:
-    """Its digits, after a minus if it has one; a text, because a million digits are no ``int`` at once."""
+    """The digits of a whole number, after a minus if negative; a string, as ``int`` refuses thousands of digits."""
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     found = _WHOLE_NUMBER.fullmatch(plain_groups(text).strip())
     if found is None:

@@ -1,7 +1,7 @@
-"""Rewards of length, in tokens of the completion (the end-of-sequence token included if it was sampled).
+"""Rewards for length, in tokens of the completion (the end-of-sequence token included if it was sampled).
 
-Of a dialogue, `LengthTarget` counts what the policy sampled; `SoftOverlong` keeps away from
-``rollout.max_completion_length`` and counts as that does, with what the environment says.
+In a dialogue, `LengthTarget` counts the tokens that the policy sampled; `SoftOverlong`, which guards
+``rollout.max_completion_length``, counts the environment's tokens too, as that limit does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SoftOverlong:
 
     Args:
         max_tokens: L_max, usually ``rollout.max_completion_length``.
-        cache_tokens: L_cache, the width of the slope; None: a fifth of ``max_tokens``, as the paper has 4096 of 20480.
+        cache_tokens: L_cache, the width of the slope; None: a fifth of ``max_tokens``, as in the paper (4096 of 20480).
     """
 
     max_tokens: int
@@ -48,11 +48,11 @@ class SoftOverlong:
 
 @dataclass(frozen=True)
 class LengthTarget:
-    """1 at ``target_tokens``, falling linearly to 0 at ``tolerance_tokens`` more or less.
+    """1 at ``target_tokens``, falling linearly to 0 at ``tolerance_tokens`` more or fewer.
 
     Args:
-        target_tokens: the wanted length.
-        tolerance_tokens: distance at which the reward has become 0.
+        target_tokens: the desired length.
+        tolerance_tokens: distance from the target at which the reward reaches 0.
     """
 
     target_tokens: int

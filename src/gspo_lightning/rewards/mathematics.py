@@ -1,7 +1,7 @@
-"""Mathematical answers by math-verify (https://github.com/huggingface/Math-Verify), where they can be stopped.
+"""Judges mathematical answers by math-verify (https://github.com/huggingface/Math-Verify), with a time limit.
 
-sympy computes what it reads: ``9^9^9^9`` never ends. So the comparison runs in a process of its own, which gets
-``item_timeout_s`` per completion and is killed if it takes longer; that completion has no right answer.
+sympy computes what it reads: ``9^9^9^9`` never ends. So the comparison runs in a separate process, which gets
+``item_timeout_s`` per completion and is killed if it takes longer; that completion counts as wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gspo_lightning.rewards.text import check_tag, single_block
 from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
 
 MAX_ANSWER_CHARACTERS = 2_000
-"""A longer text is judged by its end."""
+"""Of a longer text only the end is read."""
 _MAX_NESTING = 50
 _DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
 
@@ -33,7 +33,7 @@ class MathVerify:
     r"""1 if the completion's answer is mathematically equal to the row's ``answer``, else 0.
 
     Reads ``\boxed{}``, LaTeX and plain numbers as math-verify does, from the end of the completion. A row's answer, and
-    what stands in the tag, is an answer as a whole: read like what stands in a box, a number among words as the number,
+    the content of the tag, is read as a whole, like the content of a box; a number among words is read as the number,
     in the words and digits of any language.
 
     Args:
@@ -58,7 +58,7 @@ class MathVerify:
         self.__init__(**state)  # type: ignore[misc]
 
     def start(self) -> None:
-        """Starts the process, which loads sympy meanwhile."""
+        """Starts the process, which loads sympy in the background."""
         self._worker.start()
 
     def close(self) -> None:
@@ -86,19 +86,19 @@ class MathVerify:
             self._worker.start()
             return 0.0
         except WorkerError:
-            return 0.0  # what makes sympy raise or run out of memory is no right answer
+            return 0.0  # an answer that makes sympy raise or run out of memory is not right
         if right is None:
             raise UserError(f"MathVerify: math-verify finds no answer in the row's answer {answer[:60]!r}")
         return float(right)
 
 
 def math_equal(text: str, answer: str, is_answer: bool = False) -> bool | None:
-    """Whether the text's answer equals ``answer``; None if there is none in ``answer``. Bounded by who calls it.
+    """Whether the text's answer equals ``answer``; None if there is none in ``answer``. The caller limits its time.
 
     Args:
-        text: what was written.
-        answer: what is right.
-        is_answer: the text is an answer and nothing else, as ``answer`` is.
+        text: of the completion.
+        answer: the right answer.
+        is_answer: whether the text is an answer and nothing else, as ``answer`` is.
     """
     found = _readings(text) if is_answer else [_parse(text)]
     right = _readings(answer)
@@ -106,7 +106,7 @@ def math_equal(text: str, answer: str, is_answer: bool = False) -> bool | None:
 
 
 def _readings(answer: str) -> list[list[Any]]:
-    """What a text that is an answer as a whole may mean.
+    """The possible readings of a text that is an answer as a whole.
 
     Without delimiters math-verify looks for plain numbers first and takes a part for the whole: 3 of ``3\\sqrt{2}``.
     """

@@ -1,7 +1,7 @@
 """Rewards of the task "write a fast matrix multiplication in plain Python", always in the sandbox.
 
 The recipe is that of the gpt-oss-20b notebook for GSPO: the code runs, imports nothing outside the standard library, is
-right on random matrices (a ladder of the maximum error), and is fast against a reference.
+right on random matrices (a ladder of the maximum error), and is fast compared with a reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Sess
 
 Matrix = list[list[float]]
 SHAPES = ((1, 1, 1), (2, 3, 4), (7, 5, 6), (16, 16, 16))
-"""Shapes (n, k, m) of the products that decide what is right."""
+"""Shapes (n, k, m) of the products that decide whether code is right."""
 PARTS = ("runs", "imports", "correct", "speed")
 REFERENCE = """
 def matmul(a, b):
@@ -40,9 +40,9 @@ class MatmulReward:
     *runs*: ``runs`` if the code defines ``function`` and multiplies one pair of matrices, else ``fails``.
     *imports*: ``own_imports`` if every imported module is of the standard library, else ``foreign_import``.
     *correct*: the score of the first step ``[maximum error, score]`` of ``ladder`` that the largest absolute error over
-    all products keeps to, else ``wrong``. Entries are uniform in [-1, 1].
-    *speed*: ``log2(reference time / time)`` clipped to ``speed_clip`` on both sides, for right code alone. The clock is
-    the trainer's, around question and answer, for the reference as for the candidate, so it includes the transport.
+    all products does not exceed, else ``wrong``. Entries are uniform in [-1, 1].
+    *speed*: ``log2(reference time / time)`` clipped to ``speed_clip`` on both sides, for right code only. The trainer
+    measures call and answer, for the reference as for the candidate, so the time includes the transport.
 
     The matrices follow from ``seed`` and the code, and their products never enter the sandbox.
     """
@@ -72,14 +72,14 @@ class MatmulReward:
             raise UserError(f"MatmulReward.ladder={self.ladder} must be [maximum error, score] pairs, errors ascending")
 
     def check(self) -> None:
-        """Refuses to run where the sandbox cannot isolate."""
+        """Refuses to run if the sandbox cannot isolate."""
         require(self.sandbox)
 
     def __call__(self, completions: list[Any], log_metric: Callable[[str, float], None], **_: Any) -> list[float]:
         """One reward per completion."""
         self.check()
         reference = self._time_of_reference()
-        # One at a time: side by side they would disturb each other's clock.
+        # One at a time: in parallel they would disturb each other's timing.
         with ThreadPoolExecutor(1) as pool:
             table = list(pool.map(lambda c: self._parts(extract_code(full_text(c)), reference), completions))
         for number, part in enumerate(PARTS):
@@ -105,7 +105,7 @@ class MatmulReward:
                 if error <= self.ladder[-1][0]:
                     speed = self._speed(process, draw, reference_s)
         except SandboxError:
-            pass  # the parts decided before stay
+            pass  # the parts decided before still count
         return runs, imports, correct, speed
 
     def _speed(self, process: Session, draw: random.Random, reference_s: float) -> float:
@@ -116,7 +116,7 @@ class MatmulReward:
         return max(-self.speed_clip, min(self.speed_clip, math.log2(ratio)))
 
     def _time(self, process: Session, function: str, draw: random.Random) -> float:
-        """Best of several wall times of a product, each of new matrices; a wrong product counts as no answer."""
+        """Shortest of several wall times of a product, each of new matrices; raises if a product is wrong."""
         times = []
         for _ in range(self.speed_repeats):
             a, b = matrices(draw, (self.speed_size,) * 3)
@@ -143,7 +143,7 @@ def matrices(draw: random.Random, shape: tuple[int, int, int]) -> tuple[Matrix, 
 
 
 def max_error(process: Session, function: str, draw: random.Random) -> float:
-    """Largest absolute error over products of several shapes; infinite for what is no matrix of that shape."""
+    """Largest absolute error over products of several shapes; infinite if a result is no matrix of the right shape."""
     error = 0.0
     for shape in SHAPES:
         a, b = matrices(draw, shape)
@@ -152,7 +152,7 @@ def max_error(process: Session, function: str, draw: random.Random) -> float:
 
 
 def error_of(found: Any, a: Matrix, b: Matrix) -> float:
-    """Largest absolute error of a claimed product."""
+    """Largest absolute error of a claimed product; infinite if it is no finite matrix of the right shape."""
     wanted = np.array(a) @ np.array(b)
     if not isinstance(found, list) or not all(isinstance(row, list) for row in found):
         return math.inf

@@ -1,4 +1,4 @@
-"""Numbers and letters as they are written all over the world, brought to the characters that patterns know."""
+"""Converts numbers and letters of all scripts to the characters that the patterns expect."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import string
 import unicodedata
 
 GROUPED = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2}){1,20},\d{3})(?!\d)"
-"""Digits in groups, as ``1,234,567`` or in India ``12,34,567``; a pattern for what `plain_groups` returns."""
+"""Pattern of grouped digits in the result of `plain_groups`: ``1,234,567``, or in India ``12,34,567``."""
 
 _DIGIT = re.compile(r"(?![0-9])\d")
 _DASH = re.compile("(?<![\\w)\\]}])[\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}](?=\\.?\\d)")
-"""A minus, and not what joins two, as in ``3–5``, ``2019‑2020`` and ``GPT‑4``."""
+"""A dash that is a minus, not one that joins two parts, as in ``3–5``, ``2019‑2020`` and ``GPT‑4``."""
 _MINUS = "\N{MINUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{SMALL HYPHEN-MINUS}"
 _INVISIBLE = "\u061c\u200b\u200e\u200f\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Marks of the direction of writing, and what has no width."""
+"""Marks of the writing direction, and characters without width."""
 _CHARACTERS = str.maketrans(
     {"\N{FULLWIDTH PLUS SIGN}": "+", "\N{FULLWIDTH FULL STOP}": "."}
     | {"\N{ARABIC DECIMAL SEPARATOR}": ".", "\N{ARABIC THOUSANDS SEPARATOR}": ","}
@@ -39,7 +39,7 @@ def plain_numerals(text: str) -> str:
 
 
 def plain_groups(text: str) -> str:
-    """`plain_numerals` with a comma between groups of digits: for narrow spaces, apostrophes, and what LaTeX has."""
+    """`plain_numerals` with commas between groups of digits, for narrow spaces, apostrophes and LaTeX separators."""
     return _LATEX_COMMA.sub(",", _BETWEEN_GROUPS.sub(",", plain_numerals(text)))
 
 

@@ -1,4 +1,4 @@
-"""A number among words and with a unit, in any language: what math-verify, which knows Latin letters, must be told."""
+"""Numbers among words and with units, in any language, prepared for math-verify, which knows only Latin letters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gspo_lightning.rewards.numerals import plain_groups
 
 
 def _either_form(patterns: str) -> str:
-    """One pattern for all of them, letters and their accents composed or not."""
+    """One pattern for all given ones, with accented letters composed or not."""
     forms = [form for pattern in patterns.split() for form in (pattern, unicodedata.normalize("NFD", pattern))]
     return "|".join(dict.fromkeys(forms))
 
@@ -35,13 +35,13 @@ _MULTIPLE = re.compile(
     rf"(?<=\d)[\s~]*+(?:{_either_form(_SYLLABLES)}|[^\W\d]{{0,3}}半(?![径徑])|(?:{_either_form(_WORDS)})(?!\w))",
     re.IGNORECASE,
 )
-"""Numerals that multiply the number before them (Unicode knows those of Chinese alone), or add a half to it."""
+"""Numerals that multiply the number before them (Unicode has only the Chinese ones), or add a half to it."""
 _ALONE = re.compile(rf"(?<!{_LETTER}){_LETTER}(?!{_LETTER})")
 _CURRENCY = "$€£¥₹₩₽₪₫₺₴"
 _JOINT = re.compile(
     rf"(?<=\d)(?={_LETTER})|(?<=[{_LETTER}：])(?=[\d{_CURRENCY}])|(?<={_LETTER}{_LETTER})(?=[-+]\d)|(?<=：)(?=[-+]\d)"
 )
-"""Where a number and a word touch."""
+"""A place at which a number and a word touch."""
 _UNIT_IN_BRACES = re.compile(rf"(?<=\d)[ ~]*(?P<unit>{_LETTER}[{_LETTER}/]*)(?=\}})")
 _NUMBER = re.compile(
     rf"(?:[a-z{_LETTER}.,:;：，。\s]*[\s,])?[-+]?[{_CURRENCY}]?[-+]?(?:\d{{1,3}}(?:[,\s]\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?",
@@ -55,16 +55,16 @@ _UNIT = re.compile(
     rf"|[(（][a-z{_LETTER} ,.'-]+[)）]|\^\{{?-?\d\}}?|[/·.,，%{_CURRENCY}°²³*\s~])*+)?[.。]?",
     re.IGNORECASE,
 )
-"""What may follow it: a sign of currency, a unit, words; no letter that is a variable, and no other number.
+"""What may follow the number: a sign of currency, a unit, words; no letter that is a variable, and no other number.
 
-Atomic and possessive: letters that touch are one word, or there were 2^n ways to cut n of them.
+Atomic and possessive: adjacent letters are one word, because there would be 2^n ways to split n of them.
 """
 
 
 def plain_quantities(text: str) -> str:
     r"""The text with plain numerals, and a space between words of other scripts and a number: ``42 元`` for ``42元``.
 
-    In formulas they stay together, but for a unit after a number in braces: ``\boxed{42\text{元}}``.
+    In formulas they stay together, except for a unit after a number in braces: ``\boxed{42\text{元}}``.
     """
     text = plain_groups(text)
     folded = _folded(text)
@@ -85,14 +85,14 @@ def _in_formula(text: str, joint: re.Match[str]) -> bool:
 
 
 def is_one_number(answer: str) -> bool:
-    """Whether a number is all there is, but for words and a unit."""
+    """Whether the answer is one number, apart from words and a unit."""
     answer = _folded(plain_quantities(answer))
     found = _NUMBER.match(answer)
     return found is not None and _UNIT.fullmatch(answer[found.end() :]) is not None
 
 
 def _folded(text: str) -> str:
-    """As many characters, with ``_LETTER`` for letters of other scripts and Latin ones without their accents."""
+    """The text, equally long, with ``_LETTER`` for letters of other scripts and Latin ones without their accents."""
     if text.isascii():
         return text
     folded = ""

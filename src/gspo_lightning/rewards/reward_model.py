@@ -18,8 +18,8 @@ class RewardModel:
     """The classifier's one logit for prompt and completion, as `transformers` loads it, frozen.
 
     Conversations go through the chat template of the model's own tokenizer, plain text is joined. The model is loaded
-    at the first call, which may take long: mind it with a ``timeout_s``. Its weights are safetensors, and no code that
-    lies beside them is run.
+    at the first call, which may take long: allow for it in ``timeout_s``. Its weights are safetensors, and no code in
+    its folder is run.
 
     Args:
         path: folder or hub name of the model and its tokenizer.
@@ -61,7 +61,7 @@ class RewardModel:
             if self._model is None:
                 self._load()
         ids = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        # Neighbours in length share a batch, so that little is padded.
+        # Sequences of similar length share a batch, so that there is little padding.
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         rewards = [0.0] * len(ids)
         for start in range(0, len(order), self.batch_size):
@@ -120,6 +120,6 @@ class RewardModel:
 
 
 def _unused(ids: list[list[int]]) -> int:
-    """A token id that no sequence holds: padding a model without a padding token must not hide a real one."""
+    """A token id that no sequence holds, as padding for a model without a padding token."""
     present = set().union(*ids)
     return next(i for i in range(len(present) + 1) if i not in present)

@@ -1,9 +1,9 @@
-"""Calling reward functions, checking what they return, and combining them.
+"""Calls reward functions, checks what they return, and combines their rewards.
 
 A reward function has TRL's signature, ``(prompts, completions, completion_ids, **columns) -> list[float | None]``,
 plain or ``async``, so that one written for TRL runs unchanged. Lists have one entry per completion, the completions
-of a prompt side by side; columns of the dataset row are repeated. A conversational prompt comes with
-conversational completions, ``[{"role": "assistant", "content": text}]`` (of gpt-oss with its other channels under
+of a prompt next to each other; columns of the dataset row are repeated. A conversational prompt comes with
+conversational completions, ``[{"role": "assistant", "content": text}]`` (for gpt-oss with its other channels under
 ``thinking``), a plain one with strings. None means "does not apply".
 """
 
@@ -36,7 +36,7 @@ class RewardSpec:
     function: RewardFunction
     weight: float = 1.0
     timeout_s: float | None = None
-    """With a limit the function runs in a warm process of its own, which is killed if a call takes longer, and the run
+    """With a limit the function runs in its own warm process, which is killed if a call takes longer, and the run
     stops. Without one it runs in a thread of the trainer."""
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class RewardSpec:
 
 
 class RewardSet:
-    """Scores rollouts with one or several functions, which run side by side."""
+    """Scores rollouts with one or several functions, which run in parallel."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class RewardSet:
         self.weights = torch.tensor([spec.weight for spec in functions.values()], dtype=torch.float64)
         self.trainer_state = TrainerState()
         self.log = Log()
-        """What the functions logged in the last call."""
+        """The values that the functions logged in the last call."""
         self._workers: dict[str, Worker] = {}
         for name, spec in functions.items():
             if spec.timeout_s is not None:
@@ -78,7 +78,7 @@ class RewardSet:
         """Rewards ``(B, G, K)`` float64, NaN where a function does not apply.
 
         Raises:
-            UserError: a function raised, took too long, or returned something else than one finite number or None per
+            UserError: a function raised, took too long, or returned anything but one finite number or None per
                 completion, or no function applies to a completion; names the function and the row.
         """
         arguments = call_arguments(prompts, completions)
@@ -90,7 +90,7 @@ class RewardSet:
                 results = {name: _result(name, future) for name, future in calls.items()}
             except BaseException:
                 for worker in self._workers.values():
-                    worker.kill()  # or leaving the pool would wait for it
+                    worker.kill()  # else leaving the pool would wait for it
                 raise
         self.log = merged_log([log for _, log in results.values()], len(uids))
         columns = [checked(name, values, uids) for name, (values, _) in results.items()]
@@ -122,7 +122,7 @@ class RewardSet:
         )
 
     def logged_metrics(self) -> Metrics:
-        """What the functions logged in the last call by ``log_metric``, as (sum, count) under ``reward_log/``."""
+        """Values logged in the last call by ``log_metric``, as (sum, count) under ``reward_log/``."""
         return {
             f"reward_log/{name}": (torch.tensor(values, dtype=torch.float64).sum(), torch.tensor(float(len(values))))
             for name, values in self.log.metrics.items()
@@ -148,7 +148,7 @@ class RewardSet:
     def required_columns(self) -> dict[str, str | dict[str, str]]:
         """Columns a row must have -> what needs them: parameters without a default of the reward functions.
 
-        For a column that only functions of `ForTasks` need it is task -> what needs it in the rows of that task.
+        A column that only functions of `ForTasks` need maps to a dict: task -> what needs it in the rows of that task.
         """
         everywhere: dict[str, str | dict[str, str]] = {}
         by_task: dict[str, dict[str, str]] = {}
@@ -207,7 +207,7 @@ def _result(name: str, future: Future[Any]) -> Any:
 
 
 def merged_log(logs: list[Log], rows: int) -> Log:
-    """All that was logged; refuses an extra column that has not one value per completion."""
+    """Merges the logs; refuses an extra column without exactly one value per completion."""
     merged = Log()
     for log in logs:
         for name, values in log.metrics.items():

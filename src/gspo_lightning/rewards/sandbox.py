@@ -1,6 +1,6 @@
-"""Running code that a model wrote, in a process that can neither harm nor fool the trainer.
+"""Runs code that a model wrote, in a process that can neither harm nor fool the trainer.
 
-Isolation is that of bubblewrap (https://github.com/containers/bubblewrap): namespaces of its own for processes,
+Isolation is that of bubblewrap (https://github.com/containers/bubblewrap): separate namespaces for processes,
 network, IPC and mounts, an empty file system with the standard library read-only and one small folder in memory, a
 seccomp filter (`seccomp.py`), resource limits, and a wall clock. Killing it kills all its children, and
 it dies with the trainer.
@@ -40,20 +40,20 @@ class SandboxError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. The most memory all its processes can take is max_processes x memory_mb + disk_mb."""
+    """Limits of one run. All its processes together can take at most max_processes x memory_mb + disk_mb of memory."""
 
     wall_s: float = 10.0
-    """Seconds from start to end, whatever it does."""
+    """Wall-clock seconds from start to end."""
     cpu_s: int = 5
-    """Seconds of CPU of one process."""
+    """CPU seconds of one process."""
     memory_mb: int = 512
     """Address space of one process."""
     disk_mb: int = 16
-    """Its folder, which is in memory, and the size of one file."""
+    """Size of its folder, which is in memory, and of one file."""
     max_processes: int = 4
-    """Processes and threads together."""
+    """Number of processes and threads together."""
     output_mb: int = 4
-    """What it may print or answer; more ends it."""
+    """Size of what it may print or answer; more ends it."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -64,7 +64,7 @@ class Limits:
 
 
 class Session:
-    """One process in the sandbox. Every exchange with it has what is left of the wall clock."""
+    """One process in the sandbox. Every exchange with it is limited by the rest of its wall-clock time."""
 
     def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
         self.process = process
@@ -79,7 +79,7 @@ class Session:
         """The value that a function of the candidate returns for JSON arguments.
 
         Raises:
-            SandboxError: it raised, answered what is not JSON, answered too much, or did not answer in time.
+            SandboxError: it raised, its answer is not JSON or too long, or it did not answer in time.
         """
         self.pump(frame({"call": function, "args": arguments}), want=0)
         reply = self.receive()
@@ -104,11 +104,11 @@ class Session:
         return message
 
     def run(self, text: str) -> str:
-        """What a program prints when it reads ``text``, up to its end.
+        """Everything that the program prints, given ``text`` as its input.
 
         Raises:
-            SandboxError: it ended with another exit status than 0 (an exception, a signal, a limit), printed too much,
-                or did not end in time.
+            SandboxError: its exit status is not 0 (an exception, a signal, a limit), it printed too much, or it did not
+                end in time.
         """
         self.pump(text.encode(errors="replace"), want=None)
         try:
@@ -120,14 +120,14 @@ class Session:
         return self.buffer.decode(errors="replace")
 
     def pump(self, data: bytes, want: int | None) -> None:
-        """Writes ``data`` and reads until ``want`` bytes are there; None: closes the input and reads to the end."""
+        """Writes ``data`` and reads until the buffer holds ``want`` bytes; None: closes the input, reads to the end."""
         view = memoryview(data)
         while view or want is None or len(self.buffer) < want:
             if not view and want is None:
                 self._close_input()
             if (left := self.deadline - time.monotonic()) <= 0:
                 raise SandboxError("wall clock")
-            poller = select.poll()  # select.select takes no descriptor above 1023
+            poller = select.poll()  # select.select accepts no descriptor above 1023
             poller.register(self.stdout, select.POLLIN)
             if view:
                 poller.register(self.stdin, select.POLLOUT)
@@ -164,7 +164,7 @@ def frame(message: Any) -> bytes:
 def session(
     code: str, mode: Literal["functions", "program"], limits: Limits, isolation: Isolation
 ) -> Iterator[Session]:
-    """Starts a process for ``code``; at the end it and all its children are gone.
+    """Context of a process for ``code``; at the end it and all its children are killed.
 
     ``functions``: the code is executed as a module, then `Session.call` calls its functions. ``program``: it runs as
     ``__main__`` with standard input and output.
@@ -174,10 +174,10 @@ def session(
         "cpu_s": limits.cpu_s,
         "memory_mb": limits.memory_mb,
         "disk_mb": limits.disk_mb,
-        # Outside of namespaces the kernel would count every process of the user.
+        # Without namespaces the kernel would count every process of the user.
         "max_processes": None if isolation == "unsafe" else limits.max_processes,
     }
-    # A user id of its own: the kernel counts processes by user, and no other process is its to kill.
+    # A separate user id: the kernel counts processes by user, and it can kill no other process.
     uid = random.SystemRandom().randrange(1 << 30, (1 << 31) - 2) if as_root else None
     order = {"code": code, "mode": mode, "limits": allowed, "uid": uid}
     with tempfile.TemporaryDirectory(prefix="gspo-code-", ignore_cleanup_errors=True) as folder:
@@ -241,11 +241,11 @@ _RIGHT = "def probe():\n    return 42\n"
 
 @functools.cache
 def require(isolation: Isolation) -> None:
-    """Refuses to go on where this system cannot isolate, unless the user asked for no isolation.
+    """Refuses a system that cannot isolate, unless the user chose no isolation.
 
     Raises:
-        UserError: names what is missing. The check runs code in the sandbox that tries to get out; without isolation
-            code that is right, as a process that cannot start would give every completion the reward of failure.
+        UserError: names what is missing. The check runs code in the sandbox that tries to get out; without isolation it
+            runs right code, because a process that cannot start would give every completion the reward for failure.
     """
     if isolation == "unsafe":
         _require_an_answer()

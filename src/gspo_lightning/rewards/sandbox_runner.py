@@ -1,7 +1,7 @@
-"""What runs inside the sandbox, as ``python -I -S -c <this file>``; it needs the standard library alone.
+"""The program inside the sandbox, run as ``python -I -S -c <this file>``; it needs only the standard library.
 
-It trusts nobody and nobody trusts it: once the candidate's code runs, whatever comes out of this process is the
-candidate's word. The verdict is made outside, from answers to questions whose answers were never sent in here.
+It is not trusted: once the candidate's code runs, that code may control all output of this process. The verdict is
+made outside, by comparing answers with expected ones that are never sent in here.
 Messages both ways are a 4-byte big-endian length and UTF-8 JSON.
 """
 
@@ -29,7 +29,7 @@ def read_exactly(fd: int, count: int) -> bytes:
 
 
 def receive(fd: int) -> dict | None:
-    """The next message, or None at the end."""
+    """The next message, or None at the end of the input."""
     head = read_exactly(fd, 4)
     if len(head) < 4:
         return None
@@ -45,9 +45,9 @@ def send(fd: int, message: dict) -> None:
 
 
 def limit(limits: dict, uid: int | None) -> None:
-    """Gives up rights and resources for good. The kernel counts no processes of root, so root becomes someone else.
+    """Gives up rights and resources permanently. The kernel counts no processes of root, so root changes its user.
 
-    A hard limit that is lower already stays: it cannot be raised. macOS refuses every limit of the address space.
+    A hard limit that is already lower stays: it cannot be raised. macOS refuses every limit of the address space.
     """
     mib = 1 << 20
     for name, value in (
@@ -73,7 +73,7 @@ def limit(limits: dict, uid: int | None) -> None:
 
 
 def foreign_imports(tree: ast.AST) -> list[str]:
-    """Modules the code imports by statement that are not in the standard library."""
+    """Modules outside the standard library that the code imports by statement; ``.`` for a relative import."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -84,7 +84,7 @@ def foreign_imports(tree: ast.AST) -> list[str]:
 
 
 def answer(module: types.ModuleType, request: dict) -> dict:
-    """Calls a function of the candidate."""
+    """Calls a function of the candidate; returns its value, or the type of what it raised."""
     try:
         return {"value": getattr(module, request["call"])(*request["args"])}
     except BaseException as error:  # noqa: BLE001  (SystemExit of the candidate is an answer, too)
@@ -92,7 +92,7 @@ def answer(module: types.ModuleType, request: dict) -> dict:
 
 
 def main() -> None:
-    """Limits itself, looks at the code, runs it, and answers calls until the input ends."""
+    """Limits itself, inspects the code, runs it, and answers calls until the input ends."""
     order = receive(0)
     assert order is not None
     limit(order["limits"], order["uid"])

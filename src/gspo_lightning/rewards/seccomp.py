@@ -62,7 +62,7 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT, _THIRD_ARGUMENT = 0, 
 
 
 def supported() -> bool:
-    """Whether the numbers of this machine's system calls are known here."""
+    """Whether this module knows the system call numbers of this machine."""
     return platform.machine() in _ARCHITECTURES
 
 
@@ -81,7 +81,7 @@ def program() -> bytes:
     for numbers in _DENIED.values():
         code += [_op(_EQUAL, numbers[column], 0, 1), _op(_RETURN, _ERROR | errno.EPERM)]
     code += [_op(_EQUAL, _CLONE3, 0, 1), _op(_RETURN, _ERROR | errno.ENOSYS)]
-    code += [  # of huge pages, prctl may only say that there are none, not even where they are asked for
+    code += [  # of huge pages, prctl may only disable them, even where madvise requests them
         _op(_EQUAL, _PRCTL[column], 0, 8),
         _op(_LOAD, _FIRST_ARGUMENT),
         _op(_EQUAL, _THP_DISABLE, 0, 4),

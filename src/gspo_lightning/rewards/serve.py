@@ -1,4 +1,4 @@
-"""The other side of `worker.Worker`: a process that calls one function again and again until it is told to end.
+"""The other side of `worker.Worker`: a process that calls one function repeatedly until it is told to end.
 
 It is started by path, not as a module of the package, so that it imports nothing that the function does not need.
 """
@@ -16,14 +16,14 @@ from multiprocessing.connection import Connection
 PR_SET_PDEATHSIG = 1
 HAS_PRCTL = sys.platform.startswith("linux")
 LOOK_S = 1.0
-"""Seconds between two looks for the parent where there is no prctl."""
+"""Seconds between two checks for the parent on systems without prctl."""
 
 
 def die_with(parent: int, number: int = signal.SIGKILL) -> None:
-    """Linux sends this process a signal when its parent dies, however that happens.
+    """Makes Linux send this process a signal when its parent dies, however that happens.
 
-    Elsewhere it only looks whether the parent is there now. Called between fork and exec (`sweep_job.run_apart`) it
-    can do no more: no thread lives on through an exec, so there a job outlives a sweep that is killed.
+    On other systems it only checks that the parent exists now. Called between fork and exec (`sweep_job.run_apart`) it
+    can do no more: no thread survives an exec, so there a job outlives a killed sweep.
     """
     if HAS_PRCTL:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
@@ -32,7 +32,7 @@ def die_with(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def watch(parent: int) -> None:
-    """Kills this process when its parent is another one: the first has died, and the system's has taken its place."""
+    """Kills this process when its parent changes: the parent has died, and a system process has taken its place."""
     while os.getppid() == parent:
         time.sleep(LOOK_S)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +45,7 @@ def main(fd: int, parent: int) -> None:
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     sys.path[:], pickled = connection.recv()
-    # What the function prints is nobody's protocol: the connection has a descriptor of its own.
+    # The function may print: the connection has its own descriptor.
     try:
         function = pickle.loads(pickled)
         connection.send((True, None))

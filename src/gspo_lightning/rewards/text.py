@@ -1,4 +1,4 @@
-"""Rewards that read text: tags, numbers inside tags, multiple choice. None of them evaluates what the model wrote."""
+"""Rewards that read text: tags, numbers inside tags, multiple choice. None of them executes text of the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gspo_lightning.rewards.numerals import plain_letters
 
 
 def blocks(text: str, tag: str) -> list[str]:
-    """What stands between each ``<tag>`` and the ``</tag>`` next to it, in time linear in the text."""
+    """The text between each ``<tag>`` and the next ``</tag>``, in time linear in the length of the text."""
     parts = text.split(f"<{tag}>")[1:]
     return [part[:end] for part in parts if (end := part.find(f"</{tag}>")) >= 0]
 
 
 def single_block(text: str, tag: str) -> str | None:
-    """The one block of a tag, or None where there is none, a second one, or a tag without its partner."""
+    """The one block of a tag, or None if there is none, a second one, or a tag without its partner."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
     found = blocks(text, tag)
@@ -28,7 +28,7 @@ def single_block(text: str, tag: str) -> str | None:
 
 
 def check_tag(key: str, tag: str) -> None:
-    """Refuses what is no name of a tag."""
+    """Refuses a string that is no name of a tag."""
     if not tag or re.search(r"[<>/\s]", tag):
         raise UserError(f"{key}={tag!r} is not the name of a tag; give it without angle brackets, such as answer")
 
@@ -42,7 +42,7 @@ def check_finite(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True)
 class TagFormat:
-    """Exactly one reasoning block and exactly one solution block; text that is mostly filler costs.
+    """Rewards exactly one reasoning block and exactly one solution block; text that is mostly filler is penalised.
 
     Args:
         reasoning: name of the reasoning tag: ``REASONING`` means ``<REASONING>...</REASONING>``.
@@ -98,11 +98,11 @@ class TagFormat:
 
 @dataclass(frozen=True)
 class TaggedNumber:
-    """The number in the one block of a tag is the row's ``answer``, compared as numbers: ``5.0`` is ``5``.
+    """Rewards the row's ``answer`` in the one block of a tag, compared as numbers: ``5.0`` is ``5``.
 
     Args:
         tag: name of the tag.
-        right: reward if it is, else 0.
+        right: reward if the number is right, else 0.
         tolerance: relative to the answer, absolute below 1.
     """
 
@@ -117,7 +117,7 @@ class TaggedNumber:
             raise UserError(f"TaggedNumber.tolerance={self.tolerance} must be at least 0")
 
     def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-        """One reward per completion; None (does not apply) where the row's answer is no number."""
+        """One reward per completion; None (does not apply) if the row's answer is no number."""
         return [self._score(full_text(c), number(a)) for c, a in zip(completions, answer, strict=True)]
 
     def _score(self, text: str, target: float | None) -> float | None:
@@ -131,14 +131,14 @@ class TaggedNumber:
 
 _LATIN = "A-Za-zÀ-ɏḀ-ỿ"
 _ACCENT = "[\u0300-\u036f]"
-"""Of the letter before it, in text that is not composed."""
+"""Combining accent of the letter before it, in text that is not composed."""
 
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    r"""The chosen letter is the row's ``answer``.
+    r"""1 if the chosen letter is the row's ``answer``, else 0.
 
-    The choice is read from the first of these that is there: the one block of ``tag``; the last ``\boxed{X}``; the last
+    The choice is read from the first of these that exists: the one block of ``tag``; the last ``\boxed{X}``; the last
     "answer is X" or "Answer: X", in Markdown and LaTeX too (``**Answer:** B``, ``\boxed{\text{B}}``); the beginning of
     a text (``B``, ``(B)``, ``B. because``) that names no answer later. A letter somewhere in a sentence is no choice:
     "A" is also a word. Brackets and punctuation may be those of Chinese and Japanese, and letters full-width.
@@ -146,7 +146,7 @@ class MultipleChoice:
     Args:
         choices: the letters, such as ``ABCD``.
         tag: name of a tag that holds the choice; None if there is none.
-        answer_words: what "answer" is called, where it stands before a colon or the letter: ``["答案", "答案是"]``.
+        answer_words: words for "answer" before a colon or the letter, such as ``["答案", "答案是"]``.
     """
 
     choices: str = "ABCD"

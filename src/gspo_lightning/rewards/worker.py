@@ -18,7 +18,7 @@ from typing import Any
 from gspo_lightning.errors import UserError
 
 LONGEST_S = 10**6
-"""Most seconds of a limit: poll counts milliseconds in 32 bits."""
+"""Largest time limit in seconds: poll counts milliseconds in 32 bits."""
 _SERVE = Path(__file__).parent / "serve.py"
 
 
@@ -31,10 +31,10 @@ class WorkerTimeoutError(Exception):
 
 
 class Worker:
-    """Calls ``function`` in a process of its own, started fresh (no fork: threads of torch would be copied broken).
+    """Calls ``function`` in a separate process, started fresh (not forked, which would break torch's threads).
 
-    It starts at the first call, stays warm, and ends with `close`, with this object, or with this process, whichever
-    comes first, also when that is killed. Its start does not count towards a timeout.
+    It starts at the first call, stays warm, and ends with `close`, with this object, or with this process (even if
+    killed), whichever comes first. Its start does not count towards a timeout.
 
     Args:
         function: importable by name, or an instance of an importable class.
@@ -58,14 +58,14 @@ class Worker:
         self._kill: Callable[[], object] = lambda: None
 
     def start(self) -> None:
-        """Starts the process without waiting for it; call it from a thread that lives on: it ends with that."""
+        """Starts the process without waiting for it; it ends with the calling thread, which must outlive its use."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", str(_SERVE), str(theirs.fileno()), str(os.getpid())]
         with theirs:
-            # A session of its own: Ctrl-C reaches the trainer alone, and killing the group reaches its children.
+            # A new session: Ctrl-C reaches only the trainer, and killing the group reaches the children too.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
             )
@@ -75,7 +75,7 @@ class Worker:
         self._connection.send((sys.path, self.pickled))
 
     def __call__(self, *arguments: Any, timeout_s: float | None) -> Any:
-        """What the function returns.
+        """The result of the function.
 
         Raises:
             WorkerTimeoutError: after ``timeout_s`` seconds; the process is gone, the next call starts a new one.
@@ -123,7 +123,7 @@ class Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Kills the process and its children, if it runs."""
+        """Kills the process, if it runs, and its children."""
         self._kill()
         self._process = self._connection = None
         self._idle = True
