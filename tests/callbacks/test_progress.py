@@ -26,7 +26,7 @@ def rollouts(line, module, steps, clock=None, seconds=0.0):
 
 def test_the_line_says_reward_length_clipping_speed_and_time_left():
     text = describe(METRICS, 65.0)
-    assert text == "reward 0.984  length 9.0  clipped 38%  150 + 75 tokens/s  left 1:05"
+    assert text == "reward 0.984  length 9.0  ratios clipped 38%  150 + 75 tokens/s  left 1:05"
     assert "clipped" not in describe(METRICS, 65.0, clipped=False)
     without = {name: value for name, value in METRICS.items() if not name.startswith("clip_frac")}
     assert describe(without, 65.0) == "reward 0.984  length 9.0  150 + 75 tokens/s  left 1:05"

@@ -91,7 +91,7 @@ def describe(metrics: dict[str, float], left_s: float, clipped: bool = True) -> 
     """The numbers of a rollout in one line; throughput is that of sampling and of the update."""
     parts = [f"reward {metrics['reward/mean']:.3f}", f"length {metrics['completion/mean_tokens']:.1f}"]
     if clipped and "clip_frac_high" in metrics:  # a loss without a clip has no such metric
-        parts.append(f"clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
+        parts.append(f"ratios clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
     # The speed of a rollout that was sampled before a resume may be unknown.
     rollout, update = metrics.get("perf/rollout_tokens_per_s"), metrics["perf/train_tokens_per_s"]
     sampled = "?" if rollout is None else f"{rollout:.0f}"
