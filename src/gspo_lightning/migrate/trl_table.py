@@ -158,7 +158,10 @@ NONE: dict[str, tuple[Any, str]] = {
         False,
         "the last policy is exported; compare exports: evaluate.py model=path model.path=<run>/model",
     ),
-    "metric_for_best_model": (None, "the last policy is exported"),
+    "metric_for_best_model": (
+        None,
+        "the last policy is exported; checkpoint.keep_best=val/accuracy keeps the best one too",
+    ),
     "greater_is_better": (None, "the last policy is exported"),
     "accelerator_config": (_ACCELERATOR, "devices and strategies are the group trainer"),
     "parallelism_config": (None, "devices and strategies are the group trainer"),
