@@ -88,7 +88,8 @@ else
   # Random weights until the trainer sends its own: an unsynchronised server cannot pass for a synchronised one.
   arguments+=(--load-format dummy)
 fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+# A command that is only printed, with --gpus, is for a machine that has them.
+if [ -z "$only_print" ] || [ -z "$gpus" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   [ -z "$gpus" ] || die "--gpus $gpus has no effect: torch sees no GPU here; leave it out"
   settings+=(VLLM_CPU_OMP_THREADS_BIND=nobind)
   # A prompt cut into chunks ends vLLM 0.32 on a CPU: it turns back the generator of a seeded request, and those cannot.

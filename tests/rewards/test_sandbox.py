@@ -274,6 +274,23 @@ def test_limits_of_the_shell_that_are_lower_than_ours_stay_and_right_code_gets_i
     assert judge(code, tests, sandbox=isolation) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "hard", "line"),
+    [
+        (resource.RLIMIT_AS, 195 * 2**20, "limits.memory_mb=512 is more than the 195 that this system allows (`ulimit -Hv`)"),
+        (resource.RLIMIT_FSIZE, 2**19, "limits.disk_mb=4 is more than the 0.5 that this system allows (`ulimit -Hf`)"),
+        (resource.RLIMIT_CPU, 0, "limits.cpu_s=1 is more than the 0 that this system allows (`ulimit -Ht`)"),
+    ],
+    ids=["memory", "disk", "cpu"],
+)  # fmt: skip
+def test_limits_above_those_of_the_system_are_refused_because_right_code_would_fail(kind, hard, line, monkeypatch):
+    given = resource.getrlimit
+    monkeypatch.setattr(resource, "getrlimit", lambda of: (hard, hard) if of == kind else given(of))
+    with pytest.raises(UserError) as caught:
+        CodeTests(sandbox="unsafe", limits=Limits(memory_mb=512, disk_mb=4, cpu_s=1)).check()
+    assert str(caught.value) == f"{line}; lower it, or raise that"
+
+
 MACOS = """
 import resource, sys
 sys.platform = "darwin"

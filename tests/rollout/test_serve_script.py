@@ -114,29 +114,35 @@ def test_the_servers_see_the_gpus_that_were_printed(serve):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cpu", "line"),
+    ("arguments", "line"),
     [
         (
             ["--servers", "2"],
-            "",
             "--servers 2 would all take the first GPU; give each its own, and none the trainer's, such as --gpus 1,2",
         ),
         (
             ["--servers", "2", "--gpus", "1,2,3"],
-            "",
             "--gpus 1,2,3 is for 3 servers, and --servers is 2; give one for each",
         ),
-        (["--gpus", "1,2"], "", "--gpus 1,2 is for 2 servers, and --servers is 1; give one for each"),
-        (["--servers", "2", "--gpus", "1,1"], "", "--gpus 1,1 names a GPU twice; give every server its own"),
-        (["--servers", "2", "--gpus", "1+2,2"], "", "--gpus 1+2,2 names a GPU twice; give every server its own"),
-        (["--servers", "2", "--gpus", "1,"], "", "--gpus 1, is no list of GPUs; write it like 1,2"),
-        (["--servers", "two"], "", "--servers two is no number of servers; give 1 or more"),
-        (["--gpus", "1"], "1", "--gpus 1 has no effect: torch sees no GPU here; leave it out"),
+        (["--gpus", "1,2"], "--gpus 1,2 is for 2 servers, and --servers is 1; give one for each"),
+        (["--servers", "2", "--gpus", "1,1"], "--gpus 1,1 names a GPU twice; give every server its own"),
+        (["--servers", "2", "--gpus", "1+2,2"], "--gpus 1+2,2 names a GPU twice; give every server its own"),
+        (["--servers", "2", "--gpus", "1,"], "--gpus 1, is no list of GPUs; write it like 1,2"),
+        (["--servers", "two"], "--servers two is no number of servers; give 1 or more"),
     ],
 )
-def test_gpus_that_do_not_fit_the_servers_are_refused_in_one_line(arguments, cpu, line, serve):
-    result, _ = serve(".venv", arguments=["--print", *arguments], NO_GPU=cpu)
+def test_gpus_that_do_not_fit_the_servers_are_refused_in_one_line(arguments, line, serve):
+    result, _ = serve(".venv", arguments=["--print", *arguments])
     assert (result.returncode, result.stdout, result.stderr) == (1, "", f"serve_rollouts: error: {line}\n")
+
+
+def test_gpus_without_a_gpu_are_refused_where_a_server_would_start_and_printed_for_another_machine(serve):
+    result, _ = serve(".venv", arguments=["--gpus", "1"], NO_GPU="1")
+    line = "serve_rollouts: error: --gpus 1 has no effect: torch sees no GPU here; leave it out\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", line)
+    elsewhere, _ = serve(arguments=["--print", "--servers", "2", "--gpus", "1,2"], NO_GPU="1")
+    here, _ = serve(arguments=["--print", "--servers", "2", "--gpus", "1,2"])
+    assert elsewhere.stdout == here.stdout and "--enforce-eager" not in here.stdout and here.returncode == 0
 
 
 def test_on_a_cpu_several_servers_share_it(serve):

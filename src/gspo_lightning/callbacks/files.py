@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 
@@ -86,6 +87,10 @@ def flush_to_disk(*paths: Path) -> None:
         except OSError as error:
             if not (path.is_dir() and error.errno in _FOLDERS_STAY):
                 raise
+            if error.errno == errno.EIO:  # shares give it where they cannot; a local disk only when it fails
+                warnings.warn(
+                    f"{path}: its file system did not flush it ({error.strerror}); is the disk failing?", stacklevel=2
+                )
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import full_text
-from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, require, session
+from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, check_limits, require, session
 
 MAX_CODE_CHARACTERS = 50_000
 _CALL, _PROGRAM = {"call", "args", "expected"}, {"input", "output"}
@@ -96,7 +96,8 @@ class CodeTests:
         check_sandbox("CodeTests", self.sandbox)
 
     def check(self) -> None:
-        """Refuses to run if the sandbox cannot isolate."""
+        """Refuses to run if the sandbox cannot isolate, or the system's limits are lower than those set."""
+        check_limits(self.limits)
         require(self.sandbox)
 
     def __call__(self, completions: list[Any], tests: list[Any], **_: Any) -> list[float]:

@@ -20,7 +20,7 @@ import numpy as np
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.code import check_sandbox, extract_code
 from gspo_lightning.rewards.functions import full_text
-from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, require, session
+from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, check_limits, require, session
 
 Matrix = list[list[float]]
 SHAPES = ((1, 1, 1), (2, 3, 4), (7, 5, 6), (16, 16, 16))
@@ -72,7 +72,8 @@ class MatmulReward:
             raise UserError(f"MatmulReward.ladder={self.ladder} must be [maximum error, score] pairs, errors ascending")
 
     def check(self) -> None:
-        """Refuses to run if the sandbox cannot isolate."""
+        """Refuses to run if the sandbox cannot isolate, or the system's limits are lower than those set."""
+        check_limits(self.limits)
         require(self.sandbox)
 
     def __call__(self, completions: list[Any], log_metric: Callable[[str, float], None], **_: Any) -> list[float]:

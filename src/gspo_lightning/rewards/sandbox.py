@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -261,6 +262,28 @@ def require(isolation: Isolation) -> None:
         raise UserError(f"bubblewrap cannot isolate here (are user namespaces off?): {error}; {way_out}") from error
     if seen != [False] * 4:
         raise UserError(f"bubblewrap does not isolate here (files, network, writing, root: {seen}); {way_out}")
+
+
+def check_limits(limits: Limits) -> None:
+    """Refuses limits above the hard ones of this process, which a sandbox inherits and cannot raise.
+
+    Right code that stays within the settings would get the reward of failure.
+
+    Raises:
+        UserError: names the setting and the limit of the system.
+    """
+    mib = 2**20
+    for name, kind, unit, flag in (
+        ("memory_mb", resource.RLIMIT_AS, mib, "v"),
+        ("disk_mb", resource.RLIMIT_FSIZE, mib, "f"),
+        ("cpu_s", resource.RLIMIT_CPU, 1, "t"),
+    ):
+        asked, hard = getattr(limits, name), resource.getrlimit(kind)[1]
+        if (name, sys.platform) != ("memory_mb", "darwin") and hard != resource.RLIM_INFINITY and hard < asked * unit:
+            raise UserError(
+                f"limits.{name}={asked} is more than the {hard / unit:.4g} that this system allows (`ulimit -H{flag}`)"
+                "; lower it, or raise that"
+            )
 
 
 def _probed(code: str, isolation: Isolation) -> Any:
