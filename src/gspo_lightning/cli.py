@@ -239,16 +239,17 @@ def _evaluate(cfg: DictConfig) -> None:
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     folder = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     trainer = build_trainer(plain, [], folder)
-    module.validator.log = HeldOutLog(folder, trainer.global_rank)
+    module.validator.log = log = HeldOutLog(folder, trainer.global_rank)
     first_error.join(folder, trainer.global_rank, trainer.world_size)
     rank_watch.begin(folder, lambda: first_error.leave_nothing(folder))
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
         rank_watch.stop()
+    log.write()
     if trainer.is_global_zero:
         written = write_evaluation(folder, plain, module.last_validation)
         print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
-        print(f"written: {written} and {module.validator.log.path.name} beside it", flush=True)
+        print(f"written: {written} and {log.path.name} next to it", flush=True)
 
 
 def _make_run_dir(folder: Path) -> Path:

@@ -14,27 +14,27 @@ EVALUATION = "evaluation.json"
 
 
 class HeldOutLog:
-    """Writes a line per held-out completion to ``held_out.jsonl``; see `Validator.log`.
+    """Keeps a record of every held-out completion and writes them to ``held_out.jsonl``; see `Validator.log`.
 
     Each rank writes the completions of its own prompts: rank 0 to that file, rank r to ``held_out.rank<r>.jsonl``.
+    Nothing is written before the end, so that an evaluation that fails leaves no folder.
 
     Args:
-        folder: exists. An earlier evaluation's log in it is replaced when the first completions are written.
+        folder: exists.
         rank: of this process.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / (f"held_out.rank{rank}.jsonl" if rank else "held_out.jsonl")
-        self._is_new = True
+        self._lines: list[str] = []
 
     def __call__(self, records: list[dict[str, Any]]) -> None:
-        """Appends the records, in their order."""
-        lines = "".join(to_json(record) + "\n" for record in records)
-        if self._is_new:
-            self.path.unlink(missing_ok=True)
-        self._is_new = False
-        with self.path.open("ab") as file:
-            file.write(lines.encode("utf-8", "backslashreplace"))
+        """Adds the records, in their order."""
+        self._lines += [to_json(record) for record in records]
+
+    def write(self) -> None:
+        """Writes a line per record, in place of an earlier evaluation's."""
+        replace_file(self.path, "".join(line + "\n" for line in self._lines))
 
 
 def write_evaluation(folder: Path, plain: dict[str, Any], metrics: dict[str, float]) -> Path:
