@@ -239,7 +239,7 @@ def _evaluate(cfg: DictConfig) -> None:
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     folder = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     trainer = build_trainer(plain, [], folder)
-    module.validator.log = log = HeldOutLog(folder, trainer.global_rank)
+    module.validator.log = log = HeldOutLog(folder, trainer.global_rank, trainer.world_size)
     first_error.join(folder, trainer.global_rank, trainer.world_size)
     rank_watch.begin(folder, lambda: first_error.leave_nothing(folder))
     with contextlib.closing(module.rewards), closing_engine(module.engine):

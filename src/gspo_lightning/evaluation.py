@@ -22,10 +22,12 @@ class HeldOutLog:
     Args:
         folder: exists.
         rank: of this process.
+        ranks: their number.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
         self.path = folder / (f"held_out.rank{rank}.jsonl" if rank else "held_out.jsonl")
+        self._others = [folder / f"held_out.rank{other}.jsonl" for other in range(1, ranks)]
         self._lines: list[str] = []
 
     def __call__(self, records: list[dict[str, Any]]) -> None:
@@ -33,7 +35,10 @@ class HeldOutLog:
         self._lines += [to_json(record) for record in records]
 
     def write(self) -> None:
-        """Writes a line per record, in place of an earlier evaluation's."""
+        """Writes a line per record, in place of an earlier evaluation's; rank 0 removes those of more ranks."""
+        if self.path.name == "held_out.jsonl":
+            for path in set(self.path.parent.glob("held_out.rank*.jsonl")) - set(self._others):
+                path.unlink(missing_ok=True)
         replace_file(self.path, "".join(line + "\n" for line in self._lines))
 
 

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -51,7 +52,7 @@ class RankWatch:
 
     def _run(self) -> None:
         while not self._over.wait(POLL_S):
-            _hold_back_lightning(lambda: self._note() is not None)
+            _hold_back_lightning(self._patience)
             note = self._note()
             if (note is not None or self._is_orphan()) and not self._over.wait(GRACE_S):
                 self._end(note or self._note())
@@ -59,6 +60,13 @@ class RankWatch:
     def _note(self) -> dict[str, Any] | None:
         note = first_error.read(self._folder)
         return None if note is None or note == self._before or first_error.is_own(note) else note
+
+    def _patience(self) -> float:
+        """Seconds that Lightning has to wait before it kills this rank; infinite if this rank has failed itself."""
+        note = first_error.read(self._folder)
+        if note is not None and note != self._before and first_error.is_own(note):
+            return math.inf
+        return 0.0 if self._note() is None else 2 * GRACE_S
 
     def _is_orphan(self) -> bool:
         return self._starter is not None and os.getppid() != self._starter
@@ -98,26 +106,32 @@ def _starter() -> int | None:
     """
     starter = os.environ.get(_STARTER)
     if starter is not None and any(text.startswith(_STARTED) for text in sys.argv):
-        return int(starter)
+        # With a launcher in between, that rank's death would not show here.
+        return int(starter) if os.getppid() == int(starter) else None
     os.environ[_STARTER] = str(os.getpid())
     return None
 
 
-def _hold_back_lightning(is_noted: Callable[[], bool]) -> None:
+def _hold_back_lightning(patience: Callable[[], float]) -> None:
     """Delays Lightning's observer, which kills a rank whose child rank failed, until that rank could print the error.
 
-    Without a note there is nothing to print, and the observer acts at once.
+    Without a note there is nothing to print, and the observer acts at once. A rank that has failed itself ends by
+    itself, which may take long: loggers upload what they have; and the other ranks watch too.
+
+    Args:
+        patience: returns seconds to wait before the kill; infinite for no kill.
     """
     for thread in threading.enumerate():
         if thread.name == _OBSERVER and "_terminate_all" not in vars(thread):
             observer: Any = thread
-            observer._terminate_all = _patient(observer._terminate_all, is_noted)
+            observer._terminate_all = _patient(observer._terminate_all, patience)
 
 
-def _patient(kill: Callable[[], None], is_noted: Callable[[], bool]) -> Callable[[], None]:
+def _patient(kill: Callable[[], None], patience: Callable[[], float]) -> Callable[[], None]:
     def wait_and_kill() -> None:
-        if is_noted():
-            time.sleep(2 * GRACE_S)
-        kill()
+        seconds = patience()
+        if seconds < math.inf:
+            time.sleep(seconds)
+            kill()
 
     return wait_and_kill

@@ -92,8 +92,19 @@ def test_a_shell_or_srun_that_goes_does_not(watched, monkeypatch):
     assert not watched.ended.over.wait(0.3)
 
 
-@pytest.mark.parametrize("noted", [True, False])
-def test_lightning_kills_a_rank_only_after_it_could_say_the_first_error(noted, monkeypatch):
+def test_where_a_launcher_stands_between_two_ranks_none_is_taken_for_dead(watched, monkeypatch):
+    monkeypatch.setattr(rank_watch.sys, "argv", ["train.py", "hydra.job.name=train_ddp_process_1"])
+    monkeypatch.setenv("GSPO_LIGHTNING_STARTER", str(os.getppid() + 1))
+    watched.begin()
+    assert not watched.ended.over.wait(0.3)
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [(None, [0.0, "killed"]), (0, [0.1, "killed"]), (1, [])],
+    ids=["nobody", "another rank", "this rank, which ends by itself"],
+)
+def test_lightning_kills_a_rank_only_after_it_could_say_the_first_error(by, expected, watched, monkeypatch):
     done = []
     monkeypatch.setattr(rank_watch.time, "sleep", lambda seconds: done.append(seconds))
     go = threading.Event()
@@ -104,8 +115,12 @@ def test_lightning_kills_a_rank_only_after_it_could_say_the_first_error(noted, m
 
     observer = Observer(target=go.wait, name="child-process-observer", daemon=True)
     observer.start()
+    watch = rank_watch.RankWatch(watched.folder, lambda: None)
+    watch.stop()
     for _ in range(2):  # at every look
-        rank_watch._hold_back_lightning(lambda: noted)
+        rank_watch._hold_back_lightning(watch._patience)
+    if by is not None:
+        note_of(by, watched.folder, monkeypatch)
     observer._terminate_all()
     go.set()
-    assert done == ([2 * rank_watch.GRACE_S] if noted else []) + ["killed"]
+    assert done == expected

@@ -33,7 +33,8 @@ def test_the_numbers_are_those_of_the_completions_also_on_two_ranks(tmp_path):
     arguments = ["experiment=micro", "validation.num_generations=3", "validation.threshold=0.05", "trainer.precision=64-true", "model.dtype=float64"]  # fmt: skip
     alone, two = tmp_path / "alone", tmp_path / "two"
     (alone).mkdir()
-    (alone / "held_out.jsonl").write_text("of an earlier evaluation\n")
+    for name in ("held_out.jsonl", "held_out.rank1.jsonl"):
+        (alone / name).write_text("of an earlier evaluation, on two ranks\n")
     done = run(*arguments, f"hydra.run.dir={alone}", script="evaluate.py")
     assert f"written: {alone}/evaluation.json and held_out.jsonl" in done.stdout
     found, evaluation = records(alone), json.loads((alone / "evaluation.json").read_text())
