@@ -31,7 +31,7 @@ def test_the_factor_over_trl_is_that_of_the_file_at_the_beginning_at_the_end_and
     assert f"take TRL {min(whole):.1f} to {max(whole):.1f} times as long" in page
     warm_up_too = factors(0, 23)
     assert "with those two: {:.1f}, {:.1f} and {:.1f}".format(*warm_up_too) in page
-    assert f"({min(warm_up_too):.1f} to {max(warm_up_too):.1f} with the first two rollouts" in page.replace("  ", " ")
+    assert f"({min(warm_up_too):.1f} to {max(warm_up_too):.1f} with the first two rollouts" in " ".join(page.split())
 
 
 def test_the_citation_has_the_version_and_license_of_the_package_and_papers_that_the_pages_name():
