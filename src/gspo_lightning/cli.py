@@ -257,7 +257,7 @@ def _make_run_dir(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have been quicker
     except OSError as error:
         raise _no_run_dir(folder, error) from error
     return folder
