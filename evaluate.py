@@ -1,6 +1,6 @@
 """`python evaluate.py model=path model.path=FOLDER`: measures a policy on held-out prompts; settings as in training."""
 
-from gspo_lightning.threads import configure_threads, keep_freed_memory
+from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
 configure_threads()
 keep_freed_memory()

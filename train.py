@@ -1,6 +1,6 @@
 """`python train.py experiment=... key=value`: trains a policy. See conf/train.yaml for every setting."""
 
-from gspo_lightning.threads import configure_threads, keep_freed_memory
+from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
 configure_threads()
 keep_freed_memory()

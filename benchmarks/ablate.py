@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gspo_lightning import passes, rollout_update, update
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan, logprobs
 from gspo_lightning.policy import load, model
 from gspo_lightning.rollout import transformers_engine
 from gspo_lightning.rollout.decoder import Decoder
+from gspo_lightning.training import passes, rollout_update, update
 from gspo_lightning.types import Dialogue, ScoredRollout
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gspo_lightning.threads import SPIN_COUNT
+from gspo_lightning.program.threads import SPIN_COUNT
 
 
 def environment(threads: int) -> dict[str, str]:

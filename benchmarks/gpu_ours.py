@@ -11,10 +11,10 @@ from benchmarks.gpu_models import MODELS, RandomLoader, write_folder
 from benchmarks.gpu_worker import answer
 from benchmarks.scenarios import Scenario
 from benchmarks.worker_ours import TimedModule, make_prompt, parameter_counts, train
+from gspo_lightning.config.hardware import busy_tokens
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
-from gspo_lightning.update import busy_tokens
 
 
 @dataclass(frozen=True)

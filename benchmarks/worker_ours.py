@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo_lightning.threads import keep_freed_memory
+from gspo_lightning.program.threads import keep_freed_memory
 
 keep_freed_memory()
 
@@ -18,6 +18,7 @@ from benchmarks.scenarios import Scenario, reward, template  # noqa: E402
 from benchmarks.vlm import picture  # noqa: E402
 from benchmarks.worker import Clock, job, report  # noqa: E402
 from gspo_lightning.advantages import AdvantageEstimator  # noqa: E402
+from gspo_lightning.config.hardware import busy_tokens, token_budget  # noqa: E402
 from gspo_lightning.data.vision import VisionSettings, encode_conversation  # noqa: E402
 from gspo_lightning.module import GSPOModule  # noqa: E402
 from gspo_lightning.objective import Objective  # noqa: E402
@@ -26,10 +27,10 @@ from gspo_lightning.policy.model import Policy  # noqa: E402
 from gspo_lightning.policy.processor import load_processor  # noqa: E402
 from gspo_lightning.rewards import RewardSet, RewardSpec  # noqa: E402
 from gspo_lightning.rollout import TransformersEngine  # noqa: E402
-from gspo_lightning.schedule import Schedule  # noqa: E402
+from gspo_lightning.training.schedule import Schedule  # noqa: E402
+from gspo_lightning.training.update import UpdateSettings  # noqa: E402
+from gspo_lightning.training.validation import ValidationSettings  # noqa: E402
 from gspo_lightning.types import Prompt, PromptBatch, SamplingParams  # noqa: E402
-from gspo_lightning.update import UpdateSettings, busy_tokens, token_budget  # noqa: E402
-from gspo_lightning.validation import ValidationSettings  # noqa: E402
 
 
 class TimedModule(GSPOModule):

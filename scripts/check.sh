@@ -14,5 +14,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$bin/python" -m mypy
 # Left to scripts/test.sh: what loads a pretrained model, starts the program, or waits for limits of time to pass.
 exec "$bin/python" -m pytest -q -x tests/objective tests/packing tests/data tests/rewards tests/report tests/migrate tests/docs \
-  tests/test_advantages.py tests/test_schedule.py --deselect tests/packing/test_shared_prefix.py::test_packed_equals_padded_on_smollm2_in_float32 \
+  tests/test_advantages.py tests/training/test_schedule.py --deselect tests/packing/test_shared_prefix.py::test_packed_equals_padded_on_smollm2_in_float32 \
   --ignore tests/rewards/test_sandbox.py --ignore tests/rewards/test_workers.py --ignore tests/rewards/test_reward_model.py "$@"

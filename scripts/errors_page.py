@@ -27,7 +27,7 @@ HEAD = """# What goes wrong, and what is said
 
 Every mistake below ends `python train.py` with exit code 2 and this one line, before anything is half-written.
 `debug=traceback` shows the traceback too. The table is written by `python scripts/errors_page.py`, which makes each
-mistake; `pytest tests/test_bad_input.py` makes them too and fails where a line differs.
+mistake; `pytest tests/program/test_bad_input.py` makes them too and fails where a line differs.
 """
 
 

@@ -23,7 +23,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${GSPO_VENV:-$root/.venv}/bin/python"
 
 bash "$root/scripts/setup.sh"
-cores="$("$python" -m gspo_lightning.threads)"
+cores="$("$python" -m gspo_lightning.program.threads)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 [ "$(uname -s)" != Darwin ] || export KMP_BLOCKTIME="${KMP_BLOCKTIME:-0}"

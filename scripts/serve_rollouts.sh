@@ -71,7 +71,7 @@ has_vllm='import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") 
 folder="$("$python" -c 'import sys; from gspo_lightning.policy.bundled import resolve_model; print(resolve_model(sys.argv[1]))' "$model" 2>/dev/null)" ||
   die "--model $model is no model; give a folder, a hub name or bundled:NAME"
 if [ -z "$dtype" ]; then
-  dtype="$("$python" -c 'from gspo_lightning.hardware import choose_precision; print("bfloat16" if "bf16" in choose_precision("auto", "auto") else "float32")' 2>/dev/null)"
+  dtype="$("$python" -c 'from gspo_lightning.config.hardware import choose_precision; print("bfloat16" if "bf16" in choose_precision("auto", "auto") else "float32")' 2>/dev/null)"
 fi
 
 # Development endpoints load the weights; eager and a small cache where vLLM runs on a CPU.

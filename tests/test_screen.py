@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from gspo_lightning.data.preview import _panel
-from gspo_lightning.redact import masked, masked_stderr
+from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.rollout.http_client import Server, ServerError

@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     from gspo_lightning.rewards import RewardSpec as RewardSpec
     from gspo_lightning.rollout import RolloutEngine as RolloutEngine
     from gspo_lightning.rollout import TransformersEngine as TransformersEngine
-    from gspo_lightning.schedule import Schedule as Schedule
+    from gspo_lightning.training.schedule import Schedule as Schedule
+    from gspo_lightning.training.update import Minibatch as Minibatch
+    from gspo_lightning.training.update import UpdateSettings as UpdateSettings
+    from gspo_lightning.training.validation import ValidationSettings as ValidationSettings
     from gspo_lightning.types import (
         Completion as Completion,
     )
@@ -69,9 +72,6 @@ if TYPE_CHECKING:
     from gspo_lightning.types import (
         ScoredRollout as ScoredRollout,
     )
-    from gspo_lightning.update import Minibatch as Minibatch
-    from gspo_lightning.update import UpdateSettings as UpdateSettings
-    from gspo_lightning.validation import ValidationSettings as ValidationSettings
 
 __version__ = "0.1.0"
 
@@ -82,7 +82,7 @@ _PUBLIC = {
     "LoraSettings": "gspo_lightning.policy.load",
     "LossInputs": "gspo_lightning.objective",
     "LossSpec": "gspo_lightning.objective",
-    "Minibatch": "gspo_lightning.update",
+    "Minibatch": "gspo_lightning.training.update",
     "Objective": "gspo_lightning.objective",
     "PackedBatch": "gspo_lightning.packing",
     "Policy": "gspo_lightning.policy.model",
@@ -97,13 +97,13 @@ _PUBLIC = {
     "RolloutEngine": "gspo_lightning.rollout",
     "RowsTask": "gspo_lightning.data",
     "SamplingParams": "gspo_lightning.types",
-    "Schedule": "gspo_lightning.schedule",
+    "Schedule": "gspo_lightning.training.schedule",
     "ScoredRollout": "gspo_lightning.types",
     "Task": "gspo_lightning.data",
     "TransformersEngine": "gspo_lightning.rollout",
-    "UpdateSettings": "gspo_lightning.update",
+    "UpdateSettings": "gspo_lightning.training.update",
     "UserError": "gspo_lightning.errors",
-    "ValidationSettings": "gspo_lightning.validation",
+    "ValidationSettings": "gspo_lightning.training.validation",
     "linear_logprobs": "gspo_lightning.packing",
     "make_prompt": "gspo_lightning.data",
     "pack": "gspo_lightning.packing",

@@ -24,23 +24,24 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from gspo_lightning import config, first_error, hardware, rank_watch
-from gspo_lightning.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
-from gspo_lightning.config_groups import check_choices
+from gspo_lightning.config import checks, hardware
+from gspo_lightning.config.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config.groups import check_choices
+from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
-from gspo_lightning.estimate import Ranks, estimate
-from gspo_lightning.evaluation import HeldOutLog, write_evaluation
 from gspo_lightning.extras import install_line
-from gspo_lightning.guarded_step import NonFiniteGradientError
-from gspo_lightning.redact import masked, masked_stderr, redacted
+from gspo_lightning.program.estimate import Ranks, estimate
+from gspo_lightning.program.evaluation import HeldOutLog, write_evaluation
+from gspo_lightning.program.redact import masked, masked_stderr, redacted
+from gspo_lightning.program.resume import find_checkpoint
+from gspo_lightning.program.sweep_job import SweepStopped, begins_ranks, run_apart
+from gspo_lightning.program.threads import share_threads
+from gspo_lightning.program.training_run import TrainingRun
 from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
-from gspo_lightning.resume import find_checkpoint
 from gspo_lightning.rollout import RolloutError, closing_engine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.sweep_job import SweepStopped, begins_ranks, run_apart
-from gspo_lightning.threads import share_threads
-from gspo_lightning.training_run import TrainingRun
+from gspo_lightning.training.guarded_step import NonFiniteGradientError
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
@@ -71,7 +72,7 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def train_main() -> None:
-    """Runs `train` with the configs of the package (`gspo_lightning.commands`)."""
+    """Runs `train` with the configs of the package (`gspo_lightning.program.commands`)."""
     run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(train))
 
 
@@ -160,8 +161,8 @@ def _end_with_the_others(error: Exception, folder: Path) -> None:
 
 def _train(cfg: DictConfig) -> float | None:
     _quieten()
-    plain = config.resolve(cfg)
-    config.check(plain)
+    plain = checks.resolve(cfg)
+    checks.check(plain)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if plain["dry_run"]:
         _dry_run(plain)
@@ -170,7 +171,7 @@ def _train(cfg: DictConfig) -> float | None:
     if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         return run_apart()
     _share_threads(plain)
-    ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=config.is_sharded(plain))
+    ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=checks.is_sharded(plain))
     run_dir = _make_run_dir(folder)
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     rewards = build(plain["reward"])
@@ -192,7 +193,7 @@ def _train(cfg: DictConfig) -> float | None:
 
 
 def _dry_run(plain: dict[str, Any]) -> None:
-    """Prints the table of `gspo_lightning.estimate` for the first prompts of the run."""
+    """Prints the table of `gspo_lightning.program.estimate` for the first prompts of the run."""
     rewards = build(plain["reward"])
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
@@ -218,7 +219,7 @@ def _dry_run(plain: dict[str, Any]) -> None:
 
 
 def _ranks(plain: dict[str, Any]) -> Ranks:
-    sharded = config.is_sharded(plain)
+    sharded = checks.is_sharded(plain)
     gather = sharded and plain["trainer"]["strategy"].get("gather_for_rollouts", True)
     return Ranks(hardware.ranks(plain), sharded, gather_for_rollouts=gather)
 
@@ -229,8 +230,8 @@ def _share_threads(plain: dict[str, Any]) -> None:
 
 def _evaluate(cfg: DictConfig) -> None:
     _quieten()
-    plain = config.resolve(cfg)
-    config.check(plain, training=False)
+    plain = checks.resolve(cfg)
+    checks.check(plain, training=False)
     if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         run_apart()
         return

@@ -19,16 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.collect import collect_rollout, compare, rollout_metrics
-from gspo_lightning.distributed import add_metrics, gather_values, global_sum, rank
-from gspo_lightning.dynamic_sampling import Drawn, PromptSource, draw_until_signal
+from gspo_lightning.distributed.ranks import add_metrics, global_sum
+from gspo_lightning.distributed.sharding import shard_policy
 from gspo_lightning.errors import UserError
-from gspo_lightning.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.refusals import refuse_turn_rewards
-from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.packing.products import onednn_float32
-from gspo_lightning.passes import Passes
 from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
@@ -39,9 +35,14 @@ from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.gathered import gathered
 from gspo_lightning.rollout.seeds import rollout_seed
-from gspo_lightning.rollout_log import forget, rollout_values
-from gspo_lightning.rollout_update import RolloutUpdate
-from gspo_lightning.run_state import (
+from gspo_lightning.training.collect import collect_rollout, compare, rollout_metrics
+from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
+from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
+from gspo_lightning.training.one_step_off import OneStepOff
+from gspo_lightning.training.prompt_source import PromptSource, prompt_source
+from gspo_lightning.training.rollout_log import forget, rollout_values
+from gspo_lightning.training.rollout_update import RolloutUpdate
+from gspo_lightning.training.run_state import (
     keep_settings,
     leave_frozen_out,
     page_again,
@@ -49,13 +50,21 @@ from gspo_lightning.run_state import (
     restore_run_state,
     run_state,
 )
-from gspo_lightning.schedule import Schedule
-from gspo_lightning.sharding import shard_policy
-from gspo_lightning.timing import Stopwatch
-from gspo_lightning.trainer_checks import check_advantages, check_batch, check_fit, check_prompts, say_nothing_is_left
+from gspo_lightning.training.schedule import Schedule
+from gspo_lightning.training.timing import Stopwatch
+from gspo_lightning.training.trainer_checks import (
+    check_advantages,
+    check_batch,
+    check_fit,
+    check_prompts,
+    say_nothing_is_left,
+)
+from gspo_lightning.training.update import (
+    Minibatch,
+    UpdateSettings,
+)
+from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
-from gspo_lightning.update import Minibatch, UpdateSettings, check_minibatches, minibatch_order, split_minibatches
-from gspo_lightning.validation import ValidationSettings, Validator
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
@@ -218,8 +227,9 @@ class GSPOModule(L.LightningModule):
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         with self.trainer.precision_plugin.forward_context():
             if self.max_draws:
+                source = self._source("dynamic_sampling.max_draws")
                 rollout, self.batch_in_hand, self._drawn = draw_until_signal(
-                    self._source(), self._collect, self.max_draws, self._run_along
+                    source, self._collect, self.max_draws, self._run_along
                 )
             else:
                 rollout = self._collect(batch.prompts)
@@ -246,12 +256,14 @@ class GSPOModule(L.LightningModule):
         assert self.policy is not None
         self.engine.generate(self.policy, [], self.sampling, rollout_seed(self.seed, self.rollouts_done))
 
-    def _source(self) -> PromptSource:
-        """The data module, which fresh prompts are drawn from: the loader fetches ahead, so its batches are stale."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, PromptSource):
-            raise UserError("dynamic_sampling.max_draws needs a data module with first() and draw(): PromptDataModule")
-        return datamodule
+    def _source(self, setting: str) -> PromptSource:
+        """The data module, which prompts are asked of: the loader fetches ahead, so its batches are stale."""
+        if (source := prompt_source(self.trainer)) is None:
+            raise UserError(
+                f"{setting} needs a data module that keeps its position: PromptDataModule, or one with all members of "
+                "gspo_lightning.training.prompt_source.PromptSource"
+            )
+        return source
 
     # ---------------------------------------------------------------- update
 
@@ -259,10 +271,10 @@ class GSPOModule(L.LightningModule):
         """Takes all optimizer steps on the current rollout."""
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
-        update = RolloutUpdate(self, self._passes(), scored, rollout_metrics(scored, by_weight))
+        update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight))
         add_metrics(update.metrics, self._drawn.metrics(self.rewards.weighted_sum))
         with self._float32_products():
-            update.prepare(self._minibatches(scored))
+            update.prepare()
             self._sample_ahead()
             update.run()
         self._sync_reference()
@@ -296,46 +308,18 @@ class GSPOModule(L.LightningModule):
         """Whether a subclass adds a term: then every minibatch has a backward, with or without completions."""
         return type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
 
-    def _passes(self) -> Passes:
-        assert self.policy is not None
-        frozen = self.references[0] if self.references else None
-        settings = self.update_settings
-        behaviour = self.ahead.behaviour if self.ahead is not None and self.ahead.is_stale else None
-        return Passes(
-            self.policy, frozen, self._objective_now, self.sampling.temperature, settings.log_entropy, behaviour
-        )
-
     def _sample_ahead(self) -> None:
         """Begins the next rollout; its old log-probabilities will be those of the current weights."""
         if self.ahead is None or self.rollouts_done + 1 >= self.max_rollouts:
             return
-        batch_at = getattr(getattr(self.trainer, "datamodule", None), "batch_at", None)
-        if batch_at is None:
-            raise UserError("rollout.engine.staleness=1 needs a data module with batch_at(): PromptDataModule")
+        source = self._source("rollout.engine.staleness=1")
         assert self.policy is not None
         self.ahead.launch(
             self.policy,
-            batch_at(self.batch_in_hand.cursor).prompts,
+            source.batch_at(self.batch_in_hand.cursor).prompts,
             self.sampling,
             rollout_seed(self.seed, self.rollouts_done + 1),
             self.trainer.precision_plugin.forward_context,
-        )
-
-    @property
-    def _objective_now(self) -> Objective:
-        return self.objective.at(self.rollouts_done / max(1, self.max_rollouts - 1))
-
-    def _minibatches(self, scored: ScoredRollout) -> list[Minibatch]:
-        settings, counts = self.update_settings, gather_values(torch.tensor([len(scored.prompts)])).tolist()
-        for count in counts:
-            check_minibatches(count, settings.num_minibatches, 1)
-        seed = rollout_seed(self.seed, self.rollouts_done)
-        return split_minibatches(
-            scored,
-            settings,
-            zero_advantage_is_free=self._objective_now.zero_advantage_is_free,
-            mask_truncated=self.objective.mask_truncated_completions,
-            order=minibatch_order(counts[rank()], settings.num_minibatches, seed, sum(counts[: rank()])),
         )
 
     def _sync_reference(self) -> None:
@@ -360,16 +344,15 @@ class GSPOModule(L.LightningModule):
         forget(self.trainer, self.last_metrics.keys() - values.keys())  # metrics that this rollout did not measure
         self.last_metrics = values
         self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
-        # Only a PromptDataModule keeps a position in its data; loaders of your own need not.
-        if (finish := getattr(getattr(self.trainer, "datamodule", None), "finish", None)) is not None:
-            finish(self.batch_in_hand)
+        if (source := prompt_source(self.trainer)) is not None:
+            source.finish(self.batch_in_hand)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
         """Resets the validation counters, with one for each task of a mixture."""
-        task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
-        self.validator.reset(getattr(task, "task_names", ()))
+        source = prompt_source(self.trainer)
+        self.validator.reset(source.task_names if source is not None else ())
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measures greedy and sampled completions of held-out prompts."""

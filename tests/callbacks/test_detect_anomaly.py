@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.callbacks import DetectAnomaly, NonFiniteLayerError
-from tests.training import Batches, Settings, build_module, scripted_prompts, trainer
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
 
 LAYER = "model.model.layers.1.mlp.up_proj"
 

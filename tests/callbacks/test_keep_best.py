@@ -16,10 +16,10 @@ from gspo_lightning.callbacks import RolloutCheckpoint
 from gspo_lightning.callbacks.best import Best, metrics_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import SamplingParams
-from gspo_lightning.validation import ValidationSettings, Validator
 from tests.conf.test_every_key import run as in_process
-from tests.training import Batches, Settings, build_module, scripted_prompts, scripted_reward, trainer
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, scripted_reward, trainer
 
 VALUES = {2: 0.25, 4: 0.5, 6: 0.5, 8: 0.25, 10: 0.75}
 """Rises, stays, falls, rises."""

@@ -24,8 +24,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from safetensors.torch import load_file
 
-from gspo_lightning import cli, config
-from gspo_lightning.build import build, build_module
+from gspo_lightning import cli
+from gspo_lightning.config import checks
+from gspo_lightning.config.build import build, build_module
 from gspo_lightning.errors import UserError
 from tests.conf.probes import PROBES, Probe
 from tests.conf.test_groups import CONF, composed, of_file, resolved
@@ -207,8 +208,8 @@ SHOWN = {
     (SERVER, "max_attempts"): (SERVER_TESTS, "test_a_prompt_that_no_server_can_answer_ends_the_run"),
     (SERVER, "max_in_flight"): ("tests/rollout/test_server_pool.py", "test_a_server_is_asked_so_many_prompts_at_a_time"),
     (SERVER, "pause_s"): (SERVER_TESTS, "test_a_server_that_failed_rests_for_the_pause_and_then_longer"),
-    ("gspo_lightning.update.UpdateSettings", "max_nonfinite_steps"): (
-        "tests/test_update.py", "test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while"
+    ("gspo_lightning.UpdateSettings", "max_nonfinite_steps"): (
+        "tests/training/test_update.py", "test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while"
     ),
     ("gspo_lightning.rewards.RewardSpec", "weight"): ("tests/rewards/test_reward_set.py", "test_combination_by_weight"),
     ("gspo_lightning.rewards.RewardSpec", "timeout_s"): ("tests/rewards/test_workers.py", "timeout_s"),
@@ -232,16 +233,16 @@ def test_every_key_that_is_said_to_be_tested_elsewhere_is_named_there():
 
 def test_a_setting_without_effect_is_refused_and_a_warning_when_allowed():
     with pytest.raises(UserError, match="objective.delta cannot act.*allow_no_effect=true"):
-        config.check(resolved(*BASE, *SINGLE, "objective.delta=9.0"))
+        checks.check(resolved(*BASE, *SINGLE, "objective.delta=9.0"))
     with pytest.warns(UserWarning, match="objective.delta cannot act"):
-        config.check(resolved(*BASE, *SINGLE, "objective.delta=9.0", "allow_no_effect=true"))
+        checks.check(resolved(*BASE, *SINGLE, "objective.delta=9.0", "allow_no_effect=true"))
 
 
 def test_one_step_off_a_clip_acts_with_one_optimizer_step_per_rollout():
     ahead = [*BASE, "update.num_minibatches=1", "rollout=vllm_server", "rollout.engine.staleness=1"]
-    config.check(resolved(*ahead))
+    checks.check(resolved(*ahead))
     with pytest.raises(UserError, match="objective.epsilon cannot act"):
-        config.check(resolved(*ahead, "rollout.engine.staleness=0"))
+        checks.check(resolved(*ahead, "rollout.engine.staleness=0"))
 
 
 SINGLE = ["update.num_minibatches=1", "objective.epsilon=null", "objective.epsilon_high=null"]

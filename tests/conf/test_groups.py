@@ -16,9 +16,10 @@ from hydra.errors import MissingConfigException
 from lightning.pytorch.accelerators import MPSAccelerator
 from omegaconf import OmegaConf
 
-from gspo_lightning import build as build_module_of_config
-from gspo_lightning import config, config_sections, hardware
-from gspo_lightning.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config import build as build_module_of_config
+from gspo_lightning.config import checks, hardware
+from gspo_lightning.config import sections as config_sections
+from gspo_lightning.config.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.errors import UserError
 from tests.support import has_module
 
@@ -62,7 +63,7 @@ def resolved(*overrides, run_dir="/nowhere"):
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return config.resolve(cfg)
+    return checks.resolve(cfg)
 
 
 def of_file(file):
@@ -88,9 +89,9 @@ def test_composes_passes_the_checks_and_builds_its_objects(choice):
     plain = resolved(choice, *NEEDS.get(choice, []))
     if choice == "optimizer=paged_adamw_8bit" and not torch.cuda.is_available():
         with pytest.raises(UserError, match="use optimizer=adamw_8bit"):
-            config.check(plain)
+            checks.check(plain)
         return
-    config.check(plain)
+    checks.check(plain)
     if choice == "rollout=vllm" and importlib.util.find_spec("vllm") is None:
         with pytest.raises(UserError, match="needs vLLM: scripts/setup.sh --vllm-cpu"):
             build_module(plain)
@@ -198,14 +199,14 @@ def test_the_shorter_of_rollouts_and_epochs_ends_the_run(overrides, expected):
 def test_evaluate_refuses_what_it_would_pass_over():
     micro = ["experiment=micro", "logger=none"]
     with pytest.raises(UserError) as of_checkpoint:
-        config.check(resolved(*micro, "ckpt_path=run/checkpoints/last.ckpt"), training=False)
+        checks.check(resolved(*micro, "ckpt_path=run/checkpoints/last.ckpt"), training=False)
     assert str(of_checkpoint.value) == (
         "ckpt_path=run/checkpoints/last.ckpt: evaluate.py measures models, not checkpoints; name the folder that a run "
         "exports: model=path model.path=<run>/model"
     )
     with pytest.raises(UserError, match="^dry_run=true: evaluate.py always measures"):
-        config.check(resolved(*micro, "dry_run=true"), training=False)
-    config.check(resolved(*micro), training=False)
+        checks.check(resolved(*micro, "dry_run=true"), training=False)
+    checks.check(resolved(*micro), training=False)
 
 
 def test_every_argument_that_we_give_the_trainer_is_refused_in_a_config(monkeypatch):
@@ -218,7 +219,7 @@ def test_every_argument_that_we_give_the_trainer_is_refused_in_a_config(monkeypa
     assert {"max_epochs", "val_check_interval", "logger", "log_every_n_steps"} <= overwritten
     for key in overwritten:
         with pytest.raises(UserError, match=rf"^trainer\.{key} is not a setting here: "):
-            config.check({**plain, "trainer": {**plain["trainer"], key: 1}})
+            checks.check({**plain, "trainer": {**plain["trainer"], key: 1}})
 
 
 def test_names_of_the_root_are_those_of_the_default_config():
@@ -229,12 +230,12 @@ def test_names_of_the_root_are_those_of_the_default_config():
 def test_settings_without_effect_are_warnings_where_that_is_allowed():
     plain = resolved("experiment=micro", "+scheduler.min_ratio=0.3", "allow_no_effect=true")
     with pytest.warns(UserWarning, match="has no effect with"):
-        config.check(plain)
+        checks.check(plain)
 
 
 def test_a_root_key_of_the_users_own_is_accepted_where_something_refers_to_it():
     plain = resolved("experiment=micro", "+my_size=4", "data.prompts_per_rollout=${my_size}", "debug=fast")
-    config.check({**plain, "export": {**plain["export"], "merge_lora": True}})  # not exported: not merged either
+    checks.check({**plain, "export": {**plain["export"], "merge_lora": True}})  # not exported: not merged either
     assert plain["data"]["prompts_per_rollout"] == 4
     with pytest.raises(UserError, match="^my_size: there is no such setting.*, and nothing refers to it$"):
         resolved("experiment=micro", "+my_size=4")

@@ -10,16 +10,17 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from gspo_lightning import cli, config
-from gspo_lightning.build import build_trainer
+from gspo_lightning import cli
 from gspo_lightning.callbacks.time_limit import TimeLimit
-from gspo_lightning.config_groups import check_choices
-from gspo_lightning.config_sections import choices_of
+from gspo_lightning.config import checks
+from gspo_lightning.config.build import build_trainer
+from gspo_lightning.config.groups import check_choices
+from gspo_lightning.config.sections import choices_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSpec
 from gspo_lightning.rewards.mathematics import MathVerify
 from gspo_lightning.rewards.worker import LONGEST_S
-from gspo_lightning.update import UpdateSettings
+from gspo_lightning.training.update import UpdateSettings
 from tests.conf.test_groups import resolved
 
 MICRO = ["experiment=micro", "logger=none"]
@@ -27,7 +28,7 @@ MICRO = ["experiment=micro", "logger=none"]
 
 def refusal(*overrides):
     with pytest.raises(UserError) as refused:
-        config.check(resolved(*MICRO, *overrides))
+        checks.check(resolved(*MICRO, *overrides))
     return str(refused.value)
 
 
@@ -60,7 +61,7 @@ def test_what_is_missing_or_no_section_is_named_with_what_there_is(override, lin
 
 
 def test_a_group_of_the_users_own_that_leaves_a_default_out_is_accepted():
-    config.check(resolved(*MICRO, "~rollout.top_p", "~rollout.min_p", "~update.log_entropy"))
+    checks.check(resolved(*MICRO, "~rollout.top_p", "~rollout.min_p", "~update.log_entropy"))
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,11 @@ def test_what_is_no_number_is_refused_where_a_comparison_would_let_it_pass(key):
 
 
 def test_infinity_stands_for_a_limit_that_is_lifted_and_for_nothing_else():
-    config.check(resolved(*MICRO, "update.max_grad_norm=inf", "objective.epsilon_high=inf"))
+    checks.check(resolved(*MICRO, "update.max_grad_norm=inf", "objective.epsilon_high=inf"))
     for key in ("rollout.temperature", "objective.beta", "objective.entropy_coef", "validation.threshold"):
         assert refusal(f"{key}=inf") == f"{key}=inf must be a finite number"
     assert refusal("rollout.temperature=101").startswith("rollout.temperature=101 must be at most 100: ")
-    config.check(resolved(*MICRO, "rollout.temperature=100"))
+    checks.check(resolved(*MICRO, "rollout.temperature=100"))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_limit_of_time_is_above_zero_and_read_before_anything_is_loaded():
     with pytest.raises(UserError, match="must be above 0"):
         TimeLimit(timedelta(seconds=-5))
     plain = resolved(*MICRO, "trainer.max_time={seconds:90}")
-    config.check(plain)
+    checks.check(plain)
     (limit,) = (c for c in build_trainer(plain, []).callbacks if isinstance(c, TimeLimit))
     assert limit.time_remaining() == 90.0
 
@@ -158,7 +159,7 @@ def test_an_optimizer_is_asked_for_a_step(settings, says):
 def test_an_optimizer_that_cannot_step_over_matrices_and_vectors_is_refused(name, why):
     node = {"_target_": f"torch.optim.{name}", "_partial_": True, "lr": 0.1}
     with pytest.raises(UserError) as refused:
-        config.check({**resolved(*MICRO), "optimizer": node})
+        checks.check({**resolved(*MICRO), "optimizer": node})
     assert str(refused.value) == f"optimizer: torch.optim.{name} refuses its settings ({why})"
 
 
@@ -177,7 +178,7 @@ class NeedsRanks(torch.optim.SGD):
     ],
 )
 def test_steps_that_another_machine_can_take_are_not_asked_for(settings, on_gpu):
-    config._check_optimizer({**settings, "_partial_": True, "lr": 0.1}, on_gpu=on_gpu)
+    checks._check_optimizer({**settings, "_partial_": True, "lr": 0.1}, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspo_lightning.build import build, build_data
+from gspo_lightning.config.build import build, build_data
 from gspo_lightning.data import LargestOfFour, MicroLetters
 from gspo_lightning.data.first_rows import FirstRows
 from gspo_lightning.data.stream import PromptStream

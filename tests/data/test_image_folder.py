@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from gspo_lightning.build import build
+from gspo_lightning.config.build import build
 from gspo_lightning.data.vision import image_parts
 from tests.conf.test_groups import composed
 

@@ -11,8 +11,8 @@ from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.data import Arithmetic, Mixture, RowsTask
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec
+from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
-from gspo_lightning.validation import ValidationSettings, Validator
 from tests.support import make_completion
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_lightning.build import build, with_environments
+from gspo_lightning.config.build import build, with_environments
 from gspo_lightning.dialogue import Environments, Reply
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError

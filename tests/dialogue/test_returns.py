@@ -11,11 +11,11 @@ import torch
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.callbacks.recorder import completion_entries, to_json
-from gspo_lightning.collect import compare, rollout_metrics
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
+from gspo_lightning.training.collect import compare, rollout_metrics
+from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import Completion, Dialogue, Prompt, RewardedRollout, Rollout, SamplingParams
-from gspo_lightning.validation import ValidationSettings, Validator
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 WORDS = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]

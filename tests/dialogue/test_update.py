@@ -12,8 +12,8 @@ from gspo_lightning.dialogue.turns import turn_advantages
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.types import Completion, Dialogue
+from tests.scripted import Settings, scripted_prompts, update_of
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
-from tests.training import Settings, scripted_prompts, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TURNS = [{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]

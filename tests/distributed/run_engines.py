@@ -13,14 +13,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gspo_lightning import run_state as run_state_module
-from gspo_lightning import sharding
-from gspo_lightning.distributed import rank, whole
+from gspo_lightning.distributed import sharding
+from gspo_lightning.distributed.ranks import rank, whole
+from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.rollout import TransformersEngine
-from gspo_lightning.sharding import FSDP2Strategy
+from gspo_lightning.training import run_state as run_state_module
 from gspo_lightning.types import Rollout, SamplingParams
-from tests.training import Batches, Settings, build_module, scripted_prompts, trainer
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
 
 GREEDY = SamplingParams(num_generations=2, max_completion_length=8, temperature=1.0)
 

@@ -14,12 +14,12 @@ from torch.distributed.fsdp import fully_shard
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gspo_lightning.distributed import rank, whole
+from gspo_lightning.distributed.ranks import rank, whole
+from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.sharding import FSDP2Strategy
 from tests.distributed.run_sharded import Prompts
-from tests.training import Settings, build_module, trainer
+from tests.scripted import Settings, build_module, trainer
 
 START = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 

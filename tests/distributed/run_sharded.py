@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
-from gspo_lightning.distributed import rank, whole, world_size
+from gspo_lightning.distributed.ranks import rank, whole, world_size
+from gspo_lightning.distributed.sharding import FSDP2Strategy, whole_policy
 from gspo_lightning.policy.load import LoraSettings
-from gspo_lightning.resume import find_checkpoint
+from gspo_lightning.program.resume import find_checkpoint
 from gspo_lightning.rollout import TransformersEngine
-from gspo_lightning.sharding import FSDP2Strategy, whole_policy
 from gspo_lightning.types import PromptBatch
-from tests.training import Settings, build_module, scripted_prompts, trainer, weights
+from tests.scripted import Settings, build_module, scripted_prompts, trainer, weights
 
 ROLLOUTS = 4
 

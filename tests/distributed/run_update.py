@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.distributed.ranks import rank, world_size
+from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
-from gspo_lightning.sharding import FSDP2Strategy
 from gspo_lightning.types import PromptBatch
-from tests.training import Settings, build_module, scripted_prompts, trainer, weights
+from tests.scripted import Settings, build_module, scripted_prompts, trainer, weights
 from tests.vision.models import picture_prompt
 
 ONE_RANK_SEES = "one rank without pictures"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gspo_lightning.threads import available_cores
+from gspo_lightning.program.threads import available_cores
 from tests.command_line import MICRO, ROOT, SHORT, assert_equal_up_to_order, assert_same_run, run, run_and_stop
 
 WIDE = ["model.dtype=float64", "trainer.accelerator=cpu"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_lightning.distributed.sharded_checkpoint import is_whole_folder, read_index
 from gspo_lightning.errors import UserError
-from gspo_lightning.resume import find_checkpoint
-from gspo_lightning.sharded_checkpoint import is_whole_folder, read_index
+from gspo_lightning.program.resume import find_checkpoint
 from tests.support import relative_distance
 
 HERE = Path(__file__).parent

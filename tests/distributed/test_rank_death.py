@@ -14,7 +14,8 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from gspo_lightning import cli, first_error
+from gspo_lightning import cli
+from gspo_lightning.distributed import first_error
 from gspo_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[2]

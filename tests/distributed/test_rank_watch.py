@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gspo_lightning import first_error, rank_watch
+from gspo_lightning.distributed import first_error, rank_watch
 
 # In place of the end of this process.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gspo_lightning import config
+from gspo_lightning.config import checks
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from tests.docs.test_snippets import resolved
-from tests.training import Settings, update_of
+from tests.scripted import Settings, update_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/coming-from.md").read_text()
@@ -89,4 +89,4 @@ def test_every_estimator_of_verl_has_a_row_and_what_it_becomes_composes():
         if re.fullmatch(r"\w+=\w+", text):
             assert (ROOT / "conf" / f"{text.replace('=', '/')}.yaml").exists(), text
         else:
-            config.check(resolved(text.split()))
+            checks.check(resolved(text.split()))

@@ -11,13 +11,11 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src" / "gspo_lightning"
 ALLOWED = {
     "lightning": [
-        "data/datamodule.py", "policy/check.py", "policy/load.py", "module.py", "rollout_update.py", "callbacks/*",
-        "distributed.py", "sharding.py", "cli.py", "sweep_job.py", "training_run.py", "build.py",
+        "module.py", "cli.py", "callbacks/*", "distributed/*", "program/*", "config/build.py", "data/datamodule.py",
+        "policy/check.py", "policy/load.py", "training/rollout_update.py",
     ],
     "transformers": ["policy/*", "rollout/*", "dialogue/*", "data/*", "rewards/*", "cli.py"],
-    "hydra": [
-        "data/preview.py", "cli.py", "sweep_job.py", "training_run.py", "build.py", "config*.py", "migrate/*", "report/*",
-    ],
+    "hydra": ["cli.py", "config/*", "program/*", "migrate/*", "report/*", "data/preview.py"],
 }  # fmt: skip
 
 

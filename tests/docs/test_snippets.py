@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-from gspo_lightning import config
-from gspo_lightning.build import build, build_module
+from gspo_lightning.config import checks
+from gspo_lightning.config.build import build, build_module
 from gspo_lightning.data.preview import build_datamodule
 from tests.support import has_module
 
@@ -67,7 +67,7 @@ def resolved(overrides):
         cfg.hydra.job.num = 0
         HydraConfig.instance().set_config(cfg)
         del cfg["hydra"]
-    return config.resolve(cfg)
+    return checks.resolve(cfg)
 
 
 def jobs(words):
@@ -91,7 +91,7 @@ def check_training(words):
             pytest.skip(f"needs {plugin}")
     for overrides in jobs(words):
         plain = resolved(overrides)
-        config.check(plain)
+        checks.check(plain)
         build_module(plain)
 
 
@@ -164,7 +164,7 @@ def test_a_python_snippet_runs(text):
 
 def test_a_right_and_long_answer_counts_as_right_under_the_reward_of_the_readme(own_project):
     plain = resolved(["reward=mine", own_project])
-    config.check(plain)
+    checks.check(plain)
     rewards = build_module(plain).rewards
     name, decides = next(iter(rewards.functions.items()))
     completions = [[{"role": "assistant", "content": text}] for text in ("It is 42. " * 100, "It is 41.")]

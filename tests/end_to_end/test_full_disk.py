@@ -15,11 +15,11 @@ import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gspo_lightning import training_run
 from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.resume import is_whole
+from gspo_lightning.program import training_run
+from gspo_lightning.program.resume import is_whole
 from tests.command_line import ROOT, SHORT, metrics, run
 from tests.conf import test_every_key as in_process
 

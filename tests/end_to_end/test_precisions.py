@@ -14,8 +14,8 @@ from gspo_lightning import __version__
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.load import LoraSettings
 from tests.conf.test_every_key import run
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 from tests.support import relative_distance
-from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

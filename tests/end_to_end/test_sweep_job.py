@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
-from gspo_lightning import sweep_job
 from gspo_lightning.errors import UserError
-from gspo_lightning.sweep_job import begins_ranks, command
+from gspo_lightning.program import sweep_job
+from gspo_lightning.program.sweep_job import begins_ranks, command
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """

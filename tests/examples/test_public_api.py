@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 import gspo_lightning
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.types import PromptBatch
+from tests.scripted import Settings, build_module, scripted_prompts, trainer, update_of, weights
 from tests.support import flat_gradient, relative_distance
-from tests.training import Settings, build_module, scripted_prompts, trainer, update_of, weights
 
 ROOT = Path(__file__).parents[2]
 

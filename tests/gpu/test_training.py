@@ -16,13 +16,13 @@ from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from gspo_lightning import cli
+from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.sharding import FSDP2Strategy
 from gspo_lightning.types import Completion, Prompt
 from tests.conf.test_groups import composed
+from tests.scripted import Settings, update_of
 from tests.support import random_groups, relative_distance
-from tests.training import Settings, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 

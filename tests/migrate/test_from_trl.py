@@ -14,8 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from rich.console import Console
 
-from gspo_lightning import config
-from gspo_lightning.build import rollouts_of_epochs
+from gspo_lightning.config import checks
+from gspo_lightning.config.build import rollouts_of_epochs
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
 from gspo_lightning.migrate.__main__ import command, experiment_yaml, main, overrides
@@ -38,7 +38,7 @@ def resolved(*arguments, searchpath=None):
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return config.resolve(cfg)
+    return checks.resolve(cfg)
 
 
 def completed(given):
@@ -50,7 +50,7 @@ def completed(given):
 
 def checked(given):
     plain = resolved(*overrides(completed(given)))
-    config.check(plain)
+    checks.check(plain)
     return plain
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gspo_lightning import config
+from gspo_lightning.config import checks
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
@@ -73,5 +73,5 @@ def test_bounds_that_cannot_be_meant_are_refused(how, low, high, message):
 @pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=20", "min_p=0.1"])
 def test_a_correction_is_refused_where_the_sampler_leaves_tokens_out(setting):
     with pytest.raises(UserError, match=rf"rollout.{setting} contradicts objective.mismatch.*mismatch=none"):
-        config.check(resolved("mismatch=token_truncate", f"rollout.{setting}"))
-    config.check(resolved(f"rollout.{setting}"))
+        checks.check(resolved("mismatch=token_truncate", f"rollout.{setting}"))
+    checks.check(resolved(f"rollout.{setting}"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gspo_lightning.extras import install_line
-from gspo_lightning.threads import SPIN_COUNT, available_cores
+from gspo_lightning.program.threads import SPIN_COUNT, available_cores
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -107,7 +107,7 @@ def test_what_is_missing_is_named_with_its_versions() -> None:
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_console_commands_set_threads_before_torch(command: str, tmp_path: Path) -> None:
     code = (
-        "import sys, os, atexit; from gspo_lightning import commands; assert 'torch' not in sys.modules\n"
+        "import sys, os, atexit; from gspo_lightning.program import commands; assert 'torch' not in sys.modules\n"
         "atexit.register(lambda: print('threads', os.environ['OMP_NUM_THREADS'], os.environ['GOMP_SPINCOUNT']))\n"
         f"sys.argv = ['gspo', '--info', 'defaults']; commands.{command}()"
     )

@@ -21,7 +21,7 @@ case "$1 $2" in
   "-m pip") echo "$@" >> "$CALLS" ;;
   "-m pytest") echo "$@" >> "$CALLS"; exit "${PYTEST_RC:-0}" ;;
   "-m gspo_lightning.policy.bundled") echo "$@" >> "$CALLS"; echo /the/model ;;
-  "-m gspo_lightning.threads") echo 3 ;;
+  "-m gspo_lightning.program.threads") echo 3 ;;
   "train.py "*) echo "$@ OMP=$OMP_NUM_THREADS SPIN=$GOMP_SPINCOUNT${KMP_BLOCKTIME+ BLOCK=$KMP_BLOCKTIME}" >> "$CALLS" ;;
   *) exec {real} "$@" ;;
 esac

@@ -62,6 +62,6 @@ def test_the_wheel_states_licence_python_and_commands(wheel: zipfile.ZipFile) ->
     commands = configparser.ConfigParser()
     commands.read_string(wheel.read(f"{info}/entry_points.txt").decode())
     assert dict(commands["console_scripts"]) == {
-        "gspo-train": "gspo_lightning.commands:train",
-        "gspo-eval": "gspo_lightning.commands:evaluate",
+        "gspo-train": "gspo_lightning.program.commands:train",
+        "gspo-eval": "gspo_lightning.program.commands:evaluate",
     }

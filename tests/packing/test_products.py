@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gspo_lightning.packing import attention, products
 from gspo_lightning.packing.products import changing_shapes, float32_products, onednn_float32, rows_missing
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 from tests.support import relative_distance
-from tests.training import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 
 CPU = torch.device("cpu")
 MATMUL = torch.backends.mkldnn.matmul

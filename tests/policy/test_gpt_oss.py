@@ -25,11 +25,11 @@ from gspo_lightning.rewards.reward_set import call_arguments
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.text import answer_and_thinking
 from gspo_lightning.rollout.vllm_requests import completion
+from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import SamplingParams, ScoredRollout
-from gspo_lightning.validation import ValidationSettings, Validator
 from tests.command_line import metrics, run
+from tests.scripted import ScriptedEngine
 from tests.support import make_prompt, padded_logprobs, random_groups, relative_distance
-from tests.training import ScriptedEngine
 
 MODEL = "bundled:micro-gpt-oss"
 HARMONY = harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)

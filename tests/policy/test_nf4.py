@@ -14,8 +14,8 @@ from gspo_lightning.packing import pack
 from gspo_lightning.policy import load
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from tests.scripted import Settings, build_module, update_of
 from tests.support import random_groups, relative_distance
-from tests.training import Settings, build_module, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -78,7 +78,7 @@ def test_an_update_moves_the_adapter_and_not_one_byte_of_the_base(micro_model_di
         return policy
 
     monkeypatch.setattr(load.PolicyLoader, "load", spy)
-    monkeypatch.setattr("tests.training.PolicyLoader", functools.partial(load.PolicyLoader, quantization="nf4"))
+    monkeypatch.setattr("tests.scripted.PolicyLoader", functools.partial(load.PolicyLoader, quantization="nf4"))
     moved, module = update_of(micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=4)))
     assert moved.norm() > 0
     now = dict(module.policy.named_parameters())
@@ -107,7 +107,7 @@ def test_an_adapter_is_not_merged_into_four_bits(micro_model_dir, tmp_path):
 
 
 def test_a_checkpoint_holds_the_adapter_alone(micro_model_dir, monkeypatch):
-    monkeypatch.setattr("tests.training.PolicyLoader", functools.partial(load.PolicyLoader, quantization="nf4"))
+    monkeypatch.setattr("tests.scripted.PolicyLoader", functools.partial(load.PolicyLoader, quantization="nf4"))
     module = build_module(micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=4)))
     module.configure_model()
     assert all("lora" in name for name in module.state_dict())

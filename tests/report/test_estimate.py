@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from gspo_lightning import hardware
-from gspo_lightning.estimate import ACTIVATIONS, GIB, Ranks, estimate
+from gspo_lightning.config import hardware
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.update import UpdateSettings
+from gspo_lightning.program.estimate import ACTIVATIONS, GIB, Ranks, estimate
+from gspo_lightning.training.update import UpdateSettings
 from tests.command_line import rows, run
 from tests.support import make_prompt, micro_policy
 

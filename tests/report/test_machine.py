@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from gspo_lightning import threads
+from gspo_lightning.program import threads
 from gspo_lightning.report import machine
 
 X86 = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t\t: 1\nmodel name\t: AMD EPYC 9B14\nflags\t\t: fpu\n\n"

@@ -10,10 +10,10 @@ from omegaconf import open_dict
 
 from gspo_lightning import cli
 from gspo_lightning.errors import UserError
-from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.rollout import closing_engine
 from gspo_lightning.rollout import engine as engine_module
 from gspo_lightning.rollout.gathered import GatheredEngine
+from gspo_lightning.training.one_step_off import OneStepOff
 from tests.conf.test_groups import composed
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gspo_lightning.dialogue import Environments
-from gspo_lightning.one_step_off import OneStepOff
 from gspo_lightning.rollout import EngineTraits, TransformersEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.gathered import GatheredEngine
+from gspo_lightning.training.one_step_off import OneStepOff
 
 
 class Plain:

@@ -8,8 +8,8 @@ import torch
 from gspo_lightning.packing import pack
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import SamplingParams
-from gspo_lightning.validation import ValidationSettings, Validator
 from tests.support import flat_gradient, relative_distance
 from tests.vision.models import FAMILIES, IMAGE, padded_vision_logprobs, picture_prompt, vision_policy
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gspo_lightning.callbacks.files import flush_checkpoint, flush_to_disk, remove, second_name
+from gspo_lightning.distributed.sharded_checkpoint import REST
 from gspo_lightning.errors import UserError
-from gspo_lightning.sharded_checkpoint import REST
 
 NO_BETTER = "val/mean_tokens"
 """The validation metric for which higher is not better."""

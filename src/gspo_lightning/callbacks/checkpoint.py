@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gspo_lightning.callbacks.best import Best
 from gspo_lightning.callbacks.files import flush_checkpoint, flush_to_disk, remove, second_name
 from gspo_lightning.callbacks.recorder import RunRecorder
-from gspo_lightning.distributed import world_size
+from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError, traits
 

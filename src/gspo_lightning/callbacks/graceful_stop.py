@@ -13,7 +13,7 @@ import lightning as L
 
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, what_stands
 from gspo_lightning.callbacks.requeue import requeue
-from gspo_lightning.distributed import global_max
+from gspo_lightning.distributed.ranks import global_max
 
 _BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not go on from here"
 

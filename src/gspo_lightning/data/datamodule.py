@@ -17,7 +17,7 @@ from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
 from gspo_lightning.data.vision import VisionSettings, encode_conversation, image_parts
-from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.processor import load_processor
@@ -101,6 +101,11 @@ class PromptDataModule(L.LightningDataModule):
         """Rollouts in one pass over a finite task, if no prompt is dropped; None for an endless one."""
         size = self.task.num_train_rows
         return None if size is None else size // self.prompts_per_rollout
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks of a mixture, which are validated separately; empty for a single task."""
+        return getattr(self.task, "task_names", ())
 
     def check(self, required_columns: Needed | None = None) -> None:
         """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.

@@ -45,7 +45,7 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from gspo_lightning.targets import check_targets
+    from gspo_lightning.config.targets import check_targets
 
     own = []
     if config_dir is not None:

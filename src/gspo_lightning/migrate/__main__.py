@@ -17,7 +17,7 @@ from rich.table import Table
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.convert import Conversion, convert
 from gspo_lightning.migrate.parse import parse_config
-from gspo_lightning.redact import masked, redacted
+from gspo_lightning.program.redact import masked, redacted
 from gspo_lightning.screen import visible
 
 NOT_IN_TRL = {

@@ -51,7 +51,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.has_adapter = has_adapter
         self.is_padded = is_padded
-        self.shards: Any = None  # `gspo_lightning.sharding.Shards` once the weights are split over ranks
+        self.shards: Any = None  # `gspo_lightning.distributed.sharding.Shards` once the weights are split over ranks
         self.processor = processor
         # Searched once: a rollout needs them at every token.
         modules: list[Any] = list(self.base_model.modules())

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.redact import masked
+from gspo_lightning.program.redact import masked
 from gspo_lightning.report import render_report
 
 

@@ -18,7 +18,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.redact import masked
+from gspo_lightning.program.redact import masked
 from gspo_lightning.report.page import html_page
 from gspo_lightning.report.runs import RunGroup, find_runs, group_runs, mean_and_halfwidth
 from gspo_lightning.report.sections import CHARTS

@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.tree import Tree
 
+from gspo_lightning.config.targets import LOOKUPS
 from gspo_lightning.screen import visible
-from gspo_lightning.targets import LOOKUPS
 
 
 def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gspo_lightning.threads import sysctl
+from gspo_lightning.program.threads import sysctl
 
 
 def machine_facts() -> dict[str, Any]:

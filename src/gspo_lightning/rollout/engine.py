@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
-from gspo_lightning.distributed import world_size
+from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
 
@@ -54,7 +54,7 @@ class EngineTraits:
     samples_on: Literal["every_rank", "first_rank"] = "every_rank"
     """Where weights are needed and the engine's files are: "first_rank" if rank 0 samples for all."""
     staleness: int = 0
-    """1 if the next rollout is to be sampled while this one trains (`gspo_lightning.one_step_off`)."""
+    """1 if the next rollout is to be sampled while this one trains (`gspo_lightning.training.one_step_off`)."""
     environments: Any = None
     """`gspo_lightning.dialogue.Environments` of an engine that samples dialogues."""
     max_concurrent: int = 0

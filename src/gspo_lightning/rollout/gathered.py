@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gspo_lightning.distributed import rank
+from gspo_lightning.distributed.ranks import rank
+from gspo_lightning.distributed.sharding import copy_trained_weights
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import RolloutEngine, close_engine, traits
 from gspo_lightning.rollout.transformers_engine import TransformersEngine
-from gspo_lightning.sharding import copy_trained_weights
 from gspo_lightning.types import Prompt, Rollout, SamplingParams
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch.distributed as dist
 from torch import Tensor
 
-from gspo_lightning.distributed import rank, world_size
+from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
 from gspo_lightning.types import Completion, Prompt

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from gspo_lightning.distributed import world_size
+from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import WeightSyncError
@@ -50,7 +50,7 @@ class VLLMServerEngine:
         max_in_flight: see `Patience`.
         tolerance: mean difference allowed between server and trainer on the probe in nats; None: by dtype.
         staleness: 0 samples every rollout from the current weights; 1 samples the next one while this one trains, from
-            weights that are one update old (`gspo_lightning.one_step_off`).
+            weights that are one update old (`gspo_lightning.training.one_step_off`).
     """
 
     samples_on = "first_rank"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gspo_lightning.distributed import world_size
+from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.weights import adapter_rank

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.build import build
+from gspo_lightning.config.build import build
 from gspo_lightning.errors import UserError
 
 ORACLE = Path(__file__).parents[1] / "letters.jsonl"

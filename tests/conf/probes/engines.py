@@ -19,8 +19,8 @@ from gspo_lightning.rollout import EngineUnavailableError, VLLMEngine, vllm_engi
 from gspo_lightning.types import SamplingParams
 from tests.conf.probes.base import Probe, built, or_error
 from tests.rollout.fake_server import FakeServer
+from tests.scripted import Settings, build_module
 from tests.support import make_prompt
-from tests.training import Settings, build_module
 
 
 def policy(node: dict[str, Any], folder: Path) -> Any:

@@ -14,10 +14,10 @@ import lightning
 import torch
 from hydra.utils import instantiate
 
-from gspo_lightning import hardware
-from gspo_lightning.build import build_trainer
 from gspo_lightning.callbacks import completions as completions_module
 from gspo_lightning.callbacks.health import Facts
+from gspo_lightning.config import hardware
+from gspo_lightning.config.build import build_trainer
 from tests.callbacks.fakes import TRAINER, FakeModule
 from tests.conf.probes.base import Probe, built
 

@@ -1,0 +1,236 @@
+"""Builds the objects of a resolved config: module, data, callbacks, Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
+from gspo_lightning.config.hardware import choose_accelerator
+from gspo_lightning.dialogue import Environments
+from gspo_lightning.errors import UserError
+from gspo_lightning.extras import install_line
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rollout import RolloutEngine, TransformersEngine
+from gspo_lightning.training.validation import ValidationSettings
+from gspo_lightning.types import SamplingParams
+
+
+def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSPOModule:
+    """The LightningModule of a resolved config; loads nothing yet.
+
+    Args:
+        plain: the resolved config.
+        rewards: those of this config, if already built; a reward may load its own model.
+    """
+    rollout = dict(plain["rollout"])
+    engine = build(rollout.pop("engine"))
+    if plain["environment"]:
+        engine = with_environments(engine, build(plain["environment"]))
+    validation = {k: v for k, v in plain["validation"].items() if k != "every_n_rollouts"}
+    return GSPOModule(
+        policy_loader=build(plain["model"]),
+        engine=engine,
+        rewards=rewards or build(plain["reward"]),
+        objective=build(plain["objective"]),
+        advantages=build(plain["advantages"]),
+        sampling=SamplingParams(**{**rollout, "stop": tuple(rollout["stop"])}),
+        optimizer=build(plain["optimizer"]),
+        schedule=build(plain["scheduler"]),
+        update=build(plain["update"]),
+        validation=ValidationSettings(**validation),
+        max_rollouts=plain["max_rollouts"],
+        seed=plain["seed"],
+        max_draws=plain["dynamic_sampling"]["max_draws"],
+    )
+
+
+def build(node: Any) -> Any:
+    """The object of one ``_target_`` node.
+
+    Raises:
+        UserError: carries the constructor's message.
+    """
+    try:
+        return instantiate(node, _convert_="all")
+    except SystemExit as error:
+        raise UserError(
+            f"importing what the config names ended with exit code {error.code}; remove that exit"
+        ) from error
+    except InstantiationException as error:
+        # The constructor's message alone; Hydra's wrapping around it does not help the user.
+        raise UserError(str(error.__cause__ or error)) from error
+
+
+def with_environments(engine: RolloutEngine, environments: Any) -> TransformersEngine:
+    """The engine whose completions are dialogues.
+
+    Raises:
+        UserError: the engine is not the in-process one, which alone can continue in a row's cache after a turn; or
+            ``environments`` is no `Environments`.
+    """
+    if not isinstance(environments, Environments):
+        raise UserError(
+            f"environment._target_ makes a {type(environments).__name__}; set it to "
+            "gspo_lightning.dialogue.Environments, and name the environment as environment.make._target_, with "
+            "environment.make._partial_=true"
+        )
+    if not isinstance(engine, TransformersEngine):
+        raise UserError(f"environment: {type(engine).__name__} cannot sample dialogues; use rollout=transformers")
+    return replace(engine, environments=environments)
+
+
+def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
+    """The data module; its dataset, its templates and the columns that rewards need are checked."""
+    datamodule = build({**plain["data"], "task": _task(plain)})
+    rewards.check()
+    datamodule.check(rewards.required_columns())
+    return datamodule
+
+
+def _task(plain: dict[str, Any]) -> Any:
+    """The config node of the task, limited to its first rows under ``overfit_rows``."""
+    task, count = plain["data"]["task"], plain["overfit_rows"]
+    if not count:
+        return task
+    if not isinstance(task, dict):
+        raise UserError(f"overfit_rows={count} needs a data group whose task is an object; data.task is {task!r}")
+    return {"_target_": "gspo_lightning.data.first_rows.FirstRows", "task": task, "count": count}
+
+
+def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) -> int:
+    """The length of the run: ``max_rollouts``, or ``num_epochs`` passes over a finite task, whichever is shorter.
+
+    Warns if ``max_rollouts`` ends the run before the epochs do.
+    """
+    epochs, limit = plain["num_epochs"], plain["max_rollouts"]
+    if epochs is None:
+        return limit
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
+        raise UserError(f"num_epochs={epochs!r} must be a number above 0, or null")
+    if plain["dynamic_sampling"]["max_draws"]:
+        raise UserError(
+            f"num_epochs={epochs} counts one prompt per place in a rollout, but dynamic_sampling.max_draws takes more "
+            "rows than that; set max_rollouts instead"
+        )
+    if rollouts_per_epoch is None:
+        raise UserError(
+            f"num_epochs={epochs}: task {plain['data']['task'].get('name', '')} never runs out; set "
+            "max_rollouts instead"
+        )
+    rollouts = max(1, round(epochs * rollouts_per_epoch))
+    if limit is None or rollouts <= limit:
+        return rollouts
+    warnings.warn(f"max_rollouts={limit} ends the run before num_epochs={epochs} ({rollouts} rollouts)", stacklevel=2)
+    return limit
+
+
+def build_callbacks(plain: dict[str, Any]) -> list[Any]:
+    """The callbacks of the config's ``callbacks`` group, in order."""
+    return [build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]
+
+
+_INSTEAD = {
+    "callbacks": "add to the group callbacks",
+    "logger": "choose one with logger=",
+    "plugins": "subclass in a script of your own (docs/reuse.md)",
+    "default_root_dir": "set hydra.run.dir",
+    "gradient_clip_val": "set update.max_grad_norm",
+    "accumulate_grad_batches": "set update.max_tokens_per_microbatch, which never changes the gradient",
+    **dict.fromkeys(
+        ("max_epochs", "min_epochs", "max_steps", "min_steps", "limit_train_batches"), "set max_rollouts or num_epochs"
+    ),
+    "overfit_batches": "set overfit_rows",
+    "fast_dev_run": "debug=fast runs every part once",
+    "val_check_interval": "set validation.every_n_rollouts",
+    "check_val_every_n_epoch": "set validation.every_n_rollouts",
+    "log_every_n_steps": "every rollout is logged",
+    "num_sanity_val_steps": "there is always a validation before the run",
+    "enable_checkpointing": "set checkpoint.every_n_rollouts",
+    "enable_progress_bar": "the progress line is callbacks.progress",
+    "enable_model_summary": "dry_run=true prints what the model needs",
+    "inference_mode": "it is always off",
+}
+"""Arguments of the Trainer that `build_trainer` sets, or that manual optimization has no use for -> what to do."""
+_EXTRAS = ("wandb", "mlflow")
+"""Loggers that are installed by the extra of the same name."""
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """Refuses a Trainer argument that would be overwritten, or that the Trainer would refuse after validating."""
+    for key in trainer:
+        if key in _INSTEAD:
+            raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")
+    share = trainer.get("limit_val_batches")
+    if isinstance(share, float) and 0 < share < 1:
+        raise UserError(f"trainer.limit_val_batches={share} is a share, but the batches are a stream; give their count")
+
+
+def time_limits(trainer: dict[str, Any]) -> list[Any]:
+    """The callback that ends the run after ``max_time``; an empty list without a limit."""
+    limit = {"_target_": "gspo_lightning.callbacks.time_limit.TimeLimit", "duration": trainer.get("max_time")}
+    return [] if limit["duration"] is None else [build(limit)]
+
+
+def _plugins() -> list[Any]:
+    """The checkpoint writer; on Slurm also a plugin that leaves signals to us: Lightning would save elsewhere."""
+    on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [StreamingCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if on_slurm else [])]
+
+
+def _logger(name: str, node: dict[str, Any]) -> Any:
+    """Builds a logger; a missing package gets our install line, as Lightning's names another version or package."""
+    try:
+        return build(node)
+    except UserError as error:
+        cause = error.__cause__ and error.__cause__.__cause__
+        if isinstance(cause, ModuleNotFoundError) and name in _EXTRAS:
+            raise UserError(f"logger={name} is not installed; run {install_line(name)}") from error
+        raise
+
+
+def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | None = None) -> Any:
+    """The Lightning Trainer with what manual optimization and a prompt stream need.
+
+    Args:
+        plain: the resolved config.
+        callbacks: in the order in which they are called.
+        run_dir: where Lightning keeps, and on Slurm looks for, its own files; None is the current folder.
+    """
+    every = plain["validation"]["every_n_rollouts"]
+    loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if isinstance(node, dict)]
+    ours = {
+        "accelerator": choose_accelerator(plain["trainer"]["accelerator"]),
+        # The time limit comes before the callback that saves: it ends the run.
+        "callbacks": [*time_limits(plain["trainer"]), *callbacks],
+        "max_time": None,
+        "logger": loggers or False,
+        "plugins": _plugins(),
+        "default_root_dir": run_dir,
+        "max_epochs": -1,
+        # By default a batch count no run reaches: no validation inside the run, only before and after it.
+        "val_check_interval": every or 10**12,
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "inference_mode": False,
+    }
+    try:
+        return instantiate(
+            {**plain["trainer"], "accelerator": choose_accelerator(plain["trainer"]["accelerator"])},
+            **ours,
+            _convert_="all",
+        )
+    except InstantiationException as error:
+        raise UserError(f"trainer: {error.__cause__ or error}") from error

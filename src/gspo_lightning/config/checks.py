@@ -1,0 +1,293 @@
+"""From a composed Hydra config to a plain, resolved one, and every check of it that needs no model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gspo_lightning.advantages import check_combination
+from gspo_lightning.callbacks.best import metrics_of
+from gspo_lightning.config.build import build, check_trainer, time_limits
+from gspo_lightning.config.hardware import choose_precision, choose_token_budget, on_gpu, ranks
+from gspo_lightning.config.sections import check_sections
+from gspo_lightning.config.targets import check_targets
+from gspo_lightning.config.types import check_calls
+from gspo_lightning.errors import UserError
+from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards
+from gspo_lightning.policy.hub import check_push
+from gspo_lightning.policy.quantization import check_quantization
+from gspo_lightning.rollout.weights import refuse_merging
+from gspo_lightning.training.guarded_step import parameter_groups
+from gspo_lightning.training.trainer_checks import check_precision, check_sampling
+from gspo_lightning.training.update import check_minibatches
+from gspo_lightning.training.validation import ValidationSettings
+
+DEFAULT_ROLLOUTS = 30
+"""What max_rollouts=auto is without num_epochs."""
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The config with all interpolations resolved and machine-dependent choices made, as plain containers.
+
+    Raises:
+        UserError: what cannot be resolved, or names and types of `sections.check_sections`.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+    if plain.get("max_rollouts") == "auto":
+        plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain.get("num_epochs") is None else None
+    check_sections(plain, re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg)))  # before anything computes with it
+    plain["trainer"]["precision"] = choose_precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
+    if plain["update"]["max_tokens_per_microbatch"] == "auto":
+        plain["update"]["max_tokens_per_microbatch"] = choose_token_budget(plain)
+    return plain
+
+
+def check(plain: dict[str, Any], *, training: bool = True) -> None:
+    """Refuses, in one line, what is wrong with a config before anything is loaded.
+
+    Args:
+        plain: the resolved config.
+        training: False where a model is measured only, so that nothing need suit an update.
+    """
+    _check_devices(plain)
+    if is_sharded(plain):
+        _check_sharding(plain)
+    export, model = plain["export"], plain["model"]
+    check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
+    check_quantization(model.get("quantization"), model.get("lora"))
+    refuse_merging(bool(model.get("quantization")), (plain["rollout"]["engine"] or {}).get("lora_sync"))
+    check_targets(plain)
+    check_trainer(plain["trainer"])
+    check_calls(plain)
+    _check_router(model)
+    _check_budget(plain)
+    if training:
+        check_precision(str(plain["trainer"]["precision"]), model["dtype"], has_adapter=bool(model.get("lora")))
+    time_limits(plain["trainer"])  # these two say themselves what they cannot be
+    build(plain["update"])
+    _check_optimizer(plain["optimizer"], on_gpu=on_gpu(plain["trainer"]["accelerator"]))
+    check_sampling(plain["rollout"]["temperature"], plain["rollout"]["repetition_penalty"])
+    _check_support(plain)
+    _check_environment(plain)
+    _report(plain)
+    if training:
+        check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
+        _check_schedule(plain)
+        _check_best(plain)
+        _check_export(plain)
+        _check_minibatches(plain)
+    else:
+        _check_measured(plain)
+
+
+def _check_devices(plain: dict[str, Any]) -> None:
+    """First, because they are what a machine cannot get around."""
+    trainer = plain["trainer"]
+    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={trainer['accelerator']}: there is no GPU here; accelerator=auto takes "
+            "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
+        )
+    strategy = trainer["strategy"]
+    name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
+    if name.startswith(("fsdp", "FSDPStrategy", "deepspeed", "DeepSpeed")):
+        raise UserError(
+            f"trainer.strategy={name} flattens or moves the weights that rollouts and LoRA need as they are; use "
+            "trainer=fsdp, which is FSDP2, or trainer=ddp"
+        )
+
+
+def _check_budget(plain: dict[str, Any]) -> None:
+    """A micro-batch must hold one sequence."""
+    budget = plain["update"]["max_tokens_per_microbatch"]
+    longest = plain["data"]["max_prompt_length"] + plain["rollout"]["max_completion_length"]
+    if budget < longest:
+        raise UserError(
+            f"update.max_tokens_per_microbatch={budget} is less than one sequence "
+            f"(data.max_prompt_length + rollout.max_completion_length = {longest}); raise it to at least that"
+        )
+
+
+def _check_support(plain: dict[str, Any]) -> None:
+    """Weights between two distributions need every token to be possible under both."""
+    if not plain["objective"].get("mismatch"):
+        return
+    rollout = plain["rollout"]
+    for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if rollout.get(key, everything) != everything:
+            raise UserError(
+                f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
+                f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
+            )
+
+
+def is_sharded(plain: dict[str, Any]) -> bool:
+    """Whether the weights are split over ranks: trainer=fsdp."""
+    strategy = plain["trainer"]["strategy"]
+    return isinstance(strategy, dict) and str(strategy.get("_target_")).endswith(
+        (".FSDP2Strategy", ".ModelParallelStrategy")
+    )
+
+
+def _check_sharding(plain: dict[str, Any]) -> None:
+    """What cannot be split over ranks."""
+    if plain["model"].get("quantization"):
+        raise UserError(
+            f"trainer=fsdp cannot split weights of model.quantization={plain['model']['quantization']}; use trainer=ddp"
+        )
+    if str(plain["optimizer"].get("_target_")).startswith("bitsandbytes."):
+        raise UserError(
+            "trainer=fsdp splits the states of torch's optimizers alone; use optimizer=adamw, or trainer=ddp"
+        )
+    if plain["rollout"]["engine"].get("staleness"):
+        raise UserError("rollout.engine.staleness=1 needs whole weights in one process; set it to 0 with trainer=fsdp")
+
+
+def _check_router(model: dict[str, Any]) -> None:
+    """Models with experts bring an auxiliary loss along, which their own training reads."""
+    for key in ("output_router_logits", "router_aux_loss_coef"):
+        if (model.get("overrides") or {}).get(key):
+            raise UserError(
+                f"model.overrides.{key} has no effect: the policy gradient alone moves a router here; remove it, or "
+                "add the term in a subclass (GSPOModule.auxiliary_loss)"
+            )
+
+
+def _check_environment(plain: dict[str, Any]) -> None:
+    """The reward of an environment needs one."""
+    for name, spec in plain["reward"].get("functions", {}).items():
+        path = str((spec.get("function") or {}).get("path", "")) if isinstance(spec, dict) else ""
+        if (
+            path.startswith("gspo_lightning.rewards")
+            and path.endswith(".environment_reward")
+            and not plain["environment"]
+        ):
+            raise UserError(
+                f"reward.functions.{name}: there is no environment to give a reward; set environment=calculator, say"
+            )
+
+
+def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
+    """Its constructor knows what it accepts, and can be asked before there is a model; torch's can take a step, too.
+
+    Others' steps may need a GPU, as those of torch do with ``capturable``, or several ranks.
+    """
+    if str(node.get("_target_")).startswith("bitsandbytes.optim.Paged") and not torch.cuda.is_available():
+        raise UserError(
+            "optimizer: pages move between the memory of a GPU and of the CPU, and there is no GPU here; use "
+            "optimizer=adamw_8bit"
+        )
+    probe = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    try:
+        optimizer = build(node)(parameter_groups(probe))
+        if str(node.get("_target_")).startswith("torch.optim.") and not (on_gpu and node.get("capturable")):
+            for parameter in probe:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    except Exception as error:  # whatever a constructor or a step of the user's own raises
+        why = " ".join(str(error).split())
+        raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({why})") from error
+    if not all(parameter.isfinite().all() for parameter in probe):
+        raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings ends at infinity")
+
+
+def _check_best(plain: dict[str, Any]) -> None:
+    """A best checkpoint needs validations inside the run, and a metric of theirs; tasks the first of them knows."""
+    metric, validation = plain["checkpoint"]["keep_best"], plain["validation"]
+    if metric is None:
+        return
+    if validation["every_n_rollouts"] is None:
+        raise UserError(
+            f"checkpoint.keep_best={metric} has no effect: no validation falls inside the run; set "
+            "validation.every_n_rollouts to 10, say"
+        )
+    if plain["trainer"].get("limit_val_batches") == 0:
+        raise UserError(f"checkpoint.keep_best={metric} has no effect with trainer.limit_val_batches=0; remove one")
+    names = metrics_of(validation.get("num_generations", ValidationSettings.num_generations))
+    names += ["val/return"] if plain["environment"] else []
+    if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
+        raise UserError(
+            f"checkpoint.keep_best={metric} must be a validation metric that is better where it is higher: "
+            f"{', '.join(names)}"
+        )
+
+
+def _check_export(plain: dict[str, Any]) -> None:
+    """Folding an adapter into the weights needs one, and weights that do not round it away."""
+    export, model = plain["export"], plain["model"]
+    if not export["enabled"] or not export["merge_lora"]:
+        return
+    if not model.get("lora"):
+        raise UserError("export.merge_lora=true has no effect: there is no adapter; set it to false")
+    if model.get("quantization"):
+        raise UserError(
+            f"export.merge_lora=true: folded into weights of model.quantization={model['quantization']}, the adapter "
+            "would be rounded away; export the adapter alone (export.merge_lora=false)"
+        )
+
+
+def _check_measured(plain: dict[str, Any]) -> None:
+    """What a measurement would pass over."""
+    if plain["ckpt_path"] is not None:
+        raise UserError(
+            f"ckpt_path={plain['ckpt_path']}: evaluate.py measures models, not checkpoints; name the folder that a run "
+            "exports: model=path model.path=<run>/model"
+        )
+    if plain["dry_run"]:
+        raise UserError("dry_run=true: evaluate.py always measures; train.py dry_run=true prints what a run would need")
+
+
+def _check_schedule(plain: dict[str, Any]) -> None:
+    scheduler = plain["scheduler"]
+    if scheduler.get("name") == "constant" and scheduler.get("min_ratio"):
+        _no_effect(
+            f"scheduler.min_ratio={scheduler['min_ratio']} has no effect with scheduler.name=constant; remove it, or "
+            "set scheduler=cosine or linear",
+            plain,
+        )
+
+
+def _check_minibatches(plain: dict[str, Any]) -> None:
+    """Every rank must have as many prompts for each minibatch, and none left over; `split_minibatches` asks again."""
+    check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks(plain))
+
+
+def _report(plain: dict[str, Any]) -> None:
+    objective = build(plain["objective"])
+    # One of the user's own says by its first reward only that it rewards turns.
+    if ((plain["environment"] or {}).get("make") or {}).get("turn_rewards"):
+        refuse_turn_rewards(objective)
+    findings = check_objective(
+        objective,
+        num_iterations=plain["update"]["num_iterations"],
+        num_minibatches=plain["update"]["num_minibatches"],
+        num_generations=plain["rollout"]["num_generations"],
+        ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
+        ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
+        has_adapter=bool(plain["model"].get("lora")),
+        staleness=(plain["rollout"]["engine"] or {}).get("staleness", 0),
+        keep_zero_advantage=plain["update"]["keep_zero_advantage"],
+        max_completion_length=plain["rollout"]["max_completion_length"],
+    )
+    for finding in findings:
+        if finding.kind == "no_effect":
+            _no_effect(finding.message, plain)
+        elif finding.kind == "warning":
+            warnings.warn(finding.message, stacklevel=2)
+        else:
+            raise UserError(finding.message)
+
+
+def _no_effect(message: str, plain: dict[str, Any]) -> None:
+    """Refuses a setting without effect, or warns where ``allow_no_effect`` asks for that."""
+    if not plain["allow_no_effect"]:
+        raise UserError(f"{message} (allow_no_effect=true turns this into a warning)")
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,1 @@
+"""What makes a program of the library: commands, the run's folder, its processes, threads and memory. No torch here."""

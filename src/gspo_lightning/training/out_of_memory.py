@@ -1,0 +1,162 @@
+"""Handles running out of memory: a micro-batch is cut in two; if it cannot be cut, the run ends with one line.
+
+Packing is exact, so the gradient of a micro-batch in two parts is the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.distributed.ranks import world_size
+from gspo_lightning.errors import UserError
+from gspo_lightning.packing import GroupSlice, MicroBatchPlan
+from gspo_lightning.rollout import RolloutError
+from gspo_lightning.training.update import Minibatch
+from gspo_lightning.types import ScoredRollout
+
+_WORDS = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves."""
+_LOWER = "lower update.max_tokens_per_microbatch"
+
+
+class OutOfMemoryError(UserError):
+    """Memory ran out in work that cannot be repeated. A run adds the checkpoint it can resume from."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; only those by torch's own allocator for GPUs have a class."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _WORDS)
+
+
+@contextmanager
+def memory_for(doing: str, fix: str) -> Iterator[None]:
+    """Context of work that is not repeated: if memory runs out, the error is one line.
+
+    Args:
+        doing: what the memory is for, as in "out of memory in the optimizer step".
+        fix: the settings that reduce it.
+
+    Raises:
+        OutOfMemoryError: an allocation failed.
+    """
+    try:
+        yield
+    except RolloutError:  # may be about the memory of an engine elsewhere; the run is saved on this error
+        raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"out of memory {doing}; {fix}") from error
+
+
+def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool) -> None:
+    """Refuses a micro-batch that cannot be repeated; a single sequence is left to `halved` to refuse.
+
+    Args:
+        plan: what did not fit.
+        scored: the rollout of the plan.
+        repeatable: False if a failed attempt leaves state behind: DDP has counted the gradients that arrived,
+            FSDP2 has gathered weights and releases them only at the end of a backward.
+
+    Raises:
+        OutOfMemoryError: it cannot be repeated, or there are several ranks, which must all run the same forwards.
+    """
+    several = world_size() > 1
+    if (repeatable and not several) or _is_single(plan):
+        return
+    where = " on one of the ranks" if several else ""
+    raise OutOfMemoryError(f"out of memory in a micro-batch of {tokens_of(plan, scored)} tokens{where}; {_LOWER}")
+
+
+def _is_single(plan: MicroBatchPlan) -> bool:
+    return len(plan) == 1 and len(plan[0].completions) == 1
+
+
+def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan, MicroBatchPlan]:
+    """The micro-batch in two parts, in its own order: between groups, or within its only group.
+
+    Raises:
+        OutOfMemoryError: it is a single sequence.
+    """
+    if len(plan) > 1:
+        middle = len(plan) // 2
+        return plan[:middle], plan[middle:]
+    group, members = plan[0].group, plan[0].completions
+    if _is_single(plan):
+        uid = scored.prompts[group].uid
+        raise OutOfMemoryError(
+            f"out of memory: one sequence of {tokens_of(plan, scored)} tokens (row {uid}) does not fit; lower "
+            "data.max_prompt_length or rollout.max_completion_length, or set model.gradient_checkpointing=true"
+        )
+    middle = len(members) // 2
+    return (GroupSlice(group, members[:middle]),), (GroupSlice(group, members[middle:]),)
+
+
+def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
+    """Forwarded tokens of a micro-batch."""
+    prompts = sum(len(scored.prompts[part.group].input_ids) for part in plan)
+    members = (scored.completions[part.group][n] for part in plan for n in part.completions)
+    return prompts + sum(len(completion.token_ids) - 1 for completion in members)
+
+
+def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
+    """L of a micro-batch: its completion tokens whose log-probability is needed."""
+    return sum(scored.completions[part.group][n].num_trained for part in plan for n in part.completions)
+
+
+def cut(
+    minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout
+) -> tuple[Minibatch, list[list[Tensor] | None]]:
+    """Cuts micro-batch ``index`` in two, and the tensors of its tokens accordingly.
+
+    Args:
+        minibatch: the minibatch whose plan is changed.
+        tensors: each None, or ``(L,)`` for every micro-batch of the plan.
+        index: the micro-batch that did not fit.
+        scored: the rollout of the plan.
+    """
+    plan = minibatch.plan
+    first, second = halved(plan[index], scored)
+    tokens = tokens_of(plan[index], scored)
+    say(f"out of memory in a micro-batch of {tokens} tokens: cut in two, the gradient stays the same")
+    at = completion_tokens(first, scored)
+    finer = replace(minibatch, plan=(*plan[:index], first, second, *plan[index + 1 :]))
+    return finer, [x and [*x[:index], x[index][:at], x[index][at:], *x[index + 1 :]] for x in tensors]
+
+
+def in_parts(
+    forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool = True
+) -> Tensor:
+    """``forward(plan)`` ``(..., L)``, in parts if the whole does not fit; for forwards without gradient.
+
+    Raises:
+        OutOfMemoryError: a single sequence does not fit, or the forward cannot be repeated, see `check_repeatable`.
+    """
+    try:
+        return forward(plan)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of the handler, which would keep the tensors of the failed forward alive.
+    check_repeatable(plan, scored, repeatable=repeatable)
+    free()
+    return torch.cat([in_parts(forward, part, scored, repeatable=repeatable) for part in halved(plan, scored)], dim=-1)
+
+
+def free() -> None:
+    """Frees the memory that the failed attempt held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def say(line: str) -> None:
+    """Prints one warning."""
+    print(f"warning: {line}; {_LOWER} to spare the attempt", file=sys.stderr, flush=True)

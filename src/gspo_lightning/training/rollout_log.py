@@ -1,0 +1,79 @@
+"""The logged metrics of one rollout: means from sums over ranks, counters and times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.distributed.ranks import global_means
+from gspo_lightning.training.timing import Stopwatch, peak_rss_gb
+from gspo_lightning.types import Metrics
+
+RATIO_QUANTILES = (0.01, 0.5, 0.99)
+
+
+def rollout_values(
+    metrics: Metrics,
+    ratios: Tensor,
+    counts: Mapping[str, int],
+    *,
+    lr: float,
+    stopwatch: Stopwatch,
+    before: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """The metrics of one rollout, as `docs/metrics.md` defines them.
+
+    Args:
+        metrics: sums and counts of this rank.
+        ratios: importance ratios of every loss taken, over all ranks.
+        counts: counters of the run, over all ranks.
+        lr: learning rate of the next step.
+        stopwatch: seconds of this rollout by phase.
+        before: the values of the previous rollout; empty for the first.
+        device: of the policy; ranks exchange tensors there.
+    """
+    values = global_means(metrics, device)
+    if "gspo/ratio_noise_var" in values:
+        values["gspo/ratio_noise_floor"] = values.pop("gspo/ratio_noise_var") ** 0.5
+    if len(ratios):
+        values |= {f"ratio/p{level * 100:g}": value for level, value in quantiles(ratios, RATIO_QUANTILES).items()}
+    values["lr"] = lr
+    values |= {f"count/{name}": float(count) for name, count in counts.items()}
+    values |= stopwatch.metrics(values, before)
+    values["perf/peak_rss_gb"] = peak_rss_gb()
+    if device.type == "cuda":
+        values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return values
+
+
+def forget(trainer: Any, names: Set[str]) -> None:
+    """Makes the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
+
+    Callbacks can still monitor the last value.
+    """
+    logged = trainer._results or {}
+    for key in [key for key, value in logged.items() if value.meta.fx == "training_step" and value.meta.name in names]:
+        del logged[key]
+
+
+def quantiles(values: Tensor, levels: Sequence[float]) -> dict[float, float]:
+    """Quantiles with linear interpolation between neighbours, by level.
+
+    `torch.quantile` refuses more than 2**24 values; a large rollout has more token ratios than that.
+
+    Args:
+        values: ``(N,)``, not empty.
+        levels: between 0 and 1.
+    """
+    ordered = values.sort().values
+    found = {}
+    for level in levels:
+        place = level * (len(ordered) - 1)
+        below = int(place)
+        low, high = ordered[below].item(), ordered[min(below + 1, len(ordered) - 1)].item()
+        found[level] = low + (place - below) * (high - low)
+    return found

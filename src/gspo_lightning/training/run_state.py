@@ -1,0 +1,203 @@
+"""The state of a run in a checkpoint, besides weights and optimizer, and checks that it fits this run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim import Optimizer
+
+from gspo_lightning.distributed.ranks import rank, whole
+from gspo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
+    from gspo_lightning.policy.model import Policy
+
+_PAGED_NUMEL = 1e5
+"""bitsandbytes pages the states of parameters with at least this many elements."""
+
+
+def leave_frozen_out(module: nn.Module) -> None:
+    """Leaves frozen weights out of the module's state dict from now on, also as part of another module.
+
+    Frozen weights are loaded from their source; a state without them still loads strictly.
+    """
+    module.register_state_dict_post_hook(_delete_frozen)
+    module.register_load_state_dict_pre_hook(_keep_frozen)
+
+
+def _frozen(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    """Frozen parameters by name, with duplicates: a tied output embedding has two names."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {prefix + name: parameter for name, parameter in named if not parameter.requires_grad}
+
+
+def _delete_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    frozen = _frozen(module, prefix)
+    # A frozen 4-bit weight has additional entries, such as `weight.absmax`.
+    for name in [n for n in state if n in frozen or f"{n.partition('.weight.')[0]}.weight" in frozen]:
+        del state[name]
+
+
+def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, *__: Any) -> None:
+    if strict:
+        for name, parameter in _frozen(module, prefix).items():
+            state.setdefault(name, parameter)
+
+
+def run_state(module: GSPOModule) -> dict[str, Any]:
+    """Counters, the rollout generated ahead, and a reference that has moved. All ranks must call it together."""
+    from gspo_lightning import __version__
+
+    state = {
+        "version": __version__,
+        "rollouts_done": module.rollouts_done,
+        "counts": dict(module.counts),
+        "nonfinite_in_a_row": module.guarded_step.nonfinite_in_a_row,
+        "optimizer": _made_class(module),
+    }
+    if module.ahead is not None:
+        state["ahead"] = module.ahead.state_dict()
+    if module.reference_moves:
+        state["reference"] = [_whole_state(policy) for policy in module.references]
+    return state
+
+
+def _whole_state(policy: Policy) -> dict[str, Tensor]:
+    """State of a policy; if it is split over ranks, whole on the CPU of rank 0, which writes it, and empty elsewhere.
+
+    One parameter is whole on a device at a time. It is moved to the CPU because a state saved from a GPU would be
+    loaded onto that GPU by all ranks.
+    """
+    state: dict[str, Tensor] = policy.state_dict()
+    if policy.shards is None:
+        return state
+    kept = {}
+    for name, value in state.items():
+        gathered = whole(value)  # by all ranks
+        if rank() == 0:
+            kept[name] = gathered.cpu()
+        del gathered  # before the next one is gathered
+    return kept
+
+
+def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
+    """Restores the result of `run_state` into the module.
+
+    Raises:
+        UserError: the checkpoint was saved with another optimizer, whose states this one cannot use.
+    """
+    is_ours = getattr(type(module).configure_optimizers, "__module__", "") == "gspo_lightning.module"
+    saved, own = state.get("optimizer"), _class_name(module.optimizer_factory) if is_ours else None
+    if saved is not None and own is not None and saved != own:
+        raise UserError(
+            f"optimizer: the checkpoint was saved with {saved}, not {own}; go on with that one, "
+            "or start anew from the exported model (model=path model.path=.../model)"
+        )
+    module.rollouts_done, module.counts = state["rollouts_done"], {**module.counts, **state["counts"]}
+    # The pace of the next rollout is measured by what it adds to these.
+    module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
+    module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+    if module.ahead is not None and module.policy is not None:
+        module.ahead.load_state_dict(state.get("ahead", {}), module.policy)
+    for policy, weights in zip(module.references, state.get("reference", ()), strict=False):
+        set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
+        # From now on it must be saved, whatever the settings say: no model folder holds it.
+        module.reference_moves = True
+
+
+def keep_settings(optimizer: Optimizer, factory: Any) -> None:
+    """Keeps this run's numeric optimizer settings when its state is loaded from a checkpoint saved with others.
+
+    Numbers only: flags such as ``amsgrad`` decide what the state consists of, and some optimizers keep counters in
+    their groups.
+
+    Args:
+        optimizer: not yet loaded.
+        factory: made the optimizer; for a `functools.partial` all settings are known, for others only the lr.
+    """
+    names = {"lr", *(name for name, value in getattr(factory, "keywords", {}).items() if _is_numeric(value))}
+    own = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+    def put_back(loaded: Optimizer) -> None:
+        for group, settings in zip(loaded.param_groups, own, strict=True):
+            rate, before = settings["lr"], group.get("initial_lr", group["lr"])
+            # Scaled to the schedule's current factor; equal rates are left alone, to the last bit.
+            now = group["lr"] if rate == before else rate * (group["lr"] / before if before else 1.0)
+            group.update({**settings, "lr": now, **({"initial_lr": rate} if "initial_lr" in group else {})})
+
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        optimizer.register_load_state_dict_post_hook(put_back)
+        return
+    load = optimizer.load_state_dict
+
+    def load_and_put_back(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        put_back(optimizer)
+
+    # An overridden method, such as that of bitsandbytes, calls no hooks.
+    optimizer.load_state_dict = load_and_put_back  # type: ignore[method-assign]
+
+
+def page_again(optimizer: Optimizer) -> None:
+    """Moves loaded states of a paged bitsandbytes optimizer back into paged memory.
+
+    Its ``load_state_dict``, and Lightning after it, move them to the device as ordinary tensors, and the optimizer
+    allocates paged memory only when a state is first made: a run that fits only by paging would not fit when resumed.
+
+    Tested with buffers that only claim to be paged; it was not run on a GPU, and on a CPU nothing is paged.
+
+    Args:
+        optimizer: any; one that is not paged is left alone.
+    """
+    new_buffer = getattr(optimizer, "get_state_buffer", None)
+    if new_buffer is None or not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state.get(name)
+            # The optimizer pages only large states; the others already are on the device, where it keeps them.
+            if loaded is None or getattr(loaded, "is_paged", False) or parameter.numel() < _PAGED_NUMEL:
+                continue
+            state[name] = new_buffer(parameter, dtype=loaded.dtype).copy_(loaded)
+            del loaded  # only one state at a time exists twice
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_numeric, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str, tuple[int, ...]]) -> None:
+    """Refuses the weights of another model.
+
+    Args:
+        parameters: names and trained parameters.
+        saved: shapes in the checkpoint, by name.
+
+    Raises:
+        UserError: a parameter is missing there or has another shape.
+    """
+    own = {name: tuple(parameter.shape) for name, parameter in parameters}
+    if other := sorted(name for name, shape in own.items() if saved.get(name) != shape):
+        raise UserError(
+            f"ckpt_path: the checkpoint is of another model or adapter: {len(other)} trained parameters are "
+            f"missing or of another shape, the first is {other[0]} (here {own[other[0]]}, there "
+            f"{saved.get(other[0], 'none')})"
+        )
+
+
+def _made_class(module: GSPOModule) -> str | None:
+    """Class name of the Trainer's optimizer; None if it has none."""
+    optimizers = module.trainer.optimizers
+    return type(optimizers[0]).__name__ if optimizers else None
+
+
+def _class_name(factory: Any) -> str | None:
+    """Class name of the optimizer that a factory makes; None for a function, whose result is unknown."""
+    factory = getattr(factory, "func", factory)
+    return factory.__name__ if isinstance(factory, type) else None

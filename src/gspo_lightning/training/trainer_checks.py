@@ -1,0 +1,220 @@
+"""Checks before the first rollout: refuses settings under which training would silently go wrong."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.errors import UserError
+from gspo_lightning.training.prompt_source import prompt_source
+from gspo_lightning.types import PromptBatch
+
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
+
+HOTTEST = 100
+"""Largest temperature: divided by it, logits that differ by tens differ by tenths."""
+
+
+def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
+    """Refuses precisions in which training would silently go wrong.
+
+    Args:
+        precision: as the Trainer names it.
+        dtype: of the weights, as `PolicyLoader` names it.
+        has_adapter: whether only an adapter is trained.
+    """
+    if precision in ("16", "16-mixed", "16-true"):
+        raise UserError(
+            f"trainer.precision={precision} needs a loss that is scaled, whose gradient cannot be clipped here; use "
+            "trainer.precision=bf16-mixed"
+        )
+    if precision in ("64", "64-true") and dtype != "float64":
+        raise UserError(f"trainer.precision={precision} needs weights that are loaded so; set model.dtype=float64")
+    if has_adapter:
+        return
+    # At usual learning rates, updates of full fine-tuning are smaller than the spacing of bfloat16.
+    for key, value, fix in (("trainer.precision", precision, "bf16-mixed"), ("model.dtype", dtype, "float32")):
+        if value in ("bf16-true", "transformer-engine", "bfloat16"):
+            raise UserError(
+                f"{key}={value} rounds the updates of full fine-tuning away; use {key}={fix}, "
+                "or train an adapter (lora=language)"
+            )
+
+
+def check_sampling(temperature: float, repetition_penalty: float) -> None:
+    """Refuses rollouts with nothing to learn from, or from another distribution than the policy's."""
+    if not temperature > 0:
+        raise UserError(f"rollout.temperature={temperature} must be above 0: greedy completions are all equal")
+    if temperature > HOTTEST:
+        raise UserError(
+            f"rollout.temperature={temperature} must be at most {HOTTEST}: every token of the vocabulary would be as "
+            "likely as any other, whatever is learned"
+        )
+    if repetition_penalty != 1.0:
+        raise UserError(
+            "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "
+            "log-probabilities would not be those of the distribution that was sampled"
+        )
+
+
+def check_fit(module: GSPOModule) -> None:
+    """Refuses, once the Trainer has made its optimizer, wrong settings of a user's own program."""
+    trainer: Any = module.trainer  # Lightning does not declare all of its attributes
+    sampling = module.sampling
+    assert module.policy is not None
+    check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
+    check_sampling(sampling.temperature, sampling.repetition_penalty)
+    if (source := prompt_source(trainer)) is not None:
+        check_rotation(module.policy.config, source.max_prompt_length, sampling.max_completion_length)
+    _check_run(trainer)
+    _check_optimizers(module)
+    # Custom loaders give their first batch in every epoch.
+    if trainer.overfit_batches and source is not None:
+        raise UserError(
+            f"trainer.overfit_batches={trainer.overfit_batches}: each epoch would go on in the stream of prompts; set "
+            "overfit_rows=<count>, or give PromptDataModule gspo_lightning.data.first_rows.FirstRows(task, <count>)"
+        )
+    if module.policy.shards is not None:
+        _check_own_parameters(module)
+
+
+def _check_run(trainer: Any) -> None:
+    """Refuses a Trainer that cannot compute a rollout, would lose the trained module, or would never end."""
+    if (device := trainer.strategy.root_device.type) not in ("cpu", "cuda"):
+        raise UserError(
+            f"trainer.accelerator: Lightning chose {device}, but only cuda and cpu are supported (a rollout is summed "
+            "in float64, which Apple's GPUs lack); set accelerator='cpu'"
+        )
+    # Only launchers that use Python's multiprocessing have a start method; those of torchrun and scripts have none.
+    if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
+        raise UserError(
+            "trainer.strategy: processes that this one starts from its own memory (ddp_spawn, ddp_notebook) take what "
+            "they trained away with them; use strategy='ddp' in a script"
+        )
+    if trainer.min_steps:
+        raise UserError(
+            f"trainer.min_steps={trainer.min_steps}: max_rollouts ends the run, and Lightning would wait for steps "
+            "that never come; leave min_steps out"
+        )
+
+
+def _check_optimizers(module: GSPOModule) -> None:
+    """Refuses optimizers and schedulers of an overridden ``configure_optimizers`` that a minibatch cannot step."""
+    optimizers, configs = module.trainer.optimizers, module.trainer.lr_scheduler_configs
+    for kind, count in (("optimizers", len(optimizers)), ("schedulers", len(configs))):
+        if count > 1:
+            raise UserError(
+                f"configure_optimizers: {count} {kind}, but a minibatch is one step of one; return one optimizer "
+                "with parameter groups, and at most one scheduler"
+            )
+    # If it returns None, Lightning makes an optimizer with a tensor of its own.
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if stepped.isdisjoint(map(id, module.parameters())):
+        raise UserError("configure_optimizers: no optimizer of this module's parameters; return one of them")
+    stepping: list[Any] = [*optimizers, *(config.scheduler for config in configs)]
+    for made in stepping:
+        if (missing := _needed(type(made).step)) is not None:
+            raise UserError(
+                f"configure_optimizers: {type(made).__name__}.step() needs {missing}, but a minibatch is one step "
+                "without arguments; return one that needs none"
+            )
+    # The interval is not checked: Lightning fills in its own if a program has named none.
+    if configs and configs[0].frequency != 1:
+        raise UserError(
+            f"configure_optimizers: frequency={configs[0].frequency}, but the scheduler steps once per minibatch; "
+            "leave frequency out and count minibatches in the scheduler"
+        )
+
+
+def _needed(step: Any) -> str | None:
+    """Name of the first required argument of a method, ``self`` aside; None if there is none."""
+    _, *others = inspect.signature(step).parameters.values()
+    required = (p for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return next((p.name for p in required), None)
+
+
+def _check_own_parameters(module: GSPOModule) -> None:
+    """Refuses a whole parameter next to sharded ones: its gradient would not be averaged over ranks."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise UserError(
+                f"trainer.strategy: the parameter {name} is whole beside weights that are split over ranks; call "
+                'fully_shard on it in configure_model, with mesh=self.device_mesh["data_parallel"], or use trainer=ddp'
+            )
+
+
+def check_rotation(config: Any, prompt_tokens: int, completion_tokens: int) -> None:
+    """Refuses lengths at which the rotary embedding of all tokens in a row changes, in sampling even between tokens.
+
+    Rotary embeddings of types longrope and dynamic choose their frequencies by the longest sequence of a forward.
+    """
+    limit = _rotation_limit(config.get_text_config())
+    if limit is not None and prompt_tokens + completion_tokens > limit:
+        raise UserError(
+            f"data.max_prompt_length + rollout.max_completion_length: prompts of {prompt_tokens} and completions of "
+            f"{completion_tokens} tokens pass {limit}, where this model's rotary embedding becomes another one for all "
+            "tokens before; lower one of them, or set the kind of rotation in model.overrides"
+        )
+
+
+def _rotation_limit(config: Any) -> int | None:
+    """Number of tokens up to which a model's rotary embeddings do not change; None if they never change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one per kind of layer
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+        elif kind.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def check_advantages(advantages: Any) -> None:
+    """Refuses a plain function: the scale and the baseline of the estimator are read too."""
+    if not isinstance(advantages, AdvantageEstimator):
+        raise UserError(
+            "advantages: not an AdvantageEstimator; subclass it and override __call__(self, rewards, everyone=None)"
+        )
+
+
+def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
+    """Refuses an auxiliary loss that is not a scalar tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return
+    found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise UserError(
+        f"{type(module).__name__}.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None "
+        "for no term"
+    )
+
+
+def check_prompts(batch: Any, loader: str) -> None:
+    """Refuses a batch of a custom loader that is no `PromptBatch`."""
+    if not isinstance(batch, PromptBatch):
+        raise UserError(
+            f"{loader}: a batch is a {type(batch).__name__}, not a PromptBatch; give "
+            "PromptBatch(prompts) by DataLoader(..., batch_size=None)"
+        )
+
+
+def check_batch(batch: Any, module: GSPOModule) -> None:
+    """Refuses a batch of a custom loader that no rollout can be made of."""
+    check_prompts(batch, "train_dataloader")
+    if not batch.prompts:
+        raise UserError("train_dataloader: a PromptBatch without prompts; leave empty batches out")
+    assert module.policy is not None
+    longest = max(len(prompt.input_ids) for prompt in batch.prompts)
+    check_rotation(module.policy.config, longest, module.sampling.max_completion_length)
+
+
+def say_nothing_is_left(module: GSPOModule) -> None:
+    """Prints one line if all rollouts of the run were done before it began."""
+    if module.rollouts_done >= module.max_rollouts and module.trainer.is_global_zero:
+        done = f"{module.rollouts_done} of {module.max_rollouts} rollouts are done"
+        print(f"{done}, so nothing is trained; raise max_rollouts to go on", flush=True)

@@ -1,0 +1,73 @@
+"""Two runs in one folder: the second is refused, and a killed run can be resumed at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+
+import pytest
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.program import run_lock
+from gspo_lightning.program.run_lock import RunLock
+from tests.conf.test_every_key import run
+
+
+@contextlib.contextmanager
+def held_by_another_process(folder):
+    """A process that holds the lock and has a child of its own, which outlives it; yields its id."""
+    folder.mkdir(exist_ok=True)
+    read, write = os.pipe()
+    if not (holder := os.fork()):
+        RunLock(folder)
+        worker = os.fork() or os._exit(time.sleep(60) or 0)
+        os.write(write, worker.to_bytes(8, "big"))
+        time.sleep(60)
+        os._exit(0)
+    worker = int.from_bytes(os.read(read, 8), "big")
+    try:
+        yield holder
+    finally:
+        for pid in (holder, worker):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(holder, 0)
+        os.close(read)
+        os.close(write)
+
+
+def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
+    with held_by_another_process(tmp_path):
+        (tmp_path / "metrics.csv").write_text("of the first")
+        before = {path.name for path in tmp_path.iterdir()}
+        with pytest.raises(UserError) as error:
+            run(tmp_path, "logger=none")
+        assert str(error.value) == (
+            f"hydra.run.dir={tmp_path}: another run is writing there; wait for its end or choose another folder"
+        )
+        assert {path.name for path in tmp_path.iterdir()} == before
+        assert (tmp_path / "metrics.csv").read_text() == "of the first"
+
+
+def test_a_killed_run_can_be_resumed_at_once_though_a_child_of_it_lives_on(tmp_path):
+    with held_by_another_process(tmp_path) as holder:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        lock = RunLock(tmp_path)
+    lock.release()
+    lock.release()  # of a run that failed: again
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_has_none(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
+    RunLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,33 @@
+"""In which order weights are loaded and split over ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from gspo_lightning import module as module_file
+from gspo_lightning.policy.load import PolicyLoader
+from tests.scripted import Settings, build_module
+
+
+def test_the_policy_is_split_before_its_reference_is_loaded(micro_model_dir, monkeypatch):
+    """So no rank has two whole models in memory."""
+    events = []
+
+    def noted(owner, name):
+        function = getattr(owner, name)
+
+        def call(*arguments, **named):
+            events.append(name)
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(PolicyLoader, "load_model")
+    noted(module_file, "choose_forward")
+    monkeypatch.setattr(module_file, "shard_policy", lambda policy, mesh, **_: events.append(("split", policy)))
+    module = build_module(micro_model_dir, Settings(objective={"beta": 0.1}))
+    module._device_mesh = object()
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(gather_for_rollouts=True))
+    module.configure_model()
+    policy, reference = module.policy, module.references[0]
+    assert events == ["load_model", "choose_forward", ("split", policy), "load_model", ("split", reference)]

@@ -1,0 +1,199 @@
+"""Parts of one's own in a Trainer of one's own: each that cannot be trained with is refused in one line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.errors import UserError
+from gspo_lightning.types import Rollout
+from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def fit(module, batches=1, **changes):
+    """Fits on the same batch again and again."""
+    trainer(**changes).fit(module, Batches(scripted_prompts(), batches).loader())
+
+
+def refused(module, line, **changes):
+    """Asserts the whole line, and that nothing was trained."""
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        fit(module, **changes)
+    assert module.rollouts_done == 0
+
+
+# ---------------------------------------------------------------- the Trainer
+
+
+def test_processes_that_take_the_trained_weights_away_are_refused(micro_model_dir):
+    with pytest.raises(Exception, match=r"UserError: trainer.strategy: processes .* use strategy='ddp' in a script"):
+        fit(build_module(micro_model_dir, Settings()), strategy="ddp_fork")
+
+
+def test_steps_that_never_come_are_not_waited_for(micro_model_dir):
+    line = (
+        "trainer.min_steps=3: max_rollouts ends the run, and Lightning would wait for steps that never come; "
+        "leave min_steps out"
+    )
+    refused(build_module(micro_model_dir, Settings(rollouts=2)), line, min_steps=3, max_epochs=5)
+
+
+def test_epochs_behind_the_last_rollout_say_nothing(micro_model_dir, capsys):
+    module = build_module(micro_model_dir, Settings(rollouts=2))
+    fit(module, batches=2, min_epochs=4)
+    assert module.rollouts_done == 2 and "nothing is trained" not in capsys.readouterr().out
+    fit(module, batches=2, min_epochs=4)
+    assert capsys.readouterr().out.count("2 of 2 rollouts are done, so nothing is trained") == 1
+
+
+def test_validation_names_its_own_loader(micro_model_dir):
+    loader = DataLoader([scripted_prompts()], batch_size=None, collate_fn=lambda rows: {"rows": len(rows)})
+    with pytest.raises(UserError, match="^val_dataloader: a batch is a dict, not a PromptBatch; give PromptBatch"):
+        trainer(limit_val_batches=1).validate(build_module(micro_model_dir, Settings()), loader)
+
+
+# ---------------------------------------------------------------- configure_optimizers
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def with_scheduler(module, make, **more):
+    optimizer = sgd(module)
+    return [optimizer], [{"scheduler": make(optimizer), **more}]
+
+
+def halving(optimizer):
+    return LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+@pytest.mark.parametrize(
+    ("configure", "line"),
+    [
+        (lambda module: None, "no optimizer of this module's parameters; return one of them"),
+        (lambda module: [], "no optimizer of this module's parameters; return one of them"),
+        (
+            lambda module: torch.optim.LBFGS(module.parameters()),
+            "LBFGS.step() needs closure, but a minibatch is one step without arguments; return one that needs none",
+        ),
+        (
+            lambda module: with_scheduler(module, ReduceLROnPlateau),
+            "ReduceLROnPlateau.step() needs metrics, but a minibatch is one step without arguments; return one that "
+            "needs none",
+        ),
+        (
+            lambda module: with_scheduler(module, halving, frequency=2, interval="step"),
+            "frequency=2, but the scheduler steps once per minibatch; leave frequency out and count minibatches in "
+            "the scheduler",
+        ),
+    ],
+    ids=["none", "an empty list", "closure", "metrics", "frequency"],
+)
+def test_what_no_minibatch_could_step_is_refused(configure, line, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.configure_optimizers = lambda: configure(module)
+    refused(module, f"configure_optimizers: {line}")
+
+
+@pytest.mark.parametrize("interval", [{}, {"interval": "epoch"}, {"interval": "step"}])
+def test_a_scheduler_steps_once_per_minibatch_whatever_its_interval(interval, micro_model_dir):
+    """Two rollouts of two minibatches: 0.1 is halved four times."""
+    module = build_module(micro_model_dir, Settings(rollouts=2, update={"num_minibatches": 2}))
+    module.configure_optimizers = lambda: with_scheduler(module, halving, **interval)
+    fit(module, batches=2)
+    assert module.last_metrics["lr"] == pytest.approx(0.1 / 16)
+
+
+# ---------------------------------------------------------------- engine, advantages, auxiliary loss
+
+
+class Cutting(ScriptedEngine):
+    def generate(self, policy, prompts, sampling, seed):
+        rollout = super().generate(policy, prompts, sampling, seed)
+        return self.cut(rollout)
+
+
+class Single(Cutting):
+    def cut(self, rollout):
+        return Rollout(rollout.prompts, [group[:1] for group in rollout.completions])
+
+
+class Ragged(Cutting):
+    def cut(self, rollout):
+        return Rollout(rollout.prompts, [*rollout.completions[:3], rollout.completions[3][:2]])
+
+
+class Short(Cutting):
+    def cut(self, rollout):
+        return Rollout(rollout.prompts[:3], rollout.completions[:3])
+
+
+@pytest.mark.parametrize(
+    ("engine", "found"),
+    [
+        (Single, "4 prompts with [1, 1, 1, 1]"),
+        (Ragged, "4 prompts with [3, 3, 3, 2]"),
+        (Short, "3 prompts with [3, 3, 3]"),
+    ],
+)
+def test_an_engine_that_returns_other_groups_is_refused(engine, found, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.engine = engine()
+    line = f"rollout.engine: generate() returned {found} completions, but was asked for 4 prompts with 3 each"
+    refused(module, f"{line}; return as many")
+
+
+class Flat(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return rewards.flatten()
+
+
+class Listed(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return rewards.tolist()
+
+
+class Centred(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(("estimator", "found"), [(Flat, "(12,)"), (Listed, "list")])
+def test_advantages_of_another_shape_are_refused(estimator, found, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.advantages = estimator()
+    line = f"advantages: {estimator.__name__} returned {found} for rewards of (4, 3); return a tensor of that shape"
+    refused(module, line)
+
+
+def test_an_estimator_of_ones_own_is_asked(micro_model_dir):
+    """Without a scale they are those of the setting none, to the bit."""
+    own, none = build_module(micro_model_dir, Settings()), build_module(micro_model_dir, Settings(advantages="none"))
+    own.advantages = Centred()
+    fit(own)
+    fit(none)
+    assert torch.allclose(weights(own), weights(none), rtol=0, atol=1e-12)
+
+
+def test_a_function_is_no_estimator(micro_model_dir, monkeypatch):
+    monkeypatch.setattr("tests.scripted.AdvantageEstimator", lambda scale: torch.zeros_like)
+    with pytest.raises(UserError, match=r"^advantages: not an AdvantageEstimator; subclass it and override __call__"):
+        build_module(micro_model_dir, Settings())
+
+
+@pytest.mark.parametrize(
+    ("term", "found"), [(0.5, "a float"), (torch.zeros(3), "a tensor of shape (3,)"), ([], "a list")]
+)
+def test_a_term_that_cannot_be_added_to_a_loss_is_refused(term, found, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.__class__ = type("Own", (type(module),), {"auxiliary_loss": lambda self, minibatch: term})
+    line = f"Own.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None for no term"
+    refused(module, line)

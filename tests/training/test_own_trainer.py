@@ -1,0 +1,281 @@
+"""In a Trainer of one's own: what would train wrongly without a word is refused, and a subclass is trained whole."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader
+
+from gspo_lightning.callbacks import RolloutCheckpoint, RunRecorder
+from gspo_lightning.data import MicroLetters, PromptDataModule
+from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.training.schedule import Schedule
+from gspo_lightning.types import PromptBatch
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+WITHOUT_SIGNAL = scripted_prompts()[1:2] * 2
+
+
+def fit(module, prompts=None, batches=1, ckpt_path=None, weights_only=None, **changes):
+    """Fits on the same batch again and again; returns the Trainer."""
+    runner = trainer(**changes)
+    loader = Batches(prompts or scripted_prompts(), batches).loader()
+    runner.fit(module, loader, ckpt_path=ckpt_path, weights_only=weights_only)
+    return runner
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "line"),
+    [
+        (
+            {"dtype": "float32"},
+            {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]},
+            "trainer.precision=16-mixed needs a loss that is scaled.* use trainer.precision=bf16-mixed",
+        ),
+        ({"dtype": "float32"}, {"precision": "16-true"}, "trainer.precision=16-true needs a loss that is scaled"),
+        ({"dtype": "float32"}, {"precision": "bf16-true"}, "trainer.precision=bf16-true rounds the updates"),
+        ({"dtype": "bfloat16"}, {}, "model.dtype=bfloat16 rounds the updates of full fine-tuning away"),
+        ({"dtype": "float32"}, {"precision": "64-true"}, "set model.dtype=float64"),
+    ],
+    ids=["16-mixed", "16-true", "bf16-true", "weights in bfloat16", "64-true"],
+)
+def test_a_precision_that_trains_wrongly_is_refused_before_the_first_rollout(settings, changes, line, micro_model_dir):
+    module = build_module(micro_model_dir, Settings(**settings))
+    with pytest.raises(UserError, match=line):
+        fit(module, **changes)
+    assert module.rollouts_done == 0
+
+
+class OnApple(L.Callback):
+    """Stands for accelerator="auto" on a machine of Apple's, where Lightning takes its GPU."""
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.strategy._root_device = torch.device("mps")
+
+
+def test_a_device_without_float64_is_refused_before_the_first_rollout(micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    with pytest.raises(UserError, match="trainer.accelerator: Lightning chose mps, but .* set accelerator='cpu'"):
+        fit(module, callbacks=[OnApple()])
+    assert module.rollouts_done == 0
+
+
+def test_an_adapter_may_be_trained_in_bf16_true(micro_model_dir):
+    change, module = update_of(
+        micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=2)), precision="bf16-true"
+    )
+    assert module.rollouts_done == 1 and change.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("sampling", "line"),
+    [
+        ({"temperature": 0.0}, "rollout.temperature=0.0 must be above 0: greedy completions are all equal"),
+        ({"repetition_penalty": 1.1}, "rollout.repetition_penalty must be 1.0 in training"),
+    ],
+)
+def test_rollouts_that_teach_nothing_are_refused(sampling, line, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.sampling = replace(module.sampling, **sampling)
+    with pytest.raises(UserError, match=line):
+        fit(module)
+
+
+def test_overfit_batches_is_refused_where_the_prompts_are_a_stream(micro_model_dir):
+    data = PromptDataModule(MicroLetters(), str(micro_model_dir), prompts_per_rollout=4, max_prompt_length=16)
+    with pytest.raises(
+        UserError, match=r"trainer.overfit_batches=1: each epoch would go on .*FirstRows\(task, <count>"
+    ):
+        trainer(overfit_batches=1).fit(build_module(micro_model_dir, Settings()), data)
+    module = build_module(micro_model_dir, Settings(rollouts=2))
+    fit(module, batches=1, overfit_batches=1)  # a loader of one's own gives the same batch again
+    assert module.rollouts_done == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "line"),
+    [
+        ({"prompts": scripted_prompts}, "train_dataloader: a batch is a dict, not a PromptBatch; give PromptBatch"),
+        (PromptBatch([]), "train_dataloader: a PromptBatch without prompts"),
+    ],
+    ids=["a dict", "empty"],
+)
+def test_a_batch_that_no_rollout_can_be_made_of_is_refused(batch, line, micro_model_dir):
+    with pytest.raises(UserError, match=line):
+        trainer().fit(build_module(micro_model_dir, Settings()), DataLoader([batch], batch_size=None))
+
+
+# ---------------------------------------------------------------- a subclass
+
+
+class Headed(GSPOModule):
+    """A head of 4 weights w on ones: the loss (sum w)^2 has the gradient 2 (sum w) in each of them."""
+
+    def add_head(self):
+        self.head = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+
+    def auxiliary_loss(self, minibatch):
+        return self.head(torch.ones(4, dtype=torch.float64)).square().mean()
+
+
+class Plain(Headed):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class HeadAlone(Headed):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), lr=0.05)
+
+
+class TwoOptimizers(Headed):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.policy, self.head)]
+
+
+SGD = functools.partial(torch.optim.SGD, lr=0.05)
+
+
+def headed(folder, cls=Headed, optimizer=SGD, **settings):
+    module = build_module(folder, Settings(optimizer=optimizer, **settings))
+    module.__class__ = cls
+    module.add_head()
+    return module
+
+
+@pytest.mark.parametrize("cls", [Headed, Plain, HeadAlone])
+def test_parameters_of_a_subclass_are_stepped_and_their_gradients_do_not_add_up(cls, micro_model_dir):
+    """Each step leaves 1 - 4 x 0.05 x 2 = 0.6 of the sum, so all four fall by 0.1, then by 0.06."""
+    module = headed(micro_model_dir, cls, rollouts=2)
+    fit(module, WITHOUT_SIGNAL, batches=2)
+    expected = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).double() - 0.16
+    assert torch.allclose(module.head.weight, expected, rtol=0, atol=1e-7)
+    assert module.last_metrics["lr"] == 0.05  # also where there is no scheduler
+
+
+def test_the_norm_that_is_clipped_counts_what_is_stepped(micro_model_dir):
+    """The head's gradient is (2, 2, 2, 2), of norm 4."""
+    step, module = update_of(micro_model_dir, Settings())
+    both = headed(micro_model_dir, update={"max_grad_norm": 1.0})
+    fit(both)
+    norm = (step.norm() ** 2 + 4**2).sqrt().item()
+    assert both.last_metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert both.head.weight[0].tolist() == pytest.approx([w - 0.05 * 2 / norm for w in (0.1, 0.2, 0.3, 0.4)], abs=1e-6)
+    alone = headed(micro_model_dir, HeadAlone)
+    fit(alone)
+    assert alone.last_metrics["grad_norm"] == pytest.approx(4.0, rel=1e-6)
+
+
+def test_a_resumed_subclass_is_the_unbroken_one_to_the_bit(micro_model_dir, tmp_path):
+    adam = functools.partial(torch.optim.AdamW, lr=1e-2)
+    build = functools.partial(headed, micro_model_dir, optimizer=adam, rollouts=4)
+    straight, half, resumed = build(), build(), build()
+    for module in (straight, half, resumed):
+        module.schedule = Schedule("linear", warmup_ratio=0.5)
+    fit(straight, batches=4)
+    fit(half, batches=4, callbacks=[Stop(2)]).save_checkpoint(tmp_path / "half.ckpt")
+    with torch.no_grad():
+        resumed.head.weight.zero_()
+    fit(resumed, batches=4, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.rollouts_done == 4
+    assert torch.equal(weights(resumed), weights(straight)) and torch.equal(resumed.head.weight, straight.head.weight)
+
+
+def test_more_than_one_optimizer_is_refused(micro_model_dir):
+    with pytest.raises(UserError, match="configure_optimizers: 2 optimizers, but a minibatch is one step of one"):
+        fit(headed(micro_model_dir, TwoOptimizers))
+
+
+# ---------------------------------------------------------------- a second fit
+
+
+class Stop(L.Callback):
+    """Ends a fit early and notes the rate that it begins with and the one after each rollout."""
+
+    def __init__(self, after):
+        self.after, self.rates = after, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.rates.append(pl_module.last_metrics["lr"])
+        trainer.should_stop |= pl_module.rollouts_done >= self.after
+
+
+def test_a_second_fit_goes_on_in_the_schedule_and_a_third_says_that_nothing_is_left(micro_model_dir, capsys):
+    """Four steps, two of them warm-up: the factors are 1/2, 1, 1, 1/2, and 0 behind the last."""
+    module = build_module(micro_model_dir, Settings(optimizer=functools.partial(torch.optim.SGD, lr=0.1), rollouts=4))
+    module.schedule = Schedule("linear", warmup_ratio=0.5)
+    first, second = Stop(2), Stop(4)
+    fit(module, batches=4, callbacks=[first])
+    fit(module, batches=4, callbacks=[second])
+    assert first.rates == pytest.approx([0.05, 0.1, 0.1])
+    assert second.rates == pytest.approx([0.1, 0.05, 0.0])
+    assert "nothing is trained" not in capsys.readouterr().out
+    before = weights(module)
+    fit(module, batches=4)
+    line = "4 of 4 rollouts are done, so nothing is trained; raise max_rollouts to go on\n"
+    assert capsys.readouterr().out == line and torch.equal(weights(module), before)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("saved_by", ["a function", "a class"])
+def test_a_checkpoint_knows_its_optimizer_by_what_it_is_and_not_by_what_made_it(saved_by, micro_model_dir, tmp_path):
+    made = {
+        "a function": lambda groups: torch.optim.AdamW(groups, lr=0.01),
+        "a class": functools.partial(torch.optim.AdamW, lr=0.01),
+    }
+    of = functools.partial(Settings, rollouts=2)
+    first = build_module(micro_model_dir, of(optimizer=made.pop(saved_by)))
+    fit(first, max_epochs=1, callbacks=[RolloutCheckpoint(tmp_path, every_n_rollouts=1)])
+    path = tmp_path / "last.ckpt"
+    assert first.rollouts_done == 1
+    (other,) = made.values()
+    second = build_module(micro_model_dir, of(optimizer=other))
+    fit(second, batches=2, ckpt_path=path, weights_only=True)
+    assert second.rollouts_done == 2
+    third = build_module(micro_model_dir, of(optimizer=functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)))
+    with pytest.raises(UserError, match="the checkpoint was saved with AdamW, not SGD"):
+        fit(third, batches=2, ckpt_path=path, weights_only=True)
+
+
+def test_a_recorder_behind_the_checkpoint_is_refused(micro_model_dir, tmp_path):
+    recorder, checkpoint = RunRecorder(tmp_path), RolloutCheckpoint(tmp_path, every_n_rollouts=1)
+    with pytest.raises(UserError, match="RunRecorder must stand before RolloutCheckpoint, which counts its rows"):
+        fit(build_module(micro_model_dir, Settings()), callbacks=[checkpoint, recorder])
+    fit(build_module(micro_model_dir, Settings()), callbacks=[recorder, checkpoint])
+    assert checkpoint.last.exists()
+
+
+def test_a_checkpoint_does_not_wait_for_validations_that_never_come(micro_model_dir, tmp_path):
+    data = PromptDataModule(MicroLetters(num_validation=2), str(micro_model_dir), 2, 64)
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=2, validate_every_n_rollouts=2)
+    runner = trainer(callbacks=[checkpoint], limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None)
+    with pytest.raises(UserError, match="give it val_check_interval=2 and check_val_every_n_epoch=None"):
+        runner.fit(build_module(micro_model_dir, Settings()), datamodule=data)
+
+
+def test_a_subclass_with_an_optimizer_of_its_own_resumes_its_checkpoint(micro_model_dir, tmp_path):
+    """The factory, which it does not ask, would make another."""
+    unused = functools.partial(torch.optim.AdamW, lr=0.1)
+    fit(headed(micro_model_dir, Plain, unused, rollouts=2), max_epochs=1, callbacks=[RolloutCheckpoint(tmp_path, 1)])
+    again = headed(micro_model_dir, Plain, unused, rollouts=2)
+    fit(again, batches=2, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.rollouts_done == 2

@@ -1,0 +1,52 @@
+"""Learning-rate factors, by hand."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import lightning as L
+import pytest
+import torch
+
+from gspo_lightning.training.schedule import Schedule
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule("constant"), [1, 1, 1, 1, 1]),
+        (Schedule("constant", warmup_ratio=0.4), [0.5, 1, 1, 1, 1]),
+        (Schedule("constant", warmup_ratio=0.21), [0.5, 1, 1, 1, 1]),  # a step in part is a whole one
+        (Schedule("linear"), [1, 0.8, 0.6, 0.4, 0.2]),
+        (Schedule("linear", warmup_ratio=0.2, min_ratio=0.5), [1, 1, 0.875, 0.75, 0.625]),
+        (Schedule("cosine"), [0.5 * (1 + math.cos(math.pi * n / 5)) for n in range(5)]),
+    ],
+)
+def test_factors_of_five_steps(schedule, expected):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=2.0)
+    scheduler = schedule.build(optimizer, 5)
+    rates = []
+    for _ in range(5):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2.0 * factor for factor in expected])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_rate_falls_once_per_optimizer_step_and_is_zero_behind_the_last(micro_model_dir):
+    """Two rollouts of two iterations over two minibatches: 8 steps, half of the rate behind the first four."""
+    sgd = functools.partial(torch.optim.SGD, lr=1e-3)
+    settings = Settings(optimizer=sgd, rollouts=2, update={"num_iterations": 2, "num_minibatches": 2})
+    module = build_module(micro_model_dir, settings)
+    module.schedule = Schedule("linear")
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            rates.append(pl_module.last_metrics["lr"])
+
+    trainer(callbacks=[Rates()]).fit(module, Batches(scripted_prompts(), 2).loader())
+    assert rates == pytest.approx([5e-4, 0.0])

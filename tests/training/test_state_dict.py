@@ -1,0 +1,97 @@
+"""The state dict of a module holds what is trained, whatever it is a part of, and loads strictly."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+
+from gspo_lightning.policy.load import LoraSettings
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+ADAPTED = Settings(dtype="float32", lora=LoraSettings(r=2), optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+
+
+def adapted(folder, rollouts=1):
+    torch.manual_seed(0)  # which the adapter is drawn by
+    module = build_module(folder, ADAPTED)
+    module.max_rollouts = rollouts
+    module.configure_model()
+    return module
+
+
+class Saver(L.Callback):
+    """Saves behind the last rollout, before averaged weights take the place of the trained ones."""
+
+    def __init__(self, folder):
+        self.path = folder / "half.ckpt"
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
+def trained(module):
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def test_a_frozen_base_is_in_no_state_dict(micro_model_dir):
+    module = adapted(micro_model_dir)
+    names = trained(module)
+    assert set(module.state_dict()) == names and all("lora" in name for name in names)
+    assert set(module.state_dict(prefix="own.")) == {f"own.{name}" for name in names}
+    outer = nn.ModuleDict({"first": module, "second": nn.Linear(2, 2).requires_grad_(False)})
+    expected = {f"first.{name}" for name in names} | {"second.weight", "second.bias"}  # that one is not ours to drop
+    assert set(outer.state_dict()) == expected
+
+
+def test_a_state_dict_without_the_base_loads_strictly_and_leaves_the_base(micro_model_dir):
+    module, other = adapted(micro_model_dir), adapted(micro_model_dir)
+    with torch.no_grad():
+        for number, parameter in enumerate(other.parameters()):
+            parameter.fill_(number)
+    before = [p.clone() for p in other.parameters()]
+    nn.ModuleDict({"child": other}).load_state_dict(nn.ModuleDict({"child": module}).state_dict())
+    assert torch.equal(weights(other), weights(module))
+    for parameter, value in zip(other.parameters(), before, strict=True):
+        assert parameter.requires_grad or torch.equal(parameter, value)
+    state = module.state_dict()
+    del state[sorted(state)[0]]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(state)
+
+
+def test_averaged_weights_are_saved_without_the_base_and_resumed(micro_model_dir, tmp_path):
+    fit = Batches(scripted_prompts(), 4).loader
+    straight, half, resumed = (adapted(micro_model_dir, rollouts) for rollouts in (4, 2, 4))
+    trainer(callbacks=[EMAWeightAveraging(decay=0.5)]).fit(straight, fit())
+    path, first = tmp_path / "half.ckpt", trainer(callbacks=[EMAWeightAveraging(decay=0.5), Saver(tmp_path)])
+    first.fit(half, fit())
+    saved = torch.load(path, weights_only=True)
+    assert set(saved["state_dict"]) == set(saved["current_model_state"]) == trained(half)
+    trainer(callbacks=[EMAWeightAveraging(decay=0.5)]).fit(resumed, fit(), ckpt_path=path, weights_only=True)
+    assert resumed.rollouts_done == 4 and torch.equal(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("settings", [Settings(), ADAPTED], ids=["whole", "adapter"])
+def test_a_module_survives_pickling_and_copies_stand_alone(settings, micro_model_dir):
+    module = build_module(micro_model_dir, settings)
+    module.configure_model()
+    file, ids = io.BytesIO(), torch.arange(3, 12)[None]
+    torch.save(module, file)
+    file.seek(0)
+    again, copied = torch.load(file, weights_only=False), copy.deepcopy(module)
+    expected = module.policy.model(input_ids=ids).logits
+    assert torch.equal(again.policy.model(input_ids=ids).logits, expected)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    for other in (again, copied):
+        assert torch.equal(other.policy.model(input_ids=ids).logits, expected)
+    assert not module.policy.model(input_ids=ids).logits.any()
