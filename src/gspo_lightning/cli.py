@@ -30,7 +30,7 @@ from gspo_lightning.config.groups import check_choices
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
-from gspo_lightning.program.estimate import Ranks, estimate
+from gspo_lightning.program.estimate import Ranks, Work, estimate
 from gspo_lightning.program.evaluation import HeldOutLog, write_evaluation
 from gspo_lightning.program.redact import masked, masked_stderr, redacted
 from gspo_lightning.program.resume import find_checkpoint
@@ -199,9 +199,7 @@ def _dry_run(plain: dict[str, Any]) -> None:
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
     size = len(prompts) // ranks.count
     shares = [prompts[start : start + size] for start in range(0, size * ranks.count, size)]
-    found = estimate(
-        module.policy_loader,
-        max(shares, key=lambda share: sum(len(prompt.input_ids) for prompt in share)),
+    work = Work(
         num_generations=module.sampling.num_generations,
         max_completion_length=module.sampling.max_completion_length,
         validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,
@@ -215,7 +213,8 @@ def _dry_run(plain: dict[str, Any]) -> None:
         samples_ahead=module.ahead is not None,
         ranks=ranks,
     )
-    Console().print(found.table())
+    longest = max(shares, key=lambda share: sum(len(prompt.input_ids) for prompt in share))
+    Console().print(estimate(module.policy_loader, longest, work).table())
 
 
 def _ranks(plain: dict[str, Any]) -> Ranks:

@@ -14,7 +14,7 @@ from rich.console import Console
 from gspo_lightning.config import hardware
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.program.estimate import ACTIVATIONS, GIB, Ranks, estimate
+from gspo_lightning.program.estimate import ACTIVATIONS, GIB, Ranks, Work, estimate
 from gspo_lightning.training.update import UpdateSettings
 from tests.command_line import rows, run
 from tests.support import make_prompt, micro_policy
@@ -29,7 +29,7 @@ USUAL = {
 
 
 def of(path="bundled:micro", loader=None, **changes):
-    return estimate(loader or PolicyLoader(str(path)), PROMPTS, **{**USUAL, **changes})
+    return estimate(loader or PolicyLoader(str(path)), PROMPTS, Work(**{**USUAL, **changes}))
 
 
 def test_weights_gradients_and_moments_are_those_of_the_model(micro_model_dir):

@@ -90,93 +90,94 @@ class Ranks:
     """The setting of `gspo_lightning.distributed.sharding.FSDP2Strategy`."""
 
 
-def estimate(
-    loader: PolicyLoader,
-    prompts: list[Prompt],
-    *,
-    num_generations: int,
-    max_completion_length: int,
-    validation_rows: int,
-    max_concurrent: int,
-    update: UpdateSettings,
-    optimizer: str,
-    needs_reference: bool,
-    precision: str,
-    on_gpu: bool,
-    validation_generations: int = 1,
-    samples_ahead: bool = False,
-    ranks: Ranks = Ranks(),
-) -> Estimate:
+@dataclass(frozen=True)
+class Work:
+    """What one process samples and trains on, in the settings that decide its memory."""
+
+    num_generations: int
+    """Completions per prompt."""
+    max_completion_length: int
+    """Assumed length of every completion."""
+    validation_rows: int
+    """Completions of a batch of held-out prompts."""
+    max_concurrent: int
+    """Completions decoded at a time, at least those of one prompt; 0 if another engine samples."""
+    update: UpdateSettings
+    optimizer: str
+    """Class name of the optimizer."""
+    needs_reference: bool
+    """Whether the objective needs a reference; with an adapter that is the policy without it."""
+    precision: str
+    """As the Trainer names it."""
+    on_gpu: bool
+    """Whether the memory is a GPU's; then the program and its libraries are not counted."""
+    validation_generations: int = 1
+    """Completions per held-out prompt among ``validation_rows``."""
+    samples_ahead: bool = False
+    """Whether the next rollout is sampled during the update, from a copy of the trained weights."""
+    ranks: Ranks = Ranks()
+    """The processes, of which this is one."""
+
+    def rows_at_once(self, rows: int, generations: int) -> int:
+        """Completions of ``rows`` decoded at a time: those of whole prompts, at least one; 0 if elsewhere."""
+        return min(rows, max(1, self.max_concurrent // generations) * generations) if self.max_concurrent else 0
+
+
+def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimate:
     """Estimates the memory of each process of a run, on its device.
 
     Args:
         loader: of the policy.
         prompts: of one rollout on one rank.
-        num_generations: completions per prompt.
-        max_completion_length: assumed length of every completion.
-        validation_rows: completions of a batch of held-out prompts.
-        max_concurrent: completions decoded at a time, at least those of one prompt; 0 if another engine samples.
-        update: minibatches and micro-batches.
-        optimizer: class name of the optimizer.
-        needs_reference: whether the objective needs a reference; with an adapter that is the policy without it.
-        precision: as the Trainer names it.
-        on_gpu: whether the memory is a GPU's; then the program and its libraries are not counted.
-        validation_generations: completions per held-out prompt among ``validation_rows``.
-        samples_ahead: whether the next rollout is sampled during the update, from a copy of the trained weights.
-        ranks: the processes, of which this is one.
+        work: what is done with them.
     """
-    micro, micro_batches = _largest_micro_batch(prompts, num_generations, max_completion_length, update)
-    several = micro_batches > update.num_minibatches
-    training = _rows_at_once(len(prompts) * num_generations, num_generations, max_concurrent)
-    held_out = _rows_at_once(validation_rows, validation_generations, max_concurrent)
-    rows = max(training, held_out)
+    micro, micro_batches = _largest_micro_batch(prompts, work)
+    training = work.rows_at_once(len(prompts) * work.num_generations, work.num_generations)
+    held_out = work.rows_at_once(work.validation_rows, work.validation_generations)
+    slots = _cache_slots(prompts, work, training, held_out)
     resolve_model(loader.path)  # a model that has to be built first is built of real tensors
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = fake_policy(loader)
-        activations = saved_bytes(policy, micro.packed, precision)
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        parts = _model_parts(policy, loader, optimizer, needs_reference, ranks, several)
-        if samples_ahead:
-            parts["copy that samples ahead"] = sum(map(_bytes, trained))
-        slots = _cache_slots(prompts, num_generations, max_completion_length, training, held_out, on_gpu)
-        rollout = _rollout_bytes(policy, rows, slots, _product_bytes(policy, precision))
-        if max_concurrent and loader.quantization is None and not loader.compile and not ranks.sharded:
-            rollout += _packed_bytes(policy, precision, on_gpu)
-        is_whole = max_concurrent and ranks.sharded and ranks.gather_for_rollouts
-        whole = parts["weights"] * ranks.count if is_whole else 0.0  # in addition to this process's share
-        count, trained_count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained)
+        activations = saved_bytes(policy, micro.packed, work.precision)
+        parts = _model_parts(policy, loader, work, several=micro_batches > work.update.num_minibatches)
+        rollout = _rollout_bytes(policy, loader, work, max(training, held_out), slots)
+        count = sum(p.numel() for p in policy.parameters())
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    is_whole = work.max_concurrent and work.ranks.sharded and work.ranks.gather_for_rollouts
+    whole = parts["weights"] * work.ranks.count if is_whole else 0.0  # in addition to this process's share
     parts[ACTIVATIONS] = activations
-    if not on_gpu:
+    if not work.on_gpu:
         parts["program and libraries"] = rss_gb() * GIB
-    each = " on each process" if ranks.count > 1 else ""
-    pace = {
-        "processes": str(ranks.count),
-        f"per rollout{each}": f"{len(prompts)} prompts x {num_generations} completions",
-        "longest completion": f"{max_completion_length} tokens",
-        "decoded at a time": f"{rows} completions" if max_concurrent else "elsewhere",
-        "optimizer steps per rollout": str(update.num_minibatches * update.num_iterations),
-        "forwarded at a time": f"{_tokens(micro)} tokens, {micro_batches} micro-batches",
-        "precision": precision,
+    pace = _pace(len(prompts), work, max(training, held_out), f"{_tokens(micro)} tokens, {micro_batches} micro-batches")
+    return Estimate(count, trained, parts, rollout, whole, pace, work.on_gpu)
+
+
+def _pace(prompts: int, work: Work, rows: int, forwarded: str) -> dict[str, str]:
+    each = " on each process" if work.ranks.count > 1 else ""
+    return {
+        "processes": str(work.ranks.count),
+        f"per rollout{each}": f"{prompts} prompts x {work.num_generations} completions",
+        "longest completion": f"{work.max_completion_length} tokens",
+        "decoded at a time": f"{rows} completions" if work.max_concurrent else "elsewhere",
+        "optimizer steps per rollout": str(work.update.num_minibatches * work.update.num_iterations),
+        "forwarded at a time": forwarded,
+        "precision": work.precision,
     }
-    return Estimate(count, trained_count, parts, rollout, whole, pace, on_gpu)
 
 
-def _largest_micro_batch(
-    prompts: list[Prompt], num_generations: int, max_completion_length: int, update: UpdateSettings
-) -> tuple[MicroBatch, int]:
+def _largest_micro_batch(prompts: list[Prompt], work: Work) -> tuple[MicroBatch, int]:
     """The largest micro-batch of a rollout of completions of maximum length, and its number of micro-batches."""
-    scored = _scored(prompts, _longest(len(prompts), num_generations, max_completion_length))
+    scored = _scored(prompts, _longest(len(prompts), work.num_generations, work.max_completion_length))
     minibatches = split_minibatches(
-        scored, update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
+        scored, work.update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
     )
     plans = [plan for minibatch in minibatches for plan in minibatch.plan]
     return max((build_micro_batch(scored, plan, torch.device("cpu")) for plan in plans), key=_tokens), len(plans)
 
 
-def _model_parts(
-    policy: Policy, loader: PolicyLoader, optimizer: str, needs_reference: bool, ranks: Ranks, several: bool
-) -> dict[str, float]:
+def _model_parts(policy: Policy, loader: PolicyLoader, work: Work, *, several: bool) -> dict[str, float]:
     """Bytes of the model's parts in every process; ``several`` micro-batches accumulate before gradients are sent."""
+    ranks, optimizer = work.ranks, work.optimizer
     share = 1 / ranks.count if ranks.sharded else 1.0
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = share * sum(_bytes(p) for p in policy.parameters()) * _quantised_share(loader, policy)
@@ -189,12 +190,14 @@ def _model_parts(
             2.0 * gradients if per_parameter is None else share * per_parameter * sum(p.numel() for p in trained)
         ),
     }
-    if needs_reference and loader.lora is None:
+    if work.needs_reference and loader.lora is None:
         parts["reference"] = weights
     if ranks.sharded:
         parts[GATHERED] = _gathered_bytes(policy)
     elif ranks.count > 1 and several:
         parts["gradients on their way"] = gradients
+    if work.samples_ahead:
+        parts["copy that samples ahead"] = sum(map(_bytes, trained))
     return parts
 
 
@@ -211,35 +214,27 @@ def _gathered_bytes(policy: Policy) -> float:
     return float(weights[0] + 2 * max(weights[1:]) + max(*weights, 2 * gradients))
 
 
-def _rows_at_once(rows: int, generations: int, max_concurrent: int) -> int:
-    """Completions of ``rows`` decoded at a time: those of whole prompts, at least one; 0 if another engine samples."""
-    return min(rows, max(1, max_concurrent // generations) * generations) if max_concurrent else 0
-
-
-def _cache_slots(
-    prompts: list[Prompt],
-    num_generations: int,
-    max_completion_length: int,
-    training: int,
-    held_out: int,
-    on_gpu: bool,
-) -> int:
+def _cache_slots(prompts: list[Prompt], work: Work, training: int, held_out: int) -> int:
     """Tokens whose keys and values are held at a time, for ``training`` rows of a rollout or ``held_out`` rows.
 
     A prompt is held once (on a CPU once per block of its rows); in validation once per row.
     """
+    generations, length = work.num_generations, work.max_completion_length
     longest = max(len(prompt.input_ids) for prompt in prompts)
-    width = num_generations if on_gpu else rows_per_block(num_generations, longest, max_completion_length)
-    blocks = training // num_generations * math.ceil(num_generations / width)
-    return max(blocks, held_out) * longest + max(blocks * width, held_out) * max_completion_length
+    width = generations if work.on_gpu else rows_per_block(generations, longest, length)
+    blocks = training // generations * math.ceil(generations / width)
+    return max(blocks, held_out) * longest + max(blocks * width, held_out) * length
 
 
-def _rollout_bytes(policy: Policy, rows: int, slots: int, item: int) -> float:
-    """Bytes of the keys and values of ``slots`` tokens, ``item`` bytes each, and of the logits of ``rows`` rows."""
+def _rollout_bytes(policy: Policy, loader: PolicyLoader, work: Work, rows: int, slots: int) -> float:
+    """Bytes of the keys and values of ``slots`` tokens, of the logits of ``rows`` rows and of the packed weights."""
     text = policy.config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    item = _product_bytes(policy, work.precision)
     cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * item
-    return float(cache + LOGITS_COPIES * rows * policy.output_weight.shape[0] * 4)
+    logits = LOGITS_COPIES * rows * policy.output_weight.shape[0] * 4
+    packs = work.max_concurrent and loader.quantization is None and not loader.compile and not work.ranks.sharded
+    return float(cache + logits) + (_packed_bytes(policy, work.precision, work.on_gpu) if packs else 0.0)
 
 
 def _product_bytes(policy: Policy, precision: str) -> int:
