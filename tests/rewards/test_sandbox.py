@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import CodeTests, Limits, sandbox, sandbox_runner
+from gspo_lightning.rewards import CodeTests, Limits, sandbox, sandbox_checks, sandbox_runner
 from gspo_lightning.rewards.sandbox import SandboxError, session
 
 try:
-    sandbox.require("bubblewrap")
+    sandbox_checks.require("bubblewrap")
     MISSING = ""
 except UserError as error:
     MISSING = str(error)
@@ -228,17 +228,17 @@ def test_no_listening_port_of_the_machine_is_reached():
 
 
 def test_where_isolation_is_missing_it_refuses_in_one_line(monkeypatch):
-    sandbox.require.cache_clear()
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    sandbox_checks.require.cache_clear()
+    monkeypatch.setattr(sandbox_checks.shutil, "which", lambda name: None)
     try:
         with pytest.raises(UserError, match="needs bubblewrap .*sandbox=unsafe"):
             CodeTests()([RIGHT], [TESTS])
     finally:
-        sandbox.require.cache_clear()
+        sandbox_checks.require.cache_clear()
 
 
 def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sandbox_checks.shutil, "which", lambda name: None)
     assert judge(RIGHT, sandbox="unsafe") == 1.0
     bombs = ("memory_bomb",) if sys.platform != "darwin" else ()  # macOS has no limit of the address space
     for attack in ("infinite_loop", *bombs, "writes_1_gb", "prints_forever", "exits_well"):
@@ -253,9 +253,9 @@ def test_unsafe_runs_without_bubblewrap_and_keeps_limits_of_the_process(monkeypa
 @pytest.fixture
 def fresh_check():
     """The check of a sandbox runs again in the test, and again after it."""
-    sandbox.require.cache_clear()
+    sandbox_checks.require.cache_clear()
     yield
-    sandbox.require.cache_clear()
+    sandbox_checks.require.cache_clear()
 
 
 @pytest.mark.parametrize("isolation", ["unsafe", pytest.param("bubblewrap", marks=needs_isolation)])

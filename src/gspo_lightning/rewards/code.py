@@ -13,7 +13,8 @@ from typing import Any
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import full_text
-from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, check_limits, require, session
+from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, session
+from gspo_lightning.rewards.sandbox_checks import check_limits, require
 
 MAX_CODE_CHARACTERS = 50_000
 _CALL, _PROGRAM = {"call", "args", "expected"}, {"input", "output"}

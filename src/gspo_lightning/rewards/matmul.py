@@ -20,7 +20,8 @@ import numpy as np
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.code import check_sandbox, extract_code
 from gspo_lightning.rewards.functions import full_text
-from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, check_limits, require, session
+from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, session
+from gspo_lightning.rewards.sandbox_checks import check_limits, require
 
 Matrix = list[list[float]]
 SHAPES = ((1, 1, 1), (2, 3, 4), (7, 5, 6), (16, 16, 16))
