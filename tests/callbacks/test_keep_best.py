@@ -222,7 +222,7 @@ def test_a_best_that_is_gone_is_counted_anew_and_the_line_says_so(whole, micro_m
     start["callbacks"]["RolloutCheckpoint"] = {"metric": "val/accuracy", "value": 0.5, "rollout": 2}
     torch.save(start, tmp_path / "last.ckpt")
     (tmp_path / "best.ckpt").write_bytes(b"PK")
-    with pytest.warns(UserWarning, match=r"best.ckpt of rollout 2 \(val/accuracy=0.5\) is not there any more, neither"):
+    with pytest.warns(UserWarning, match=r"best.ckpt of rollout 2 \(val/accuracy=0.5\) is gone, from"):
         fit(micro_model_dir, tmp_path / "new", 8, ckpt_path=tmp_path / "last.ckpt")
     assert read(tmp_path / "new" / "best.ckpt")["gspo_lightning"]["rollouts_done"] == 6
 

@@ -127,7 +127,7 @@ def test_it_says_what_a_run_that_hangs_goes_on_from(is_saved, monkeypatch, tmp_p
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
     dog.on_train_batch_start(SimpleNamespace(callbacks=[dog, checkpoint]), MODULE, None, 0)
     clock.alarms[-1].ring()
-    stands = f"go on with ckpt_path={tmp_path}/last.ckpt" if is_saved else "no checkpoint was written yet"
+    stands = f"resume with ckpt_path={tmp_path}/last.ckpt" if is_saved else "no checkpoint was written yet"
     assert codes == [1] and capsys.readouterr().err == (
         "error: no rollout and no validation has ended for 100 s (callbacks.watchdog.end_s); above is where each "
         f"thread stands; {stands}\n"

@@ -89,7 +89,7 @@ def test_the_first_error_is_kept_and_silence_is_said(ranks):
     last.parent.mkdir()
     for name in ("previous.ckpt", "last.ckpt"):  # the one before will do
         (last.parent / name).touch()
-        assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; go on with ckpt_path={last}", 1)
+        assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; resume with ckpt_path={last}", 1)
         (last.parent / name).unlink()
     ranks.join(3, 4)
     assert first_error.record(ranks.run, "the cause (row mine:train:1)", 4)

@@ -104,7 +104,7 @@ def test_a_killed_run_with_a_damaged_checkpoint_resumes_from_the_one_before(whol
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])  # as a broken disk leaves it
     done = run(*SHORT, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
-    assert f"{last} is damaged" in done.stdout and f"going on from {tmp_path}/checkpoints/previous.ckpt" in done.stdout
+    assert f"{last} is damaged" in done.stdout and f"resuming from {tmp_path}/checkpoints/previous.ckpt" in done.stdout
     assert_same_run(tmp_path, whole)
 
 
@@ -165,7 +165,7 @@ def test_out_of_time_is_a_clean_stop_with_a_checkpoint(tmp_path):
         f"hydra.run.dir={tmp_path}",
     )
     rollouts = int(metrics(tmp_path)[-1]["step"])
-    assert f"{rollouts} of 100000 rollouts done; go on with ckpt_path=" in done.stdout
+    assert f"{rollouts} of 100000 rollouts done; resume with ckpt_path=" in done.stdout
     assert rows(tmp_path)[0]["val/accuracy"] and not rows(tmp_path)[-1]["val/accuracy"]  # nobody asked for that one
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["gspo_lightning"]["rollouts_done"] == rollouts

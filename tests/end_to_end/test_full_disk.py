@@ -42,7 +42,7 @@ def test_what_was_half_written_is_gone_and_the_one_before_stands(tmp_path):
     trainer, last = Trainer(), tmp_path / "checkpoints" / "last.ckpt"
     atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
     with pytest.raises(
-        UserError, match=r"cannot write .*No space left on device\); make room and go on with ckpt_path=.*last.ckpt"
+        UserError, match=r"cannot write .*No space left on device\); make room and resume with ckpt_path=.*last.ckpt"
     ):
         atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
     assert torch.load(last, weights_only=True) == {"rollout": 1}
@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_at_the_export_is_one_line_and_the_model_before_stan
     last = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError) as error:
         in_process.run(tmp_path, "max_rollouts=2", "logger=none", "ckpt_path=auto")
-    assert str(error.value) == (f"cannot write {tmp_path} (File too large); make room and go on with ckpt_path={last}")
+    assert str(error.value) == (f"cannot write {tmp_path} (File too large); make room and resume with ckpt_path={last}")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -155,7 +155,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_room_lets_it_go_on_bit_iden
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert "cannot write" in line and f"go on with ckpt_path={place}/checkpoints/last.ckpt" in line
+    assert "cannot write" in line and f"resume with ckpt_path={place}/checkpoints/last.ckpt" in line
     assert is_whole(place / "checkpoints" / "last.ckpt")
     assert not any(name.endswith(".tmp") for _, _, names in os.walk(place) for name in names)
     resize(small_disk, "64m")

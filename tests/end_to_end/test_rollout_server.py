@@ -51,7 +51,7 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(stalene
         assert cut.returncode == 4, cut.stdout + cut.stderr
         (line,) = [line for line in cut.stderr.splitlines() if line.startswith("error:")]
         last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-        assert line.endswith(f"saved, go on with ckpt_path={last}") and last.exists()
+        assert line.endswith(f"saved, resume with ckpt_path={last}") and last.exists()
         assert torch.load(last, weights_only=True)["gspo_lightning"]["rollouts_done"] == 2
         server.fault = lambda path, number: None
         resumed = train(server, tmp_path / "cut", f"ckpt_path={last}", ahead)
@@ -110,7 +110,7 @@ def test_on_two_ranks_a_dead_server_ends_both_with_one_line_and_a_checkpoint(mic
     assert done.returncode == 4, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert line.endswith(f"saved, go on with ckpt_path={last}") and last.exists()
+    assert line.endswith(f"saved, resume with ckpt_path={last}") and last.exists()
 
 
 def test_sampling_ahead_is_refused_on_two_ranks(micro_model_dir, tmp_path):

@@ -227,7 +227,9 @@ def test_limits_on_pixels_are_refused_where_all_pictures_become_one_size(llava):
 
 def test_an_environment_needs_a_model_that_packs(llava):
     engine = TransformersEngine(environments=object.__new__(Environments))
-    with pytest.raises(UserError, match="LlavaForConditionalGeneration runs padded and cannot go on where a turn ends"):
+    with pytest.raises(
+        UserError, match="LlavaForConditionalGeneration runs padded and cannot continue where a turn ends"
+    ):
         engine.generate(llava, prompts_of(llava)[:1], SamplingParams(2, 4), 0)
 
 

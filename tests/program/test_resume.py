@@ -53,7 +53,7 @@ def flip(path, position):
 def test_auto_takes_the_newest_and_a_folder_without_any_starts_afresh(run_dir, tmp_path, capsys):
     assert find_checkpoint("auto", run_dir) == run_dir / "checkpoints" / "last.ckpt"
     assert find_checkpoint("auto", tmp_path / "new") is None
-    assert "starting afresh" in capsys.readouterr().out
+    assert "starting a new run" in capsys.readouterr().out
     assert find_checkpoint(None, run_dir) is None
 
 
@@ -190,7 +190,7 @@ def test_a_lost_engine_says_whether_the_last_rollout_is_saved(saved_at, saved, r
     run.stop = GracefulStop(run.checkpoint, grace_s=60)
     with pytest.raises(EngineUnavailableError) as error:
         run.execute()
-    assert str(error.value) == f"nobody is left; {saved}, go on with ckpt_path={last}"
+    assert str(error.value) == f"nobody is left; {saved}, resume with ckpt_path={last}"
 
 
 def test_a_command_goes_on_by_auto_or_by_naming_what_the_run_saves(tmp_path, monkeypatch):
@@ -337,7 +337,9 @@ def test_a_finished_run_that_is_started_again_keeps_its_time_and_speed(tmp_path)
 
 def test_checkpoints_that_were_set_aside_are_not_taken_for_those_of_the_folder(run_dir):
     (run_dir / "checkpoints").rename(run_dir / "checkpoints.old")
-    with pytest.raises(UserError, match=r"the records of that run lie beside it as \*\.old; move them and checkpoints"):
+    with pytest.raises(
+        UserError, match=r"the records of that run lie next to it as \*\.old; move them and checkpoints"
+    ):
         find_checkpoint(str(run_dir / "checkpoints.old" / "last.ckpt"), run_dir)
 
 

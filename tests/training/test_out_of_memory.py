@@ -258,7 +258,7 @@ def test_the_line_says_what_the_run_can_go_on_from(saved, tmp_path, monkeypatch)
     monkeypatch.setattr(TrainingRun, "_execute", train)
     with pytest.raises(OutOfMemoryError) as caught:
         run.execute()
-    stands = f"go on with ckpt_path={last}" if saved else "no checkpoint was written yet"
+    stands = f"resume with ckpt_path={last}" if saved else "no checkpoint was written yet"
     assert str(caught.value) == f"out of memory here; lower it; {stands}"
 
 

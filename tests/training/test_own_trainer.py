@@ -229,7 +229,7 @@ def test_a_second_fit_goes_on_in_the_schedule_and_a_third_says_that_nothing_is_l
     assert "nothing is trained" not in capsys.readouterr().out
     before = weights(module)
     fit(module, batches=4)
-    line = "4 of 4 rollouts are done, so nothing is trained; raise max_rollouts to go on\n"
+    line = "4 of 4 rollouts are done, so nothing is trained; raise max_rollouts to continue\n"
     assert capsys.readouterr().out == line and torch.equal(weights(module), before)
 
 
@@ -258,7 +258,7 @@ def test_a_checkpoint_knows_its_optimizer_by_what_it_is_and_not_by_what_made_it(
 
 def test_a_recorder_behind_the_checkpoint_is_refused(micro_model_dir, tmp_path):
     recorder, checkpoint = RunRecorder(tmp_path), RolloutCheckpoint(tmp_path, every_n_rollouts=1)
-    with pytest.raises(UserError, match="RunRecorder must stand before RolloutCheckpoint, which counts its rows"):
+    with pytest.raises(UserError, match="RunRecorder must come before RolloutCheckpoint, which counts its rows"):
         fit(build_module(micro_model_dir, Settings()), callbacks=[checkpoint, recorder])
     fit(build_module(micro_model_dir, Settings()), callbacks=[recorder, checkpoint])
     assert checkpoint.last.exists()

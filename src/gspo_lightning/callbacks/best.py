@@ -105,8 +105,8 @@ class Best:
             return
         if not trainer.strategy.broadcast(trainer.is_global_zero and self._bring(trainer.ckpt_path)):
             rank_zero_warn(
-                f"{self.path.name} of rollout {self.found['rollout']} ({self.metric}={self.found['value']:.4g}) is not "
-                f"there any more, neither in {self.path.parent} nor beside ckpt_path: the best is counted anew"
+                f"{self.path.name} of rollout {self.found['rollout']} ({self.metric}={self.found['value']:.4g}) is "
+                f"gone, from {self.path.parent} and from the folder of ckpt_path: the search for the best starts over"
             )
             self.found = {}
 

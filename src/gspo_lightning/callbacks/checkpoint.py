@@ -121,7 +121,7 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     if reason is None:
         return None
     saved = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
-    stands = f"make room and go on with ckpt_path={saved}" if saved.exists() else "nothing was saved yet"
+    stands = f"make room and resume with ckpt_path={saved}" if saved.exists() else "nothing was saved yet"
     where = getattr(error, "filename", None) or path
     return UserError(f"cannot write {where} ({reason}); {stands}")
 
@@ -129,7 +129,7 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
 def what_stands(last: Path | None) -> str:
     """What a run whose newest checkpoint is ``last`` goes on from; ``previous.ckpt`` beside it will do, see `_keep`."""
     if last is not None and (last.exists() or last.with_name("previous.ckpt").exists()):
-        return f"go on with ckpt_path={last}"
+        return f"resume with ckpt_path={last}"
     return "no checkpoint was written yet"
 
 
@@ -192,7 +192,7 @@ class RolloutCheckpoint(L.Callback):
         """
         behind = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
         if any(isinstance(callback, RunRecorder) for callback in behind):
-            raise UserError("callbacks: RunRecorder must stand before RolloutCheckpoint, which counts its rows")
+            raise UserError("callbacks: RunRecorder must come before RolloutCheckpoint, which counts its rows")
         every = self.validate_every_n_rollouts
         validates = bool(trainer.limit_val_batches) and not trainer.fast_dev_run
         if every and validates and trainer.val_check_batch != every:

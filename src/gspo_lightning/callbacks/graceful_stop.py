@@ -15,7 +15,7 @@ from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, what_stands
 from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.distributed.ranks import global_max
 
-_BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not go on from here"
+_BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not resume from here"
 
 
 class GracefulStop(L.Callback):
@@ -152,13 +152,13 @@ class GracefulStop(L.Callback):
             self._give_up()
         if len(self.received) > 1:
             return
-        print(f"{signal.Signals(number).name}: finishing the rollout in hand (at most {self.grace_s:g} s)", flush=True)
+        print(f"{signal.Signals(number).name}: finishing the current rollout (at most {self.grace_s:g} s)", flush=True)
         self._timer = threading.Timer(self.grace_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()
 
     def _give_up(self) -> None:
-        where = "before a rollout" if self._begins else "without the rollout in hand"
+        where = "before a rollout" if self._begins else "without the current rollout"
         print(f"Stopped {where}; {what_stands(self.checkpoint.last)}", flush=True)
         code: Any = 128 + (self.received or [signal.SIGTERM])[0]
         try:

@@ -19,4 +19,4 @@ def requeue() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         cause = (getattr(error, "stderr", None) or str(error)).strip()
         return f"Slurm job {job} could not be requeued ({cause}); start it again with ckpt_path=auto"
-    return f"Slurm job {job} is in the queue again; with ckpt_path=auto and the same hydra.run.dir it goes on"
+    return f"Slurm job {job} is in the queue again; with ckpt_path=auto and the same hydra.run.dir it will resume"

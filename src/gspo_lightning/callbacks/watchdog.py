@@ -88,7 +88,7 @@ class Watchdog(L.Callback):
         usual = statistics.median(self._seconds)
         print(
             f"warning: rollout {rollout} has taken {limit_s:.0f} s, {limit_s / max(usual, 1e-9):.0f} times the median "
-            f"of {usual:.1f} s; it goes on, and this is where each thread stands:",
+            f"of {usual:.1f} s; the run continues; this is what each thread is doing:",
             file=sys.stderr,
             flush=True,
         )
@@ -99,7 +99,7 @@ class Watchdog(L.Callback):
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         print(
             f"error: no rollout and no validation has ended for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
-            f"where each thread stands; {what_stands(self._last)}",
+            f"what each thread was doing; {what_stands(self._last)}",
             file=sys.stderr,
             flush=True,
         )

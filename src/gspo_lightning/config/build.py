@@ -141,7 +141,7 @@ def build_callbacks(plain: dict[str, Any]) -> list[Any]:
 _INSTEAD = {
     "callbacks": "add to the group callbacks",
     "logger": "choose one with logger=",
-    "plugins": "subclass in a script of your own (docs/reuse.md)",
+    "plugins": "subclass it in your own script (docs/reuse.md)",
     "default_root_dir": "set hydra.run.dir",
     "gradient_clip_val": "set update.max_grad_norm",
     "accumulate_grad_batches": "set update.max_tokens_per_microbatch, which never changes the gradient",

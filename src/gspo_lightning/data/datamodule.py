@@ -251,7 +251,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
         if "prompt" not in as_mapping(row, f"row {uid}"):
-            raise UserError(f"row {uid}: task {self.task.name} gave a row without a prompt")
+            raise UserError(f"row {uid}: task {self.task.name} returned a row without a prompt")
         prompt = checked_prompt(row["prompt"], f"row {uid}")
         ids, mm_inputs = self._encode(prompt, f"row {uid}")
         if not len(ids):

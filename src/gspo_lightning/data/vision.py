@@ -63,8 +63,8 @@ class VisionSettings:
         # Other processors with these two keys mean edges (Idefics2).
         if patch is None or "longest_edge" not in own or "shortest_edge" not in own:
             raise UserError(
-                f"data.min_pixels and data.max_pixels have no effect: {type(processor).__name__} brings pictures to "
-                "sizes of its own and counts no pixels; remove them"
+                f"data.min_pixels and data.max_pixels have no effect: {type(processor).__name__} uses fixed image "
+                "sizes and does not count pixels; remove them"
             )
         least, most = own["shortest_edge"] // frames, own["longest_edge"] // frames
         if self.max_pixels is not None:

@@ -60,7 +60,7 @@ def read_index(folder: Path) -> Metadata:
         raise pickle.UnpicklingError("it is no index")
     for key, place in index.storage_data.items():
         if type(key) is not MetadataIndex or not _lies_beside(place):
-            raise pickle.UnpicklingError(f"{key}: its record is not in a file beside the index")
+            raise pickle.UnpicklingError(f"{key}: its record is not in a file next to the index")
     return index
 
 

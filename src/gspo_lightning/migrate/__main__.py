@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     if result.blocking:
         print(f"error: {', '.join(result.blocking)} would change the result and cannot be expressed", file=sys.stderr)
         return 1
-    _say(console, "added: model, data and reward do not stand in a GRPOConfig\n")
+    _say(console, "added: a GRPOConfig does not contain model, data and reward\n")
     _say(console, command(result))
     _say(console, f"\n{experiment_yaml(result)}")
     return _write(options.output, experiment_yaml(result)) if options.output else 0

@@ -33,7 +33,7 @@ def rollout(config: dict[str, Any], result: Conversion, notes: Notes) -> None:
     (_server if server else _colocated)(config, result.settings, notes)
     if not server:
         kind = "no counterpart" if (config.get("vllm_tensor_parallel_size") or 1) > 1 else "same"
-        why = "each rank has an engine of its own on its device; for a larger model start servers (rollout=vllm_server)"
+        why = "each rank has its own engine on its device; for a larger model start servers (rollout=vllm_server)"
         notes["vllm_tensor_parallel_size"] = (kind, why)
     _correction(config, result, notes)
 

@@ -103,7 +103,7 @@ def _widths(objective: Objective) -> Iterator[Finding]:
     if objective.importance_sampling_level != "token" and chosen and max(low, high) >= WIDE_SEQUENCE_CLIP:
         yield Finding(
             "warning",
-            f"objective.epsilon={low}, epsilon_high={high} will hardly ever act at importance_sampling_level="
+            f"objective.epsilon={low}, epsilon_high={high} will almost never act at importance_sampling_level="
             f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves "
             "by hundredths; the paper uses 3e-4/4e-4",
         )

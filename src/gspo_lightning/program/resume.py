@@ -35,7 +35,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
     if ckpt_path == AUTO:
         newest = run_dir / "checkpoints" / "last.ckpt"
         if not any(file.exists() for file in _candidates(newest)):
-            print(f"ckpt_path=auto: no checkpoint in {newest.parent}; starting afresh", flush=True)
+            print(f"ckpt_path=auto: no checkpoint in {newest.parent}; starting a new run", flush=True)
             return None
     else:
         newest = Path(ckpt_path)
@@ -44,8 +44,8 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
         _refuse_folder(newest)
         if newest.parent.name == "checkpoints.old":
             raise UserError(
-                f"ckpt_path={ckpt_path}: the records of that run lie beside it as *.old; move them and checkpoints.old "
-                "to a folder of their own, without .old, and go on from there"
+                f"ckpt_path={ckpt_path}: the records of that run lie next to it as *.old; move them and "
+                "checkpoints.old to a new folder, without .old, and resume from there"
             )
     good = _first_good(newest)
     _refuse_foreign(good)
@@ -55,9 +55,9 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
             if good.is_dir()
             else ("in one file", "trainer=ddp or trainer=default")
         )
-        raise UserError(f"ckpt_path={good}: was saved {kind}; go on with {way}, on any number of devices")
+        raise UserError(f"ckpt_path={good}: was saved {kind}; resume with {way}, on any number of devices")
     if ckpt_path == AUTO:
-        print(f"ckpt_path=auto: going on from {good}", flush=True)
+        print(f"ckpt_path=auto: resuming from {good}", flush=True)
     return good
 
 
@@ -91,7 +91,7 @@ def _first_good(newest: Path) -> Path:
         except pickle.UnpicklingError as error:
             raise _holds_code(file) from error
         print(f"warning: {file} is damaged (cut short, or bits have changed)", flush=True)
-    raise UserError(f"ckpt_path={newest}: damaged, and there is no good checkpoint beside it; start afresh")
+    raise UserError(f"ckpt_path={newest}: damaged, and there is no good checkpoint next to it; start over")
 
 
 def is_whole(path: Path) -> bool:

@@ -65,8 +65,8 @@ def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
     if _IS_RANK or any(cluster.detect() for cluster in _CLUSTERS):
         if is_ours and ranks > 1:
             raise UserError(
-                "hydra.mode=MULTIRUN: every rank that srun or torchrun has started would walk through the sweep by "
-                "itself; start the sweep without it, or with hydra/launcher=slurm_gpu"
+                "hydra.mode=MULTIRUN: every rank that srun or torchrun has started would run the whole sweep; "
+                "start the sweep without it, or with hydra/launcher=slurm_gpu"
             )
         return False
     if not is_ours:

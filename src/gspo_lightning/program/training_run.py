@@ -147,7 +147,7 @@ class TrainingRun:
             if not self.checkpoint.last.exists():
                 raise
             saved = "saved" if self.checkpoint.saved_at == self.module.rollouts_done else "an earlier rollout is saved"
-            raise type(error)(f"{error}; {saved}, go on with ckpt_path={self.checkpoint.last}") from error
+            raise type(error)(f"{error}; {saved}, resume with ckpt_path={self.checkpoint.last}") from error
         finally:
             self.stop.give_back()
 

@@ -49,9 +49,9 @@ class Worker:
         try:
             self.pickled = pickle.dumps(function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UserError(f"it cannot be sent to a process of its own ({error}); define it in a module") from error
+            raise UserError(f"it cannot be sent to another process ({error}); define it in a module") from error
         if module == "__main__":
-            raise UserError("it is defined in the script that was started; move it into a module of its own")
+            raise UserError("it is defined in the script that was started; move it into a separate module")
         self._ready, self._idle = False, True
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -102,7 +102,7 @@ class Worker:
         try:
             self._receive(None)
         except WorkerError as error:
-            raise UserError(f"it cannot be loaded in a process of its own ({error})") from error
+            raise UserError(f"it cannot be loaded in another process ({error})") from error
         self._ready = True
 
     def _receive(self, timeout_s: float | None) -> Any:

@@ -52,7 +52,7 @@ class TransformersEngine:
             return (PaddedDecoder if policy.is_padded else Decoder)(policy, prompts, sampling, seed)
         if policy.is_padded:
             raise UserError(
-                f"environment: {type(policy.base_model).__name__} runs padded and cannot go on where a turn ends; "
+                f"environment: {type(policy.base_model).__name__} runs padded and cannot continue where a turn ends; "
                 "use a model that packs, or environment=none"
             )
         return DialogueDecoder(policy, prompts, sampling, seed, self.environments)

@@ -188,7 +188,7 @@ class VLLMServerEngine:
             client.load(weights)
             status = client.status()
         if status.version != weights.version:
-            raise ServerError(f"{client.url} was started anew while it loaded weights")
+            raise ServerError(f"{client.url} was restarted while it loaded weights")
         completions = client.complete(self._policy, self._probe, PROBE_SAMPLING, 0, self._adapter)
         if client.status() != status:
             raise ServerError(f"{client.url} got other weights during the probe; does another run use it?")
@@ -223,7 +223,7 @@ class VLLMServerEngine:
         status = client.status()
         if (status.instance, status.version) != self._proven.get(server.url):
             raise ServerError(
-                f"{server.url} was started anew or got other weights during a request; does another run use it?"
+                f"{server.url} was restarted or got other weights during a request; does another run use it?"
             )
         if refusal is not None:
             raise UserError(f"row {request[0].uid}: {refusal}") from refusal

@@ -94,8 +94,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     saved, own = state.get("optimizer"), _class_name(module.optimizer_factory) if is_ours else None
     if saved is not None and own is not None and saved != own:
         raise UserError(
-            f"optimizer: the checkpoint was saved with {saved}, not {own}; go on with that one, "
-            "or start anew from the exported model (model=path model.path=.../model)"
+            f"optimizer: the checkpoint was saved with {saved}, not {own}; keep that one, "
+            "or start a new run from the exported model (model=path model.path=.../model)"
         )
     module.rollouts_done, module.counts = state["rollouts_done"], {**module.counts, **state["counts"]}
     # The pace of the next rollout is measured by what it adds to these.

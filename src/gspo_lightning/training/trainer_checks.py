@@ -76,7 +76,7 @@ def check_fit(module: GSPOModule) -> None:
     # Custom loaders give their first batch in every epoch.
     if trainer.overfit_batches and source is not None:
         raise UserError(
-            f"trainer.overfit_batches={trainer.overfit_batches}: each epoch would go on in the stream of prompts; set "
+            f"trainer.overfit_batches={trainer.overfit_batches}: each epoch would continue the stream of prompts; set "
             "overfit_rows=<count>, or give PromptDataModule gspo_lightning.data.first_rows.FirstRows(task, <count>)"
         )
     if module.policy.shards is not None:
@@ -143,7 +143,7 @@ def _check_own_parameters(module: GSPOModule) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise UserError(
-                f"trainer.strategy: the parameter {name} is whole beside weights that are split over ranks; call "
+                f"trainer.strategy: the parameter {name} is whole, but the other weights are split over ranks; call "
                 'fully_shard on it in configure_model, with mesh=self.device_mesh["data_parallel"], or use trainer=ddp'
             )
 
@@ -217,4 +217,4 @@ def say_nothing_is_left(module: GSPOModule) -> None:
     """Prints one line if all rollouts of the run were done before it began."""
     if module.rollouts_done >= module.max_rollouts and module.trainer.is_global_zero:
         done = f"{module.rollouts_done} of {module.max_rollouts} rollouts are done"
-        print(f"{done}, so nothing is trained; raise max_rollouts to go on", flush=True)
+        print(f"{done}, so nothing is trained; raise max_rollouts to continue", flush=True)
