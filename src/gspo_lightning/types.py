@@ -104,6 +104,15 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class ToolCounts:
+    """Calls of tools in a dialogue."""
+
+    calls: int = 0
+    failures: int = 0
+    """Those whose result is an error."""
+
+
+@dataclass(frozen=True)
 class Dialogue:
     """Data of a completion of several turns, besides its tokens."""
 
@@ -118,6 +127,8 @@ class Dialogue:
     """One reward for each of the policy's turns; empty if the environment rewards only the whole dialogue."""
     begins: Tensor | None = None
     """``(C,)`` bool: the first token of each of the policy's turns. None: the environment has tokens between them."""
+    tool_counts: ToolCounts | None = None
+    """None if the environment offers no tools."""
 
     def turn_index(self) -> Tensor:
         """``(C,)`` int64: for each trained token, the number of the policy's turn it belongs to, from 0."""

@@ -835,6 +835,45 @@ ENVIRONMENTS = [
         ["+environment._target_=gspo_lightning.dialogue.Calculator"],
         "environment._target_ makes a Calculator; set it to gspo_lightning.dialogue.Environments",
     ),
+    Case("environment", "tools without functions", ["environment=tools"], "environment.functions"),
+    Case(
+        "environment",
+        "a tool that a config may not name",
+        ["environment=tools", "environment.functions=[shutil.rmtree]"],
+        "environment.functions=shutil.rmtree is not on the list",
+    ),
+    Case(
+        "environment",
+        "a function that is no tool",
+        ["environment=tools", "environment.functions=[gspo_lightning.dialogue.calculator.call_of]"],
+        "environment.functions: call_of needs type hints and a docstring with Args:",
+    ),
+    Case(
+        "environment",
+        "a chat template that shows no tools",
+        ["environment=tools", "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]"],
+        "the model's chat template shows no tools",
+    ),
+    Case(
+        "environment",
+        "other tools in the prompts",
+        [
+            "environment=tools",
+            "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]",
+            "data.chat_template_kwargs.tools=[{{type: function}}]",
+        ],
+        "environment.chat_template_kwargs.tools are others than environment.functions",
+    ),
+    Case(
+        "environment",
+        "the reward of functions",
+        [
+            "environment=tools",
+            "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]",
+            "reward=environment",
+        ],
+        "reward.functions.environment: functions give no reward",
+    ),
     Case("environment", "a row without what it needs", ["environment=calculator"], "KeyError: 'answer' (row"),
     Case(
         "environment",

@@ -194,6 +194,7 @@ ELSEWHERE = {
     "export.private": "tests/report/test_model_card.py",
     "checkpoint.grace_s": "tests/end_to_end/test_command_line.py",
     "lora.lora": "tests/conf/test_every_key.py",
+    "environment.data.chat_template_kwargs": "tests/dialogue/test_tool_command.py",
     "allow_no_effect": "tests/conf/test_every_key.py",
     "traceback": "tests/end_to_end/test_command_line.py",
     "rollout.repetition_penalty": "tests/bad_input/cases.py",  # refused in training, see there

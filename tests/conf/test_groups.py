@@ -37,6 +37,7 @@ NEEDS = {
     "rollout=replay": [f"rollout.engine.run={CONF.parent}/tests/conf/recorded"],
     "reward=reward_model": ["reward.functions.reward_model.function.path=nowhere"],
     "reward=environment": ["environment=calculator"],
+    "environment=tools": ["environment.functions=[gspo_lightning.dialogue.calculator.evaluate]"],
     "data=image_folder": ["data.task.source=nothing"],
     "data=reasoning_gym": ["data.task=gcd"],
     # What is refused without a GPU has a test of its own.

@@ -41,7 +41,7 @@ def refusal(*overrides):
         ("~seed", "seed: is missing; give it a value"),
         ("~max_rollouts", "max_rollouts: is missing; give it a value"),
         ("~checkpoint.grace_s", "checkpoint.grace_s: is missing; give it a value"),
-        ("~environment", "environment: is missing; choose one of calculator, guess_the_number, none"),
+        ("~environment", "environment: is missing; choose one of calculator, guess_the_number, none, tools"),
         ("logger=[]", "logger: is missing; choose one of csv, mlflow, none, tensorboard, wandb"),
         ("scheduler=[]", "scheduler: is missing; choose one of constant, cosine, linear"),
         ("optimizer=[]", "optimizer._target_: is missing; choose one of adamw, adamw_8bit, paged_adamw_8bit"),

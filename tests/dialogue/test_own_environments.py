@@ -191,7 +191,7 @@ def own_template():
 
 def behind(prompt):
     message = {"role": "user", "content": "Go on."}
-    return tokenizer().decode(continuation(tokenizer(), message, {}, True, (tokenizer().eos_token_id,), prompt))
+    return tokenizer().decode(continuation(tokenizer(), [message], {}, True, (tokenizer().eos_token_id,), prompt))
 
 
 def test_a_template_that_wants_a_system_message_first_gets_that_of_the_prompt(own_template):

@@ -127,13 +127,13 @@ def test_what_stands_between_turns_is_what_the_chat_template_puts_there():
     ask, tool = {"role": "user", "content": "2 * 3?"}, {"role": "tool", "content": "6"}
     prompt = tokenizer.apply_chat_template([ask], add_generation_prompt=True, return_dict=False)
     turn = tokenizer("<calc>2 * 3</calc>", add_special_tokens=False)["input_ids"]
-    between = continuation(tokenizer, tool, {}, True, eos)
+    between = continuation(tokenizer, [tool], {}, True, eos)
     conversation = [ask, {"role": "assistant", "content": "<calc>2 * 3</calc>"}, tool]
     whole = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert prompt + turn + list(eos) + between == whole
-    assert continuation(tokenizer, tool, {}, False, eos) == [*eos, *between]
+    assert continuation(tokenizer, [tool], {}, False, eos) == [*eos, *between]
     with pytest.raises(UserError, match="does not end an assistant's turn"):
-        continuation(tokenizer, tool, {}, True, (3,))
+        continuation(tokenizer, [tool], {}, True, (3,))
 
 
 def test_a_chat_template_that_leaves_the_environments_words_out_is_refused():
@@ -144,11 +144,11 @@ def test_a_chat_template_that_leaves_the_environments_words_out_is_refused():
     )
     tool, eos = {"role": "tool", "content": 'a "quoted" word'}, (tokenizer.eos_token_id,)
     tokenizer.chat_template = template % (turn % "m.content | tojson if m.role == 'tool' else m.content")
-    assert 'a \\"quoted\\" word' in tokenizer.decode(continuation(tokenizer, tool, {}, True, eos))
+    assert 'a \\"quoted\\" word' in tokenizer.decode(continuation(tokenizer, [tool], {}, True, eos))
     tokenizer.chat_template = template % ("{% if m.role != 'tool' %}" + turn % "m.content" + "{% endif %}")
     with pytest.raises(UserError, match="the chat template leaves out what a message of role tool says"):
-        continuation(tokenizer, tool, {}, True, eos)
-    assert continuation(tokenizer, tool | {"role": "user"}, {}, True, eos)
+        continuation(tokenizer, [tool], {}, True, eos)
+    assert continuation(tokenizer, [tool | {"role": "user"}], {}, True, eos)
 
 
 class Broken(Says):

@@ -115,7 +115,8 @@ def check_pip(words):
 
 @pytest.fixture
 def own_project(tmp_path, monkeypatch):
-    """A folder with the reward functions of the README and their config, entered; returns the override that finds it."""
+    """A folder with the reward functions of the README, the tools of docs/multi_turn.md and their configs, entered;
+    returns the override that finds it."""
     (python,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# my_rewards.py" in block)
     (yaml,) = (
         block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "# conf/reward/mine.yaml" in block
@@ -123,10 +124,17 @@ def own_project(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(python)
     (tmp_path / "conf/reward").mkdir(parents=True)
     (tmp_path / "conf/reward/mine.yaml").write_text(yaml)
+    page = (ROOT / "docs/multi_turn.md").read_text()
+    (python,) = re.findall(r"```python\n(# my_tools.py.*?)```", page, re.DOTALL)
+    (yaml,) = re.findall(r"```yaml\n# conf/experiment/with_tools.yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_tools.py").write_text(python)
+    (tmp_path / "conf/experiment").mkdir()
+    (tmp_path / "conf/experiment/with_tools.yaml").write_text(yaml)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield f"hydra.searchpath=[file://{tmp_path}/conf]"
     sys.modules.pop("my_rewards", None)
+    sys.modules.pop("my_tools", None)
 
 
 @pytest.mark.parametrize("words", list(commands()))

@@ -162,16 +162,21 @@ def _check_router(model: dict[str, Any]) -> None:
 
 
 def _check_environment(plain: dict[str, Any]) -> None:
-    """The reward of an environment needs one."""
+    """The reward of an environment needs one that gives rewards; tools are looked up, so that their key is named."""
+    node = plain["environment"]
+    tools = build(node) if (node or {}).get("_target_") == "gspo_lightning.dialogue.Tools" else None
     for name, spec in plain["reward"].get("functions", {}).items():
         path = str((spec.get("function") or {}).get("path", "")) if isinstance(spec, dict) else ""
-        if (
-            path.startswith("gspo_lightning.rewards")
-            and path.endswith(".environment_reward")
-            and not plain["environment"]
-        ):
+        if not (path.startswith("gspo_lightning.rewards") and path.endswith(".environment_reward")):
+            continue
+        if not node:
             raise UserError(
                 f"reward.functions.{name}: there is no environment to give a reward; set environment=calculator, say"
+            )
+        if tools is not None and not tools.rewards:
+            raise UserError(
+                f"reward.functions.{name}: functions give no reward; name a class with a method reward among "
+                "environment.functions, or choose another reward"
             )
 
 

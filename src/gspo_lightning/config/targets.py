@@ -68,13 +68,39 @@ def check_targets(node: Any, key: str = "") -> None:
         target, where = str(node.get("path") or ""), f"{key}.path"
         if not target or node.get("_args_"):
             raise UserError(f"{where}: {node['_target_']} looks up one name; give it as path, not in _args_")
-    if (missing := _missing(target, _BY_THE_USER)) is not None:
-        home, allowed = missing.partition(".")[0], ",".join((*_BY_THE_USER, missing))
-        defined = "" if target.partition(".")[0] == home else f" (it is defined in {home})"
-        raise UserError(
-            f"{where}={target}{defined} is not on the list of what a config may call; if you trust it, set the "
-            f"environment variable GSPO_ALLOWED_TARGETS={allowed} (docs/safety.md)"
-        )
+    _refuse_others(target, where)
+
+
+def look_up(name: str, where: str) -> Any:
+    """The object that a dotted name in a config leads to, such as a function that is a tool.
+
+    Args:
+        name: such as ``my_tools.add``.
+        where: key of the config, for the message.
+
+    Raises:
+        UserError: a config may not name it, or it cannot be imported.
+    """
+    _refuse_others(name, where)
+    parts, found = name.split("."), None
+    try:
+        for count in range(1, len(parts) + 1):
+            found = _step(found, ".".join(parts[:count]))
+    except (Exception, SystemExit) as error:
+        what = f"it ended with exit code {error.code}" if isinstance(error, SystemExit) else error
+        raise UserError(f"{where}: cannot import {name} ({what})") from error
+    return found
+
+
+def _refuse_others(target: str, where: str) -> None:
+    if (missing := _missing(target, _BY_THE_USER)) is None:
+        return
+    home, allowed = missing.partition(".")[0], ",".join((*_BY_THE_USER, missing))
+    defined = "" if target.partition(".")[0] == home else f" (it is defined in {home})"
+    raise UserError(
+        f"{where}={target}{defined} is not on the list of what a config may call; if you trust it, set the "
+        f"environment variable GSPO_ALLOWED_TARGETS={allowed} (docs/safety.md)"
+    )
 
 
 def is_allowed(target: str, more: tuple[str, ...] = _BY_THE_USER) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.data.columns import Needed, as_mapping, check_columns, checked_prompt
 from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
-from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
+from gspo_lightning.data.templating import check_template_kwargs, encode_prompt, with_schemas
 from gspo_lightning.data.vision import VisionSettings, encode_conversation, image_parts
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
@@ -49,7 +49,8 @@ class PromptDataModule(L.LightningDataModule):
         validation_batch_size: held-out prompts decoded at a time, per rank.
         seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
             its rows from its own seed.
-        chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``.
+        chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``. Among its ``tools`` may
+            be functions, classes or their dotted names (`gspo_lightning.dialogue.Tools`), besides JSON schemas.
         min_pixels: pictures with fewer pixels are enlarged; None leaves it to the model's image processor.
         max_pixels: pictures with more pixels are made smaller; None leaves it to the model's image processor.
     """
@@ -72,7 +73,7 @@ class PromptDataModule(L.LightningDataModule):
         self.task, self.model_path = task, model_path
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
         self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
-        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.chat_template_kwargs = with_schemas(chat_template_kwargs or {})
         self.seed, self.stream = seed, PromptStream(task, seed or 0)
         self.cursor = 0
         self.dropped_prompts = 0
@@ -132,6 +133,12 @@ class PromptDataModule(L.LightningDataModule):
         if self.vision_settings.is_set and self.processor is None:
             raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} reads text alone")
         for prompt in self._prompts_to_check():
+            if self.chat_template_kwargs.get("tools") and isinstance(prompt.prompt, str):
+                raise UserError(
+                    f"row {prompt.uid}: the prompt is a plain string, but tools are shown by the chat template, which "
+                    "only lists of messages go through; give such prompts (data.task.conversational=true for rows of a "
+                    "file) or no tools"
+                )
             if self.chat_template_kwargs and isinstance(prompt.prompt, str):
                 raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
             check_columns(prompt.sample, required_columns or {}, f"row {prompt.uid}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.columns import checked_prompt
+from gspo_lightning.dialogue.functions import template_tools
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
 
@@ -92,11 +93,8 @@ def _reads_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase, templat
         {**message, "content": message["content"][:-1] + last} if _is_text_in_parts(message) else message
         for message in messages
     ]
-    try:
-        rendered = str(tokenizer.apply_chat_template(marked, tokenize=False, **template_kwargs))
-    except REFUSALS:
-        return False
-    return _MARK in rendered and not _WRITTEN_OUT.search(rendered)
+    rendered = _rendered(marked, tokenizer, template_kwargs)
+    return rendered is not None and _MARK in rendered and not _WRITTEN_OUT.search(rendered)
 
 
 def refuse_surrogates(prompt: str | Messages, where: str) -> None:
@@ -139,12 +137,25 @@ def make_prompt(
     return Prompt(uid=uid, prompt=prompt, input_ids=ids, sample=row)
 
 
+def with_schemas(template_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of the chat template with a JSON schema in place of each function, or name of one, in ``tools``.
+
+    Raises:
+        UserError: a function is no tool; the line begins with the key.
+    """
+    if "tools" not in template_kwargs:
+        return template_kwargs
+    return {**template_kwargs, "tools": template_tools(template_kwargs["tools"], "data.chat_template_kwargs.tools")}
+
+
 def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:
     """Refuses options that the chat template would ignore: templates do not report unknown ones.
 
     Raises:
-        UserError: names the option that the template never reads, or that the program itself sets.
+        UserError: names the option that the template never reads, or that the program itself sets, or says that the
+            template shows no tools.
     """
+    _check_tools(tokenizer, template_kwargs)
     template = tokenizer.chat_template or ""
     text = "\n".join(template.values()) if isinstance(template, dict) else template
     for name in template_kwargs:
@@ -154,3 +165,38 @@ def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: d
             raise UserError(
                 f"data.chat_template_kwargs.{name} has no effect: the chat template never reads it; remove it"
             )
+
+
+def _check_tools(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:
+    """Renders a message with the tools and without: a template may read them for nothing, or for another role alone."""
+    if not template_kwargs.get("tools"):
+        return
+    if not tokenizer.chat_template:
+        raise UserError(
+            "data.chat_template_kwargs.tools: the tokenizer has no chat template, which would show tools; use a model "
+            "that has one, such as Qwen3 or Llama 3.1"
+        )
+    user = {"role": "user", "content": "."}
+    # Some show tools beside a system message alone.
+    pairs = [
+        [_rendered(talk, tokenizer, {**template_kwargs, "tools": tools}) for tools in (template_kwargs["tools"], None)]
+        for talk in (
+            [user],
+            [{"role": "system", "content": "."}, user],
+        )  # some show tools beside a system message alone
+    ]
+    # A template that refuses both wants other messages: the prompts show whether it takes them.
+    tried = [shown == hidden for shown, hidden in pairs if shown is not None]
+    if tried and all(tried):
+        raise UserError(
+            "data.chat_template_kwargs.tools: the model's chat template shows no tools; use a model whose template "
+            "does, such as Qwen3 or Llama 3.1"
+        )
+
+
+def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> str | None:
+    """The text of the conversation; None if the template refuses it."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs))
+    except REFUSALS:
+        return None

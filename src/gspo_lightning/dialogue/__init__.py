@@ -3,5 +3,6 @@
 from gspo_lightning.dialogue.calculator import Calculator
 from gspo_lightning.dialogue.environment import Environment, Environments, Reply
 from gspo_lightning.dialogue.guess import GuessTheNumber
+from gspo_lightning.dialogue.tools import Tools
 
-__all__ = ["Calculator", "Environment", "Environments", "GuessTheNumber", "Reply"]
+__all__ = ["Calculator", "Environment", "Environments", "GuessTheNumber", "Reply", "Tools"]

@@ -48,7 +48,11 @@ def call_of(text: str) -> str | None:
 
 
 def evaluate(expression: str) -> str:
-    """The value of sums, differences and products of whole numbers, or what is wrong with the expression."""
+    """The value of sums, differences and products of whole numbers, or what is wrong with the expression.
+
+    Args:
+        expression: such as 12 * (3 + 4)
+    """
     if len(expression) > _LONGEST:
         return "error: too long"
     try:

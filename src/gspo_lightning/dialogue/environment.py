@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError
-from gspo_lightning.types import Messages, Prompt
+from gspo_lightning.types import Messages, Prompt, ToolCounts
 from gspo_lightning.users_code import RAISED, copied, finite_number
 
 
@@ -27,12 +27,18 @@ class Reply:
     reward: float | None = None
     """Reward of the policy's turn; None in all turns if the dialogue is rewarded as a whole. A final `Reply(None, ...)`
     has that of the last turn."""
+    more: tuple[str, ...] = ()
+    """Texts of further messages in the same role: the results of several calls are a message each, which templates
+    mark one by one."""
 
     def __post_init__(self) -> None:
         text, role = cast("tuple[object, object]", (self.text, self.role))
         if text is not None and not isinstance(text, str):
             kind = type(text).__name__
             raise UserError(f"Reply: the text is of type {kind}; give a string, such as str(...), or None for the end")
+        more: object = self.more
+        if not isinstance(more, tuple) or not all(isinstance(x, str) for x in more) or (more and text is None):
+            raise UserError(f"Reply: more={more!r} must be a tuple of strings, after a text")
         if not isinstance(role, str) or role == "assistant":
             raise UserError(f"Reply: role={role!r} must be a string such as user or tool; assistant is the policy")
 
@@ -110,10 +116,11 @@ class OpenDialogue:
         self.turn_rewards.append(answer.reward)
         if answer.text is None or len(self.turn_rewards) >= self.settings.max_turns:
             return None
-        message = {"role": answer.role, "content": _without_lone_surrogates(answer.text)}
-        self.messages.append(message)
+        texts = map(_without_lone_surrogates, (answer.text, *answer.more))
+        messages = [{"role": answer.role, "content": text} for text in texts]
+        self.messages += messages
         kwargs = self.settings.chat_template_kwargs
-        return continuation(self.tokenizer, message, kwargs, has_end, eos, self.prompt.prompt)
+        return continuation(self.tokenizer, messages, kwargs, has_end, eos, self.prompt.prompt)
 
     def add(self, text: str) -> None:
         """Records a turn of the policy."""
@@ -132,6 +139,12 @@ class OpenDialogue:
         # A turn that was cut by length has not been shown to the environment: it earns nothing of its own.
         turns = sum(message["role"] == "assistant" for message in self.messages)
         return whole, (*given, *(0.0,) * (turns - len(given) if given else 0))
+
+    @property
+    def tool_counts(self) -> ToolCounts | None:
+        """Calls of tools so far; None if the environment does not count them."""
+        counts = getattr(self.environment, "tool_counts", None)
+        return counts if isinstance(counts, ToolCounts) else None
 
     def _number(self, reward: Any) -> float:
         number = finite_number(reward)

@@ -1,4 +1,4 @@
-"""From a message of the environment to the tokens between two turns of the policy.
+"""From the messages of the environment to the tokens between two turns of the policy.
 
 The policy's own tokens are never rendered and tokenised again: only what the chat template puts after an assistant's
 turn is.
@@ -22,7 +22,7 @@ _MESSAGE = "MESSAGE-OF-THE-ENVIRONMENT"
 
 def continuation(
     tokenizer: PreTrainedTokenizerBase,
-    message: Message,
+    messages: Sequence[Message],
     template_kwargs: dict[str, Any],
     has_end: bool,
     eos: tuple[int, ...],
@@ -32,24 +32,28 @@ def continuation(
 
     Args:
         tokenizer: holds the chat template.
-        message: what the environment says.
+        messages: what the environment says: one message, or several in a row, of the same role.
         template_kwargs: arguments of the chat template.
         has_end: whether the turn has its end token; if not, it is added here, as context.
         eos: the policy's end tokens.
-        prompt: prompt of the dialogue. If it is a string, no template is used: the message's text follows unchanged.
+        prompt: prompt of the dialogue. If it is a string, no template is used: the texts follow unchanged.
 
     Raises:
-        UserError: the chat template refuses the message or leaves it out, or does not end a turn with one of ``eos``.
+        UserError: the chat template refuses a message or leaves it out, or does not end a turn with one of ``eos``.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(str(message["content"]), add_special_tokens=False)["input_ids"])
-    behind = _behind_turn(tokenizer, message, template_kwargs, prompt)
-    if str(message["content"]).strip() not in behind:
-        known = message | {"content": _MESSAGE}  # the words themselves may be written in another way, such as JSON
-        if _MESSAGE not in _behind_turn(tokenizer, known, template_kwargs, prompt):
+        text = "".join(str(message["content"]) for message in messages)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    behind = _behind_turn(tokenizer, messages, template_kwargs, prompt)
+    if len(messages) > 1 or str(messages[0]["content"]).strip() not in behind:
+        # The words themselves may be written in another way, such as JSON, and two messages may say the same.
+        marks = [f"{_MESSAGE}-{number}." for number in range(len(messages))]
+        known = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+        rendered = _behind_turn(tokenizer, known, template_kwargs, prompt)
+        if not all(mark in rendered for mark in marks):
             raise UserError(
-                f"the chat template leaves out what a message of role {message['role']} says; use another environment, "
-                "or a model whose template knows that role"
+                f"the chat template leaves out what a message of role {messages[0]['role']} says; use another "
+                "environment, or a model whose template knows that role"
             )
     for token in eos:
         end = tokenizer.decode([token])
@@ -63,14 +67,17 @@ def continuation(
 
 
 def _behind_turn(
-    tokenizer: PreTrainedTokenizerBase, message: Message, template_kwargs: dict[str, Any], prompt: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: dict[str, Any],
+    prompt: Sequence[Message],
 ) -> str:
-    """What the chat template writes after an assistant's turn that the message follows.
+    """What the chat template writes after an assistant's turn that the messages follow.
 
     The prompt's system message is included only if the template refuses to do without it: some templates write it into
     the newest message of the user, where it would appear a second time.
     """
-    talk = [{"role": "user", "content": "."}, {"role": "assistant", "content": _TURN}, message]
+    talk = [{"role": "user", "content": "."}, {"role": "assistant", "content": _TURN}, *messages]
     system = [first for first in prompt[:1] if first["role"] not in ("user", "assistant")]
     for conversation in (talk, [*system, *talk])[: 1 + len(system)]:
         try:
@@ -80,4 +87,4 @@ def _behind_turn(
             return str(text).rpartition(_TURN)[2].lstrip("\n")
         except TemplateError as error:
             refusal = error
-    raise UserError(f"the chat template refuses a message of role {message['role']}: {refusal}") from refusal
+    raise UserError(f"the chat template refuses a message of role {messages[0]['role']}: {refusal}") from refusal

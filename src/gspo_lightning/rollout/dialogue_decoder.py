@@ -97,7 +97,7 @@ class DialogueDecoder(Decoder):
         own = self.turns[id(row)]
         if own.turn:  # cut by length
             own.dialogue.add(self._decode(own.turn))
-        elif own.dialogue.messages[-1]["role"] != "assistant":  # no room was left for an answer to it
+        while own.dialogue.messages[-1]["role"] != "assistant":  # no room was left for an answer to it
             own.dialogue.messages.pop()
         reward, turn_rewards = own.dialogue.result()
         messages = own.dialogue.messages
@@ -107,7 +107,12 @@ class DialogueDecoder(Decoder):
             sampler_logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
             finish_reason=row.finish_reason,
             dialogue=Dialogue(
-                torch.tensor(own.trained), messages, reward, turn_rewards, begins=torch.tensor(own.begins)
+                torch.tensor(own.trained),
+                messages,
+                reward,
+                turn_rewards,
+                begins=torch.tensor(own.begins),
+                tool_counts=own.dialogue.tool_counts,
             ),
         )
 

@@ -16,7 +16,7 @@ from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.out_of_memory import memory_for
 from gspo_lightning.training.timing import Stopwatch
-from gspo_lightning.types import Metrics, Prompt, RewardedRollout, Rollout, SamplingParams, ScoredRollout
+from gspo_lightning.types import Metrics, Prompt, RewardedRollout, Rollout, SamplingParams, ScoredRollout, ToolCounts
 
 
 def collect_rollout(
@@ -142,7 +142,7 @@ def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) 
 
 
 def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
-    """Turns and returns, as (sum, count); empty without dialogues."""
+    """Turns, returns and calls of tools, as (sum, count); empty without dialogues."""
     turns = [float(c.dialogue.num_turns) for group in scored.completions for c in group if c.dialogue is not None]
     if not turns:
         return {}
@@ -150,6 +150,20 @@ def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
     return {
         "dialogue/turns": (torch.tensor(turns, dtype=torch.float64).sum(), torch.tensor(float(len(turns)))),
         "dialogue/return": (whole_returns(scored.completions, rewards).sum(), count),
+        **_tool_metrics([c.dialogue.tool_counts for group in scored.completions for c in group if c.dialogue]),
+    }
+
+
+def _tool_metrics(counts: list[ToolCounts | None]) -> Metrics:
+    """Calls per dialogue and the share of them that failed, as (sum, count); empty without tools."""
+    counted = [own for own in counts if own is not None]
+    if not counted:
+        return {}
+    calls = torch.tensor(float(sum(own.calls for own in counted)))
+    failures = torch.tensor(float(sum(own.failures for own in counted)))
+    return {
+        "dialogue/tool_calls": (calls, torch.tensor(float(len(counted)))),
+        "dialogue/tool_failures": (failures, calls),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gspo_lightning.data.templating import make_prompt
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.types import Prompt
@@ -34,6 +35,19 @@ def played(node: dict[str, Any], folder: Path) -> Any:
     return between, dialogue.messages, dialogue.result()
 
 
+def asked(node: dict[str, Any], folder: Path) -> Any:
+    """Prompt and two turns with tools; what can be called is what the prompt shows."""
+    tokenizer = load_tokenizer(resolve_model("bundled:smollm2-135m-instruct"))
+    tokenizer.chat_template = "{{ tools | tojson }}" + THINKS
+    tools = built({**node, "chat_template_kwargs": {**node["chat_template_kwargs"], "tools": node["functions"]}})
+    row = {"prompt": [{"role": "user", "content": "?"}]}
+    prompt = make_prompt(row, tokenizer, "row", tools.chat_template_kwargs)
+    dialogue = tools.begin(prompt, 0, tokenizer)
+    call = '<tool_call>{"name": "evaluate", "arguments": {"expression": "2*3"}}</tool_call>'
+    between = [dialogue.reply(call, True, (tokenizer.eos_token_id,)) for _ in range(2)]
+    return prompt.input_ids.tolist(), between, dialogue.messages
+
+
 def one_turn(node: dict[str, Any], folder: Path) -> Any:
     """What the first turn earns."""
     environment = built(node)() if node.get("_partial_") else built(node)
@@ -47,6 +61,13 @@ PROBES = [
         "make": GAME, "max_turns": 1, "chat_template_kwargs": {"enable_thinking": True},
     }),
     Probe(["environment=guess_the_number"], "environment.make", one_turn, {"turn_rewards": True}),
+    Probe(
+        ["environment=tools", "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]"],
+        "environment", asked, {
+            "functions": ["tests.dialogue.tool_support.add"], "max_turns": 1,
+            "chat_template_kwargs": {"enable_thinking": True},
+        },
+    ),
     Probe(["data=arithmetic"], "data.task", task_in(around), {
         "instruction": "Now.", "examples": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}],
     }),

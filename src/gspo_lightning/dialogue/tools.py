@@ -1,0 +1,130 @@
+"""Functions that the policy may call in a dialogue: the chat template describes them, and its calls are answered."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gspo_lightning.dialogue.calls import CallError, calls_of, check_arguments, read_call
+from gspo_lightning.dialogue.environment import Environments, OpenDialogue, Reply
+from gspo_lightning.dialogue.functions import NOT_TOOLS, Tool, by_name, found, schemas_of, template_tools
+from gspo_lightning.errors import UserError
+from gspo_lightning.types import Prompt, ToolCounts
+from gspo_lightning.users_code import RAISED, copied
+
+_HARMONY = "<|call|>"
+"""Ends a call of gpt-oss, which says in a header, not in JSON, whom it calls."""
+
+
+class Tools(Environments):
+    """Dialogues in which the policy may call Python functions; a turn without a call is the answer.
+
+    Args:
+        functions: each a function, or a class, or the dotted name of one. A class is made for every dialogue, without
+            arguments, and its public methods are tools; a method ``reset(row, seed)`` is called first with a copy of
+            the row, and a method ``reward()`` at the end: the environment's reward is the sum of these.
+        max_turns: turns of the policy after which a dialogue ends; a call in the last one is made, but not answered.
+        chat_template_kwargs: arguments of the chat template, the same as for the prompts. If there are ``tools`` among
+            them, they must be the functions; if not, they are added: give the prompts this object's
+            ``chat_template_kwargs``.
+
+    Raises:
+        UserError: a function is misconfigured (see `functions.schemas_of`), or the prompts describe other tools.
+    """
+
+    def __init__(
+        self, functions: Sequence[Tool], max_turns: int = 4, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        where = "environment.functions"
+        tools = found(functions, where)
+        schemas = schemas_of(tools, where)
+        kwargs = {"tools": list(schemas.values()), **(chat_template_kwargs or {})}
+        if template_tools(kwargs["tools"], "environment.chat_template_kwargs.tools") != list(schemas.values()):
+            raise UserError(
+                "environment.chat_template_kwargs.tools are others than environment.functions; leave "
+                "data.chat_template_kwargs.tools as environment=tools sets it: ${environment.functions}"
+            )
+        make = functools.partial(ToolDialogue, tools, schemas)
+        super().__init__(make, max_turns, {**kwargs, "tools": list(schemas.values())})
+        object.__setattr__(self, "names", tuple(schemas))
+        object.__setattr__(self, "rewards", any(hasattr(tool, "reward") for tool in tools if inspect.isclass(tool)))
+
+    names: tuple[str, ...]
+    """What the policy calls the tools."""
+    rewards: bool
+    """Whether a class among the functions has a reward."""
+
+    def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
+        """Begins a dialogue about the row of ``prompt``.
+
+        Raises:
+            UserError: the prompt does not name a tool, so that the policy cannot know it; or calls are written in
+                another way than `calls.calls_of` reads.
+        """
+        if _HARMONY in tokenizer.get_added_vocab():
+            raise UserError("environment.functions: calls in the harmony format are not read; use another model")
+        told = str(tokenizer.decode(prompt.input_ids))
+        for name in self.names:
+            if name not in told:
+                raise UserError(
+                    f"environment.functions: the prompt does not name the tool {name}; give the prompts the same "
+                    f"chat_template_kwargs, tools: ${{environment.functions}} (row {prompt.uid})"
+                )
+        return super().begin(prompt, seed, tokenizer)
+
+
+class ToolDialogue:
+    """The `Environment` of one dialogue with tools."""
+
+    def __init__(self, tools: Sequence[Callable[..., Any]], schemas: dict[str, dict[str, Any]]) -> None:
+        objects: list[Any] = [tool() if inspect.isclass(tool) else tool for tool in tools]
+        self.functions, self.schemas = dict(by_name(objects)), schemas
+        owners = [thing for thing in objects if not inspect.isroutine(thing)]
+        self._resets, self._rewards = ([getattr(o, n) for o in owners if hasattr(o, n)] for n in NOT_TOOLS)
+        self.tool_counts = ToolCounts()
+
+    def reset(self, row: dict[str, Any], seed: int) -> None:
+        """See `Environment.reset`."""
+        for reset in self._resets:
+            reset(copied(row), seed)
+
+    def step(self, text: str) -> Reply:
+        """See `Environment.step`: the results of all calls of the turn, in their order."""
+        calls = calls_of(text)
+        if not calls:
+            return Reply(None)
+        first, *others = [self._result(call) for call in calls]
+        return Reply(first, role="tool", more=tuple(others))
+
+    def reward(self) -> float:
+        """See `Environment.reward`: the sum over the objects that have one; 0 if none has."""
+        return sum((reward() for reward in self._rewards), 0.0)
+
+    def _result(self, call: str) -> str:
+        """What the model is told: the function's result, or what was wrong."""
+        failed = 0
+        try:
+            result = self._called(*read_call(call))
+        except CallError as error:
+            result, failed = f"error: {error}", 1
+        self.tool_counts = ToolCounts(self.tool_counts.calls + 1, self.tool_counts.failures + failed)
+        return result
+
+    def _called(self, name: str, arguments: dict[str, Any]) -> str:
+        if name not in self.functions:
+            raise CallError(f"there is no tool {name}; the tools are {', '.join(self.functions)}")
+        check_arguments(arguments, self.schemas[name])
+        try:
+            result = self.functions[name](**arguments)  # fresh from the JSON: nothing else holds them
+            if not inspect.isawaitable(result):
+                return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+        except RAISED as error:
+            raise CallError(f"{type(error).__name__}: {error}") from error
+        if inspect.iscoroutine(result):
+            result.close()  # else Python warns that nobody awaited it
+        raise UserError(f"tool {name} returned something to await, but nothing awaits it; make it a plain function")
