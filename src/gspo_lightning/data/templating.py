@@ -177,13 +177,10 @@ def _check_tools(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, 
             "that has one, such as Qwen3 or Llama 3.1"
         )
     user = {"role": "user", "content": "."}
-    # Some show tools beside a system message alone.
+    # Some templates show tools only if there is a system message.
     pairs = [
         [_rendered(talk, tokenizer, {**template_kwargs, "tools": tools}) for tools in (template_kwargs["tools"], None)]
-        for talk in (
-            [user],
-            [{"role": "system", "content": "."}, user],
-        )  # some show tools beside a system message alone
+        for talk in ([user], [{"role": "system", "content": "."}, user])
     ]
     # A template that refuses both wants other messages: the prompts show whether it takes them.
     tried = [shown == hidden for shown, hidden in pairs if shown is not None]
