@@ -12,6 +12,7 @@ from tests.callbacks.fakes import OTHER_RANK, TRAINER, FakeModule
 
 METRICS = {
     "reward/mean": 0.98437, "completion/mean_tokens": 9.04, "clip_frac_low": 0.125, "clip_frac_high": 0.25,
+    "completion/truncated_frac": 0.0625,
     "perf/rollout_tokens_per_s": 149.6, "perf/train_tokens_per_s": 75.2,
 }  # fmt: skip
 
@@ -24,14 +25,14 @@ def rollouts(line, module, steps, clock=None, seconds=0.0):
         line.on_train_batch_end(TRAINER, module, None, None, 0)
 
 
-def test_the_line_says_reward_length_clipping_speed_and_time_left():
+def test_the_line_says_reward_length_clipping_truncation_speed_and_time_left():
     text = describe(METRICS, 65.0)
-    assert text == "reward 0.984  length 9.0  ratios clipped 38%  150 + 75 tokens/s  left 1:05"
-    assert "clipped" not in describe(METRICS, 65.0, clipped=False)
+    assert text == "reward 0.984  length 9.0  ratio clipped 38%  truncated 6%  150 + 75 tokens/s  left 1:05"
+    assert describe(METRICS, 65.0, shares=False) == "reward 0.984  length 9.0  150 + 75 tokens/s  left 1:05"
     without = {name: value for name, value in METRICS.items() if not name.startswith("clip_frac")}
-    assert describe(without, 65.0) == "reward 0.984  length 9.0  150 + 75 tokens/s  left 1:05"
+    assert describe(without, 65.0) == "reward 0.984  length 9.0  truncated 6%  150 + 75 tokens/s  left 1:05"
     del without["perf/rollout_tokens_per_s"]
-    assert describe(without, 65.0) == "reward 0.984  length 9.0  ? + 75 tokens/s  left 1:05"
+    assert describe(without, 65.0) == "reward 0.984  length 9.0  truncated 6%  ? + 75 tokens/s  left 1:05"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])

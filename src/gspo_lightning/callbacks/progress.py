@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gspo_lightning.errors import UserError
 
-WIDE = 100
-"""Columns of a terminal from which on the bar also shows the share of clipped ratios (per token or sequence)."""
+WIDE = 120
+"""Least columns of a terminal for the bar to show the shares of clipped ratios and truncated completions too."""
 
 
 class ProgressLine(L.Callback):
@@ -54,7 +54,7 @@ class ProgressLine(L.Callback):
         done, total = pl_module.rollouts_done, pl_module.max_rollouts
         left_s = (self.clock() - self._start) / max(1, done - self._done_at_start) * (total - done)
         if self._progress is not None:
-            text = describe(pl_module.last_metrics, left_s, clipped=self._progress.console.width >= WIDE)
+            text = describe(pl_module.last_metrics, left_s, shares=self._progress.console.width >= WIDE)
             self._progress.update(self._task, completed=done, description=text)
         elif trainer.is_global_zero and (done % self.every_n_rollouts == 0 or done >= total):
             print(f"rollout {done}/{total}  {describe(pl_module.last_metrics, left_s)}", flush=True)
@@ -87,11 +87,13 @@ class ProgressLine(L.Callback):
             self._progress = None
 
 
-def describe(metrics: dict[str, float], left_s: float, clipped: bool = True) -> str:
+def describe(metrics: dict[str, float], left_s: float, shares: bool = True) -> str:
     """The numbers of a rollout in one line; throughput is that of sampling and of the update."""
     parts = [f"reward {metrics['reward/mean']:.3f}", f"length {metrics['completion/mean_tokens']:.1f}"]
-    if clipped and "clip_frac_high" in metrics:  # a loss without a clip has no such metric
-        parts.append(f"ratios clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
+    if shares and "clip_frac_high" in metrics:  # a loss without a clip has no such metric
+        parts.append(f"ratio clipped {metrics['clip_frac_low'] + metrics['clip_frac_high']:.0%}")
+    if shares and "completion/truncated_frac" in metrics:
+        parts.append(f"truncated {metrics['completion/truncated_frac']:.0%}")
     # The speed of a rollout that was sampled before a resume may be unknown.
     rollout, update = metrics.get("perf/rollout_tokens_per_s"), metrics["perf/train_tokens_per_s"]
     sampled = "?" if rollout is None else f"{rollout:.0f}"
