@@ -35,7 +35,7 @@ def test_the_first_layer_with_an_output_that_is_not_finite_is_named(micro_model_
         policy.get_submodule(LAYER).register_forward_hook(broken)
 
     with pytest.raises(
-        NonFiniteLayerError, match=rf"forward: {LAYER} \(Linear\) put out 0 NaN and 1 infinite of \d+ values"
+        NonFiniteLayerError, match=rf"forward: {LAYER} \(Linear\) returned 0 NaN and 1 infinite of \d+ values"
     ):
         fit(micro_model_dir, plant)
 
@@ -54,7 +54,7 @@ def test_the_first_layer_with_a_gradient_that_is_not_finite_is_named(micro_model
         policy.get_submodule(LAYER).register_forward_hook(lambda module, inputs, output: Broken.apply(output))
 
     with pytest.raises(
-        NonFiniteLayerError, match=rf"backward: {LAYER} \(Linear\) put out (\d+) NaN and 0 infinite of \1 values"
+        NonFiniteLayerError, match=rf"backward: {LAYER} \(Linear\) returned (\d+) NaN and 0 infinite of \1 values"
     ):
         fit(micro_model_dir, plant)
 

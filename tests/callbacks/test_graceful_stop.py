@@ -129,7 +129,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_alone(tmp_path):
     ("rollout", "goes_on", "line"),
     [
         (8, True, None),
-        (7, True, "Slurm job 77 is in the queue again; with ckpt_path=auto and the same hydra.run.dir it will resume"),
+        (7, True, "Slurm job 77 was requeued; with ckpt_path=auto and the same hydra.run.dir it will resume"),
         (7, False, "not requeued: without ckpt_path=auto it would not resume from here"),
     ],
     ids=["done", "goes on", "would begin anew"],

@@ -222,7 +222,7 @@ def test_a_best_that_is_gone_is_counted_anew_and_the_line_says_so(whole, micro_m
     start["callbacks"]["RolloutCheckpoint"] = {"metric": "val/accuracy", "value": 0.5, "rollout": 2}
     torch.save(start, tmp_path / "last.ckpt")
     (tmp_path / "best.ckpt").write_bytes(b"PK")
-    with pytest.warns(UserWarning, match=r"best.ckpt of rollout 2 \(val/accuracy=0.5\) is gone, from"):
+    with pytest.warns(UserWarning, match=r"best.ckpt of rollout 2 \(val/accuracy=0.5\) is neither in"):
         fit(micro_model_dir, tmp_path / "new", 8, ckpt_path=tmp_path / "last.ckpt")
     assert read(tmp_path / "new" / "best.ckpt")["gspo_lightning"]["rollouts_done"] == 6
 
@@ -250,14 +250,14 @@ def test_what_no_validation_measures_is_refused_at_the_first(micro_model_dir, tm
     with pytest.raises(UserError) as error:
         fit(micro_model_dir, tmp_path, metric="val/acuracy", num_sanity_val_steps=1)
     assert str(error.value) == (
-        "checkpoint.keep_best=val/acuracy: the validation does not measure it; it has val/accuracy"
+        "checkpoint.keep_best=val/acuracy: validation does not measure it; it measures val/accuracy"
     )
     assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_a_trainer_that_validates_nothing_is_refused(micro_model_dir, tmp_path):
     module, saving = build_module(micro_model_dir, Settings()), RolloutCheckpoint(tmp_path, 1, keep_best="val/reward")
-    with pytest.raises(UserError, match=r"RolloutCheckpoint\(keep_best=val/reward\) needs validations inside the run"):
+    with pytest.raises(UserError, match=r"RolloutCheckpoint\(keep_best=val/reward\) needs validations during the run"):
         trainer(callbacks=[saving]).fit(module, Batches(scripted_prompts()).loader())
 
 

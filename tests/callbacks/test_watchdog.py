@@ -113,7 +113,7 @@ def test_a_reward_that_never_returns_ends_the_run_and_is_named_in_the_stacks(tmp
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stdout + done.stderr
     assert 'my_rewards.py", line 5 in f' in done.stderr
-    assert "no rollout and no validation has ended for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
+    assert "no rollout or validation has finished for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
@@ -127,10 +127,10 @@ def test_it_says_what_a_run_that_hangs_goes_on_from(is_saved, monkeypatch, tmp_p
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
     dog.on_train_batch_start(SimpleNamespace(callbacks=[dog, checkpoint]), MODULE, None, 0)
     clock.alarms[-1].ring()
-    stands = f"resume with ckpt_path={tmp_path}/last.ckpt" if is_saved else "no checkpoint was written yet"
+    stands = f"resume with ckpt_path={tmp_path}/last.ckpt" if is_saved else "no checkpoint has been written yet"
     assert codes == [1] and capsys.readouterr().err == (
-        "error: no rollout and no validation has ended for 100 s (callbacks.watchdog.end_s); above is where each "
-        f"thread stands; {stands}\n"
+        "error: no rollout or validation has finished for 100 s (callbacks.watchdog.end_s); above is what each "
+        f"thread was doing; {stands}\n"
     )
 
 

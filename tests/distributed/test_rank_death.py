@@ -41,7 +41,7 @@ RAISED = "reward function letter_share raised ZeroDivisionError: on purpose (row
         ("train.py", "kill", "1", -9, "[rank: 1] Child process with PID"),
         ("train.py", "raise, wait", "0", 2, f"error: rank 0: {RAISED}"),
         ("train.py", "raise, wait", "1", 2, f"error: rank 1: {RAISED}"),
-        ("train.py", "kill, wait", "0", -9, f"error: {first_error.DIED}; no checkpoint was written yet"),
+        ("train.py", "kill, wait", "0", -9, f"error: {first_error.DIED}; no checkpoint has been written yet"),
     ],
 )
 def test_the_others_end_too_and_the_first_error_is_the_last_line(script, how, rank, code, last, tmp_path):
@@ -81,11 +81,11 @@ def left(folder):
 
 def test_the_first_error_is_kept_and_silence_is_said(ranks):
     last = ranks.run / "checkpoints" / "last.ckpt"
-    died = "another rank died without a word (killed, or out of memory?)"
+    died = "another rank died without an error message (killed, or out of memory?)"
     ranks.join(1, 4)
     assert first_error.first(ranks.run, wait_s=0.1) == (died, 1)
     ranks.join(1, 4, last)
-    assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; no checkpoint was written yet", 1)
+    assert first_error.first(ranks.run, wait_s=0.1) == (f"{died}; no checkpoint has been written yet", 1)
     last.parent.mkdir()
     for name in ("previous.ckpt", "last.ckpt"):  # the one before will do
         (last.parent / name).touch()

@@ -60,7 +60,7 @@ def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, 
     for name, value in {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", **array}.items():
         monkeypatch.setenv(name, value)
     code, output = run_and_stop(tmp_path / "run", 3, signal.SIGUSR1, "ckpt_path=auto")
-    assert code == 0 and f"Slurm job {job} is in the queue again" in output, output
+    assert code == 0 and f"Slurm job {job} was requeued" in output, output
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
     run(*SHORT, f"hydra.run.dir={tmp_path / 'run'}", "ckpt_path=auto")
     assert_same_run(tmp_path / "run", whole)

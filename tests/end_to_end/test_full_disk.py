@@ -42,7 +42,8 @@ def test_what_was_half_written_is_gone_and_the_one_before_stands(tmp_path):
     trainer, last = Trainer(), tmp_path / "checkpoints" / "last.ckpt"
     atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
     with pytest.raises(
-        UserError, match=r"cannot write .*No space left on device\); make room and resume with ckpt_path=.*last.ckpt"
+        UserError,
+        match=r"cannot write .*No space left on device\); free some space and resume with ckpt_path=.*last.ckpt",
     ):
         atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
     assert torch.load(last, weights_only=True) == {"rollout": 1}
@@ -66,7 +67,7 @@ def test_where_ranks_write_together_all_have_the_line_and_rank_0_clears_up(tmp_p
     for is_first, left in ((False, [".last.ckpt.tmp"]), (True, [])):
         monkeypatch.setattr(Trainer, "is_global_zero", is_first)
         # torch tells a full disk in one way or another, as its buffers happen to be.
-        line = rf"^cannot write {last} \((File too large|\d+ MiB are free)\); nothing was saved yet$"
+        line = rf"^cannot write {last} \((File too large|\d+ MiB are free)\); nothing has been saved yet$"
         with pytest.raises(UserError, match=line) as error:
             atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
         assert isinstance(error.value.__cause__, CheckpointException)
@@ -86,7 +87,7 @@ def test_what_one_of_several_ranks_meets_is_the_error_of_all(tmp_path):
 
     other, full = ValueError("of rank 0"), OSError(errno.EDQUOT, "Disk quota exceeded")
     assert raised((1, KeyError("of rank 1")), (0, other)) == "ValueError: of rank 0"
-    expected = f"UserError: cannot write {tmp_path}/last.ckpt (Disk quota exceeded); nothing was saved yet"
+    expected = f"UserError: cannot write {tmp_path}/last.ckpt (Disk quota exceeded); nothing has been saved yet"
     assert raised((0, other), (3, full)) == expected
 
 
@@ -113,7 +114,9 @@ def test_a_disk_that_is_full_at_the_export_is_one_line_and_the_model_before_stan
     last = tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError) as error:
         in_process.run(tmp_path, "max_rollouts=2", "logger=none", "ckpt_path=auto")
-    assert str(error.value) == (f"cannot write {tmp_path} (File too large); make room and resume with ckpt_path={last}")
+    assert str(error.value) == (
+        f"cannot write {tmp_path} (File too large); free some space and resume with ckpt_path={last}"
+    )
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -126,7 +129,9 @@ def test_a_disk_that_is_full_at_the_first_validation_is_one_line(tmp_path, monke
     monkeypatch.setattr(GSPOModule, "validation_step", fail)
     with pytest.raises(UserError) as error:
         in_process.run(tmp_path, "logger=none")
-    assert str(error.value) == f"cannot write {tmp_path}/metrics.csv (No space left on device); nothing was saved yet"
+    assert (
+        str(error.value) == f"cannot write {tmp_path}/metrics.csv (No space left on device); nothing has been saved yet"
+    )
 
 
 @pytest.fixture()

@@ -59,7 +59,7 @@ class Best:
         """
         if self.metric not in metrics:
             names = ", ".join(name for name in metrics if name != NO_BETTER)
-            raise UserError(f"checkpoint.keep_best={self.metric}: the validation does not measure it; it has {names}")
+            raise UserError(f"checkpoint.keep_best={self.metric}: validation does not measure it; it measures {names}")
 
     def is_higher(self, metrics: dict[str, float], rollout: int) -> bool:
         """Whether a validation's value is higher than all before (NaN never is); records it if so."""
@@ -106,7 +106,8 @@ class Best:
         if not trainer.strategy.broadcast(trainer.is_global_zero and self._bring(trainer.ckpt_path)):
             rank_zero_warn(
                 f"{self.path.name} of rollout {self.found['rollout']} ({self.metric}={self.found['value']:.4g}) is "
-                f"gone, from {self.path.parent} and from the folder of ckpt_path: the search for the best starts over"
+                f"neither in {self.path.parent} nor in the folder of ckpt_path: the search for the best checkpoint "
+                "starts over"
             )
             self.found = {}
 

@@ -121,7 +121,7 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     if reason is None:
         return None
     saved = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
-    stands = f"make room and resume with ckpt_path={saved}" if saved.exists() else "nothing was saved yet"
+    stands = f"free some space and resume with ckpt_path={saved}" if saved.exists() else "nothing has been saved yet"
     where = getattr(error, "filename", None) or path
     return UserError(f"cannot write {where} ({reason}); {stands}")
 
@@ -130,7 +130,7 @@ def what_stands(last: Path | None) -> str:
     """What a run whose newest checkpoint is ``last`` goes on from; ``previous.ckpt`` beside it will do, see `_keep`."""
     if last is not None and (last.exists() or last.with_name("previous.ckpt").exists()):
         return f"resume with ckpt_path={last}"
-    return "no checkpoint was written yet"
+    return "no checkpoint has been written yet"
 
 
 def fails_on_all_ranks(engine: Any) -> bool:
@@ -197,14 +197,14 @@ class RolloutCheckpoint(L.Callback):
         validates = bool(trainer.limit_val_batches) and not trainer.fast_dev_run
         if every and validates and trainer.val_check_batch != every:
             raise UserError(
-                f"RolloutCheckpoint(validate_every_n_rollouts={every}) waits for validations that the Trainer does not "
-                f"make; give it val_check_interval={every} and check_val_every_n_epoch=None"
+                f"RolloutCheckpoint(validate_every_n_rollouts={every}) waits for validations that the Trainer does "
+                f"not run; give it val_check_interval={every} and check_val_every_n_epoch=None"
             )
         if self.best is not None:
             if not trainer.enable_validation:
                 raise UserError(
-                    f"RolloutCheckpoint(keep_best={self.best.metric}) needs validations inside the run; give the "
-                    "Trainer held-out prompts and no limit_val_batches=0"
+                    f"RolloutCheckpoint(keep_best={self.best.metric}) needs validations during the run; give the "
+                    "Trainer held-out prompts and do not set limit_val_batches=0"
                 )
             self.best.take_over(trainer)
 

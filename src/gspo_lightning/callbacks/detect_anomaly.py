@@ -53,7 +53,7 @@ class DetectAnomaly(L.Callback):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             for tensor in tensors_of(output):
                 if not torch.isfinite(tensor).all():
-                    raise NonFiniteLayerError(f"forward: {name} ({type(module).__name__}) put out {what(tensor)}")
+                    raise NonFiniteLayerError(f"forward: {name} ({type(module).__name__}) returned {what(tensor)}")
 
         return hook
 
@@ -65,7 +65,7 @@ class DetectAnomaly(L.Callback):
                     raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) received {what(tensor)}")
             for tensor in tensors_of(grad_input):
                 if not torch.isfinite(tensor).all():
-                    raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) put out {what(tensor)}")
+                    raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) returned {what(tensor)}")
 
         return hook
 

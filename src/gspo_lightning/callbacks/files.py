@@ -89,7 +89,7 @@ def flush_to_disk(*paths: Path) -> None:
                 raise
             if error.errno == errno.EIO:  # shares give it where they cannot; a local disk only when it fails
                 warnings.warn(
-                    f"{path}: its file system did not flush it ({error.strerror}); is the disk failing?", stacklevel=2
+                    f"{path}: the file system could not flush it ({error.strerror}); is the disk failing?", stacklevel=2
                 )
 
 

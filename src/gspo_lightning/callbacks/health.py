@@ -65,9 +65,9 @@ def clip_never_acts(facts: Facts) -> str | None:
     if facts.clip is None or facts.clip[0] <= 0 or low is None or high is None or any(low) or any(high):
         return None
     return (
-        f"nothing was clipped in {facts.patience} rollouts: ratio/p1={facts.last('ratio/p1'):.4g} and "
+        f"no ratio was clipped in {facts.patience} rollouts: ratio/p1={facts.last('ratio/p1'):.4g} and "
         f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [{facts.clip[0]:g}, {facts.clip[1]:g}]; narrow "
-        "objective.epsilon_high (and epsilon, where the loss reads it) if the clip shall act"
+        "objective.epsilon_high (and epsilon, where the loss reads it) if the clip is to act"
     )
 
 
@@ -77,7 +77,7 @@ def clip_takes_most(facts: Facts) -> str | None:
     if low is None or high is None or min(a + b for a, b in zip(low, high, strict=True)) <= 0.5:
         return None
     return (
-        f"more than half was clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen "
+        f"more than half of the ratios were clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen "
         "objective.epsilon_high (and epsilon, where the loss reads it), or take fewer optimizer steps per rollout "
         "(update.num_minibatches)"
     )
@@ -134,7 +134,7 @@ def length_explosion(facts: Facts) -> str | None:
     if cut is None or min(cut) <= 0.5 or facts.rows[0].get("completion/truncated_frac", 0.0) > 0.5:
         return None
     return (
-        f"completion/truncated_frac={cut[-1]:.2f}: completions grew into the limit; raise "
+        f"completion/truncated_frac={cut[-1]:.2f}: completions have grown to the length limit; raise "
         "rollout.max_completion_length or add a length reward (reward=soft_overlong)"
     )
 
@@ -223,7 +223,9 @@ class Health(L.Callback):
         for name, line in self.findings(Facts(self.rows, self.patience, _clip(module), level != "token")):
             self._said[name] += 1
             if trainer.is_global_zero and self._said[name] <= MOST_TIMES:
-                last = " (it comes and goes: not said again)" if self._said[name] == MOST_TIMES else ""
+                last = (
+                    " (this keeps coming back and will not be reported again)" if self._said[name] == MOST_TIMES else ""
+                )
                 print(f"warning: {line}{last}", flush=True)
             if name in self.stop_on:
                 trainer.should_stop = True

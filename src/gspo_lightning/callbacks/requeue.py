@@ -13,10 +13,10 @@ def requeue() -> str:
     if array and task:
         job = f"{array}_{task}"
     if not job:
-        return "SIGUSR1 outside of a Slurm job: nothing to requeue"
+        return "SIGUSR1 outside a Slurm job: nothing to requeue"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
         cause = (getattr(error, "stderr", None) or str(error)).strip()
         return f"Slurm job {job} could not be requeued ({cause}); start it again with ckpt_path=auto"
-    return f"Slurm job {job} is in the queue again; with ckpt_path=auto and the same hydra.run.dir it will resume"
+    return f"Slurm job {job} was requeued; with ckpt_path=auto and the same hydra.run.dir it will resume"

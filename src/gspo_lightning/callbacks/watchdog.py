@@ -98,7 +98,7 @@ class Watchdog(L.Callback):
         """Prints the stacks and a line, and ends the process: a hung thread cannot be stopped in any other way."""
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         print(
-            f"error: no rollout and no validation has ended for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
+            f"error: no rollout or validation has finished for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
             f"what each thread was doing; {what_stands(self._last)}",
             file=sys.stderr,
             flush=True,

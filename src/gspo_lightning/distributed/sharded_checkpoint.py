@@ -44,7 +44,7 @@ class _IndexUnpickler(pickle.Unpickler):
         """Finds a class of an index, or a dtype; refuses everything else."""
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
 
 def read_index(folder: Path) -> Metadata:
@@ -57,7 +57,7 @@ def read_index(folder: Path) -> Metadata:
     with (folder / INDEX).open("rb") as file:
         index: Metadata = _IndexUnpickler(file).load()
     if type(index) is not Metadata or type(index.storage_data) is not dict:
-        raise pickle.UnpicklingError("it is no index")
+        raise pickle.UnpicklingError("it is not an index")
     for key, place in index.storage_data.items():
         if type(key) is not MetadataIndex or not _lies_beside(place):
             raise pickle.UnpicklingError(f"{key}: its record is not in a file next to the index")
