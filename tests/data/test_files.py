@@ -51,7 +51,7 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         {"prompt": "p", "answer": "1"},
         {"prompt": "q", "answer": "2"},
     ]
-    with pytest.raises(UserError, match="not a Parquet file"):
+    with pytest.raises(UserError, match="not a readable Parquet file"):
         read_file(_write(tmp_path, "b.parquet", "no"))
 
 
@@ -70,11 +70,11 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.jsonl", "", r"a\.jsonl: the dataset is empty"),
         ("a.parquet", "", r"a\.parquet: the dataset is empty"),
         ("a.csv", "a,b\n", r"a\.csv: the dataset is empty"),
-        ("a.csv", "a,b\n1,2\n3\n", r"a\.csv line 3: not as many fields"),
-        ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: not as many fields"),
+        ("a.csv", "a,b\n1,2\n3\n", r"a\.csv line 3: the number of fields differs"),
+        ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: the number of fields differs"),
         ("a.csv", 'a,b\n1,2\n"3"x,4\n5,6\n', r"a\.csv line 3: ',' expected after '\"'"),
         ("a.csv", b"a\n\xff\n", r"a\.csv: not UTF-8 text"),
-        ("a.txt", "a", r"a\.txt: unknown kind of file; use one of \.json, \.jsonl, \.csv, \.parquet"),
+        ("a.txt", "a", r"a\.txt: unknown file type; use one of \.json, \.jsonl, \.csv, \.parquet"),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -120,9 +120,11 @@ def test_a_folder_of_save_to_disk_is_read_by_its_split(labelled: Any, tmp_path: 
     datasets.DatasetDict({"train": labelled, "test": labelled.select([1])}).save_to_disk(several)
     assert [row["label"] for row in read_hub(one, None, "train")] == ["no", "yes", None, None]
     assert list(read_hub(several, None, "test")) == [{"prompt": "b", "label": "yes"}]
-    with pytest.raises(UserError, match=r"one: there is no split test; the folder has train, each as a whole"):
+    with pytest.raises(UserError, match=r"one: there is no split test; the folder has train, which cannot be sliced"):
         read_hub(one, None, "test")
-    with pytest.raises(UserError, match=r"several: there is no split dev; the folder has train, test, each as a whole"):
+    with pytest.raises(
+        UserError, match=r"several: there is no split dev; the folder has train, test, which cannot be sliced"
+    ):
         read_hub(several, None, "dev")
     with pytest.raises(UserError, match=r"data\.task\.config_name=main has no effect on a folder of save_to_disk"):
         read_hub(one, "main", "train")
@@ -162,5 +164,5 @@ def test_values_of_tables_in_a_folder_stay_what_the_files_say(tmp_path: Path, mo
     with pytest.raises(UserError, match="tables, split dev: cannot load it"):
         read_hub(str(tmp_path / "tables"), None, "dev")
     _write(tmp_path / "tables", "test.csv", "q,answer\nd\n")
-    with pytest.raises(UserError, match=r"test\.csv line 2: not as many fields"):
+    with pytest.raises(UserError, match=r"test\.csv line 2: the number of fields differs"):
         read_hub(str(tmp_path / "tables"), None, "test")

@@ -70,7 +70,7 @@ def test_whether_parts_are_read_is_tried_with_the_conversation_and_the_options(t
 
 def test_what_a_template_stumbles_over_is_one_line(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages[0]['name'] + 1 }}"
-    with pytest.raises(UserError, match=r"row x: the model's chat template refuses the prompt: can only concatenate"):
+    with pytest.raises(UserError, match=r"row x: the model's chat template rejects the prompt: can only concatenate"):
         encode_prompt([{"role": "user", "content": "hi", "name": "a"}], tokenizer, where="row x")
 
 
@@ -125,7 +125,7 @@ def test_a_part_of_what_a_tool_returned_is_a_part(tokenizer: Any) -> None:
 def test_what_a_tool_returned_is_refused_by_the_template_in_one_line(tokenizer: Any) -> None:
     tokenizer.chat_template = STRINGS
     for content in (READING, [READING]):
-        with pytest.raises(UserError, match="row x: the model's chat template refuses the prompt: can only conc"):
+        with pytest.raises(UserError, match="row x: the model's chat template rejects the prompt: can only conc"):
             make_prompt({"prompt": [GO, {"role": "tool", "content": content}]}, tokenizer, "x")
 
 

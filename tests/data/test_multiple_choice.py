@@ -94,9 +94,9 @@ def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": 3}, "the answer 3 is no number from 0, letter or text of the 3 choices"),
-        ({"answer": "D"}, "the answer 'D' is no number"),
-        ({"answer": True}, "the answer True is no number"),
+        ({"answer": 3}, "the answer 3 is not the number \\(from 0\\), letter or text of one of the 3 choices"),
+        ({"answer": "D"}, "the answer 'D' is not the number"),
+        ({"answer": True}, "the answer True is not the number"),
         ({"answer": "A", "choices": ["B", "A"]}, "both a letter and the text of another choice"),
         ({"answer": 0, "choices": "red"}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": ["red"]}, "must be a list of 2 to 26 choices"),
@@ -111,9 +111,9 @@ def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
         ({"answer": 0, "choices": [{"label": "A", "text": "red"}] * 2}, "must be a list of 2 to 26 choices"),
         (
             {"answer": 0, "choices": {"A": "red", "B": None, "C": "green"}},
-            r"row 0: column 'choices' has choices for A, C alone; letters go from A \(or a\) on without a gap, and a null",
+            r"row 0: column 'choices' has choices only for A, C; letters must run from A \(or a\) without a gap, and null",
         ),
-        ({"answer": 0, "choices": {"b": "red", "c": "green"}}, "has choices for b, c alone"),
+        ({"answer": 0, "choices": {"b": "red", "c": "green"}}, "has choices only for b, c; letters"),
         ({"answer": 0, "choices": {"AB": "red", "C": "green"}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": {"red": 1, "green": 0}}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": {"text": COLOURS, "label": 5}}, "must be a list of 2 to 26 choices"),
@@ -121,9 +121,9 @@ def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
         ({"answer": 0, "choices": {"text": COLOURS, "label": ["A", "B"]}}, r"one label for each .* found \['A', 'B'\]"),
         (
             {"answer": 0, "choices": {"text": COLOURS, "label": ["A", "A", "B"]}},
-            "one label for each choice, no two alike",
+            "one label for each choice, no two the same",
         ),
-        ({"answer": "C", "choices": {"text": COLOURS, "label": ["x", "y", "z"]}}, "the answer 'C' is no number"),
+        ({"answer": "C", "choices": {"text": COLOURS, "label": ["x", "y", "z"]}}, "the answer 'C' is not the number"),
         ({}, r"column 'answer' is missing \(data.task.answer_column\)"),
         ({"answer": 0, "choices": None}, "column 'choices' is null"),
     ],

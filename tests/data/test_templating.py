@@ -47,7 +47,7 @@ def test_an_option_the_template_never_reads_is_refused(tokenizer: Any) -> None:
 
 def test_what_the_template_refuses_is_said_with_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(UserError, match=r"row x:train:3: the model's chat template refuses the prompt: no system role"):
+    with pytest.raises(UserError, match=r"row x:train:3: the model's chat template rejects the prompt: no system role"):
         encode_prompt(TALK, tokenizer, where="row x:train:3")
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"row y: the prompt is a conversation, but the tokenizer has no chat template"):

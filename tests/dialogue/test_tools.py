@@ -270,7 +270,7 @@ IGNORES = TEMPLATE.replace("{% if tools %}", "{% if tools and false %}")
     ("template", "line"),
     [
         (IGNORES, "data.chat_template_kwargs.tools: the model's chat template shows no tools; use a model whose template does, "),
-        (None, "data.chat_template_kwargs.tools: the tokenizer has no chat template, which would show tools; use a model that "),
+        (None, "data.chat_template_kwargs.tools: the tokenizer has no chat template to show the tools; use a model that "),
     ],
 )  # fmt: skip
 def test_a_template_that_ignores_tools_is_refused_in_one_line(template, line):

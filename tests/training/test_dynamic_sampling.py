@@ -219,7 +219,7 @@ def test_fresh_prompts_follow_the_batch_and_none_is_in_the_rollout_twice(data):
     assert numbers(first) == order[:2]
     more = data.draw(first, [3])
     assert numbers(more) == order[2:5] and more.cursor == 5
-    with pytest.warns(UserWarning, match="the 5 rows do not hold 1 more prompts .* groups without signal stay"):
+    with pytest.warns(UserWarning, match="the 5 rows do not have 1 more prompts .* groups without signal stay"):
         assert data.draw(more, [1]) is None
 
 

@@ -155,18 +155,18 @@ def test_the_rotation_a_camera_noted_is_applied():
         ({"bytes": None, "path": None}, "row x: the image is missing"),
         (
             "HTTPS://example.com/a.png",
-            "row x: the image is an address (HTTPS://example.com/a.png), and none is fetched",
+            "row x: the image is a URL (HTTPS://example.com/a.png), and URLs are not fetched",
         ),
-        ("s3://bucket/a.png", "row x: the image is an address (s3://bucket/a.png)"),
-        ({"url": "http://example.com/a.png"}, "row x: the image is an address (http://example.com/a.png)"),
+        ("s3://bucket/a.png", "row x: the image is a URL (s3://bucket/a.png)"),
+        ({"url": "http://example.com/a.png"}, "row x: the image is a URL (http://example.com/a.png)"),
         (
             "data:image/png,raw",
-            "row x: cannot read the image from data:image/png,raw (a data: address must be in base64)",
+            "row x: cannot read the image from data:image/png,raw (a data: URL must be in base64)",
         ),
         ("data:image/png;base64,?", "row x: cannot read the image from data:image/png;base64,? ("),
         ("data:image/png;base64,A\n?", "row x: cannot read the image from data:image/png;base64,A ? ("),
-        (Image.new("I", (4, 4), 30_000), "row x: the image has numbers of 32 bits (mode I), and which"),
-        (Image.new("F", (4, 4), 0.5), "row x: the image has numbers of 32 bits (mode F), and which"),
+        (Image.new("I", (4, 4), 30_000), "row x: the image has 32-bit pixel values (mode I), and which"),
+        (Image.new("F", (4, 4), 0.5), "row x: the image has 32-bit pixel values (mode F), and which"),
         (7, "row x: an image is a path, bytes or a PIL image, not int"),
         (Image.new("1", (40_000, 20_000)), "row x: the image is 40000 x 20000 pixels, too large"),
     ],
@@ -229,7 +229,7 @@ def test_a_limit_holds_against_the_processors_own_other_one(side, settings, expe
         ((None, -5), "data.max_pixels=-5 must be a whole number above 0, or null"),
         ((None, 2.5), "data.max_pixels=2.5 must be a whole number above 0, or null"),
         ((None, "many"), "data.max_pixels='many' must be a whole number above 0, or null"),
-        ((50_000, 20_000), "data.min_pixels=50000 is above data.max_pixels=20000; no picture lies between them"),
+        ((50_000, 20_000), "data.min_pixels=50000 is above data.max_pixels=20000; no image size lies between them"),
     ],
 )
 def test_limits_that_no_picture_keeps_are_refused(limits, message):
@@ -246,7 +246,7 @@ def test_limits_on_pixels_are_refused_where_the_same_two_words_mean_edges():
 
 
 def test_a_shape_no_grid_has_is_refused_with_the_row(processor):
-    with pytest.raises(UserError, match="row x: the image processor refuses an image"):
+    with pytest.raises(UserError, match="row x: the image processor rejects an image"):
         encode(processor, Image.new("RGB", (20_000, 2)), "?")
 
 
@@ -257,7 +257,7 @@ def test_a_placeholder_written_in_the_text_is_refused(processor):
 
 def test_what_a_template_stumbles_over_is_one_line(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'] + '?' }}")
-    with pytest.raises(UserError, match=r"^row x: the model's chat template refuses the prompt: can only concatenate"):
+    with pytest.raises(UserError, match=r"^row x: the model's chat template rejects the prompt: can only concatenate"):
         encode(processor, Image.new("RGB", (84, 84)))
 
 

@@ -25,7 +25,7 @@ def template_columns(template: str, constant: bool = False) -> list[str]:
     Raises:
         UserError: it is malformed, has no field, or has a field without a name.
     """
-    hint = "name a column in each pair of braces, and double braces that are meant literally"
+    hint = "put a column name in each pair of braces, and double the braces that are meant literally"
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -187,9 +187,9 @@ def extract(pattern: str, text: str, column: str, where: str) -> str:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"data.task.patterns.{column}={pattern!r}: not a pattern ({error})") from error
+        raise UserError(f"data.task.patterns.{column}={pattern!r}: not a regular expression ({error})") from error
     if not compiled.groups:
-        raise UserError(f"data.task.patterns.{column}={pattern!r}: put parentheses around what is to be kept")
+        raise UserError(f"data.task.patterns.{column}={pattern!r}: put parentheses around the part to keep")
     found = compiled.search(text)
     if found is None or found[1] is None:
         raise UserError(f"{where}: column {column!r} does not match data.task.patterns.{column}={pattern!r}")

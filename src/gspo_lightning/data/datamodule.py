@@ -131,12 +131,12 @@ class PromptDataModule(L.LightningDataModule):
             )
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
         if self.vision_settings.is_set and self.processor is None:
-            raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} reads text alone")
+            raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} takes text only")
         for prompt in self._prompts_to_check():
             if self.chat_template_kwargs.get("tools") and isinstance(prompt.prompt, str):
                 raise UserError(
                     f"row {prompt.uid}: the prompt is a plain string, but tools are shown by the chat template, which "
-                    "only lists of messages go through; give such prompts (data.task.conversational=true for rows of a "
+                    "applies only to lists of messages; use such prompts (data.task.conversational=true for rows of a "
                     "file) or no tools"
                 )
             if self.chat_template_kwargs and isinstance(prompt.prompt, str):
@@ -215,8 +215,8 @@ class PromptDataModule(L.LightningDataModule):
                 self._taken.add(uid)
             elif passed > limit + sum(counts):
                 rank_zero_warn(
-                    f"dynamic_sampling.max_draws: the {limit} rows do not hold {sum(counts)} more prompts that "
-                    "are not in the rollout yet, so groups without signal stay; lower dynamic_sampling.max_draws or "
+                    f"dynamic_sampling.max_draws: the {limit} rows do not have {sum(counts)} more prompts that are not "
+                    "yet in the rollout, so groups without signal stay; lower dynamic_sampling.max_draws or "
                     "data.prompts_per_rollout"
                 )
                 return None
@@ -277,7 +277,7 @@ class PromptDataModule(L.LightningDataModule):
             return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs, where), {}
         if self.processor is None:
             raise UserError(
-                f"{where}: the prompt has images, but {self.model_path} reads text alone; use one that sees"
+                f"{where}: the prompt has images, but {self.model_path} takes text only; use a vision-language model"
             )
         assert not isinstance(prompt, str)
         return encode_conversation(prompt, self.processor, self.vision_settings, self.chat_template_kwargs, where)

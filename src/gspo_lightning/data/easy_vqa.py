@@ -112,5 +112,5 @@ def _package() -> Any:
     try:
         import easy_vqa
     except ImportError as error:
-        raise UserError("the pictures come from the package easy-vqa; run: pip install easy-vqa==1.0") from error
+        raise UserError("the images come from the package easy-vqa; run: pip install easy-vqa==1.0") from error
     return easy_vqa

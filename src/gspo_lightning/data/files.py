@@ -44,7 +44,7 @@ def _rows_of(source: str) -> Sequence[Row]:
     path = Path(source).expanduser()
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
-        raise UserError(f"{source}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{source}: unknown file type; use one of {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as probe:
             empty = not probe.read(1)
@@ -101,11 +101,14 @@ def _text_files(folder: Path, config_name: str | None, split: str) -> list[str]:
 def _saved(saved: Any, source: str, config_name: str | None, split: str) -> Any:
     """A split of what ``save_to_disk`` wrote; a single dataset is ``train``, and the name of its own split."""
     if config_name is not None:
-        raise UserError(f"data.task.config_name={config_name} has no effect on a folder of save_to_disk; make it null")
+        raise UserError(
+            f"data.task.config_name={config_name} has no effect on a folder of save_to_disk; set it to null"
+        )
     splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
     if split not in splits:
         raise UserError(
-            f"data.task.source={source}: there is no split {split}; the folder has {', '.join(splits)}, each as a whole"
+            f"data.task.source={source}: there is no split {split}; the folder has {', '.join(splits)}, which cannot "
+            "be sliced"
         )
     return splits[split]
 
@@ -165,7 +168,7 @@ def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise UserError(f"{source} line {reader.line_num}: not as many fields as the header has")
+                raise UserError(f"{source} line {reader.line_num}: the number of fields differs from the header's")
             yield row
     except csv.Error as error:
         raise UserError(f"{source} line {reader.reader.line_num}: {error}") from error
@@ -181,7 +184,7 @@ def _read_parquet(path: Path) -> Sequence[Row]:
     try:
         return with_class_names(datasets.load_dataset("parquet", data_files=str(path), split="train"))
     except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: not a Parquet file that can be read") from error
+        raise UserError(f"{path}: not a readable Parquet file") from error
     finally:
         datasets.logging.set_verbosity(said)
 
@@ -190,7 +193,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise UserError(f"{where}: not JSON that can be read: brackets within brackets, too deep") from error
+        raise UserError(f"{where}: not readable JSON: brackets are nested too deeply") from error
     except ValueError as error:  # malformed, or an integer of more digits than Python takes
         raise UserError(f"{where}: not valid JSON ({error})") from error
 

@@ -74,7 +74,7 @@ def kept_rows(rows: Any, patterns: Mapping[str, str], source: str) -> Any:
         try:
             compiled = re.compile(pattern)
         except re.error as error:
-            raise UserError(f"data.task.keep_rows.{column}={pattern!r}: not a pattern ({error})") from error
+            raise UserError(f"data.task.keep_rows.{column}={pattern!r}: not a regular expression ({error})") from error
         index = [i for i in index if values[i] is not None and compiled.fullmatch(str(values[i]))]  # type: ignore[assignment]
     if not index:
         raise UserError(f"{source}: data.task.keep_rows leaves no row")

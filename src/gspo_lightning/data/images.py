@@ -42,19 +42,19 @@ def load_image(value: Any, where: str) -> Picture:
     image = _open(value, where)
     width, height = image.size
     if not width or not height:
-        raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or mend the image")
+        raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or fix the image")
     if width * height > MAX_PIXELS_DECODED:
         raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # which Pillow scales to 16 bits
         raise UserError(
-            f"{where}: the image has numbers of 32 bits (mode {image.mode}), and which of them is white is not known; "
-            "save it with 8 or 16 bits a pixel"
+            f"{where}: the image has 32-bit pixel values (mode {image.mode}), and which value is white is unknown; "
+            "save it with 8 or 16 bits per pixel"
         )
     try:
         return _on_white(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise anything
         raise UserError(
-            f"{where}: the image is broken ({_short(str(error))}); mend the file or remove the row"
+            f"{where}: the image is broken ({_short(str(error))}); fix the file or remove the row"
         ) from error
 
 
@@ -75,7 +75,7 @@ def refuse_address(value: str, what: str, where: str) -> None:
     """
     if re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
         raise UserError(
-            f"{where}: the {what} is an address ({_short(value)}), and none is fetched; download it and give the "
+            f"{where}: the {what} is a URL ({_short(value)}), and URLs are not fetched; download it and give the "
             "file's path"
         )
 
@@ -102,7 +102,7 @@ def _open(value: Any, where: str) -> Picture:
         raise UserError(f"{where}: there is no image {name}") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{where}: cannot read the image from {name} (none of {', '.join(FORMATS)}); save it as PNG or JPEG"
+            f"{where}: cannot read the image from {name} (not one of {', '.join(FORMATS)}); save it as PNG or JPEG"
         ) from error
     except Exception as error:  # decoders raise anything
         raise UserError(f"{where}: cannot read the image from {name} ({_short(str(error))})") from error
@@ -111,7 +111,9 @@ def _open(value: Any, where: str) -> Picture:
 def _of_known_format(image: Picture, where: str) -> Picture:
     """The picture, opened elsewhere; refuses other formats, as its file may not have been decoded yet."""
     if image.format not in (None, "MPO", *FORMATS):  # MPO are several JPEG in one file
-        raise UserError(f"{where}: the image is {image.format}, none of {', '.join(FORMATS)}; save it as PNG or JPEG")
+        raise UserError(
+            f"{where}: the image is {image.format}, not one of {', '.join(FORMATS)}; save it as PNG or JPEG"
+        )
     return image
 
 
@@ -119,7 +121,7 @@ def _decoded(address: str) -> bytes:
     """The bytes within ``data:image/png;base64,...``."""
     kind, _, data = unquote(address).partition(",")
     if not kind.lower().endswith(";base64"):
-        raise ValueError("a data: address must be in base64")
+        raise ValueError("a data: URL must be in base64")
     return base64.b64decode("".join(data.split()), validate=True)
 
 

@@ -99,6 +99,6 @@ class Mixture:
 def _marked(row: Row, task: str) -> dict[str, Any]:
     if TASK_COLUMN in row:
         raise UserError(
-            f"a row of task {task} has a column {TASK_COLUMN!r}, which a mixture uses itself; rename that column"
+            f"a row of task {task} has a column {TASK_COLUMN!r}, which the mixture itself uses; rename that column"
         )
     return {**row, TASK_COLUMN: task}

@@ -54,8 +54,8 @@ def _labelled(column: Any, where: str) -> tuple[list[Any], list[str] | None]:
             choices = [given[label] for label in labels]
         elif all(len(label) == 1 and label.upper() in string.ascii_uppercase for label in labels):
             raise UserError(
-                f"{where} has choices for {', '.join(labels)} alone; letters go from A (or a) on without a gap, and a "
-                "null is no choice"
+                f"{where} has choices only for {', '.join(labels)}; letters must run from A (or a) without a gap, and "
+                "null is not a choice"
             )
     if not _are_choices(choices) or not (labels is None or isinstance(labels, list)):
         raise UserError(
@@ -63,7 +63,7 @@ def _labelled(column: Any, where: str) -> tuple[list[Any], list[str] | None]:
             "{'text': [choices], 'label': [labels]}"
         )
     if labels is not None and (len(labels) != len(choices) or len({*map(str, labels)}) != len(choices)):
-        raise UserError(f"{where} must have one label for each choice, no two alike; found {labels}")
+        raise UserError(f"{where} must have one label for each choice, no two the same; found {labels}")
     return [_plain(choice) for choice in choices], None if labels is None else [str(label) for label in labels]
 
 
@@ -102,4 +102,6 @@ def letter_of(answer: Any, choices: list[Any], where: str, labels: list[str] | N
         return letters[texts.index(text)]
     elif text in names:
         return letters[names.index(text)]
-    raise UserError(f"{where}: the answer {answer!r} is no number from 0, letter or text of the {len(texts)} choices")
+    raise UserError(
+        f"{where}: the answer {answer!r} is not the number (from 0), letter or text of one of the {len(texts)} choices"
+    )

@@ -102,7 +102,7 @@ class RowsTask:
 
     def _refuse_ignored_settings(self) -> None:
         if is_file(str(self.source)) and self.config_name is not None:
-            raise UserError(f"data.task.config_name={self.config_name} has no effect on a file; make it null")
+            raise UserError(f"data.task.config_name={self.config_name} has no effect on a file; set it to null")
         if is_file(str(self.source)) and self.split != "train":
             raise UserError(f"data.task.split={self.split} has no effect on a file; leave it out")
 

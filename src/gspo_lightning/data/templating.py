@@ -55,7 +55,7 @@ def encode_prompt(
             **(template_kwargs or {}),
         )
     except REFUSALS as error:
-        raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
+        raise UserError(f"{where}: the model's chat template rejects the prompt: {error}") from error
     return torch.tensor(ids, dtype=torch.long)
 
 
@@ -112,7 +112,7 @@ def refuse_surrogates(prompt: str | Messages, where: str) -> None:
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
             raise UserError(
-                f"{where}: the prompt has {half}, half a character; mend the text or remove the row"
+                f"{where}: the prompt has {half}, an unpaired surrogate; fix the text or remove the row"
             ) from error
 
 
@@ -173,7 +173,7 @@ def _check_tools(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, 
         return
     if not tokenizer.chat_template:
         raise UserError(
-            "data.chat_template_kwargs.tools: the tokenizer has no chat template, which would show tools; use a model "
+            "data.chat_template_kwargs.tools: the tokenizer has no chat template to show the tools; use a model "
             "that has one, such as Qwen3 or Llama 3.1"
         )
     user = {"role": "user", "content": "."}

@@ -46,7 +46,7 @@ def load_video(part: Mapping[str, Any], where: str) -> Video:
         raise UserError(f"{where}: fps={fps!r} must be a number above 0")
     frames = [load_image(frame, f"{where}, frame {n}") for n, frame in enumerate(_frames(value, fps, where))]
     if not frames:
-        raise UserError(f"{where}: the video has no frame; mend it or remove the row")
+        raise UserError(f"{where}: the video has no frames; fix it or remove the row")
     if len(sizes := sorted({frame.size for frame in frames})) > 1:
         raise UserError(f"{where}: the frames differ in size ({sizes[0]} and {sizes[-1]}); make them one size")
     return Video(tuple(frames), float(fps))

@@ -37,7 +37,7 @@ class VisionSettings:
                 raise UserError(f"data.{key}={value!r} must be a whole number above 0, or null")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise UserError(
-                f"data.min_pixels={self.min_pixels} is above data.max_pixels={self.max_pixels}; no picture lies "
+                f"data.min_pixels={self.min_pixels} is above data.max_pixels={self.max_pixels}; no image size lies "
                 "between them"
             )
 
@@ -125,7 +125,7 @@ def encode_conversation(
             **template_kwargs,
         )
     except REFUSALS as error:
-        raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
+        raise UserError(f"{where}: the model's chat template rejects the prompt: {error}") from error
     # Gemma 3's template writes one token, which its processor expands to a picture's whole run of placeholders.
     _match(text, getattr(processor, "boi_token", processor.image_token), len(media.pictures), "image", where)
     if videos:
@@ -160,7 +160,7 @@ def _run(
             kwargs |= _video_kwargs(processor, media.videos, settings)
         output = dict(processor(text=[text], return_tensors="pt", **kwargs))
     except ValueError as error:  # such as an aspect ratio that no grid of patches has
-        raise UserError(f"{where}: the image processor refuses an image or video ({error})") from error
+        raise UserError(f"{where}: the image processor rejects an image or video ({error})") from error
     ids = output.pop("input_ids")[0]
     for name in ("attention_mask", "video_metadata", "labels"):  # PaliGemma's processor makes labels
         output.pop(name, None)
@@ -172,7 +172,9 @@ def _run(
             continue
         merged = int(grid.prod(dim=1).sum()) // getattr(processor, part).merge_size ** 2
         if (tokens := int((inputs["mm_token_type_ids"] == number).sum())) != merged:
-            raise UserError(f"{where}: {tokens} {kind} tokens for {merged} {kind} features; shorten nothing by hand")
+            raise UserError(
+                f"{where}: {tokens} {kind} tokens for {merged} {kind} features; do not shorten the prompt by hand"
+            )
     return ids, inputs
 
 
@@ -210,6 +212,6 @@ def _limited(video: Video, processor: Any, settings: VisionSettings) -> Video:
 def _refuse_video(processor: Any, where: str) -> None:
     if getattr(processor, "video_processor", None) is None:
         raise UserError(
-            f"{where}: the prompt has a video, which needs a video processor: the model brings none, or torchvision, "
-            "which they need, is not installed; give frames as images"
+            f"{where}: the prompt has a video, which needs a video processor: the model has none, or torchvision, "
+            "which it needs, is not installed; give the frames as images"
         )
