@@ -207,7 +207,7 @@ def test_what_has_no_effect_in_trl_is_said_to_have_none():
     constant = notes({"lr_scheduler_type": "constant", "warmup_ratio": 0.1})
     assert constant["warmup_ratio"][0] == "same" and "no effect" in constant["warmup_ratio"][1]
     both = notes({"warmup_steps": 10, "warmup_ratio": 0.1, "max_steps": 100})
-    assert both["warmup_ratio"] == ("same", "warmup_steps goes before it, as in TRL")
+    assert both["warmup_ratio"] == ("same", "warmup_steps overrides it, as in TRL")
     assert notes({"eval_steps": 5})["eval_steps"] == ("same", "no effect without eval_strategy=steps, in TRL as here")
     assert notes({"report_to": "all"})["report_to"][0] == "better default"
 

@@ -35,29 +35,29 @@ REFUSED = {
     "an unknown name": ("GRPOConfig(learning_rate=rate)", "rate is not assigned a literal above"),
     "a dictionary of keywords": ("GRPOConfig(**options, seed=1)", "without * and **"),
     "an unknown field": ("GRPOConfig(learning_rte=1)", "learning_rte: TRL 1.16.0's GRPOConfig has no such field"),
-    "groups that do not fit": ("GRPOConfig(per_device_train_batch_size=6)", "no multiple of num_generations=8"),
+    "groups that do not fit": ("GRPOConfig(per_device_train_batch_size=6)", "not a multiple of num_generations=8"),
     "both batch settings": (
         "GRPOConfig(generation_batch_size=8, steps_per_generation=2)", "contradict each other with 1 ranks",
     ),
     "half a step per rollout": (
         "GRPOConfig(gradient_accumulation_steps=8, steps_per_generation=4)",
-        "32 completions per rollout are no multiple of the 64 of an optimizer step",
+        "32 completions per rollout are not a multiple of the 64 of an optimizer step",
     ),
     "a step and a half per rollout": (
         "GRPOConfig(gradient_accumulation_steps=8, steps_per_generation=12)",
-        "96 completions per rollout are no multiple of the 64 of an optimizer step",
+        "96 completions per rollout are not a multiple of the 64 of an optimizer step",
     ),
     "a step of half a group": (
         "GRPOConfig(per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=1)",
         "does not hold whole groups",
     ),
-    "a number that is none": ("per_device_train_batch_size: auto", "'auto' is no number; TRL's default is 8"),
-    "no number of epochs": ("GRPOConfig(num_train_epochs=None)", "num_train_epochs=None is no number"),
+    "a number that is none": ("per_device_train_batch_size: auto", "'auto' is not a number; TRL's default is 8"),
+    "no number of epochs": ("GRPOConfig(num_train_epochs=None)", "num_train_epochs=None is not a number"),
     "groups of none": ("GRPOConfig(num_generations=0)", "num_generations=0 must be at least 1"),
     "a mapping that is none": ("GRPOConfig(chat_template_kwargs='{x')", "chat_template_kwargs={x: neither a mapping nor"),
     "JSON of no mapping": ("GRPOConfig(lr_scheduler_kwargs='3')", "lr_scheduler_kwargs=3: neither a mapping nor"),
     "prose": ("this is not a config", "the config"),
-    "nothing": ("", "holds no keys"),
+    "nothing": ("", "the config has no keys"),
 }  # fmt: skip
 
 

@@ -30,7 +30,9 @@ _PLAIN = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Prints verdicts, command and YAML; 1 if a key that changes the result has no counterpart, 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="from_trl.py", description="From a TRL GRPOConfig to a command of ours.")
+    parser = argparse.ArgumentParser(
+        prog="from_trl.py", description="Translates a TRL GRPOConfig into a gspo_lightning command."
+    )
     parser.add_argument("config", help="a JSON, YAML or Python file with the config; - reads standard input")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the TRL run (default: 1)")
     parser.add_argument("--model", default="my/model", help="folder or hub name of the model")
@@ -74,7 +76,7 @@ def _write(path: Path, text: str) -> int:
 def verdict_table(result: Conversion) -> Table:
     """One row per key that was given."""
     table = Table(title="GRPOConfig, key by key", title_justify="left")
-    for column in ("key", "value", "verdict", "ours, or why not"):
+    for column in ("key", "value", "verdict", "here, or why not"):
         table.add_column(column, overflow="fold")
     for verdict in result.verdicts:
         value = str(redacted({verdict.key: verdict.value})[verdict.key])

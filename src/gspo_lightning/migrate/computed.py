@@ -44,22 +44,22 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
     per_step = per_device * ranks * accumulation
     if completions % group:
         raise UserError(
-            f"{completions} completions per rollout (per_device_train_batch_size x ranks x steps) are no multiple of "
-            f"num_generations={group}; TRL refuses that too"
+            f"{completions} completions per rollout (per_device_train_batch_size x ranks x steps) are not a multiple "
+            f"of num_generations={group}; TRL refuses that too"
         )
     if completions % per_step:
         raise UserError(
-            f"{completions} completions per rollout are no multiple of the {per_step} of an optimizer step "
-            "(per_device_train_batch_size x ranks x gradient_accumulation_steps), so that steps would cross rollouts; "
-            "make steps_per_generation a multiple of gradient_accumulation_steps"
+            f"{completions} completions per rollout are not a multiple of the {per_step} of an optimizer step "
+            "(per_device_train_batch_size x ranks x gradient_accumulation_steps), so that a step would span two "
+            "rollouts; make steps_per_generation a multiple of gradient_accumulation_steps"
         )
     prompts, minibatches = completions // group, completions // per_step
     result.settings |= {"data.prompts_per_rollout": prompts, "update.num_minibatches": minibatches}
     steps = minibatches * config["num_iterations"]
     if prompts % minibatches:
         raise UserError(
-            f"an optimizer step of {per_step} completions does not hold whole groups of num_generations={group}; ours "
-            "do: change the batch size"
+            f"an optimizer step of {per_step} completions does not hold whole groups of num_generations={group}, as "
+            "steps must here; change the batch size"
         )
     why = f"data.prompts_per_rollout={prompts}: {completions} completions / {group}; "
     why += "memory: update.max_tokens_per_microbatch"
@@ -71,7 +71,9 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
     longest = config.get("max_prompt_length") or 512
     result.settings["data.max_prompt_length"] = longest
     if "max_prompt_length" not in config:
-        result.added.append("data.max_prompt_length=512: TRL 1.16 has no limit; ours refuses a longer prompt by name")
+        result.added.append(
+            "data.max_prompt_length=512: TRL 1.16 has no limit; a longer prompt is refused here, by name"
+        )
     return steps
 
 
@@ -119,18 +121,18 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
     settings["objective.loss_type"] = loss
     for key in ("epsilon", "epsilon_high", "delta"):
         settings[f"objective.{key}"] = None if loss == "sapo" else config.get(key)
-        no_clip = ("better default", "sapo has a gate in place of the clip; TRL ignores it in silence")
+        no_clip = ("better default", "sapo has a gate in place of the clip; TRL ignores it silently")
         notes[key] = no_clip if loss == "sapo" else ("same", f"objective.{key}")
     if loss == "cispo":
         _one_cap(config, given, result, notes)
     elif level != "token" and "epsilon" not in given and loss != "sapo":
         settings["objective.epsilon"] = None
-        result.added.append("objective.epsilon=null: the paper's 3e-4 / 4e-4; TRL's default 0.2 never binds a sequence")
+        result.added.append("objective.epsilon=null: the paper's 3e-4 / 4e-4; TRL's default 0.2 never clips a sequence")
     for key, ours in (("sapo_temperature_pos", "tau_positive"), ("sapo_temperature_neg", "tau_negative")):
         notes[key] = ("renamed", f"objective.{ours}")
         if loss == "sapo" and key in given:
             settings[f"objective.{ours}"] = config[key]
-    notes["use_bias_correction_kl"] = ("renamed", "objective.kl_importance_weighted; matters with beta alone")
+    notes["use_bias_correction_kl"] = ("renamed", "objective.kl_importance_weighted; matters only with beta")
     if config["beta"]:
         settings["objective.kl_importance_weighted"] = config.get("use_bias_correction_kl", True)
     if loss == "dr_grpo" and level != "token":
@@ -154,7 +156,7 @@ def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) ->
     """Converts the one bound of cispo; TRL takes ``epsilon`` for it if ``epsilon_high`` is not given."""
     cap = config.get("epsilon_high")
     result.settings |= {"objective.epsilon": None, "objective.delta": None}
-    notes["delta"] = ("better default", "cispo caps the ratio from above alone: objective.epsilon_high")
+    notes["delta"] = ("better default", "cispo caps the ratio only from above: objective.epsilon_high")
     notes["epsilon"] = notes["delta"]
     if cap is None and "epsilon" in given:
         result.settings["objective.epsilon_high"] = config["epsilon"]
@@ -189,7 +191,10 @@ def running(config: Config, result: Conversion, notes: Notes, steps: int) -> Non
     """Converts precision, saving, validation, logging and more; ``steps``: TRL's optimizer steps per rollout."""
     settings = result.settings
     if config.get("fp16"):
-        notes["fp16"] = ("no counterpart", "float16 needs a loss scale, which a ratio clip does not survive; use bf16")
+        notes["fp16"] = (
+            "no counterpart",
+            "float16 needs loss scaling, which does not work with a ratio clip; use bf16",
+        )
     else:
         notes["fp16"] = ("same", "off")
     notes["bf16"] = ("renamed", "trainer.precision")
@@ -203,7 +208,10 @@ def running(config: Config, result: Conversion, notes: Notes, steps: int) -> Non
     if config["top_k"] is not None:
         settings["rollout.top_k"] = max(0, config["top_k"])  # -1 keeps all, as 0 does
     if config.get("repetition_penalty") not in (None, 1.0):
-        notes["repetition_penalty"] = ("no counterpart", "a penalty for the history: ratios would be of another policy")
+        notes["repetition_penalty"] = (
+            "no counterpart",
+            "the penalty depends on the history: ratios would be those of another policy",
+        )
     notes["min_p"] = ("same", "rollout.min_p")
     if config.get("min_p"):
         settings["rollout.min_p"] = config["min_p"]
@@ -211,7 +219,10 @@ def running(config: Config, result: Conversion, notes: Notes, steps: int) -> Non
     for key, value in (config.get("chat_template_kwargs") or {}).items():
         settings[f"+data.chat_template_kwargs.{key}"] = value
     resume = config.get("resume_from_checkpoint")
-    notes["resume_from_checkpoint"] = ("better default", "ckpt_path takes a checkpoint of ours, never one of TRL")
+    notes["resume_from_checkpoint"] = (
+        "better default",
+        "ckpt_path takes a checkpoint of gspo_lightning, never one of TRL",
+    )
     if not resume:
         notes["resume_from_checkpoint"] = ("same", "off")
     _hub(config, result, notes)

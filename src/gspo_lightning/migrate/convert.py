@@ -96,7 +96,7 @@ def _read(key: str, value: Any) -> Any:
     if value is None and key in SWITCHED_OFF_BY_NONE:
         return None
     if isinstance(default, int | float) and not isinstance(value, int | float):
-        raise UserError(f"{key}={value!r} is no number; TRL's default is {default}")
+        raise UserError(f"{key}={value!r} is not a number; TRL's default is {default}")
     if value is None and default is not None:
         raise UserError(f"{key}=None: give a value; TRL's default is {default}")
     if key in COUNTS and not 1 <= value < math.inf:
@@ -133,10 +133,10 @@ def _verdict(key: str, value: Any, notes: dict[str, tuple[Kind, str]], result: C
     if key in BETTER:
         return Verdict(key, value, "better default", BETTER[key])
     if key in COMPUTED:  # the key that it depends on blocks already
-        return Verdict(key, value, "no counterpart", "it belongs to a choice of TRL that has none here")
+        return Verdict(key, value, "no counterpart", "it belongs to a TRL option that does not exist here")
     default, why = NONE[key]
     if value is None or value == default or not (value or default):
-        return Verdict(key, value, "same", "TRL's default, which asks for nothing")
+        return Verdict(key, value, "same", "TRL's default, which needs no counterpart")
     if key == "reward_weights" and all(weight == 1 for weight in value):
         return Verdict(key, value, "same", "1 is our default: reward.functions.<name>.weight")
     if not key.startswith(HARMLESS):

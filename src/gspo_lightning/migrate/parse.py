@@ -35,7 +35,7 @@ def parse_config(text: str) -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
         raise UserError(f"the config is neither JSON, YAML nor Python: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content or all(value is None for value in content.values()):
-        raise UserError("the config holds no keys: give `key: value` lines, or the keyword arguments of a GRPOConfig")
+        raise UserError("the config has no keys: give `key: value` lines, or the keyword arguments of a GRPOConfig")
     return {str(key): value for key, value in content.items()}
 
 

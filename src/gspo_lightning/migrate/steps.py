@@ -23,13 +23,13 @@ def length(config: Config, result: Conversion, notes: Notes, steps: int) -> None
     if maximum > 0:
         result.settings["max_rollouts"] = math.ceil(maximum / steps)
         notes["max_steps"] = ("renamed", f"max_rollouts: {maximum} optimizer steps of TRL, {steps} per rollout")
-        notes["num_train_epochs"] = ("same", "max_steps goes before it, as in TRL")
+        notes["num_train_epochs"] = ("same", "max_steps overrides it, as in TRL")
     else:
         epochs = config["num_train_epochs"]
         result.settings["num_epochs"] = int(epochs) if float(epochs).is_integer() else epochs
         result.settings["max_rollouts"] = None  # overrides any recipe that these settings are added to
         notes["num_train_epochs"] = ("renamed", "num_epochs")
-        notes["max_steps"] = ("same", "not positive: the epochs count")
+        notes["max_steps"] = ("same", "not positive: num_train_epochs decides")
 
 
 def schedule(config: Config, result: Conversion, notes: Notes) -> None:
@@ -68,7 +68,7 @@ def _warm_up(name: str, config: Config, result: Conversion, notes: Notes) -> Non
         notes["warmup_steps"] = notes["warmup_ratio"] = unread
         return
     if warmup:
-        notes["warmup_ratio"] = ("same", "warmup_steps goes before it, as in TRL")
+        notes["warmup_ratio"] = ("same", "warmup_steps overrides it, as in TRL")
         ratio = warmup
     if warmup >= 1:
         if _max_steps(config) <= 0:
@@ -109,7 +109,7 @@ def _every(config: Config, notes: Notes, settings: Config, steps: int, what: str
     if strategy is None:
         strategy = "steps" if saves else "no"
     if strategy != "steps":
-        always = "the end is always saved" if saves else "there is one before and one after the run, always"
+        always = "the end is always saved" if saves else "there is always one before and one after the run"
         notes[f"{what}_strategy"] = ("better default", f"{ours}: rollouts, not epochs; {always}")
         notes[f"{what}_steps"] = ("same", f"no effect without {what}_strategy=steps, in TRL as here")
         return

@@ -81,4 +81,4 @@ def _correction(config: dict[str, Any], result: Conversion, notes: Notes) -> Non
     if mode.endswith("mask"):
         result.settings["objective.mismatch.low"] = float(low or 0.0)
     elif low is not None:
-        notes[keys[3]] = ("no counterpart", "truncation caps a weight from above; a small weight stays what it is")
+        notes[keys[3]] = ("no counterpart", "truncation caps a weight from above; a small weight stays as it is")
