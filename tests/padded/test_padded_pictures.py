@@ -162,7 +162,7 @@ def test_a_prompt_that_sees_its_completion_is_refused_before_anything_is_sampled
         pytest.skip("its prompts see nothing behind them, whatever the types of tokens are")
     monkeypatch.setattr(model.config, "model_type", "another")
     padded._checked.discard(model)
-    with pytest.raises(UserError, match="row one: models of type another cannot be trained on pictures: .* differ by"):
+    with pytest.raises(UserError, match="row one: models of type another cannot be trained on images: .* differ by"):
         TransformersEngine().generate(policy, prompts_of(policy), SamplingParams(3, 6), 5)
 
 
@@ -177,18 +177,14 @@ def test_a_model_that_fails_at_padded_rows_is_refused_in_one_line(
         pytest.skip("takes the types of fewer tokens than there are")
     monkeypatch.setattr(padded, "repeated_media", not_lengthened)
     padded._checked.discard(policy.base_model)
-    with pytest.raises(
-        UserError, match=rf"^row one: models of type {kind} cannot be trained on pictures \(\w+: [^\n]+$"
-    ):
+    with pytest.raises(UserError, match=rf"^row one: models of type {kind} cannot be trained on images \(\w+: [^\n]+$"):
         TransformersEngine().generate(policy, prompts_of(policy), SamplingParams(3, 6), 5)
 
 
 def test_an_input_that_generate_does_not_know_is_refused_in_one_line(policy: Policy) -> None:
     prompt = prompts_of(policy)[0]
     padded._checked.discard(policy.base_model)
-    with pytest.raises(
-        UserError, match=r"^row one: .* cannot be trained on pictures \(ValueError: .*'depth_map'[^\n]+$"
-    ):
+    with pytest.raises(UserError, match=r"^row one: .* cannot be trained on images \(ValueError: .*'depth_map'[^\n]+$"):
         padded.check_pictures(
             policy.base_model, replace(prompt, mm_inputs={**prompt.mm_inputs, "depth_map": prompt.input_ids})
         )

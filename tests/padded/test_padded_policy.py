@@ -215,7 +215,7 @@ def test_features_that_do_not_fit_the_placeholders_stop_the_run_with_the_row(lla
     one, _, _ = prompts_of(llava)
     ids = one.input_ids
     cut = Prompt("one", "", ids[ids != IMAGE_ID], {}, one.mm_inputs)
-    with pytest.raises(UserError, match="row one: the model refuses its pictures"):
+    with pytest.raises(UserError, match="row one: the model rejects its images"):
         llava(pack([(cut.input_ids, [torch.tensor([5, 6])])], torch.device("cpu"), [cut]))
 
 

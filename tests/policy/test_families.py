@@ -133,7 +133,7 @@ def test_what_runs_padded_says_so_and_is_not_estimated(saved):
         UserWarning, match="model type gpt2 names its layers in a way that packing does not know; falling"
     ):
         loader.load()
-    with pytest.raises(UserError, match="dry_run=true: models of type gpt2 run padded, which is not estimated"):
+    with pytest.raises(UserError, match="dry_run=true: models of type gpt2 run padded, which cannot be estimated"):
         fake_policy(loader)
     with pytest.raises(UserError, match="model.compile=true: the layers of GPT2LMHeadModel are not known"):
         PolicyLoader(loader.path, compile=True).load()

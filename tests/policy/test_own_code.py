@@ -18,7 +18,7 @@ from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
 from tests.vision.models import small_config
 
 SOURCES = sorted(Path(gspo_lightning.__file__).parent.rglob("*.py"))
-REFUSAL = "needs code that the model brings along, and none is run; choose a model that transformers knows by itself"
+REFUSAL = "needs code from the model's repository, which is never run; choose a model that transformers supports itself"
 
 
 def loading_calls(source: str) -> list[ast.Call]:

@@ -125,7 +125,7 @@ def test_a_run_uploads_its_export_with_the_card(api, tmp_path):
 
 
 def test_a_refused_upload_is_one_line_that_says_where_the_model_lies(api, tmp_path):
-    with pytest.raises(UserError, match=r"push_to_hub=me/refused: 403 Forbidden; the model lies in /tmp/model$"):
+    with pytest.raises(UserError, match=r"push_to_hub=me/refused: 403 Forbidden; the model is in /tmp/model$"):
         hub.push(tmp_path.__class__("/tmp/model"), "me/refused", private=True)
 
 
@@ -133,7 +133,7 @@ def test_a_refused_upload_is_one_line_that_says_where_the_model_lies(api, tmp_pa
     ("settings", "message"),
     [
         (("me/x", False, True), "export.push_to_hub=me/x has no effect with export.enabled=false"),
-        (("not a name!", True, True), "export.push_to_hub=not a name!: no name of a repository"),
+        (("not a name!", True, True), "export.push_to_hub=not a name!: not the name of a repository"),
         ((None, True, False), "export.private=false has no effect without export.push_to_hub"),
     ],
 )

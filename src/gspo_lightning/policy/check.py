@@ -42,7 +42,7 @@ def choose_forward(policy: Policy) -> None:
 
 
 SLOW = (
-    "falling back to padded forwards: exact, but prompts and pictures are computed once per completion, which is "
+    "falling back to padded forwards: exact, but prompts and images are computed once per completion, which is "
     "several times slower"
 )
 
@@ -79,8 +79,8 @@ def check_packing(policy: Policy) -> float:
     if not distance <= bound:
         raise PackingMismatchError(
             f"{type(policy.base_model).__name__}: packed log-probabilities are {distance:.1e} away from "
-            f"padded ones (bound {bound:.1e}); this architecture does something in attention "
-            "that shared-prefix packing does not know"
+            f"padded ones (bound {bound:.1e}); this architecture does something in attention that shared-prefix "
+            "packing does not support"
         )
     return distance
 

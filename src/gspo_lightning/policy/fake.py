@@ -34,7 +34,8 @@ def fake_policy(loader: PolicyLoader) -> Policy:
     model = _without_weights(loader) if may_pack(config) else None
     if model is None or not can_pack(model.get_base_model() if loader.lora else model):  # type: ignore[operator]
         raise UserError(
-            f"dry_run=true: models of type {config.model_type} run padded, which is not estimated; train without it"
+            f"dry_run=true: models of type {config.model_type} run padded, which cannot be estimated; remove "
+            "dry_run=true"
         )
     _make_fake(model)
     vision = packs_pictures(config)

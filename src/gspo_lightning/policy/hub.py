@@ -27,7 +27,7 @@ def check_push(repository: str | None, *, exported: bool, private: bool) -> None
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"{key}: no name of a repository, such as me/my-model") from error
+        raise UserError(f"{key}: not the name of a repository, such as me/my-model") from error
     if get_token() is None:
         raise UserError(f"{key} needs a token: hf auth login, or the environment variable HF_TOKEN")
 
@@ -44,5 +44,5 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained with gspo_lightning")
     except (HfHubHTTPError, OSError) as error:
         why = str(error).strip().splitlines()[0]
-        raise UserError(f"export.push_to_hub={repository}: {why}; the model lies in {folder}") from error
+        raise UserError(f"export.push_to_hub={repository}: {why}; the model is in {folder}") from error
     return address

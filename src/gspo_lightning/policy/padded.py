@@ -123,12 +123,12 @@ def check_pictures(model: PreTrainedModel, prompt: Prompt) -> None:
         raise
     except _CAUSES as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(f"row {prompt.uid}: models of type {kind} cannot be trained on pictures ({cause})") from error
+        raise UserError(f"row {prompt.uid}: models of type {kind} cannot be trained on images ({cause})") from error
     distance = ((padded - alone).norm(dim=1) / (alone - alone.mean()).norm()).max().item()
     if not distance <= PICTURES_TOLERANCE.get(model.dtype, 0.1):
         raise UserError(
-            f"row {prompt.uid}: models of type {kind} cannot be trained on pictures: what follows the prompt alone and "
-            f"the prompt before a completion differ by {distance:.1e}"
+            f"row {prompt.uid}: models of type {kind} cannot be trained on images: the logits at the end of the "
+            f"prompt, with and without a completion, differ by {distance:.1e}"
         )
 
 
@@ -150,7 +150,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], promp
     except ValueError as error:
         if prompt is None or not media:
             raise
-        raise UserError(f"row {prompt.uid}: the model refuses its pictures ({error})") from error
+        raise UserError(f"row {prompt.uid}: the model rejects its images ({error})") from error
 
 
 def padding_id(model: PreTrainedModel) -> int:

@@ -29,7 +29,7 @@ def quantization_arguments(quantization: str | None, lora: Any, path: str, confi
     if _is_mxfp4(config):
         if quantization is not None:
             raise UserError(
-                f"model.quantization={quantization}: the experts of {config.model_type} are no layers that "
+                f"model.quantization={quantization}: the experts of {config.model_type} are not layers that "
                 "bitsandbytes can quantise; set it to null (its MXFP4 weights are trained on in bfloat16)"
             )
         return {"quantization_config": Mxfp4Config(dequantize=True)}

@@ -51,8 +51,8 @@ def refuse_own_code(path: str, what: str, error: Exception) -> None:
     """
     if "trust_remote_code" in str(error):
         raise UserError(
-            f"model.path={path}: {what} needs code that the model brings along, and none is run; choose a model that "
-            "transformers knows by itself"
+            f"model.path={path}: {what} needs code from the model's repository, which is never run; choose a model "
+            "that transformers supports itself"
         ) from error
 
 

@@ -118,7 +118,9 @@ def build_tiny_vlm(folder: Path, smollm2: Path) -> None:
     """
     task = EasyVQA(part="warmup")
     task.check()
-    log.info("making the tiny vision-language model once: a supervised warm-up of its vision half, some minutes")
+    log.info(
+        "making the tiny vision-language model once: a supervised warm-up of its vision half, which takes some minutes"
+    )
     register()
     processor = build_processor(smollm2, folder)
     model = build_language_half(smollm2)
