@@ -148,13 +148,13 @@ def test_decimal_points_of_other_scripts():
 
 @pytest.mark.parametrize("answer", ["", "$18", "18.5", "2,3", "five", float("nan"), None, True])
 def test_an_answer_that_no_integer_can_be_is_refused(answer):
-    with pytest.raises(UserError, match=r"last_integer: the row's answer '.*' is no whole number"):
+    with pytest.raises(UserError, match=r"last_integer: the row's answer '.*' is not a whole number"):
         last_integer(["18"], [answer])
 
 
 @pytest.mark.parametrize("answer", ["", "$18", "1.000,50", "five", "1e999", float("nan"), None])
 def test_an_answer_that_is_no_number_is_refused(answer):
-    with pytest.raises(UserError, match=r"numeric_match: the row's answer '.*' is no number"):
+    with pytest.raises(UserError, match=r"numeric_match: the row's answer '.*' is not a number"):
         numeric_match(["18"], [answer])
 
 

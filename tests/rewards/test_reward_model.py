@@ -65,7 +65,7 @@ def test_it_is_loaded_late_frozen_and_works_in_a_process(tmp_path):
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
     build_micro_model(tmp_path / "lm")
-    with pytest.raises(UserError, match="is no trained classifier: it lacks"):
+    with pytest.raises(UserError, match="is not a trained classifier: it lacks"):
         RewardModel(str(tmp_path / "lm"))(prompts=["a"], completions=["b"])
     with pytest.raises(UserError, match="has 3 outputs"):
         RewardModel(str(build(tmp_path / "three", None, 3)))(prompts=["a"], completions=["b"])

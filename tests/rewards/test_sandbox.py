@@ -288,7 +288,7 @@ def test_limits_above_those_of_the_system_are_refused_because_right_code_would_f
     monkeypatch.setattr(resource, "getrlimit", lambda of: (hard, hard) if of == kind else given(of))
     with pytest.raises(UserError) as caught:
         CodeTests(sandbox="unsafe", limits=Limits(memory_mb=512, disk_mb=4, cpu_s=1)).check()
-    assert str(caught.value) == f"{line}; lower it, or raise that"
+    assert str(caught.value) == f"{line}; lower it, or raise the system's limit"
 
 
 MACOS = """
@@ -331,7 +331,7 @@ def test_where_right_code_does_not_answer_unsafe_refuses_in_one_line(monkeypatch
     with pytest.raises(UserError) as caught:
         judge(RIGHT, sandbox="unsafe")
     assert str(caught.value) == (
-        "the code reward with sandbox=unsafe cannot run right code here (it ended before it answered); see what "
+        "the code reward with sandbox=unsafe cannot run correct code here (it ended before it answered); see what "
         f"`ulimit -Ha` and `{sys.executable} -I -S -c pass` say"
     )
 

@@ -112,7 +112,7 @@ def test_multiple_choice(text, choice):
 
 def test_multiple_choice_in_a_tag():
     assert MultipleChoice(tag="SOLUTION")(["A. no <SOLUTION>B</SOLUTION>", "A"], ["B", "A"]) == [1.0, 1.0]
-    with pytest.raises(UserError, match="the answer 'E' is none of ABCD"):
+    with pytest.raises(UserError, match="the answer 'E' is not one of ABCD"):
         MultipleChoice()(["A"], ["E"])
 
 

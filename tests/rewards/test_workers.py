@@ -75,7 +75,7 @@ def test_one_warm_process_serves_all_calls_and_is_gone_after_close(reward_set):
 def test_what_takes_too_long_is_ended_with_its_children(reward_set, tmp_path):
     file = tmp_path / "pids"
     rewards = reward_set(slow=users.hangs_with_a_child, timeout_s=3.0)
-    with pytest.raises(UserError, match=r"reward function slow took longer than its timeout_s=3\.0 and was ended"):
+    with pytest.raises(UserError, match=r"reward function slow took longer than its timeout_s=3\.0 and was stopped"):
         rewards(*batch(file=str(file)))
     for pid in file.read_text().split():
         wait_until(lambda pid=pid: gone(pid))

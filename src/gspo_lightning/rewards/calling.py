@@ -109,7 +109,7 @@ class Caller:
                 self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())
             except RAISED:  # this row makes it raise
                 return f"row {uid}"
-        return f"in the batch of rows {uids[0]} to {uids[-1]}, on none of them alone"
+        return f"in the batch of rows {uids[0]} to {uids[-1]}, but on none of them alone"
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:

@@ -93,7 +93,7 @@ class CodeTests:
         if not self.tolerance >= 0:
             raise UserError(f"CodeTests.tolerance={self.tolerance} must be at least 0")
         if not (math.isfinite(self.failure) and self.failure < 1):
-            raise UserError(f"CodeTests.failure={self.failure} must be finite and below 1, the reward of right code")
+            raise UserError(f"CodeTests.failure={self.failure} must be finite and below 1, the reward of correct code")
         check_sandbox("CodeTests", self.sandbox)
 
     def check(self) -> None:

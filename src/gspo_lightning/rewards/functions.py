@@ -56,12 +56,12 @@ def last_integer(completions: list[Any], answer: list[Any], **_: Any) -> list[fl
     Understands ``1,234``, ``-5``, leading zeros and the digits of any script; an answer may be written ``18.0``.
 
     Raises:
-        UserError: a row's ``answer`` is no whole number.
+        UserError: a row's ``answer`` is not a whole number.
     """
     rewards = []
     for completion, wanted in zip(completions, answer, strict=True):
         if (target := _whole_number(wanted)) is None:
-            raise UserError(f"last_integer: the row's answer {str(wanted)[:60]!r} is no whole number")
+            raise UserError(f"last_integer: the row's answer {str(wanted)[:60]!r} is not a whole number")
         found = _last(_INTEGER, text_of(completion))
         rewards.append(float(found is not None and _whole_number(found) == target))
     return rewards
@@ -71,12 +71,12 @@ def numeric_match(completions: list[Any], answer: list[Any], tolerance: float = 
     """1 if the last number of the completion is within a relative ``tolerance`` of ``answer``, else 0.
 
     Raises:
-        UserError: a row's ``answer`` is no number.
+        UserError: a row's ``answer`` is not a number.
     """
     rewards = []
     for completion, wanted in zip(completions, answer, strict=True):
         if (target := number(wanted)) is None:
-            raise UserError(f"numeric_match: the row's answer {str(wanted)[:60]!r} is no number")
+            raise UserError(f"numeric_match: the row's answer {str(wanted)[:60]!r} is not a number")
         found = _last(_NUMBER, text_of(completion))
         rewards.append(float(found is not None and abs(float(found) - target) <= tolerance * max(1.0, abs(target))))
     return rewards

@@ -44,7 +44,7 @@ class RewardModel:
         try:
             torch.device(self.device)
         except RuntimeError as error:
-            raise UserError(f"RewardModel.device={self.device!r} is no device; use cpu or cuda:0") from error
+            raise UserError(f"RewardModel.device={self.device!r} is not a device; use cpu or cuda:0") from error
         self._model: Any = None
         self._tokenizer: Any = None
         self._lock = threading.Lock()
@@ -89,7 +89,9 @@ class RewardModel:
                 "classifier of transformers, its weights in safetensors, with its tokenizer"
             ) from error
         if info["missing_keys"]:
-            raise UserError(f"RewardModel.path={self.path} is no trained classifier: it lacks {info['missing_keys']}")
+            raise UserError(
+                f"RewardModel.path={self.path} is not a trained classifier: it lacks {info['missing_keys']}"
+            )
         if model.config.num_labels != 1:
             raise UserError(f"RewardModel.path={self.path} has {model.config.num_labels} outputs; a reward model has 1")
         self._pad = model.config.get_text_config().pad_token_id

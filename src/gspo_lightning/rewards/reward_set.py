@@ -199,7 +199,7 @@ def _result(name: str, future: Future[Any]) -> Any:
     try:
         return future.result()
     except WorkerTimeoutError as error:
-        raise UserError(f"reward function {name} took longer than its timeout_s={error} and was ended") from error
+        raise UserError(f"reward function {name} took longer than its timeout_s={error} and was stopped") from error
     except (RewardFunctionError, WorkerError) as error:
         raise UserError(f"reward function {name} raised {str(error).removeprefix(_IN_WORKER)}") from error
     except UserError as error:

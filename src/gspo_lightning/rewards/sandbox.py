@@ -98,7 +98,7 @@ class Session:
         except (ValueError, RecursionError) as error:
             raise SandboxError("its answer is not JSON") from error
         if not isinstance(message, dict):
-            raise SandboxError("its answer is no message")
+            raise SandboxError("its answer is not a message")
         return message
 
     def run(self, text: str) -> str:

@@ -38,7 +38,7 @@ def require(isolation: Isolation) -> None:
     if isolation == "unsafe":
         _require_an_answer()
         return
-    way_out = "or run on a machine of no value with sandbox=unsafe"
+    way_out = "or run on a disposable machine with sandbox=unsafe"
     if not sys.platform.startswith("linux") or not seccomp.supported():
         raise UserError(f"the code reward needs Linux on x86_64 or aarch64 to isolate what the model wrote; {way_out}")
     if shutil.which("bwrap") is None:
@@ -69,7 +69,7 @@ def check_limits(limits: Limits) -> None:
         if (name, sys.platform) != ("memory_mb", "darwin") and hard != resource.RLIM_INFINITY and hard < asked * unit:
             raise UserError(
                 f"limits.{name}={asked} is more than the {hard / unit:.4g} that this system allows (`ulimit -H{flag}`)"
-                "; lower it, or raise that"
+                "; lower it, or raise the system's limit"
             )
 
 
@@ -86,6 +86,6 @@ def _require_an_answer() -> None:
         found = error
     if found != 42:
         raise UserError(
-            f"the code reward with sandbox=unsafe cannot run right code here ({found}); see what `ulimit -Ha` and "
+            f"the code reward with sandbox=unsafe cannot run correct code here ({found}); see what `ulimit -Ha` and "
             f"`{sys.executable} -I -S -c pass` say"
         )

@@ -169,7 +169,7 @@ class MultipleChoice:
         """
         for wanted in answer:
             if plain_letters(str(wanted).strip()) not in set(plain_letters(self.choices)):
-                raise UserError(f"MultipleChoice: the answer {str(wanted)[:40]!r} is none of {self.choices}")
+                raise UserError(f"MultipleChoice: the answer {str(wanted)[:40]!r} is not one of {self.choices}")
         pairs = zip(completions, answer, strict=True)
         return [float(self._choice(plain_letters(text_of(c))) == plain_letters(str(a).strip())) for c, a in pairs]
 
