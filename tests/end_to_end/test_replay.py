@@ -77,7 +77,7 @@ def test_what_is_not_recorded_as_a_whole_is_refused(tmp_path):
         ReplayEngine(str(tmp_path))._records  # noqa: B018
     (tmp_path / "completions.jsonl").write_text(line + "}\n")
     (tmp_path / "config.yaml").write_text("dynamic_sampling: {max_draws: 2}\nrollout: {temperature: 1.0}\n")
-    with pytest.raises(UserError, match="it drew prompts in place of others .* it cannot be replayed"):
+    with pytest.raises(UserError, match="it replaced prompts .* it cannot be replayed"):
         ReplayEngine(str(tmp_path)).generate(None, [make_prompt([5], uid="a")], sampling, 0)
 
 

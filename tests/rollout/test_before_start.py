@@ -63,9 +63,14 @@ def test_engines_look_at_the_base_before_they_start(make, micro_model_dir, tmp_p
         (True, 1, "cuda:0", None),
         (True, 1, "cuda", None),
         (False, 2, "cpu", None),
-        (True, 1, "cuda:1", "the policy is on cuda:1; use rollout=vllm_server, or choose the GPU by CUDA_VISIBLE_DEVI"),
-        (True, 2, "cuda:0", "on the first GPU alone, and 2 processes train; use rollout=vllm_server, or trainer.devi"),
-        (True, 2, "cpu", "on the first GPU alone, and 2 processes train"),  # whole copies of a policy that is split
+        (
+            True,
+            1,
+            "cuda:1",
+            "the policy is on cuda:1; use rollout=vllm_server, or choose the GPU with CUDA_VISIBLE_DEVI",
+        ),
+        (True, 2, "cuda:0", "only on the first GPU, but 2 processes train; use rollout=vllm_server, or trainer.devi"),
+        (True, 2, "cpu", "only on the first GPU, but 2 processes train"),  # whole copies of a policy that is split
     ],
 )
 def test_the_engine_in_process_is_refused_on_gpus_it_would_not_take(gpu, ranks, device, refused, tmp_path, monkeypatch):
@@ -87,8 +92,8 @@ def test_a_gpu_is_called_what_the_environment_calls_it(visible, named, monkeypat
     with pytest.raises(UserError) as error:
         vllm_settings.refuse_other_gpus(torch.device("cuda", 1))
     assert str(error.value) == (
-        "rollout=vllm samples on cuda:0, and the policy is on cuda:1; use rollout=vllm_server, or choose the GPU by "
-        f"CUDA_VISIBLE_DEVICES={named} with trainer.devices=1"
+        "rollout=vllm samples on cuda:0, but the policy is on cuda:1; use rollout=vllm_server, or choose the GPU with "
+        f"CUDA_VISIBLE_DEVICES={named} and trainer.devices=1"
     )
 
 
@@ -100,7 +105,7 @@ def test_a_gpu_is_called_what_the_environment_calls_it(visible, named, monkeypat
             {"temperature": 0.009},
             r"^rollout.temperature=0.009: vLLM samples at 0.01 instead; set at least that, or ",
         ),
-        ({"top_p": 0.9, "min_p": 0.1}, r"^rollout.top_p=0.9 with rollout.min_p=0.1: vLLM cuts by min_p first and "),
+        ({"top_p": 0.9, "min_p": 0.1}, r"^rollout.top_p=0.9 with rollout.min_p=0.1: vLLM applies min_p first and "),
     ],
 )
 def test_what_vllm_samples_otherwise_is_refused(make, changes, line, micro_model_dir, tmp_path, monkeypatch):
@@ -137,7 +142,7 @@ def test_pictures_on_the_padded_path_are_refused_and_text_is_not(micro_model_dir
     with pytest.raises(UserError) as error:
         engine.generate(policy, [*PROMPTS, picture], SAMPLING, seed=0)
     assert str(error.value) == (
-        "row t:1 has images, which rollout=vllm does not take for llama: it runs through the padded path; "
+        "row t:1 has images, which rollout=vllm does not accept for llama: it runs through the padded path; "
         "use rollout=transformers"
     )
 

@@ -52,7 +52,7 @@ def test_a_prompt_goes_out_with_one_placeholder_for_each_picture(smollm2_dir, tm
     assert sent["prompt_token_ids"] == short
     video = Prompt("v", [{"role": "user", "content": [{"type": "video", "video": "x"}]}], prompt.input_ids, {},
                    prompt.mm_inputs)  # fmt: skip
-    with pytest.raises(UserError, match="row v has a video, which rollout=vllm does not take"):
+    with pytest.raises(UserError, match="row v has a video, which rollout=vllm does not accept"):
         engine_input(video)
 
 

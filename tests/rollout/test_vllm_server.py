@@ -129,9 +129,9 @@ def test_a_fault_anywhere_loses_nothing_and_counts_nothing_twice(fault, where, p
 @pytest.mark.parametrize(
     ("where", "fault", "line"),
     [
-        ("gspo_load_folder", "misread", "read other weights than were written to"),
+        ("gspo_load_folder", "misread", "loaded weights other than those written to"),
         ("/reset_prefix_cache", "in use", "did not reset its prefix cache; is somebody else using it"),
-        ("gspo_status", "404", "is no rollout server; start it by scripts/serve_rollouts.sh"),
+        ("gspo_status", "404", "is not a rollout server; start one with scripts/serve_rollouts.sh"),
     ],
 )
 def test_weights_that_do_not_arrive_whole_are_never_sampled_from(where, fault, line, policy, start):
@@ -163,7 +163,7 @@ def test_a_server_without_adapters_is_not_used_for_one(micro_model_dir, start):
     policy = PolicyLoader(str(micro_model_dir), dtype="float32", lora=LoraSettings(r=2)).load()
     engine, (server,) = start(None, ready_timeout_s=0.3)
     with pytest.raises(
-        EngineUnavailableError, match="takes no adapters; start it with --enable-lora, or set lora_sync"
+        EngineUnavailableError, match="does not accept adapters; start it with --enable-lora, or set lora_sync"
     ):
         engine.generate(policy, PROMPTS, SAMPLING, seed=0)
     assert server.count("/v1/load_lora_adapter") == server.count(GENERATE) == 0
@@ -174,7 +174,7 @@ def test_a_server_whose_base_was_replaced_is_not_used_for_an_adapter(micro_model
     engine, (server,) = start(None, ready_timeout_s=0.3)
     server.status_changes = {"lora": True, "base_replaced": True}
     with pytest.raises(
-        EngineUnavailableError, match="has no base for an adapter: it was replaced by another run; restart it$"
+        EngineUnavailableError, match="no longer has the base of the adapter: another run replaced it; restart it$"
     ):
         engine.generate(policy, PROMPTS, SAMPLING, seed=0)
     assert server.count("/v1/load_lora_adapter") == server.count(GENERATE) == 0

@@ -103,7 +103,9 @@ def test_a_server_that_got_all_weights_says_so_to_a_run_with_an_adapter(folder, 
         assert largest_difference(whole, engine(port).generate(whole, PROMPTS, SAMPLING, 0)) < 1e-4
         policy = PolicyLoader(str(folder), lora=LoraSettings(r=4, alpha=8)).load()
         late = VLLMServerEngine([f"http://127.0.0.1:{port}"], 80, 12, ready_timeout_s=1)
-        with pytest.raises(EngineUnavailableError, match="has no base for an adapter: it was replaced by another run"):
+        with pytest.raises(
+            EngineUnavailableError, match="no longer has the base of the adapter: another run replaced it"
+        ):
             late.generate(policy, PROMPTS, SAMPLING, 0)
         late.close()
     finally:

@@ -101,9 +101,11 @@ class ReplayEngine:
         """Refuses a run that sampled from another distribution or was not recorded completely."""
         for key, then in self._config.get("rollout", {}).items():
             if key in _DISTRIBUTION and then != getattr(sampling, key):
-                raise UserError(f"rollout.{key}={getattr(sampling, key)}: {self.run} was sampled at {then}; set that")
+                raise UserError(
+                    f"rollout.{key}={getattr(sampling, key)}: {self.run} was sampled at {then}; set it to that"
+                )
         if self._config.get("dynamic_sampling", {}).get("max_draws"):
             raise UserError(
-                f"rollout.engine.run={self.run}: it drew prompts in place of others (dynamic_sampling.max_draws), "
-                "which are not recorded; it cannot be replayed"
+                f"rollout.engine.run={self.run}: it replaced prompts (dynamic_sampling.max_draws), and the replaced "
+                "ones are not recorded; it cannot be replayed"
             )

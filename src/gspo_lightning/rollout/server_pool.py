@@ -189,7 +189,7 @@ class _Run(Generic[Job, Result]):
             member.told = True
             _say(f"rollout server failed, its prompts go to others: {error}")
         if self.attempts[job] >= self.pool.patience.max_attempts:
-            raise EngineUnavailableError(f"one prompt failed {self.attempts[job]} times, at last: {error}")
+            raise EngineUnavailableError(f"one prompt failed {self.attempts[job]} times, the last error: {error}")
 
     def _check_patience(self) -> None:
         now, patience = time.monotonic(), self.pool.patience

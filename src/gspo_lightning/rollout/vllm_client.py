@@ -54,7 +54,7 @@ class VLLMClient:
         try:
             return Status(**answer)
         except TypeError as error:
-            raise ServerError(f"{self.url} answered nonsense about itself: {error}") from error
+            raise ServerError(f"{self.url} sent an invalid answer about itself: {error}") from error
 
     def load(self, weights: Weights) -> None:
         """Loads the weights into the server and drops what it has cached from others."""
@@ -66,7 +66,7 @@ class VLLMClient:
         else:
             answer = self._rpc("gspo_load_folder", str(weights.path), weights.version, str(weights.checksum))
             if answer.get("checksum") != weights.checksum:
-                raise ServerError(f"{self.url} read other weights than were written to {weights.path}")
+                raise ServerError(f"{self.url} loaded weights other than those written to {weights.path}")
         self.reset_caches()
 
     def unload_adapter(self, name: str) -> None:
@@ -96,7 +96,7 @@ class VLLMClient:
         try:
             return read_completions(policy, answer, sampling.num_generations)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ServerError(f"{self.url} answered nonsense: {error!r}") from error
+            raise ServerError(f"{self.url} sent an invalid answer: {error!r}") from error
 
     def _rpc(self, method: str, *arguments: str) -> dict[str, Any]:
         timeout_s = self.timeout_s if arguments else min(self.timeout_s, _STATUS_TIMEOUT_S)
@@ -105,12 +105,14 @@ class VLLMClient:
             found = answer["results"][0]
         except ServerError as error:
             if " answered 404" in str(error):
-                raise ServerError(f"{self.url} is no rollout server; start it by scripts/serve_rollouts.sh") from error
+                raise ServerError(
+                    f"{self.url} is not a rollout server; start one with scripts/serve_rollouts.sh"
+                ) from error
             raise
         except (TypeError, KeyError, IndexError) as error:
-            raise ServerError(f"{self.url}: {method} answered nonsense") from error
+            raise ServerError(f"{self.url}: {method} sent an invalid answer") from error
         if found is not None and not isinstance(found, dict):
-            raise ServerError(f"{self.url}: {method} answered nonsense")
+            raise ServerError(f"{self.url}: {method} sent an invalid answer")
         return found or {}
 
 
@@ -118,7 +120,7 @@ def read_completions(policy: Policy, answer: Any, count: int) -> list[Completion
     """The ``count`` completions of vLLM's answer, in order; raises for anything that is not that."""
     choices: Sequence[dict[str, Any]] = sorted(answer["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(count)):
-        raise ValueError(f"{len(choices)} completions, {count} were asked for")
+        raise ValueError(f"{len(choices)} completions, but {count} were asked for")
     return [
         completion(policy, choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
         for choice in choices

@@ -133,7 +133,7 @@ class VLLMEngine:
             if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
                 raise UserError(
                     f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its "
-                    f"pictures, the trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be "
+                    f"images, the trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be "
                     "those of the data"
                 )
         return [
@@ -205,7 +205,7 @@ class VLLMEngine:
         if policy.vision is None:
             if self.limits.is_set:
                 raise UserError(
-                    f"rollout.engine.min_pixels and max_pixels have no effect: {self.model} reads text alone"
+                    f"rollout.engine.min_pixels and max_pixels have no effect: {self.model} takes text only"
                 )
             return {}
         size = {"size": self.limits.size(policy.processor.image_processor)} if self.limits.is_set else {}
@@ -257,7 +257,7 @@ class VLLMEngine:
     def _reset_caches(self) -> None:
         """Drops keys, values and image features of the old weights, which must not be used again."""
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: requests are under way")
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
         self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_mm_cache()
 

@@ -53,8 +53,8 @@ def refuse_sampling(sampling: SamplingParams) -> None:
     if sampling.temperature > 0 and sampling.top_p < 1 and sampling.min_p > 0:
         # The nucleus of what min-p has left is smaller. transformers' `generate` cuts in the other order.
         raise UserError(
-            f"rollout.top_p={sampling.top_p} with rollout.min_p={sampling.min_p}: vLLM cuts by min_p first and "
-            "rollout=transformers by top_p; set one of them, or rollout=transformers"
+            f"rollout.top_p={sampling.top_p} with rollout.min_p={sampling.min_p}: vLLM applies min_p first and "
+            "rollout=transformers top_p; set one of them, or rollout=transformers"
         )
 
 
@@ -63,7 +63,7 @@ def refuse_images(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.mm_inputs:
             raise UserError(
-                f"row {prompt.uid} has images, which rollout=vllm_server does not take; use rollout=vllm or "
+                f"row {prompt.uid} has images, which rollout=vllm_server does not accept; use rollout=vllm or "
                 "rollout=transformers"
             )
 
@@ -73,7 +73,7 @@ def refuse_padded_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.mm_inputs and policy.is_padded:
             raise UserError(
-                f"row {prompt.uid} has images, which rollout=vllm does not take for {policy.config.model_type}: it "
+                f"row {prompt.uid} has images, which rollout=vllm does not accept for {policy.config.model_type}: it "
                 "runs through the padded path; use rollout=transformers"
             )
 
@@ -90,7 +90,7 @@ def engine_input(prompt: Prompt) -> dict[str, Any]:
         return {"prompt_token_ids": prompt.input_ids.tolist()}
     parts = image_parts(prompt.prompt)
     if any(part["type"] == "video" for part in parts):
-        raise UserError(f"row {prompt.uid} has a video, which rollout=vllm does not take; use rollout=transformers")
+        raise UserError(f"row {prompt.uid} has a video, which rollout=vllm does not accept; use rollout=transformers")
     where = f"row {prompt.uid}"
     pictures = [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts)]
     return {"prompt_token_ids": unexpanded(prompt), "multi_modal_data": {"image": pictures}}

@@ -75,7 +75,7 @@ class VLLMServerEngine:
         staleness: Literal[0, 1] = 0,
     ) -> None:
         if not urls or len(set(urls)) < len(urls):
-            raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each once")
+            raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each only once")
         if max_in_flight < 1:
             raise UserError(f"rollout.engine.max_in_flight={max_in_flight} must be at least 1")
         if not api_key_env.startswith("GSPO_"):
@@ -209,9 +209,9 @@ class VLLMServerEngine:
         if status.dtype != dtype:
             raise ServerError(f"{url} computes in {status.dtype}; start it with --dtype {dtype}")
         if self._adapter and not status.lora:
-            raise ServerError(f"{url} takes no adapters; start it with --enable-lora, or set lora_sync=merged")
+            raise ServerError(f"{url} does not accept adapters; start it with --enable-lora, or set lora_sync=merged")
         if self._adapter and status.base_replaced:
-            raise ServerError(f"{url} has no base for an adapter: it was replaced by another run; restart it")
+            raise ServerError(f"{url} no longer has the base of the adapter: another run replaced it; restart it")
 
     def _work(self, server: Server, request: tuple[Prompt, SamplingParams, int]) -> list[Completion]:
         """Completions of one prompt, from a server whose instance and weights were the same before and after."""

@@ -23,13 +23,13 @@ def refuse_other_gpus(device: torch.device) -> None:
         return
     if world_size() > 1:
         raise UserError(
-            f"rollout=vllm samples on the first GPU alone, and {world_size()} processes train; use "
+            f"rollout=vllm samples only on the first GPU, but {world_size()} processes train; use "
             "rollout=vllm_server, or trainer.devices=1"
         )
     if device.type == "cuda" and device.index:
         raise UserError(
-            f"rollout=vllm samples on cuda:0, and the policy is on {device}; use rollout=vllm_server, or choose the "
-            f"GPU by CUDA_VISIBLE_DEVICES={_name_of_gpu(device.index)} with trainer.devices=1"
+            f"rollout=vllm samples on cuda:0, but the policy is on {device}; use rollout=vllm_server, or choose the "
+            f"GPU with CUDA_VISIBLE_DEVICES={_name_of_gpu(device.index)} and trainer.devices=1"
         )
 
 
@@ -44,7 +44,7 @@ def lora_settings(policy: Policy) -> dict[str, Any]:
     rank = adapter_rank(policy)
     fitting = [size for size in _LORA_RANKS if size >= rank]
     if not fitting:
-        raise UserError(f"model.lora.r={rank} is more than vLLM takes; use rollout.engine.lora_sync=merged")
+        raise UserError(f"model.lora.r={rank} is more than vLLM supports; use rollout.engine.lora_sync=merged")
     tower = policy.vision is not None and not policy.vision.is_frozen
     settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
     return settings | ({"enable_tower_connector_lora": True} if tower else {})
