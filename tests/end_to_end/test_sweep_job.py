@@ -118,5 +118,5 @@ def test_a_sweep_that_is_a_rank_itself_is_refused(tmp_path, monkeypatch):
 def test_a_launcher_whose_program_is_not_ours_must_start_ranks_itself(tmp_path, monkeypatch):
     submitit = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
     monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path, launcher=submitit))
-    with pytest.raises(UserError, match="hydra/launcher: jobs of LocalLauncher with 2 ranks must have these started"):
+    with pytest.raises(UserError, match="hydra/launcher: LocalLauncher must itself start the 2 ranks of a job"):
         begins_ranks({"strategy": "auto"}, 2)

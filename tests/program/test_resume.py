@@ -345,6 +345,6 @@ def test_checkpoints_that_were_set_aside_are_not_taken_for_those_of_the_folder(r
 
 def test_a_run_does_not_export_over_the_model_that_it_starts_from(micro_model_dir, tmp_path):
     shutil.copytree(micro_model_dir, tmp_path / "model")
-    with pytest.raises(UserError, match="this run would export over its own start; choose another hydra.run"):
+    with pytest.raises(UserError, match="this run would overwrite the model it starts from; choose another hydra.run"):
         in_process(tmp_path, f"model.path={tmp_path}/model", "logger=none")
     assert (tmp_path / "model" / "model.safetensors").exists()

@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
         with pytest.raises(UserError) as error:
             run(tmp_path, "logger=none")
         assert str(error.value) == (
-            f"hydra.run.dir={tmp_path}: another run is writing there; wait for its end or choose another folder"
+            f"hydra.run.dir={tmp_path}: another run is writing there; wait until it ends or choose another folder"
         )
         assert {path.name for path in tmp_path.iterdir()} == before
         assert (tmp_path / "metrics.csv").read_text() == "of the first"

@@ -95,7 +95,7 @@ def test_values_of_settings_reach_no_terminal_as_something_it_obeys(tmp_path):
 def test_nothing_to_compare_is_one_line_and_code_2(tmp_path, capsys):
     assert compare(tmp_path)[0] == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "holds no run" in error
+    assert error.count("\n") == 1 and "contains no run" in error
 
 
 def test_the_page_goes_where_it_is_told(sweep, tmp_path):

@@ -111,10 +111,10 @@ def test_under_fsdp_a_process_holds_its_share_and_what_is_gathered(micro_model_d
     # Nothing is packed where weights are split.
     assert of(micro_model_dir, ranks=Ranks(4, sharded=True), on_gpu=False).rollout == found.rollout
     every = of(micro_model_dir, ranks=Ranks(4))
-    assert every.parts["weights"] == 4 * count and not {gathered, "gradients on their way"} & every.parts.keys()
+    assert every.parts["weights"] == 4 * count and not {gathered, "gradients in transit"} & every.parts.keys()
     small = UpdateSettings(num_minibatches=2, max_tokens_per_microbatch=40)
-    assert of(micro_model_dir, ranks=Ranks(4), update=small).parts["gradients on their way"] == 4 * count
-    assert "gradients on their way" not in of(micro_model_dir, update=small).parts
+    assert of(micro_model_dir, ranks=Ranks(4), update=small).parts["gradients in transit"] == 4 * count
+    assert "gradients in transit" not in of(micro_model_dir, update=small).parts
 
 
 def test_the_cache_of_a_rollout_by_hand(micro_model_dir):

@@ -115,7 +115,7 @@ def test_the_table_of_lightnings_own_csv_logger_is_not_a_run(tmp_path):
 def test_folders_without_runs_and_damaged_configs_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         find_runs([tmp_path / "missing"])
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         find_runs([tmp_path])
     folder = write_run(tmp_path / "a", [1.0])
     (folder / "config.yaml").write_text("a: [")

@@ -195,7 +195,7 @@ def _model_parts(policy: Policy, loader: PolicyLoader, work: Work, *, several: b
     if ranks.sharded:
         parts[GATHERED] = _gathered_bytes(policy)
     elif ranks.count > 1 and several:
-        parts["gradients on their way"] = gradients
+        parts["gradients in transit"] = gradients
     if work.samples_ahead:
         parts["copy that samples ahead"] = sum(map(_bytes, trained))
     return parts

@@ -38,7 +38,7 @@ class RunLock:
         except (BlockingIOError, PermissionError) as error:  # POSIX allows both
             os.close(self._descriptor)
             raise UserError(
-                f"hydra.run.dir={folder}: another run is writing there; wait for its end or choose another folder"
+                f"hydra.run.dir={folder}: another run is writing there; wait until it ends or choose another folder"
             ) from error
         except OSError:
             pass

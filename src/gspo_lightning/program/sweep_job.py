@@ -71,8 +71,8 @@ def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
         return False
     if not is_ours:
         raise UserError(
-            f"hydra/launcher: jobs of {launcher.rpartition('.')[2]} with {ranks} ranks must have these started by the "
-            "launcher (Slurm: hydra.launcher.tasks_per_node); or use the default launcher, or trainer.devices=1"
+            f"hydra/launcher: {launcher.rpartition('.')[2]} must itself start the {ranks} ranks of a job (Slurm: "
+            "hydra.launcher.tasks_per_node); or use the default launcher, or trainer.devices=1"
         )
     return True
 

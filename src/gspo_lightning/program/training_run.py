@@ -57,8 +57,8 @@ class TrainingRun:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
         if plain["export"]["enabled"] and Path(plain["model"]["path"]).resolve() == (run_dir / "model").resolve():
             raise UserError(
-                f"model.path={plain['model']['path']}: this run would export over its own start; choose another "
-                "hydra.run.dir, or export.enabled=false"
+                f"model.path={plain['model']['path']}: this run would overwrite the model it starts from; choose "
+                "another hydra.run.dir, or export.enabled=false"
             )
         self.ckpt_path = ckpt_path
         self.stopped = ""

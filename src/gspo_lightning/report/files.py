@@ -44,9 +44,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not JSON ({error}); remove it and draw the report again") from error
+        raise UserError(f"{path}: is not JSON ({error}); remove it and write the report again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; remove it and draw the report again")
+        raise UserError(f"{path}: holds no JSON object; remove it and write the report again")
     return content
 
 
@@ -54,4 +54,4 @@ def _number(cell: str, where: str) -> float:
     try:
         return float(cell)
     except ValueError as error:
-        raise UserError(f"{where} is {cell!r}, not a number; mend or remove that row") from error
+        raise UserError(f"{where} is {cell!r}, not a number; fix or remove that row") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from gspo_lightning.objective.losses import LOSSES
 
-LICENCE_NOTE = "The licence of the base model holds for this one."
+LICENCE_NOTE = "The licence of the base model applies to this one."
 
 
 def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bool) -> str:

@@ -99,7 +99,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             for job in sorted((j for j in jobs if not any(j in (p, *p.parents) for p in found)), key=_natural):
                 without.setdefault(job.resolve(), job)
     if not runs:
-        raise UserError(f"{', '.join(map(str, folders))}: holds no run (a folder with metrics.csv and config.yaml)")
+        raise UserError(f"{', '.join(map(str, folders))}: contains no run (a folder with metrics.csv and config.yaml)")
     return list(runs.values()), list(without.values())
 
 
@@ -145,7 +145,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 def _read_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.exists():
-        raise UserError(f"{path}: is missing, so the run cannot be told from others")
+        raise UserError(f"{path}: is missing, so the run cannot be told apart from others")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException) as error:

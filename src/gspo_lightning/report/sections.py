@@ -30,8 +30,8 @@ class Chart:
 CHARTS = (
     Chart("Reward", "mean of the rollout", {"reward": "reward/mean"}),
     Chart(
-        "Reward of all that was sampled",
-        "mean, with the groups that made room",
+        "Reward of all sampled completions",
+        "mean, replaced groups included",
         {"reward": "dynamic_sampling/sampled_reward"},
     ),
     Chart("Reward of dialogues and their turns", "mean of the rollout", {"return": "dialogue/return"}),
@@ -54,13 +54,13 @@ CHARTS = (
     Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, (0.0,)),
     Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, (0.0, 1.0)),
     Chart(
-        "Groups without signal among all that were sampled",
+        "Groups without signal, of all sampled groups",
         "share",
         {"all rewards equal": "dynamic_sampling/silent_frac"},
         (0.0, 1.0),
     ),
-    Chart("Cut completions", "share", {"at the length limit": "completion/truncated_frac"}, (0.0, 1.0)),
-    Chart("Sampler against trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, (0.0,)),
+    Chart("Truncated completions", "share", {"at the length limit": "completion/truncated_frac"}, (0.0, 1.0)),
+    Chart("Sampler versus trainer", "nats per token", {"mean difference": "sampler_mismatch/abs_mean"}, (0.0,)),
 )
 CONFIG_KEYS = {
     "model": "model.path",
