@@ -250,13 +250,13 @@ CONFIG = [
         "config",
         "null for a choice of a group",
         ["logger=null"],
-        "logger=null: no choice of the group; leave it out, or choose one of csv, mlflow, none, tensorboard, wandb",
+        "logger=null: not a choice of this group; leave it out, or choose one of csv, mlflow, none, tensorboard, wandb",
     ),
     Case(
         "config",
         "a number for a choice",
         ["validation=1"],
-        "validation=1: no choice of the group; leave it out, or choose one of default",
+        "validation=1: not a choice of this group; leave it out, or choose one of default",
     ),
     Case(
         "config", "no choice at all", ["scheduler=[]"], "scheduler: is missing; choose one of constant, cosine, linear"
@@ -273,7 +273,7 @@ CONFIG = [
         "config",
         "a share of a stream",
         ["+trainer.limit_val_batches=0.5"],
-        "trainer.limit_val_batches=0.5 is a share, but the batches are a stream; give their count",
+        "trainer.limit_val_batches=0.5 is a fraction, but validation batches are a stream; give their count",
     ),
     Case(
         "config",
@@ -290,12 +290,12 @@ OPTIMIZER = [
     Case("optimizer", "pages without a GPU", ["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
     Case("optimizer", "betas above 1", ["optimizer.betas=[2,3]"], "Invalid beta parameter"),
     Case("optimizer", "a single beta", ["optimizer.betas=[0.9]"], "expected a list of 2 values"),
-    Case("optimizer", "an infinite rate", ["optimizer.lr=inf"], "with these settings ends at infinity"),
+    Case("optimizer", "an infinite rate", ["optimizer.lr=inf"], "with these settings makes weights infinite"),
     Case(
         "optimizer",
         "a step that is differentiated",
         ["optimizer.fused=false", "+optimizer.differentiable=true"],
-        "torch.optim.AdamW refuses its settings (a leaf Variable",
+        "torch.optim.AdamW rejects its settings (a leaf Variable",
     ),
 ]
 
@@ -370,7 +370,7 @@ OBJECTIVE = [
         "objective",
         "a KL estimate without a gradient",
         ["objective.beta=0.1", "objective.kl_estimator=k1"],
-        "objective.kl_estimator=k1 is no penalty",
+        "objective.kl_estimator=k1 is not a penalty",
     ),
     Case(
         "objective",
@@ -517,7 +517,8 @@ ROLLOUT = [
         "rollout",
         "a word for an engine",
         ["rollout.engine=vllm"],
-        "rollout.engine='vllm' must be a section with a _target_; choose one by rollout=: replay, transformers, vllm,",
+        "rollout.engine='vllm' must be a section with a _target_; choose one with rollout=: replay, transformers, "
+        "vllm,",
     ),
     Case("rollout", "greedy rollouts", ["rollout.temperature=0"], "rollout.temperature=0 must be above 0"),
     Case(
@@ -620,7 +621,7 @@ DATA = [
         "data",
         "a Parquet file that is not one",
         [*ROWS, "data.task.source={tmp}/rows.parquet"],
-        "not a Parquet file",
+        "not a readable Parquet file",
         writes("rows.parquet", "PAR1"),
     ),
     Case(
@@ -733,7 +734,7 @@ DATA = [
         "data",
         "a picture for a model that reads text",
         [*JSONL, "data.task.conversational=true", "data.task.image_columns=[picture]"],
-        "reads text alone",
+        "takes text only",
         writes("rows.jsonl", lines([{**row, "picture": "a.png"} for row in good_rows()])),
     ),
     Case("data", "an unknown way with long prompts", ["data.overlong_prompts=cut"], "data.overlong_prompts='cut'"),
@@ -833,7 +834,7 @@ ENVIRONMENTS = [
         "environment",
         "an environment in place of what makes one",
         ["+environment._target_=gspo_lightning.dialogue.Calculator"],
-        "environment._target_ makes a Calculator; set it to gspo_lightning.dialogue.Environments",
+        "environment._target_ creates a Calculator; set it to gspo_lightning.dialogue.Environments",
     ),
     Case("environment", "tools without functions", ["environment=tools"], "environment.functions"),
     Case(
@@ -1006,10 +1007,10 @@ RUNS = [
     Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
     Case("run", "a progress line every 0 rollouts", ["callbacks.progress.every_n_rollouts=0"], "callbacks.progress.every_n_rollouts=0 must be at least 1"),
     Case("run", "a validation every 0 rollouts", ["validation.every_n_rollouts=0"], "validation.every_n_rollouts=0 must be at least 1; null: validate before"),
-    Case("run", "a best checkpoint without a validation inside the run", ["checkpoint.keep_best=val/accuracy"], "checkpoint.keep_best=val/accuracy has no effect: no validation falls inside the run; set validation.every_n_rollouts"),
-    Case("run", "a best checkpoint by what no validation measures", [*BEST, "checkpoint.keep_best=val/acuracy"], "checkpoint.keep_best=val/acuracy must be a validation metric that is better where it is higher: val/accuracy, val/sampled_accuracy, val/pass@2, val/reward"),
-    Case("run", "the longest completions as the best", [*BEST, "checkpoint.keep_best=val/mean_tokens"], "checkpoint.keep_best=val/mean_tokens must be a validation metric that is better"),
-    Case("run", "a best checkpoint by a task that is not there", [*BEST, "checkpoint.keep_best=val/accuracy/sums"], "checkpoint.keep_best=val/accuracy/sums: the validation does not measure it; it has val/accuracy, val/sampled_accuracy"),
+    Case("run", "a best checkpoint without a validation inside the run", ["checkpoint.keep_best=val/accuracy"], "checkpoint.keep_best=val/accuracy has no effect: there is no validation during the run; set validation.every_n_rollouts, to 10"),
+    Case("run", "a best checkpoint by what no validation measures", [*BEST, "checkpoint.keep_best=val/acuracy"], "checkpoint.keep_best=val/acuracy must be a validation metric for which higher is better: val/accuracy, val/sampled_accuracy, val/pass@2, val/reward"),
+    Case("run", "the longest completions as the best", [*BEST, "checkpoint.keep_best=val/mean_tokens"], "checkpoint.keep_best=val/mean_tokens must be a validation metric for which higher is better"),
+    Case("run", "a best checkpoint by a task that is not there", [*BEST, "checkpoint.keep_best=val/accuracy/sums"], "checkpoint.keep_best=val/accuracy/sums: validation does not measure it; it measures val/accuracy, val/sampled_accuracy"),
     Case("run", "a number for the metric of the best checkpoint", [*BEST, "checkpoint.keep_best=3"], "checkpoint.keep_best=3 has the wrong type"),
     Case("run", "a best checkpoint where validation is off", [*BEST, "checkpoint.keep_best=val/reward", "+trainer.limit_val_batches=0"], "checkpoint.keep_best=val/reward has no effect with trainer.limit_val_batches=0"),
     Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected float"),

@@ -47,7 +47,7 @@ def refusal(*overrides):
         ("optimizer=[]", "optimizer._target_: is missing; choose one of adamw, adamw_8bit, paged_adamw_8bit"),
         (
             "rollout.engine=abc",
-            "rollout.engine='abc' must be a section with a _target_; choose one by rollout=: replay, transformers, vllm, "
+            "rollout.engine='abc' must be a section with a _target_; choose one with rollout=: replay, transformers, vllm, "
             "vllm_server",
         ),
         ("data.task=abc", "data.task='abc' has the wrong type; expected Task"),
@@ -100,7 +100,7 @@ def test_infinity_stands_for_a_limit_that_is_lifted_and_for_nothing_else():
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run is not a setting here: debug=fast runs every part once"),
         (
             "+trainer.limit_val_batches=0.5",
-            "trainer.limit_val_batches=0.5 is a share, but the batches are a stream; give their count",
+            "trainer.limit_val_batches=0.5 is a fraction, but validation batches are a stream; give their count",
         ),
     ],
 )
@@ -141,8 +141,8 @@ def test_a_limit_of_time_is_above_zero_and_read_before_anything_is_loaded():
     [
         (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9] has the wrong type; expected a list of 2 values"),
         (["optimizer.betas=[0.9,0.9,0.9]"], "expected a list of 2 values"),
-        (["optimizer.fused=false", "+optimizer.differentiable=true"], "AdamW refuses its settings (a leaf Variable"),
-        (["optimizer.lr=inf"], "optimizer: a step of torch.optim.AdamW with these settings ends at infinity"),
+        (["optimizer.fused=false", "+optimizer.differentiable=true"], "AdamW rejects its settings (a leaf Variable"),
+        (["optimizer.lr=inf"], "optimizer: a step of torch.optim.AdamW with these settings makes weights infinite"),
     ],
 )
 def test_an_optimizer_is_asked_for_a_step(settings, says):
@@ -193,7 +193,7 @@ def test_what_names_no_file_of_a_group_gets_one_line_instead_of_hydras_traceback
     monkeypatch.setattr(sys, "argv", ["train.py", *MICRO, argument])
     with pytest.raises(SystemExit) as ended:
         cli.train_main()
-    line = f"error: {argument}: no choice of the group; leave it out, or choose one of {choices}\n"
+    line = f"error: {argument}: not a choice of this group; leave it out, or choose one of {choices}\n"
     assert (ended.value.code, capfd.readouterr().err) == (2, line)
 
 

@@ -138,7 +138,7 @@ def test_an_environment_in_place_of_what_makes_one_is_refused_before_the_run():
     node = {"_target_": "gspo_lightning.dialogue.Environments", "make": {"_target_": name}}
     with pytest.raises(UserError, match="^environment.make is of type Once, but must make .*make._partial_=true$"):
         build(node)
-    with pytest.raises(UserError, match="^environment._target_ makes a Once; set it to gspo_lightning.dialogue.Env"):
+    with pytest.raises(UserError, match="^environment._target_ creates a Once; set it to gspo_lightning.dialogue.Env"):
         with_environments(TransformersEngine(), build({"_target_": name}))
     good = build({**node, "make": {"_target_": name, "_partial_": True}})
     assert with_environments(TransformersEngine(), good) == replace(TransformersEngine(), environments=good)

@@ -84,7 +84,7 @@ def test_a_run_with_tools_leaves_their_metrics(project, tmp_path):
         (["data.task.conversational=false"], r"^row rows:\S+ the prompt is a plain string, but tools are shown by the chat "),
         (["data.chat_template_kwargs.tools=[my_tools.add]"], "^environment.chat_template_kwargs.tools are others than"),
         (["environment.functions=[my_tools.subtract]"], "^environment.functions: cannot import my_tools.subtract"),
-        (["reward=environment"], "^reward.functions.environment: functions give no reward; name a class with a method "),
+        (["reward=environment"], "^reward.functions.environment: functions give no reward; name a class with a reward method"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_the_run(project, overrides, line):

@@ -138,7 +138,7 @@ def own_project(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", list(commands()))
-@pytest.mark.filterwarnings("ignore:objective", "ignore:.*hardly ever act")
+@pytest.mark.filterwarnings("ignore:objective", "ignore:.*almost never act")
 def test_a_command_is_one_that_works(words, request):
     match words:
         case ["gspo-train", "--config-dir", "conf", *rest]:

@@ -205,7 +205,7 @@ def test_the_tokens_share_one_loss_where_the_spec_or_the_level_says_so():
 
 
 @pytest.mark.parametrize(("level", "own", "said"), [
-    ("sequence_token", (0.3, 0.3), "will hardly ever act"), ("token", (0.01, 0.01), "throw most tokens away"),
+    ("sequence_token", (0.3, 0.3), "will almost never act"), ("token", (0.01, 0.01), "clip most tokens"),
 ])  # fmt: skip
 def test_widths_that_the_loss_brings_are_not_warned_about_and_those_of_the_user_are(level, own, said):
     spec = LossSpec(clipped_surrogate, "tokens", SURROGATE_CLIP, epsilons=own)

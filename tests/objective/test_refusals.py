@@ -47,7 +47,7 @@ CASES = {
     "kept completions with an entropy bonus": (
         {"entropy_coef": 0.1}, {"keep_zero_advantage": True}, "no_effect", "every completion is forwarded then; set it to false",
     ),
-    "a wide clip at sequence level": ({"epsilon": 0.2}, {}, "warning", "will hardly ever act"),
+    "a wide clip at sequence level": ({"epsilon": 0.2}, {}, "warning", "will almost never act"),
     "a sequence's width at token level": ({"importance_sampling_level": "token", "epsilon": 0.03}, {}, "warning", "widths for the ratio of a sequence"),
     "a negative width": ({"epsilon": -0.1}, {}, "contradiction", "must not be negative"),
     "delta below the upper clip": ({"importance_sampling_level": "token", "delta": 1.2}, {}, "contradiction", "objective.delta=1.2 is below"),
@@ -59,13 +59,13 @@ CASES = {
     "a KL estimator without KL": ({"kl_estimator": "k1"}, {}, "no_effect", "leave it at k3"),
     "a KL estimate without the reference in its gradient": (
         {"beta": 0.1, "kl_estimator": "k1"}, {}, "contradiction",
-        "objective.kl_estimator=k1 is no penalty without objective.kl_importance_weighted",
+        "objective.kl_estimator=k1 is not a penalty without objective.kl_importance_weighted",
     ),
     "the same for a weight that begins at 0": (
         {"beta_end": 0.1, "kl_estimator": "k1"}, {}, "contradiction", "set kl_importance_weighted to true, or use k3",
     ),
     "a weighted estimate that is of no KL divergence": (
-        {"beta": 0.1, "kl_estimator": "k2", "kl_importance_weighted": True}, {}, "warning", "with kl_estimator=k2 has not the gradient",
+        {"beta": 0.1, "kl_estimator": "k2", "kl_importance_weighted": True}, {}, "warning", "with kl_estimator=k2 does not have the gradient",
     ),
     "tokens of highest entropy under the ratio of a sequence": (
         {"top_entropy_quantile": 0.2}, {}, "contradiction",

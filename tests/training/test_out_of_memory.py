@@ -87,7 +87,7 @@ def test_the_update_is_that_of_enough_memory(where, error, kind, micro_model_dir
             assert short.last_metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
     if where != "old":
         assert short.counts["oom_splits"] == limit.failed
-        assert capsys.readouterr().err.count("cut in two, the gradient stays the same") == limit.failed
+        assert capsys.readouterr().err.count("split in two, the gradient stays the same") == limit.failed
 
 
 def test_one_sequence_that_does_not_fit_is_named_with_the_keys_to_lower(micro_model_dir, monkeypatch):
@@ -159,8 +159,8 @@ def test_parameters_that_the_optimizer_has_lost_end_the_run(replaced, micro_mode
     with pytest.raises(UserError) as caught:
         fit(module, scripted_prompts())
     assert str(caught.value) == (
-        f"optimizer: of {count} parameters that it trained {left} are still the module's, the rest would stay as "
-        "they are; replace no parameter after configure_optimizers, and let a backward that breaks off end the run"
+        f"optimizer: of the {count} parameters that it trained, {left} are still in the module, and the rest would not "
+        "change; do not replace parameters after configure_optimizers, and let a failed backward end the run"
     )
     assert module.counts["optimizer_steps"] == 0
 
@@ -258,7 +258,7 @@ def test_the_line_says_what_the_run_can_go_on_from(saved, tmp_path, monkeypatch)
     monkeypatch.setattr(TrainingRun, "_execute", train)
     with pytest.raises(OutOfMemoryError) as caught:
         run.execute()
-    stands = f"resume with ckpt_path={last}" if saved else "no checkpoint was written yet"
+    stands = f"resume with ckpt_path={last}" if saved else "no checkpoint has been written yet"
     assert str(caught.value) == f"out of memory here; lower it; {stands}"
 
 

@@ -195,5 +195,5 @@ def test_a_function_is_no_estimator(micro_model_dir, monkeypatch):
 def test_a_term_that_cannot_be_added_to_a_loss_is_refused(term, found, micro_model_dir):
     module = build_module(micro_model_dir, Settings())
     module.__class__ = type("Own", (type(module),), {"auxiliary_loss": lambda self, minibatch: term})
-    line = f"Own.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None for no term"
+    line = f"Own.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None if there is no term"
     refused(module, line)

@@ -42,9 +42,9 @@ def fit(module, prompts=None, batches=1, ckpt_path=None, weights_only=None, **ch
         (
             {"dtype": "float32"},
             {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]},
-            "trainer.precision=16-mixed needs a loss that is scaled.* use trainer.precision=bf16-mixed",
+            "trainer.precision=16-mixed needs a scaled loss.* use trainer.precision=bf16-mixed",
         ),
-        ({"dtype": "float32"}, {"precision": "16-true"}, "trainer.precision=16-true needs a loss that is scaled"),
+        ({"dtype": "float32"}, {"precision": "16-true"}, "trainer.precision=16-true needs a scaled loss"),
         ({"dtype": "float32"}, {"precision": "bf16-true"}, "trainer.precision=bf16-true rounds the updates"),
         ({"dtype": "bfloat16"}, {}, "model.dtype=bfloat16 rounds the updates of full fine-tuning away"),
         ({"dtype": "float32"}, {"precision": "64-true"}, "set model.dtype=float64"),

@@ -63,7 +63,7 @@ def build(node: Any) -> Any:
         return instantiate(node, _convert_="all")
     except SystemExit as error:
         raise UserError(
-            f"importing what the config names ended with exit code {error.code}; remove that exit"
+            f"a module that the config names exited on import (exit code {error.code}); remove that exit"
         ) from error
     except InstantiationException as error:
         # The constructor's message alone; Hydra's wrapping around it does not help the user.
@@ -79,7 +79,7 @@ def with_environments(engine: RolloutEngine, environments: Any) -> TransformersE
     """
     if not isinstance(environments, Environments):
         raise UserError(
-            f"environment._target_ makes a {type(environments).__name__}; set it to "
+            f"environment._target_ creates a {type(environments).__name__}; set it to "
             "gspo_lightning.dialogue.Environments, and name the environment as environment.make._target_, with "
             "environment.make._partial_=true"
         )
@@ -171,7 +171,9 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key} is not a setting here: {_INSTEAD[key]}")
     share = trainer.get("limit_val_batches")
     if isinstance(share, float) and 0 < share < 1:
-        raise UserError(f"trainer.limit_val_batches={share} is a share, but the batches are a stream; give their count")
+        raise UserError(
+            f"trainer.limit_val_batches={share} is a fraction, but validation batches are a stream; give their count"
+        )
 
 
 def time_limits(trainer: dict[str, Any]) -> list[Any]:

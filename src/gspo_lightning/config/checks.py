@@ -93,8 +93,8 @@ def _check_devices(plain: dict[str, Any]) -> None:
     trainer = plain["trainer"]
     if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"trainer.accelerator={trainer['accelerator']}: there is no GPU here; accelerator=auto takes "
-            "what there is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
+            f"trainer.accelerator={trainer['accelerator']}: there is no GPU here; accelerator=auto uses what there "
+            "is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
         )
     strategy = trainer["strategy"]
     name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
@@ -124,8 +124,9 @@ def _check_support(plain: dict[str, Any]) -> None:
     for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         if rollout.get(key, everything) != everything:
             raise UserError(
-                f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler leaves tokens out, so "
-                f"the weights would compare two supports; set rollout.{key}={everything}, or mismatch=none"
+                f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler excludes tokens, so the "
+                f"weights would compare distributions with different supports; set rollout.{key}={everything}, or "
+                "mismatch=none"
             )
 
 
@@ -145,7 +146,7 @@ def _check_sharding(plain: dict[str, Any]) -> None:
         )
     if str(plain["optimizer"].get("_target_")).startswith("bitsandbytes."):
         raise UserError(
-            "trainer=fsdp splits the states of torch's optimizers alone; use optimizer=adamw, or trainer=ddp"
+            "trainer=fsdp can split only the states of torch's own optimizers; use optimizer=adamw, or trainer=ddp"
         )
     if plain["rollout"]["engine"].get("staleness"):
         raise UserError("rollout.engine.staleness=1 needs whole weights in one process; set it to 0 with trainer=fsdp")
@@ -156,7 +157,7 @@ def _check_router(model: dict[str, Any]) -> None:
     for key in ("output_router_logits", "router_aux_loss_coef"):
         if (model.get("overrides") or {}).get(key):
             raise UserError(
-                f"model.overrides.{key} has no effect: the policy gradient alone moves a router here; remove it, or "
+                f"model.overrides.{key} has no effect: only the policy gradient trains a router here; remove it, or "
                 "add the term in a subclass (GSPOModule.auxiliary_loss)"
             )
 
@@ -171,11 +172,12 @@ def _check_environment(plain: dict[str, Any]) -> None:
             continue
         if not node:
             raise UserError(
-                f"reward.functions.{name}: there is no environment to give a reward; set environment=calculator, say"
+                f"reward.functions.{name}: there is no environment to give a reward; set one, such as "
+                "environment=calculator"
             )
         if tools is not None and not tools.rewards:
             raise UserError(
-                f"reward.functions.{name}: functions give no reward; name a class with a method reward among "
+                f"reward.functions.{name}: functions give no reward; name a class with a reward method in "
                 "environment.functions, or choose another reward"
             )
 
@@ -187,7 +189,7 @@ def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
     """
     if str(node.get("_target_")).startswith("bitsandbytes.optim.Paged") and not torch.cuda.is_available():
         raise UserError(
-            "optimizer: pages move between the memory of a GPU and of the CPU, and there is no GPU here; use "
+            "optimizer: a paged optimizer moves its state between GPU and CPU memory, and there is no GPU here; use "
             "optimizer=adamw_8bit"
         )
     probe = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
@@ -199,9 +201,9 @@ def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
             optimizer.step()
     except Exception as error:  # whatever a constructor or a step of the user's own raises
         why = " ".join(str(error).split())
-        raise UserError(f"optimizer: {node.get('_target_')} refuses its settings ({why})") from error
+        raise UserError(f"optimizer: {node.get('_target_')} rejects its settings ({why})") from error
     if not all(parameter.isfinite().all() for parameter in probe):
-        raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings ends at infinity")
+        raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings makes weights infinite")
 
 
 def _check_best(plain: dict[str, Any]) -> None:
@@ -211,8 +213,8 @@ def _check_best(plain: dict[str, Any]) -> None:
         return
     if validation["every_n_rollouts"] is None:
         raise UserError(
-            f"checkpoint.keep_best={metric} has no effect: no validation falls inside the run; set "
-            "validation.every_n_rollouts to 10, say"
+            f"checkpoint.keep_best={metric} has no effect: there is no validation during the run; set "
+            "validation.every_n_rollouts, to 10 for example"
         )
     if plain["trainer"].get("limit_val_batches") == 0:
         raise UserError(f"checkpoint.keep_best={metric} has no effect with trainer.limit_val_batches=0; remove one")
@@ -220,8 +222,7 @@ def _check_best(plain: dict[str, Any]) -> None:
     names += ["val/return"] if plain["environment"] else []
     if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
         raise UserError(
-            f"checkpoint.keep_best={metric} must be a validation metric that is better where it is higher: "
-            f"{', '.join(names)}"
+            f"checkpoint.keep_best={metric} must be a validation metric for which higher is better: {', '.join(names)}"
         )
 
 
@@ -234,8 +235,8 @@ def _check_export(plain: dict[str, Any]) -> None:
         raise UserError("export.merge_lora=true has no effect: there is no adapter; set it to false")
     if model.get("quantization"):
         raise UserError(
-            f"export.merge_lora=true: folded into weights of model.quantization={model['quantization']}, the adapter "
-            "would be rounded away; export the adapter alone (export.merge_lora=false)"
+            f"export.merge_lora=true: merged into weights of model.quantization={model['quantization']}, the adapter "
+            "would be rounded away; export only the adapter (export.merge_lora=false)"
         )
 
 

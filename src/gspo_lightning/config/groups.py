@@ -26,4 +26,6 @@ def check_choices(arguments: Sequence[str]) -> None:
         if override.is_delete() or override.is_sweep_override() or not (choices := choices_of(override.key_or_group)):
             continue
         if not isinstance(override.value(), str | list | dict):
-            raise UserError(f"{argument}: no choice of the group; leave it out, or choose one of {', '.join(choices)}")
+            raise UserError(
+                f"{argument}: not a choice of this group; leave it out, or choose one of {', '.join(choices)}"
+            )

@@ -168,7 +168,7 @@ def _check_there(section: str, node: Any, needed: Collection[str]) -> None:
 def _check_engine(node: Any) -> None:
     if node is not None and not (isinstance(node, dict) and "_target_" in node):
         raise UserError(
-            f"rollout.engine={node!r} must be a section with a _target_; choose one by rollout=: "
+            f"rollout.engine={node!r} must be a section with a _target_; choose one with rollout=: "
             f"{', '.join(choices_of('rollout'))}"
         )
 
@@ -212,6 +212,6 @@ def _check_counts(plain: dict[str, Any]) -> None:
 
 
 _WHY = {
-    "rollout.num_generations": "; a group of one has no one to be compared with",
+    "rollout.num_generations": "; a group of one has nothing to be compared with",
     "validation.every_n_rollouts": "; null: validate before and after the run only",
 }

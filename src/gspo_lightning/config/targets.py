@@ -87,7 +87,7 @@ def look_up(name: str, where: str) -> Any:
         for count in range(1, len(parts) + 1):
             found = _step(found, ".".join(parts[:count]))
     except (Exception, SystemExit) as error:
-        what = f"it ended with exit code {error.code}" if isinstance(error, SystemExit) else error
+        what = f"it exited with code {error.code}" if isinstance(error, SystemExit) else error
         raise UserError(f"{where}: cannot import {name} ({what})") from error
     return found
 

@@ -40,7 +40,7 @@ def _check_call(node: dict[str, Any], key: str) -> None:
         target = get_object(node["_target_"])
     except (Exception, SystemExit) as error:  # Hydra wraps whatever importing the user's module raised
         cause = error.__cause__ or error
-        what = f"it ended with exit code {cause.code}" if isinstance(cause, SystemExit) else cause
+        what = f"it exited with code {cause.code}" if isinstance(cause, SystemExit) else cause
         raise UserError(f"{key}._target_: cannot import {node['_target_']} ({what})") from error
     try:
         parameters = inspect.signature(target).parameters

@@ -111,7 +111,7 @@ def _widths(objective: Objective) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"objective.epsilon={low}, epsilon_high={high} are widths for the ratio of a sequence; at "
-            "importance_sampling_level=token they throw most tokens away: usual there are 0.2/0.27 "
+            "importance_sampling_level=token they clip most tokens: usual values there are 0.2/0.27 "
             "(objective=grpo, or both null)",
         )
 
@@ -171,14 +171,14 @@ def _reference(objective: Objective) -> Iterator[Finding]:
     elif objective.kl_estimator == "k1" and not objective.kl_importance_weighted:
         yield Finding(
             "contradiction",
-            "objective.kl_estimator=k1 is no penalty without objective.kl_importance_weighted: its gradient does not "
-            "contain the reference; set kl_importance_weighted to true, or use k3",
+            "objective.kl_estimator=k1 is not a penalty without objective.kl_importance_weighted: its gradient does "
+            "not contain the reference; set kl_importance_weighted to true, or use k3",
         )
     elif objective.kl_estimator == "k2" and objective.kl_importance_weighted:
         yield Finding(
             "warning",
-            "objective.kl_importance_weighted with kl_estimator=k2 has not the gradient of a KL divergence; set it to "
-            "false, or use k3",
+            "objective.kl_importance_weighted with kl_estimator=k2 does not have the gradient of a KL divergence; set "
+            "it to false, or use k3",
         )
 
 
@@ -278,6 +278,6 @@ def _counts(num_generations: int) -> Iterator[Finding]:
     if num_generations < 2:
         yield Finding(
             "contradiction",
-            f"rollout.num_generations={num_generations} must be at least 2; a group of one "
-            "has no one to be compared with",
+            f"rollout.num_generations={num_generations} must be at least 2; a group of one has nothing to be compared "
+            "with",
         )

@@ -76,6 +76,6 @@ class GuardedStep:
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteGradientError(
                 f"{self.nonfinite_in_a_row} optimizer steps in a row had a non-finite gradient (rollout {rollout}); "
-                "the weights are untouched by them. Lower optimizer.lr or check the rewards."
+                "they did not change the weights. Lower optimizer.lr or check the rewards."
             )
         return norm if finite else None

@@ -125,7 +125,7 @@ def cut(
     plan = minibatch.plan
     first, second = halved(plan[index], scored)
     tokens = tokens_of(plan[index], scored)
-    say(f"out of memory in a micro-batch of {tokens} tokens: cut in two, the gradient stays the same")
+    say(f"out of memory in a micro-batch of {tokens} tokens: split in two, the gradient stays the same")
     at = completion_tokens(first, scored)
     finer = replace(minibatch, plan=(*plan[:index], first, second, *plan[index + 1 :]))
     return finer, [x and [*x[:index], x[index][:at], x[index][at:], *x[index + 1 :]] for x in tensors]
@@ -159,4 +159,4 @@ def free() -> None:
 
 def say(line: str) -> None:
     """Prints one warning."""
-    print(f"warning: {line}; {_LOWER} to spare the attempt", file=sys.stderr, flush=True)
+    print(f"warning: {line}; {_LOWER} to avoid the failed attempt", file=sys.stderr, flush=True)

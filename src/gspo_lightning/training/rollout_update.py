@@ -205,9 +205,9 @@ class RolloutUpdate:
         parameters = self._stepped_parameters()
         if len(parameters) < max(1, self._trained):
             raise UserError(
-                f"optimizer: of {self._trained} parameters that it trained {len(parameters)} are still the module's, "
-                "the rest would stay as they are; replace no parameter after configure_optimizers, and let a backward "
-                "that breaks off end the run"
+                f"optimizer: of the {self._trained} parameters that it trained, {len(parameters)} are still in the "
+                "module, and the rest would not change; do not replace parameters after configure_optimizers, and let "
+                "a failed backward end the run"
             )
         with memory_for("in the optimizer step", _SMALLER_OPTIMIZER):
             norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1)

@@ -30,11 +30,13 @@ def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
     """
     if precision in ("16", "16-mixed", "16-true"):
         raise UserError(
-            f"trainer.precision={precision} needs a loss that is scaled, whose gradient cannot be clipped here; use "
+            f"trainer.precision={precision} needs a scaled loss, whose gradient cannot be clipped here; use "
             "trainer.precision=bf16-mixed"
         )
     if precision in ("64", "64-true") and dtype != "float64":
-        raise UserError(f"trainer.precision={precision} needs weights that are loaded so; set model.dtype=float64")
+        raise UserError(
+            f"trainer.precision={precision} needs weights loaded in that precision; set model.dtype=float64"
+        )
     if has_adapter:
         return
     # At usual learning rates, updates of full fine-tuning are smaller than the spacing of bfloat16.
@@ -93,8 +95,8 @@ def _check_run(trainer: Any) -> None:
     # Only launchers that use Python's multiprocessing have a start method; those of torchrun and scripts have none.
     if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
         raise UserError(
-            "trainer.strategy: processes that this one starts from its own memory (ddp_spawn, ddp_notebook) take what "
-            "they trained away with them; use strategy='ddp' in a script"
+            "trainer.strategy: processes started by ddp_spawn or ddp_notebook lose what they trained when they end; "
+            "use strategy='ddp' in a script"
         )
     if trainer.min_steps:
         raise UserError(
@@ -109,8 +111,8 @@ def _check_optimizers(module: GSPOModule) -> None:
     for kind, count in (("optimizers", len(optimizers)), ("schedulers", len(configs))):
         if count > 1:
             raise UserError(
-                f"configure_optimizers: {count} {kind}, but a minibatch is one step of one; return one optimizer "
-                "with parameter groups, and at most one scheduler"
+                f"configure_optimizers: {count} {kind}, but a minibatch is one step of a single one; return one "
+                "optimizer with parameter groups, and at most one scheduler"
             )
     # If it returns None, Lightning makes an optimizer with a tensor of its own.
     stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -157,8 +159,8 @@ def check_rotation(config: Any, prompt_tokens: int, completion_tokens: int) -> N
     if limit is not None and prompt_tokens + completion_tokens > limit:
         raise UserError(
             f"data.max_prompt_length + rollout.max_completion_length: prompts of {prompt_tokens} and completions of "
-            f"{completion_tokens} tokens pass {limit}, where this model's rotary embedding becomes another one for all "
-            "tokens before; lower one of them, or set the kind of rotation in model.overrides"
+            f"{completion_tokens} tokens exceed {limit}, beyond which this model's rotary embedding changes for all "
+            "earlier tokens too; lower one of them, or set the kind of rotation in model.overrides"
         )
 
 
@@ -190,7 +192,7 @@ def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
     found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise UserError(
         f"{type(module).__name__}.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None "
-        "for no term"
+        "if there is no term"
     )
 
 
