@@ -56,6 +56,16 @@ def test_equal_rewards_give_exactly_zero_where_a_rounded_mean_would_not(scale):
     assert (advantages[1] != 0).any()
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "rloo"])
+def test_a_reward_equal_to_the_mean_gets_exactly_zero_where_a_rounded_mean_would_not_give_it(scale, baseline):
+    rewards = tensor([[0.1, 0.2, 0.3], [0.1, 0.2 + 1e-9, 0.3]])
+    assert rewards[0, 1] != rewards[0].mean()
+    advantages = AdvantageEstimator(scale, baseline)(rewards)
+    assert advantages[0, 1] == 0 and (advantages[0, [0, 2]] != 0).all()
+    assert 0 < advantages[1, 1] < 1e-7  # above the mean by 2e-9 / 3
+
+
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="at least two"):
         AdvantageEstimator()(tensor([[1.0]]))

@@ -21,7 +21,8 @@ ROUNDING = 1e-12
 class AdvantageEstimator:
     """``(r - baseline) / scale`` within groups (GRPO, arXiv 2402.03300, section 4.1.2).
 
-    A group whose rewards are all equal (`silent_groups`) gets exactly zero, whatever its rounded mean is.
+    A reward that equals the baseline gets exactly zero, whatever the rounded mean is: the mean of 0.1, 0.2 and 0.3 is
+    not quite 0.2. So does a whole group whose rewards are all equal (`silent_groups`).
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -43,6 +44,7 @@ class AdvantageEstimator:
         if count < 2:
             raise ValueError("a group needs at least two completions to be compared")
         centred = rewards - rewards.mean(dim=1, keepdim=True)
+        centred = centred.masked_fill(centred.abs() <= ROUNDING * rewards.abs().amax(dim=1, keepdim=True), 0.0)
         if self.baseline == "rloo":
             centred = centred * (count / (count - 1))
         if self.scale_rewards == "group":
@@ -61,6 +63,11 @@ def silent_groups(rewards: Tensor, size: Tensor | None = None) -> Tensor:
     """
     size = rewards.abs() if size is None else size
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= ROUNDING * size.amax(dim=1)
+
+
+def without_rounding(rewards: Tensor, size: Tensor) -> Tensor:
+    """The rewards, made exactly equal within each group that `silent_groups` finds; arguments are those."""
+    return torch.where(silent_groups(rewards, size)[:, None], rewards[:, :1], rewards)
 
 
 def combine_rewards(
@@ -90,9 +97,7 @@ def combine_rewards(
         centred = centred.masked_fill(centred.abs() <= ROUNDING * mean.abs(), 0.0)
         by_function = centred / (variance.sqrt() + STD_EPSILON)
     terms = by_function * weights
-    rewards = terms.nansum(dim=-1)
-    silent = silent_groups(rewards, terms.abs().nansum(dim=-1))
-    return torch.where(silent[:, None], rewards[:, :1], rewards)
+    return without_rounding(terms.nansum(dim=-1), terms.abs().nansum(dim=-1))
 
 
 def check_combination(how: str, scale_rewards: str) -> None:

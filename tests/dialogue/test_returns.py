@@ -84,6 +84,11 @@ def test_returns_that_differ_by_rounding_alone_leave_a_group_without_signal():
     rollout = scored(*groups, rewards=[[0.0, 0.0]])
     assert rollout.turn_advantages == [[(0.0, 0.0), (0.0,)]]
     assert silent_rollout(groups, rollout.rewards).tolist() == [True]
+    # Also where the return itself is no measure of the rounding: 0.1 + 0.2 - 0.3 is not quite 0.
+    rollout = scored(*groups, rewards=[[-0.3, -0.3]])
+    assert rollout.turn_advantages == [[(0.0, 0.0), (0.0,)]]
+    assert silent_rollout(groups, rollout.rewards).tolist() == [True]
+    assert means(rollout_metrics(rollout))["frac_zero_std_groups"] == 1.0
 
 
 def test_turns_are_counted_by_tokens_whatever_became_of_the_messages():

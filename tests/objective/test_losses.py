@@ -396,3 +396,13 @@ def test_an_unknown_loss_is_refused_with_the_choices():
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "dr_grpo"])
 def test_a_minibatch_of_which_nothing_counts_is_divided_by_one(loss):
     assert Objective(8, loss_type=loss).denominator(0, 0) == 1.0
+
+
+def test_the_size_of_a_log_ratio_is_finite_where_the_ratio_is_too_small_for_its_dtype():
+    objective = Objective(max_completion_length=4, importance_sampling_level="token")
+    new = torch.tensor([-121.0, -1.0], requires_grad=True)
+    old, advantages = torch.tensor([-1.0, -1.0]), torch.ones(2)
+    assert (new - old).exp()[0] == 0  # e^-120 in float32
+    metrics = objective(new, old, advantages, torch.tensor([0, 0]), torch.tensor([2])).metrics
+    total, count = metrics["log_ratio/abs_mean"]
+    assert (total / count).item() == 60.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, silent_groups
+from gspo_lightning.advantages import AdvantageEstimator, silent_groups, without_rounding
 from gspo_lightning.types import Completion
 
 
@@ -34,26 +36,40 @@ def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -
         completions: B lists of G.
         rewards: ``(B, G)``.
     """
-    groups = zip(completions, rewards.tolist(), strict=True)
     silent = [
-        all(silent_groups(torch.tensor([of_turn], dtype=torch.float64)).item() for of_turn in _by_turn(*group))
-        for group in groups
+        all(silent_groups(of_turn).item() for _, of_turn in _by_turn(group, rewards[number]))
+        for number, group in enumerate(completions)
     ]
     return torch.tensor(silent, dtype=torch.bool)
 
 
-def _by_turn(group: list[Completion], rewards: list[float]) -> list[list[float]]:
-    """For each turn, the returns of the dialogues that have it."""
-    own = [returns(completion, whole) for completion, whole in zip(group, rewards, strict=True)]
-    return [[of_one[turn] for of_one in own if len(of_one) > turn] for turn in range(max(map(len, own)))]
+def _by_turn(group: list[Completion], rewards: torch.Tensor) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """For each turn, the M dialogues that have it and their returns ``(1, M)``.
+
+    Returns that only rounding tells apart are equal: 0.1 + 0.2 in two turns is 0.3 in one.
+    """
+    own = [returns(completion, whole) for completion, whole in zip(group, rewards.tolist(), strict=True)]
+    sizes = [returns(completion, whole, abs) for completion, whole in zip(group, rewards.tolist(), strict=True)]
+    for turn in range(max(map(len, own))):
+        members = [number for number, of_one in enumerate(own) if len(of_one) > turn]
+        values, size = (
+            torch.tensor([[of_one[number][turn] for number in members]], dtype=torch.float64) for of_one in (own, sizes)
+        )
+        yield members, without_rounding(values, size)
 
 
-def returns(completion: Completion, whole: float) -> list[float]:
-    """For each turn, its reward plus those of later turns and of the whole; without turns, the last of these alone."""
+def returns(completion: Completion, whole: float, of: Callable[[float], float] = float) -> list[float]:
+    """For each turn, its reward plus those of later turns and of the whole; without turns, the last of these alone.
+
+    Args:
+        completion: with or without turns.
+        whole: its reward as a whole.
+        of: taken of each of these rewards before they are added up; ``abs`` gives the size of the sum's terms.
+    """
     dialogue = completion.dialogue
     turns = dialogue.num_turns if dialogue is not None else 1
     own = (dialogue.turn_rewards if dialogue is not None else ()) or (0.0,) * turns
-    return [whole + sum(own[turn:]) for turn in range(turns)]
+    return [of(whole) + sum(map(of, own[turn:])) for turn in range(turns)]
 
 
 def whole_returns(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
@@ -66,15 +82,10 @@ def whole_returns(completions: list[list[Completion]], rewards: torch.Tensor) ->
 
 
 def _of_group(group: list[Completion], rewards: torch.Tensor, estimator: AdvantageEstimator) -> list[tuple[float, ...]]:
-    own_returns = [returns(completion, whole) for completion, whole in zip(group, rewards.tolist(), strict=True)]
     advantages: list[list[float]] = [[] for _ in group]
-    for turn in range(max(map(len, own_returns))):
-        members = [number for number, own in enumerate(own_returns) if len(own) > turn]
-        if len(members) > 1:
-            row = torch.tensor([[own_returns[number][turn] for number in members]], dtype=torch.float64)
-            values = estimator(row)[0].tolist()
-        else:
-            values = [advantages[number][0] for number in members]
-        for number, value in zip(members, values, strict=True):
+    for members, values in _by_turn(group, rewards):
+        alone = len(members) == 1
+        of_turn = [advantages[number][0] for number in members] if alone else estimator(values)[0].tolist()
+        for number, value in zip(members, of_turn, strict=True):
             advantages[number].append(value)
     return [tuple(own) for own in advantages]

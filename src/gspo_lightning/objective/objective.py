@@ -229,7 +229,8 @@ class Objective:
         ratio = self._per_unit(x.ratio.detach(), x)
         metrics = {
             "ratio/mean": _mean(ratio),
-            "log_ratio/abs_mean": _mean(ratio.log().abs()),
+            # Not the logarithm of the ratio, which may have been too small for its dtype.
+            "log_ratio/abs_mean": _mean(self._per_unit(x.log_ratio.detach(), x).abs()),
             "kl/old": _mean(-x.log_ratio),
         }
         if self.spec.clip is not None:

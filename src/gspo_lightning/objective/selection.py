@@ -9,20 +9,24 @@ from torch import Tensor
 
 from gspo_lightning.objective.ratios import sequence_mean
 
+TIE = 1e-5
+"""Entropies whose relative difference is at most this are equal: the rounding of a float32 forward. The first tokens of
+a prompt's completions have one distribution, computed in several rows of a product."""
+
 
 def top_entropy_threshold(entropies: Tensor, quantile: float) -> Tensor:
     """The least entropy with which a token belongs to the top ``quantile`` (arXiv 2506.01939, section 5).
 
     Args:
         entropies: ``(N,)`` of all tokens that are compared: those of a whole minibatch, over all ranks.
-        quantile: share to keep, in (0, 1]; at least one token is kept. Ties at the threshold are all kept.
+        quantile: share to keep, in (0, 1]; at least one token is kept. Ties at the threshold (`TIE`) are all kept.
 
     Returns:
-        A scalar: the ``ceil(quantile N)``-th largest entropy, infinity for no tokens.
+        A scalar: the ``ceil(quantile N)``-th largest entropy less ``TIE`` of it, infinity for no tokens.
     """
     if not len(entropies):
         return entropies.new_tensor(torch.inf)
-    return entropies.topk(max(1, math.ceil(quantile * len(entropies)))).values[-1]
+    return entropies.topk(max(1, math.ceil(quantile * len(entropies)))).values[-1] * (1 - TIE)
 
 
 def near_old_policy(
