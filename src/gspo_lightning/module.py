@@ -50,7 +50,7 @@ from gspo_lightning.training.run_state import (
     restore_run_state,
     run_state,
 )
-from gspo_lightning.training.schedule import Schedule
+from gspo_lightning.training.schedule import Schedule, move_to
 from gspo_lightning.training.timing import Stopwatch
 from gspo_lightning.training.trainer_checks import (
     check_advantages,
@@ -169,10 +169,13 @@ class GSPOModule(L.LightningModule):
         """The optimizer of trained parameters, without weight decay on vectors (norms, biases), and its schedule."""
         optimizer = self.optimizer_factory(parameter_groups(self.parameters()))
         keep_settings(optimizer, self.optimizer_factory)
-        steps = self.update_settings.num_iterations * self.update_settings.num_minibatches
         # The schedule of a second fit continues where the first one stopped.
-        schedule = self.schedule.build(optimizer, self.max_rollouts * steps, self.rollouts_done * steps)
+        schedule = self.schedule.build(optimizer, self._steps_of(self.max_rollouts), self._steps_of(self.rollouts_done))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]  # type: ignore[return-value]
+
+    def _steps_of(self, rollouts: int) -> int:
+        """Optimizer steps that this many rollouts have, skipped ones included."""
+        return rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Like `nn.Module._apply`, except that under bf16-true adapters and buffers keep their dtype.
@@ -210,9 +213,14 @@ class GSPOModule(L.LightningModule):
     # ---------------------------------------------------------------- collect
 
     def on_train_start(self) -> None:
-        """Prints a line if all rollouts were already done; moves loaded optimizer states back to paged memory."""
+        """Brings what was loaded in line with this run: paged optimizer states, the schedule's position.
+
+        Prints a line if all rollouts were already done.
+        """
         for optimizer in self.trainer.optimizers:
             page_again(optimizer)
+        for config in self.trainer.lr_scheduler_configs:
+            move_to(config.scheduler, self._steps_of(self.rollouts_done))
         say_nothing_is_left(self)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -94,9 +95,22 @@ def test_a_shell_or_srun_that_goes_does_not(watched, monkeypatch):
 
 def test_where_a_launcher_stands_between_two_ranks_none_is_taken_for_dead(watched, monkeypatch):
     monkeypatch.setattr(rank_watch.sys, "argv", ["train.py", "hydra.job.name=train_ddp_process_1"])
-    monkeypatch.setenv("GSPO_LIGHTNING_STARTER", str(os.getppid() + 1))
+    with subprocess.Popen(["sleep", "60"]) as starter:
+        monkeypatch.setenv("GSPO_LIGHTNING_STARTER", str(starter.pid))
+        watched.begin()
+        assert not watched.ended.over.wait(0.3)
+        starter.kill()
+
+
+def test_a_rank_whose_starter_was_dead_before_the_watch_began_ends_too(watched, monkeypatch, capsys):
+    """As where rank 0 is killed while the others still import."""
+    monkeypatch.setattr(rank_watch.sys, "argv", ["train.py", "hydra.job.name=train_ddp_process_1"])
+    with subprocess.Popen(["true"]) as starter:
+        starter.wait()
+    monkeypatch.setenv("GSPO_LIGHTNING_STARTER", str(starter.pid))
     watched.begin()
-    assert not watched.ended.over.wait(0.3)
+    assert watched.ended.over.wait(10)
+    assert watched.ended.code == 1 and capsys.readouterr().err == f"error: {first_error.DIED}\n"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_any_flipped_bit_of_the_weights_is_found(run_dir):
 def test_without_a_good_one_the_line_says_so(run_dir):
     for file in (run_dir / "checkpoints").iterdir():
         file.write_bytes(b"PK")
-    with pytest.raises(UserError, match="last.ckpt: damaged, and there is no good checkpoint beside it"):
+    with pytest.raises(UserError, match="last.ckpt: damaged, and there is no good checkpoint next to it"):
         find_checkpoint("auto", run_dir)
 
 
@@ -103,7 +103,7 @@ def test_the_folder_of_a_run_is_not_called_damaged(name, run_dir):
 
 def test_a_sharded_checkpoint_without_its_index_is_damaged(run_dir):
     (run_dir / "last.ckpt").mkdir()
-    with pytest.raises(UserError, match="last.ckpt: damaged, and there is no good checkpoint beside it"):
+    with pytest.raises(UserError, match="last.ckpt: damaged, and there is no good checkpoint next to it"):
         find_checkpoint(str(run_dir / "last.ckpt"), run_dir)
 
 
@@ -303,7 +303,7 @@ def test_states_that_were_paged_are_paged_again_once_they_are_loaded(is_paged, m
     second.is_paged = is_paged
     alone = [state["state1"] for state in second.state.values()][1]
     module = build_module(micro_model_dir, Settings())
-    module._trainer = SimpleNamespace(optimizers=[second], should_stop=False)
+    module._trainer = SimpleNamespace(optimizers=[second], lr_scheduler_configs=[], should_stop=False)
     module.on_train_start()
     assert paged(second) == before
     for ours, theirs in zip(second.state.values(), first.state.values(), strict=True):

@@ -50,3 +50,38 @@ def test_the_rate_falls_once_per_optimizer_step_and_is_zero_behind_the_last(micr
 
     trainer(callbacks=[Rates()]).fit(module, Batches(scripted_prompts(), 2).loader())
     assert rates == pytest.approx([5e-4, 0.0])
+
+
+class Rates(L.Callback):
+    """The rate of the first optimizer step, and those after each rollout."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if not self.seen:
+            self.seen.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        self.seen.append(pl_module.last_metrics["lr"])
+
+
+def rates_of(folder, rollouts, minibatches, ckpt_path=None, save=None):
+    sgd = functools.partial(torch.optim.SGD, lr=8e-3)
+    module = build_module(folder, Settings(optimizer=sgd, rollouts=rollouts, update={"num_minibatches": minibatches}))
+    module.schedule = Schedule("linear")
+    rates = Rates()
+    fit = trainer(callbacks=[rates])
+    fit.fit(module, Batches(scripted_prompts(count=4), rollouts).loader(), ckpt_path=ckpt_path)
+    if save is not None:
+        fit.save_checkpoint(save)
+    return rates.seen
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("minibatches", [2, 1, 4])
+def test_a_longer_run_resumes_at_its_own_rate_whatever_steps_a_rollout_had(minibatches, micro_model_dir, tmp_path):
+    """Half of the way is done; no step has the rate 0 at which the shorter run ended."""
+    saved = tmp_path / "saved.ckpt"
+    assert rates_of(micro_model_dir, 2, 2, save=saved) == pytest.approx([8e-3, 4e-3, 0.0])
+    assert rates_of(micro_model_dir, 4, minibatches, ckpt_path=saved) == pytest.approx([4e-3, 2e-3, 0.0])

@@ -106,10 +106,20 @@ def _starter() -> int | None:
     """
     starter = os.environ.get(_STARTER)
     if starter is not None and any(text.startswith(_STARTED) for text in sys.argv):
-        # With a launcher in between, that rank's death would not show here.
-        return int(starter) if os.getppid() == int(starter) else None
+        # With a launcher in between, that rank's death would not show here, unless it has died already.
+        return int(starter) if os.getppid() == int(starter) or not _is_alive(int(starter)) else None
     os.environ[_STARTER] = str(os.getpid())
     return None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _hold_back_lightning(patience: Callable[[], float]) -> None:

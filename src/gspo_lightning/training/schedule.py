@@ -51,3 +51,25 @@ class _OwnRates(LambdaLR):
         own = self.base_lrs
         super().load_state_dict(state_dict)
         self.base_lrs = own
+
+    def move_to(self, step: int) -> None:
+        """Sets the position and the rates that belong to it; where both are right already, no bit changes."""
+        self.last_epoch = step
+        self._last_lr = []
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * factor(step)
+            self._last_lr.append(group["lr"])
+
+
+def move_to(schedule: Any, step: int) -> None:
+    """Moves a schedule that was loaded from a checkpoint to the optimizer step at which this run resumes.
+
+    The loaded position counts the steps of the run that saved it, which may have taken more or fewer per rollout, and
+    the loaded rate belongs to that run's total.
+
+    Args:
+        schedule: of `Schedule.build`; any other is left alone.
+        step: optimizer steps of the finished rollouts, as this run takes them.
+    """
+    if isinstance(schedule, _OwnRates):
+        schedule.move_to(step)
