@@ -1021,6 +1021,22 @@ RUNS = [
     Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
     Case("run", "FSDP1 by its class", ["trainer.strategy={_target_: lightning.pytorch.strategies.FSDPStrategy}"], "trainer.strategy=FSDPStrategy"),
     Case("run", "no node", ["trainer.num_nodes=0"], "trainer.num_nodes=0 must be at least 1"),
+    Case("config", "a word for a callback", ["+callbacks.mine=my_callbacks.Mine"], "callbacks.mine='my_callbacks.Mine' must be null, or a section with a _target_"),
+    Case("config", "a switch for a callback", ["callbacks.health=true"], "callbacks.health=True must be null, or a section"),
+    Case("config", "a logger without a class", ["+logger.x={a:1}"], "logger.x={'a': 1} must be null, or a section with a _target_"),
+    Case("config", "the name of a reward function alone", ["reward.functions.letter_share.function=my_rewards.f"], "reward.functions.letter_share.function='my_rewards.f' must be a section; for a function of your own"),
+    Case("config", "a reward function of null", ["reward.functions.letter_share=null"], "to leave a function out, write ~reward.functions.letter_share"),
+    Case("config", "an adapter without a class", ["model.lora={a:1}"], "model.lora={'a': 1} must be null, or a section with a _target_"),
+    Case("config", "another model's tokenizer", ["data.model_path=bundled:smollm2-135m-instruct"], "data.model_path=bundled:smollm2-135m-instruct is not model.path="),
+    Case("config", "processes of spawn", ["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn starts processes that cannot be resumed or stopped; use trainer=ddp"),
+    Case("config", "one token to draw (top_k)", ["rollout.top_k=1"], "rollout.top_k=1 leaves one token to draw"),
+    Case("config", "one token to draw (min_p)", ["rollout.min_p=1"], "rollout.min_p=1"),
+    Case("config", "next to no temperature", ["rollout.temperature=1e-300"], "rollout.temperature=1e-300 must be at least 0.001"),
+    Case("config", "no row at a time", ["rollout.engine.max_concurrent=0"], "rollout.engine.max_concurrent=0 must be at least 1"),
+    Case("config", "no engine", ["rollout.engine=null"], "rollout.engine=None must be a section with a _target_"),
+    Case("config", "a trillion held-out rows", ["data.task.num_validation=1000000000000"], "data.task.num_validation=1000000000000 must be at most 1000000"),
+    Case("config", "a clipping algorithm of Lightning", ["+trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm is not a setting here: set update.max_grad_norm"),
+    Case("config", "batches of a test", ["+trainer.limit_test_batches=3"], "trainer.limit_test_batches is not a setting here"),
 ]  # fmt: skip
 
 CASES = [*CONFIG, *OBJECTIVE, *OPTIMIZER, *UPDATE, *ROLLOUT, *DATA, *MODELS, *ENVIRONMENTS, *REWARDS, *RUNS]

@@ -135,7 +135,7 @@ def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) ->
 
 def build_callbacks(plain: dict[str, Any]) -> list[Any]:
     """The callbacks of the config's ``callbacks`` group, in order."""
-    return [build(node) for node in (plain["callbacks"] or {}).values() if isinstance(node, dict)]
+    return [build(node) for node in (plain["callbacks"] or {}).values() if node is not None]
 
 
 _INSTEAD = {
@@ -143,7 +143,10 @@ _INSTEAD = {
     "logger": "choose one with logger=",
     "plugins": "subclass it in your own script (docs/reuse.md)",
     "default_root_dir": "set hydra.run.dir",
-    "gradient_clip_val": "set update.max_grad_norm",
+    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm"), "set update.max_grad_norm"),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), "held-out prompts are measured by validation"),
+    "use_distributed_sampler": "each rank takes its share of the stream of prompts",
+    "reload_dataloaders_every_n_epochs": "the prompts are one stream, without Lightning's epochs",
     "accumulate_grad_batches": "set update.max_tokens_per_microbatch, which never changes the gradient",
     **dict.fromkeys(
         ("max_epochs", "min_epochs", "max_steps", "min_steps", "limit_train_batches"), "set max_rollouts or num_epochs"
@@ -208,7 +211,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         run_dir: where Lightning keeps, and on Slurm looks for, its own files; None is the current folder.
     """
     every = plain["validation"]["every_n_rollouts"]
-    loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if isinstance(node, dict)]
+    loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if node is not None]
     ours = {
         "accelerator": choose_accelerator(plain["trainer"]["accelerator"]),
         # The time limit comes before the callback that saves: it ends the run.

@@ -74,8 +74,12 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     time_limits(plain["trainer"])  # these two say themselves what they cannot be
     build(plain["update"])
     _check_optimizer(plain["optimizer"], on_gpu=on_gpu(plain["trainer"]["accelerator"]))
-    check_sampling(plain["rollout"]["temperature"], plain["rollout"]["repetition_penalty"])
+    rollout = plain["rollout"]
+    check_sampling(
+        rollout["temperature"], rollout["repetition_penalty"], rollout.get("top_k", 0), rollout.get("min_p", 0.0)
+    )
     _check_support(plain)
+    _check_model_path(plain)
     _check_environment(plain)
     _report(plain)
     if training:
@@ -98,6 +102,8 @@ def _check_devices(plain: dict[str, Any]) -> None:
         )
     strategy = trainer["strategy"]
     name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
+    if name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(f"trainer.strategy={name} starts processes that cannot be resumed or stopped; use trainer=ddp")
     if name.startswith(("fsdp", "FSDPStrategy", "deepspeed", "DeepSpeed")):
         raise UserError(
             f"trainer.strategy={name} flattens or moves the weights that rollouts and LoRA need as they are; use "
@@ -128,6 +134,16 @@ def _check_support(plain: dict[str, Any]) -> None:
                 f"weights would compare distributions with different supports; set rollout.{key}={everything}, or "
                 "mismatch=none"
             )
+
+
+def _check_model_path(plain: dict[str, Any]) -> None:
+    """Tokens of another tokenizer would be other words to the model, or none."""
+    model, data = plain["model"]["path"], plain["data"].get("model_path")
+    if data is not None and data != model:
+        raise UserError(
+            f"data.model_path={data} is not model.path={model}: prompts are encoded by the tokenizer of the model that "
+            "is trained; remove data.model_path"
+        )
 
 
 def is_sharded(plain: dict[str, Any]) -> bool:

@@ -64,6 +64,8 @@ _LEAST = {
     "update.ref_sync_every_n_rollouts": 0,
 }
 """Smallest value of the settings that are counts."""
+MOST_HELD_OUT = 1_000_000
+"""Most held-out rows: they are kept in memory."""
 _MAY_BE_NULL = ("max_rollouts", "validation.every_n_rollouts")
 
 _NUMBERS = ("objective", "advantages", "rollout", "update", "scheduler", "validation")
@@ -94,6 +96,7 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
     for name, needed in _NEEDED.items():
         _check_there(name, plain[name], needed)
     _check_engine(plain["rollout"]["engine"])
+    _check_objects(plain)
     _check_counts(plain)
     _check_held_out(plain["data"])
     _check_finite(plain)
@@ -166,11 +169,44 @@ def _check_there(section: str, node: Any, needed: Collection[str]) -> None:
 
 
 def _check_engine(node: Any) -> None:
-    if node is not None and not (isinstance(node, dict) and "_target_" in node):
+    if not (isinstance(node, dict) and "_target_" in node):
         raise UserError(
             f"rollout.engine={node!r} must be a section with a _target_; choose one with rollout=: "
             f"{', '.join(choices_of('rollout'))}"
         )
+
+
+def _check_objects(plain: dict[str, Any]) -> None:
+    """Refuses what should name an object and does not: a word in its place would be ignored, or fail much later."""
+    functions = plain["reward"].get("functions")
+    for section, node in (("callbacks", plain["callbacks"]), ("logger", plain["logger"])):
+        if node is not None and not isinstance(node, dict):
+            raise UserError(f"{section}={node!r} must be a section with a section for each, or null")
+        for name, value in (node or {}).items():
+            _refuse_word(f"{section}.{name}", value)
+    for name, spec in (functions if isinstance(functions, dict) else {}).items():
+        if not isinstance(spec, dict) or "_target_" not in spec:
+            raise UserError(
+                f"reward.functions.{name}={spec!r} must be a section with a _target_, such as those in conf/reward; to "
+                f"leave a function out, write ~reward.functions.{name}"
+            )
+        if "function" in spec and not isinstance(spec["function"], dict):
+            raise UserError(
+                f"reward.functions.{name}.function={spec['function']!r} must be a section; for a function of your own: "
+                f"reward.functions.{name}.function={{_target_:hydra.utils.get_method,path:my_rewards.f}}"
+            )
+    places = {
+        "environment": plain["environment"],
+        "objective.mismatch": plain["objective"].get("mismatch"),
+        "model.lora": plain["model"].get("lora"),
+    }
+    for key, value in places.items():
+        _refuse_word(key, value)
+
+
+def _refuse_word(key: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, dict) and "_target_" in value):
+        raise UserError(f"{key}={value!r} must be null, or a section with a _target_ (the name of its class)")
 
 
 def _check_held_out(data: dict[str, Any]) -> None:
@@ -182,6 +218,8 @@ def _check_held_out(data: dict[str, Any]) -> None:
         count = node.get("num_validation") if isinstance(node, dict) else None
         if isinstance(count, int | float) and count < 0:
             raise UserError(f"{place}.num_validation={count} must be at least 0")
+        if isinstance(count, int | float) and count > MOST_HELD_OUT:
+            raise UserError(f"{place}.num_validation={count} must be at most {MOST_HELD_OUT}")
 
 
 def _check_finite(plain: dict[str, Any]) -> None:

@@ -35,6 +35,10 @@ class TransformersEngine:
     environments: Environments | None = None
     """Makes every completion a dialogue (`gspo_lightning.dialogue`)."""
 
+    def __post_init__(self) -> None:
+        if self.max_concurrent < 1:
+            raise UserError(f"rollout.engine.max_concurrent={self.max_concurrent} must be at least 1")
+
     @torch.no_grad()
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`; with ``environments`` every completion is a dialogue."""

@@ -16,6 +16,8 @@ from gspo_lightning.types import PromptBatch
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
 
+COLDEST = 1e-3
+"""Least temperature: a difference of 0.02 nats between two tokens is then one of 20."""
 HOTTEST = 100
 """Largest temperature: divided by it, logits that differ by tens differ by tenths."""
 
@@ -48,10 +50,17 @@ def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
             )
 
 
-def check_sampling(temperature: float, repetition_penalty: float) -> None:
+def check_sampling(temperature: float, repetition_penalty: float, top_k: int = 0, min_p: float = 0.0) -> None:
     """Refuses rollouts with nothing to learn from, or from another distribution than the policy's."""
     if not temperature > 0:
         raise UserError(f"rollout.temperature={temperature} must be above 0: greedy completions are all equal")
+    if temperature < COLDEST:
+        raise UserError(
+            f"rollout.temperature={temperature} must be at least {COLDEST}: below, completions are all equal"
+        )
+    for key, value, one_left in (("top_k", top_k, top_k == 1), ("min_p", min_p, min_p >= 1)):
+        if one_left:
+            raise UserError(f"rollout.{key}={value} leaves one token to draw: greedy completions are all equal")
     if temperature > HOTTEST:
         raise UserError(
             f"rollout.temperature={temperature} must be at most {HOTTEST}: every token of the vocabulary would be as "
@@ -70,7 +79,7 @@ def check_fit(module: GSPOModule) -> None:
     sampling = module.sampling
     assert module.policy is not None
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
-    check_sampling(sampling.temperature, sampling.repetition_penalty)
+    check_sampling(sampling.temperature, sampling.repetition_penalty, sampling.top_k, sampling.min_p)
     if (source := prompt_source(trainer)) is not None:
         check_rotation(module.policy.config, source.max_prompt_length, sampling.max_completion_length)
     _check_run(trainer)
