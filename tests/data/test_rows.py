@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
 from gspo_lightning.data import RowsTask
 from gspo_lightning.data.columns import check_columns
+from gspo_lightning.data.images import load_image
 from gspo_lightning.errors import UserError
 
 
@@ -269,3 +272,125 @@ def test_settings_of_hub_datasets_are_refused_for_a_file(tmp_path: Path, setting
 def test_a_misspelt_prompt_column_is_not_mistaken_for_duplicates() -> None:
     with pytest.raises(UserError, match=r"column 'promt' is missing"):
         RowsTask(_rows(10), num_validation=3, prompt_column="promt").train_row(0)
+
+
+def _colour(number: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (4 * number, 0, 0))
+
+
+class Opened:
+    """Rows whose values are made when they are asked for, so that one may lie where the one before lay."""
+
+    def __init__(self, make: Any, count: int = 60) -> None:
+        self.make, self.count = make, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"picture": self.make(index), "answer": str(index)}
+
+
+def _palette(number: int) -> Image.Image:
+    picture = Image.new("P", (8, 8))
+    picture.putpalette([4 * number, 0, 0])
+    return picture
+
+
+def _array(number: int) -> np.ndarray:
+    """Differs where NumPy prints dots."""
+    values = np.zeros((40, 40, 3), np.uint8)
+    values[20, 20] = number
+    return values
+
+
+def _turned(number: int) -> Image.Image:
+    picture = Image.new("RGB", (8, 8))
+    picture.getexif()[0x0112] = number % 8 + 1
+    return picture
+
+
+@pytest.mark.parametrize("make", [_colour, _palette, _array, lambda i: [_colour(i)]])
+def test_no_row_is_left_out_because_its_picture_lies_where_another_one_lay(make: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = RowsTask(Opened(make), num_validation=10, template="What colour?", image_columns=["picture"])
+        assert task.num_train_rows == 50
+
+
+@pytest.mark.parametrize("make", [_colour, _palette, _array])
+def test_equal_pictures_and_arrays_are_equal_prompts(make: Any) -> None:
+    rows = Opened(lambda i: make(i % 20))
+    task = RowsTask(rows, num_validation=10, template="What colour?", image_columns=["picture"])
+    held_out = {int(row["answer"]) % 20 for row in task.validation_rows()}
+    with pytest.warns(UserWarning, match="training rows of rows are left out"):
+        assert task.num_train_rows == 60 - 3 * len(held_out)
+
+
+def test_pictures_that_differ_in_the_rotation_a_camera_noted_are_other_prompts() -> None:
+    task = RowsTask(Opened(_turned, 8), num_validation=3, template="What?", image_columns=["picture"])
+    assert task.num_train_rows == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            object(),
+            "a value of type object cannot be compared with held-out prompts; give text, numbers, bytes, a path",
+        ),
+        ([io.BytesIO(b"a")], "a value of type BytesIO cannot be compared with held-out prompts; give text, numbers"),
+        (Image.new("RGB", (0, 4)), "the image is 0 x 4 pixels; remove the row or mend the image"),
+    ],
+    ids=["object", "file", "empty"],
+)
+def test_what_has_nothing_to_be_compared_by_is_refused(value: Any, message: str) -> None:
+    task = RowsTask(Opened(lambda i: value, 4), num_validation=1, template="What?", image_columns=["picture"])
+    with pytest.raises(UserError) as caught:
+        task.train_row(0)
+    assert str(caught.value).startswith(f"rows row {task._held_out[0]}, column 'picture': {message}")
+
+
+def test_no_picture_is_decoded_to_be_compared_with_a_held_out_one_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image.Image, "tobytes", lambda *_: pytest.fail("decoded"))
+    assert (
+        RowsTask(Opened(_colour, 4), num_validation=0, template="What?", image_columns=["picture"]).num_train_rows == 4
+    )
+
+
+def test_pictures_in_the_messages_of_a_dataset_stay_bytes_and_are_compared_by_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    message = {"role": datasets.Value("string"), "content": datasets.List(part)}
+    features = datasets.Features({"prompt": datasets.List(message), "answer": datasets.Value("string")})
+    rows = [
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "text": None, "image": _colour(number % 20)},
+                        {"type": "text", "text": "What colour?", "image": None},
+                    ],
+                }
+            ],
+            "answer": str(number),
+        }
+        for number in range(30)
+    ]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for source in (dataset, str(tmp_path / "rows.parquet")):
+        task = RowsTask(source, num_validation=6)
+        held_out = {int(row["answer"]) % 20 for row in task.validation_rows()}
+        left = [n for n in range(30) if n % 20 not in held_out]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert [int(task.train_row(i)["answer"]) for i in range(task.num_train_rows)] == left
+        picture = task.train_row(0)["prompt"][0]["content"][0]["image"]
+        assert type(picture["bytes"]) is bytes
+        assert load_image(picture, "row").getpixel((3, 3)) == (4 * (left[0] % 20), 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gspo_lightning.data.columns import as_mapping, parts_of
@@ -46,18 +47,27 @@ def _is_image(part: Any) -> bool:
 
 
 def encoded_images(rows: Any, columns: Sequence[str]) -> Any:
-    """The dataset with its image columns left as bytes: comparing rows must not decode every picture."""
+    """The dataset with the pictures in these columns, at any depth, left as bytes: comparing must not decode them."""
     if not hasattr(rows, "cast_column"):
         return rows
-    import datasets
-
     for column in columns:
         feature = rows.features.get(column)
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        if (encoded := _encoded(feature)) != feature:
+            rows = rows.cast_column(column, encoded)
     return rows
+
+
+def _encoded(feature: Any) -> Any:
+    """The type of a column of ``datasets``, with pictures as bytes."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return replace(feature, decode=False)
+    if isinstance(feature, dict):
+        return {name: _encoded(item) for name, item in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_encoded(feature.feature))
+    return feature
 
 
 def kept_rows(rows: Any, patterns: Mapping[str, str], source: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import warnings
@@ -20,6 +21,9 @@ MAX_PIXELS_DECODED = 512 * 1024 * 1024
 """A larger picture is refused: a file of some kilobytes can require any amount of memory."""
 
 Picture = Image.Image
+
+_ORIENTATION = 0x0112
+"""The EXIF tag of the rotation that a camera noted."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Accepted formats, by Pillow's names. Others are refused: EPS starts Ghostscript, which is a programming language."""
@@ -40,11 +44,7 @@ def load_image(value: Any, where: str) -> Picture:
         UserError: it is missing, empty, broken, far too large, of another format, or has no range of brightness.
     """
     image = _open(value, where)
-    width, height = image.size
-    if not width or not height:
-        raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or fix the image")
-    if width * height > MAX_PIXELS_DECODED:
-        raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
+    _check_size(image, where)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # which Pillow scales to 16 bits
         raise UserError(
             f"{where}: the image has 32-bit pixel values (mode {image.mode}), and which value is white is unknown; "
@@ -53,9 +53,35 @@ def load_image(value: Any, where: str) -> Picture:
     try:
         return _on_white(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise anything
-        raise UserError(
-            f"{where}: the image is broken ({_short(str(error))}); fix the file or remove the row"
-        ) from error
+        raise _broken(error, where) from error
+
+
+def picture_key(image: Picture, where: str) -> str:
+    """A hash that is equal for PIL images that `load_image` makes the same picture of, if they have the same mode.
+
+    Raises:
+        UserError: it is broken, far too large, or of none of `FORMATS`.
+    """
+    _check_size(_of_known_format(image, where), where)
+    try:
+        pixels = image.tobytes()
+        palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
+        shown = (image.mode, image.size, palette, image.info.get("transparency"), image.getexif().get(_ORIENTATION))
+    except Exception as error:  # decoders raise anything
+        raise _broken(error, where) from error
+    return hashlib.sha256(repr(shown).encode() + pixels).hexdigest()
+
+
+def _check_size(image: Picture, where: str) -> None:
+    width, height = image.size
+    if not width or not height:
+        raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or fix the image")
+    if width * height > MAX_PIXELS_DECODED:
+        raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
+
+
+def _broken(error: Exception, where: str) -> UserError:
+    return UserError(f"{where}: the image is broken ({_short(str(error))}); fix the file or remove the row")
 
 
 def thumbnail_uri(value: Any, side: int = 160) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from gspo_lightning.data.columns import (
     as_mapping,
@@ -20,6 +23,7 @@ from gspo_lightning.data.columns import (
 )
 from gspo_lightning.data.files import is_file, read_file, read_hub, with_class_names
 from gspo_lightning.data.image_columns import encoded_images, kept_rows, with_images
+from gspo_lightning.data.images import Picture, picture_key
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -96,7 +100,7 @@ class RowsTask:
             return self._read(self.source, self.split)
         rows: Any = _listed(self.source, f"data.task.source of task {self.name}")
         if hasattr(rows, "features"):  # of datasets
-            rows = encoded_images(with_class_names(rows), self._image_columns)
+            rows = encoded_images(with_class_names(rows), self._prompt_columns)
         kept: Sequence[Row] = kept_rows(rows, self.keep_rows, self.name)
         return kept
 
@@ -119,13 +123,8 @@ class RowsTask:
 
     def _read(self, source: str, split: str) -> Sequence[Row]:
         rows: Any = read_file(source) if is_file(source) else read_hub(source, self.config_name, split)
-        rows = encoded_images(rows, self._image_columns)
+        rows = encoded_images(rows, self._prompt_columns)
         return kept_rows(rows, self.keep_rows, source)
-
-    @property
-    def _image_columns(self) -> list[str]:
-        """The image columns by their names in the dataset."""
-        return [self.columns.get(name, name) for name in self.image_columns]
 
     @cached_property
     def _held_out(self) -> list[int]:
@@ -144,7 +143,9 @@ class RowsTask:
         held_out = {self._held_out_key(i) for i in self._held_out}
         mine = set(self._held_out) if self.validation_split is None else set()
         rest = [i for i in range(len(self._rows)) if i not in mine]
-        keys = _keys(self._rows, self._prompt_columns)
+        if not held_out:  # nothing to compare with, so no picture is decoded for it
+            return rest
+        keys = _keys(self._rows, self._prompt_columns, self._label)
         train = [i for i in rest if keys[i] not in held_out]
         if not train:
             raise UserError(f"data.task.source={self._label}: every row has a held-out prompt; nothing is left")
@@ -161,7 +162,7 @@ class RowsTask:
         setting = "data.task.prompt_column" if self.template is None else "data.task.template"
         for name in self._prompt_columns:
             column_of(row, name, where, setting)
-        return _key(row, self._prompt_columns)
+        return _key(row, self._prompt_columns, where)
 
     @cached_property
     def _prompt_columns(self) -> list[str]:
@@ -206,28 +207,47 @@ class RowsTask:
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
 
-def _keys(rows: Any, columns: list[str]) -> list[str]:
+def _keys(rows: Any, columns: list[str], label: str) -> list[str]:
     if hasattr(rows, "select_columns"):  # a hub dataset: do not decode the images of a million rows
         rows = rows.select_columns([name for name in columns if name in rows.column_names])
-    return [_key(rows[i], columns) for i in range(len(rows))]
+    return [_key(rows[i], columns, f"{label} row {i}") for i in range(len(rows))]
 
 
-def _key(row: Any, columns: list[str]) -> str:
-    return repr([_as_in_prompt(row.get(name)) for name in columns]) if isinstance(row, Mapping) else repr(row)
+def _key(row: Any, columns: list[str], where: str) -> str:
+    if not isinstance(row, Mapping):
+        return repr(row)
+    return repr([_as_in_prompt(row.get(name), f"{where}, column {name!r}") for name in columns])
 
 
-def _as_in_prompt(value: Any) -> Any:
+def _as_in_prompt(value: Any, where: str) -> Any:
     """A form of a value that is equal for equal prompts, whatever kind of file they are from; bytes become a hash.
 
-    Keys of a message may be in any order, with nulls that Arrow adds; a number may be a string.
+    Keys of a message may be in any order, with nulls that Arrow adds; a number may be a string. PIL images are compared
+    by their pixels, arrays by their numbers.
+
+    Raises:
+        UserError: the value has no form but its address in memory, which another row's value may have later.
     """
     if isinstance(value, str):  # first, for the sake of a million rows
         return value
     if isinstance(value, (list, tuple)):
-        return [_as_in_prompt(item) for item in value]
+        return [_as_in_prompt(item, where) for item in value]
     if isinstance(value, (dict, Mapping)):
-        return sorted([(str(name), _as_in_prompt(item)) for name, item in value.items() if item is not None])
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+        return sorted([(str(name), _as_in_prompt(item, where)) for name, item in value.items() if item is not None])
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Picture):
+        return picture_key(value, where)
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU":
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if hasattr(value, "tolist") and not isinstance(value, np.generic):  # printed, a long tensor is mostly dots
+        return _as_in_prompt(value.tolist(), where)
+    if re.search(r" at 0x[0-9a-fA-F]+>", text := str(value)):
+        raise UserError(
+            f"{where}: a value of type {type(value).__name__} cannot be compared with held-out prompts; give text, numbers, bytes, "
+            "a path or a PIL image"
+        )
+    return text
 
 
 def _listed(source: Any, where: str) -> Sequence[Row]:
