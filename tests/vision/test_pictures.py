@@ -255,6 +255,14 @@ def test_a_placeholder_written_in_the_text_is_refused(processor):
         encode(processor, Image.new("RGB", (84, 84)), "and <|image_pad|>")
 
 
+def test_a_placeholder_of_videos_written_in_the_text_is_refused(processor):
+    with pytest.raises(UserError) as error:
+        encode(processor, Image.new("RGB", (84, 84)), "and <|video_pad|>")
+    assert str(error.value) == (
+        "row x: 1 video placeholders for 0 videos; give one video for each, and do not write <|video_pad|> in the text"
+    )
+
+
 def test_what_a_template_stumbles_over_is_one_line(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'] + '?' }}")
     with pytest.raises(UserError, match=r"^row x: the model's chat template rejects the prompt: can only concatenate"):

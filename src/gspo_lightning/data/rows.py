@@ -244,8 +244,8 @@ def _as_in_prompt(value: Any, where: str) -> Any:
         return _as_in_prompt(value.tolist(), where)
     if re.search(r" at 0x[0-9a-fA-F]+>", text := str(value)):
         raise UserError(
-            f"{where}: a value of type {type(value).__name__} cannot be compared with held-out prompts; give text, numbers, bytes, "
-            "a path or a PIL image"
+            f"{where}: a value of type {type(value).__name__} cannot be compared with held-out prompts; give text, "
+            "numbers, bytes, a path or a PIL image"
         )
     return text
 

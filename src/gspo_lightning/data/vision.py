@@ -128,8 +128,9 @@ def encode_conversation(
         raise UserError(f"{where}: the model's chat template rejects the prompt: {error}") from error
     # Gemma 3's template writes one token, which its processor expands to a picture's whole run of placeholders.
     _match(text, getattr(processor, "boi_token", processor.image_token), len(media.pictures), "image", where)
-    if videos:
-        _match(text, processor.video_token, len(videos), "video", where)
+    # Also without a video: the processor would look for the one of a token that is written in the text.
+    if (token := getattr(processor, "video_token", None)) and token != processor.image_token:
+        _match(text, token, len(videos), "video", where)
     return _run(processor, text, media, settings, where)
 
 
