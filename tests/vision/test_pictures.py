@@ -281,6 +281,48 @@ def test_columns_fill_the_image_parts_in_order():
     assert [part.get("image") for part in parts] == ["a.png", None, "b.png"]
 
 
+def test_a_picture_written_in_a_message_is_not_replaced_by_one_of_a_column():
+    messages = [{"role": "user", "content": [{"type": "image", "image": "mine.png"}, {"type": "text", "text": "?"}]}]
+    for prompt in (messages, [*messages, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]):
+        with pytest.raises(UserError) as error:
+            with_images(prompt, ["p0"], "row x")
+        assert str(error.value) == (
+            "row x: an image part of the prompt has a picture, and so have data.task.image_columns; leave the part at "
+            "{'type': 'image'}, or data.task.image_columns empty"
+        )
+    empty = [{"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "?"}]}]
+    assert with_images(empty, ["p0"], "row x")[0]["content"][0] == {"type": "image", "image": "p0"}
+
+
+def test_pictures_of_columns_stand_where_the_text_has_their_sign():
+    def task(*prompts):
+        rows = [{"prompt": prompt, "images": ["p0", "p1"]} for prompt in prompts]
+        return RowsTask(rows, num_validation=0, image_columns=["images"], system_prompt="Be brief.")
+
+    image, text = (lambda name: {"type": "image", "image": name}), (lambda text: {"type": "text", "text": text})
+    (_, message) = task("<image>what\n<image>").train_row(0)["prompt"]
+    assert message == {"role": "user", "content": [image("p0"), text("what\n"), image("p1")]}
+    talk = [
+        {"role": "user", "content": "a <image> b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "tool", "content": "<image>"},
+        {"role": "user", "content": "<image>d"},
+    ]
+    assert task(talk).train_row(0)["prompt"][1:] == [
+        {"role": "user", "content": [text("a "), image("p0"), text(" b")]},
+        *talk[1:3],
+        {"role": "user", "content": [image("p1"), text("d")]},
+    ]
+    (_, message) = task("what").train_row(0)["prompt"]
+    assert message["content"] == [image("p0"), image("p1"), text("what")]
+    with pytest.raises(UserError) as error:
+        task("<image>what").train_row(0)
+    assert str(error.value) == (
+        "rows row 0: the text has <image> 1 times for 2 images; write it once for each, or not at all, and the images "
+        "come before the text"
+    )
+
+
 def test_equal_questions_about_different_pictures_are_different_prompts():
     rows = [{"prompt": "what?", "picture": as_bytes(Image.new("RGB", (4, 4), (n, 0, 0)))} for n in range(6)]
     task = RowsTask(rows, num_validation=2, image_columns=["picture"])

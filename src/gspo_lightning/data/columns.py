@@ -13,7 +13,8 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages
 
-_TOOL_ROLES = ("tool", "ipython", "function")
+TOOL_ROLES = ("tool", "ipython", "function")
+"""Roles whose content may be any data, which a tool returned."""
 
 Needed = Mapping[str, str | Mapping[str, str]]
 """Column -> what needs it in every row, or a mapping from task of a mixture -> what needs it there."""
@@ -65,7 +66,7 @@ def checked_messages(prompt: Any, where: str) -> Messages:
         raise UserError(f"{where}: the prompt must be a string or a list of messages with role and content")
     messages: Messages = [_without_added_nulls(message) for message in prompt]
     for number, message in enumerate(messages):
-        if message["role"] not in _TOOL_ROLES:
+        if message["role"] not in TOOL_ROLES:
             _check_content(message.get("content"), f"{where}, message {number}")
     last = messages[-1]
     if last["role"] == "assistant":
@@ -79,6 +80,11 @@ def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of a message; empty if its content is text, or data that a tool returned."""
     content = message.get("content")
     return [part for part in content if _is_typed(part)] if isinstance(content, list) else []
+
+
+def is_filled(part: Mapping[str, Any]) -> bool:
+    """Whether an image or video part has a picture or video of its own."""
+    return part.get(part["type"]) is not None
 
 
 def _without_added_nulls(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gspo_lightning.data.columns import as_mapping, parts_of
+from gspo_lightning.data.columns import TOOL_ROLES, as_mapping, is_filled, parts_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
 
+PLACE = "<image>"
+"""Stands for a picture in the text of other trainers' files (verl, LLaMA-Factory, ms-swift)."""
+
 
 def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Messages:
-    """The conversation with the pictures of the row's columns in its image parts, each decoded when it is used.
+    """The conversation with the pictures of the row's columns in its places, each decoded when it is used.
+
+    Places are the image parts, or each ``<image>`` in messages that are all strings; without any the pictures come
+    before the last message's text.
 
     Raises:
-        UserError: the prompt is plain text, or its image parts and the pictures differ in number.
+        UserError: the prompt is plain text, its places and the pictures differ in number, or an image part has a
+            picture of its own.
     """
     if isinstance(prompt, str):
         raise UserError(f"{where}: a plain prompt has no place for images; set data.task.conversational=true")
     pictures = [picture for value in values for picture in (value if isinstance(value, list | tuple) else [value])]
-    contents = [message.get("content") for message in prompt]
-    if isinstance(contents[-1], str) and not any(parts_of(message) for message in prompt):
-        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-        return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": contents[-1]}]}]
-    places = sum(_is_image(part) for content in contents if isinstance(content, list) for part in content)
-    if places != len(pictures):
-        raise UserError(f"{where}: {places} image placeholders for {len(pictures)} images; give one image for each")
+    images = [part for message in prompt for part in parts_of(message) if part["type"] == "image"]
+    if any(is_filled(part) for part in images):
+        raise UserError(
+            f"{where}: an image part of the prompt has a picture, and so have data.task.image_columns; leave the part "
+            "at {'type': 'image'}, or data.task.image_columns empty"
+        )
+    if isinstance(prompt[-1].get("content"), str) and not any(parts_of(message) for message in prompt):
+        return _into_text(prompt, pictures, where)
+    if len(images) != len(pictures):
+        raise UserError(
+            f"{where}: {len(images)} image placeholders for {len(pictures)} images; give one image for each"
+        )
     following = iter(pictures)
     return [
         {
@@ -40,6 +52,38 @@ def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Me
         else message
         for message in prompt
     ]
+
+
+def _into_text(prompt: Messages, pictures: Sequence[Any], where: str) -> Messages:
+    """The conversation, whose messages have no parts, with a picture for each ``<image>``; see `with_images`."""
+    places = sum(_text_of(message).count(PLACE) for message in prompt)
+    if not places:
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": prompt[-1]["content"]}]}]
+    if places != len(pictures):
+        raise UserError(
+            f"{where}: the text has {PLACE} {places} times for {len(pictures)} images; write it once for each, or not "
+            "at all, and the images come before the text"
+        )
+    following = iter(pictures)
+    return [
+        {**message, "content": _filled(message["content"], following)} if PLACE in _text_of(message) else message
+        for message in prompt
+    ]
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text in which ``<image>`` stands for a picture; what a tool returned is data."""
+    content = message.get("content")
+    return content if isinstance(content, str) and message["role"] not in TOOL_ROLES else ""
+
+
+def _filled(text: str, pictures: Iterator[Any]) -> list[dict[str, Any]]:
+    first, *others = text.split(PLACE)
+    parts = [{"type": "text", "text": first}]
+    for other in others:
+        parts += [{"type": "image", "image": next(pictures)}, {"type": "text", "text": other}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _is_image(part: Any) -> bool:
