@@ -144,6 +144,37 @@ def test_pictures_of_columns_go_into_a_conversation_with_a_message_without_conte
     assert prompt == [{"role": "user", "content": "q"}, call, {"role": "tool", "content": [image, text]}]
 
 
+def test_pictures_under_the_keys_of_transformers_are_those_of_the_part() -> None:
+    given = [
+        {"type": "image", "path": "a.png", "url": None, "image": None},
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "base64": "QUJD"},
+        {"type": "video", "path": "a.mp4"},
+        {"type": "image", "path": "a.png", "url": "b.png"},
+        {"type": "image", "image": "a.png"},
+    ]
+    (message,) = checked_messages([{"role": "user", "content": given}], "row x")
+    assert message["content"] == [
+        *[{"type": "image", "image": "a.png"}] * 2,
+        {"type": "image", "image": "data:image;base64,QUJD"},
+        {"type": "video", "video": "a.mp4"},
+        *given[4:],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_picture_within_a_part_of_text_is_not_lost(kind: str) -> None:
+    part = {"type": "text", "text": "look", kind: "a.png"}
+    with pytest.raises(UserError) as error:
+        checked_messages([{"role": "user", "content": [part]}], "row x")
+    assert str(error.value) == (
+        f"row x, message 0: a part of type text has the key {kind!r}, which would be lost; make it a part of its own, "
+        f"{{'type': {kind!r}, {kind!r}: ...}}"
+    )
+    (message,) = checked_messages([{"role": "user", "content": [{**part, kind: None}]}], "row x")
+    assert message["content"] == [{"type": "text", "text": "look"}]
+
+
 class Own:
     """A task of one's own, whose rows nobody has looked at."""
 

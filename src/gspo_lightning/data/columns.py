@@ -16,6 +16,8 @@ from gspo_lightning.types import Messages
 TOOL_ROLES = ("tool", "ipython", "function")
 """Roles whose content may be any data, which a tool returned."""
 
+_MEDIA = ("image", "video")
+
 Needed = Mapping[str, str | Mapping[str, str]]
 """Column -> what needs it in every row, or a mapping from task of a mixture -> what needs it there."""
 
@@ -103,7 +105,21 @@ def _without_added_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
 def _content(content: Any) -> Any:
     if not isinstance(content, list | tuple):
         return content
-    return [_without_nulls(item) if _is_typed(item) else item for item in content]
+    return [_part(_without_nulls(item)) if _is_typed(item) else item for item in content]
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    """The part with its picture or video under the key of its type; transformers' own messages have other keys too."""
+    kind = part["type"]
+    if kind not in ("image", "video") or kind in part:
+        return part
+    given = [name for name in ("path", "url", *(["base64"] if kind == "image" else [])) if name in part]
+    if len(given) != 1:
+        return part
+    value = part[given[0]]
+    if given == ["base64"]:
+        value = f"data:image;base64,{value}"
+    return {**{name: item for name, item in part.items() if name != given[0]}, kind: value}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -130,6 +146,12 @@ def _check_content(content: Any, where: str) -> None:
             f"{where}: the content must be text, or a list of parts such as {{'type': 'text', 'text': ...}} and "
             "{'type': 'image', 'image': ...}"
         )
+    for part in content:
+        if part["type"] == "text" and (lost := [name for name in _MEDIA if not is_missing(part.get(name))]):
+            raise UserError(
+                f"{where}: a part of type text has the key {lost[0]!r}, which would be lost; make it a part of its "
+                f"own, {{'type': {lost[0]!r}, {lost[0]!r}: ...}}"
+            )
 
 
 def _is_part(part: dict[str, Any]) -> bool:
