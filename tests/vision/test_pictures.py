@@ -263,6 +263,39 @@ def test_a_placeholder_of_videos_written_in_the_text_is_refused(processor):
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"max_pixels": 3136}, "'max_pixels' of a part of type image has no effect; remove it (use data.max_pixels, "),
+        ({"min_pixels": 3136}, "'min_pixels' of a part of type image has no effect; remove it (use data.min_pixels, "),
+        ({"resized_height": 28}, "'resized_height' of a part of type image has no effect; remove it (use data.max_pix"),
+        ({"detail": "low"}, "'detail' of a part of type image has no effect; remove it"),
+        ({"text": "lost"}, "'text' of a part of type image has no effect; remove it"),
+        ({"path": "b.png"}, "'path' of a part of type image has no effect; remove it (give one of image, path, url a"),
+        ({"type": "video", "video": "x", "nframes": 3}, "'nframes' of a part of type video has no effect; remove it ("),
+    ],
+)
+def test_a_key_of_a_part_that_nothing_reads_is_refused(processor, monkeypatch, part, message):
+    monkeypatch.setattr(processor, "video_processor", object())
+    messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (28, 28)), **part}]}]
+    if part.get("type") == "video":
+        del messages[0]["content"][0]["image"]
+    with pytest.raises(UserError) as error:
+        encode_conversation(messages, processor, VisionSettings(), {}, "row x")
+    assert str(error.value).startswith(f"row x: the key {message}")
+
+
+def test_keys_of_a_part_without_a_value_or_that_the_template_reads_are_no_mistake(processor, monkeypatch):
+    picture = Image.new("RGB", (28, 28))
+    plain, _ = encode(processor, picture, "?")
+    keys = {"max_pixels": None, "text": "", "caption": "a cat"}
+    content = [{"type": "image", "image": picture, **keys}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template + "{# p.caption #}")
+    ids, _ = encode_conversation(messages, processor, VisionSettings(), {}, "row x")
+    assert ids.tolist() == plain.tolist()
+
+
 def test_what_a_template_stumbles_over_is_one_line(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'] + '?' }}")
     with pytest.raises(UserError, match=r"^row x: the model's chat template rejects the prompt: can only concatenate"):

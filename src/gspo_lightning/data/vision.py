@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from gspo_lightning.data.images import Picture, load_image
 from gspo_lightning.data.templating import REFUSALS, refuse_surrogates
 from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages
 
 
@@ -112,6 +114,9 @@ def encode_conversation(
     videos = [part for part in parts if part["type"] == "video"]
     if videos:
         _refuse_video(processor, where)
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    for part in parts:
+        _refuse_unknown_keys(part, str(template), where)
     media = _Media(
         [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts) if part not in videos],
         [load_video(part, f"{where}, video {n}") for n, part in enumerate(videos)],
@@ -119,7 +124,7 @@ def encode_conversation(
     try:
         text = processor.tokenizer.apply_chat_template(
             messages,
-            chat_template=getattr(processor, "chat_template", None) or processor.tokenizer.chat_template,
+            chat_template=template,
             add_generation_prompt=True,
             tokenize=False,
             **template_kwargs,
@@ -132,6 +137,32 @@ def encode_conversation(
     if (token := getattr(processor, "video_token", None)) and token != processor.image_token:
         _match(text, token, len(videos), "video", where)
     return _run(processor, text, media, settings, where)
+
+
+def _refuse_unknown_keys(part: Mapping[str, Any], template: str, where: str) -> None:
+    """Refuses keys of a picture or video that neither we nor the template read, such as those of qwen-vl-utils."""
+    kind = part["type"]
+    known = {"type", kind, *(["fps"] if kind == "video" else [])}
+    for name, value in part.items():
+        of_template = name not in _NEVER_READ and re.search(rf"\b{re.escape(name)}\b", template)
+        if name in known or is_missing(value) or of_template:
+            continue
+        raise UserError(
+            f"{where}: the key {name!r} of a part of type {kind} has no effect; remove it{_INSTEAD.get(name, '')}"
+        )
+
+
+_NEVER_READ = ("text", "image", "video")
+"""Keys of parts of another type, of which a template's text says nothing about parts of this one."""
+
+_LIMIT = " (use data.max_pixels, which holds for all pictures)"
+_INSTEAD = {
+    **dict.fromkeys(("max_pixels", "resized_height", "resized_width", "total_pixels"), _LIMIT),
+    "min_pixels": _LIMIT.replace("max", "min"),
+    **dict.fromkeys(("nframes", "max_frames", "min_frames", "sample_fps"), " (use fps, or give a list of frames)"),
+    **dict.fromkeys(("video_start", "video_end"), " (cut the file, or give a list of frames)"),
+    **dict.fromkeys(("path", "url", "base64"), " (give one of image, path, url and base64)"),
+}
 
 
 @dataclass(frozen=True)
