@@ -331,3 +331,17 @@ def test_under_a_real_trainer_a_resumed_run_leaves_the_bytes_of_one_never_stoppe
     assert contents(tmp_path / "new") == contents(tmp_path / "whole")
     rows = (tmp_path / "new" / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3", "4", "5"]
+
+
+def test_a_long_picture_in_base64_is_its_kind_and_length_in_a_line_and_whole_in_a_document():
+    address = "data:image/png;base64," + "A" * 300
+    escaped = "data:image/png%3Bbase64%2C" + "A" * 300
+    kept = ["data:image/png;base64,QQ==", "data: " + "words, " * 60, "data:" + "x" * 300]
+    content = {"prompt": [{"content": [{"image": address}, {"image": escaped}]}], "kept": kept}
+    line = json.loads(to_json(content))
+    assert [part["image"] for part in line["prompt"][0]["content"]] == [
+        "<data:image/png, 322 characters>",
+        "<data:image/png, 326 characters>",
+    ]
+    assert line["kept"] == kept
+    assert json.loads(to_json(content, indent=1)) == content  # thumbnails, which the report shows
