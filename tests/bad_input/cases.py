@@ -778,6 +778,32 @@ MODELS = [
     Case("model", "an unknown type of model", MODEL, "lama", model_of_unknown_type),
     Case("model", "dropout", MODEL, "attention_dropout", model_with_dropout),
     Case("model", "LoRA dropout", ["lora=language", "+model.lora.dropout=0.1"], "model.lora.dropout must be 0"),
+    Case(
+        "model",
+        "LoRA dropout by peft's name",
+        ["lora=language", "+model.lora.lora_dropout=0.1"],
+        "lora_dropout must be 0",
+    ),
+    Case("model", "DoRA", ["lora=language", "+model.lora.use_dora=true"], "without DoRA's magnitudes"),
+    Case(
+        "model",
+        "whole modules next to LoRA",
+        ["lora=language", "+model.lora.modules_to_save=[lm_head]"],
+        "would not be in what vLLM gets",
+    ),
+    Case(
+        "model",
+        "LoRA that begins with another base",
+        ["lora=language", "model.lora.init_lora_weights=pissa"],
+        "training would not begin at the model",
+    ),
+    Case(
+        "model",
+        "LoRA on the output embedding",
+        ["lora=language", "model.lora.target_modules=[q_proj,lm_head]"],
+        "would never be trained",
+    ),
+    Case("model", "an adapter that is not there", ["lora=language", "model.lora.adapter={tmp}"], "holds no adapter"),
     Case("model", "LoRA of rank 0", ["lora=language", "model.lora.r=0"], "model.lora.r"),
     Case(
         "model", "LoRA on modules that are not there", ["lora=language", "model.lora.target_modules=[query]"], "query"

@@ -151,6 +151,8 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "lora.r": (WEIGHTS, ["model.lora.r=2"], ["lora=language"]),
     "lora.alpha": (WEIGHTS, ["model.lora.alpha=1"], ["lora=language"]),
     "lora.target_modules": (WEIGHTS, ["model.lora.target_modules='.*o_proj'"], ["lora=language"]),
+    "lora.use_rslora": (WEIGHTS, ["model.lora.use_rslora=true"], ["lora=language"]),
+    "lora.init_lora_weights": (WEIGHTS, ["model.lora.init_lora_weights=gaussian"], ["lora=language"]),
     "reward.functions": (METRICS, ["reward.functions.letter_share.weight=2.0"], []),
     "reward.combine": (WEIGHTS, ["reward.combine=normalize_then_sum"], ["advantages.scale_rewards=batch", "optimizer.eps=1"]),
 }  # fmt: skip
@@ -195,6 +197,8 @@ ELSEWHERE = {
     "checkpoint.grace_s": "tests/end_to_end/test_command_line.py",
     "lora.lora": "tests/conf/test_every_key.py",
     "environment.data.chat_template_kwargs": "tests/dialogue/test_tool_command.py",
+    "lora.lora.adapter": "tests/policy/test_adapter.py",
+    "lora.lora.target_parameters": "tests/policy/test_adapter.py",
     "allow_no_effect": "tests/conf/test_every_key.py",
     "traceback": "tests/end_to_end/test_command_line.py",
     "rollout.repetition_penalty": "tests/bad_input/cases.py",  # refused in training, see there

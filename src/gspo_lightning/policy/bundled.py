@@ -85,8 +85,8 @@ def _known_names() -> str:
 def _check_model_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"model folder {folder} holds a LoRA adapter only; give the folder of its base model, or export whole "
-            "weights: the run's command with export.merge_lora=true and ckpt_path=<run folder>/checkpoints/last.ckpt"
+            f"model folder {folder} holds a LoRA adapter only; merge it into its base (python scripts/merge_adapter.py "
+            f"{folder} OUT), or add it to its base: model.path=<base> lora=language model.lora.adapter={folder}"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json; give a folder written by save_pretrained")

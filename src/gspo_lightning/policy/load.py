@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,9 @@ from transformers import (
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing.compiling import allow_graphs
+from gspo_lightning.policy.adapter import LoraSettings as LoraSettings
+from gspo_lightning.policy.adapter import add_lora as add_lora
+from gspo_lightning.policy.adapter import load_adapter
 from gspo_lightning.policy.attention import AttentionForm, attention_implementation, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
@@ -30,27 +34,8 @@ from gspo_lightning.policy.quantization import keep_packing, quantization_argume
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, vision_parts
 
-_NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", r"mamba\.dt_proj", r"mixer\.dt_proj")
-"""Modules without adapters: expert routers, by their names in transformers, and a weight that Mamba's kernels read."""
-
 Dtype = Literal["float32", "bfloat16", "float64"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters on the language layers (peft). ``target_modules`` is a name list or a regular expression."""
-
-    r: int = 16
-    alpha: int = 32
-    target_modules: str | list[str] = "all-linear"
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha < 1:
-            raise UserError(f"model.lora.r={self.r} and model.lora.alpha={self.alpha} must be at least 1")
-        if self.dropout:
-            raise UserError("model.lora.dropout must be 0: dropout makes old and new log-probabilities differ by noise")
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,14 @@ class PolicyLoader:
         if self.lora is not None:
             with reading(self.path, "the adapter", "check model.lora.target_modules"):
                 wrapped = add_lora(model, self.lora, self.train_vision)
+            if self.lora.adapter is not None:
+                self._load_adapter(wrapped, self.lora)
         return self.as_policy(wrapped, self.load_tokenizer(), has_adapter=self.lora is not None)
+
+    def _load_adapter(self, wrapped: nn.Module, lora: LoraSettings) -> None:
+        trained_on, base = load_adapter(wrapped, lora), resolve_model(self.path)
+        if Path(trained_on).expanduser().resolve() != Path(base).resolve():
+            rank_zero_warn(f"model.lora.adapter={lora.adapter} was trained on {trained_on}, and is put on {base}")
 
     def load_reference(self, policy: Policy) -> Policy:
         """A frozen copy of the model as it was before training; shares the features of a frozen vision tower."""
@@ -259,30 +251,3 @@ def _flow(settings: dict[str, Any]) -> str:
     """The settings in the syntax of Hydra's command line."""
     items = (f"{key}: {_flow(value) if isinstance(value, dict) else value}" for key, value in settings.items())
     return f"{{{', '.join(items)}}}"
-
-
-def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool) -> nn.Module:
-    """The peft model around ``model``: adapters on its language layers, and with ``train_vision`` on its vision half.
-
-    ``all-linear`` leaves out routers of experts, and modules whose weight a layer reads without calling them.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    without = [] if train_vision else list(vision_parts(model))
-    if settings.target_modules == "all-linear":
-        without += _NO_ADAPTER
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        target_modules=settings.target_modules,
-        exclude_modules=rf".*\b({'|'.join(without)})\b.*" if without else None,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, config)
-    if settings.target_modules == "all-linear":
-        # For some families peft finds the routers in another way, together with their experts.
-        for name, parameter in wrapped.named_parameters():
-            if re.search(rf"\.({'|'.join(_NO_ADAPTER)})\..*lora_", name):
-                parameter.requires_grad_(False)
-    return wrapped

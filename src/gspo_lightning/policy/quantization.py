@@ -26,7 +26,7 @@ def quantization_arguments(quantization: str | None, lora: Any, path: str, confi
         UserError: such a base cannot be made, or would have nothing to train.
     """
     check_quantization(quantization, lora)
-    if _is_mxfp4(config):
+    if is_mxfp4(config):
         if quantization is not None:
             raise UserError(
                 f"model.quantization={quantization}: the experts of {config.model_type} are not layers that "
@@ -52,7 +52,7 @@ def _bitsandbytes(quantization: str) -> BitsAndBytesConfig:
     )
 
 
-def _is_mxfp4(config: Any) -> bool:
+def is_mxfp4(config: Any) -> bool:
     """Whether the weights are stored in MXFP4, as gpt-oss is published; MXFP4 kernels have no backward."""
     quantization = getattr(config, "quantization_config", None) or {}
     return dict(quantization).get("quant_method") == "mxfp4"

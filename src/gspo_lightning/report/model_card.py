@@ -64,6 +64,13 @@ def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bo
     )
 
 
+def whole_card(card: str) -> str | None:
+    """The `model_card` of an adapter as that of the model with the adapter folded in; None for any other text."""
+    if "\n# An adapter for " not in card:
+        return None
+    return card.replace("library_name: peft\n", "library_name: transformers\n", 1).replace("# An adapter for ", "# ", 1)
+
+
 def _loss(loss_type: Any) -> str:
     """The name of a loss of the project, or that of the function or class that the config names instead."""
     if isinstance(loss_type, dict):

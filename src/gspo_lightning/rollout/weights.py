@@ -164,9 +164,9 @@ def adapter_rank(policy: Policy) -> int:
 
 
 def adapter_scale(policy: Policy) -> float:
-    """Factor that the product of the LoRA matrices is multiplied by."""
+    """Factor that the product of the LoRA matrices is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA)."""
     config = _adapter_config(policy)
-    return float(config.lora_alpha / config.r)
+    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
 
 
 def _adapter_config(policy: Policy) -> Any:
