@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.convert import Conversion, convert
-from gspo_lightning.migrate.parse import parse_config
+from gspo_lightning.migrate.parse import parse_config, parse_lora
 from gspo_lightning.program.redact import masked, redacted
 from gspo_lightning.screen import visible
 
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     options = parser.parse_args(arguments)
     console = console or Console()
     try:
-        result = convert(parse_config(_read(options.config)), ranks=options.ranks)
+        text = _read(options.config)
+        result = convert(parse_config(text), ranks=options.ranks, adapter=parse_lora(text))
         result.groups |= {group: choice for group, (choice, _) in NOT_IN_TRL.items()} | {"reward": options.reward}
         result.settings |= {"model.path": options.model, "data.task.source": options.data}
     except UserError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.migrate import computed, vllm
+from gspo_lightning.migrate import computed, lora, vllm
 from gspo_lightning.migrate.trl_table import (
     BETTER,
     COMPUTED,
@@ -56,7 +56,7 @@ class Conversion:
         return [verdict.key for verdict in self.verdicts if verdict.kind == "no counterpart"]
 
 
-def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
+def convert(given: dict[str, Any], *, ranks: int = 1, adapter: dict[str, Any] | None = None) -> Conversion:
     """Translates a GRPOConfig of TRL 1.16.0 (and ``max_prompt_length``, ``warmup_ratio`` of older releases).
 
     Keys that affect the result and are not given take TRL's default, not ours, so that the two runs are the same.
@@ -64,6 +64,7 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
     Args:
         given: the keys as written.
         ranks: processes of the TRL run; its batch sizes are per process.
+        adapter: the keys of the ``LoraConfig`` next to it; None trains all weights.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, or batch sizes that do not hold whole groups.
@@ -85,6 +86,9 @@ def convert(given: dict[str, Any], *, ranks: int = 1) -> Conversion:
     computed.running(config, result, notes, steps)
     vllm.rollout(config, result, notes)
     computed.single_tokens(config, result, notes)
+    if adapter is not None:
+        lora.adapter(adapter, result, notes)
+        given = given | {lora.PREFIX + key: value for key, value in adapter.items()}
     for key, value in given.items():
         result.verdicts.append(_verdict(key, value, notes, result))
     return result

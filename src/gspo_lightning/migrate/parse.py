@@ -28,8 +28,8 @@ def parse_config(text: str) -> dict[str, Any]:
         UserError: the text has none of the three forms, or a value is not a literal; names the line or the key.
     """
     tree = _python(text)
-    if tree is not None:
-        return _keywords(tree)
+    if tree is not None and (call := _call(tree)) is not None:
+        return _keywords(tree, call)
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
@@ -37,6 +37,18 @@ def parse_config(text: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not content or all(value is None for value in content.values()):
         raise UserError("the config has no keys: give `key: value` lines, or the keyword arguments of a GRPOConfig")
     return {str(key): value for key, value in content.items()}
+
+
+def parse_lora(text: str) -> dict[str, Any] | None:
+    """The keys and values of the ``LoraConfig`` of a Python snippet; None if there is none.
+
+    Raises:
+        UserError: a value is not a literal; names the key.
+    """
+    tree = _python(text)
+    calls = [] if tree is None else [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = [call for call in calls if ast.unparse(call.func).split(".")[-1] == "LoraConfig"]
+    return _keywords(tree, named[0]) if tree is not None and named else None
 
 
 def _python(text: str) -> ast.Module | None:
@@ -62,9 +74,7 @@ def _call(tree: ast.Module) -> ast.Call | None:
     return None
 
 
-def _keywords(tree: ast.Module) -> dict[str, Any]:
-    call = _call(tree)
-    assert call is not None
+def _keywords(tree: ast.Module, call: ast.Call) -> dict[str, Any]:
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise UserError(f"line {call.lineno}: write every setting as a keyword argument, without * and **")
     names: dict[str, Any] = {}
