@@ -87,7 +87,7 @@ def test_a_capped_weight_of_tokens_under_a_sequence_ratio_stays_and_is_said():
 
 def test_one_engine_per_rank_is_what_a_tensor_parallel_size_of_one_asks_for():
     (verdict,) = [v for v in convert({**COLOCATED, "vllm_tensor_parallel_size": 1}).verdicts if "tensor" in v.key]
-    assert verdict.kind == "same" and "each rank has an engine of its own" in verdict.note
+    assert verdict.kind == "same" and "each rank has its own engine" in verdict.note
 
 
 def test_no_correction_is_no_correction():
