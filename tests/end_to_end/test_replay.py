@@ -48,8 +48,8 @@ def test_the_weights_are_bit_identical_and_nothing_is_sampled(recorded, tmp_path
         ("max_rollouts=4", "row micro_letters:train:12 is not in rollout 4 of .*no more rollouts than it has"),
         ("rollout.num_generations=2", "has 4 completions of a prompt; set rollout.num_generations=4"),
         ("rollout.temperature=0.5", "rollout.temperature=0.5: .* was sampled at 0.9"),
-        ("rollout.top_k=2", "rollout.top_k=2: .* was sampled at 0; set that"),
-        ("rollout.top_p=0.5", "rollout.top_p=0.5: .* was sampled at 1.0; set that"),
+        ("rollout.top_k=2", "rollout.top_k=2: .* was sampled at 0; set it to that"),
+        ("rollout.top_p=0.5", "rollout.top_p=0.5: .* was sampled at 1.0; set it to that"),
     ],
 )
 def test_what_does_not_match_is_one_line(change, line, recorded, tmp_path):

@@ -177,6 +177,6 @@ def test_a_rotation_that_hangs_on_the_longest_sequence_is_refused_beyond_its_lim
         return
     check_rotation(config, limit - 6, 6)
     with pytest.raises(
-        UserError, match=f"prompts of {limit - 5} and completions of 6 tokens pass {limit}, where this model"
+        UserError, match=f"prompts of {limit - 5} and completions of 6 tokens exceed {limit}, beyond which this model"
     ):
         check_rotation(config, limit - 5, 6)

@@ -130,11 +130,11 @@ def test_the_formats_that_are_read(monkeypatch):
     with pytest.raises(UserError) as error:
         load_image(stored, "row x")
     assert str(error.value) == (
-        f"row x: cannot read the image from its bytes (none of {named}); save it as PNG or JPEG"
+        f"row x: cannot read the image from its bytes (not one of {named}); save it as PNG or JPEG"
     )
     with pytest.raises(UserError) as error:
         load_image(Image.open(io.BytesIO(stored)), "row x")
-    assert str(error.value) == f"row x: the image is EPS, none of {named}; save it as PNG or JPEG"
+    assert str(error.value) == f"row x: the image is EPS, not one of {named}; save it as PNG or JPEG"
 
 
 def test_the_rotation_a_camera_noted_is_applied():
@@ -241,7 +241,9 @@ def test_limits_that_no_picture_keeps_are_refused(limits, message):
 def test_limits_on_pixels_are_refused_where_the_same_two_words_mean_edges():
     own = Idefics2ImageProcessorPil()
     assert {"shortest_edge": 378, "longest_edge": 980}.items() <= dict(own.size).items()
-    with pytest.raises(UserError, match=r"max_pixels have no effect: Idefics2ImageProcessorPil .* counts no pixels"):
+    with pytest.raises(
+        UserError, match=r"max_pixels have no effect: Idefics2ImageProcessorPil .* does not count pixels"
+    ):
         VisionSettings(max_pixels=250_000).size(own)
 
 
