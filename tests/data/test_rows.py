@@ -340,7 +340,7 @@ def test_pictures_that_differ_in_the_rotation_a_camera_noted_are_other_prompts()
             "a value of type object cannot be compared with held-out prompts; give text, numbers, bytes, a path",
         ),
         ([io.BytesIO(b"a")], "a value of type BytesIO cannot be compared with held-out prompts; give text, numbers"),
-        (Image.new("RGB", (0, 4)), "the image is 0 x 4 pixels; remove the row or mend the image"),
+        (Image.new("RGB", (0, 4)), "the image is 0 x 4 pixels; remove the row or fix the image"),
     ],
     ids=["object", "file", "empty"],
 )
