@@ -285,7 +285,7 @@ CONFIG = [
 
 OPTIMIZER = [
     Case("optimizer", "a negative rate", ["optimizer.lr=-1"], "Invalid learning rate: -1"),
-    Case("optimizer", "a word for a rate", ["optimizer.lr=abc"], "optimizer: torch.optim.AdamW refuses"),
+    Case("optimizer", "a word for a rate", ["optimizer.lr=abc"], "optimizer: torch.optim.AdamW rejects"),
     Case("optimizer", "no number for a rate", ["optimizer.lr=nan"], "Invalid learning rate: nan"),
     Case("optimizer", "pages without a GPU", ["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
     Case("optimizer", "betas above 1", ["optimizer.betas=[2,3]"], "Invalid beta parameter"),
