@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from gspo_lightning.data.image_columns import kept_rows, with_images
 from gspo_lightning.data.images import FORMATS, load_image
 from gspo_lightning.data.rows import RowsTask
+from gspo_lightning.data.videos import load_video
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS, build_processor
@@ -149,6 +150,7 @@ def test_the_rotation_a_camera_noted_is_applied():
     [
         ("/no/such.png", "row x: there is no image /no/such.png"),
         (b"not a picture", "row x: cannot read the image from its bytes"),
+        (" ", "row x: the image is blank text; give a path, or remove the row"),
         (b"", "row x: cannot read the image from its bytes"),
         (as_bytes(Image.effect_noise((64, 64), 80))[:900], "row x: the image is broken"),
         (Image.new("RGB", (0, 4)), "row x: the image is 0 x 4 pixels"),
@@ -175,6 +177,30 @@ def test_what_is_no_picture_is_refused_with_the_row(value, message):
     with pytest.raises(UserError) as error:
         load_image(value, "row x")
     assert str(error.value).startswith(message)
+
+
+def test_a_relative_path_is_said_as_it_was_looked_for_and_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "red.png")
+    for found in ("~/red.png", "red.png", {"path": "~/red.png"}):
+        assert load_image(found, "row x").getpixel((1, 1)) == RED
+    relative = "a relative path is within the folder of the command"
+    for sought, message in [
+        ("img/a.png", f"img/a.png (looked for {tmp_path}/img/a.png; {relative})"),
+        ("~/a.png", f"~/a.png (looked for {tmp_path}/a.png; {relative})"),
+        ("/no/such.png", "/no/such.png"),
+    ]:
+        with pytest.raises(UserError) as error:
+            load_image(sought, "row x")
+        assert str(error.value) == f"row x: there is no image {message}"
+    with pytest.raises(UserError) as error:
+        load_video({"video": "a.mp4"}, "row x")
+    assert str(error.value) == f"row x: there is no video a.mp4 (looked for {tmp_path}/a.mp4; {relative})"
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    Image.new("RGB", (4, 4), RED).save(frames / "0.png")
+    assert len(load_video({"video": "~/frames"}, "row x").frames) == 1
 
 
 def conversation(*parts):

@@ -106,6 +106,14 @@ def refuse_address(value: str, what: str, where: str) -> None:
         )
 
 
+def as_sought(path: str | Path) -> str:
+    """Where a file was looked for whose name is relative or begins with ``~``; empty for other names."""
+    full = Path(path).expanduser().absolute()
+    if full == Path(path):
+        return ""
+    return f" (looked for {_short(str(full))}; a relative path is within the folder of the command)"
+
+
 def _open(value: Any, where: str) -> Picture:
     if isinstance(value, Image.Image):
         return _of_known_format(value, where)
@@ -113,19 +121,26 @@ def _open(value: Any, where: str) -> Picture:
         value = value.get("bytes") or value.get("path") or value.get("url")
     if value is None:
         raise UserError(f"{where}: the image is missing")
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{where}: the image is blank text; give a path, or remove the row")
     if not isinstance(value, str | Path | bytes):
         raise UserError(f"{where}: an image is a path, bytes or a PIL image, not {type(value).__name__}")
     name = "its bytes" if isinstance(value, bytes) else _short(str(value))
     if isinstance(value, str):
         refuse_address(value, "image", where)
+    opened: Path | io.BytesIO
     try:
         if isinstance(value, str) and value[:5].lower() == "data:":
-            value = _decoded(value)
+            opened = io.BytesIO(_decoded(value))
+        elif isinstance(value, bytes):
+            opened = io.BytesIO(value)
+        else:
+            opened = Path(value).expanduser()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked above
-            return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: there is no image {name}") from error
+            return Image.open(opened, formats=FORMATS)
+    except FileNotFoundError as error:  # of a path alone
+        raise UserError(f"{where}: there is no image {name}{as_sought(value)}") from error
     except UnidentifiedImageError as error:
         raise UserError(
             f"{where}: cannot read the image from {name} (not one of {', '.join(FORMATS)}); save it as PNG or JPEG"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_lightning.data.images import Picture, load_image, refuse_address
+from gspo_lightning.data.images import Picture, as_sought, load_image, refuse_address
 from gspo_lightning.errors import UserError
 
 DEFAULT_FPS = 2.0
@@ -61,11 +61,11 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
         raise UserError(f"{where}: a video is a list of frames, a folder or a file, not {type(value).__name__}")
     if isinstance(value, str):
         refuse_address(value, "video", where)
-    path = Path(value)
+    path = Path(value).expanduser()
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
     if not path.is_file():
-        raise UserError(f"{where}: there is no video {path}")
+        raise UserError(f"{where}: there is no video {value}{as_sought(value)}")
     return _decoded(path, fps, where)
 
 
