@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -394,3 +395,26 @@ def test_pictures_in_the_messages_of_a_dataset_stay_bytes_and_are_compared_by_th
         picture = task.train_row(0)["prompt"][0]["content"][0]["image"]
         assert type(picture["bytes"]) is bytes
         assert load_image(picture, "row").getpixel((3, 3)) == (4 * (left[0] % 20), 0, 0)
+
+
+@pytest.mark.parametrize(("value", "problem"), [(None, "null"), (" ", "blank"), (float("nan"), "NaN")])
+@pytest.mark.parametrize("num_validation", [0, 1])
+def test_a_picture_that_is_missing_names_its_setting_and_an_empty_list_is_none(
+    value: Any, problem: str, num_validation: int
+) -> None:
+    rows = [{"prompt": f"q{i}", "image": value} for i in range(2)]
+    with pytest.raises(UserError) as caught:
+        RowsTask(rows, num_validation=num_validation, image_columns=["image"]).train_row(0)
+    assert re.sub("row [01]", "row N", str(caught.value)) == (
+        f"rows row N: column 'image' is {problem} (data.task.image_columns); give a picture, an empty list where the "
+        "row has none, or leave the row out"
+    )
+
+
+def test_an_empty_list_is_no_picture_and_a_column_that_is_missing_names_its_setting() -> None:
+    task = RowsTask([{"prompt": "q", "image": []}], num_validation=0, image_columns=["image"])
+    assert task.train_row(0)["prompt"] == [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
+    for num_validation in (0, 1):
+        task = RowsTask(_rows(2), num_validation=num_validation, image_columns=["image"])
+        with pytest.raises(UserError, match=r"column 'image' is missing \(data\.task\.image_columns\); the row has"):
+            task.train_row(0)

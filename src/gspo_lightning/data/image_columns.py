@@ -7,9 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gspo_lightning.data.columns import TOOL_ROLES, as_mapping, is_filled, parts_of
+from gspo_lightning.data.columns import TOOL_ROLES, as_mapping, column_of, is_filled, parts_of
+from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages
+
+
+def pictures_of(row: Row, column: str, where: str) -> Any:
+    """The picture, or the list of pictures, in a column of a row.
+
+    Raises:
+        UserError: the column is missing, null, NaN or blank.
+    """
+    key = "data.task.image_columns"
+    if column in row and is_missing(value := row[column]):
+        problem = "null" if value is None else "blank" if isinstance(value, str) else "NaN"
+        raise UserError(
+            f"{where}: column {column!r} is {problem} ({key}); give a picture, an empty list where the row has none, "
+            "or leave the row out"
+        )
+    return column_of(row, column, where, key)
+
 
 PLACE = "<image>"
 """Stands for a picture in the text of other trainers' files (verl, LLaMA-Factory, ms-swift)."""

@@ -22,7 +22,7 @@ from gspo_lightning.data.columns import (
     template_columns,
 )
 from gspo_lightning.data.files import is_file, read_file, read_hub, with_class_names
-from gspo_lightning.data.image_columns import encoded_images, kept_rows, with_images
+from gspo_lightning.data.image_columns import encoded_images, kept_rows, pictures_of, with_images
 from gspo_lightning.data.images import Picture, picture_key
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
@@ -160,8 +160,12 @@ class RowsTask:
         where = f"{self.validation_split or self._label} row {number}"
         row = as_mapping(self._validation_source[number], where)
         setting = "data.task.prompt_column" if self.template is None else "data.task.template"
+        pictures = {self.columns.get(name, name) for name in self.image_columns}
         for name in self._prompt_columns:
-            column_of(row, name, where, setting)
+            if name in pictures:
+                pictures_of(row, name, where)
+            else:
+                column_of(row, name, where, setting)
         return _key(row, self._prompt_columns, where)
 
     @cached_property
@@ -189,7 +193,7 @@ class RowsTask:
             prompt = fill_template(self.template, out, where, bool(self.image_columns))
         out["prompt"] = self._conversation(prompt, where)
         if self.image_columns:
-            values = [column_of(out, name, where, "data.task.image_columns") for name in self.image_columns]
+            values = [pictures_of(out, name, where) for name in self.image_columns]
             out["prompt"] = with_images(out["prompt"], values, where)
         return out
 
