@@ -63,7 +63,7 @@ def test_half_a_character_is_refused_with_the_row(tokenizer: Any) -> None:
     ]:
         with pytest.raises(UserError) as caught:
             encode_prompt(prompt, tokenizer, where="row x")
-        assert str(caught.value).startswith(f"row x: the prompt has '{half}', half a character")
+        assert str(caught.value).startswith(f"row x: the prompt has '{half}', an unpaired surrogate")
     assert tokenizer.decode(encode_prompt("\U0001f600a", tokenizer)).endswith("a")
 
 
