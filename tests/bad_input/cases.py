@@ -1063,6 +1063,11 @@ RUNS = [
     Case("config", "a trillion held-out rows", ["data.task.num_validation=1000000000000"], "data.task.num_validation=1000000000000 must be at most 1000000"),
     Case("config", "a clipping algorithm of Lightning", ["+trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm is not a setting here: set update.max_grad_norm"),
     Case("config", "batches of a test", ["+trainer.limit_test_batches=3"], "trainer.limit_test_batches is not a setting here"),
+    Case("config", "early stopping without validations", ["+callbacks.es={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: reward/mean}"], "callbacks.es: EarlyStopping looks at its metric after each validation"),
+    Case("config", "a rate monitor without a logger", ["logger=none", "+callbacks.rate={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"], "callbacks.rate: LearningRateMonitor needs a logger"),
+    Case("config", "Lightning's checkpoints", ["+callbacks.mine={_target_: lightning.pytorch.callbacks.ModelCheckpoint}"], "callbacks.mine: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best"),
+    Case("config", "an average over epochs", ["+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01, swa_epoch_start: 1}"], "callbacks: StochasticWeightAveraging averages once per epoch"),
+    Case("config", "an average at every other step", ["+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, update_every_n_steps: 2}"], "callbacks: EMAWeightAveraging(update_every_n_steps=2) is asked once per rollout"),
 ]  # fmt: skip
 
 CASES = [*CONFIG, *OBJECTIVE, *OPTIMIZER, *UPDATE, *ROLLOUT, *DATA, *MODELS, *ENVIRONMENTS, *REWARDS, *RUNS]

@@ -47,6 +47,14 @@ def test_wrappers_close_what_they_wrap(wrap):
         pass  # one that holds nothing needs no close()
 
 
+def test_a_wrapper_of_a_users_own_without_a_close_does_not_hide_that_of_its_engine():
+    inner = SimpleNamespace(closed=0)
+    inner.close = lambda: setattr(inner, "closed", inner.closed + 1)
+    with closing_engine(SimpleNamespace(engine=SimpleNamespace(engine=inner))):
+        assert inner.closed == 0
+    assert inner.closed == 1
+
+
 def test_what_ended_a_run_is_not_hidden_by_an_engine_that_does_not_close():
     with pytest.raises(UserError, match="the run's own"), closing_engine(Holding(RuntimeError("closing"))):
         raise UserError("the run's own")

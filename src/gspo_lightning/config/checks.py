@@ -81,6 +81,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _check_support(plain)
     _check_model_path(plain)
     _check_environment(plain)
+    _check_callbacks(plain)
     _report(plain)
     if training:
         check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
@@ -176,6 +177,23 @@ def _check_router(model: dict[str, Any]) -> None:
                 f"model.overrides.{key} has no effect: only the policy gradient trains a router here; remove it, or "
                 "add the term in a subclass (GSPOModule.auxiliary_loss)"
             )
+
+
+def _check_callbacks(plain: dict[str, Any]) -> None:
+    """Lightning's callbacks that would do nothing here, or end the run with a traceback."""
+    for name, node in (plain["callbacks"] or {}).items():
+        kind = str((node or {}).get("_target_")).rpartition(".")[2]
+        if kind == "EarlyStopping" and plain["validation"]["every_n_rollouts"] is None:
+            raise UserError(
+                f"callbacks.{name}: EarlyStopping looks at its metric after each validation, and none falls inside "
+                "the run; set validation.every_n_rollouts"
+            )
+        if kind == "LearningRateMonitor" and not any((plain["logger"] or {}).values()):
+            raise UserError(
+                f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger="
+            )
+        if kind == "ModelCheckpoint":
+            raise UserError(f"callbacks.{name}: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best")
 
 
 def _check_environment(plain: dict[str, Any]) -> None:

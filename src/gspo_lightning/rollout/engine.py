@@ -72,10 +72,13 @@ def traits(engine: RolloutEngine) -> EngineTraits:
 
 
 def close_engine(engine: RolloutEngine) -> None:
-    """Calls the engine's ``close()``, if it has one."""
-    close = getattr(engine, "close", None)
-    if close is not None:
-        close()
+    """Calls ``close()`` of the engine, or of the first one within it (``.engine``, as in `traits`) that has it."""
+    inner: Any = engine
+    while inner is not None:
+        if (close := getattr(inner, "close", None)) is not None:
+            close()
+            return
+        inner = getattr(inner, "engine", None)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,23 @@ def _check_run(trainer: Any) -> None:
             f"trainer.min_steps={trainer.min_steps}: max_rollouts ends the run, and Lightning would wait for steps "
             "that never come; leave min_steps out"
         )
+    for callback in trainer.callbacks:
+        _check_averaging(callback)
+
+
+def _check_averaging(callback: Any) -> None:
+    """Refuses callbacks that would replace the trained weights by the first ones, or average none."""
+    name = type(callback).__name__
+    if name == "StochasticWeightAveraging":
+        raise UserError(
+            "callbacks: StochasticWeightAveraging averages once per epoch, but a run is one epoch, and it replaces the "
+            "learning-rate schedule; use EMAWeightAveraging"
+        )
+    if (every := getattr(callback, "update_every_n_steps", 1)) != 1 and name == "EMAWeightAveraging":
+        raise UserError(
+            f"callbacks: EMAWeightAveraging(update_every_n_steps={every}) is asked once per rollout, whose number of "
+            "optimizer steps it may never hit, and would put the first weights back; leave update_every_n_steps at 1"
+        )
 
 
 def _check_optimizers(module: GSPOModule) -> None:
