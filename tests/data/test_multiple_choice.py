@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from decimal import Decimal
 
 import datasets
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from gspo_lightning.config.build import build
 from gspo_lightning.data import MultipleChoice
 from gspo_lightning.errors import UserError
+from tests.conf.test_groups import composed
 
 COLOURS = ["red", "green", "blue"]
 
@@ -137,3 +141,21 @@ def test_the_same_question_with_the_same_choices_is_not_trained_on_when_held_out
     same = [{"question": "x?", "choices": COLOURS, "answer": 0}] * 2
     with pytest.raises(UserError, match="every row has a held-out prompt"):
         _ = MultipleChoice(same, num_validation=1).num_train_rows
+
+
+def test_questions_about_pictures_are_a_matter_of_settings(tmp_path):
+    rows = [{"question": f"{n}?", "choices": ["a", "b"], "answer": n % 2, "photo": f"{n}.png"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = composed(
+        "data=multiple_choice", f"data.task.source={tmp_path}/rows.jsonl", "data.task.num_validation=0",
+        "data.task.image_columns=[photo]", "+data.task.keep_rows.photo='[13].png'",
+    )  # fmt: skip
+    task = build(OmegaConf.to_container(cfg.data.task, resolve=True))
+    contents = [task.train_row(n)["prompt"][0]["content"] for n in range(task.num_train_rows)]
+    assert contents == [
+        [
+            {"type": "image", "image": f"{n}.png"},
+            {"type": "text", "text": f"{n}?\nA. a\nB. b\nAnswer with just the letter."},
+        ]
+        for n in (1, 3)
+    ]

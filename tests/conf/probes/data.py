@@ -147,7 +147,7 @@ PROBES = [
     Probe(["data=largest_of_four"], "data.task", task_in(around), {"seed": 5, "num_validation": 3}, {"num_validation": 4}),
     Probe(["data=rows", "data.task.source=x"], "data.task", task_in(around), ROWS_CHANGES, HUB),
     Probe(["data=multiple_choice", "data.task.source=x"], "data.task", task_in(around), {
-        **{k: v for k, v in ROWS_CHANGES.items() if k not in ("image_columns", "keep_rows")},
+        **ROWS_CHANGES,
         "choices_column": "options", "answer_column": "right", "prompt_column": "question", "template": "{question} {options}?",
     }, {**HUB, "template": None}),
     Probe(["data=mixture"], "data.task", task_in(around), {
