@@ -197,6 +197,90 @@ def test_a_run_that_goes_on_keeps_its_own_checkpoints_and_sets_those_of_a_third_
     assert saved(tmp_path / folder) == {name: "kept"}
 
 
+def texts(folder, end=""):
+    """The records as text, and what its checkpoints hold."""
+    names = ("metrics.csv", "completions.jsonl", "validation_before.json", "validation_after.json", "summary.json")
+    found = {name: (folder / (name + end)).read_text() for name in names if (folder / (name + end)).exists()}
+    return {**found, "checkpoints": saved(folder).get("checkpoints" + end)}
+
+
+def finished(folder, last, mark):
+    states = play(start(folder), 1, last)
+    checkpoint_of(folder, mark)
+    (folder / "summary.json").write_text(mark)
+    return states
+
+
+def begun(folder, last=0):
+    """A run from the start that is killed after rollout ``last``, before it saves anything."""
+    recorder = RunRecorder(folder, begins_anew=True)
+    recorder.on_validation_start(TRAINER, FakeModule())
+    recorder.on_validation_end(TRAINER, FakeModule())
+    play(recorder, 1, last)
+
+
+def test_resuming_into_the_folder_of_another_run_keeps_all_that_one_recorded_however_often_it_is_tried(tmp_path):
+    states = finished(tmp_path / "a", 4, "a")
+    finished(tmp_path / "b", 3, "b")
+    before = texts(tmp_path / "b")
+    assert len(before) == 6
+    for _ in range(2):  # killed before it saves, and again
+        resumed = RunRecorder(tmp_path / "b", resume_dir=tmp_path / "a")
+        resumed.load_state_dict(states[4])
+        play(resumed, 5, 5)
+        assert texts(tmp_path / "b", ".old") == before
+        steps = [row.split(",")[0] for row in (tmp_path / "b" / "metrics.csv").read_text().splitlines()]
+        assert steps == ["step", "0", "1", "2", "3", "4", "5"] and texts(tmp_path / "b")["checkpoints"] is None
+
+
+@pytest.mark.parametrize("half_saved", [False, True])
+def test_a_run_that_saved_nothing_does_not_take_the_place_of_the_one_it_set_aside(half_saved, tmp_path):
+    """Started by mistake, killed, and put right by ``ckpt_path=auto``, which begins anew."""
+    finished(tmp_path, 4, "a")
+    before = texts(tmp_path)
+    begun(tmp_path, 2)
+    if half_saved:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / ".last.ckpt.tmp").write_text("half of")
+    begun(tmp_path, 1)
+    assert texts(tmp_path, ".old") == before
+    assert [row.split(",")[0] for row in texts(tmp_path)["metrics.csv"].splitlines()] == ["step", "0", "1"]
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "summary"])
+def test_a_run_that_saved_or_ended_takes_the_place_of_an_older_one_whole(left, tmp_path):
+    finished(tmp_path, 4, "a")
+    begun(tmp_path)
+    if left == "checkpoint":
+        checkpoint_of(tmp_path, "b")
+    else:  # it ended, and its checkpoints were removed to make room
+        (tmp_path / "summary.json").write_text("b")
+    second = texts(tmp_path)
+    begun(tmp_path)
+    old = texts(tmp_path, ".old")
+    assert {**old, "checkpoints": second["checkpoints"]} == second  # no completions.jsonl of the first
+    assert old["checkpoints"] == ("b" if left == "checkpoint" else "a")
+
+
+@pytest.mark.parametrize("kill_at", range(6))
+def test_a_kill_while_records_are_set_aside_loses_none_of_them(kill_at, tmp_path, monkeypatch):
+    finished(tmp_path, 4, "a")
+    before, real, moved = texts(tmp_path), os.replace, []
+
+    def replace_or_die(*paths):
+        if len(moved) == kill_at:
+            raise KeyboardInterrupt
+        moved.append(paths)
+        real(*paths)
+
+    monkeypatch.setattr(recorder_module.os, "replace", replace_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        begun(tmp_path)
+    monkeypatch.undo()
+    begun(tmp_path, 1)
+    assert texts(tmp_path, ".old") == before
+
+
 def test_nothing_is_recorded_before_the_checkpoint_of_a_resumed_run_is_loaded(tmp_path):
     play(start(tmp_path), 1, 2)
     before = contents(tmp_path)

@@ -343,6 +343,16 @@ def test_checkpoints_that_were_set_aside_are_not_taken_for_those_of_the_folder(r
         find_checkpoint(str(run_dir / "checkpoints.old" / "last.ckpt"), run_dir)
 
 
+def test_auto_says_how_to_resume_what_a_run_that_saved_nothing_has_set_aside(run_dir, capsys):
+    old = (run_dir / "checkpoints").rename(run_dir / "checkpoints.old")
+    assert find_checkpoint("auto", run_dir) is None
+    assert capsys.readouterr().out == (
+        f"ckpt_path=auto: no checkpoint in {run_dir / 'checkpoints'}; starting a new run. {old} is of an earlier run; "
+        "to resume that one, move it and the records *.old to a new folder, without .old, and give that as "
+        "hydra.run.dir\n"
+    )
+
+
 def test_a_run_does_not_export_over_the_model_that_it_starts_from(micro_model_dir, tmp_path):
     shutil.copytree(micro_model_dir, tmp_path / "model")
     with pytest.raises(UserError, match="this run would overwrite the model it starts from; choose another hydra.run"):

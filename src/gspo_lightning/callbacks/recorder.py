@@ -125,29 +125,51 @@ class RunRecorder(L.Callback):
     def _prepare(self) -> None:
         if self._ready:
             return
-        self._set_aside(SUMMARY)  # it is of a run that ended
         if self._loaded is None:
-            # A run from the start neither mixes with the records of another in its folder nor destroys them.
-            self._set_aside(self.table.path.name, self.completions.name, BEFORE, AFTER)
+            self._set_records_aside()
         else:
             self._take_over(self._loaded, self.resume_dir or self.run_dir)
         self._ready = True
 
+    def _set_records_aside(self) -> None:
+        """A run neither mixes with the records of another in its folder nor destroys them: they become ``*.old``.
+
+        Those of one run at a time: what ``*.old`` has of an older one gives way. A run that was stopped before it saved
+        anything gives way itself, if it had set aside one that has checkpoints.
+        """
+        records = [self.run_dir / name for name in (self.table.path.name, self.completions.name, BEFORE, AFTER)]
+        summary, folder = self.run_dir / SUMMARY, self.run_dir / "checkpoints"
+        if not (_holds_any(folder) or summary.exists()) and _holds_any(_old(folder)):
+            for path in records:
+                remove(path)
+            return
+        # A kill between two renames is made good by the next run: without the table, nothing of ``*.old`` is older.
+        if self.table.path.exists():
+            for path in (*records, summary):
+                if not path.exists():
+                    remove(_old(path))
+        self._set_aside(*(path.name for path in records), SUMMARY)
+
     def _set_aside(self, *names: str) -> None:
         for path in filter(Path.exists, (self.run_dir / name for name in names)):
-            os.replace(path, path.with_name(f"{path.name}.old"))
+            os.replace(path, _old(path))
 
     def _set_checkpoints_aside(self) -> None:
         """Moves another run's checkpoints: until this run has saved, ``ckpt_path=auto`` would resume from them."""
         folder = self.run_dir / "checkpoints"
         first, self._is_alone = not self._is_alone, True
-        if first and folder.exists() and any(folder.iterdir()):
-            old = folder.with_name(f"{folder.name}.old")
-            remove(old)
-            os.replace(folder, old)
+        if first and _holds_any(folder):
+            remove(_old(folder))
+            os.replace(folder, _old(folder))
 
     def _take_over(self, counted: dict[str, Any], source: Path) -> None:
         problems = []
+        is_elsewhere = source.resolve() != self.run_dir.resolve()
+        if is_elsewhere:  # before anything is written here, and the checkpoints last, see `_set_records_aside`
+            self._set_records_aside()
+            self._set_checkpoints_aside()
+        else:
+            self._set_aside(SUMMARY)  # it is of the run when it ended
         try:
             if (rows := self.table.take_over(source / "metrics.csv", counted["rows"])) < counted["rows"]:
                 problems.append(f"metrics.csv has {rows} of {counted['rows']} rows")
@@ -161,10 +183,8 @@ class RunRecorder(L.Callback):
         except FileNotFoundError:
             if counted["completions_bytes"]:
                 problems.append("completions.jsonl is missing")
-        if source.resolve() != self.run_dir.resolve():
-            self._set_checkpoints_aside()
-            if (before := source / BEFORE).exists():
-                shutil.copyfile(before, self.run_dir / BEFORE)
+        if is_elsewhere and (before := source / BEFORE).exists():
+            shutil.copyfile(before, self.run_dir / BEFORE)
         if problems:
             warnings.warn(f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2)
 
@@ -174,6 +194,15 @@ class RunRecorder(L.Callback):
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()
             self.completions_bytes = file.tell()
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def _holds_any(folder: Path) -> bool:
+    """Whether there are checkpoints: names that begin with a dot are of one that was never finished."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -> list[dict[str, Any]]:

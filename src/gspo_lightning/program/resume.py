@@ -35,7 +35,9 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
     if ckpt_path == AUTO:
         newest = run_dir / "checkpoints" / "last.ckpt"
         if not any(file.exists() for file in _candidates(newest)):
-            print(f"ckpt_path=auto: no checkpoint in {newest.parent}; starting a new run", flush=True)
+            print(
+                f"ckpt_path=auto: no checkpoint in {newest.parent}; starting a new run{_set_aside(run_dir)}", flush=True
+            )
             return None
     else:
         newest = Path(ckpt_path)
@@ -59,6 +61,17 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
     if ckpt_path == AUTO:
         print(f"ckpt_path=auto: resuming from {good}", flush=True)
     return good
+
+
+def _set_aside(run_dir: Path) -> str:
+    """What else could be meant: the run that another one, stopped before it had saved anything, has set aside."""
+    old = run_dir / "checkpoints.old"
+    if not (old.is_dir() and any(old.iterdir())):
+        return ""
+    return (
+        f". {old} is of an earlier run; to resume that one, move it and the records *.old to a new folder, without "
+        ".old, and give that as hydra.run.dir"
+    )
 
 
 def _refuse_folder(path: Path) -> None:
