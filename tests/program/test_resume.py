@@ -85,6 +85,37 @@ def test_without_a_good_one_the_line_says_so(run_dir):
         find_checkpoint("auto", run_dir)
 
 
+KEPT = ("rollout-999999.ckpt", "rollout-1000000.ckpt", "best.ckpt", "rollout-x.ckpt")
+
+
+@pytest.fixture
+def kept_dir(run_dir):
+    for name in KEPT:
+        shutil.copy(run_dir / "checkpoints" / "last.ckpt", run_dir / "checkpoints" / name)
+    return run_dir
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PK"), Path.unlink])
+def test_what_keep_last_and_keep_best_have_kept_is_taken_before_a_run_starts_over(damage, explicit, kept_dir, capsys):
+    folder = kept_dir / "checkpoints"
+    asked = str(folder / "last.ckpt") if explicit else "auto"
+    damage(folder / "last.ckpt")
+    for worse, taken in zip(("previous.ckpt", KEPT[1], KEPT[0]), (KEPT[1], KEPT[0], KEPT[2]), strict=True):
+        damage(folder / worse)
+        assert find_checkpoint(asked, kept_dir) == folder / taken
+        assert capsys.readouterr().out.splitlines()[-1] == f"ckpt_path={asked}: resuming from {folder / taken}"
+
+
+def test_a_damaged_one_that_was_named_gives_way_to_none_and_the_line_names_a_good_one(kept_dir):
+    folder = kept_dir / "checkpoints"
+    for name in (KEPT[0], "last.ckpt"):
+        (folder / name).write_bytes(b"PK")
+    with pytest.raises(UserError) as error:
+        find_checkpoint(str(folder / KEPT[0]), kept_dir)
+    assert str(error.value) == f"ckpt_path={folder / KEPT[0]}: damaged; {folder / 'previous.ckpt'} is not"
+
+
 def test_a_pickle_payload_is_refused_and_never_run(tmp_path, monkeypatch):
     path = tmp_path / "evil.ckpt"
     torch.save({"gspo_lightning": {}, "x": Payload()}, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from gspo_lightning.distributed.sharded_checkpoint import INDEX, REST, is_whole_
 from gspo_lightning.errors import UserError
 
 AUTO = "auto"
+_NUMBER = re.compile(r"rollout-(\d+)\.ckpt$")
 
 
 def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = False) -> Path | None:
@@ -24,7 +26,8 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
         run_dir: the run's folder.
         sharded: whether the run splits its weights over ranks (trainer=fsdp).
 
-    If ``last.ckpt`` is damaged, ``previous.ckpt`` next to it is used, and a line says so.
+    If ``last.ckpt`` is damaged or missing, ``previous.ckpt`` next to it is used, then the newest good one of
+    ``checkpoint.keep_last``, then ``best.ckpt``, and lines say so.
 
     Raises:
         UserError: the file does not exist, there is no good one, it holds code or is not a checkpoint of this package,
@@ -58,8 +61,8 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
             else ("in one file", "trainer=ddp or trainer=default")
         )
         raise UserError(f"ckpt_path={good}: was saved {kind}; resume with {way}, on any number of devices")
-    if ckpt_path == AUTO:
-        print(f"ckpt_path=auto: resuming from {good}", flush=True)
+    if ckpt_path == AUTO or good != newest:
+        print(f"ckpt_path={ckpt_path}: resuming from {good}", flush=True)
     return good
 
 
@@ -91,20 +94,43 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def _candidates(newest: Path) -> list[Path]:
-    return [newest] if newest.name != "last.ckpt" else [newest, newest.with_name("previous.ckpt")]
+    return [newest, *_others(newest)] if newest.name == "last.ckpt" else [newest]
+
+
+def _others(path: Path) -> list[Path]:
+    """The checkpoints that a run keeps in the folder of ``path``, without that one, in the order of resuming."""
+    numbered = {
+        int(found[1]): file for file in path.parent.glob("rollout-*.ckpt") if (found := _NUMBER.match(file.name))
+    }
+    kept = [numbered[number] for number in sorted(numbered, reverse=True)]
+    return [
+        file
+        for file in (*map(path.with_name, ("last.ckpt", "previous.ckpt")), *kept, path.with_name("best.ckpt"))
+        if file != path and file.exists()
+    ]
 
 
 def _first_good(newest: Path) -> Path:
-    for file in _candidates(newest):
-        if not file.exists():
-            continue
-        try:
-            if is_whole_folder(file) if file.is_dir() else is_whole(file):
-                return file
-        except pickle.UnpicklingError as error:
-            raise _holds_code(file) from error
+    for file in filter(Path.exists, _candidates(newest)):
+        if _is_good(file):
+            return file
         print(f"warning: {file} is damaged (cut short, or bits have changed)", flush=True)
-    raise UserError(f"ckpt_path={newest}: damaged, and there is no good checkpoint next to it; start over")
+    line = f"ckpt_path={newest}: damaged, and there is no good checkpoint next to it; start over"
+    if newest.name != "last.ckpt" and (other := next(filter(_is_good, _others(newest)), None)) is not None:
+        line = f"ckpt_path={newest}: damaged; {other} is not"
+    raise UserError(line)
+
+
+def _is_good(path: Path) -> bool:
+    """Whether a checkpoint is whole.
+
+    Raises:
+        UserError: it holds code.
+    """
+    try:
+        return is_whole_folder(path) if path.is_dir() else is_whole(path)
+    except pickle.UnpicklingError as error:
+        raise _holds_code(path) from error
 
 
 def is_whole(path: Path) -> bool:
