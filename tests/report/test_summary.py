@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gspo_lightning.report import print_evaluation, print_result_table, write_summary
+from gspo_lightning.report import print_evaluation, print_result_table, render_report, write_summary
 from gspo_lightning.report.summary import phase_speed
 
 FACTS = {"seed": 3, "steps": 30, "wall_s": 169.7, "train_tokens": 14054, "tokens_per_s": 195.25,
@@ -69,6 +69,29 @@ def test_the_best_checkpoint_is_in_the_summary_and_in_the_table(facts, line, tmp
 def test_without_validations_the_accuracies_are_null(tmp_path):
     summary = write_summary(tmp_path, FACTS)
     assert summary["val_accuracy_before"] is None and summary["val_sampled_after"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"step": 0, "metr', "is not JSON (Unterminated string starting at: line 1 column 13 (char 12))"),
+        (b"\xff{}", "is not JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte)"),
+        (b"[]", "holds no JSON object"),
+    ],
+)
+def test_a_damaged_validation_does_not_cost_the_summary_and_the_report_of_a_whole_run(content, reason, tmp_path):
+    write_validation(tmp_path, "after", 0.75, 0.5)
+    path = tmp_path / "validation_before.json"
+    path.write_bytes(content)
+    with pytest.warns(UserWarning) as caught:
+        write_summary(tmp_path, FACTS)
+    assert [str(warning.message) for warning in caught] == [
+        f"{path}: {reason}; it is validation_before.json.damaged now, summary and report go without it"
+    ]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["val_accuracy_before"], summary["val_accuracy_after"]) == (None, 0.75)
+    assert path.with_name("validation_before.json.damaged").read_bytes() == content
+    assert render_report(tmp_path).exists()
 
 
 def test_the_table_says_what_changed_how_fast_and_where_everything_is(tmp_path):

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path}: is not JSON ({error}); remove it and write the report again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; remove it and write the report again")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.report.files import Series, read_json, read_metrics
 from gspo_lightning.report.machine import machine_facts
 from gspo_lightning.screen import visible
@@ -20,11 +23,12 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes ``summary.json`` with flat keys and returns it.
 
     To ``facts`` it adds accuracies and rewards before and after, ``peak_gpu_gb`` (the largest of ``metrics.csv``; null
-    on a CPU), and the machine (`machine_facts`). A number that is not finite becomes null.
+    on a CPU), and the machine (`machine_facts`). A number that is not finite becomes null. A damaged validation is set
+    aside, with a warning: a run that has trained to its end is summed up without it.
     """
     summary = dict(facts)
     for when in ("before", "after"):
-        metrics = read_json(run_dir / f"validation_{when}.json").get("metrics", {})
+        metrics = _validation(run_dir / f"validation_{when}.json").get("metrics", {})
         summary[f"val_accuracy_{when}"] = metrics.get("val/accuracy")
         summary[f"val_sampled_{when}"] = metrics.get("val/sampled_accuracy")
         summary[f"val_reward_{when}"] = metrics.get("val/reward")
@@ -35,6 +39,17 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
             summary[key] = None
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def _validation(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except UserError as error:
+        damaged = path.with_name(f"{path.name}.damaged")
+        os.replace(path, damaged)
+        reason = str(error).partition(";")[0]
+        warnings.warn(f"{reason}; it is {damaged.name} now, summary and report go without it", stacklevel=3)
+        return {}
 
 
 def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
