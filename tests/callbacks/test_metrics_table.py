@@ -81,14 +81,51 @@ def test_a_crash_while_a_row_is_completed_or_a_column_added_loses_nothing(tmp_pa
         assert table.path.read_text() == before
 
 
-def test_copy_prefix_keeps_exactly_the_bytes_asked_for(tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(bytes(range(100)))
-    assert files.copy_prefix(source, tmp_path / "target", 37) == 37
-    assert (tmp_path / "target").read_bytes() == bytes(range(37))
-    os.link(source, tmp_path / "link")
-    assert files.copy_prefix(source, tmp_path / "link", 90) == 90
-    assert files.copy_prefix(source, source, 1000) == 90
-    assert source.read_bytes() == bytes(range(90))
+@pytest.mark.parametrize("cut", range(1, 32))
+def test_a_last_row_that_was_cut_anywhere_is_not_taken_over(cut, tmp_path):
+    table = MetricsTable(tmp_path / "m.csv")
+    for step in range(3):
+        table.write({"step": step, "a": step + 0.25, "b": step + 0.125})
+    text = table.path.read_text()
+    assert text == "step,a,b\n0,0.25,0.125\n1,1.25,1.125\n2,2.25,2.125\n"
+    table.path.write_text(text[:-cut])
+    whole = [line for line in text[:-cut].splitlines(keepends=True)[1:] if line.endswith("5\n")]
+    new = MetricsTable(table.path)
+    assert new.take_over(table.path, 3) == new.rows == len(whole) == (2 if cut < 14 else 1 if cut < 27 else 0)
+    assert table.path.read_text() == "step,a,b\n" + "".join(whole)
+
+
+def test_a_header_that_was_cut_is_none_and_a_row_without_all_its_cells_neither(tmp_path):
+    for text in ("step,val/acc", ""):
+        (tmp_path / "m.csv").write_text(text)
+        table = MetricsTable(tmp_path / "m.csv")
+        assert table.take_over(table.path, 3) == 0 and table.columns == []
+        table.write({"step": 4, "val/accuracy": 0.5})
+        assert table.path.read_text() == "step,val/accuracy\n4,0.5\n"
+    table.path.write_text("step,a\n1,0.5\n2\n")
+    assert table.take_over(table.path, 2) == 1
+
+
+@pytest.mark.parametrize("same_file", [True, False])
+@pytest.mark.parametrize(
+    ("content", "size", "kept"),
+    [
+        (b"ab\ncd\nef\n", 6, 6), (b"ab\ncd\nef\n", 99, 9), (b"ab\ncd\nef", 9, 6), (b"ab\ncd\nef\n", 8, 6),
+        (b"ab", 3, 0), (b"", 3, 0), (b"ab\n", 0, 0), (b"ab\n" + b"x" * 150_000, 150_003, 3),
+    ],
+)  # fmt: skip
+def test_copy_prefix_keeps_the_whole_lines_of_the_bytes_asked_for(content, size, kept, same_file, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(content)
+    if same_file:
+        os.link(source, target)
+    assert files.copy_prefix(source, target, size) == kept
+    assert target.read_bytes() == content[:kept]
+    if not same_file:
+        assert source.read_bytes() == content
+
+
+def test_copy_prefix_of_a_file_that_is_missing_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         files.copy_prefix(tmp_path / "nowhere", tmp_path / "target", 1)
+    assert not list(tmp_path.iterdir())

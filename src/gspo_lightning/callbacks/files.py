@@ -20,14 +20,14 @@ def replace_file(path: Path, content: str) -> None:
 
 
 def copy_prefix(source: Path, target: Path, size: int) -> int:
-    """Makes ``target`` the first ``size`` bytes of ``source``, which may be the same file.
+    """Makes ``target`` the whole lines in the first ``size`` bytes of ``source``, which may be the same file.
 
-    Returns the bytes kept: fewer than ``size`` if the source is shorter.
+    Returns the bytes kept: fewer than ``size`` if the source is shorter, or was cut within a line.
 
     Raises:
         FileNotFoundError: there is no source.
     """
-    kept = min(size, source.stat().st_size)
+    kept = _whole_lines(source, size)
     if target.exists() and source.samefile(target):
         os.truncate(target, kept)
         return kept
@@ -37,6 +37,19 @@ def copy_prefix(source: Path, target: Path, size: int) -> int:
         new.truncate(kept)
     os.replace(temporary, target)
     return kept
+
+
+def _whole_lines(path: Path, size: int, block: int = 1 << 16) -> int:
+    """The bytes of the lines that end within the first ``size`` bytes."""
+    end = min(size, path.stat().st_size)
+    with path.open("rb") as file:
+        while end > 0:
+            start = max(0, end - block)
+            file.seek(start)
+            if (last := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + last + 1
+            end = start
+    return 0
 
 
 def remove(path: Path) -> None:

@@ -43,10 +43,12 @@ class MetricsTable:
     def take_over(self, source: Path, rows: int) -> int:
         """Takes over the first ``rows`` rows of ``source``, which may be the same file; returns their number.
 
+        A last row that was cut short is none.
+
         Raises:
             FileNotFoundError: there is no such file.
         """
-        self.columns, lines = read_table(source)
+        self.columns, lines = _whole_rows(source)
         kept = lines[:rows]
         self.rows = len(kept)
         self._replace(kept)
@@ -66,6 +68,15 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = list(csv.reader(file))
     return (lines[0], lines[1:]) if lines else ([], [])
+
+
+def _whole_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """`read_table` without a last line that was cut short: it has no end, or too few cells."""
+    columns, rows = read_table(path)
+    is_cut = not path.read_bytes().endswith(b"\n")
+    if not rows:
+        return ([] if is_cut else columns), rows
+    return columns, rows[:-1] if is_cut or len(rows[-1]) < len(columns) else rows
 
 
 def _cell(value: float | None) -> str:
