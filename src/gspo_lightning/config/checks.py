@@ -189,9 +189,7 @@ def _check_callbacks(plain: dict[str, Any]) -> None:
                 "the run; set validation.every_n_rollouts"
             )
         if kind == "LearningRateMonitor" and not any((plain["logger"] or {}).values()):
-            raise UserError(
-                f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger="
-            )
+            raise UserError(f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger=")
         if kind == "ModelCheckpoint":
             raise UserError(f"callbacks.{name}: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best")
 
