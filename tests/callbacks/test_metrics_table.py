@@ -57,6 +57,26 @@ def test_taking_over_n_rows_and_going_on_gives_the_table_of_a_run_never_stopped(
     assert new.path.read_bytes() == whole.path.read_bytes()
 
 
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_row_is_completed_without_reading_those_before_it(taken_over, tmp_path, monkeypatch):
+    """Else a run with a validation after each rollout takes longer the longer it has run."""
+    table = MetricsTable(tmp_path / "m.csv")
+    for row in ({"step": 0, "ü": 0.5}, {"step": 1, "ü": 0.125, "val": 0.25}, {"step": 2, "ü": 0.5, "val": 1.0}):
+        table.write(row)
+    if taken_over:
+        table.take_over(table.path, 2)
+        table.write({"step": 1, "val": 0.75})
+        table.write({"step": 2, "ü": 0.5})
+    monkeypatch.setattr(metrics_table, "read_table", lambda path: pytest.fail("read all rows"))
+    table.write({"step": 2, "val": 0.0625})
+    table.write({"step": 2, "val": 0.5})  # a shorter line
+    table.write({"step": 3, "ü": 0.5})
+    table.write({"step": 3, "val": 0.25})
+    first = "1,0.125,0.75" if taken_over else "1,0.125,0.25"
+    assert table.path.read_text(encoding="utf-8") == f"step,ü,val\n0,0.5,\n{first}\n2,0.5,0.5\n3,0.5,0.25\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+
+
 def test_a_row_taken_over_can_be_completed(tmp_path):
     old, new = MetricsTable(tmp_path / "old.csv"), MetricsTable(tmp_path / "new.csv")
     old.write({"step": 4, "a": 0.1})

@@ -19,6 +19,17 @@ def replace_file(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
+def replace_end(path: Path, start: int, content: str) -> None:
+    """Replaces what follows the first ``start`` bytes of ``path`` by ``content`` (UTF-8), in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with path.open("rb") as old, temporary.open("wb") as new:
+        shutil.copyfileobj(old, new)
+        new.seek(start)
+        new.truncate()
+        new.write(content.encode("utf-8", "backslashreplace"))
+    os.replace(temporary, path)
+
+
 def copy_prefix(source: Path, target: Path, size: int) -> int:
     """Makes ``target`` the whole lines in the first ``size`` bytes of ``source``, which may be the same file.
 

@@ -104,7 +104,7 @@ def reward_collapse(facts: Facts) -> str | None:
     n = facts.patience
     if len(means) < 3 * n:
         return None
-    averages = [statistics.fmean(means[i : i + n]) for i in range(len(means) - n + 1)]
+    averages = [math.fsum(means[i : i + n]) / n for i in range(len(means) - n + 1)]
     gained, lost = max(averages) - averages[0], max(averages) - averages[-1]
     # Standard error of an average, from the typical step between neighbours: jumps of the level do not count.
     step = statistics.median(abs(b - a) for a, b in zip(means, means[1:], strict=False))

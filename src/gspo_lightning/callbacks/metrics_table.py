@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gspo_lightning.callbacks.files import replace_file
+from gspo_lightning.callbacks.files import replace_end, replace_file
 
 
 class MetricsTable:
@@ -22,6 +22,7 @@ class MetricsTable:
         self.columns: list[str] = []
         self.rows = 0
         self._newest: dict[str, str] = {}
+        self._newest_at = 0  # where its line begins, in bytes
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """Appends a row; a row with the step of the newest one is merged into that one instead."""
@@ -30,12 +31,15 @@ class MetricsTable:
         if completes:
             cells = {**self._newest, **cells}
         new = [name for name in cells if name not in self.columns]
-        if new or completes or not self.rows:
+        if completes and not new:  # without reading the rows: a validation completes one for each of a long run
+            replace_end(self.path, self._newest_at, _line(self._in_order(cells)))
+        elif new or not self.rows:
             kept = read_table(self.path)[1][: self.rows - completes] if self.rows else []
             self.columns += new
             self._replace([*kept, self._in_order(cells)])
         else:
             with self.path.open("ab") as file:
+                self._newest_at = file.tell()
                 file.write(_line(self._in_order(cells)).encode())
         self.rows += not completes
         self._newest = cells
@@ -60,7 +64,9 @@ class MetricsTable:
 
     def _replace(self, rows: Iterable[list[str]]) -> None:
         padded = (row + [""] * (len(self.columns) - len(row)) for row in rows)
-        replace_file(self.path, _line(self.columns) + "".join(map(_line, padded)))
+        lines = [_line(self.columns), *map(_line, padded)]
+        replace_file(self.path, "".join(lines))
+        self._newest_at = self.path.stat().st_size - len(lines[-1].encode("utf-8", "backslashreplace"))
 
 
 def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
