@@ -160,7 +160,7 @@ def test_an_optimizer_that_cannot_step_over_matrices_and_vectors_is_refused(name
     node = {"_target_": f"torch.optim.{name}", "_partial_": True, "lr": 0.1}
     with pytest.raises(UserError) as refused:
         checks.check({**resolved(*MICRO), "optimizer": node})
-    assert str(refused.value) == f"optimizer: torch.optim.{name} refuses its settings ({why})"
+    assert str(refused.value) == f"optimizer: torch.optim.{name} rejects its settings ({why})"
 
 
 class NeedsRanks(torch.optim.SGD):

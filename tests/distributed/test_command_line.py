@@ -90,7 +90,7 @@ def test_a_signal_to_one_process_stops_all_behind_one_rollout_and_the_run_goes_o
     assert code == 0, output
     assert output.count("Stopped after rollout") == output.count("outside a Slurm job") == 1
     last = f"ckpt_path={tmp_path / 'cut' / 'checkpoints' / 'last.ckpt'}"
-    assert re.findall(r"\d of 8 rollouts done; (.*)", output) == [f"go on with {last}"]
+    assert re.findall(r"\d of 8 rollouts done; (.*)", output) == [f"resume with {last}"]
     run(*SHORT, *TWO_RANKS, f"hydra.run.dir={tmp_path / 'two'}", last)
     assert_same_run(tmp_path / "two", straight)
     run(*SHORT, *WIDE, f"hydra.run.dir={tmp_path / 'one'}", last)

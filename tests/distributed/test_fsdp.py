@@ -156,10 +156,10 @@ def test_a_payload_in_a_part_is_refused_and_never_run(where, checkpoints, monkey
 
 def test_one_kind_of_checkpoint_is_not_taken_for_the_other(half, tmp_path):
     assert is_whole_folder(half)
-    with pytest.raises(UserError, match="in parts, one per rank; go on with trainer=fsdp"):
+    with pytest.raises(UserError, match="in parts, one per rank; resume with trainer=fsdp"):
         find_checkpoint(str(half), tmp_path)
     torch.save({"gspo_lightning": {}}, tmp_path / "one.ckpt")
-    with pytest.raises(UserError, match="in one file; go on with trainer=ddp or trainer=default"):
+    with pytest.raises(UserError, match="in one file; resume with trainer=ddp or trainer=default"):
         find_checkpoint(str(tmp_path / "one.ckpt"), tmp_path, sharded=True)
 
 
@@ -168,4 +168,6 @@ def test_a_parameter_of_a_subclass_must_be_split_like_the_weights(micro_model_di
     run("run_own_parameter.py", micro_model_dir, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["step"] == pytest.approx([5.0] * 4, rel=1e-6)
-    assert found["refusal"].startswith("trainer.strategy: the parameter head.weight is whole beside weights")
+    assert found["refusal"].startswith(
+        "trainer.strategy: the parameter head.weight is whole, but the other weights are split"
+    )

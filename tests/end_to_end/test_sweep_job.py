@@ -111,7 +111,7 @@ def test_a_sweep_that_is_a_rank_itself_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path, launcher=submitit))
     assert not begins_ranks({"strategy": "auto"}, 2)
     monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path))
-    with pytest.raises(UserError, match="hydra.mode=MULTIRUN: every rank that srun or torchrun has started would walk"):
+    with pytest.raises(UserError, match="hydra.mode=MULTIRUN: every rank that srun or torchrun has started would run"):
         begins_ranks({"strategy": "auto"}, 2)
 
 

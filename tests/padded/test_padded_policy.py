@@ -221,7 +221,7 @@ def test_features_that_do_not_fit_the_placeholders_stop_the_run_with_the_row(lla
 
 def test_limits_on_pixels_are_refused_where_all_pictures_become_one_size(llava):
     message = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (9, 9))}]}]
-    with pytest.raises(UserError, match=r"max_pixels have no effect: CLIPImageProcessor.* counts no pixels"):
+    with pytest.raises(UserError, match=r"max_pixels have no effect: CLIPImageProcessor.* does not count pixels"):
         encode_conversation(message, llava.processor, VisionSettings(max_pixels=900), {}, "row x")
 
 

@@ -96,7 +96,7 @@ def test_rollouts_that_teach_nothing_are_refused(sampling, line, micro_model_dir
 def test_overfit_batches_is_refused_where_the_prompts_are_a_stream(micro_model_dir):
     data = PromptDataModule(MicroLetters(), str(micro_model_dir), prompts_per_rollout=4, max_prompt_length=16)
     with pytest.raises(
-        UserError, match=r"trainer.overfit_batches=1: each epoch would go on .*FirstRows\(task, <count>"
+        UserError, match=r"trainer.overfit_batches=1: each epoch would continue .*FirstRows\(task, <count>"
     ):
         trainer(overfit_batches=1).fit(build_module(micro_model_dir, Settings()), data)
     module = build_module(micro_model_dir, Settings(rollouts=2))
@@ -196,7 +196,9 @@ def test_a_resumed_subclass_is_the_unbroken_one_to_the_bit(micro_model_dir, tmp_
 
 
 def test_more_than_one_optimizer_is_refused(micro_model_dir):
-    with pytest.raises(UserError, match="configure_optimizers: 2 optimizers, but a minibatch is one step of one"):
+    with pytest.raises(
+        UserError, match="configure_optimizers: 2 optimizers, but a minibatch is one step of a single one"
+    ):
         fit(headed(micro_model_dir, TwoOptimizers))
 
 
