@@ -44,7 +44,7 @@ class PromptDataModule(L.LightningDataModule):
         task: where rows come from.
         model_path: the model whose tokenizer and chat template are used.
         prompts_per_rollout: over all ranks; must be divisible by their number.
-        max_prompt_length: in tokens. A longer prompt is an error or left out, never cut.
+        max_prompt_length: in tokens. A longer prompt is an error or left out, never truncated.
         overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row and counts.
         validation_batch_size: held-out prompts decoded at a time, per rank.
         seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
