@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from gspo_lightning.data import images
 from gspo_lightning.data.image_columns import kept_rows, with_images
 from gspo_lightning.data.images import FORMATS, load_image
 from gspo_lightning.data.rows import RowsTask
@@ -177,6 +179,39 @@ def test_what_is_no_picture_is_refused_with_the_row(value, message):
     with pytest.raises(UserError) as error:
         load_image(value, "row x")
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("start", ["file://", "FILE://localhost"])
+def test_addresses_of_local_files_are_paths(start, tmp_path):
+    """As qwen-vl-utils writes them; what a URL spells by numbers is decoded."""
+    (tmp_path / "a b").mkdir()
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a b" / "red.png")
+    address = f"{start}{tmp_path}/a%20b/red.png"
+    assert load_image(address, "row x").getpixel((1, 1)) == RED
+    assert len(load_video({"video": f"{start}{tmp_path}/a%20b"}, "row x").frames) == 1
+    with pytest.raises(UserError) as error:
+        load_image("file://host/red.png", "row x")
+    assert str(error.value) == (
+        "row x: the image is on the machine host (file://host/red.png); give a path on this one, as in "
+        "file:///folder/name"
+    )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_an_animation_is_its_first_frame_and_says_so_once(kind, monkeypatch):
+    monkeypatch.setattr(images, "_warned_of", set())
+    frames = [Image.new("RGB", (16, 8), colour) for colour in (RED, (0, 0, 255), (0, 255, 0))]
+    stored = as_bytes(frames[0], kind, save_all=True, append_images=frames[1:])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for row in "xy":
+            seen = load_image(stored, f"row {row}").getpixel((8, 4))
+            assert all(abs(a - b) <= 3 for a, b in zip(seen, RED, strict=True))
+    expected = [
+        "row x: the image has 3 frames, of which the model sees one; give animations as videos (a list of frames). "
+        "This is said once"
+    ]
+    assert [str(w.message) for w in said] == ([] if kind == "MPO" else expected)
 
 
 def test_a_relative_path_is_said_as_it_was_looked_for_and_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

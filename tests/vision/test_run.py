@@ -64,7 +64,8 @@ def arguments(model_dir, rows, folder):
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_a_run_on_rows_with_one_two_and_no_pictures_reports_and_exports(model_dir, rows, tmp_path, train_vision):
     out = tmp_path / "out"
-    done = run(*arguments(model_dir, rows, out), f"model.train_vision={train_vision}")
+    limits = ["data.max_pixels=2352"] if train_vision else []
+    done = run(*arguments(model_dir, rows, out), f"model.train_vision={train_vision}", *limits)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (out / "report.html").read_text()
     shown = [
@@ -76,7 +77,10 @@ def test_a_run_on_rows_with_one_two_and_no_pictures_reports_and_exports(model_di
     changed = {name for name, value in exported.items() if not torch.equal(value, start[name])}
     assert any("language_model" in name for name in changed)
     assert any("visual" in name for name in changed) == train_vision
-    assert (out / "model" / "processor_config.json").exists()
+    # Others see pictures as training did: of at most max_pixels, and then at least one merged patch.
+    processor = json.loads((out / "model" / "processor_config.json").read_text())["image_processor"]
+    least, most = (28 * 28, 2352) if train_vision else (7056, 7056)
+    assert processor["size"] == {"shortest_edge": least, "longest_edge": most}
 
 
 def test_a_missing_picture_stops_the_run_before_the_model_and_names_the_row(model_dir, rows, tmp_path):

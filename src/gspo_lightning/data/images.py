@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import re
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +22,9 @@ MAX_PIXELS_DECODED = 512 * 1024 * 1024
 """A larger picture is refused: a file of some kilobytes can require any amount of memory."""
 
 Picture = Image.Image
+
+_warned_of: set[str] = set()
+"""Formats of which an animation was found in this process."""
 
 _ORIENTATION = 0x0112
 """The EXIF tag of the rotation that a camera noted."""
@@ -36,8 +40,8 @@ def load_image(value: Any, where: str) -> Picture:
     rotation that a camera noted (EXIF) is applied.
 
     Args:
-        value: a path, encoded bytes, a PIL image, a ``data:`` address in base64, or a mapping with one of these as
-            ``bytes``, ``path`` (a column of ``datasets``) or ``url``. One of `FORMATS`.
+        value: a path, encoded bytes, a PIL image, a ``file://`` address, a ``data:`` address in base64, or a mapping
+            with one of these as ``bytes``, ``path`` (a column of ``datasets``) or ``url``. One of `FORMATS`.
         where: such as ``row x:train:3``; the error begins with it.
 
     Raises:
@@ -45,6 +49,7 @@ def load_image(value: Any, where: str) -> Picture:
     """
     image = _open(value, where)
     _check_size(image, where)
+    _warn_of_frames(image, where)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # which Pillow scales to 16 bits
         raise UserError(
             f"{where}: the image has 32-bit pixel values (mode {image.mode}), and which value is white is unknown; "
@@ -80,6 +85,22 @@ def _check_size(image: Picture, where: str) -> None:
         raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
 
 
+def _warn_of_frames(image: Picture, where: str) -> None:
+    """Warns, once per format, that only one frame of an animation is seen; an MPO's other ones are previews."""
+    if image.format in (None, "MPO", *_warned_of):
+        return
+    count = 1
+    with contextlib.suppress(Exception):  # a later frame is broken, and nobody will see it
+        count = getattr(image, "n_frames", 1)
+    if count > 1:
+        _warned_of.add(str(image.format))
+        warnings.warn(
+            f"{where}: the image has {count} frames, of which the model sees one; give animations as videos (a list of "
+            "frames). This is said once",
+            stacklevel=3,
+        )
+
+
 def _broken(error: Exception, where: str) -> UserError:
     return UserError(f"{where}: the image is broken ({_short(str(error))}); fix the file or remove the row")
 
@@ -93,17 +114,25 @@ def thumbnail_uri(value: Any, side: int = 160) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def refuse_address(value: str, what: str, where: str) -> None:
-    """Refuses an address such as ``https://...`` or ``s3://...``, where a file path is needed.
+def local_path(value: str, what: str, where: str) -> str:
+    """The path that a text names: itself, or that of an address ``file:///...`` on this machine.
 
     Raises:
-        UserError: names the address.
+        UserError: it is another address, such as ``https://...`` or ``s3://...``.
     """
+    if (address := urlsplit(value) if value[:7].lower() == "file://" else None) is not None:
+        if address.netloc in ("", "localhost"):
+            return unquote(value[7 + len(address.netloc) :])
+        raise UserError(
+            f"{where}: the {what} is on the machine {address.netloc} ({_short(value)}); give a path on this one, as in "
+            "file:///folder/name"
+        )
     if re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
         raise UserError(
             f"{where}: the {what} is a URL ({_short(value)}), and URLs are not fetched; download it and give the "
             "file's path"
         )
+    return value
 
 
 def as_sought(path: str | Path) -> str:
@@ -127,7 +156,7 @@ def _open(value: Any, where: str) -> Picture:
         raise UserError(f"{where}: an image is a path, bytes or a PIL image, not {type(value).__name__}")
     name = "its bytes" if isinstance(value, bytes) else _short(str(value))
     if isinstance(value, str):
-        refuse_address(value, "image", where)
+        value = local_path(value, "image", where)
     opened: Path | io.BytesIO
     try:
         if isinstance(value, str) and value[:5].lower() == "data:":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_lightning.data.images import Picture, as_sought, load_image, refuse_address
+from gspo_lightning.data.images import Picture, as_sought, load_image, local_path
 from gspo_lightning.errors import UserError
 
 DEFAULT_FPS = 2.0
@@ -60,7 +60,7 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
     if not isinstance(value, str | Path):
         raise UserError(f"{where}: a video is a list of frames, a folder or a file, not {type(value).__name__}")
     if isinstance(value, str):
-        refuse_address(value, "video", where)
+        value = local_path(value, "video", where)
     path = Path(value).expanduser()
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)

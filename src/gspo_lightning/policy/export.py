@@ -11,12 +11,18 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 
 
-def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
+def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size: dict[str, int] | None = None) -> Path:
     """Writes weights (safetensors), config, tokenizer and image processor into ``folder``.
 
     A LoRA policy is saved as its adapter, or, with ``merge_lora``, folded into a copy of the weights: the policy
     itself is never merged, because merging and unmerging drifts. If whole weights are saved, an adapter that an earlier
     export left there is removed: transformers would load it on top of them.
+
+    Args:
+        policy: whole, not split over ranks.
+        folder: made if it does not exist.
+        merge_lora: see above.
+        image_size: ``size`` of the image processor, if the pictures in training had other limits than its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = policy.model
@@ -33,6 +39,9 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool) -> Path:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / name).unlink(missing_ok=True)
     policy.tokenizer.save_pretrained(folder)
-    if policy.processor is not None:
-        policy.processor.save_pretrained(folder)
+    if (processor := policy.processor) is not None:
+        if image_size is not None:
+            processor = copy.deepcopy(processor)
+            processor.image_processor.size = image_size
+        processor.save_pretrained(folder)
     return folder

@@ -17,6 +17,7 @@ from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error, w
 from gspo_lightning.callbacks.files import remove
 from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.config.build import build_callbacks, build_trainer
+from gspo_lightning.data.vision import VisionSettings
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.distributed.sharding import whole_policy
 from gspo_lightning.errors import UserError
@@ -170,13 +171,20 @@ class TrainingRun:
         folder, temporary = self.run_dir / "model", self.run_dir / ".model.tmp"
         remove(temporary)
         try:
-            export_policy(policy, temporary, merge_lora=self.plain["export"]["merge_lora"])
+            merge = self.plain["export"]["merge_lora"]
+            export_policy(policy, temporary, merge_lora=merge, image_size=self._image_size(policy))
         except BaseException:
             remove(temporary)
             raise
         remove(folder)
         os.replace(temporary, folder)
         return folder
+
+    def _image_size(self, policy: Policy) -> dict[str, int] | None:
+        """Limits of pictures in training, by which the exported model sees them too; None leaves the processor's."""
+        data = self.plain["data"]
+        limits = VisionSettings(data.get("min_pixels"), data.get("max_pixels"))
+        return limits.size(policy.processor.image_processor) if policy.processor is not None and limits.is_set else None
 
     def _publish(self, folder: Path, summary: dict[str, Any]) -> None:
         """Writes the model card next to the weights, and pushes both to the hub if ``push_to_hub`` is set."""
