@@ -1,0 +1,236 @@
+"""A whole run written out: advantages, passes, minibatches, losses, steps and metrics, one unpadded sequence at a time.
+
+It shares nothing with the package but the types of its inputs (`Prompt`, `Completion`). No packing, no shared prompts,
+no micro-batches, nothing left out to save time: what the package leaves out must then have changed nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.types import Completion, Prompt
+from tests.whole_update import reference_advantages as advantages
+from tests.whole_update import reference_losses as losses
+from tests.whole_update.draw import Case
+from tests.whole_update.reference_losses import Terms
+from tests.whole_update.reference_metrics import Means, add_loss_metrics, add_rollout_metrics, quantile
+from tests.whole_update.reference_model import Network, Optimizer, Trained, Weights, clipped, learning_rate
+
+Member = tuple[int, int]
+"""(prompt of the rollout, completion of the prompt)."""
+
+
+@dataclass
+class Rollout:
+    """One rollout and what stays fixed while it is trained on."""
+
+    prompts: list[Prompt]
+    groups: list[list[Completion]]
+    beta: float
+    advantages: dict[Member, Tensor] = field(default_factory=dict)
+    """Of every trained token."""
+    old: dict[Member, Tensor] = field(default_factory=dict)
+    entropy: dict[Member, Tensor] = field(default_factory=dict)
+    """Under the weights that sampled."""
+    reference: dict[Member, Tensor] = field(default_factory=dict)
+    means: Means = field(default_factory=Means)
+    ratios: list[float] = field(default_factory=list)
+
+
+class Run:
+    """Trains like docs/design.md, docs/objectives and docs/metrics.md say; see `rollout`."""
+
+    def __init__(self, case: Case, network: Network, trained: Trained) -> None:
+        self.case, self.network, self.trained = case, network, trained
+        # The reference is the model as it was loaded, with LoRA without its adapter.
+        self.reference: Weights = dict(network.start)
+        self.optimizer = Optimizer(case, trained.tensors)
+        self.rollouts_done = 0
+        self.steps_seen = 0
+        names = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "rollout_tokens", "train_tokens")
+        self.counts = dict.fromkeys(names, 0)
+
+    def rollout(self, prompts: list[Prompt], seed: int) -> dict[str, float]:
+        """Trains on one rollout; returns its metrics. ``seed`` decides which prompts make a minibatch."""
+        rollout = Rollout(prompts, [p.sample["completions"] for p in prompts], self.beta())
+        self._compare(rollout)
+        minibatches = minibatch_members(len(prompts), self.case.minibatches, seed)
+        self._fix(rollout)
+        for iteration in range(self.case.iterations):
+            for number, of_minibatch in enumerate(minibatches):
+                first = iteration == 0 and number == 0
+                self._step(rollout, self._in_denominator(rollout, of_minibatch), first)
+        self._move_reference()
+        self.rollouts_done += 1
+        return self._metrics(rollout)
+
+    def beta(self) -> float:
+        """Linear over the rollouts from ``beta`` to ``beta_end``."""
+        case = self.case
+        if case.beta_end is None:
+            return case.beta
+        return case.beta + self.rollouts_done / max(1, case.rollouts - 1) * (case.beta_end - case.beta)
+
+    def _compare(self, rollout: Rollout) -> None:
+        """Gives every trained token its advantage, in float32 as the package hands them on."""
+        case = self.case
+        by_function = [[list(row) for row in p.sample["rewards"]] for p in rollout.prompts]
+        rewards = [advantages.combined(own, case.reward_weights, case.combine) for own in by_function]
+        of_turns = advantages.rollout_advantages(rollout.groups, rewards, case)
+        for b, group in enumerate(rollout.groups):
+            for g, completion in enumerate(group):
+                own = advantages.token_advantages(completion, of_turns[b][g])
+                rollout.advantages[b, g] = torch.tensor(own, dtype=torch.float32).double()
+            self.counts["rollout_tokens"] += sum(trained_mask(c).sum().item() for c in group)
+        add_rollout_metrics(rollout.means, case, rollout.groups, by_function, rewards, of_turns)
+
+    @torch.no_grad()
+    def _fix(self, rollout: Rollout) -> None:
+        """Old and reference log-probabilities, and entropies, before the first step of the rollout."""
+        weights = self.trained.weights()
+        for b, group in enumerate(rollout.groups):
+            for g in range(len(group)):
+                old, entropy = self._forward(rollout, (b, g), weights)
+                rollout.old[b, g], rollout.entropy[b, g] = old, entropy
+                if rollout.beta:
+                    rollout.reference[b, g], _ = self._forward(rollout, (b, g), self.reference)
+
+    def _forward(self, rollout: Rollout, member: Member, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the trained tokens and entropies of their distributions, at the training temperature."""
+        b, g = member
+        completion = rollout.groups[b][g]
+        every = self.network.log_distributions(
+            weights, rollout.prompts[b].input_ids, completion.token_ids, self.case.temperature
+        )
+        trained = trained_mask(completion)
+        chosen = every.gather(1, completion.token_ids[:, None])[:, 0]
+        return chosen[trained], -(every.exp() * every).sum(dim=1)[trained]
+
+    def _in_denominator(self, rollout: Rollout, prompts: list[int]) -> list[Member]:
+        """All completions of a minibatch but those masked as truncated."""
+        members = [(b, g) for b in prompts for g in range(len(rollout.groups[b]))]
+        if not self.case.mask_truncated:
+            return members
+        return [(b, g) for b, g in members if rollout.groups[b][g].finish_reason != "length"]
+
+    def _step(self, rollout: Rollout, members: list[Member], first: bool) -> None:
+        """One optimizer step on the mean over a minibatch; none where nothing in it has a gradient."""
+        case = self.case
+        selected = self._selected(rollout, members)
+        weights, total = self.trained.weights(), torch.zeros((), dtype=torch.float64)
+        for member in members:
+            total = total + self._loss(rollout, member, weights, selected[member], first)
+        self._count_forwards(rollout, members)
+        tokens = sum(len(rollout.advantages[m]) for m in members)
+        if any(self._has_gradient(rollout, m) for m in members):
+            loss = total / losses.denominator(case, len(members), tokens)
+            found = torch.autograd.grad(loss, list(self.trained.tensors.values()))
+            gradients, norm = clipped(dict(zip(self.trained.tensors, found, strict=True)), case.max_grad_norm)
+            rollout.means.add("grad_norm", norm, 1)
+            self.optimizer.step(gradients, learning_rate(case, self.steps_seen))
+            self.counts["optimizer_steps"] += 1
+        else:
+            self.counts["skipped_steps"] += 1
+        self.steps_seen += 1
+
+    def _has_gradient(self, rollout: Rollout, member: Member) -> bool:
+        """Whether the completion can move the weights: by an advantage, or by a term of every completion."""
+        everyone = rollout.beta != 0 or self.case.entropy_coef != 0
+        return everyone or bool((rollout.advantages[member] != 0).any())
+
+    def _is_measured(self, rollout: Rollout, member: Member) -> bool:
+        """Whether metrics of the loss count the completion: docs/metrics.md leaves out those without a gradient."""
+        return self.case.keep_zero_advantage or self._has_gradient(rollout, member)
+
+    def _selected(self, rollout: Rollout, members: list[Member]) -> dict[Member, Tensor | None]:
+        """The tokens of highest entropy (arXiv 2506.01939, section 5) among those of a minibatch with an advantage.
+
+        ``ceil(quantile N)`` of N; entropies within a relative 1e-5 of the least of these are ties, and kept.
+        """
+        if self.case.top_entropy_quantile == 1:
+            return dict.fromkeys(members)
+        competing = sorted(
+            entropy
+            for m in members
+            for entropy, advantage in zip(rollout.entropy[m].tolist(), rollout.advantages[m].tolist(), strict=True)
+            if advantage != 0
+        )
+        count = max(1, math.ceil(self.case.top_entropy_quantile * len(competing)))
+        threshold = competing[-count] * (1 - 1e-5) if competing else math.inf
+        return {m: rollout.entropy[m] >= threshold for m in members}
+
+    def _loss(self, rollout: Rollout, member: Member, weights: Weights, selected: Tensor | None, first: bool) -> Tensor:
+        """The summed loss of one completion: ``sum_t weight (policy_t + beta KL_t - entropy_coef H_t)``."""
+        case, completion = self.case, rollout.groups[member[0]][member[1]]
+        logprobs, entropy = self._forward(rollout, member, weights)
+        x = Terms(
+            logprobs,
+            logprobs.detach() if first else rollout.old[member],  # the same numbers; exactly so for the ratio 1
+            rollout.advantages[member],
+            completion.sampler_logprobs[trained_mask(completion)].double(),
+            rollout.reference.get(member),
+            entropy,
+            selected,
+        )
+        w = losses.ratios(case, x)
+        policy = losses.policy_losses(case, x, w)
+        if selected is not None:
+            policy = policy * selected
+        if case.off_policy_threshold is not None and losses.off_policy(case, x):
+            policy = policy * 0
+        if case.mismatch is not None:
+            policy = policy * torch.tensor(losses.mismatch_weights(case, x)[0], dtype=torch.float64)
+        loss = policy
+        if rollout.beta:
+            loss = loss + rollout.beta * losses.kl_terms(case, x)
+        loss = loss - case.entropy_coef * entropy
+        if self._is_measured(rollout, member):
+            add_loss_metrics(rollout.means, case, x, w, policy, first)
+            rollout.ratios += [value.item() for value in (w if case.level == "token" else w[:1])]
+        elif case.log_entropy:  # of all completions in the denominator, these by the weights that sampled
+            rollout.means.add("entropy", rollout.entropy[member].sum().item(), x.length)
+        return losses.token_weight(case, x.length) * loss.sum()
+
+    def _count_forwards(self, rollout: Rollout, members: list[Member]) -> None:
+        """Tokens forwarded if no group is split: each prompt once, and of a completion those that predict another."""
+        forwarded = [m for m in members if self._is_measured(rollout, m)]
+        for b in {b for b, _ in forwarded}:
+            own = [len(rollout.groups[b][g].token_ids) - 1 for prompt, g in forwarded if prompt == b]
+            self.counts["train_tokens"] += len(rollout.prompts[b].input_ids) + sum(own)
+
+    def _move_reference(self) -> None:
+        """TR-DPO (arXiv 2404.09656): every so many rollouts ``alpha policy + (1 - alpha) reference``."""
+        every, alpha = self.case.ref_sync_every, self.case.ref_mixup_alpha
+        if every and (self.rollouts_done + 1) % every == 0:
+            now = {name: value.detach() for name, value in self.trained.weights().items()}
+            self.reference = {name: alpha * now[name] + (1 - alpha) * old for name, old in self.reference.items()}
+
+    def _metrics(self, rollout: Rollout) -> dict[str, float]:
+        values = rollout.means.values()
+        if "gspo/ratio_noise_var" in values:
+            values["gspo/ratio_noise_floor"] = math.sqrt(values.pop("gspo/ratio_noise_var"))
+        if rollout.ratios:
+            values |= {f"ratio/p{100 * q:g}": quantile(rollout.ratios, q) for q in (0.01, 0.5, 0.99)}
+        values |= {f"count/{name}": float(count) for name, count in self.counts.items()}
+        return values | {"lr": learning_rate(self.case, self.steps_seen)}
+
+
+def trained_mask(completion: Completion) -> Tensor:
+    """``(C,)`` bool: the tokens that the policy sampled."""
+    if completion.dialogue is not None:
+        return completion.dialogue.trained
+    return torch.ones(len(completion.token_ids), dtype=torch.bool)
+
+
+def minibatch_members(prompts: int, minibatches: int, seed: int) -> list[list[int]]:
+    """Of as many prompts in a row as there are minibatches, each goes to another one, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    members: list[list[int]] = [[] for _ in range(minibatches)]
+    for start in range(0, prompts, minibatches):
+        for number, offset in enumerate(torch.randperm(minibatches, generator=generator).tolist()):
+            members[number].append(start + offset)
+    return members

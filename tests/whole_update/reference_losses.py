@@ -1,0 +1,197 @@
+"""The loss of every token of one completion, token by token: the equations of docs/objectives and their papers.
+
+``d_t = log pi(y_t) - log pi_old(y_t)`` throughout, ``A_t`` is the advantage, ``n`` the number of trained tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tests.whole_update.draw import Case
+
+ANY = ("token", "sequence", "sequence_token")
+LEVELS = {
+    "grpo": ANY,
+    "dr_grpo": ANY,
+    "bnpo": ANY,
+    "dapo": ANY,
+    "luspo": ANY,
+    "cispo": ("token",),
+    "sapo": ("token", "sequence"),
+    "gmpo": ("token",),
+    "reinforce": ANY,
+}
+"""Ratio levels by loss. To ``reinforce``, which has no ratio, the level is the unit of the metrics alone."""
+
+SURROGATES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
+"""One loss of a token, five averages."""
+
+DEFAULT_WIDTHS = {"token": (0.2, 0.27), "sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4)}
+"""(epsilon, epsilon_high); those of sequences are of GSPO, arXiv 2507.18071, section 5.1."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss of one completion is made of, each ``(n,)``."""
+
+    logprobs: Tensor
+    """Under the policy, with gradient."""
+    old: Tensor
+    """Under the weights that sampled."""
+    advantages: Tensor
+    sampler: Tensor
+    """As the sampler reported them."""
+    reference: Tensor | None = None
+    entropy: Tensor | None = None
+    """Of the policy's distribution, with gradient."""
+    selected: Tensor | None = None
+    """Bool: tokens that the policy term is computed on."""
+
+    @property
+    def d(self) -> Tensor:
+        return self.logprobs - self.old
+
+    @property
+    def length(self) -> int:
+        return len(self.logprobs)
+
+
+def clip_widths(case: Case) -> tuple[float, float]:
+    """(epsilon, epsilon_high) in effect: ``epsilon`` alone is meant for both sides (docs/objectives/README.md)."""
+    low, high = {"cispo": (0.0, 5.0), "gmpo": (0.4, 0.4)}.get(case.loss, DEFAULT_WIDTHS[case.level])
+    if case.epsilon is not None:
+        low = high = case.epsilon
+    return low, high if case.epsilon_high is None else case.epsilon_high
+
+
+def shares_one_loss(case: Case) -> bool:
+    """Whether all tokens of a completion have one loss, with the gradient of all of them."""
+    return case.loss == "gmpo" or (case.level == "sequence" and case.loss not in ("cispo", "reinforce"))
+
+
+def ratios(case: Case, x: Terms) -> list[Tensor]:
+    """The importance ratio that multiplies each token's advantage."""
+    d = x.d
+    if case.level == "token":  # GRPO, arXiv 2402.03300: w_t = exp(d_t)
+        return [d[t].exp() for t in range(x.length)]
+    sequence = (d.sum() / x.length).exp()  # GSPO, arXiv 2507.18071, Eq. 7: s = exp(mean_t d_t)
+    if case.level == "sequence":
+        return [sequence] * x.length
+    # GSPO-token, Eq. 14: sg[s] pi(y_t) / sg[pi(y_t)]
+    probability = x.logprobs.exp()
+    return [sequence.detach() * probability[t] / probability[t].detach() for t in range(x.length)]
+
+
+def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+    """``(n,)``: the policy term before any selection, mask or correction."""
+    if case.loss in SURROGATES:
+        return torch.stack([surrogate(case, w[t], x.advantages[t]) for t in range(x.length)])
+    if case.loss == "cispo":
+        return torch.stack([cispo(case, w[t], x.advantages[t], x.logprobs[t]) for t in range(x.length)])
+    if case.loss == "sapo":
+        return torch.stack([sapo(case, w[t], x.advantages[t]) for t in range(x.length)])
+    if case.loss == "gmpo":
+        return gmpo(case, x)
+    return torch.stack([-x.advantages[t] * x.logprobs[t] for t in range(x.length)])  # REINFORCE, Williams 1992
+
+
+def surrogate(case: Case, w: Tensor, advantage: Tensor) -> Tensor:
+    """``-min(w A, clip(w, 1 - eps, 1 + eps_high) A)`` (PPO, arXiv 1707.06347, Eq. 7; GSPO, Eq. 5).
+
+    ``delta`` bounds the first of the two from above (two-sided clip, INTELLECT-2, arXiv 2505.07291).
+    """
+    epsilon, epsilon_high = clip_widths(case)
+    low, high = w.new_tensor(1 - epsilon), w.new_tensor(1 + epsilon_high)
+    capped = w if case.delta is None or w <= case.delta else w.new_tensor(case.delta)
+    clipped = low if w < low else high if w > high else w
+    first, second = capped * advantage, clipped * advantage
+    return -(first if first <= second else second)
+
+
+def cispo(case: Case, w: Tensor, advantage: Tensor, logprob: Tensor) -> Tensor:
+    """``-sg[min(w, eps_high)] A log pi`` (MiniMax-M1, arXiv 2506.13585, Eq. 4)."""
+    return -min(w.item(), clip_widths(case)[1]) * advantage * logprob
+
+
+def sapo(case: Case, w: Tensor, advantage: Tensor) -> Tensor:
+    """``-A sigmoid(tau (w - 1)) 4 / tau`` (SAPO, arXiv 2511.20347); tau by the sign of the advantage."""
+    tau = case.tau_positive if advantage > 0 else case.tau_negative
+    return -advantage * 4 / tau / (1 + torch.exp(-tau * (w - 1)))
+
+
+def gmpo(case: Case, x: Terms) -> Tensor:
+    """``-A exp(mean_t clip_A(d_t))`` (GMPO, arXiv 2507.20673): above for A > 0, below for the others."""
+    epsilon, epsilon_high = clip_widths(case)
+    d = x.d
+    clipped = []
+    for t in range(x.length):
+        if x.advantages[t] > 0:
+            clipped.append(d[t] if d[t] <= epsilon_high else d.new_tensor(epsilon_high))
+        else:
+            clipped.append(d[t] if d[t] >= -epsilon else d.new_tensor(-epsilon))
+    return -x.advantages * (torch.stack(clipped).sum() / x.length).exp()
+
+
+def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], list[bool]] | None:
+    """Which tokens are clipped (from below, from above), for `clip_frac_*`; None for a loss that clips nothing."""
+    epsilon, epsilon_high = clip_widths(case)
+    pairs = [(w[t].item(), x.d[t].item(), x.advantages[t].item()) for t in range(x.length)]
+    if case.loss in SURROGATES:
+        cap = float("inf") if case.delta is None else case.delta
+        low = [r < 1 - epsilon and a < 0 for r, _, a in pairs]
+        return low, [(r > 1 + epsilon_high and a > 0) or (r > cap and a < 0) for r, _, a in pairs]
+    if case.loss == "cispo":
+        return [False] * x.length, [r > epsilon_high and a != 0 for r, _, a in pairs]
+    if case.loss == "gmpo":
+        return [d < -epsilon and a < 0 for _, d, a in pairs], [d > epsilon_high and a > 0 for _, d, a in pairs]
+    return None
+
+
+def off_policy(case: Case, x: Terms) -> bool:
+    """DeepSeek-V3.2 (arXiv 2512.02556, Eq. 9): a negative advantage, and the policy has left the sequence."""
+    assert case.off_policy_threshold is not None
+    drift = sum((-x.d).tolist()) / x.length
+    return sum(x.advantages.tolist()) / x.length < 0 and drift > case.off_policy_threshold
+
+
+def mismatch_weights(case: Case, x: Terms) -> tuple[list[float], list[float], list[bool]]:
+    """Correction for a sampler that is not the trainer: (weight of each token, raw weights, which of these acted).
+
+    ``pi_old / pi_sampler`` of the token, of the sequence, or its geometric mean (docs/metrics.md, `mismatch/*`).
+    """
+    assert case.mismatch is not None
+    level, how, high, low = case.mismatch
+    difference = x.old - x.sampler
+    if level == "token":
+        raw = difference.exp().tolist()
+    else:
+        total = difference.sum()
+        raw = [(total if level == "sequence" else total / x.length).exp().item()]
+    acted = [r > high or (how == "mask" and r < low) for r in raw]
+    kept = [(high if how == "truncate" else 0.0) if a else r for a, r in zip(acted, raw, strict=True)]
+    return (kept if level == "token" else kept * x.length), raw, acted
+
+
+def kl_terms(case: Case, x: Terms) -> Tensor:
+    """``(n,)`` k1, k2 or k3 of http://joschu.net/blog/kl-approx.html, each times its token ratio if so set."""
+    assert x.reference is not None
+    q = x.reference - x.logprobs
+    kl = {"k1": -q, "k2": q * q / 2, "k3": q.exp() - 1 - q}[case.kl_estimator]
+    return kl * x.d.exp() if case.kl_importance_weighted else kl
+
+
+def token_weight(case: Case, length: int) -> float:
+    """The column "average" of the table in docs/objectives/README.md, inside the sums."""
+    return 1 / length if case.loss in ("grpo", "sapo", "gmpo") else 1.0
+
+
+def denominator(case: Case, sequences: int, tokens: int) -> float:
+    """The same column, before the sums: over the minibatch, whatever is left out of the forward."""
+    if case.loss in ("grpo", "sapo", "gmpo", "luspo"):
+        return sequences
+    return sequences * case.max_length if case.loss == "dr_grpo" else tokens
