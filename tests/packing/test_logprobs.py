@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo_lightning.packing import linear_logprobs, logprobs
+from gspo_lightning.packing import linear_logprobs, logits_logprobs, logprobs
 from gspo_lightning.packing.logprobs import _own_entry
 from tests.support import relative_distance
 
@@ -33,6 +33,19 @@ def test_equals_log_softmax_of_all_logits(vocabulary, temperature, with_entropy,
     assert (entropy - expected_entropy).abs().max() < 1e-12
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert relative_distance(a, b) < 1e-12
+
+
+def test_entropies_of_whole_logits_keep_their_digits_under_autocast():
+    logits, targets = 4 * torch.randn(20, 1000), torch.randint(0, 1000, (20,))
+    wide = logits.double().requires_grad_()
+    expected = logits_logprobs(wide, targets, 0.7, with_entropy=True)
+    (expected_gradient,) = torch.autograd.grad(expected[1].sum(), wide)
+    logits.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = logits_logprobs(logits, targets, 0.7, with_entropy=True)
+    (gradient,) = torch.autograd.grad(ours[1].sum(), logits)
+    for found, exact in zip((*ours, gradient), (*expected, expected_gradient), strict=True):
+        assert found.dtype == torch.float32 and relative_distance(found.double(), exact) < 1e-6
 
 
 def test_a_frozen_head_gets_no_gradient():

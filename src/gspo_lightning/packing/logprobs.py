@@ -65,7 +65,10 @@ def logits_logprobs(
     """`linear_logprobs` from ``(L, V)`` logits, for models whose head is more than a matrix; float32 or wider."""
     log_p = torch.log_softmax(_wide(logits) / temperature, dim=-1)
     logprobs = log_p.gather(1, targets[:, None]).squeeze(1)
-    return logprobs, -torch.linalg.vecdot(log_p.exp(), log_p) if with_entropy else torch.zeros_like(logprobs)
+    if not with_entropy:
+        return logprobs, torch.zeros_like(logprobs)
+    with torch.autocast(logits.device.type, enabled=False):  # it would round this product to its own dtype
+        return logprobs, -torch.linalg.vecdot(log_p.exp(), log_p)
 
 
 def _slices(hidden: Tensor, vocabulary: int, dtype: torch.dtype) -> list[slice]:
