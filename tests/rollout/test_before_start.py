@@ -82,6 +82,17 @@ def test_the_engine_in_process_is_refused_on_gpus_it_would_not_take(gpu, ranks, 
         engine.generate(SimpleNamespace(device=torch.device(device), is_padded=False), PROMPTS, SAMPLING, seed=0)
 
 
+def test_the_memory_of_an_engine_that_wakes_up_is_free_for_the_driver(tmp_path, monkeypatch):
+    engine, done = vllm_in_process(tmp_path, monkeypatch), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("torch gives back what it does not use"))
+    engine.sleep, engine._llm = True, SimpleNamespace(wake_up=lambda: done.append("the engine takes its own"))
+    engine._wake(None)
+    assert done == ["torch gives back what it does not use", "the engine takes its own"]
+    engine.sleep = False
+    engine._wake(None)
+    assert len(done) == 2
+
+
 @pytest.mark.parametrize(("visible", "named"), [(None, "1"), ("4,5", "5"), ("4, GPU-0a-b ,6", "GPU-0a-b"), ("4", "1")])
 def test_a_gpu_is_called_what_the_environment_calls_it(visible, named, monkeypatch):
     """torch counts from 0 the GPUs that the variable names; its numbers are other people's GPUs."""

@@ -34,6 +34,16 @@ ERRORS = {
 }
 
 
+def test_what_vllm_says_when_it_wakes_up_without_room_is_a_lack_of_memory():
+    """Its allocator (csrc/cumem_allocator.cpp) asks the driver, and torch's error has another spelling."""
+    line = "^out of memory while sampling; lower rollout.engine.memory_fraction$"
+    with (
+        pytest.raises(OutOfMemoryError, match=line),
+        memory_for("while sampling", "lower rollout.engine.memory_fraction"),
+    ):
+        raise RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:119")
+
+
 def fit(module, prompts, **changes):
     trainer(**changes).fit(module, Batches(prompts).loader())
     return module

@@ -150,6 +150,8 @@ class VLLMEngine:
         if self._llm is None:
             self._start(policy)
         elif self.sleep:
+            # The engine asks the driver for its memory, and blocks that torch keeps for the trainer would be missing.
+            torch.cuda.empty_cache()
             self._llm.wake_up()
 
     def _start(self, policy: Policy) -> None:

@@ -21,8 +21,14 @@ from gspo_lightning.rollout import RolloutError
 from gspo_lightning.training.update import Minibatch
 from gspo_lightning.types import ScoredRollout
 
-_WORDS = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves."""
+_WORDS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA Error: out of memory",
+    "[CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves (the third: vLLM)."""
 _LOWER = "lower update.max_tokens_per_microbatch"
 
 
