@@ -154,6 +154,22 @@ async def cancelled(completions):
     raise asyncio.CancelledError("gone")
 
 
+def test_functions_run_on_the_gpu_of_their_rank(monkeypatch):
+    """Which GPU is the current one is a property of a thread, and in a new one it is the first."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(current, "gpu", gpu))
+    torch.cuda.set_device(3)
+    meeting = threading.Barrier(2)
+
+    def where(completions, **_):
+        meeting.wait(timeout=10)  # so that each function has a thread of its own
+        return [float(torch.cuda.current_device())] * len(completions)
+
+    assert score(one=where, two=where).flatten().tolist() == [3.0] * 8
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [

@@ -25,7 +25,8 @@ class RewardModel:
         path: folder or hub name of the model and its tokenizer.
         batch_size: sequences per forward.
         max_length: longest sequence in tokens; a longer one is refused, because a cut text has another reward.
-        device: where it runs, such as ``cpu`` or ``cuda:0``.
+        device: where it runs: ``cpu``, ``cuda:1``, or ``cuda`` for the GPU of its rank (with a ``timeout_s``, which is
+            another process, for the first GPU).
         dtype: of its weights.
     """
 

@@ -84,7 +84,7 @@ class RewardSet:
         arguments = call_arguments(prompts, completions)
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
         self._start()
-        with ThreadPoolExecutor(max_workers=len(self.functions), thread_name_prefix="reward") as pool:
+        with ThreadPoolExecutor(len(self.functions), thread_name_prefix="reward", **_on_this_gpu()) as pool:
             calls = {name: pool.submit(self._call, name, arguments, uids) for name in self.names}
             try:
                 results = {name: _result(name, future) for name, future in calls.items()}
@@ -166,6 +166,13 @@ class RewardSet:
     def weighted_sum(self, by_function: Tensor) -> Tensor:
         """``(B, G, K)`` -> ``(B, G)`` by weight alone, for validation, where a group may be a single completion."""
         return combine_rewards(by_function, self.weights)
+
+
+def _on_this_gpu() -> dict[str, Any]:
+    """Arguments of a pool whose threads have the caller's current GPU; a new thread has the first one, on any rank."""
+    if not torch.cuda.is_initialized():
+        return {}
+    return {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
 
 
 def call_arguments(prompts: list[Prompt], completions: list[list[Completion]]) -> dict[str, list[Any]]:
