@@ -81,7 +81,10 @@ def left(folder):
 
 def test_the_first_error_is_kept_and_silence_is_said(ranks):
     last = ranks.run / "checkpoints" / "last.ckpt"
-    died = "another rank died without an error message (killed, or out of memory?)"
+    died = (
+        "another rank died without an error message (killed, out of memory, or on a GPU after waiting for the others "
+        "longer than trainer.strategy.timeout?)"
+    )
     ranks.join(1, 4)
     assert first_error.first(ranks.run, wait_s=0.1) == (died, 1)
     ranks.join(1, 4, last)

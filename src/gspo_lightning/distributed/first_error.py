@@ -21,7 +21,10 @@ KEPT_S = 3600.0
 """Seconds for which a note is kept after its run folder is gone."""
 WAIT_S = 10.0
 """Seconds to wait for the note of a failed rank."""
-DIED = "another rank died without an error message (killed, or out of memory?)"
+DIED = (
+    "another rank died without an error message (killed, out of memory, or on a GPU after waiting for the others "
+    "longer than trainer.strategy.timeout?)"
+)
 # Noted early: when an error arrives, Lightning has already taken its environment variables back.
 _rank: int | None = None
 _last: Path | None = None
