@@ -1,10 +1,14 @@
-"""What the two sides of `scripts/gpu_benchmark.py` share: a process that answers each case with a line of JSON."""
+"""What the two sides of `scripts/gpu_benchmark.py` share: a process that answers each case with a line of JSON.
+
+And what both are compared with.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,3 +28,16 @@ def answer(run: Callable[[Case], Case]) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def matmul_rate() -> float:
+    """Operations per second of a large bfloat16 product."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - start)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.gpu_models import MODELS  # noqa: E402
+from benchmarks.gpu_worker import matmul_rate  # noqa: E402
 from benchmarks.scenarios import VISUAL_TOKENS, Scenario, unique_flops  # noqa: E402
 
 WARM_UP_STEPS = 1
@@ -60,40 +62,45 @@ def main() -> None:
         print(f"{facts['device']}, torch {torch.__version__}, bfloat16 products {facts['matmul_tflops']:.0f} TFLOP/s")
     end = time.monotonic() + arguments.seconds
     rate = facts.get("matmul_tflops", float("nan")) * 1e12
+
+    def measure(part: str, side: str, python: str, cases: list[Case]) -> None:
+        """Adds the results of a part to the facts."""
+        facts[part] = collect(side, python, cases, end, lambda so_far: save({**facts, part: so_far}, arguments.out))
+        save(facts, arguments.out)
+
     table = [case(name, TABLE, device, arguments.steps) for name in names]
     for entry in table:
         if MODELS[entry["model"]].vision is not None:
             text = 128  # a token per character: the question alone is about 100
             entry["scenario"] = scenario_of(replace(TABLE, pictures=True, prompt_tokens=VISUAL_TOKENS + text))
     if "table" in arguments.parts:
-        facts["ours"] = collect("ours", sys.executable, table, end)
+        measure("ours", "ours", sys.executable, table)
         if (peer := peer_python()) is not None:
             # One step that counts: each takes as long as ten of ours.
-            facts["trl"] = collect("trl", peer, [entry | {"steps": WARM_UP_STEPS + 1} for entry in table], end)
+            measure("trl", "trl", peer, [entry | {"steps": WARM_UP_STEPS + 1} for entry in table])
         print(show_table(facts, rate), flush=True)
-        save(facts, arguments.out)
     if "variants" in arguments.parts:
         cases = [case(names[0], SWEEP, device, 2, random=True, name=n, **options) for n, options in VARIANTS.items()]
-        facts["variants"] = collect("ours", sys.executable, cases, end)
-        print(show_updates(facts["variants"], rate, lambda c: str(c["name"])))
-        save(facts, arguments.out)
+        measure("variants", "ours", sys.executable, cases)
+        print(show_updates(facts["variants"], rate, lambda c: str(c["name"])), flush=True)
     if "sweeps" in arguments.parts:
         cases = [
             case(names[0], replace(SWEEP, **{key: value}), device, 2, random=True, sweep=key)  # type: ignore[arg-type]
             for key, values in SWEEPS.items()
             for value in (values[:2] if arguments.tiny else values)
         ]
-        facts["sweeps"] = collect("ours", sys.executable, cases, end)
+        measure("sweeps", "ours", sys.executable, cases)
         print(show_updates(facts["sweeps"], rate, lambda c: f"{c['sweep']} {c['scenario'][c['sweep']]}"), flush=True)
-        save(facts, arguments.out)
     results = [result for part in ("ours", "variants", "sweeps") for result in facts.get(part, [])]
     if any(result.get("error", LEFT_OUT) != LEFT_OUT for result in results):
         sys.exit(1)
 
 
 def save(facts: dict[str, Any], out: Path) -> None:
-    """After every part: a run that is cut short keeps what it has."""
-    out.write_text(json.dumps(facts, indent=1) + "\n")
+    """Written whole or not at all, after every case: a run that is killed keeps what it has."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    temporary.replace(out)
 
 
 def parse() -> argparse.Namespace:
@@ -129,8 +136,13 @@ def peer_python() -> str | None:
     return None
 
 
-def collect(side: str, python: str, cases: list[Case], end: float) -> list[Case]:
-    """Results of a fresh process, case by case; one that failed or was not reached by ``end`` has an ``error``."""
+def collect(
+    side: str, python: str, cases: list[Case], end: float, keep: Callable[[list[Case]], None] = lambda results: None
+) -> list[Case]:
+    """Results of a fresh process, case by case; one that failed or was not reached by ``end`` has an ``error``.
+
+    ``keep`` is given the results so far, after each.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     command = [python, "-m", f"benchmarks.gpu_{side}", json.dumps(cases)]
     start, results = time.monotonic(), []
@@ -146,6 +158,7 @@ def collect(side: str, python: str, cases: list[Case], end: float) -> list[Case]
                 if "steps" in result:
                     result["steps"] = result["steps"][WARM_UP_STEPS:]
                 results.append(result)
+                keep(results)
                 elapsed = time.monotonic() - start
                 print(f"{elapsed:4.0f} s  {side}  {shortly(result)}", file=sys.stderr, flush=True)
         if process.wait() or len(results) < len(cases):
@@ -162,19 +175,6 @@ def shortly(result: Case) -> str:
         return f"{result['case']['model']}: {result['error']}"
     phases = ", ".join(f"{phase} {seconds(result, phase):.2f} s" for phase in ("rollout", "update"))
     return f"{result['case']['model']}: {phases}, peak {result['peak_gb']:.1f} GiB"
-
-
-def matmul_rate() -> float:
-    """Operations per second of a large bfloat16 product."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (time.perf_counter() - start)
 
 
 def seconds(result: Case, phase: str) -> float:

@@ -2,7 +2,9 @@
 # Everything that needs a GPU, without a network and with weights made at random: the tests marked gpu, then the
 # throughput table, beside TRL if scripts/setup.sh --peers has been run. Meant to end within nine minutes.
 #
-#   bash scripts/gpu_check.sh [folder for gpu.json, default benchmarks/]
+#   bash scripts/gpu_check.sh [folder for gpu.json and gpu_tests/, default benchmarks/]
+#
+# What the tests print and every measurement is in that folder at once, so that it is there if this is killed.
 #
 # GSPO_PYTHON   the Python to run with (default: that of GSPO_VENV, or of .venv, or python3)
 set -euo pipefail
@@ -14,13 +16,24 @@ python="${GSPO_PYTHON:-${GSPO_VENV:-$root/.venv}/bin/python}"
 cd "$root"
 export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 
-"$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu_check: error: no CUDA device is visible to torch")'
+"$python" -c '
+import importlib.util, sys
+needed = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "hydra", "torchmetrics", "pytest")
+if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    fix = "run scripts/setup.sh --test, or name another Python with GSPO_PYTHON"
+    sys.exit(f"gpu_check: error: {sys.executable} lacks {chr(44).join(missing)}; {fix}")
+import torch
+torch.cuda.is_available() or sys.exit("gpu_check: error: no CUDA device is visible to torch")
+'
 
 # Side by side: most of their time is spent compiling kernels, on the CPU.
-logs="$(mktemp -d)"
-trap 'rm -rf "$logs"' EXIT
+logs="$out/gpu_tests"
+mkdir -p "$logs"
 status=0
 declare -A running
+trap 'kill "${running[@]}" 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 for file in tests/gpu/test_*.py; do
   # Lightning takes the first signal for a wish; the names of the tests say how far it came.
   timeout -k 10 240 "$python" -m pytest -v -m gpu "$file" --durations=3 >"$logs/$(basename "$file").log" 2>&1 &
@@ -28,6 +41,7 @@ for file in tests/gpu/test_*.py; do
 done
 for file in "${!running[@]}"; do
   wait "${running[$file]}" || status=$?
+  unset 'running[$file]'
   echo "== $file"
   cat "$logs/$(basename "$file").log"
 done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from importlib import util
@@ -42,3 +43,23 @@ def test_what_the_time_does_not_suffice_for_is_left_out_and_said(gpu_benchmark):
     case = gpu_benchmark.case("tiny", gpu_benchmark.TABLE, "cpu", 1)
     found = gpu_benchmark.collect("ours", sys.executable, [case, case], time.monotonic())
     assert found == [{"case": case, "error": gpu_benchmark.LEFT_OUT}] * 2
+
+
+def test_every_result_is_kept_before_the_next_case_begins(gpu_benchmark, tmp_path):
+    case, out = gpu_benchmark.case("tiny", gpu_benchmark.TABLE, "cpu", 1), tmp_path / "gpu.json"
+    lines = [json.dumps({"case": case, "error": f"number {n}"}) for n in range(2)]
+    worker = tmp_path / "worker"
+    # It goes on only when the file has what it has just said.
+    steps = [f"echo '{line}'; until grep -q 'number {n}' {out}; do sleep 0.05; done" for n, line in enumerate(lines)]
+    worker.write_text("\n".join(["#!/bin/sh", *steps]) + "\n")
+    worker.chmod(0o755)
+    kept = []
+
+    def keep(results):
+        kept.append([result["error"] for result in results])
+        gpu_benchmark.save({"ours": results}, out)
+
+    found = gpu_benchmark.collect("ours", str(worker), [case] * 2, time.monotonic() + 60, keep)
+    assert [result["error"] for result in found] == ["number 0", "number 1"]
+    assert kept == [["number 0"], ["number 0", "number 1"]]
+    assert [path.name for path in tmp_path.glob("*gpu.json*")] == ["gpu.json"]
