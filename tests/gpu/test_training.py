@@ -122,7 +122,8 @@ def test_moments_in_eight_bits_follow_those_of_float32(micro_model_dir):
 
 def train(folder, *arguments):
     """As ``python train.py`` does, in this process: the kernels are compiled once for all runs."""
-    cfg = composed("experiment=micro", "trainer.accelerator=gpu", "print_config=false", *arguments, run_dir=folder)
+    settings = ["hydra.mode=RUN", "experiment=micro", "trainer.accelerator=gpu", "print_config=false", *arguments]
+    cfg = composed(*settings, run_dir=folder)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
