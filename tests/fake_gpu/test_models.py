@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
 from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.policy.vision import TOKEN_TYPE, Features, Vision
 from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
 from gspo_lightning.rollout.flash_cache import FlashCache
 from gspo_lightning.rollout.prepacked import prepacked_weights
@@ -15,6 +17,7 @@ from tests.fake_gpu.engine import backward
 from tests.fake_gpu.machine import GPU, fake_gpu, fake_policy, fake_row, recorded
 from tests.fake_gpu.models import GPT_OSS, GRAPHED
 from tests.support import random_groups
+from tests.vision import models as vision
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GROUPS = random_groups([(7, [3, 5]), (40, [100, 60, 1, 90]), (1, [1, 1])], 90)
@@ -58,6 +61,40 @@ def update(config, dtype, mixed, lora):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_an_update_of_models_with_flash_attention(name, kind):
     update(GRAPHED[name], *KINDS[kind])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_an_update_on_a_row_with_pictures(family, monkeypatch):
+    """Behind the tower, whose features are made up here: it reads numbers back, once per prompt."""
+    _, kind, tower = vision.FAMILIES[family]
+    text = {**vision._TEXT, "rope_parameters": vision._ROPE}
+    policy = fake_policy(kind(text_config=text, vision_config=tower, **vision._IDS), FP32)
+    policy.base_model.model.visual.requires_grad_(False)
+    with unset_fake_temporarily():
+        prompts = [vision.picture_prompt("a", 3, (4, 6), 2), vision.picture_prompt("b", 2, (2, 2), 1, (4, 4), 3)]
+        # Places and numbers of placeholders are known on the CPU.
+        positions = {id(prompt): policy.vision.prompt_positions(prompt) for prompt in prompts}
+        counts = {
+            id(prompt): {
+                name: int((prompt.mm_inputs["mm_token_type_ids"] == n).sum()) for name, n in TOKEN_TYPE.items()
+            }
+            for prompt in prompts
+        }
+
+    def features(self, some):
+        return [
+            {name: Features(torch.empty(n, 64, device=GPU, dtype=BF16)) for name, n in counts[id(prompt)].items() if n}
+            for prompt in some
+        ]
+
+    monkeypatch.setattr(Vision, "_encode", features)
+    monkeypatch.setattr(Vision, "prompt_positions", lambda self, prompt: positions[id(prompt)])
+    groups = [(prompt.input_ids, completions) for prompt, (_, completions) in zip(prompts, GROUPS, strict=False)]
+    with autocast(True):
+        logprobs, _ = policy(fake_row(groups, prompts), 0.9)
+    assert (logprobs.shape, logprobs.dtype, logprobs.device) == ((3 + 5 + 100 + 60 + 1 + 90,), FP32, GPU)
+    backward(logprobs.sum())
+    assert all(p.grad.dtype == FP32 for p in policy.base_model.model.language_model.parameters())
 
 
 @pytest.mark.parametrize("mixed", [True, False])
