@@ -217,6 +217,25 @@ def test_settings_that_vllm_refuses_are_one_line(raised, reason, micro_model_dir
     )
 
 
+@pytest.mark.parametrize(
+    ("gpu", "fraction", "cache_gb", "settings"),
+    [
+        (False, None, None, {"kv_cache_memory_bytes": 2**30}),
+        (False, None, 0.5, {"kv_cache_memory_bytes": 2**29}),
+        (True, None, None, {"gpu_memory_utilization": 0.3}),
+        (True, 0.45, None, {"gpu_memory_utilization": 0.45}),
+        (True, None, 8.0, {"kv_cache_memory_bytes": 2**33, "gpu_memory_utilization": 0.1}),
+        (True, None, 800.0, {"kv_cache_memory_bytes": 100 * 2**33, "gpu_memory_utilization": 1.0}),
+    ],
+)
+def test_with_a_size_for_its_cache_the_engine_starts_beside_a_trainer(gpu, fraction, cache_gb, settings, monkeypatch):
+    """vLLM 0.32 (`vllm/v1/worker/utils.py: request_memory`) refuses to start unless ``gpu_memory_utilization`` of the
+    GPU is free, 0.92 by default, whether the cache has a size or not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    assert vllm_settings.memory_settings(fraction, cache_gb) == settings
+
+
 def test_memory_that_ran_out_keeps_its_own_advice():
     with pytest.raises(torch.OutOfMemoryError), refusals_in_one_line(72):
         raise torch.OutOfMemoryError("out of memory")

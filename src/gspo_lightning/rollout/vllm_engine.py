@@ -35,6 +35,7 @@ from gspo_lightning.rollout.vllm_requests import (
 from gspo_lightning.rollout.vllm_settings import (
     engine_dtype,
     lora_settings,
+    memory_settings,
     refusals_in_one_line,
     refuse_other_gpus,
 )
@@ -101,10 +102,7 @@ class VLLMEngine:
         self.limits = VisionSettings(min_pixels, max_pixels)
         self.eager = not cuda if enforce_eager is None else enforce_eager
         self.sleep = cuda if sleep is None else sleep
-        memory = 0.3 if memory_fraction is None and kv_cache_gb is None and cuda else memory_fraction
-        self.memory: dict[str, Any] = {"kv_cache_memory_bytes": int((kv_cache_gb or 1.0) * 2**30)}
-        if memory is not None:
-            self.memory = {"gpu_memory_utilization": memory}
+        self.memory_fraction, self.kv_cache_gb = memory_fraction, kv_cache_gb
         self.syncs = 0
         self._llm: Any = None
         self._lora: Any = None
@@ -183,7 +181,7 @@ class VLLMEngine:
                 worker_extension_cls=WORKER_EXTENSION,
                 disable_log_stats=True,
                 seed=0,
-                **self.memory,
+                **memory_settings(self.memory_fraction, self.kv_cache_gb),
                 **self._whole_prompts(),
                 **settings,
             )

@@ -50,6 +50,19 @@ def lora_settings(policy: Policy) -> dict[str, Any]:
     return settings | ({"enable_tower_connector_lora": True} if tower else {})
 
 
+def memory_settings(fraction: float | None, cache_gb: float | None) -> dict[str, Any]:
+    """Settings for the share of a GPU that the engine takes, or for the size of its key/value cache."""
+    if not torch.cuda.is_available():
+        return {"kv_cache_memory_bytes": int((cache_gb or 1.0) * 2**30)}
+    if cache_gb is None:
+        return {"gpu_memory_utilization": 0.3 if fraction is None else fraction}
+    size = int(cache_gb * 2**30)
+    # With a size, vLLM uses this share for nothing but a test at its start: so much must be free. The default, 0.92,
+    # never is beside a trainer.
+    share = min(1.0, size / torch.cuda.get_device_properties(0).total_memory)
+    return {"kv_cache_memory_bytes": size, "gpu_memory_utilization": share}
+
+
 def engine_dtype(setting: str, policy: Policy) -> torch.dtype:
     """The dtype the engine computes in: by default the trainer's, so that the two differ only by rounding."""
     if setting != "auto":
