@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -33,6 +34,11 @@ def reading(path: str, what: str, fix: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except torch.OutOfMemoryError as error:  # of a GPU
+        raise UserError(
+            f"model.path={path}: out of memory while loading {what} onto the GPU; take less of it (an adapter, "
+            "lora=language, on model.dtype=bfloat16 or model.quantization=nf4), or split it over GPUs (trainer=fsdp)"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         refuse_own_code(path, what, error)
         cause = " ".join(str(error).split())[:160]
