@@ -272,6 +272,29 @@ def test_the_line_says_what_the_run_can_go_on_from(saved, tmp_path, monkeypatch)
     assert str(caught.value) == f"out of memory here; lower it; {stands}"
 
 
+def test_a_model_with_all_that_belongs_to_it_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
+    """As where DDP makes its buffers for gradients, or moments of a checkpoint go to the GPU."""
+    run = object.__new__(TrainingRun)
+    vars(run).update(
+        trainer=SimpleNamespace(is_global_zero=False),
+        checkpoint=SimpleNamespace(last=tmp_path / "last.ckpt"),
+        lock=None,
+        run_dir=tmp_path,
+    )
+    monkeypatch.setattr(TrainingRun, "_execute", lambda self: (_ for _ in ()).throw(ERRORS["cuda"]))
+    with pytest.raises(OutOfMemoryError) as caught:
+        run.execute()
+    assert str(caught.value) == (
+        "out of memory outside of rollouts and updates: weights, gradients and optimizer states do not fit; "
+        "lora=language trains an adapter, optimizer=adamw_8bit keeps a quarter of the state, trainer=fsdp splits all "
+        "of it over GPUs; no checkpoint has been written yet"
+    )
+    lost = RolloutError("CUDA error: out of memory on a server")  # the run is saved on it
+    monkeypatch.setattr(TrainingRun, "_execute", lambda self: (_ for _ in ()).throw(lost))
+    with pytest.raises(RolloutError, match="on a server"):
+        run.execute()
+
+
 def test_other_errors_are_not_taken_for_it(micro_model_dir, monkeypatch):
     Limit(monkeypatch, 5, "forward", RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

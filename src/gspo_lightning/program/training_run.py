@@ -31,11 +31,18 @@ from gspo_lightning.program.run_lock import RunLock
 from gspo_lightning.report import print_result_table, render_report, write_summary
 from gspo_lightning.report.model_card import model_card
 from gspo_lightning.rollout import RolloutError
-from gspo_lightning.training.out_of_memory import OutOfMemoryError
+from gspo_lightning.training.out_of_memory import OutOfMemoryError, memory_for
 from gspo_lightning.training.timing import peak_rss_gb
 
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Exceptions that a full disk may cause, see `disk_error`."""
+
+_WHOLE_MODEL = (
+    "outside of rollouts and updates: weights, gradients and optimizer states do not fit",
+    "lora=language trains an adapter, optimizer=adamw_8bit keeps a quarter of the state, trainer=fsdp splits all of it "
+    "over GPUs",
+)
+"""What ran out of memory where nothing more is known, and what takes less."""
 
 
 class TrainingRun:
@@ -98,7 +105,8 @@ class TrainingRun:
             if self.trainer.is_global_zero:
                 config = OmegaConf.to_yaml(OmegaConf.create(redacted(self.plain)))
                 (self.run_dir / "config.yaml").write_text(config, encoding="utf-8")
-            accuracy = self._execute()
+            with memory_for(*_WHOLE_MODEL):  # rollouts and updates have their own lines
+                accuracy = self._execute()
             rank_watch.stop()
             return accuracy
         except OutOfMemoryError as error:
