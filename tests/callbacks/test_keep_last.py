@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from gspo_lightning.callbacks.checkpoint import keep_numbered
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, keep_numbered
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -71,3 +72,38 @@ def test_where_a_file_cannot_have_two_names_it_is_copied(save, tmp_path, monkeyp
         keep_numbered(save(number), number, keep_last=2)
     assert numbered(tmp_path) == {"rollout-000010.ckpt": "10", "rollout-000015.ckpt": "15"}
     assert content(tmp_path / "last.ckpt") == "15"
+
+
+@pytest.mark.parametrize("resumed_from", ["last.ckpt", "previous.ckpt", None])
+def test_a_kill_before_the_second_name_does_not_cost_the_number(save, resumed_from, tmp_path):
+    """Rollout 6 is the last one: no later checkpoint would make up for it."""
+    for number in (2, 4):
+        keep_numbered(save(number), number, keep_last=2)
+    save(6)
+    callback = RolloutCheckpoint(tmp_path, 2, keep_last=2)
+    trainer = SimpleNamespace(
+        callbacks=[callback], limit_val_batches=0, fast_dev_run=False, is_global_zero=True,
+        ckpt_path=None if resumed_from is None else str(tmp_path / resumed_from),
+    )  # fmt: skip
+    before = numbered(tmp_path)
+    callback.on_train_start(trainer, SimpleNamespace(rollouts_done=6))
+    expected = {"rollout-000004.ckpt": "4", "rollout-000006.ckpt": "6"}
+    assert numbered(tmp_path) == (expected if resumed_from == "last.ckpt" else before)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_copy_that_does_not_fit_leaves_no_part_of_a_checkpoint(save, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def fill(source, target, **_):
+        with open(target, "w") as file:
+            file.write("1")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    path = save(10)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copyfile", fill)
+    with pytest.raises(OSError):
+        keep_numbered(path, 10, keep_last=2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]

@@ -49,6 +49,46 @@ def test_a_folder_that_goes_between_two_rollouts_is_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_folder_that_took_the_place_of_the_runs_is_not_written_to(copied, tmp_path):
+    """A run that went on would have half of its records here and half there."""
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    recorder = start(folder)
+    recorder.on_train_start(TRAINER, FakeModule())
+    recorder.on_train_batch_end(TRAINER, FakeModule().at(1), None, None, 0)
+    folder.rename(moved)
+    shutil.copytree(moved, folder) if copied else folder.mkdir()
+    then = {path.name: path.read_bytes() for path in folder.iterdir()}
+    line = (
+        f"{folder} is not the folder that this run wrote to any more: that one was moved or removed; where the run's "
+        "folder is now, its newest checkpoint is checkpoints/last.ckpt: resume with hydra.run.dir=<that folder> "
+        "ckpt_path=auto"
+    )
+    for write in (
+        lambda: recorder.on_train_batch_end(TRAINER, FakeModule().at(2), None, None, 1),
+        lambda: recorder.on_validation_end(TRAINER, FakeModule().at(1)),
+        recorder.state_dict,
+        recorder.check_folder,
+    ):
+        with pytest.raises(UserError) as error:
+            write()
+        assert str(error.value) == line
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == then
+    folder.rename(tmp_path / "other")
+    moved.rename(folder)
+    recorder.on_train_batch_end(TRAINER, FakeModule().at(2), None, None, 1)  # the same folder under its name again
+    assert recorder.table.rows == 3
+
+
+def test_a_folder_behind_a_link_at_its_old_path_is_the_same(tmp_path):
+    recorder = start(tmp_path / "run")
+    recorder.on_train_start(TRAINER, FakeModule())
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").symlink_to(tmp_path / "moved")
+    recorder.on_train_batch_end(TRAINER, FakeModule().at(1), None, None, 0)
+    assert recorder.table.rows == 2
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ESTALE])
 def test_files_of_the_run_that_are_closed_to_it_are_named_and_others_are_not_its_own(number, tmp_path):
     table, last = tmp_path / "metrics.csv", tmp_path / "checkpoints" / "last.ckpt"

@@ -437,3 +437,17 @@ def test_a_long_picture_in_base64_is_its_kind_and_length_in_a_line_and_whole_in_
     ]
     assert line["kept"] == kept
     assert json.loads(to_json(content, indent=1)) == content  # thumbnails, which the report shows
+
+
+@pytest.mark.parametrize("write", ["replace_file", "replace_end", "copy_prefix"])
+def test_a_file_that_cannot_be_written_leaves_nothing_that_keeps_the_disk_full(write, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_bytes(b"1\n2\n")
+    monkeypatch.setattr(os, "replace", fail)
+    arguments = {"replace_file": (file, "3\n"), "replace_end": (file, 2, "3\n"), "copy_prefix": (file, other, 4)}
+    with pytest.raises(OSError, match="No space left"):
+        getattr(files, write)(*arguments[write])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_bytes() == b"1\n2\n"

@@ -50,6 +50,42 @@ def test_what_was_half_written_is_gone_and_the_one_before_stands(tmp_path):
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_a_disk_that_tells_at_the_flush_that_it_is_full_keeps_nothing_of_the_checkpoint(tmp_path, monkeypatch):
+    """NFS and quotas do."""
+
+    def save(path):
+        torch.save({"rollout": 2}, path)
+        monkeypatch.setattr(os, "fsync", fail)
+
+    def fail(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    trainer, last = Trainer(), tmp_path / "last.ckpt"
+    atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
+    trainer.save_checkpoint = save
+    with pytest.raises(UserError) as error:
+        atomic_checkpoint(trainer, last, last.with_name("previous.ckpt"))
+    assert (
+        str(error.value)
+        == f"cannot write {last} (Disk quota exceeded); free some space and resume with ckpt_path={last}"
+    )
+    assert torch.load(last, weights_only=True) == {"rollout": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EROFS, "make it writable"), (errno.EIO, "look after the disk"), (errno.ENOSPC, "free some space")],
+)
+@pytest.mark.parametrize("left", ["last.ckpt", "previous.ckpt"])
+def test_the_remedy_is_that_of_the_error(number, remedy, left, tmp_path):
+    """Without hard links only the checkpoint before may be there; resuming from last.ckpt finds it."""
+    last = tmp_path / "last.ckpt"
+    (tmp_path / left).touch()
+    line = f"cannot write {last} ({os.strerror(number)}); {remedy} and resume with ckpt_path={last}"
+    assert str(disk_error(last, OSError(number, os.strerror(number)))) == line
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_where_ranks_write_together_all_have_the_line_and_rank_0_clears_up(tmp_path, monkeypatch):
     """What torch raises there is no `Exception`."""

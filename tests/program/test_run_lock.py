@@ -71,3 +71,32 @@ def test_a_file_system_without_locks_has_none(number, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
     RunLock(tmp_path).release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_an_ending_run_removes_while_it_is_locked_is_not_the_lock(tmp_path, monkeypatch):
+    """The first run ends between the second one's open and its lock; a third one would find no file and begin too."""
+    lockf, calls = run_lock.fcntl.lockf, []
+
+    def lock(descriptor, how):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(how)
+        return lockf(descriptor, how)
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", lock)
+    second = RunLock(tmp_path)
+    assert len(calls) == 2 and (tmp_path / ".lock").exists()
+    second.release()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_of_a_run_in_a_folder_of_the_same_name_stays(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = RunLock(folder)
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    other = RunLock(folder)
+    first.release()
+    assert (folder / ".lock").exists()
+    other.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gspo_lightning.callbacks.files import flush_checkpoint, flush_to_disk, remove, second_name
+from gspo_lightning.callbacks.files import keep_copy
 from gspo_lightning.distributed.sharded_checkpoint import REST
 from gspo_lightning.errors import UserError
 
@@ -75,26 +74,8 @@ class Best:
         self.found = dict(found) if found.get("metric") == self.metric else {}
 
     def keep(self, checkpoint: Path) -> None:
-        """Gives ``checkpoint`` its second name. A kill leaves the old best or the new one; for a folder perhaps none.
-
-        It is copied only if a file cannot have two names.
-        """
-        temporary, aside = (self.path.with_name(f".{self.path.name}.{end}") for end in ("tmp", "old"))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        try:
-            second_name(checkpoint.resolve(), temporary)
-        except BaseException:
-            remove(temporary)  # a partial copy would keep the disk full
-            raise
-        flush_checkpoint(temporary)
-        if self.path.is_dir() or (self.path.exists() and temporary.is_dir()):  # it cannot be replaced in one step
-            remove(aside)
-            os.replace(self.path, aside)
-        os.replace(temporary, self.path)
-        flush_to_disk(self.path.parent)
-        remove(aside)
-        remove(temporary)  # os.replace does nothing if both are names of one file
+        """Gives ``checkpoint`` its second name; see `keep_copy`."""
+        keep_copy(checkpoint, self.path)
 
     def take_over(self, trainer: L.Trainer) -> None:
         """Brings the best so far into this run at the start of a resumed run; forgets it if its checkpoint is gone.

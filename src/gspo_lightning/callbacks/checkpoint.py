@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_lightning.callbacks.best import Best
-from gspo_lightning.callbacks.files import flush_checkpoint, flush_to_disk, remove, second_name
+from gspo_lightning.callbacks.files import WHERE_IT_IS, flush_checkpoint, flush_to_disk, keep_copy, remove
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
@@ -25,6 +25,7 @@ from gspo_lightning.rollout.engine import RolloutError, traits
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ESTALE})
 """Errors of the run's own files only: a reward function may meet them anywhere."""
+_REMEDIES: dict[int | None, str] = {errno.EROFS: "make it writable", errno.EIO: "look after the disk"}
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
@@ -47,17 +48,17 @@ def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
     trainer.strategy.barrier("checkpoint folder")
     try:
         trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            flush_checkpoint(temporary)  # file systems over a network tell only here that the disk is full
+            _keep(path, previous)
+            os.replace(temporary, path)
+            flush_to_disk(path.parent)
     except (OSError, RuntimeError, CheckpointException) as error:
         causes = _causes(error)
         line = next(filter(None, (disk_error(path, cause) for cause in causes)), None)
         if trainer.is_global_zero:
             remove(temporary)  # what was written of it would keep the disk full
         raise line or causes[0] from error
-    if trainer.is_global_zero:
-        flush_checkpoint(temporary)
-        _keep(path, previous)
-        os.replace(temporary, path)
-        flush_to_disk(path.parent)
     trainer.strategy.barrier("checkpoint")
 
 
@@ -92,6 +93,11 @@ def _keep(path: Path, previous: Path) -> None:
             os.replace(link, previous)
 
 
+def numbered(path: Path, number: int) -> Path:
+    """The name under which `keep_numbered` keeps the checkpoint at ``path``."""
+    return path.with_name(f"rollout-{number:06d}.ckpt")
+
+
 def keep_numbered(path: Path, number: int, keep_last: int) -> None:
     """Gives the checkpoint at ``path`` a second name by its number, and removes all but the newest.
 
@@ -99,12 +105,11 @@ def keep_numbered(path: Path, number: int, keep_last: int) -> None:
 
     Those of a later rollout are of a run that went on from an earlier checkpoint, and are removed too.
     """
-    target = path.with_name(f"rollout-{number:06d}.ckpt")
-    remove(target)
-    second_name(path, target)
-    numbered = sorted(path.parent.glob("rollout-*.ckpt"))
-    index = numbered.index(target)
-    for other in (*numbered[: max(0, index + 1 - keep_last)], *numbered[index + 1 :]):
+    target = numbered(path, number)
+    keep_copy(path, target)
+    kept = sorted(path.parent.glob("rollout-*.ckpt"))
+    index = kept.index(target)
+    for other in (*kept[: max(0, index + 1 - keep_last)], *kept[index + 1 :]):
         remove(other)
 
 
@@ -134,8 +139,8 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     if reason is None:
         return None
     saved = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
-    remedy = "make it writable" if is_refused else "free some space"
-    stands = f"{remedy} and resume with ckpt_path={saved}" if saved.exists() else "nothing has been saved yet"
+    remedy = "make it writable" if is_refused else _REMEDIES.get(number, "free some space")
+    stands = f"{remedy} and resume with ckpt_path={saved}" if _stands(saved) else "nothing has been saved yet"
     return UserError(f"cannot write {where} ({reason}); {stands}")
 
 
@@ -147,17 +152,19 @@ def _gone(folder: Path, error: BaseException) -> UserError | None:
         return None
     run = folder.parent if folder.name == "checkpoints" else folder
     gone = folder if run.is_dir() else run
-    return UserError(
-        f"{gone} is gone: it was moved or removed while the run wrote to it; where the run's folder is now, its newest "
-        "checkpoint is checkpoints/last.ckpt: resume with hydra.run.dir=<that folder> ckpt_path=auto"
-    )
+    return UserError(f"{gone} is gone: it was moved or removed while the run wrote to it; {WHERE_IT_IS}")
 
 
 def what_stands(last: Path | None) -> str:
-    """What a run whose newest checkpoint is ``last`` goes on from; ``previous.ckpt`` beside it will do, see `_keep`."""
-    if last is not None and (last.exists() or last.with_name("previous.ckpt").exists()):
-        return f"resume with ckpt_path={last}"
-    return "no checkpoint has been written yet"
+    """What a run whose newest checkpoint is ``last`` goes on from."""
+    return (
+        f"resume with ckpt_path={last}" if last is not None and _stands(last) else "no checkpoint has been written yet"
+    )
+
+
+def _stands(last: Path) -> bool:
+    """Whether a run can be resumed from ``last``; ``previous.ckpt`` beside it will do, see `_keep`."""
+    return last.exists() or last.with_name("previous.ckpt").exists()
 
 
 def fails_on_all_ranks(engine: Any) -> bool:
@@ -227,6 +234,10 @@ class RolloutCheckpoint(L.Callback):
                 f"RolloutCheckpoint(validate_every_n_rollouts={every}) waits for validations that the Trainer does "
                 f"not run; give it val_check_interval={every} and check_val_every_n_epoch=None"
             )
+        is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).absolute() == self.last.absolute()
+        is_unnumbered = is_own and not numbered(self.last, pl_module.rollouts_done).exists()
+        if self.keep_last and is_unnumbered and trainer.is_global_zero:
+            keep_numbered(self.last, pl_module.rollouts_done, self.keep_last)  # a kill came between the two names
         if self.best is not None:
             if not trainer.enable_validation:
                 raise UserError(

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import warnings
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+
+from gspo_lightning.errors import UserError
+
+WHERE_IT_IS = (
+    "where the run's folder is now, its newest checkpoint is checkpoints/last.ckpt: resume with "
+    "hydra.run.dir=<that folder> ckpt_path=auto"
+)
+"""How a run goes on whose folder was moved."""
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` in one step; nothing of it stays if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it would keep the disk full
+        raise
 
 
 def replace_file(path: Path, content: str) -> None:
@@ -14,20 +38,17 @@ def replace_file(path: Path, content: str) -> None:
 
     A lone surrogate, which byte-level tokenizers can decode to, is written as a backslash escape.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
 
 
 def replace_end(path: Path, start: int, content: str) -> None:
     """Replaces what follows the first ``start`` bytes of ``path`` by ``content`` (UTF-8), in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with path.open("rb") as old, temporary.open("wb") as new:
+    with _replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
         shutil.copyfileobj(old, new)
         new.seek(start)
         new.truncate()
         new.write(content.encode("utf-8", "backslashreplace"))
-    os.replace(temporary, path)
 
 
 def copy_prefix(source: Path, target: Path, size: int) -> int:
@@ -42,11 +63,9 @@ def copy_prefix(source: Path, target: Path, size: int) -> int:
     if target.exists() and source.samefile(target):
         os.truncate(target, kept)
         return kept
-    temporary = target.with_name(f".{target.name}.tmp")
-    with source.open("rb") as old, temporary.open("wb") as new:
+    with _replacing(target) as temporary, source.open("rb") as old, temporary.open("wb") as new:
         shutil.copyfileobj(old, new)
         new.truncate(kept)
-    os.replace(temporary, target)
     return kept
 
 
@@ -77,6 +96,29 @@ def second_name(path: Path, target: Path) -> None:
         shutil.copytree(path, target, copy_function=_link_or_copy)
     else:
         _link_or_copy(path, target)
+
+
+def keep_copy(path: Path, target: Path) -> None:
+    """Gives a checkpoint a second name in place of what has that name: a kill leaves the old or the new one.
+
+    For a folder perhaps none. It is copied only if a file cannot have two names.
+    """
+    temporary, aside = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)
+    try:
+        second_name(path.resolve(), temporary)
+    except BaseException:
+        remove(temporary)  # a partial copy would keep the disk full
+        raise
+    flush_checkpoint(temporary)
+    if target.is_dir() or (target.exists() and temporary.is_dir()):  # it cannot be replaced in one step
+        remove(aside)
+        os.replace(target, aside)
+    os.replace(temporary, target)
+    flush_to_disk(target.parent)
+    remove(aside)
+    remove(temporary)  # os.replace does nothing if both are names of one file
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -123,3 +165,33 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Place:
+    """Remembers a folder, to tell it from another one that has its name later.
+
+    Args:
+        folder: exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # An open folder keeps its number, also on file systems that give numbers as files are used.
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._is_told = self._is_here()  # a file system that gives a folder two numbers cannot tell
+
+    def _is_here(self) -> bool:
+        return os.path.samestat(os.fstat(self._descriptor), os.stat(self.folder))
+
+    def check(self) -> None:
+        """Refuses a folder that has taken the place of this one; one that is missing is left to who writes to it.
+
+        Raises:
+            UserError: says what became of the folder, and how the run goes on.
+        """
+        if self._is_told and self.folder.is_dir() and not self._is_here():
+            raise UserError(
+                f"{self.folder} is not the folder that this run wrote to any more: that one was moved or removed; "
+                f"{WHERE_IT_IS}"
+            )

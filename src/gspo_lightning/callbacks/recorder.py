@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gspo_lightning.callbacks.files import copy_prefix, flush_to_disk, remove, replace_file
+from gspo_lightning.callbacks.files import Place, copy_prefix, flush_to_disk, remove, replace_file
 from gspo_lightning.callbacks.metrics_table import MetricsTable
 from gspo_lightning.types import ScoredRollout
 
@@ -61,6 +61,7 @@ class RunRecorder(L.Callback):
         self._loaded: dict[str, Any] | None = None
         self._ready = self._is_alone = False
         self.begins_anew = begins_anew
+        self._place: Place | None = None
         self._seconds_before, self._start = 0.0, time.perf_counter()
 
     @property
@@ -73,6 +74,7 @@ class RunRecorder(L.Callback):
         if not self._ready and self._loaded is not None:
             return self._loaded
         if self._ready:
+            self.check_folder()
             flush_to_disk(self.table.path, self.completions, self.run_dir)
         return {"rows": self.table.rows, "completions_bytes": self.completions_bytes, "seconds": self.seconds}
 
@@ -122,9 +124,20 @@ class RunRecorder(L.Callback):
         awaits_checkpoint = self.resume_dir is not None and self._loaded is None
         return trainer.is_global_zero and not getattr(trainer, "sanity_checking", False) and not awaits_checkpoint
 
+    def check_folder(self) -> None:
+        """Refuses another folder that has taken the place of the run's since it began to write.
+
+        Raises:
+            UserError: says what became of the folder, and how the run goes on.
+        """
+        if self._place is not None:
+            self._place.check()
+
     def _prepare(self) -> None:
+        self.check_folder()
         if self._ready:
             return
+        self._place = Place(self.run_dir)
         if self._loaded is None:
             self._set_records_aside()
         else:

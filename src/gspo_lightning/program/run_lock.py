@@ -13,6 +13,8 @@ except ImportError:  # a platform without it
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
+_TRIES = 10
+"""More would not help: then it is the file system that gives a file two numbers."""
 
 
 class RunLock:
@@ -31,22 +33,39 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
-        self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor: int | None = self._open()
+        for _ in range(_TRIES):
+            if self._is_at_its_path(self._descriptor):
+                break
+            os.close(self._descriptor)  # a run that ended has removed the file in between: it locks nothing
+            self._descriptor = self._open()
+
+    def _open(self) -> int:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if fcntl is not None:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX allows both
-            os.close(self._descriptor)
+            os.close(descriptor)
             raise UserError(
-                f"hydra.run.dir={folder}: another run is writing there; wait until it ends or choose another folder"
+                f"hydra.run.dir={self._path.parent}: another run is writing there; wait until it ends or choose "
+                "another folder"
             ) from error
         except OSError:
             pass
+        return descriptor
+
+    def _is_at_its_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
-        """Releases the lock and removes its file."""
+        """Releases the lock and removes its file, not that of another run in a folder that has taken the place."""
         if self._descriptor is None:
             return
-        self._path.unlink(missing_ok=True)
+        if self._is_at_its_path(self._descriptor):
+            self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None

@@ -163,10 +163,12 @@ class TrainingRun:
     def _finish(self, wall_s: float) -> None:
         assert self.module.policy is not None
         export_dir = None
+        self.recorder.check_folder()
         if self.plain["export"]["enabled"]:
             policy = whole_policy(self.module.policy, self.module.policy_loader)
             if policy is not None:
                 export_dir = self._export(policy)
+        self.recorder.check_folder()  # a large model is written for minutes
         if self.trainer.is_global_zero:
             summary = write_summary(self.run_dir, self._facts(wall_s, export_dir))
             report = render_report(self.run_dir)
