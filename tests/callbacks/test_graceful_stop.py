@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks import checkpoint as checkpoint_module
 from gspo_lightning.callbacks import graceful_stop as graceful_stop_module
+from gspo_lightning.program import training_run
 from gspo_lightning.rollout import WeightSyncError
 from tests.conf.test_every_key import run
 
@@ -276,3 +280,28 @@ def test_until_a_validation_begins_sigterm_ends_a_process_by_itself(tmp_path):
     finally:
         stop.give_back()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_warning_of_slurm_does_not_end_an_export(slurm, tmp_path, monkeypatch):
+    """By its default SIGUSR1 ends a process at once, with most of the time left that Slurm gives."""
+    export, screen = training_run.export_policy, io.StringIO()
+
+    def warned(*arguments, **settings):
+        with contextlib.redirect_stdout(screen):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.01)
+        export(*arguments, **settings)
+
+    monkeypatch.setattr(training_run, "export_policy", warned)
+    before = signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("not handled"))  # red, and not the end of the tests
+    monkeypatch.setattr(graceful_stop_module.signal, "SIG_DFL", signal.getsignal(signal.SIGUSR1))
+    try:
+        run(tmp_path / "run", "logger=none", "max_rollouts=1", "ckpt_path=auto")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    line = "SIGUSR1: all rollouts are done; finishing the export. If that is cut short, resume with ckpt_path="
+    assert screen.getvalue() == f"{line}{last}\n"
+    assert (tmp_path / "run" / "summary.json").exists() and not slurm

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ class GracefulStop(L.Callback):
     installed a handler for it, as submitit does to requeue the job: whoever runs the Trainer calls that handler after
     the run (`hand_over`). A signal to one of several ranks stops them all after the same rollout. A second one of the
     same kind ends the process at once; different kinds do not add up, because a scheduler may send two for one stop.
+    After the last rollout a process ends by SIGINT and SIGTERM as any other, and SIGUSR1 is only said (`finishing`).
     After ``grace_s`` the process ends with code 128 plus the signal, and the previous checkpoint remains. Before the
     first rollout it ends at once (`listen`).
 
@@ -143,6 +145,28 @@ class GracefulStop(L.Callback):
         self._cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Context of what follows the last rollout: SIGUSR1, which warns of an end, does not bring it about at once.
+
+        It would by default, and the time that Slurm leaves may do for the export. Nothing is requeued: no rollout is
+        left. A handler of the user's own stays.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread or signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGUSR1, self._on_late_warning)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    def _on_late_warning(self, number: int, frame: FrameType | None) -> None:
+        if self.is_first_rank:
+            resume = what_stands(self.checkpoint.last)
+            print(f"SIGUSR1: all rollouts are done; finishing the export. If that is cut short, {resume}", flush=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self.received:

@@ -138,11 +138,12 @@ class TrainingRun:
                 self.stopped = f"{done} in {self.run_dir}"
             return None
         wall_s = self.recorder.seconds
-        # Lightning validates when it stops, but not if a run was resumed after its last rollout.
-        if not self.module.last_validation:
-            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
-            self.checkpoint.save_if_best(self.trainer, self.module)
-        self._finish(wall_s)
+        with self.stop.finishing():
+            # Lightning validates when it stops, but not if a run was resumed after its last rollout.
+            if not self.module.last_validation:
+                self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+                self.checkpoint.save_if_best(self.trainer, self.module)
+            self._finish(wall_s)
         return self.module.last_validation.get("val/sampled_accuracy")
 
     def _train(self) -> None:
