@@ -156,7 +156,7 @@ def _gone(folder: Path, error: BaseException) -> UserError | None:
 
 
 def what_stands(last: Path | None) -> str:
-    """What a run whose newest checkpoint is ``last`` goes on from."""
+    """How to resume a run whose newest checkpoint is ``last``."""
     return (
         f"resume with ckpt_path={last}" if last is not None and _stands(last) else "no checkpoint has been written yet"
     )

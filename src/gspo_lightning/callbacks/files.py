@@ -17,7 +17,7 @@ WHERE_IT_IS = (
     "where the run's folder is now, its newest checkpoint is checkpoints/last.ckpt: resume with "
     "hydra.run.dir=<that folder> ckpt_path=auto"
 )
-"""How a run goes on whose folder was moved."""
+"""How to resume a run whose folder was moved."""
 
 
 @contextlib.contextmanager
@@ -188,7 +188,7 @@ class Place:
         """Refuses a folder that has taken the place of this one; one that is missing is left to who writes to it.
 
         Raises:
-            UserError: says what became of the folder, and how the run goes on.
+            UserError: says what became of the folder, and how to resume the run.
         """
         if self._is_told and self.folder.is_dir() and not self._is_here():
             raise UserError(

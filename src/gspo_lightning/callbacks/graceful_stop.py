@@ -27,7 +27,7 @@ class GracefulStop(L.Callback):
     installed a handler for it, as submitit does to requeue the job: whoever runs the Trainer calls that handler after
     the run (`hand_over`). A signal to one of several ranks stops them all after the same rollout. A second one of the
     same kind ends the process at once; different kinds do not add up, because a scheduler may send two for one stop.
-    After the last rollout a process ends by SIGINT and SIGTERM as any other, and SIGUSR1 is only said (`finishing`).
+    After the last rollout SIGINT and SIGTERM end a process as any other, and SIGUSR1 only prints a line (`finishing`).
     After ``grace_s`` the process ends with code 128 plus the signal, and the previous checkpoint remains. Before the
     first rollout it ends at once (`listen`).
 

@@ -128,7 +128,7 @@ class RunRecorder(L.Callback):
         """Refuses another folder that has taken the place of the run's since it began to write.
 
         Raises:
-            UserError: says what became of the folder, and how the run goes on.
+            UserError: says what became of the folder, and how to resume the run.
         """
         if self._place is not None:
             self._place.check()
