@@ -162,14 +162,16 @@ def test_native_windows_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"])
-@pytest.mark.parametrize("value", ["many", "0", "-1"])
-def test_a_setting_that_is_no_count_is_named(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+@pytest.mark.parametrize("value", ["many", "0", "-1", "²"])
+def test_a_setting_that_is_no_count_is_named_in_one_line(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name}='{value}' is not a positive whole number"):
+    with pytest.raises(SystemExit) as ended:
         threads.configure_threads()
+    line = f"error: {name}='{value}' is not a positive whole number; unset it or give a count\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, line)
 
 
 def test_a_call_after_torch_was_imported_warns(machine: Path) -> None:

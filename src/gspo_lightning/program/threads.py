@@ -36,13 +36,12 @@ def configure_threads() -> int:
         the thread count.
 
     Raises:
-        SystemExit: on native Windows, which is not supported, after one line that says so.
-        ValueError: if ``OMP_NUM_THREADS`` or ``LOCAL_WORLD_SIZE`` is set to something that is not a count.
+        SystemExit: after one line that says why: on native Windows, which is not supported, or if ``OMP_NUM_THREADS``
+            or ``LOCAL_WORLD_SIZE`` is set to something that is not a count.
     """
     global _is_ours
     if sys.platform == "win32":
-        print("error: native Windows is not supported; use WSL2", file=sys.stderr)
-        raise SystemExit(2)
+        raise _refusal("native Windows is not supported; use WSL2")
     if "torch" in sys.modules and "OMP_NUM_THREADS" not in os.environ:
         warnings.warn(
             "configure_threads() was called after torch was imported; set OMP_NUM_THREADS in the shell",
@@ -153,9 +152,15 @@ def _quota() -> int:
 
 
 def _positive(name: str, text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(f"{name}={text!r} is not a positive whole number; unset it or give a count")
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise _refusal(f"{name}={text!r} is not a positive whole number; unset it or give a count")
     return int(text)
+
+
+def _refusal(line: str) -> SystemExit:
+    """Prints the line; nothing is imported yet that could print it for a `UserError`."""
+    print(f"error: {line}", file=sys.stderr)
+    return SystemExit(2)
 
 
 if __name__ == "__main__":
