@@ -26,6 +26,7 @@ from rich.console import Console
 
 from gspo_lightning.config import checks, hardware
 from gspo_lightning.config.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config.effects import check_environment_reward, check_held_out
 from gspo_lightning.config.groups import check_choices
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
@@ -39,6 +40,7 @@ from gspo_lightning.program.threads import share_threads
 from gspo_lightning.program.training_run import TrainingRun
 from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
+from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutError, closing_engine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.guarded_step import NonFiniteGradientError
@@ -174,9 +176,10 @@ def _train(cfg: DictConfig) -> float | None:
     ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=checks.is_sharded(plain))
     run_dir = _make_run_dir(folder)
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    rewards = build(plain["reward"])
+    rewards = _rewards(plain)
     datamodule = build_data(plain, rewards)
     plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
+    check_held_out(plain, datamodule.num_held_out, training=True)
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(redacted(plain)))
     # Seeded again, so that an adapter's initial weights do not depend on random numbers drawn by data and rewards.
@@ -194,7 +197,7 @@ def _train(cfg: DictConfig) -> float | None:
 
 def _dry_run(plain: dict[str, Any]) -> None:
     """Prints the table of `gspo_lightning.program.estimate` for the first prompts of the run."""
-    rewards = build(plain["reward"])
+    rewards = _rewards(plain)
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
     size = len(prompts) // ranks.count
@@ -217,6 +220,12 @@ def _dry_run(plain: dict[str, Any]) -> None:
     Console().print(estimate(module.policy_loader, longest, work).table())
 
 
+def _rewards(plain: dict[str, Any]) -> RewardSet:
+    rewards: RewardSet = build(plain["reward"])
+    check_environment_reward(plain, rewards)
+    return rewards
+
+
 def _ranks(plain: dict[str, Any]) -> Ranks:
     sharded = checks.is_sharded(plain)
     gather = sharded and plain["trainer"]["strategy"].get("gather_for_rollouts", True)
@@ -235,8 +244,9 @@ def _evaluate(cfg: DictConfig) -> None:
         run_apart()
         return
     _share_threads(plain)
-    rewards = build(plain["reward"])
+    rewards = _rewards(plain)
     datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
+    check_held_out(plain, datamodule.num_held_out, training=False)
     folder = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     trainer = build_trainer(plain, [], folder)
     module.validator.log = log = HeldOutLog(folder, trainer.global_rank, trainer.world_size)
@@ -245,9 +255,15 @@ def _evaluate(cfg: DictConfig) -> None:
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
         rank_watch.stop()
-    log.write()
-    if trainer.is_global_zero:
-        written = write_evaluation(folder, plain, module.last_validation)
+    try:
+        log.write()
+        written = write_evaluation(folder, plain, module.last_validation) if trainer.is_global_zero else None
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(
+            f"cannot write {where} ({error.strerror}); free some space, or choose another folder (hydra.run.dir)"
+        ) from error
+    if written is not None:
         print_evaluation(Console(), plain["model"]["path"], module.last_validation, module.validation_samples)
         print(f"written: {written} and {log.path.name} next to it", flush=True)
 
@@ -271,6 +287,10 @@ def _quieten() -> None:
     """Silences tips of libraries and progress bars of file loading."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    # About its kernel for a base in 4 bits, which it names whenever peft imports it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # About names of routers, which the pattern of `add_lora` has for every model.
+    warnings.filterwarnings("ignore", message="You have passed exclude_modules")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # What is logged is already a mean over all ranks.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")

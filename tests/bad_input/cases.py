@@ -170,7 +170,7 @@ CONFIG = [
     Case("config", "an override without a value", ["seed"], "seed"),
     Case("config", "an override that does not parse", ["rollout.stop=[a"], "no viable alternative at input '[a'"),
     Case("config", "an interpolation to nowhere", ["max_rollouts=${nothing}"], "nothing"),
-    Case("config", "a mandatory value that is missing", ["data=rows"], "data.task.source"),
+    Case("config", "a mandatory value that is missing", ["data=rows"], "data.task.source: is missing; give it a value"),
     Case("config", "a word for a number", ["update.num_minibatches=two"], "update.num_minibatches='two'"),
     Case(
         "config",
@@ -285,6 +285,7 @@ CONFIG = [
 
 OPTIMIZER = [
     Case("optimizer", "a negative rate", ["optimizer.lr=-1"], "Invalid learning rate: -1"),
+    Case("optimizer", "no rate at all", ["optimizer.lr=0"], "optimizer.lr=0 trains nothing: no weight changes"),
     Case("optimizer", "a word for a rate", ["optimizer.lr=abc"], "optimizer: torch.optim.AdamW rejects"),
     Case("optimizer", "no number for a rate", ["optimizer.lr=nan"], "Invalid learning rate: nan"),
     Case("optimizer", "pages without a GPU", ["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
@@ -776,7 +777,25 @@ MODELS = [
     Case("model", "no tokenizer", MODEL, "tokenizer", model_without("tokenizer.json", "tokenizer_config.json")),
     Case("model", "a config that is no JSON", MODEL, "model.path=", model_with("config.json", b'{"model_type": ')),
     Case("model", "an unknown type of model", MODEL, "lama", model_of_unknown_type),
-    Case("model", "dropout", MODEL, "attention_dropout", model_with_dropout),
+    Case(
+        "model",
+        "dropout",
+        MODEL,
+        "add '+model.overrides={attention_dropout: 0.0}' to the command line",
+        model_with_dropout,
+    ),
+    Case(
+        "model",
+        "an adapter of a trillion columns",
+        ["lora=language", "model.lora.r=1000000000000"],
+        "model.lora.r=1000000000000 is above 64, the highest rank",
+    ),
+    Case(
+        "model",
+        "an estimate for an adapter that is not there",
+        ["lora=language", "model.lora.adapter=/nowhere", "dry_run=true"],
+        "/nowhere holds no adapter",
+    ),
     Case("model", "LoRA dropout", ["lora=language", "+model.lora.dropout=0.1"], "model.lora.dropout must be 0"),
     Case(
         "model",
@@ -862,7 +881,12 @@ ENVIRONMENTS = [
         ["+environment._target_=gspo_lightning.dialogue.Calculator"],
         "environment._target_ creates a Calculator; set it to gspo_lightning.dialogue.Environments",
     ),
-    Case("environment", "tools without functions", ["environment=tools"], "environment.functions"),
+    Case(
+        "environment",
+        "tools without functions",
+        ["environment=tools"],
+        "environment.functions: is missing; give it a value",
+    ),
     Case(
         "environment",
         "a tool that a config may not name",
@@ -1007,6 +1031,19 @@ REWARDS = [
         "timeout_s=inf of a reward function must be above 0 and at most 1000000; null means no limit",
     ),
     Case("reward", "no function at all", ["~reward.functions.letter_share"], "reward.functions is empty"),
+    Case(
+        "reward",
+        "no weight at all",
+        ["reward.functions.letter_share.weight=0"],
+        "reward.functions: the weight of letter_share is 0",
+    ),
+    Case(
+        "reward",
+        "the reward of an environment without one, in a function of one's own",
+        MINE,
+        "reward.functions.letter_share: its parameter environment_reward is what an environment gives",
+        reward("def f(completions, environment_reward, **_): return environment_reward\n"),
+    ),
     Case("reward", "an unknown combination", ["reward.combine=product"], "reward.combine='product'"),
     Case("reward", "a validation reward that is none", ["validation.reward=nothing"], "validation.reward"),
     Case(
@@ -1019,6 +1056,7 @@ REWARDS = [
 
 RUNS = [
     Case("run", "a checkpoint that is not there", CKPT, "there is no such checkpoint"),
+    Case("run", "a checkpoint without a name", ["ckpt_path="], "ckpt_path is empty; name a checkpoint"),
     Case("run", "the folder of a run instead of its checkpoint", ["ckpt_path={tmp}"], "is a folder, not a checkpoint; name "),
     Case("run", "a checkpoint that is no file of ours", CKPT, "some.ckpt", writes("some.ckpt", "not a checkpoint")),
     Case("run", "a checkpoint cut short", CKPT, "damaged", lambda tmp: (checkpoint({"a": torch.zeros(999)})(tmp), (tmp / "some.ckpt").write_bytes((tmp / "some.ckpt").read_bytes()[:900]))),
@@ -1039,9 +1077,11 @@ RUNS = [
     Case("run", "a best checkpoint by a task that is not there", [*BEST, "checkpoint.keep_best=val/accuracy/sums"], "checkpoint.keep_best=val/accuracy/sums: validation does not measure it; it measures val/accuracy, val/sampled_accuracy"),
     Case("run", "a number for the metric of the best checkpoint", [*BEST, "checkpoint.keep_best=3"], "checkpoint.keep_best=3 has the wrong type"),
     Case("run", "a best checkpoint where validation is off", [*BEST, "checkpoint.keep_best=val/reward", "+trainer.limit_val_batches=0"], "checkpoint.keep_best=val/reward has no effect with trainer.limit_val_batches=0"),
+    Case("run", "a best checkpoint without held-out rows", [*BEST, "checkpoint.keep_best=val/reward", "data.task.num_validation=0"], "checkpoint.keep_best=val/reward has no effect: there are no held-out rows"),
     Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected float"),
     Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
     Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),
+    Case("run", "a trillion processes", ["trainer.devices=1000000000000"], "trainer.devices=1000000000000 must be at most 1024"),
     Case("run", "4-bit weights in parts", ["trainer=fsdp", "model.quantization=nf4", "lora=language"], "trainer=fsdp"),
     Case("run", "8-bit optimizer states in parts", ["trainer=fsdp", "optimizer=adamw_8bit"], "trainer=fsdp"),
     Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),

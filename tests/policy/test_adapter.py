@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -13,6 +14,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.export import export_policy
+from gspo_lightning.policy.fake import _without_weights
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout.adapter_proof import adapter_parts
 from gspo_lightning.rollout.weights import (
@@ -120,6 +122,27 @@ def test_what_would_not_be_exact_is_refused_with_the_reason(name):
     value, line = REFUSED[name]
     with pytest.raises(UserError, match=line):
         LoraSettings(**{name: value})
+
+
+def test_a_rank_above_that_of_every_layer_is_refused(micro_model_dir):
+    load = functools.partial(PolicyLoader, str(micro_model_dir))
+    load(lora=LoraSettings(r=64)).load()
+    with pytest.raises(
+        UserError, match="^model.lora.r=65 is above 64, the highest rank that a layer of this model has"
+    ):
+        load(lora=LoraSettings(r=65)).load()
+
+
+@pytest.mark.parametrize(("r", "line"), [(2, "set model.lora.r=8 model.lora.alpha=8$"), (8, "has no adapter_model")])
+def test_an_estimate_refuses_the_adapters_that_a_run_would_refuse(r, line, micro_model_dir, tmp_path):
+    """What peft does not write into an adapter's config is its default."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if r == 2:
+        (tmp_path / "adapter_model.safetensors").touch()
+    loader = PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=r, adapter=str(tmp_path)))
+    for load in (loader.load, functools.partial(_without_weights, loader)):
+        with pytest.raises(UserError, match=line):
+            load()
 
 
 def test_first_values_that_an_adapter_replaces_are_refused():

@@ -57,7 +57,7 @@ def test_dropout_within_the_language_half_is_refused_and_can_be_switched_off(fol
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["attention_dropout"] = 0.1
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"Set model.overrides to \{text_config: \{attention_dropout: 0.0\}\}$"):
+    with pytest.raises(UserError, match=r"add '\+model.overrides=\{text_config: \{attention_dropout: 0.0\}\}'"):
         PolicyLoader(str(copy)).load()
     without = PolicyLoader(str(copy), overrides={"text_config": {"attention_dropout": 0.0}})
     for model in (without.load().base_model, _without_weights(without)):

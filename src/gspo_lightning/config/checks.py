@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gspo_lightning.advantages import check_combination
-from gspo_lightning.callbacks.best import metrics_of
 from gspo_lightning.config.build import build, check_trainer, time_limits
+from gspo_lightning.config.effects import check_best, check_training, no_effect
 from gspo_lightning.config.hardware import choose_precision, choose_token_budget, on_gpu, ranks
 from gspo_lightning.config.sections import check_sections
 from gspo_lightning.config.targets import check_targets
@@ -25,10 +26,11 @@ from gspo_lightning.rollout.weights import refuse_merging
 from gspo_lightning.training.guarded_step import parameter_groups
 from gspo_lightning.training.trainer_checks import check_precision, check_sampling
 from gspo_lightning.training.update import check_minibatches
-from gspo_lightning.training.validation import ValidationSettings
 
 DEFAULT_ROLLOUTS = 30
 """What max_rollouts=auto is without num_epochs."""
+MOST_PROCESSES = 1024
+"""Most processes of a machine, and most machines: of a mistyped number Lightning would make a list first."""
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -37,6 +39,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: what cannot be resolved, or names and types of `sections.check_sections`.
     """
+    for key in _missing(OmegaConf.to_container(cfg, resolve=False)):
+        raise UserError(f"{key}: is missing; give it a value")
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -48,6 +52,18 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
         plain["update"]["max_tokens_per_microbatch"] = choose_token_budget(plain)
     return plain
+
+
+def _missing(node: Any, key: str = "") -> Iterator[str]:
+    """Keys of the mandatory values that nobody has set; OmegaConf's error may name one that refers to them."""
+    if node == "???":
+        yield key
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from _missing(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _missing(value, f"{key}[{number}]")
 
 
 def check(plain: dict[str, Any], *, training: bool = True) -> None:
@@ -86,7 +102,8 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     if training:
         check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
         _check_schedule(plain)
-        _check_best(plain)
+        check_best(plain)
+        check_training(plain)
         _check_export(plain)
         _check_minibatches(plain)
     else:
@@ -96,6 +113,9 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
 def _check_devices(plain: dict[str, Any]) -> None:
     """First, because they are what a machine cannot get around."""
     trainer = plain["trainer"]
+    for key in ("devices", "num_nodes"):
+        if isinstance(trainer[key], int) and trainer[key] > MOST_PROCESSES:
+            raise UserError(f"trainer.{key}={trainer[key]} must be at most {MOST_PROCESSES}")
     if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
             f"trainer.accelerator={trainer['accelerator']}: there is no GPU here; accelerator=auto uses what there "
@@ -238,26 +258,6 @@ def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
         raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings makes weights infinite")
 
 
-def _check_best(plain: dict[str, Any]) -> None:
-    """A best checkpoint needs validations inside the run, and a metric of theirs; tasks the first of them knows."""
-    metric, validation = plain["checkpoint"]["keep_best"], plain["validation"]
-    if metric is None:
-        return
-    if validation["every_n_rollouts"] is None:
-        raise UserError(
-            f"checkpoint.keep_best={metric} has no effect: there is no validation during the run; set "
-            "validation.every_n_rollouts, to 10 for example"
-        )
-    if plain["trainer"].get("limit_val_batches") == 0:
-        raise UserError(f"checkpoint.keep_best={metric} has no effect with trainer.limit_val_batches=0; remove one")
-    names = metrics_of(validation.get("num_generations", ValidationSettings.num_generations))
-    names += ["val/return"] if plain["environment"] else []
-    if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
-        raise UserError(
-            f"checkpoint.keep_best={metric} must be a validation metric for which higher is better: {', '.join(names)}"
-        )
-
-
 def _check_export(plain: dict[str, Any]) -> None:
     """Folding an adapter into the weights needs one, and weights that do not round it away."""
     export, model = plain["export"], plain["model"]
@@ -286,7 +286,7 @@ def _check_measured(plain: dict[str, Any]) -> None:
 def _check_schedule(plain: dict[str, Any]) -> None:
     scheduler = plain["scheduler"]
     if scheduler.get("name") == "constant" and scheduler.get("min_ratio"):
-        _no_effect(
+        no_effect(
             f"scheduler.min_ratio={scheduler['min_ratio']} has no effect with scheduler.name=constant; remove it, or "
             "set scheduler=cosine or linear",
             plain,
@@ -317,15 +317,8 @@ def _report(plain: dict[str, Any]) -> None:
     )
     for finding in findings:
         if finding.kind == "no_effect":
-            _no_effect(finding.message, plain)
+            no_effect(finding.message, plain)
         elif finding.kind == "warning":
             warnings.warn(finding.message, stacklevel=2)
         else:
             raise UserError(finding.message)
-
-
-def _no_effect(message: str, plain: dict[str, Any]) -> None:
-    """Refuses a setting without effect, or warns where ``allow_no_effect`` asks for that."""
-    if not plain["allow_no_effect"]:
-        raise UserError(f"{message} (allow_no_effect=true turns this into a warning)")
-    warnings.warn(message, stacklevel=3)

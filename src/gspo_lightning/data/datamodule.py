@@ -108,6 +108,11 @@ class PromptDataModule(L.LightningDataModule):
         """Names of the tasks of a mixture, which are validated separately; empty for a single task."""
         return getattr(self.task, "task_names", ())
 
+    @property
+    def num_held_out(self) -> int:
+        """Held-out rows of the task."""
+        return len(self._validation_rows())
+
     def check(self, required_columns: Needed | None = None) -> None:
         """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.
 

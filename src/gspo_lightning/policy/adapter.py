@@ -20,6 +20,8 @@ _NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", r"mamb
 """Modules without adapters: expert routers, by their names in transformers, and a weight that Mamba's kernels read."""
 _SAME = {"r": "r", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 """Name in an adapter's config -> name in `LoraSettings`, of what says how its weights are to be scaled."""
+_BY_DEFAULT = {"r": 8, "lora_alpha": 8, "use_rslora": False}
+"""What peft takes for those that an adapter's config lacks."""
 _OTHERS = ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 """What else makes an adapter another function of its weights."""
 
@@ -87,10 +89,11 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool)
     ``all-linear`` leaves out routers of experts, and modules whose weight a layer reads without calling them.
 
     Raises:
-        UserError: an adapter would be on an embedding whose weight is read without it.
+        UserError: an adapter would be on an embedding whose weight is read without it, or ``r`` is above every rank.
     """
     from peft import LoraConfig, get_peft_model
 
+    _check_rank(model, settings.r)
     without = [] if train_vision else list(vision_parts(model))
     if settings.target_modules == "all-linear":
         without += _NO_ADAPTER
@@ -113,6 +116,13 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, train_vision: bool)
             if re.search(rf"\.({'|'.join(_NO_ADAPTER)})\..*lora_", name):
                 parameter.requires_grad_(False)
     return wrapped
+
+
+def _check_rank(model: nn.Module, r: int) -> None:
+    """No change of a layer has a rank above its smaller side; models with layers of other kinds are not asked."""
+    most = max((min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)), default=r)
+    if r > most:
+        raise UserError(f"model.lora.r={r} is above {most}, the highest rank that a layer of this model has; lower it")
 
 
 def _refuse_embeddings(model: PreTrainedModel) -> None:
@@ -151,6 +161,27 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def check_adapter(wrapped: nn.Module, settings: LoraSettings) -> dict[str, Any]:
+    """Refuses a ``settings.adapter`` of other settings than the new one; returns what its config says.
+
+    Args:
+        wrapped: the result of `add_lora`.
+        settings: of the adapter.
+
+    Raises:
+        UserError: it is not there, or another kind of adapter.
+    """
+    folder = Path(str(settings.adapter)).expanduser()
+    stored, own = {**_BY_DEFAULT, **adapter_config(folder)}, wrapped.peft_config["default"]  # type: ignore[index]
+    wrong = [f"model.lora.{ours}={stored[name]}" for name, ours in _SAME.items() if stored[name] != getattr(own, name)]
+    if wrong:
+        raise UserError(f"model.lora.adapter={folder} was trained with other settings; set {' '.join(wrong)}")
+    for name in _OTHERS:
+        if (stored.get(name) or None) != (getattr(own, name) or None):
+            raise UserError(f"model.lora.adapter={folder}: an adapter with {name}={stored.get(name)} is refused")
+    return stored
+
+
 def load_adapter(wrapped: nn.Module, settings: LoraSettings) -> str:
     """Gives a new adapter the weights of ``settings.adapter``, which must be of the same settings.
 
@@ -164,14 +195,7 @@ def load_adapter(wrapped: nn.Module, settings: LoraSettings) -> str:
     Raises:
         UserError: it is another kind of adapter, or for other modules.
     """
-    folder = Path(str(settings.adapter)).expanduser()
-    stored, own = adapter_config(folder), wrapped.peft_config["default"]  # type: ignore[index]
-    wrong = [f"model.lora.{ours}={stored[name]}" for name, ours in _SAME.items() if stored[name] != getattr(own, name)]
-    if wrong:
-        raise UserError(f"model.lora.adapter={folder} was trained with other settings; set {' '.join(wrong)}")
-    for name in _OTHERS:
-        if (stored.get(name) or None) != (getattr(own, name) or None):
-            raise UserError(f"model.lora.adapter={folder}: an adapter with {name}={stored.get(name)} is refused")
+    stored, folder = check_adapter(wrapped, settings), Path(str(settings.adapter)).expanduser()
     fill(wrapped, folder, "set model.lora.target_modules and model.train_vision as they were in its run")
     return str(stored.get("base_model_name_or_path"))
 

@@ -14,6 +14,7 @@ from transformers.integrations import moe
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import PackedBatch
+from gspo_lightning.policy.adapter import check_adapter
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
@@ -80,7 +81,12 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
         if not loader.train_vision:
             for part in vision_parts(model).values():
                 part.requires_grad_(False)
-        return model if loader.lora is None else add_lora(model, loader.lora, loader.train_vision)
+        if loader.lora is None:
+            return model
+        wrapped = add_lora(model, loader.lora, loader.train_vision)
+        if loader.lora.adapter is not None:
+            check_adapter(wrapped, loader.lora)
+        return wrapped
 
 
 def _override(config: Any, overrides: dict[str, Any]) -> None:

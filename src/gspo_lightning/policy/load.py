@@ -231,7 +231,8 @@ def _refuse_dropout(model: nn.Module) -> None:
     if active:
         wanted = _flow(_dropouts(model.config.to_dict(), instead=0.0))  # type: ignore[union-attr, operator]
         raise UserError(
-            f"the model's config has dropout ({active}); it breaks the ratio. Set model.overrides to {wanted}"
+            f"the model's config has dropout ({active}), with which the ratio would compare noise; add "
+            f"'+model.overrides={wanted}' to the command line"
         )
 
 

@@ -35,6 +35,8 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
     """
     if ckpt_path is None:
         return None
+    if not ckpt_path.strip():
+        raise UserError("ckpt_path is empty; name a checkpoint, or leave it out to start afresh")
     if ckpt_path == AUTO:
         newest = run_dir / "checkpoints" / "last.ckpt"
         if not any(file.exists() for file in _candidates(newest)):
