@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import positive, quickstart_model, read_results, results_file  # noqa: E402
 from benchmarks.scenarios import SCENARIOS, Scenario  # noqa: E402
 from scripts.benchmark import run  # noqa: E402
 
@@ -37,15 +37,12 @@ ROWS: dict[str, tuple[Scenario, Scenario]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "ablation.json")
+    parser.add_argument("--out", type=results_file, default=ROOT / "benchmarks" / "ablation.json")
     arguments = parser.parse_args()
-    model = subprocess.run(
-        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    model = quickstart_model()
     results = earlier(arguments.out, arguments.threads)
     print("| without | rollout, CPU-s | update, CPU-s | peak, GiB | step, times ours |\n|---|---|---|---|---|")
     for name in arguments.rows:
@@ -64,8 +61,8 @@ def main() -> None:
 
 def earlier(out: Path, threads: int) -> dict[str, dict[str, Any]]:
     """Rows that were measured with as many threads stay until they are run again."""
-    found = json.loads(out.read_text()) if out.exists() else {"threads": threads, "rows": {}}
-    return dict(found["rows"]) if found["threads"] == threads else {}
+    found = read_results(out, "threads", "rows")
+    return dict(found["rows"]) if found.get("threads") == threads else {}
 
 
 def facts(result: dict[str, Any]) -> dict[str, float]:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard, processor, vlm  # noqa: E402
+from benchmarks.arguments import peers_python, positive, quickstart_model, read_results, results_file  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.results_plot import plot  # noqa: E402
 from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
@@ -40,18 +41,13 @@ def main() -> None:
         rollout.main()
         return
     arguments = parse()
-    peers = Path(os.environ.get("GSPO_PEERS_VENV", ROOT / ".venv-peers")) / "bin" / "python"
+    peers = peers_python(ROOT)
     sides = {"ours": sys.executable}
     if peers.exists():
         sides["trl"] = str(peers)
     else:
         print("TRL is not installed (bash scripts/setup.sh --peers): measuring ours alone", file=sys.stderr)
-    model = subprocess.run(
-        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    model = quickstart_model()
     if arguments.check or arguments.write_baseline:
         sys.exit(run_guard(model, arguments))
     results = earlier(arguments.out, arguments.threads)
@@ -67,7 +63,6 @@ def main() -> None:
         results[name] = summarise(scenario, rounds, statistics.median(rates))
         print(show(scenario, results[name]), flush=True)
         facts = {"machine": processor.name(), "threads": arguments.threads, "scenarios": results}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
         picture = plot(results, processor.name(), arguments.threads)
         arguments.out.with_suffix(".svg").write_text(picture)
@@ -75,9 +70,8 @@ def main() -> None:
 
 def earlier(out: Path, threads: int) -> dict[str, Result]:
     """Scenarios that were measured on such a machine before and stay in the file until they are measured again."""
-    if not out.exists():
+    if not (facts := read_results(out, "machine", "threads", "scenarios")):
         return {}
-    facts = json.loads(out.read_text())
     same = facts["machine"] == processor.name() and facts["threads"] == threads
     return dict(facts["scenarios"]) if same else {}
 
@@ -86,10 +80,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the quickstart scenario, one round of two steps")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=2, help="times each side runs, in turn")
-    parser.add_argument("--steps", type=int, default=2, help="training steps per run that count")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
+    parser.add_argument("--rounds", type=positive, default=2, help="times each side runs, in turn")
+    parser.add_argument("--steps", type=positive, default=2, help="training steps per run that count")
+    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=results_file, default=ROOT / "benchmarks" / "results.json")
     parser.add_argument("--check", action="store_true", help="compare with benchmarks/baseline.json, without TRL")
     parser.add_argument("--write-baseline", action="store_true", help="write that file")
     arguments = parser.parse_args()

@@ -4,6 +4,9 @@
 #   bash scripts/check.sh [pytest arguments]
 set -euo pipefail
 
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bin="${GSPO_VENV:-$root/.venv}/bin"
 cd "$root"

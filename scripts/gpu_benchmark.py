@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.arguments import peers_python, positive, results_file  # noqa: E402
 from benchmarks.gpu_models import MODELS  # noqa: E402
 from benchmarks.gpu_worker import matmul_rate  # noqa: E402
 from benchmarks.scenarios import VISUAL_TOKENS, Scenario, unique_flops  # noqa: E402
@@ -55,6 +56,8 @@ LEFT_OUT = "left out: --seconds were over"
 def main() -> None:
     arguments = parse()
     device = "cpu" if arguments.tiny else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: no CUDA device is visible to torch; --tiny tries the program out on a CPU")
     names = ["tiny", "tiny-vl"] if arguments.tiny else [name for name in MODELS if not name.startswith("tiny")]
     facts: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
     if device == "cuda":
@@ -107,9 +110,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["table", "sweeps", "variants"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--steps", type=int, default=2, help="of our side of the table that count")
+    parser.add_argument("--steps", type=positive, default=2, help="of our side of the table that count")
     parser.add_argument("--seconds", type=float, default=threading.TIMEOUT_MAX, help="what does not fit is left out")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
+    parser.add_argument("--out", type=results_file, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--tiny", action="store_true", help="a random model of no size, on the CPU")
     return parser.parse_args()
 
@@ -127,9 +130,8 @@ def case(model: str, scenario: Scenario, device: str, steps: int, **options: Any
 
 def peer_python() -> str | None:
     """The Python that has TRL; None if none has."""
-    peers = Path(os.environ.get("GSPO_PEERS_VENV", ROOT / ".venv-peers")) / "bin" / "python"
-    if peers.exists():
-        return str(peers)
+    if (python := peers_python(ROOT)).exists():
+        return str(python)
     if importlib.util.find_spec("trl") is not None:
         return sys.executable
     print("TRL is not installed (bash scripts/setup.sh --peers): measuring ours alone", file=sys.stderr)

@@ -9,6 +9,10 @@
 # GSPO_PYTHON   the Python to run with (default: that of GSPO_VENV, or of .venv, or python3)
 set -euo pipefail
 
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  -*) echo "gpu_check: error: unknown option $1; see --help" >&2; exit 2 ;;
+esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="$(mkdir -p "${1:-$root/benchmarks}" && cd "${1:-$root/benchmarks}" && pwd)"
 python="${GSPO_PYTHON:-${GSPO_VENV:-$root/.venv}/bin/python}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import positive, quickstart_model, results_file  # noqa: E402
 from benchmarks.scenarios import Scenario  # noqa: E402
 from scripts.benchmark import run  # noqa: E402
 
@@ -36,14 +36,11 @@ Point = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "growth.json")
+    parser.add_argument("--out", type=results_file, default=ROOT / "benchmarks" / "growth.json")
     arguments = parser.parse_args()
-    model = subprocess.run(
-        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    model = quickstart_model()
     results: dict[str, list[Point]] = {}
     for name in arguments.sweeps:
         results[name] = []

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import peers_python, positive, quickstart_model, read_results, results_file  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.quality_plot import plot, summary  # noqa: E402
 
@@ -33,14 +34,17 @@ Curve = dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rollouts", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quality.json")
+    parser.add_argument("--rollouts", type=positive, default=20)
+    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=results_file, default=ROOT / "benchmarks" / "quality.json")
     parser.add_argument("--plot-only", action="store_true", help="draw what --out holds")
     arguments = parser.parse_args()
     if not arguments.plot_only:
+        if not peers_python(ROOT).exists():
+            sys.exit("error: TRL is not installed; run bash scripts/setup.sh --peers")
         measure(arguments.seeds, arguments.rollouts, arguments.threads, arguments.out)
-    results = json.loads(arguments.out.read_text())
+    if not (results := read_results(arguments.out, "curves")):
+        sys.exit(f"error: {arguments.out} is not there; --plot-only draws what an earlier measurement wrote")
     print(summary(results["curves"]))
     arguments.out.with_suffix(".svg").write_text(plot(results["curves"]))
 
@@ -62,7 +66,8 @@ def run_ours(seed: int, rollouts: int, environment: dict[str, str]) -> Curve:
             sys.executable, "train.py", f"seed={seed}", f"max_rollouts={rollouts}", "data.task.num_validation=8",
             "export.enabled=false", f"hydra.run.dir={folder}",
         ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        if code := subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(code)  # it has said why
         with (Path(folder) / "metrics.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
     ends = list(accumulate(float(row["time/step_s"]) for row in rows))
@@ -71,13 +76,10 @@ def run_ours(seed: int, rollouts: int, environment: dict[str, str]) -> Curve:
 
 def run_trl(seed: int, rollouts: int, environment: dict[str, str]) -> Curve:
     """TRL's GRPOTrainer with the same settings, in its own environment."""
-    python = Path(os.environ.get("GSPO_PEERS_VENV", ROOT / ".venv-peers")) / "bin" / "python"
-    model = subprocess.run(
-        [sys.executable, "-m", "gspo_lightning.policy.bundled", "smollm2-135m-instruct"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
-    command = [str(python), "-m", "benchmarks.quality_trl", model, str(seed), str(rollouts)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    command = [str(peers_python(ROOT)), "-m", "benchmarks.quality_trl", quickstart_model(), str(seed), str(rollouts)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
     curve: Curve = json.loads(done.stdout.strip().splitlines()[-1])
     return curve
 

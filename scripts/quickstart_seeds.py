@@ -22,7 +22,8 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = arguments.out.resolve() / str(seed)
         command = [sys.executable, "train.py", f"seed={seed}", f"hydra.run.dir={folder}", *overrides]
-        subprocess.run(command, cwd=ROOT, check=True)
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit(code)  # it has said why
     print(table([arguments.out / str(seed) for seed in arguments.seeds]))
 
 

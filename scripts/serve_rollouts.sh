@@ -47,7 +47,15 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
-[[ "$servers" =~ ^[1-9][0-9]*$ ]] || die "--servers $servers is no number of servers; give 1 or more"
+whole() { [[ "$2" =~ ^[1-9][0-9]{0,8}$ ]] || die "$1 $2 is no number $3; give 1 or more"; }
+whole --servers "$servers" "of servers"
+whole --port "$port" "of a port"
+whole --max-model-len "$length" "of tokens"
+[ -z "$lora" ] || whole --lora "$lora" "for a rank"
+case "$dtype" in
+  "" | float32 | bfloat16) ;;
+  *) die "--dtype $dtype is neither float32 nor bfloat16" ;;
+esac
 cards=()
 if [ -n "$gpus" ]; then
   [[ "$gpus" =~ ^[A-Za-z0-9/-]+([,+][A-Za-z0-9/-]+)*$ ]] || die "--gpus $gpus is no list of GPUs; write it like 1,2"

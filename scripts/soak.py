@@ -1,6 +1,6 @@
 """A long run of the micro model, watched from outside: memory, open files, threads and speed must stay flat.
 
-    bash scripts/soak.sh [ROLLOUTS]
+    bash scripts/soak.sh [ROLLOUTS, default 2000]
 
 Samples /proc of the training process, and compares the second quarter of the run with the last one. Exit code 1 where
 memory has grown by 1 % or more, where there are more files or threads, or where a rollout takes 10 % longer.
@@ -8,6 +8,7 @@ memory has grown by 1 % or more, where there are more files or threads, or where
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+LEAST = 200
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,17 @@ def verdict(samples: list[Sample], step_s: list[float]) -> list[tuple[str, float
     return rows
 
 
+def enough(text: str) -> int:
+    """A number of rollouts, for argparse; with fewer the quarters would hold next to no samples."""
+    if not text.isdecimal() or int(text) < LEAST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rollouts of at least {LEAST}")
+    return int(text)
+
+
 def main() -> None:
-    rollouts = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    parser = argparse.ArgumentParser(prog="soak.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rollouts", nargs="?", type=enough, default=2000, metavar="ROLLOUTS")
+    rollouts = parser.parse_args().rollouts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         samples = watch(folder, rollouts)

@@ -307,7 +307,7 @@ def test_a_comment_that_zsh_hands_on_is_refused_before_anything_is_installed(
         assert sandbox.calls == []
 
 
-@pytest.mark.parametrize("name", ["setup", "quickstart", "test", "serve_rollouts"])
+@pytest.mark.parametrize("name", ["setup", "quickstart", "test", "serve_rollouts", "check", "gpu_check"])
 def test_help_is_the_comment_at_the_top_and_its_sed_program_is_one_of_macos_too(sandbox: Sandbox, name: str) -> None:
     """The sed of BSD wants each command to end before a closing brace."""
     result = sandbox.run(f"scripts/{name}.sh", "--help")

@@ -129,9 +129,14 @@ def test_the_servers_see_the_gpus_that_were_printed(serve):
         (["--servers", "2", "--gpus", "1+2,2"], "--gpus 1+2,2 names a GPU twice; give every server its own"),
         (["--servers", "2", "--gpus", "1,"], "--gpus 1, is no list of GPUs; write it like 1,2"),
         (["--servers", "two"], "--servers two is no number of servers; give 1 or more"),
+        (["--lora", "x"], "--lora x is no number for a rank; give 1 or more"),
+        (["--lora", "0"], "--lora 0 is no number for a rank; give 1 or more"),
+        (["--port", "http"], "--port http is no number of a port; give 1 or more"),
+        (["--max-model-len", "2k"], "--max-model-len 2k is no number of tokens; give 1 or more"),
+        (["--dtype", "float7"], "--dtype float7 is neither float32 nor bfloat16"),
     ],
 )
-def test_gpus_that_do_not_fit_the_servers_are_refused_in_one_line(arguments, line, serve):
+def test_values_that_are_none_and_gpus_that_do_not_fit_the_servers_are_refused_in_one_line(arguments, line, serve):
     result, _ = serve(".venv", arguments=["--print", *arguments])
     assert (result.returncode, result.stdout, result.stderr) == (1, "", f"serve_rollouts: error: {line}\n")
 
