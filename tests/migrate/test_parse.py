@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
+from gspo_lightning.migrate.__main__ import main
 
 
 def test_the_call_of_grpo_config_is_found_among_other_configs():
@@ -66,3 +69,23 @@ def test_what_cannot_be_read_is_refused_in_one_line(text, message):
     with pytest.raises(UserError) as caught:
         convert(parse_config(text))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[" * 100_000, "the config is nested too deeply, or contains itself"),
+        ("a: &x [*x]", "the config is nested too deeply, or contains itself"),
+        ("5", "the config is neither JSON, YAML nor Python: it is a value without a key"),
+    ],
+    ids=["deep", "endless", "a number"],
+)
+def test_what_no_config_looks_like_is_refused_in_one_line(text, line):
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        parse_config(text)
+
+
+def test_standard_input_that_is_no_text_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    assert main(["-"]) == 2
+    assert capsys.readouterr().err.startswith("error: -: cannot read the file ('utf-8' codec can't decode byte 0xff")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 
@@ -126,6 +127,31 @@ def refused(adapter, target, match, **options):
         warnings.simplefilter("ignore")
         merge_adapter(adapter, target, **options)
     assert not list(target.parent.glob(".*.tmp")), "leftovers"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("../config.yaml", b"\xff", "config.yaml of the adapter's run cannot be read ('utf-8' codec"),
+        ("../config.yaml", b"a: [", "config.yaml of the adapter's run cannot be read (while parsing"),
+        (
+            "../config.yaml",
+            b"model: {dtype: float7}",
+            "config.yaml of the adapter's run has model.dtype=float7, which is",
+        ),
+        ("tokenizer.json", b"\xff", "model: the tokenizer next to the adapter cannot be used ("),
+        ("adapter_model.safetensors", b"\xff", "model does not fit the model (SafetensorError: "),
+    ],
+)
+def test_a_broken_file_of_the_adapter_is_named_in_one_line(name, content, line, own, tmp_path):
+    (own / name).write_bytes(content)
+    refused(own, tmp_path / "out", re.escape(line))
+
+
+def test_a_card_that_is_no_text_does_not_stop_a_merge(own, tmp_path):
+    (own / "README.md").write_bytes(b"\xff")
+    merge_adapter(own, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_what_cannot_be_merged_is_refused_in_one_line(own, micro_model_dir, tmp_path):

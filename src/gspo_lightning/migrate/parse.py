@@ -27,13 +27,21 @@ def parse_config(text: str) -> dict[str, Any]:
     Raises:
         UserError: the text has none of the three forms, or a value is not a literal; names the line or the key.
     """
+    try:
+        return _parsed(text)
+    except RecursionError as error:
+        raise UserError("the config is nested too deeply, or contains itself") from error
+
+
+def _parsed(text: str) -> dict[str, Any]:
     tree = _python(text)
     if tree is not None and (call := _call(tree)) is not None:
         return _keywords(tree, call)
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
-        raise UserError(f"the config is neither JSON, YAML nor Python: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split()) or "it is a value without a key"
+        raise UserError(f"the config is neither JSON, YAML nor Python: {why}") from error
     if not isinstance(content, dict) or not content or all(value is None for value in content.values()):
         raise UserError("the config has no keys: give `key: value` lines, or the keyword arguments of a GRPOConfig")
     return {str(key): value for key, value in content.items()}

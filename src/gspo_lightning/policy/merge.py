@@ -22,7 +22,7 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import Dtype, PolicyLoader
 from gspo_lightning.policy.quantization import is_mxfp4
-from gspo_lightning.policy.reading import load_config
+from gspo_lightning.policy.reading import load_config, reading
 from gspo_lightning.report.model_card import whole_card
 
 
@@ -74,9 +74,14 @@ def merge_adapter(adapter: Path, target: Path, base: str | None = None, dtype: D
 def _settings_of_run(adapter: Path) -> dict[str, Any]:
     """``config.yaml`` of the run that exported the adapter; empty sections if it is not there."""
     file = adapter.resolve().parent / "config.yaml"
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise UserError(f"{file} of the adapter's run cannot be read ({cause}); restore it, or move it away") from error
     content = content if isinstance(content, dict) else {}
-    return {key: content.get(key) or {} for key in ("model", "trainer")}
+    sections = {key: content.get(key) or {} for key in ("model", "trainer")}
+    return {key: section if isinstance(section, dict) else {} for key, section in sections.items()}
 
 
 def _dtype(run: dict[str, Any]) -> Dtype:
@@ -84,6 +89,8 @@ def _dtype(run: dict[str, Any]) -> Dtype:
     if run["trainer"].get("precision") == "bf16-true":
         return "bfloat16"
     dtype: Dtype = run["model"].get("dtype", "float32")
+    if dtype not in get_args(Dtype):
+        raise UserError(f"config.yaml of the adapter's run has model.dtype={dtype}, which is none; give --dtype")
     return dtype
 
 
@@ -127,13 +134,17 @@ def _merged(loader: PolicyLoader, adapter: Path) -> nn.Module:
 def _tokenizer(adapter: Path, loader: PolicyLoader) -> PreTrainedTokenizerBase:
     """The tokenizer next to the adapter, which has the template it was trained with; else that of the base."""
     if (adapter / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
+        try:
+            with reading(str(adapter), "the tokenizer next to the adapter", "restore it, or move it away"):
+                return AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
+        except UserError as error:
+            raise UserError(str(error).removeprefix("model.path=")) from error
     return loader.load_tokenizer()
 
 
 def _write_card(adapter: Path, target: Path) -> None:
     card = adapter / "README.md"
-    text = whole_card(card.read_text(encoding="utf-8")) if card.is_file() else None
+    text = whole_card(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     if text is not None:
         (target / "README.md").write_text(text, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -13,23 +14,37 @@ from gspo_lightning.errors import UserError
 Series = list[tuple[float, float]]
 
 
+def read_text(path: Path) -> str:
+    """The content of a text file of a run.
+
+    Raises:
+        UserError: it is a folder, not UTF-8, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path}: cannot be read ({why}); restore it, or move it away") from error
+
+
 def read_metrics(run_dir: Path) -> dict[str, Series]:
     """Column -> (step, value) of each row with a finite value there; empty if there is no ``metrics.csv``.
 
     Raises:
-        UserError: a cell is not a number.
+        UserError: the file cannot be read, has no steps, or a cell is not a number.
     """
     path = run_dir / "metrics.csv"
     series: dict[str, Series] = {}
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            values = {name: _number(cell, f"{path}:{line}: column {name}") for name, cell in row.items() if cell}
-            step = values.pop("step")
-            for name, value in values.items():
-                if math.isfinite(value):
-                    series.setdefault(name, []).append((step, value))
+    for line, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), start=2):
+        if None in row or not row.get("step"):
+            raise UserError(f"{path}:{line}: is no row of a run's metrics; fix or remove that row")
+        values = {name: _number(cell, f"{path}:{line}: column {name}") for name, cell in row.items() if cell}
+        step = values.pop("step")
+        for name, value in values.items():
+            if math.isfinite(value):
+                series.setdefault(name, []).append((step, value))
     return series
 
 
@@ -42,8 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+        content = json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); remove it and write the report again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; remove it and write the report again")

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.report.config_tree import looked_up
-from gspo_lightning.report.files import Series, read_json, read_metrics
+from gspo_lightning.report.files import Series, read_json, read_metrics, read_text
 
 _PLACES = ("logger.", "ckpt_path", "traceback", "checkpoint.", "export.")
 """Settings of what a run reads, writes and prints, not of how it trains."""
@@ -147,9 +147,11 @@ def _read_run(folder: Path) -> Run:
     if not path.exists():
         raise UserError(f"{path}: is missing, so the run cannot be told apart from others")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException) as error:
+        content = OmegaConf.to_container(OmegaConf.create(read_text(path)))
+    except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no settings; restore it, or leave the run out")
     return Run(folder, flatten(content), read_metrics(folder), read_json(folder / "summary.json"))
 
 
