@@ -88,7 +88,9 @@ def test_a_run_closes_its_engine_also_upon_an_error(work, fails, tmp_path, monke
         engine=engine, rewards=rewards, validator=SimpleNamespace(), last_validation={}, validation_samples=[]
     )
     monkeypatch.setattr(cli, "build_module", lambda plain, rewards: module)
-    monkeypatch.setattr(cli, "build_data", lambda plain, rewards: SimpleNamespace(rollouts_per_epoch=None))
+    monkeypatch.setattr(
+        cli, "build_data", lambda plain, rewards: SimpleNamespace(rollouts_per_epoch=None, num_held_out=8)
+    )
     trainer = SimpleNamespace(validate=execute, is_global_zero=False, global_rank=0, world_size=1)
     monkeypatch.setattr(cli, "build_trainer", lambda *_: trainer)
     monkeypatch.setattr(cli, "TrainingRun", lambda *_: SimpleNamespace(execute=execute, stopped=""))
