@@ -291,6 +291,8 @@ def _quieten() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # About names of routers, which the pattern of `add_lora` has for every model.
     warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+    # Without held-out rows, where the line of the screen says nan.
+    warnings.filterwarnings("ignore", message="The ..compute.. method of metric MeanMetric was called before")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # What is logged is already a mean over all ranks.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")

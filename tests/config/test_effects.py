@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -53,6 +54,17 @@ def test_a_best_checkpoint_among_one_is_said(every, rollouts, warns):
         f"checkpoint.keep_best=val/reward chooses among one: with validation.every_n_rollouts={every} the only "
         "validation of 3 rollouts is the last, and best.ckpt will be last.ckpt"
     ] * warns
+
+
+@pytest.mark.filterwarnings("default")
+def test_lines_of_libraries_about_what_is_ours_or_not_there_are_not_shown(caplog):
+    with warnings.catch_warnings(record=True) as said:
+        cli._quieten()
+        warnings.warn("You have passed exclude_modules=.*gate.* but no modules were excluded.", stacklevel=1)
+        warnings.warn("The ``compute`` method of metric MeanMetric was called before the ``update``", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+    assert [str(w.message) for w in said] == ["another"] and not caplog.records
 
 
 def test_training_without_held_out_rows_is_allowed():
