@@ -23,6 +23,8 @@ class AdvantageEstimator:
 
     A reward that equals the baseline gets exactly zero, whatever the rounded mean is: the mean of 0.1, 0.2 and 0.3 is
     not quite 0.2. So does a whole group whose rewards are all equal (`silent_groups`).
+
+    A subclass with ``state_dict()`` and ``load_state_dict(state)`` may keep something from rollout to rollout.
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "group"

@@ -39,6 +39,7 @@ from gspo_lightning.training.collect import collect_rollout, compare, rollout_me
 from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.one_step_off import OneStepOff
+from gspo_lightning.training.part_states import check_states, states_of
 from gspo_lightning.training.prompt_source import PromptSource, prompt_source
 from gspo_lightning.training.rollout_log import forget, rollout_values
 from gspo_lightning.training.rollout_update import RolloutUpdate
@@ -135,6 +136,7 @@ class GSPOModule(L.LightningModule):
         self.counts = dict.fromkeys(names, 0)
         self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
         self._drawn = Drawn()
+        self.states_before: dict[str, Any] | None = None  # of the parts, from before the rollout in hand
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
@@ -194,6 +196,7 @@ class GSPOModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuses Trainer settings under which training would be wrong; a model that cannot be packed runs padded."""
         check_fit(self)
+        check_states(self)
         self._choose_forward()
 
     def on_validation_start(self) -> None:
@@ -229,6 +232,7 @@ class GSPOModule(L.LightningModule):
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
             return -1
+        self.states_before = states_of(self)
         check_batch(batch, self)
         self.stopwatch.reset()
         self.batch_in_hand = batch
@@ -354,6 +358,7 @@ class GSPOModule(L.LightningModule):
         self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
         if (source := prompt_source(self.trainer)) is not None:
             source.finish(self.batch_in_hand)
+        self.states_before = None
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
 

@@ -7,6 +7,8 @@ import math
 from numbers import Real
 from typing import Any, cast
 
+from gspo_lightning.errors import UserError
+
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
 """Exceptions that users' code may raise and an error line must name; Ctrl-C is not among them."""
 
@@ -28,6 +30,26 @@ def copied(value: Any) -> Any:
 
 
 _CONTAINERS = frozenset({dict, list, set, tuple})
+
+
+def keeps_state(part: Any, name: str) -> bool:
+    """Whether a part of a user's own has a state that checkpoints hold: ``state_dict`` and ``load_state_dict``.
+
+    Args:
+        part: an object with a state of its own, or without one.
+        name: of the part in the message.
+
+    Raises:
+        UserError: it has only one of the two methods.
+    """
+    found = [method for method in ("state_dict", "load_state_dict") if callable(getattr(part, method, None))]
+    if len(found) == 1:
+        (missing,) = {"state_dict", "load_state_dict"} - set(found)
+        raise UserError(
+            f"{name} ({type(part).__name__}) has {found[0]} but no {missing}; give it both, and its state is saved in "
+            "checkpoints and restored on a resume, or neither"
+        )
+    return bool(found)
 
 
 def finite_number(value: Any) -> float | None:

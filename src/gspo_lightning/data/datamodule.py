@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.columns import Needed, as_mapping, check_columns, checked_prompt
+from gspo_lightning.data.parts import BatchWhenRead, tasks_within
 from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt, with_schemas
@@ -24,6 +25,7 @@ from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.reading import load_config, load_tokenizer
 from gspo_lightning.policy.vision import has_vision
 from gspo_lightning.types import Messages, Prompt, PromptBatch
+from gspo_lightning.users_code import keeps_state
 
 OverlongPrompts = Literal["error", "drop"]
 
@@ -80,6 +82,8 @@ class PromptDataModule(L.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._held_out: list[Row] | None = None
         self._taken: set[str] = set()
+        self.has_state = any([keeps_state(part, key) for key, part in self.tasks_by_key.items()])
+        self._made: tuple[int, PromptBatch] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,6 +116,11 @@ class PromptDataModule(L.LightningDataModule):
     def num_held_out(self) -> int:
         """Held-out rows of the task."""
         return len(self._validation_rows())
+
+    @property
+    def tasks_by_key(self) -> dict[str, Any]:
+        """The task and those within it, by their keys in a config; checkpoints hold the states of those that have one."""
+        return tasks_within(self.task, "data.task")
 
     def check(self, required_columns: Needed | None = None) -> None:
         """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.
@@ -147,6 +156,7 @@ class PromptDataModule(L.LightningDataModule):
             if self.chat_template_kwargs and isinstance(prompt.prompt, str):
                 raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
             check_columns(prompt.sample, required_columns or {}, f"row {prompt.uid}")
+        self._made = None
 
     def _prompts_to_check(self) -> Iterator[Prompt]:
         yield from self._rollout(0).prompts
@@ -163,6 +173,7 @@ class PromptDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues at the position of the checkpoint."""
         self.cursor, self.dropped_prompts = state_dict["cursor"], state_dict["dropped_prompts"]
+        self._made = None
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
         """An endless loader of rollout batches, beginning at ``cursor``."""
@@ -233,6 +244,14 @@ class PromptDataModule(L.LightningDataModule):
         return PromptBatch(everyone.prompts[rank() * size : (rank() + 1) * size], everyone.cursor, everyone.dropped)
 
     def _rollout(self, cursor: int) -> PromptBatch:
+        """The prompts of all ranks; a task with a state is asked for them once."""
+        if not self.has_state:
+            return self._make_rollout(cursor)
+        if self._made is None or self._made[0] != cursor:
+            self._made = cursor, self._make_rollout(cursor)
+        return self._made[1]
+
+    def _make_rollout(self, cursor: int) -> PromptBatch:
         """The prompts of all ranks, since rows that are too long decide where a rank's share begins."""
         prompts: list[Prompt] = []
         dropped = drops_in_a_row = epochs_begun = 0
@@ -310,6 +329,8 @@ class _Batches(IterableDataset[PromptBatch]):
         self.datamodule = datamodule
 
     def __iter__(self) -> Iterator[PromptBatch]:
+        while self.datamodule.has_state:
+            yield BatchWhenRead(self.datamodule.first)
         cursor = self.datamodule.cursor
         while True:
             batch = self.datamodule.batch_at(cursor)

@@ -13,7 +13,10 @@ Row = dict[str, Any]
 
 
 class Task(Protocol):
-    """Rows with at least ``prompt`` (a string or a list of messages); other columns go to rewards."""
+    """Rows with at least ``prompt`` (a string or a list of messages); other columns go to rewards.
+
+    A task with ``state_dict()`` and ``load_state_dict(state)`` may make its training rows of that state too.
+    """
 
     @property
     def name(self) -> str:

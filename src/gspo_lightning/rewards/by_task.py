@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.calling import SERVICES
+
+
+def object_of(function: Callable[..., Any]) -> Any:
+    """The object that a reward function is, is a method of, or hands its calls to: the one that may have a state."""
+    while True:
+        if isinstance(function, ForTasks):
+            function = function.function
+        elif isinstance(function, functools.partial):
+            function = function.func
+        else:
+            return function.__self__ if inspect.ismethod(function) else function
 
 
 class ForTasks:

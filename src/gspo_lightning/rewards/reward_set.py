@@ -20,11 +20,11 @@ from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.by_task import ForTasks
+from gspo_lightning.rewards.by_task import ForTasks, object_of
 from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
 from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.types import Completion, Metrics, Prompt
-from gspo_lightning.users_code import finite_number
+from gspo_lightning.users_code import finite_number, keeps_state
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -68,6 +68,13 @@ class RewardSet:
         """The values that the functions logged in the last call."""
         self._workers: dict[str, Worker] = {}
         for name, spec in functions.items():
+            has_state = keeps_state(object_of(spec.function), f"reward function {name}")
+            if has_state and spec.timeout_s is not None:
+                raise UserError(
+                    f"reward function {name} has a state (state_dict) and timeout_s={spec.timeout_s}: its process would "
+                    "keep the state from the checkpoints; set timeout_s to null, or take state_dict and "
+                    "load_state_dict away"
+                )
             if spec.timeout_s is not None:
                 try:
                     self._workers[name] = Worker(Caller(spec.function))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.distributed.ranks import rank, whole
 from gspo_lightning.errors import UserError
+from gspo_lightning.training.part_states import gathered_states, restore_states, states_of
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -49,7 +50,7 @@ def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, 
 
 
 def run_state(module: GSPOModule) -> dict[str, Any]:
-    """Counters, the rollout generated ahead, and a reference that has moved. All ranks must call it together."""
+    """Counters, states of parts, the rollout generated ahead, a reference that has moved. All ranks must call it together."""
     from gspo_lightning import __version__
 
     state = {
@@ -58,6 +59,8 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
         "counts": dict(module.counts),
         "nonfinite_in_a_row": module.guarded_step.nonfinite_in_a_row,
         "optimizer": _made_class(module),
+        # While a rollout is in hand, those from before it: a resumed run collects it again.
+        "parts": gathered_states(states_of(module) if module.states_before is None else module.states_before),
     }
     if module.ahead is not None:
         state["ahead"] = module.ahead.state_dict()
@@ -101,6 +104,7 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     # The pace of the next rollout is measured by what it adds to these.
     module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+    restore_states(module, state.get("parts", {}))
     if module.ahead is not None and module.policy is not None:
         module.ahead.load_state_dict(state.get("ahead", {}), module.policy)
     for policy, weights in zip(module.references, state.get("reference", ()), strict=False):

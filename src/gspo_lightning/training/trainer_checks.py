@@ -12,6 +12,7 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.types import PromptBatch
+from gspo_lightning.users_code import keeps_state
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -209,6 +210,7 @@ def check_advantages(advantages: Any) -> None:
         raise UserError(
             "advantages: not an AdvantageEstimator; subclass it and override __call__(self, rewards, everyone=None)"
         )
+    keeps_state(advantages, "advantages")
 
 
 def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:

@@ -1,0 +1,56 @@
+"""Tasks that may have a state, and the batch of one that has: made when it is needed and not when it is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from gspo_lightning.data.first_rows import FirstRows
+from gspo_lightning.data.mixture import Mixture
+from gspo_lightning.data.tasks import Task
+from gspo_lightning.types import Prompt, PromptBatch
+
+
+def tasks_within(task: Task, key: str) -> dict[str, Any]:
+    """The task and those that a `Mixture` or `FirstRows` takes its rows from, by their keys in a config."""
+    found: dict[str, Any] = {key: task}
+    if isinstance(task, FirstRows):
+        found |= tasks_within(task.task, f"{key}.task")
+    if isinstance(task, Mixture):
+        for name, inner in task.tasks.items():
+            found |= tasks_within(inner, f"{key}.tasks.{name}")
+    return found
+
+
+class BatchWhenRead(PromptBatch):
+    """A batch that is made when it is first read.
+
+    Lightning fetches a batch before the rollout before it has ended: a task with a state would make its rows too early,
+    and a checkpoint would hold a state that has already moved on.
+
+    Args:
+        make: makes the batch.
+    """
+
+    def __init__(self, make: Callable[[], PromptBatch]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> PromptBatch:
+        return self._make()
+
+    @property
+    def prompts(self) -> list[Prompt]:  # type: ignore[override]
+        """This rank's share of the rollout."""
+        return self._made.prompts
+
+    @property
+    def cursor(self) -> int:  # type: ignore[override]
+        """Position of the prompt stream after this batch."""
+        return self._made.cursor
+
+    @property
+    def dropped(self) -> int:  # type: ignore[override]
+        """Prompts left out of this batch because they are too long, over all ranks."""
+        return self._made.dropped
