@@ -51,6 +51,13 @@ from gspo_lightning.training.run_state import (
     restore_run_state,
     run_state,
 )
+from gspo_lightning.training.sampling_change import (
+    check_change,
+    check_lengths,
+    follow,
+    plain_sampling,
+    say_begins_later,
+)
 from gspo_lightning.training.schedule import Schedule, move_to
 from gspo_lightning.training.timing import Stopwatch
 from gspo_lightning.training.trainer_checks import (
@@ -121,7 +128,9 @@ class GSPOModule(L.LightningModule):
                     f"dynamic_sampling.max_draws={max_draws} and rollout.engine.staleness=1 exclude each other: which "
                     "prompts come next is known only after this rollout; set one of them to 0"
                 )
-        self.objective, self.advantages, self.sampling = objective, advantages or AdvantageEstimator(), sampling
+        self.objective, self.advantages = objective, advantages or AdvantageEstimator()
+        self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
+        self._length_follows = objective.max_completion_length == sampling.max_completion_length
         check_advantages(self.advantages)
         self.optimizer_factory, self.schedule = optimizer, schedule or Schedule("constant")
         self.update_settings = update or UpdateSettings()
@@ -143,6 +152,32 @@ class GSPOModule(L.LightningModule):
         self.validation_samples: list[dict[str, Any]] = []
 
     # ---------------------------------------------------------------- set-up
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How the completions of the next rollout are drawn. May be set during a run, on all ranks alike.
+
+        Validation follows, and so does ``objective.max_completion_length`` if it was the same. The current rollout, and
+        one sampled ahead, keep the settings they were asked with. Checkpoints hold what was set.
+
+        Raises:
+            UserError: the settings are refused, see `training.sampling_change.check_change`; nothing has changed then.
+        """
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: SamplingParams) -> None:
+        sampling = plain_sampling(sampling)
+        check_change(self, sampling)
+        if self._length_follows:
+            self.objective = follow(self.objective, self._sampling, sampling)
+        self._sampling = sampling
+        self.validator.set_sampling(sampling)
+
+    @property
+    def current_objective(self) -> Objective:
+        """The objective of the current rollout, whose completions may have another limit than those of the next one."""
+        return follow(self.objective, self._sampling, self.sampled_with) if self._length_follows else self.objective
 
     def configure_model(self) -> None:
         """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""
@@ -197,6 +232,7 @@ class GSPOModule(L.LightningModule):
         """Refuses Trainer settings under which training would be wrong; a model that cannot be packed runs padded."""
         check_fit(self)
         check_states(self)
+        check_lengths(self, self.sampling)
         self._choose_forward()
 
     def on_validation_start(self) -> None:
@@ -237,6 +273,11 @@ class GSPOModule(L.LightningModule):
         self.stopwatch.reset()
         self.batch_in_hand = batch
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
+        self.sampled_with = self.sampling
+        if self.ahead is not None:
+            seed = rollout_seed(self.seed, self.rollouts_done)
+            self.sampled_with = self.ahead.sampling_of(batch.prompts, seed) or self.sampling
+            say_begins_later(self)
         with self.trainer.precision_plugin.forward_context():
             if self.max_draws:
                 source = self._source("dynamic_sampling.max_draws")
@@ -253,7 +294,7 @@ class GSPOModule(L.LightningModule):
     def _collect(self, prompts: list[Prompt]) -> RewardedRollout:
         assert self.policy is not None
         return collect_rollout(
-            self.policy, self.engine, self.rewards, prompts, self.sampling,
+            self.policy, self.engine, self.rewards, prompts, self.sampled_with,
             seed=rollout_seed(self.seed, self.rollouts_done), stopwatch=self.stopwatch,
         )  # fmt: skip
 
@@ -266,7 +307,7 @@ class GSPOModule(L.LightningModule):
     def _run_along(self) -> None:
         """Calls the engine without prompts, because other ranks call it with some."""
         assert self.policy is not None
-        self.engine.generate(self.policy, [], self.sampling, rollout_seed(self.seed, self.rollouts_done))
+        self.engine.generate(self.policy, [], self.sampled_with, rollout_seed(self.seed, self.rollouts_done))
 
     def _source(self, setting: str) -> PromptSource:
         """The data module, which prompts are asked of: the loader fetches ahead, so its batches are stale."""

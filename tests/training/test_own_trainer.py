@@ -88,7 +88,9 @@ def test_an_adapter_may_be_trained_in_bf16_true(micro_model_dir):
 )
 def test_rollouts_that_teach_nothing_are_refused(sampling, line, micro_model_dir):
     module = build_module(micro_model_dir, Settings())
-    module.sampling = replace(module.sampling, **sampling)
+    with pytest.raises(UserError, match=line):
+        module.sampling = replace(module.sampling, **sampling)
+    module._sampling = replace(module.sampling, **sampling)  # as the module may have been made
     with pytest.raises(UserError, match=line):
         fit(module)
 

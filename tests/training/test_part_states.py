@@ -357,8 +357,8 @@ def test_parts_that_come_and_go_are_named(micro_model_dir, tmp_path):
     fit(made(micro_model_dir, rewards={"a": Tiring(), "b": plain, "c": Tiring()}), save=path)
     module = made(micro_model_dir, rewards={"a": Odd(), "b": Tiring(), "c": plain})
     assert lines_of_resume(module, path) == [
-        "ckpt_path: reward function a (Odd) begins anew: the checkpoint has only one of Tiring in its place",
-        "ckpt_path: reward function b (Tiring) begins anew: the checkpoint has none in its place",
+        "ckpt_path: reward function a (Odd) starts afresh: the checkpoint has only one of Tiring in its place",
+        "ckpt_path: reward function b (Tiring) starts afresh: the checkpoint has none in its place",
         "ckpt_path: the checkpoint has a state of reward function c (Tiring), which this run does not have or which "
         "has no state here; it is dropped",
     ]

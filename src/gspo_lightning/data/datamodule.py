@@ -82,7 +82,7 @@ class PromptDataModule(L.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._held_out: list[Row] | None = None
         self._taken: set[str] = set()
-        self.has_state = any([keeps_state(part, key) for key, part in self.tasks_by_key.items()])
+        self.has_state = bool([key for key, part in self.tasks_by_key.items() if keeps_state(part, key)])
         self._made: tuple[int, PromptBatch] | None = None
 
     @property
@@ -119,7 +119,7 @@ class PromptDataModule(L.LightningDataModule):
 
     @property
     def tasks_by_key(self) -> dict[str, Any]:
-        """The task and those within it, by their keys in a config; checkpoints hold the states of those that have one."""
+        """The task and those within it, by their keys; checkpoints hold the states of those that have one."""
         return tasks_within(self.task, "data.task")
 
     def check(self, required_columns: Needed | None = None) -> None:

@@ -71,8 +71,8 @@ class RewardSet:
             has_state = keeps_state(object_of(spec.function), f"reward function {name}")
             if has_state and spec.timeout_s is not None:
                 raise UserError(
-                    f"reward function {name} has a state (state_dict) and timeout_s={spec.timeout_s}: its process would "
-                    "keep the state from the checkpoints; set timeout_s to null, or take state_dict and "
+                    f"reward function {name} has a state (state_dict) and timeout_s={spec.timeout_s}: its process "
+                    "would keep the state from the checkpoints; set timeout_s to null, or take state_dict and "
                     "load_state_dict away"
                 )
             if spec.timeout_s is not None:

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ class OneStepOff:
         self.is_stale = False
         return self.engine.generate(policy, prompts, sampling, seed)
 
+    def sampling_of(self, prompts: list[Prompt], seed: int) -> SamplingParams | None:
+        """The settings that the pending rollout of these prompts and this seed is sampled with; None if none is."""
+        pending = self._pending
+        if pending is None or pending.sampling is None or pending.key != _key(prompts, pending.sampling, seed):
+            return None
+        return pending.sampling
+
+    def forget_sampling(self) -> None:
+        """From now on the pending rollout is only handed out if it was sampled with the settings asked for."""
+        if self._pending is not None:
+            self._pending.sampling = None
+
     def launch(
         self,
         policy: Policy,
@@ -104,7 +116,7 @@ class OneStepOff:
             with torch.no_grad(), context():
                 return self.engine.generate(behaviour, prompts, sampling, seed).completions
 
-        self._pending = _Pending(_key(prompts, sampling, seed))
+        self._pending = _Pending(_key(prompts, sampling, seed), sampling)
         self._pending.start(generate)
 
     def close(self) -> None:
@@ -129,6 +141,7 @@ class OneStepOff:
         self._pending.join()
         return {
             "key": list(self._pending.key),
+            "sampling": None if self._pending.sampling is None else asdict(self._pending.sampling),
             "completions": None if self._pending.error else [[_pack(c) for c in g] for g in self._pending.value or []],
             "seconds": self._pending.seconds,
             "behaviour": [p.detach().cpu().clone() for p in self.behaviour.parameters() if p.requires_grad],
@@ -145,16 +158,17 @@ class OneStepOff:
             for parameter, value in zip(trained, state["behaviour"], strict=True):
                 parameter.copy_(value)
         completions = state["completions"]
-        # Checkpoints of older versions do not store how long it took.
-        self._pending = _Pending(tuple(state["key"]), state.get("seconds", math.nan))
+        # Checkpoints of older versions do not store its settings, nor how long it took.
+        sampling = SamplingParams(**state["sampling"]) if state.get("sampling") else None
+        self._pending = _Pending(tuple(state["key"]), sampling, state.get("seconds", math.nan))
         self._pending.value = None if completions is None else [[_unpack(c) for c in group] for group in completions]
 
 
 class _Pending:
     """A rollout under way in a thread, or the result of one."""
 
-    def __init__(self, key: tuple[Any, ...], seconds: float = 0.0) -> None:
-        self.key, self.seconds = key, seconds
+    def __init__(self, key: tuple[Any, ...], sampling: SamplingParams | None, seconds: float = 0.0) -> None:
+        self.key, self.sampling, self.seconds = key, sampling, seconds
         self.value: list[list[Completion]] | None = None
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None

@@ -161,7 +161,7 @@ def restore_states(module: GSPOModule, saved: dict[str, dict[str, Any]]) -> None
             _load(part, name, saved[name]["states"])
         else:
             other = f"only one of {saved[name]['class']}" if name in saved else "none"
-            _warn(f"ckpt_path: {_named(part, name)} begins anew: the checkpoint has {other} in its place")
+            _warn(f"ckpt_path: {_named(part, name)} starts afresh: the checkpoint has {other} in its place")
     for name in saved.keys() - parts.keys():
         _warn(
             f"ckpt_path: the checkpoint has a state of {name} ({saved[name]['class']}), which this run does not have "

@@ -100,7 +100,7 @@ class RolloutUpdate:
 
     def _compare_with_sampler(self, fixed: list[Fixed]) -> None:
         """Measures the sampler mismatch of a rollout generated ahead, with the weights that sampled it."""
-        if not self.module.sampling.full_support:
+        if not self.module.sampled_with.full_support:
             return
         for minibatch, given in zip(self._minibatches, fixed, strict=True):
             for plan, old in zip(minibatch.plan, given.old or [], strict=True):
@@ -121,7 +121,7 @@ class RolloutUpdate:
         counts = torch.tensor(
             [minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=module.device
         )
-        denominator = module.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
+        denominator = self.passes.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
         while True:
             attempt = Attempt(fresh, denominator)
             try:
@@ -168,7 +168,7 @@ class RolloutUpdate:
                     micro = build_micro_batch(self.scored, minibatch.plan[index], module.device)
                     loss, logprobs = self.passes.loss(micro, fixed, index, attempt)
                     # Under top-p, top-k or min-p the sampler's distribution has another support.
-                    if attempt.fresh and module.sampling.full_support:
+                    if attempt.fresh and module.sampled_with.full_support:
                         add_metrics(attempt.metrics, sampler_mismatch(logprobs, micro))
                 else:
                     loss, logprobs = self.passes.empty_loss(self.scored), None
@@ -221,9 +221,9 @@ def _passes(module: GSPOModule) -> Passes:
     assert module.policy is not None
     frozen = module.references[0] if module.references else None
     behaviour = module.ahead.behaviour if module.ahead is not None and module.ahead.is_stale else None
-    objective = module.objective.at(module.rollouts_done / max(1, module.max_rollouts - 1))
+    objective = module.current_objective.at(module.rollouts_done / max(1, module.max_rollouts - 1))
     log_entropy = module.update_settings.log_entropy
-    return Passes(module.policy, frozen, objective, module.sampling.temperature, log_entropy, behaviour)
+    return Passes(module.policy, frozen, objective, module.sampled_with.temperature, log_entropy, behaviour)
 
 
 def minibatches_of(module: GSPOModule, scored: ScoredRollout, objective: Objective) -> list[Minibatch]:

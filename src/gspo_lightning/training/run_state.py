@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gspo_lightning.distributed.ranks import rank, whole
 from gspo_lightning.errors import UserError
 from gspo_lightning.training.part_states import gathered_states, restore_states, states_of
+from gspo_lightning.training.sampling_change import restore_sampling, sampling_state
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -50,7 +51,7 @@ def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, 
 
 
 def run_state(module: GSPOModule) -> dict[str, Any]:
-    """Counters, states of parts, the rollout generated ahead, a reference that has moved. All ranks must call it together."""
+    """Counters, sampling, states of parts, the rollout generated ahead, a moved reference. All ranks must call it."""
     from gspo_lightning import __version__
 
     state = {
@@ -59,6 +60,7 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
         "counts": dict(module.counts),
         "nonfinite_in_a_row": module.guarded_step.nonfinite_in_a_row,
         "optimizer": _made_class(module),
+        "sampling": sampling_state(module),
         # While a rollout is in hand, those from before it: a resumed run collects it again.
         "parts": gathered_states(states_of(module) if module.states_before is None else module.states_before),
     }
@@ -105,8 +107,11 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
     restore_states(module, state.get("parts", {}))
+    same_settings = restore_sampling(module, state.get("sampling"))
     if module.ahead is not None and module.policy is not None:
         module.ahead.load_state_dict(state.get("ahead", {}), module.policy)
+        if not same_settings:
+            module.ahead.forget_sampling()
     for policy, weights in zip(module.references, state.get("reference", ()), strict=False):
         set_model_state_dict(policy, weights, options=StateDictOptions(full_state_dict=True))
         # From now on it must be saved, whatever the settings say: no model folder holds it.

@@ -49,8 +49,7 @@ class Validator:
         if settings.reward is not None and settings.reward not in rewards.names:
             raise UserError(f"validation.reward={settings.reward} must be one of {', '.join(rewards.names)}")
         self.judge = rewards.names.index(settings.reward) if settings.reward else 0
-        self.greedy = replace(sampling, num_generations=1, temperature=0.0)
-        self.sampled = replace(sampling, num_generations=settings.num_generations)
+        self.set_sampling(sampling)
         self.seed = seed
         self.log: Callable[[list[dict[str, Any]]], None] | None = None
         """Called with a record of every completion of a batch, greedy ones first; None for no log."""
@@ -62,6 +61,11 @@ class Validator:
             "val/mean_tokens",
         )
         self.reset()
+
+    def set_sampling(self, sampling: SamplingParams) -> None:
+        """Samples as training does from now on, but greedily or with its own number of completions."""
+        self.greedy = replace(sampling, num_generations=1, temperature=0.0)
+        self.sampled = replace(sampling, num_generations=self.settings.num_generations)
 
     def reset(self, tasks: tuple[str, ...] = ()) -> None:
         """Resets all means; ``tasks`` of a mixture, the same on every rank, are also measured separately."""
