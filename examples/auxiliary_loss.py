@@ -1,6 +1,6 @@
-"""A subclass that adds a loss of its own: `python examples/auxiliary_loss.py`.
+"""A subclass that adds a loss of its own: `python examples/auxiliary_loss.py`, or in a config, see docs/reuse.md.
 
-Behind the policy loss of every minibatch comes a small pull of the output embedding towards where it started. The term
+After the policy loss of every minibatch comes a small pull of the output embedding towards where it started. The term
 is added once per optimizer step, whatever the number of micro-batches, so it means the same under any token budget.
 """
 
@@ -21,11 +21,13 @@ class AnchoredModule(gl.GSPOModule):
     def __init__(self, *args: object, anchor_weight: float, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.anchor_weight = anchor_weight
-        self.start: torch.Tensor | None = None
+        self.register_buffer("start", None, persistent=False)  # a buffer goes to the device with the module
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.start = self.policy.output_weight.detach().clone()
+    def configure_model(self) -> None:
+        """Comes before a checkpoint is loaded, so a resumed run starts from the same weights."""
+        super().configure_model()
+        if self.start is None:
+            self.start = self.policy.output_weight.detach().clone()
 
     def auxiliary_loss(self, minibatch: gl.Minibatch) -> torch.Tensor:
         """Called once per optimizer step, on every rank; the result is a mean, not a sum."""

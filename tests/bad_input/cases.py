@@ -1106,6 +1106,10 @@ RUNS = [
     Case("config", "early stopping without validations", ["+callbacks.es={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: reward/mean}"], "callbacks.es: EarlyStopping looks at its metric after each validation"),
     Case("config", "a rate monitor without a logger", ["logger=none", "+callbacks.rate={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"], "callbacks.rate: LearningRateMonitor needs a logger"),
     Case("config", "Lightning's checkpoints", ["+callbacks.mine={_target_: lightning.pytorch.callbacks.ModelCheckpoint}"], "callbacks.mine: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best"),
+    Case("config", "a module that is none", ["module._target_=gspo_lightning.Objective"], "module._target_=gspo_lightning.Objective is no subclass of gspo_lightning.GSPOModule; name one"),
+    Case("config", "an argument of the module that another section sets", ["+module.max_draws=2"], "module.max_draws: dynamic_sampling.max_draws sets this argument of every module; change that instead"),
+    Case("config", "an argument that the module does not have", ["+module.anchor=2"], "module.anchor: gspo_lightning.GSPOModule has no such setting; a subclass has those that its __init__ names"),
+    Case("config", "a module from anywhere", ["module._target_=numpy.ndarray"], "module._target_=numpy.ndarray is not on the list of what a config may call"),
     Case("config", "an average over epochs", ["+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01, swa_epoch_start: 1}"], "callbacks: StochasticWeightAveraging averages once per epoch"),
     Case("config", "an average at every other step", ["+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, update_every_n_steps: 2}"], "callbacks: EMAWeightAveraging(update_every_n_steps=2) is asked once per rollout"),
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.types import Prompt
 
 CHAT = [{"role": "user", "content": "?"}]
@@ -142,6 +143,34 @@ def test_an_environment_in_place_of_what_makes_one_is_refused_before_the_run():
         with_environments(TransformersEngine(), build({"_target_": name}))
     good = build({**node, "make": {"_target_": name, "_partial_": True}})
     assert with_environments(TransformersEngine(), good) == replace(TransformersEngine(), environments=good)
+
+
+class Noting(TransformersEngine):
+    """Has a constructor of its own."""
+
+    def __init__(self, folder):
+        super().__init__(max_concurrent=3)
+        object.__setattr__(self, "folder", folder)
+
+
+class Wholly:
+    """An engine of one's own that samples dialogues."""
+
+    environments = None
+
+    def generate(self, policy, prompts, sampling, seed): ...
+
+
+def test_engines_of_ones_own_are_given_the_environments():
+    good = Environments(functools.partial(Once, None))
+    engine, other = Noting("here"), Wholly()
+    made, wholly = with_environments(engine, good), with_environments(other, good)
+    assert (type(made), made.folder, made.max_concurrent, made.environments) == (Noting, "here", 3, good)
+    assert engine.environments is None and other.environments is None
+    assert type(wholly) is Wholly and traits(wholly).environments is good
+    del Wholly.environments
+    with pytest.raises(UserError, match="^environment: Wholly cannot sample dialogues; use rollout=transformers$"):
+        with_environments(other, good)
 
 
 @pytest.mark.parametrize("prompt", [CHAT, "plain"])

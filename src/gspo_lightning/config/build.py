@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet
-from gspo_lightning.rollout import RolloutEngine, TransformersEngine
+from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import SamplingParams
 
@@ -30,27 +30,39 @@ def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSP
     Args:
         plain: the resolved config.
         rewards: those of this config, if already built; a reward may load its own model.
+
+    Raises:
+        UserError: what a constructor raises, in one line.
     """
     rollout = dict(plain["rollout"])
     engine = build(rollout.pop("engine"))
     if plain["environment"]:
         engine = with_environments(engine, build(plain["environment"]))
     validation = {k: v for k, v in plain["validation"].items() if k != "every_n_rollouts"}
-    return GSPOModule(
-        policy_loader=build(plain["model"]),
-        engine=engine,
-        rewards=rewards or build(plain["reward"]),
-        objective=build(plain["objective"]),
-        advantages=build(plain["advantages"]),
-        sampling=SamplingParams(**{**rollout, "stop": tuple(rollout["stop"])}),
-        optimizer=build(plain["optimizer"]),
-        schedule=build(plain["scheduler"]),
-        update=build(plain["update"]),
-        validation=ValidationSettings(**validation),
-        max_rollouts=plain["max_rollouts"],
-        seed=plain["seed"],
-        max_draws=plain["dynamic_sampling"]["max_draws"],
-    )
+    make = build({**plain["module"], "_partial_": True})  # of a subclass: with the arguments that it adds
+    arguments = {
+        "policy_loader": build(plain["model"]),
+        "engine": engine,
+        "rewards": rewards or build(plain["reward"]),
+        "objective": build(plain["objective"]),
+        "advantages": build(plain["advantages"]),
+        "sampling": SamplingParams(**{**rollout, "stop": tuple(rollout["stop"])}),
+        "optimizer": build(plain["optimizer"]),
+        "schedule": build(plain["scheduler"]),
+        "update": build(plain["update"]),
+        "validation": ValidationSettings(**validation),
+        "max_rollouts": plain["max_rollouts"],
+        "seed": plain["seed"],
+        "max_draws": plain["dynamic_sampling"]["max_draws"],
+    }
+    try:
+        module: GSPOModule = make(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor of the user's own raises
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"module: {plain['module']['_target_']} could not be made ({why})") from error
+    return module
 
 
 def build(node: Any) -> Any:
@@ -70,12 +82,12 @@ def build(node: Any) -> Any:
         raise UserError(str(error.__cause__ or error)) from error
 
 
-def with_environments(engine: RolloutEngine, environments: Any) -> TransformersEngine:
-    """The engine whose completions are dialogues.
+def with_environments(engine: RolloutEngine, environments: Any) -> RolloutEngine:
+    """A copy of the engine whose completions are dialogues.
 
     Raises:
-        UserError: the engine is not the in-process one, which alone can continue in a row's cache after a turn; or
-            ``environments`` is no `Environments`.
+        UserError: the engine has no attribute ``environments`` and so samples no dialogues: of ours the in-process one
+            alone can continue in a row's cache after a turn; or ``environments`` is no `Environments`.
     """
     if not isinstance(environments, Environments):
         raise UserError(
@@ -83,9 +95,12 @@ def with_environments(engine: RolloutEngine, environments: Any) -> TransformersE
             "gspo_lightning.dialogue.Environments, and name the environment as environment.make._target_, with "
             "environment.make._partial_=true"
         )
-    if not isinstance(engine, TransformersEngine):
+    if not hasattr(engine, "environments"):
         raise UserError(f"environment: {type(engine).__name__} cannot sample dialogues; use rollout=transformers")
-    return replace(engine, environments=environments)
+    # `dataclasses.replace` would call the constructor, whose arguments may be others in a subclass.
+    made = copy(engine)
+    object.__setattr__(made, "environments", environments)  # the in-process engine is frozen
+    return made
 
 
 def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:

@@ -15,6 +15,7 @@ from gspo_lightning.advantages import check_combination
 from gspo_lightning.config.build import build, check_trainer, time_limits
 from gspo_lightning.config.effects import check_best, check_training, no_effect
 from gspo_lightning.config.hardware import choose_precision, choose_token_budget, on_gpu, ranks
+from gspo_lightning.config.own_module import check_module
 from gspo_lightning.config.sections import check_sections
 from gspo_lightning.config.targets import check_targets
 from gspo_lightning.config.types import check_calls
@@ -81,6 +82,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     check_quantization(model.get("quantization"), model.get("lora"))
     refuse_merging(bool(model.get("quantization")), (plain["rollout"]["engine"] or {}).get("lora_sync"))
     check_targets(plain)
+    check_module(plain["module"])
     check_trainer(plain["trainer"])
     check_calls(plain)
     _check_router(model)

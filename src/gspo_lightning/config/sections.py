@@ -17,6 +17,7 @@ from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import SamplingParams
 
 _NEEDED = {
+    "module": ("_target_",),
     "model": ("_target_", "path", "dtype"),
     "data": ("_target_", "task", "prompts_per_rollout", "max_prompt_length"),
     "reward": ("_target_",),
@@ -87,7 +88,7 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
     root, elsewhere = _root()
     _check_names("", {name: value for name, value in plain.items() if name not in used}, root, elsewhere)
     _check_there("", plain, root)
-    sections = {name: node for name, node in root.items() if isinstance(node, dict)}
+    sections = {name: node for name, node in root.items() if isinstance(node, dict) and "_target_" not in node}
     for name, node in sections.items():
         _check_names(name, plain[name], node)
         _check_there(name, plain[name], node)

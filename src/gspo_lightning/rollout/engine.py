@@ -56,7 +56,8 @@ class EngineTraits:
     staleness: int = 0
     """1 if the next rollout is to be sampled while this one trains (`gspo_lightning.training.one_step_off`)."""
     environments: Any = None
-    """`gspo_lightning.dialogue.Environments` of an engine that samples dialogues."""
+    """`gspo_lightning.dialogue.Environments` of an engine that samples dialogues. One that has the attribute, also as
+    None, is given those of the config (``environment=``)."""
     max_concurrent: int = 0
     """Completions decoded at a time in this process, for ``dry_run``; 0 if another process decodes."""
 
