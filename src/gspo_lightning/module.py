@@ -38,6 +38,7 @@ from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.training.collect import collect_rollout, compare, rollout_metrics
 from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
+from gspo_lightning.training.hooks import WorkingHooks
 from gspo_lightning.training.one_step_off import OneStepOff
 from gspo_lightning.training.part_states import check_states, states_of
 from gspo_lightning.training.prompt_source import PromptSource, prompt_source
@@ -77,7 +78,7 @@ from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingP
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
 
-class GSPOModule(L.LightningModule):
+class GSPOModule(WorkingHooks, L.LightningModule):
     """Trains a policy by GSPO, GRPO or any other `Objective`.
 
     Args:

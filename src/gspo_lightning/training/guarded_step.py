@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -46,13 +46,20 @@ class GuardedStep:
         self.max_grad_norm, self.max_nonfinite_steps = max_grad_norm, max_nonfinite_steps
         self.nonfinite_in_a_row = 0
 
-    def __call__(self, optimizer: Steppable, parameters: Iterable[nn.Parameter], rollout: int) -> Tensor | None:
+    def __call__(
+        self,
+        optimizer: Steppable,
+        parameters: Iterable[nn.Parameter],
+        rollout: int,
+        after_step: Callable[[], None] | None = None,
+    ) -> Tensor | None:
         """Steps and clears the gradients.
 
         Args:
             optimizer: steps at least these parameters.
             parameters: those whose gradients are clipped and checked.
             rollout: number of the current rollout, for the message.
+            after_step: called after the step, before the gradients are cleared; not if the gradient was discarded.
 
         Returns:
             The norm before clipping, or None if the gradient was discarded.
@@ -69,6 +76,8 @@ class GuardedStep:
             if norm + 1e-6 > self.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(with_gradient, self.max_grad_norm, total)
             optimizer.step()
+            if after_step is not None:
+                after_step()
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         optimizer.zero_grad()
         # If autocast caches casts (Lightning's does not), they are stale: the weights have changed.

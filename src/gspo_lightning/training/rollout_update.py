@@ -210,10 +210,18 @@ class RolloutUpdate:
                 "a failed backward end the run"
             )
         with memory_for("in the optimizer step", _SMALLER_OPTIMIZER):
-            norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1)
+            norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1, self._before_zero_grad)
         module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
         if norm is not None:
             add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})
+
+    def _before_zero_grad(self) -> None:
+        """Calls the hook that Lightning leaves out under manual optimization, with the weights of this step."""
+        module = self.module
+        optimizer = cast(LightningOptimizer, module.optimizers()).optimizer
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_before_zero_grad(module.trainer, module, optimizer)
+        module.on_before_zero_grad(optimizer)
 
 
 def _passes(module: GSPOModule) -> Passes:

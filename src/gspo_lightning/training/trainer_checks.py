@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
+from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.types import PromptBatch
 from gspo_lightning.users_code import keeps_state
@@ -84,6 +85,7 @@ def check_fit(module: GSPOModule) -> None:
     if (source := prompt_source(trainer)) is not None:
         check_rotation(module.policy.config, source.max_prompt_length, sampling.max_completion_length)
     _check_run(trainer)
+    refuse_uncalled(module)
     _check_optimizers(module)
     # Custom loaders give their first batch in every epoch.
     if trainer.overfit_batches and source is not None:
