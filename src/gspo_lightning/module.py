@@ -150,6 +150,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
+        self.logged_names: dict[str, str] = {}
         self.validation_samples: list[dict[str, Any]] = []
 
     # ---------------------------------------------------------------- set-up
@@ -403,6 +404,11 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.states_before = None
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Like Lightning's, which callbacks and `log_dict` call too; notes name and hook for `RunRecorder`."""
+        super().log(name, value, *args, **kwargs)
+        self.logged_names[name] = str(self._current_fx_name)
 
     def on_validation_epoch_start(self) -> None:
         """Resets the validation counters, with one for each task of a mixture."""

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gspo_lightning.callbacks.files import Place, copy_prefix, flush_to_disk, remove, replace_file
 from gspo_lightning.callbacks.metrics_table import MetricsTable
+from gspo_lightning.callbacks.own_values import own_values
 from gspo_lightning.types import ScoredRollout
 
 BEFORE, AFTER, SUMMARY = "validation_before.json", "validation_after.json", "summary.json"
@@ -107,7 +108,20 @@ class RunRecorder(L.Callback):
         if trainer.is_global_zero:
             self._prepare()
             self._log_completions(pl_module.rollouts_done, pl_module.last_scored)
-            self.table.write({"step": pl_module.rollouts_done, **pl_module.last_metrics})
+            own = own_values(trainer, pl_module)
+            self.table.write({"step": pl_module.rollouts_done, **pl_module.last_metrics, **own})
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Adds what was logged after the row was written, such as by ``on_train_batch_end`` of the module."""
+        self._complete(trainer, pl_module, but_not="on_train_batch_start")  # another callback's, of the next row
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The same for the last rollout."""
+        self._complete(trainer, pl_module)
+
+    def _complete(self, trainer: L.Trainer, pl_module: Any, but_not: str = "") -> None:
+        if trainer.is_global_zero and self.table.rows and (own := own_values(trainer, pl_module, but_not)):
+            self.table.write({"step": pl_module.rollouts_done, **own})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Writes the validation columns of this rollout's row, and the JSON file of this validation."""
@@ -115,7 +129,7 @@ class RunRecorder(L.Callback):
             return
         self._prepare()
         step, metrics = pl_module.rollouts_done, pl_module.last_validation
-        self.table.write({"step": step, **metrics})
+        self.table.write({"step": step, **metrics, **own_values(trainer, pl_module)})
         content = {"step": step, "metrics": metrics, "samples": pl_module.validation_samples}
         replace_file(self.run_dir / (AFTER if step else BEFORE), to_json(content, indent=1))
 

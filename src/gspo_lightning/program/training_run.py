@@ -79,14 +79,15 @@ class TrainingRun:
             plain["checkpoint"]["keep_best"],
         )
         resume_dir = run_folder(self.ckpt_path) if self.ckpt_path else None
-        # The recorder writes its rows before the checkpoint that counts them: files may be ahead, never behind.
+        # The recorder comes after the user's callbacks, so that what they log is in its row, and before the checkpoint,
+        # which counts its rows: files may be ahead, never behind.
         self.recorder = RunRecorder(
             run_dir, resume_dir=resume_dir, tokens=plain["record_tokens"], begins_anew=ckpt_path is None
         )
         self.stop = GracefulStop(
             self.checkpoint, plain["checkpoint"]["grace_s"], goes_on(plain["ckpt_path"], self.checkpoint.last)
         )
-        callbacks = [self.recorder, *build_callbacks(plain), self.checkpoint, self.stop]
+        callbacks = [*build_callbacks(plain), self.recorder, self.checkpoint, self.stop]
         self.trainer = build_trainer(plain, callbacks, run_dir)
         # If srun started the ranks, those without the lock would wait for the one that was refused.
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
