@@ -79,6 +79,30 @@ def test_averaged_weights_are_saved_without_the_base_and_resumed(micro_model_dir
     assert resumed.rollouts_done == 4 and torch.equal(weights(resumed), weights(straight))
 
 
+class Kept(L.Callback):
+    """The trained weights after each rollout, before averaged ones take their place, and the number of steps."""
+
+    def __init__(self):
+        self.after, self.steps = [], 0
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.steps += 1
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.after.append(weights(pl_module))
+
+
+def test_weights_are_averaged_once_per_rollout_and_not_once_per_step(micro_model_dir):
+    """With decay 1/2 the average is that of the first rollout at first, then half of itself and half of the newest."""
+    module = build_module(micro_model_dir, Settings(rollouts=3, update={"num_minibatches": 2}))
+    kept = Kept()
+    trainer(callbacks=[kept, EMAWeightAveraging(decay=0.5)]).fit(module, Batches(scripted_prompts(), 3).loader())
+    first, second, third = kept.after
+    assert kept.steps == 6 and not torch.equal(first, third)
+    expected = (first + second) / 4 + third / 2
+    assert torch.allclose(weights(module), expected, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("settings", [Settings(), ADAPTED], ids=["whole", "adapter"])
 def test_a_module_survives_pickling_and_copies_stand_alone(settings, micro_model_dir):
     module = build_module(micro_model_dir, settings)
