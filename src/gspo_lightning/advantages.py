@@ -56,6 +56,31 @@ class AdvantageEstimator:
         return centred.masked_fill(silent_groups(rewards)[:, None], 0.0)
 
 
+def check_group(advantages: object, num_generations: int, max_draws: int = 0) -> None:
+    """Refuses groups of one, unless an estimator of the user's own compares with something else than the group.
+
+    Args:
+        advantages: the estimator.
+        num_generations: completions per prompt.
+        max_draws: of dynamic sampling, which draws groups of equal rewards anew.
+
+    Raises:
+        UserError: there is nothing to compare a completion with, or every group would be drawn anew.
+    """
+    if num_generations >= 2:
+        return
+    if isinstance(advantages, AdvantageEstimator) and type(advantages).__call__ is AdvantageEstimator.__call__:
+        raise UserError(
+            f"rollout.num_generations={num_generations} must be at least 2; a group of one has nothing to be compared "
+            "with"
+        )
+    if max_draws:
+        raise UserError(
+            f"dynamic_sampling.max_draws={max_draws}: every group of rollout.num_generations={num_generations} has "
+            "equal rewards and would be drawn anew; set max_draws to 0"
+        )
+
+
 def silent_groups(rewards: Tensor, size: Tensor | None = None) -> Tensor:
     """Mask of the groups without signal, ``(B,)`` bool: all rewards of the group are equal up to `ROUNDING`.
 

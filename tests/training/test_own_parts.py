@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 
 import pytest
@@ -10,9 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.config import checks
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Rollout
+from tests.conf.test_groups import resolved
 from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
+from tests.support import padded_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -181,6 +186,47 @@ def test_an_estimator_of_ones_own_is_asked(micro_model_dir):
     fit(own)
     fit(none)
     assert torch.allclose(weights(own), weights(none), rtol=0, atol=1e-12)
+
+
+class OfTheBatch(AdvantageEstimator):
+    """The difference to the mean of all rewards."""
+
+    def __call__(self, rewards, everyone=None):
+        return rewards - everyone.mean()
+
+
+def test_a_group_of_one_is_trained_on_by_an_estimator_that_compares_with_something_else(micro_model_dir):
+    """Its update is that of the same four completions, each with its own advantage: plain REINFORCE by hand."""
+    prompts = scripted_prompts(generations=1)
+    module = build_module(micro_model_dir, Settings(objective={"loss_type": "reinforce"}), generations=1)
+    module.advantages = OfTheBatch(scale_rewards="batch")
+    module.configure_model()
+    policy, before = copy.deepcopy(module.policy), weights(module)
+    trainer().fit(module, Batches(prompts).loader())
+    rewards = torch.tensor([prompt.sample["scripted"][0][1] for prompt in prompts], dtype=torch.float64)
+    groups = [(prompt.input_ids, [prompt.sample["completions"][0].token_ids]) for prompt in prompts]
+    each = padded_logprobs(policy.base_model, groups)[0]
+    lengths = [len(group[1][0]) for group in groups]
+    advantages = torch.cat([(r - rewards.mean()).expand(n) for r, n in zip(rewards, lengths, strict=True)])
+    (-(advantages * each).sum() / sum(lengths)).backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert ((before - weights(module)) - gradient).norm() <= 1e-6 * gradient.norm()
+    assert not {"reward/std", "advantage_std", "frac_zero_std_groups"} & module.last_metrics.keys()
+    assert all(math.isfinite(value) for value in module.last_metrics.values())
+
+
+def test_a_group_of_one_is_refused_by_the_estimators_that_compare_within_it(micro_model_dir):
+    module = build_module(micro_model_dir, Settings(advantages="none"), generations=1)
+    line = "rollout.num_generations=1 must be at least 2; a group of one has nothing to be compared with"
+    refused(module, line)
+    own = ["experiment=micro", "logger=none", "rollout.num_generations=1"]
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        checks.check(resolved(*own, "advantages=none"))
+    checks.check(resolved(*own, f"advantages._target_={__name__}.OfTheBatch"))
+    with pytest.raises(
+        UserError, match=r"^dynamic_sampling.max_draws=2: every group of rollout.num_generations=1 has "
+    ):
+        checks.check(resolved(*own, f"advantages._target_={__name__}.OfTheBatch", "dynamic_sampling.max_draws=2"))
 
 
 def test_a_function_is_no_estimator(micro_model_dir, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gspo_lightning.advantages import check_combination
+from gspo_lightning.advantages import check_combination, check_group
 from gspo_lightning.config.build import build, check_trainer, time_limits
 from gspo_lightning.config.effects import check_best, check_training, no_effect
 from gspo_lightning.config.hardware import choose_precision, choose_token_budget, on_gpu, ranks
@@ -96,6 +96,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     check_sampling(
         rollout["temperature"], rollout["repetition_penalty"], rollout.get("top_k", 0), rollout.get("min_p", 0.0)
     )
+    check_group(build(plain["advantages"]), rollout["num_generations"], plain["dynamic_sampling"]["max_draws"])
     _check_support(plain)
     _check_model_path(plain)
     _check_environment(plain)
@@ -309,7 +310,7 @@ def _report(plain: dict[str, Any]) -> None:
         objective,
         num_iterations=plain["update"]["num_iterations"],
         num_minibatches=plain["update"]["num_minibatches"],
-        num_generations=plain["rollout"]["num_generations"],
+        num_generations=max(2, plain["rollout"]["num_generations"]),  # `check_group` has asked about one
         ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
         ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
         has_adapter=bool(plain["model"].get("lora")),

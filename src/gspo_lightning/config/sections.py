@@ -52,7 +52,7 @@ _LEAST = {
     "checkpoint.keep_last": 0,
     "update.num_iterations": 1,
     "update.num_minibatches": 1,
-    "rollout.num_generations": 2,
+    "rollout.num_generations": 1,
     "rollout.max_completion_length": 1,
     "data.prompts_per_rollout": 1,
     "data.max_prompt_length": 1,
@@ -251,6 +251,5 @@ def _check_counts(plain: dict[str, Any]) -> None:
 
 
 _WHY = {
-    "rollout.num_generations": "; a group of one has nothing to be compared with",
     "validation.every_n_rollouts": "; null: validate before and after the run only",
 }

@@ -127,12 +127,15 @@ def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) 
     groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
     metrics: Metrics = {
         "reward/mean": (rewards.sum(), sequences),
-        "reward/std": (rewards.std(dim=1).sum(), groups),
         "completion/mean_tokens": (lengths.sum(), sequences),
         "completion/truncated_frac": (cut.double().sum(), sequences),
-        "frac_zero_std_groups": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
-        "advantage_std": (_advantage_stds(scored).sum(), groups),
     }
+    if rewards.shape[1] > 1:  # a group of one has no spread
+        metrics |= {
+            "reward/std": (rewards.std(dim=1).sum(), groups),
+            "frac_zero_std_groups": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
+            "advantage_std": (_advantage_stds(scored).sum(), groups),
+        }
     metrics |= _dialogue_metrics(scored, rewards)
     for number, name in enumerate(scored.reward_names):
         values = scored.rewards_by_function[..., number]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, check_group
 from gspo_lightning.errors import UserError
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
@@ -84,6 +84,7 @@ def check_fit(module: GSPOModule) -> None:
     check_sampling(sampling.temperature, sampling.repetition_penalty, sampling.top_k, sampling.min_p)
     if (source := prompt_source(trainer)) is not None:
         check_rotation(module.policy.config, source.max_prompt_length, sampling.max_completion_length)
+    check_group(module.advantages, sampling.num_generations, module.max_draws)
     _check_run(trainer)
     refuse_uncalled(module)
     _check_optimizers(module)
