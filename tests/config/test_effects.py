@@ -18,6 +18,7 @@ from gspo_lightning.config import checks
 from gspo_lightning.config.build import build
 from gspo_lightning.config.effects import check_environment_reward, check_held_out
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards import MatmulReward, RewardSet, RewardSpec
 from tests.conf.test_groups import resolved
 
 MICRO = "experiment=micro"
@@ -93,6 +94,10 @@ def test_a_function_that_needs_an_environment_is_refused_without_one(name, refus
     if not refused:
         check_environment_reward({"environment": None}, rewards)
         return
+    named = RewardSet(
+        {"mine": RewardSpec(MatmulReward(function="product", sandbox="unsafe"))}
+    )  # a name, not a function
+    check_environment_reward({"environment": None}, named)
     with pytest.raises(UserError, match=r"^reward.functions.mine: its parameter environment_reward .* there is none"):
         check_environment_reward({"environment": None}, rewards)
 

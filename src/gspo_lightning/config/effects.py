@@ -9,6 +9,7 @@ from typing import Any
 from gspo_lightning.callbacks.best import metrics_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSet
+from gspo_lightning.rewards.by_task import ForTasks
 from gspo_lightning.training.validation import ValidationSettings
 
 
@@ -93,7 +94,7 @@ def check_environment_reward(plain: dict[str, Any], rewards: RewardSet) -> None:
     if plain["environment"]:
         return
     for name, spec in rewards.functions.items():
-        function = getattr(spec.function, "function", spec.function)  # inside `ForTasks`
+        function = spec.function.function if isinstance(spec.function, ForTasks) else spec.function
         parameter = inspect.signature(function).parameters.get("environment_reward")
         if parameter is not None and parameter.default is inspect.Parameter.empty:
             raise UserError(
