@@ -71,11 +71,12 @@ def test_results_of_another_measurement_are_refused(tmp_path):
     assert arguments.read_results(tmp_path / "none.json", "rows") == {}
 
 
-def test_a_model_that_cannot_be_made_says_why(monkeypatch, capfd):
-    monkeypatch.setenv("GSPO_CACHE", "/dev/null")
+def test_a_model_that_cannot_be_made_says_why(monkeypatch, capfd, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GSPO_CACHE", str(tmp_path / "file"))
     with pytest.raises(SystemExit) as ended:
         arguments.quickstart_model()
     assert ended.value.code == 2
     assert capfd.readouterr().err == (
-        "error: cannot make the model cache /dev/null/models (Not a directory); set GSPO_CACHE\n"
+        f"error: cannot make the model cache {tmp_path}/file/models (Not a directory); set GSPO_CACHE\n"
     )

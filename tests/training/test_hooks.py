@@ -88,7 +88,7 @@ class Mixed:
         self.begun = True
 
 
-def test_ours_called_by_name_and_in_a_base_and_not_twice_is_accepted(micro_model_dir):
+def test_ours_called_by_name_and_in_a_base_and_not_twice_is_accepted(micro_model_dir, tmp_path):
     class Last(Between):
         def on_fit_start(self):
             self.first = self.policy is not None
@@ -101,7 +101,7 @@ def test_ours_called_by_name_and_in_a_base_and_not_twice_is_accepted(micro_model
     module.__class__ = Last
     module.configure_model()
     with warnings.catch_warnings(record=True) as said:
-        fit(module).save_checkpoint("/dev/null")
+        fit(module).save_checkpoint(tmp_path / "last.ckpt")
     assert module.first and module.rollouts_done == 1
     assert not any("super()" in str(warning.message) for warning in said)
 
