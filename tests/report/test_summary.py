@@ -75,7 +75,7 @@ def test_without_validations_the_accuracies_are_null(tmp_path):
     ("content", "reason"),
     [
         (b'{"step": 0, "metr', "is not JSON (Unterminated string starting at: line 1 column 13 (char 12))"),
-        (b"\xff{}", "is not JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte)"),
+        (b"\xff{}", "cannot be read (it is not UTF-8)"),
         (b"[]", "holds no JSON object"),
     ],
 )
