@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Objective
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.training import rollout_update
+from gspo_lightning.training.sampling_change import restore_sampling, sampling_state
 from gspo_lightning.types import SamplingParams
 from tests.scripted import Settings, build_module, trainer, weights
 from tests.training.test_one_step_off import Data, Elsewhere
@@ -174,9 +176,9 @@ REFUSED = [
     ({"top_k": 1}, "rollout.top_k=1 leaves one token to draw: greedy completions are all equal"),
     (
         {"num_generations": 1},
-        "rollout.num_generations=1 must be at least 2: advantages compare the completions of a prompt",
+        "rollout.num_generations=1 must be at least 2; a group of one has nothing to be compared with",
     ),
-    ({"max_completion_length": 0}, "rollout.max_completion_length=0 must be at least 1: a completion has a token"),
+    ({"max_completion_length": 0}, "rollout.max_completion_length=0 must be at least 1"),
     ({"max_completion_length": 12.5}, "rollout.max_completion_length=12.5 must be a whole number"),
     ({"temperature": "hot"}, "rollout.temperature='hot' must be a number"),
 ]
@@ -191,6 +193,21 @@ def test_what_teaches_nothing_is_refused_and_changes_nothing(change, line, micro
     assert str(error.value) == line and (module.sampling, module.objective, module.validator.sampled) == before
     with pytest.raises(UserError, match=r"^sampling is of type dict; set it to dataclasses.replace\(module.sampling, "):
         module.sampling = {"temperature": 0.5}
+
+
+class OfTheBatch(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return rewards - rewards.mean()
+
+
+def test_groups_of_one_may_change_and_be_restored_where_the_estimator_takes_them(micro_model_dir):
+    module = made(micro_model_dir, Noting(), num_generations=1)
+    module.advantages = OfTheBatch()
+    module.sampling = replace(module.sampling, temperature=0.5)
+    other = made(micro_model_dir, Noting(), num_generations=1)
+    other.advantages = OfTheBatch()
+    assert restore_sampling(other, sampling_state(module))
+    assert (other.sampling.num_generations, other.sampling.temperature) == (1, 0.5)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -9,12 +9,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from gspo_lightning.errors import UserError
 
 Series = list[tuple[float, float]]
 
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The content of a text file of a run.
 
     Raises:
@@ -27,6 +31,23 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({why}); restore it, or move it away") from error
 
 
+def config_of(path: Path) -> DictConfig:
+    """The settings in a run's ``config.yaml``, unresolved.
+
+    Raises:
+        UserError: it cannot be read, or holds no settings.
+    """
+    text = text_of(path)
+    try:
+        content = OmegaConf.create(text)
+    except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
+        cause = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({cause}); restore it, or move it away") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: holds no settings; restore it, or move it away")
+    return content
+
+
 def read_metrics(run_dir: Path) -> dict[str, Series]:
     """Column -> (step, value) of each row with a finite value there; empty if there is no ``metrics.csv``.
 
@@ -37,7 +58,7 @@ def read_metrics(run_dir: Path) -> dict[str, Series]:
     series: dict[str, Series] = {}
     if not path.exists():
         return {}
-    for line, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), start=2):
+    for line, row in enumerate(csv.DictReader(io.StringIO(text_of(path), newline="")), start=2):
         if None in row or not row.get("step"):
             raise UserError(f"{path}:{line}: is no row of a run's metrics; fix or remove that row")
         values = {name: _number(cell, f"{path}:{line}: column {name}") for name, cell in row.items() if cell}
@@ -57,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text_of(path))
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); remove it and write the report again") from error
     if not isinstance(content, dict):

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.report.config_tree import looked_up
-from gspo_lightning.report.files import Series, read_json, read_metrics, read_text
+from gspo_lightning.report.files import Series, config_of, read_json, read_metrics
 
 _PLACES = ("logger.", "ckpt_path", "traceback", "checkpoint.", "export.")
 """Settings of what a run reads, writes and prints, not of how it trains."""
@@ -146,13 +144,12 @@ def _read_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{path}: is missing, so the run cannot be told apart from others")
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(read_text(path)))
-    except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no settings; restore it, or leave the run out")
-    return Run(folder, flatten(content), read_metrics(folder), read_json(folder / "summary.json"))
+    return Run(
+        folder,
+        flatten(OmegaConf.to_container(config_of(path))),
+        read_metrics(folder),
+        read_json(folder / "summary.json"),
+    )
 
 
 def _logger_folders(folder: Path) -> set[Path]:

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from gspo_lightning.errors import UserError
 from gspo_lightning.report.config_tree import looked_up
-from gspo_lightning.report.files import Series, read_text
+from gspo_lightning.report.files import Series, config_of, text_of
 from gspo_lightning.report.svg import format_number, line_chart
 
 
@@ -170,14 +167,7 @@ def settings(config: Path, summary: dict[str, Any]) -> str:
     """The main settings, the whole ``config.yaml`` folded away, and the machine."""
     parts = []
     if config.exists():
-        text = read_text(config)
-        try:
-            tree = OmegaConf.create(text)
-        except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
-            cause = " ".join(str(error).split())
-            raise UserError(f"{config}: cannot be read ({cause}); restore it, or move it away") from error
-        if not OmegaConf.is_dict(tree):
-            raise UserError(f"{config}: holds no settings; restore it, or move it away")
+        text, tree = text_of(config), config_of(config)
         values = {label: _shown(OmegaConf.select(tree, key)) for label, key in CONFIG_KEYS.items()}
         details = f"<details><summary>The whole configuration</summary><pre>{escape(text)}</pre></details>"
         parts.append(f"<h2>Configuration</h2>{_facts(values)}{details}")

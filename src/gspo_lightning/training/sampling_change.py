@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from gspo_lightning.advantages import check_group
 from gspo_lightning.distributed.ranks import rank
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
@@ -49,12 +50,10 @@ def check_change(module: GSPOModule, sampling: SamplingParams) -> None:
         UserError: the completions would teach nothing, or are longer than the engine or the model allows.
     """
     check_sampling(sampling.temperature, sampling.repetition_penalty, sampling.top_k, sampling.min_p)
-    for name, least, why in (
-        ("num_generations", 2, "advantages compare the completions of a prompt"),
-        ("max_completion_length", 1, "a completion has a token"),
-    ):
-        if (value := getattr(sampling, name)) < least:
-            raise UserError(f"rollout.{name}={value} must be at least {least}: {why}")
+    for name in ("num_generations", "max_completion_length"):
+        if (value := getattr(sampling, name)) < 1:
+            raise UserError(f"rollout.{name}={value} must be at least 1")
+    check_group(module.advantages, sampling.num_generations, module.max_draws)
     check_lengths(module, sampling)
 
 

@@ -82,8 +82,7 @@ def check_fit(module: GSPOModule) -> None:
     assert module.policy is not None
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
     check_sampling(sampling.temperature, sampling.repetition_penalty, sampling.top_k, sampling.min_p)
-    if (source := prompt_source(trainer)) is not None:
-        check_rotation(module.policy.config, source.max_prompt_length, sampling.max_completion_length)
+    source = prompt_source(trainer)
     check_group(module.advantages, sampling.num_generations, module.max_draws)
     _check_run(trainer)
     refuse_uncalled(module)
