@@ -8,24 +8,16 @@ them from (seed, rollout, prompt, generation); there is no generator state to sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.distributed.ranks import add_metrics, global_sum
-from gspo_lightning.distributed.sharding import shard_policy
-from gspo_lightning.errors import UserError
+from gspo_lightning.distributed.ranks import add_metrics
 from gspo_lightning.objective import Objective
-from gspo_lightning.objective.refusals import refuse_turn_rewards
-from gspo_lightning.packing.products import onednn_float32
-from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.reference import move_reference
@@ -33,16 +25,17 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.rollout.gathered import gathered
-from gspo_lightning.rollout.seeds import rollout_seed
-from gspo_lightning.training.collect import collect_rollout, compare, rollout_metrics
-from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
+from gspo_lightning.training.collect import rollout_metrics
+from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
+from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies
 from gspo_lightning.training.one_step_off import OneStepOff
 from gspo_lightning.training.part_states import check_states, states_of
-from gspo_lightning.training.prompt_source import PromptSource, prompt_source
-from gspo_lightning.training.rollout_log import forget, rollout_values
+from gspo_lightning.training.passes import float32_products
+from gspo_lightning.training.prompt_source import prompt_source
+from gspo_lightning.training.rollout_collection import RolloutCollection, sample_ahead
+from gspo_lightning.training.rollout_log import COUNTERS, count_tokens, log_rollout
 from gspo_lightning.training.rollout_update import RolloutUpdate
 from gspo_lightning.training.run_state import (
     keep_settings,
@@ -52,13 +45,7 @@ from gspo_lightning.training.run_state import (
     restore_run_state,
     run_state,
 )
-from gspo_lightning.training.sampling_change import (
-    check_change,
-    check_lengths,
-    follow,
-    plain_sampling,
-    say_begins_later,
-)
+from gspo_lightning.training.sampling_change import check_change, check_lengths, follow, plain_sampling
 from gspo_lightning.training.schedule import Schedule, move_to
 from gspo_lightning.training.timing import Stopwatch
 from gspo_lightning.training.trainer_checks import (
@@ -66,14 +53,12 @@ from gspo_lightning.training.trainer_checks import (
     check_batch,
     check_fit,
     check_prompts,
+    refuse_draws_ahead,
     say_nothing_is_left,
 )
-from gspo_lightning.training.update import (
-    Minibatch,
-    UpdateSettings,
-)
+from gspo_lightning.training.update import Minibatch, UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings, Validator
-from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
+from gspo_lightning.types import PromptBatch, SamplingParams
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
@@ -123,12 +108,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.ahead = OneStepOff(self.engine) if traits(self.engine).staleness else None
         if self.ahead is not None:
+            refuse_draws_ahead(max_draws)
             self.engine = self.ahead
-            if max_draws:
-                raise UserError(
-                    f"dynamic_sampling.max_draws={max_draws} and rollout.engine.staleness=1 exclude each other: which "
-                    "prompts come next is known only after this rollout; set one of them to 0"
-                )
         self.objective, self.advantages = objective, advantages or AdvantageEstimator()
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length
@@ -140,10 +121,9 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.policy: Policy | None = None
         self.references: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self.reference_moves = bool(self.update_settings.ref_sync_every_n_rollouts)
-        self._forward_chosen = False
+        self.forward_chosen = False
         self.rollouts_done = 0
-        names = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "oom_splits", "rollout_tokens", "train_tokens")
-        self.counts = dict.fromkeys(names, 0)
+        self.counts = dict.fromkeys(COUNTERS, 0)
         self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
         self._drawn = Drawn()
         self.states_before: dict[str, Any] | None = None  # of the parts, from before the rollout in hand
@@ -183,26 +163,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""
-        if self.policy is not None:
-            return
-        mesh = self.device_mesh
-        if mesh is not None and self.ahead is not None:
-            raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
-        self.policy = self.policy_loader.load()
-        if mesh is not None:
-            self._choose_forward()  # runs whole weights, by other forwards than those that sharding counts
-            # Before the reference is loaded, so that one whole model is in memory and not two.
-            self._shard(self.policy, mesh)
-            self.engine = gathered(self.engine, self.policy_loader)
-        if self.objective.needs_ref and not self.policy.has_adapter:
-            self.references = [self.policy_loader.load_reference(self.policy)]
-            if mesh is not None:
-                self._shard(self.references[0], mesh)
-
-    def _shard(self, policy: Policy, mesh: DeviceMesh) -> None:
-        """Splits the weights over ranks; refuses a padded policy, so its reference is never padded either."""
-        gather = getattr(self.trainer.strategy, "gather_for_rollouts", True)
-        shard_policy(policy, mesh, gather_for_rollouts=gather)
+        if self.policy is None:
+            load_policies(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of trained parameters, without weight decay on vectors (norms, biases), and its schedule."""
@@ -217,39 +179,20 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         return rollouts * self.update_settings.num_iterations * self.update_settings.num_minibatches
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Like `nn.Module._apply`, except that under bf16-true adapters and buffers keep their dtype.
-
-        In bfloat16 most updates of an adapter would be rounded away, and rotary frequencies, which are buffers, would
-        rotate a token 2048 positions away by more than a radian too much. Sharded weights are replaced by the
-        converted ones, so widening them again after the call would be too late.
-        """
-        if self.policy is None or self._trainer is None or self._trainer.precision != "bf16-true":
-            return super()._apply(fn, recurse)
-        wide = {id(buffer) for buffer in self.buffers()}
-        if self.policy.has_adapter:
-            wide |= {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
-        return super()._apply(lambda t: t.to(fn(t).device) if id(t) in wide else fn(t), recurse)
+        """Like `nn.Module._apply`, except that under bf16-true adapters and buffers keep their dtype."""
+        is_narrow = self.policy is not None and self._trainer is not None and self._trainer.precision == "bf16-true"
+        return super()._apply(keeping_dtypes(self, fn) if is_narrow else fn, recurse)
 
     def on_fit_start(self) -> None:
         """Refuses Trainer settings under which training would be wrong; a model that cannot be packed runs padded."""
         check_fit(self)
         check_states(self)
         check_lengths(self, self.sampling)
-        self._choose_forward()
+        choose_forwards(self)
 
     def on_validation_start(self) -> None:
         """Chooses the forward, if nothing is trained or validation comes first."""
-        self._choose_forward()
-
-    def _choose_forward(self) -> None:
-        assert self.policy is not None
-        if self._forward_chosen:
-            return
-        self._forward_chosen = True
-        choose_forward(self.policy)
-        for reference in self.references:
-            if self.policy.is_padded and not reference.is_padded:
-                reference.fall_back()
+        choose_forwards(self)
 
     # ---------------------------------------------------------------- collect
 
@@ -273,52 +216,11 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.states_before = states_of(self)
         check_batch(batch, self)
         self.stopwatch.reset()
-        self.batch_in_hand = batch
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
-        self.sampled_with = self.sampling
-        if self.ahead is not None:
-            seed = rollout_seed(self.seed, self.rollouts_done)
-            self.sampled_with = self.ahead.sampling_of(batch.prompts, seed) or self.sampling
-            say_begins_later(self)
-        with self.trainer.precision_plugin.forward_context():
-            if self.max_draws:
-                source = self._source("dynamic_sampling.max_draws")
-                rollout, self.batch_in_hand, self._drawn = draw_until_signal(
-                    source, self._collect, self.max_draws, self._run_along
-                )
-            else:
-                rollout = self._collect(batch.prompts)
-            self.last_scored = self._compare(rollout)
-        if self.ahead is not None and self.ahead.is_stale:
-            self.stopwatch.seconds["rollout_ahead"] = self.ahead.seconds
+        collection = RolloutCollection(self, batch)
+        self.last_scored = collection.run()
+        self.batch_in_hand, self._drawn = collection.batch, collection.drawn
         return None
-
-    def _collect(self, prompts: list[Prompt]) -> RewardedRollout:
-        assert self.policy is not None
-        return collect_rollout(
-            self.policy, self.engine, self.rewards, prompts, self.sampled_with,
-            seed=rollout_seed(self.seed, self.rollouts_done), stopwatch=self.stopwatch,
-        )  # fmt: skip
-
-    def _compare(self, rollout: RewardedRollout) -> ScoredRollout:
-        scored = compare(rollout, self.advantages)
-        if scored.turn_advantages is not None:
-            refuse_turn_rewards(self.objective)
-        return scored
-
-    def _run_along(self) -> None:
-        """Calls the engine without prompts, because other ranks call it with some."""
-        assert self.policy is not None
-        self.engine.generate(self.policy, [], self.sampled_with, rollout_seed(self.seed, self.rollouts_done))
-
-    def _source(self, setting: str) -> PromptSource:
-        """The data module, which prompts are asked of: the loader fetches ahead, so its batches are stale."""
-        if (source := prompt_source(self.trainer)) is None:
-            raise UserError(
-                f"{setting} needs a data module that keeps its position: PromptDataModule, or one with all members of "
-                "gspo_lightning.training.prompt_source.PromptSource"
-            )
-        return source
 
     # ---------------------------------------------------------------- update
 
@@ -328,21 +230,28 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight))
         add_metrics(update.metrics, self._drawn.metrics(self.rewards.weighted_sum))
-        with self._float32_products():
+        with float32_products(self):
             update.prepare()
-            self._sample_ahead()
+            sample_ahead(self)
             update.run()
         self._sync_reference()
-        self._finish_rollout(scored, update)
+        self._finish_rollout(update)
 
-    def _float32_products(self) -> AbstractContextManager[None]:
-        """Context that uses oneDNN for float32 products if that is faster and row lengths recur.
+    def _sync_reference(self) -> None:
+        """Moves the frozen reference towards the policy every ``ref_sync_every_n_rollouts`` rollouts."""
+        every = self.update_settings.ref_sync_every_n_rollouts
+        if every and (self.rollouts_done + 1) % every == 0 and self.references and self.policy is not None:
+            move_reference(self.references[0], self.policy, self.update_settings.ref_model_mixup_alpha)
 
-        Not if a thread samples ahead: the setting is global, so that thread's rollouts would depend on timing.
-        """
-        assert self.policy is not None
-        filled = not self.policy.is_padded and self.policy.vision is None
-        return onednn_float32(self.device) if filled and self.ahead is None else nullcontext()
+    def _finish_rollout(self, update: RolloutUpdate) -> None:
+        self.rollouts_done += 1
+        count_tokens(self, update, also_sampled=self._drawn.discarded_tokens)
+        log_rollout(self, update)
+        if (source := prompt_source(self.trainer)) is not None:
+            source.finish(self.batch_in_hand)
+        self.states_before = None
+        if self.rollouts_done >= self.max_rollouts:
+            self.trainer.should_stop = True
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
         """A custom term that is added to the loss of each minibatch; override it in a subclass.
@@ -363,47 +272,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         """Whether a subclass adds a term: then every minibatch has a backward, with or without completions."""
         return type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
 
-    def _sample_ahead(self) -> None:
-        """Begins the next rollout; its old log-probabilities will be those of the current weights."""
-        if self.ahead is None or self.rollouts_done + 1 >= self.max_rollouts:
-            return
-        source = self._source("rollout.engine.staleness=1")
-        assert self.policy is not None
-        self.ahead.launch(
-            self.policy,
-            source.batch_at(self.batch_in_hand.cursor).prompts,
-            self.sampling,
-            rollout_seed(self.seed, self.rollouts_done + 1),
-            self.trainer.precision_plugin.forward_context,
-        )
-
-    def _sync_reference(self) -> None:
-        """Moves the frozen reference towards the policy every ``ref_sync_every_n_rollouts`` rollouts."""
-        every = self.update_settings.ref_sync_every_n_rollouts
-        if every and (self.rollouts_done + 1) % every == 0 and self.references and self.policy is not None:
-            move_reference(self.references[0], self.policy, self.update_settings.ref_model_mixup_alpha)
-
-    # ---------------------------------------------------------------- book-keeping
-
-    def _finish_rollout(self, scored: ScoredRollout, update: RolloutUpdate) -> None:
-        self.rollouts_done += 1
-        sampled = self._drawn.discarded_tokens + sum(c.num_trained for group in scored.completions for c in group)
-        tokens = torch.tensor([sampled, update.forwarded_tokens], dtype=torch.float64, device=self.device)
-        for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
-            self.counts[name] += int(count)
-        values = rollout_values(
-            update.metrics, update.ratios(), self.counts,
-            lr=float(self.trainer.optimizers[0].param_groups[0]["lr"]),
-            stopwatch=self.stopwatch, before=self.last_metrics, device=self.device,
-        )  # fmt: skip
-        forget(self.trainer, self.last_metrics.keys() - values.keys())  # metrics that this rollout did not measure
-        self.last_metrics = values
-        self.log_dict({**values, "step": float(self.rollouts_done)}, batch_size=len(scored.prompts))
-        if (source := prompt_source(self.trainer)) is not None:
-            source.finish(self.batch_in_hand)
-        self.states_before = None
-        if self.rollouts_done >= self.max_rollouts:
-            self.trainer.should_stop = True
+    # ---------------------------------------------------------------- metrics and validation
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Like Lightning's, which callbacks and `log_dict` call too; notes name and hook for `RunRecorder`."""

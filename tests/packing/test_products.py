@@ -121,7 +121,7 @@ def test_where_a_thread_samples_ahead_it_is_not_asked(micro_model_dir, monkeypat
     module, asked = build_module(micro_model_dir, Settings(dtype="float32")), []
     monkeypatch.setattr(module, "auxiliary_loss", lambda minibatch: asked.append(MATMUL.fp32_precision))
     module.ahead = SimpleNamespace(is_stale=False, sampling_of=lambda prompts, seed: None)
-    monkeypatch.setattr(module, "_sample_ahead", lambda: None)
+    monkeypatch.setattr("gspo_lightning.module.sample_ahead", lambda module: None)
     trainer().fit(module, Batches(scripted_prompts(), 1).loader())
     assert asked == ["none"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from gspo_lightning import module as module_file
 from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.training import loading
 from tests.scripted import Settings, build_module
 
 
@@ -23,8 +23,8 @@ def test_the_policy_is_split_before_its_reference_is_loaded(micro_model_dir, mon
         monkeypatch.setattr(owner, name, call)
 
     noted(PolicyLoader, "load_model")
-    noted(module_file, "choose_forward")
-    monkeypatch.setattr(module_file, "shard_policy", lambda policy, mesh, **_: events.append(("split", policy)))
+    noted(loading, "choose_forward")
+    monkeypatch.setattr(loading, "shard_policy", lambda policy, mesh, **_: events.append(("split", policy)))
     module = build_module(micro_model_dir, Settings(objective={"beta": 0.1}))
     module._device_mesh = object()
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(gather_for_rollouts=True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +15,14 @@ from gspo_lightning.distributed.sharding import in_step
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.selection import top_entropy_threshold
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
+from gspo_lightning.packing.products import onednn_float32
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.training.out_of_memory import in_parts
 from gspo_lightning.training.update import MicroBatch, Minibatch, build_micro_batch
 from gspo_lightning.types import Metrics, ScoredRollout
+
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
 
 Logprobs = list[Tensor]
 """Log-probabilities ``(L,)`` of each micro-batch of a minibatch, in the order of its plan."""
@@ -190,3 +196,13 @@ class Passes:
             return self.frozen.to(self.policy.device)(micro.packed, self.temperature)[0]
         with self.policy.adapter_disabled():
             return self._policy(micro)
+
+
+def float32_products(module: GSPOModule) -> AbstractContextManager[None]:
+    """Context of an update that uses oneDNN for float32 products if that is faster and row lengths recur.
+
+    Not if a thread samples ahead: the setting is global, so that thread's rollouts would depend on timing.
+    """
+    assert module.policy is not None
+    filled = not module.policy.is_padded and module.policy.vision is None
+    return onednn_float32(module.device) if filled and module.ahead is None else nullcontext()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.types import PromptBatch
 
 
@@ -47,3 +48,17 @@ def prompt_source(trainer: Any) -> PromptSource | None:
     """The data module of a Trainer if it is a `PromptSource`; None for loaders without a position."""
     datamodule = getattr(trainer, "datamodule", None)
     return datamodule if isinstance(datamodule, PromptSource) else None
+
+
+def needed_source(trainer: Any, setting: str) -> PromptSource:
+    """The same where a setting asks for prompts itself: the loader fetches ahead, so its batches are stale.
+
+    Raises:
+        UserError: there is no `PromptSource`.
+    """
+    if (source := prompt_source(trainer)) is None:
+        raise UserError(
+            f"{setting} needs a data module that keeps its position: PromptDataModule, or one with all members of "
+            "gspo_lightning.training.prompt_source.PromptSource"
+        )
+    return source

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gspo_lightning.distributed.ranks import global_means
+from gspo_lightning.distributed.ranks import global_means, global_sum
 from gspo_lightning.training.timing import Stopwatch, peak_rss_gb
 from gspo_lightning.types import Metrics
 
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
+    from gspo_lightning.training.rollout_update import RolloutUpdate
+
+COUNTERS = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "oom_splits", "rollout_tokens", "train_tokens")
+"""What a run counts, over all ranks."""
 RATIO_QUANTILES = (0.01, 0.5, 0.99)
 
 
@@ -48,6 +54,32 @@ def rollout_values(
     if device.type == "cuda":
         values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
     return values
+
+
+def count_tokens(module: GSPOModule, update: RolloutUpdate, *, also_sampled: int) -> None:
+    """Adds the sampled and the trained tokens of a rollout, over all ranks, to the counters of the run.
+
+    Args:
+        module: its counters are added to.
+        update: on the rollout.
+        also_sampled: tokens of this rank that were sampled and replaced by others.
+    """
+    sampled = also_sampled + sum(c.num_trained for group in update.scored.completions for c in group)
+    tokens = torch.tensor([sampled, update.forwarded_tokens], dtype=torch.float64, device=module.device)
+    for name, count in zip(("rollout_tokens", "train_tokens"), global_sum(tokens).tolist(), strict=True):
+        module.counts[name] += int(count)
+
+
+def log_rollout(module: GSPOModule, update: RolloutUpdate) -> None:
+    """Logs the metrics of a finished rollout, which are ``module.last_metrics`` from now on."""
+    values = rollout_values(
+        update.metrics, update.ratios(), module.counts,
+        lr=float(module.trainer.optimizers[0].param_groups[0]["lr"]),
+        stopwatch=module.stopwatch, before=module.last_metrics, device=module.device,
+    )  # fmt: skip
+    forget(module.trainer, module.last_metrics.keys() - values.keys())  # metrics that this rollout did not measure
+    module.last_metrics = values
+    module.log_dict({**values, "step": float(module.rollouts_done)}, batch_size=len(update.scored.prompts))
 
 
 def forget(trainer: Any, names: Set[str]) -> None:

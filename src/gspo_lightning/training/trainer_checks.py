@@ -215,6 +215,15 @@ def check_advantages(advantages: Any) -> None:
     keeps_state(advantages, "advantages")
 
 
+def refuse_draws_ahead(max_draws: int) -> None:
+    """Refuses dynamic sampling where the next rollout is sampled ahead."""
+    if max_draws:
+        raise UserError(
+            f"dynamic_sampling.max_draws={max_draws} and rollout.engine.staleness=1 exclude each other: which "
+            "prompts come next is known only after this rollout; set one of them to 0"
+        )
+
+
 def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
     """Refuses an auxiliary loss that is not a scalar tensor."""
     if isinstance(value, Tensor) and value.numel() == 1:

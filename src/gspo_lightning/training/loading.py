@@ -1,0 +1,70 @@
+"""The policy and its reference as the module holds them: loaded, split over ranks, and the forward that suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gspo_lightning.distributed.sharding import shard_policy
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.check import choose_forward
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.gathered import gathered
+
+if TYPE_CHECKING:
+    from gspo_lightning.module import GSPOModule
+
+
+def load_policies(module: GSPOModule) -> None:
+    """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter.
+
+    Raises:
+        UserError: the weights cannot be split over the ranks of this Trainer.
+    """
+    is_split = module.device_mesh is not None
+    if is_split and module.ahead is not None:
+        raise UserError("rollout.engine.staleness=1 needs whole weights; set it to 0 with trainer=fsdp")
+    module.policy = module.policy_loader.load()
+    if is_split:
+        choose_forwards(module)  # runs whole weights, by other forwards than those that sharding counts
+        # Before the reference is loaded, so that one whole model is in memory and not two.
+        _shard(module, module.policy)
+        module.engine = gathered(module.engine, module.policy_loader)
+    if module.objective.needs_ref and not module.policy.has_adapter:
+        module.references = [module.policy_loader.load_reference(module.policy)]
+        if is_split:
+            _shard(module, module.references[0])
+
+
+def _shard(module: GSPOModule, policy: Policy) -> None:
+    """Splits the weights over ranks; refuses a padded policy, so its reference is never padded either."""
+    gather = getattr(module.trainer.strategy, "gather_for_rollouts", True)
+    assert module.device_mesh is not None
+    shard_policy(policy, module.device_mesh, gather_for_rollouts=gather)
+
+
+def choose_forwards(module: GSPOModule) -> None:
+    """Chooses packed or padded forwards, once: see `choose_forward`. A reference follows the policy."""
+    assert module.policy is not None
+    if module.forward_chosen:
+        return
+    module.forward_chosen = True
+    choose_forward(module.policy)
+    for reference in module.references:
+        if module.policy.is_padded and not reference.is_padded:
+            reference.fall_back()
+
+
+def keeping_dtypes(module: GSPOModule, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``convert``, which narrows or moves tensors of the module, except that buffers and adapters keep their dtype.
+
+    In bfloat16 most updates of an adapter would be rounded away, and rotary frequencies, which are buffers, would
+    rotate a token 2048 positions away by more than a radian too much. Sharded weights are replaced by the converted
+    ones, so widening them again after the call would be too late.
+    """
+    wide = {id(buffer) for buffer in module.buffers()}
+    if module.policy is not None and module.policy.has_adapter:
+        wide |= {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    return lambda tensor: tensor.to(convert(tensor).device) if id(tensor) in wide else convert(tensor)
