@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, keep_numbered
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
+from gspo_lightning.callbacks.checkpoint_files import keep_numbered
 
 
 @pytest.fixture(params=["file", "folder"])

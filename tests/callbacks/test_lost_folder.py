@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
+from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint
+from gspo_lightning.callbacks.disk_errors import disk_error
 from gspo_lightning.errors import UserError
 from tests.callbacks.fakes import TRAINER, FakeModule, start
 

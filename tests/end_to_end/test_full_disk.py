@@ -15,7 +15,8 @@ import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gspo_lightning.callbacks.checkpoint import atomic_checkpoint, disk_error
+from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint
+from gspo_lightning.callbacks.disk_errors import disk_error
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.program import training_run

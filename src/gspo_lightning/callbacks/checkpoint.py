@@ -1,170 +1,18 @@
-"""Checkpoints that are written whole or not at all."""
+"""When a run saves a checkpoint."""
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_lightning.callbacks.best import Best
-from gspo_lightning.callbacks.files import WHERE_IT_IS, flush_checkpoint, flush_to_disk, keep_copy, remove
+from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, keep_numbered, numbered
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError, traits
-
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ESTALE})
-"""Errors of the run's own files only: a reward function may meet them anywhere."""
-_REMEDIES: dict[int | None, str] = {errno.EROFS: "make it writable", errno.EIO: "look after the disk"}
-
-
-class StreamingCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight into its file; Lightning's own holds a second copy of it in memory first."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves to a local path."""
-        torch.save(checkpoint, path)
-
-
-def atomic_checkpoint(trainer: L.Trainer, path: Path, previous: Path) -> None:
-    """Saves under a temporary name, flushes to disk, then renames: a kill at any moment leaves a good ``path``.
-
-    What it replaces stays as ``previous``: a file by a second link to it, so that ``path`` is never missing.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)  # of a run that was killed: a folder would keep its other files
-    trainer.strategy.barrier("checkpoint folder")
-    try:
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            flush_checkpoint(temporary)  # file systems over a network tell only here that the disk is full
-            _keep(path, previous)
-            os.replace(temporary, path)
-            flush_to_disk(path.parent)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        causes = _causes(error)
-        line = next(filter(None, (disk_error(path, cause) for cause in causes)), None)
-        if trainer.is_global_zero:
-            remove(temporary)  # what was written of it would keep the disk full
-        raise line or causes[0] from error
-    trainer.strategy.barrier("checkpoint")
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """What went wrong, in order of the ranks: those that write together all raise what some of them met.
-
-    That is no `Exception`, so nothing above would know it.
-    """
-    if isinstance(error, CheckpointException):
-        return [failure for _, (failure, _) in sorted(error.failures.items())]
-    return [error]
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """The checkpoint at ``path``, if there is one, becomes ``previous``; a file stays where it is as well.
-
-    A folder, which the ranks of a sharded policy write, cannot have two names, nor can a file on exFAT and many network
-    and FUSE mounts: for a moment only ``previous`` is there, and that is where resuming looks next.
-    """
-    if path.is_dir() or previous.is_dir():
-        remove(previous)
-        if path.exists():
-            os.replace(path, previous)
-    elif path.exists():
-        link = previous.with_name(f".{previous.name}.tmp")
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:
-            os.replace(path, previous)
-        else:
-            os.replace(link, previous)
-
-
-def numbered(path: Path, number: int) -> Path:
-    """The name under which `keep_numbered` keeps the checkpoint at ``path``."""
-    return path.with_name(f"rollout-{number:06d}.ckpt")
-
-
-def keep_numbered(path: Path, number: int, keep_last: int) -> None:
-    """Gives the checkpoint at ``path`` a second name by its number, and removes all but the newest.
-
-    It is copied only where a file cannot have two names.
-
-    Those of a later rollout are of a run that went on from an earlier checkpoint, and are removed too.
-    """
-    target = numbered(path, number)
-    keep_copy(path, target)
-    kept = sorted(path.parent.glob("rollout-*.ckpt"))
-    index = kept.index(target)
-    for other in (*kept[: max(0, index + 1 - keep_last)], *kept[index + 1 :]):
-        remove(other)
-
-
-def disk_error(path: Path, error: BaseException) -> UserError | None:
-    """The line for a disk that is full or not to be written to, or a folder that is gone; None for any other error.
-
-    torch's writer raises a RuntimeError of its own that has lost the reason, so the disk is asked; that of safetensors
-    has the number in its text.
-
-    Args:
-        path: the checkpoint that could not be written, or the folder of the run.
-        error: what was raised.
-    """
-    folder = path.parent if path.suffix == ".ckpt" else path
-    if (line := _gone(folder, error)) is not None:
-        return line
-    number, where = getattr(error, "errno", None), getattr(error, "filename", None) or path
-    if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
-    is_refused = number in _REFUSED and folder.absolute() in (Path(where).absolute(), *Path(where).absolute().parents)
-    reason = os.strerror(number) if number is not None and (number in _DISK or is_refused) else None
-    if reason is None and isinstance(error, RuntimeError):
-        if "inline_container" in str(error):
-            reason = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
-        elif found := re.match(r"File (.+) cannot be opened", str(error)):
-            reason, where, is_refused = "it cannot be opened", found[1], True
-    if reason is None:
-        return None
-    saved = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
-    remedy = "make it writable" if is_refused else _REMEDIES.get(number, "free some space")
-    stands = f"{remedy} and resume with ckpt_path={saved}" if _stands(saved) else "nothing has been saved yet"
-    return UserError(f"cannot write {where} ({reason}); {stands}")
-
-
-def _gone(folder: Path, error: BaseException) -> UserError | None:
-    """The line for a run whose folder, or the one with its checkpoints, is not where it was any more."""
-    is_missing = getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR)
-    by_torch = isinstance(error, RuntimeError) and re.match(r"Parent directory .+ does not exist", str(error))
-    if folder.is_dir() or not (is_missing or by_torch):
-        return None
-    run = folder.parent if folder.name == "checkpoints" else folder
-    gone = folder if run.is_dir() else run
-    return UserError(f"{gone} is gone: it was moved or removed while the run wrote to it; {WHERE_IT_IS}")
-
-
-def what_stands(last: Path | None) -> str:
-    """How to resume a run whose newest checkpoint is ``last``."""
-    return (
-        f"resume with ckpt_path={last}" if last is not None and _stands(last) else "no checkpoint has been written yet"
-    )
-
-
-def _stands(last: Path) -> bool:
-    """Whether a run can be resumed from ``last``; ``previous.ckpt`` beside it will do, see `_keep`."""
-    return last.exists() or last.with_name("previous.ckpt").exists()
 
 
 def fails_on_all_ranks(engine: Any) -> bool:

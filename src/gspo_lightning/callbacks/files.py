@@ -12,12 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gspo_lightning.errors import UserError
-
-WHERE_IT_IS = (
-    "where the run's folder is now, its newest checkpoint is checkpoints/last.ckpt: resume with "
-    "hydra.run.dir=<that folder> ckpt_path=auto"
-)
-"""How to resume a run whose folder was moved."""
+from gspo_lightning.how_to_resume import WHERE_IT_IS
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 
 import lightning as L
 
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, what_stands
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.distributed.ranks import global_max
+from gspo_lightning.how_to_resume import resume_line
 
 _BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not resume from here"
 
@@ -165,7 +166,7 @@ class GracefulStop(L.Callback):
 
     def _on_late_warning(self, number: int, frame: FrameType | None) -> None:
         if self.is_first_rank:
-            resume = what_stands(self.checkpoint.last)
+            resume = resume_line(self.checkpoint.last)
             print(f"SIGUSR1: all rollouts are done; finishing the export. If that is cut short, {resume}", flush=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -183,7 +184,7 @@ class GracefulStop(L.Callback):
 
     def _give_up(self) -> None:
         where = "before a rollout" if self._begins else "without the current rollout"
-        print(f"Stopped {where}; {what_stands(self.checkpoint.last)}", flush=True)
+        print(f"Stopped {where}; {resume_line(self.checkpoint.last)}", flush=True)
         code: Any = 128 + (self.received or [signal.SIGTERM])[0]
         try:
             self._requeue()

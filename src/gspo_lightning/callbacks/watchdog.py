@@ -13,8 +13,9 @@ from typing import Any
 
 import lightning as L
 
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, what_stands
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.errors import UserError
+from gspo_lightning.how_to_resume import resume_line
 
 
 class Watchdog(L.Callback):
@@ -99,7 +100,7 @@ class Watchdog(L.Callback):
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         print(
             f"error: no rollout or validation has finished for {self.end_s:g} s (callbacks.watchdog.end_s); above is "
-            f"what each thread was doing; {what_stands(self._last)}",
+            f"what each thread was doing; {resume_line(self._last)}",
             file=sys.stderr,
             flush=True,
         )

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from gspo_lightning.callbacks.checkpoint import StreamingCheckpointIO
+from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError

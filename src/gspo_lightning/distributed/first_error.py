@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gspo_lightning.callbacks.checkpoint import what_stands
+from gspo_lightning.how_to_resume import resume_line
 
 NAME = ".first_error.json"
 _LOST = ("closed by peer", "reset by peer", "gloo/transport", "Socket Timeout", "NCCL", "TCPStore")
@@ -111,7 +111,7 @@ def told(note: dict[str, Any] | None) -> tuple[str, int]:
     """The line and the exit code of a note; without a note, those of a rank that has died."""
     if note is not None:
         return f"rank {note['rank']}: {note['line']}", int(note["code"])
-    return (DIED if _last is None else f"{DIED}; {what_stands(_last)}"), 1
+    return (DIED if _last is None else f"{DIED}; {resume_line(_last)}"), 1
 
 
 def leave(folder: Path) -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from gspo_lightning.callbacks import RunRecorder
-from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint, disk_error, what_stands
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
+from gspo_lightning.callbacks.disk_errors import disk_error
 from gspo_lightning.callbacks.files import remove
 from gspo_lightning.callbacks.graceful_stop import GracefulStop
 from gspo_lightning.config.build import build_callbacks, build_trainer
@@ -21,6 +22,7 @@ from gspo_lightning.data.vision import VisionSettings
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.distributed.sharding import whole_policy
 from gspo_lightning.errors import UserError
+from gspo_lightning.how_to_resume import resume_line
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push
@@ -111,7 +113,7 @@ class TrainingRun:
             rank_watch.stop()
             return accuracy
         except OutOfMemoryError as error:
-            raise OutOfMemoryError(f"{error}; {what_stands(self.checkpoint.last)}") from error
+            raise OutOfMemoryError(f"{error}; {resume_line(self.checkpoint.last)}") from error
         except _WRITE_ERRORS as error:
             if (line := disk_error(self.run_dir, error)) is None:
                 raise
@@ -132,7 +134,7 @@ class TrainingRun:
         if self.module.rollouts_done < self.module.max_rollouts:
             done = f"{self.module.rollouts_done} of {self.module.max_rollouts} rollouts done"
             if self.trainer.is_global_zero:
-                print(f"{done}; {what_stands(self.checkpoint.last)}", flush=True)
+                print(f"{done}; {resume_line(self.checkpoint.last)}", flush=True)
                 if best is not None and best.found:
                     print(f"best checkpoint: {best}", flush=True)
             if self.stop.stopping:
