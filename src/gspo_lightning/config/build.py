@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from copy import copy
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, reason
 from gspo_lightning.extras import install_line
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet
@@ -60,7 +61,7 @@ def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSP
     except UserError:
         raise
     except Exception as error:  # whatever a constructor of the user's own raises
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
         raise UserError(f"module: {plain['module']['_target_']} could not be made ({why})") from error
     return module
 
@@ -79,7 +80,12 @@ def build(node: Any) -> Any:
         ) from error
     except InstantiationException as error:
         # The constructor's message alone; Hydra's wrapping around it does not help the user.
-        raise UserError(str(error.__cause__ or error)) from error
+        cause = error.__cause__ or error
+        said = reason(cause)
+        if said.startswith(type(cause).__name__):  # the name of a type alone does not say whose it is
+            found = re.search(r"call to target '([^']+)'", str(error))
+            said = f"{found[1] if found else node['_target_']} raised {said}"
+        raise UserError(said) from error
 
 
 def with_environments(engine: RolloutEngine, environments: Any) -> RolloutEngine:
@@ -253,4 +259,4 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
             _convert_="all",
         )
     except InstantiationException as error:
-        raise UserError(f"trainer: {error.__cause__ or error}") from error
+        raise UserError(f"trainer: {reason(error.__cause__ or error)}") from error

@@ -19,7 +19,7 @@ from gspo_lightning.config.own_module import check_module
 from gspo_lightning.config.sections import check_sections
 from gspo_lightning.config.targets import check_targets
 from gspo_lightning.config.types import check_calls
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, reason
 from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
@@ -256,8 +256,7 @@ def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
     except Exception as error:  # whatever a constructor or a step of the user's own raises
-        why = " ".join(str(error).split())
-        raise UserError(f"optimizer: {node.get('_target_')} rejects its settings ({why})") from error
+        raise UserError(f"optimizer: {node.get('_target_')} rejects its settings ({reason(error)})") from error
     if not all(parameter.isfinite().all() for parameter in probe):
         raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings makes weights infinite")
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.utils import get_object
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, reason
 
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 _OBJECTS = ("gspo_lightning.", "lightning.")
@@ -40,7 +40,7 @@ def _check_call(node: dict[str, Any], key: str) -> None:
         target = get_object(node["_target_"])
     except (Exception, SystemExit) as error:  # Hydra wraps whatever importing the user's module raised
         cause = error.__cause__ or error
-        what = f"it exited with code {cause.code}" if isinstance(cause, SystemExit) else cause
+        what = f"it exited with code {cause.code}" if isinstance(cause, SystemExit) else reason(cause)
         raise UserError(f"{key}._target_: cannot import {node['_target_']} ({what})") from error
     try:
         parameters = inspect.signature(target).parameters

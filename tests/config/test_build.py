@@ -1,0 +1,62 @@
+"""What a constructor raises is a line that says something, also if the exception says nothing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from gspo_lightning.config import checks
+from gspo_lightning.config.build import build, build_trainer
+from gspo_lightning.config.types import check_calls
+from gspo_lightning.errors import UserError
+from tests.conf.test_groups import resolved
+
+
+def asserts(*args, **settings):
+    raise AssertionError
+
+
+def looks_up(*args, **settings):
+    return settings["share"]
+
+
+def refuses(*args, **settings):
+    raise ValueError("share must be\nat least 1")
+
+
+def named(function):
+    return f"{__name__}.{function.__name__}"
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        (asserts, f"{__name__}.asserts raised AssertionError"),
+        (looks_up, f"{__name__}.looks_up raised KeyError: 'share'"),
+        (refuses, "share must be at least 1"),
+    ],
+)
+def test_what_a_constructor_raises_is_a_line_that_is_never_empty(function, line):
+    with pytest.raises(UserError) as refused:
+        build({"_target_": "builtins.dict", "inner": {"_target_": named(function)}})
+    assert str(refused.value) == line
+
+
+def test_so_it_is_for_the_optimizer_the_trainer_and_an_import(tmp_path, monkeypatch):
+    plain = resolved("experiment=micro")
+    plain["optimizer"] = {"_target_": named(asserts), "_partial_": True}
+    with pytest.raises(UserError) as refused:
+        checks.check(plain)
+    assert str(refused.value) == f"optimizer: {named(asserts)} rejects its settings (AssertionError)"
+    plain = resolved("experiment=micro")
+    plain["trainer"]["_target_"] = named(asserts)
+    with pytest.raises(UserError) as refused:
+        build_trainer(plain, [])
+    assert str(refused.value) == "trainer: AssertionError"
+    (tmp_path / "asserts_when_imported.py").write_text("raise AssertionError\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError) as refused:
+        check_calls({"_target_": "asserts_when_imported.Thing"}, "callbacks.mine")
+    assert str(refused.value) == ("callbacks.mine._target_: cannot import asserts_when_imported.Thing (AssertionError)")
+    sys.modules.pop("asserts_when_imported", None)
