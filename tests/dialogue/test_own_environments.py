@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_lightning.config.build import build, with_environments
+from gspo_lightning.config.build import build, build_data, with_environments
 from gspo_lightning.dialogue import Environments, Reply
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
+from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.types import Prompt
+from tests.conf.test_groups import resolved
 
 CHAT = [{"role": "user", "content": "?"}]
 
@@ -235,3 +237,31 @@ def test_a_template_that_wants_a_system_message_first_gets_that_of_the_prompt(ow
 def test_a_template_that_writes_the_system_message_into_the_newest_turn_does_not_write_it_again(own_template):
     own_template(REPEATS)
     assert behind([SYSTEM, *CHAT]) == "\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+
+
+class Beginning(Once):
+    """Notes the rows it begins with."""
+
+    begun: list[dict] = []
+
+    def reset(self, row, seed):
+        self.begun.append(row)
+
+
+def built(make, *overrides):
+    plain = resolved("experiment=micro", "environment=calculator", f"environment.make._target_={make}", *overrides)
+    rewards = build(plain["reward"])
+    return build_data(plain, rewards)
+
+
+def test_a_dialogue_about_a_row_of_each_kind_is_begun_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(PolicyLoader, "load", lambda self: pytest.fail("the model was loaded"))
+    Beginning.begun.clear()
+    built(f"{__name__}.Beginning")
+    train, held_out = Beginning.begun
+    assert train["letter"] and held_out["letter"] and train["prompt"] != held_out["prompt"]
+    with pytest.raises(UserError) as refused:
+        built("gspo_lightning.dialogue.Calculator")
+    assert str(refused.value) == (
+        "environment Calculator.reset raised KeyError: 'answer' (row micro_letters:train:0; it has prompt, letter)"
+    )

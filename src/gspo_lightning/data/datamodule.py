@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.columns import Needed, as_mapping, check_columns, checked_prompt
+from gspo_lightning.data.mixture import TASK_COLUMN
 from gspo_lightning.data.parts import BatchWhenRead, tasks_within
 from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
@@ -122,15 +123,16 @@ class PromptDataModule(L.LightningDataModule):
         """The task and those within it, by their keys; checkpoints hold the states of those that have one."""
         return tasks_within(self.task, "data.task")
 
-    def check(self, required_columns: Needed | None = None) -> None:
+    def check(self, required_columns: Needed | None = None, begin: Callable[[Prompt], Any] | None = None) -> None:
         """Makes prompts of all held-out rows and of ``ROWS_CHECKED`` training rows, without loading a model.
 
         Args:
             required_columns: column -> what needs it, such as ``{"answer": "reward function last_integer"}``, or a
                 mapping from task of a mixture -> what needs it in the rows of that task.
+            begin: called with a prompt of the training rows and one of the held-out rows, for each task of a mixture.
 
         Raises:
-            UserError: there are too few rows, an option of the template has no effect, or a row lacks a column, is
+            UserError: what ``begin`` raises; or there are too few rows, an option of the template has no effect, or a row lacks a column, is
                 too long or does not fit the template. Names the row or the key.
         """
         size = self.task.num_train_rows
@@ -146,6 +148,7 @@ class PromptDataModule(L.LightningDataModule):
         check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
         if self.vision_settings.is_set and self.processor is None:
             raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} takes text only")
+        begun: set[tuple[str, str]] = set()
         for prompt in self._prompts_to_check():
             if self.chat_template_kwargs.get("tools") and isinstance(prompt.prompt, str):
                 raise UserError(
@@ -156,6 +159,10 @@ class PromptDataModule(L.LightningDataModule):
             if self.chat_template_kwargs and isinstance(prompt.prompt, str):
                 raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
             check_columns(prompt.sample, required_columns or {}, f"row {prompt.uid}")
+            kind = (prompt.uid.rpartition(":")[0], str(prompt.sample.get(TASK_COLUMN)))
+            if begin is not None and kind not in begun:
+                begun.add(kind)
+                begin(prompt)
         self._made = None
 
     def _prompts_to_check(self) -> Iterator[Prompt]:

@@ -172,7 +172,8 @@ def _asked(name: str, prompt: Prompt, call: Callable[..., Any], *arguments: Any)
     except UserError as error:
         raise UserError(f"{name}: {error} (row {prompt.uid})") from error
     except RAISED as error:
-        raise UserError(f"{name} raised {type(error).__name__}: {error} (row {prompt.uid})") from error
+        columns = f"; it has {', '.join(map(str, prompt.sample))}" if isinstance(error, KeyError) else ""
+        raise UserError(f"{name} raised {type(error).__name__}: {error} (row {prompt.uid}{columns})") from error
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()  # else Python warns that nobody awaited it
