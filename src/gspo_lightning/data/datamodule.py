@@ -132,8 +132,8 @@ class PromptDataModule(L.LightningDataModule):
             begin: called with a prompt of the training rows and one of the held-out rows, for each task of a mixture.
 
         Raises:
-            UserError: what ``begin`` raises; or there are too few rows, an option of the template has no effect, or a row lacks a column, is
-                too long or does not fit the template. Names the row or the key.
+            UserError: there are too few rows, an option of the template has no effect, or a row lacks a column, is
+                too long or does not fit the template; or what ``begin`` raises. Names the row or the key.
         """
         size = self.task.num_train_rows
         if size is None and self.seed is not None:
