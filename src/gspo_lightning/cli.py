@@ -33,6 +33,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
 from gspo_lightning.program.estimate import Ranks, Work, estimate
 from gspo_lightning.program.evaluation import HeldOutLog, write_evaluation
+from gspo_lightning.program.interrupt import Interrupted, is_interrupt
 from gspo_lightning.program.redact import masked, masked_stderr, redacted
 from gspo_lightning.program.resume import find_checkpoint
 from gspo_lightning.program.sweep_job import SweepStopped, begins_ranks, run_apart
@@ -49,6 +50,7 @@ USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
 RUN_ERRORS = (NonFiniteGradientError, RolloutError)
 """Errors that end a run whose config was right."""
+_STOPPED = "SIGINT: stopped"
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -63,8 +65,11 @@ def run(main: Callable[[], Any]) -> None:
             main()
     except (*USER_ERRORS, *RUN_ERRORS) as error:
         _exit_with_line(error, _wants_traceback())
-    except SweepStopped as stopped:
-        print(f"error: {stopped}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stopped:
+        if _wants_traceback():  # Ctrl-C shows what a program waits for
+            traceback.print_exc()
+        if first_error.is_first_rank():
+            print(f"error: {stopped if isinstance(stopped, Interrupted) else _STOPPED}", file=sys.stderr, flush=True)
         sys.exit(130)
     except OSError as error:
         key = _key_of_folder(error)
@@ -118,6 +123,14 @@ def _job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         if first_error.several_ranks():
             _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
         raise
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SweepStopped) or not is_interrupt(end):
+            raise
+        rank_watch.stop()
+        first_error.leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        line = str(end) if isinstance(end, Interrupted) else _STOPPED
+        others = "" if HydraConfig.get().mode == RunMode.RUN else "; the jobs after it were not run"
+        raise Interrupted(f"{line}{others}") from end
 
 
 def _key_of_folder(error: OSError) -> str | None:

@@ -28,6 +28,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.program.interrupt import Interrupted
 from gspo_lightning.report.files import read_json
 from gspo_lightning.rewards.serve import die_with
 from gspo_lightning.rollout import RolloutError
@@ -42,7 +43,7 @@ _LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
 """Launchers that run jobs with the ``sys.argv`` of the sweep."""
 
 
-class SweepStopped(KeyboardInterrupt):
+class SweepStopped(Interrupted):
     """A signal ended a job of a sweep; not an Exception, on which Hydra would start the next job."""
 
 

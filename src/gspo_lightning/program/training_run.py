@@ -27,6 +27,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.program.interrupt import Interrupted, is_interrupt
 from gspo_lightning.program.redact import redacted
 from gspo_lightning.program.resume import goes_on, run_folder
 from gspo_lightning.program.run_lock import RunLock
@@ -103,6 +104,7 @@ class TrainingRun:
 
         Raises:
             UserError: for a mistake of the user, or a disk that cannot be written to.
+            Interrupted: by Ctrl-C before or after training; while it trains, the rollout is finished and saved.
         """
         try:
             if self.trainer.is_global_zero:
@@ -112,6 +114,10 @@ class TrainingRun:
                 accuracy = self._execute()
             rank_watch.stop()
             return accuracy
+        except (KeyboardInterrupt, SystemExit) as end:
+            if not is_interrupt(end):
+                raise
+            raise Interrupted(f"SIGINT: stopped; {what_stands(self.checkpoint.last)}") from end
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; {resume_line(self.checkpoint.last)}") from error
         except _WRITE_ERRORS as error:
