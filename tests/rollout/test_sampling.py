@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from gspo_lightning.rollout import sampling
 from gspo_lightning.rollout.sampling import invert_cdf, row_uniforms, sample
 from gspo_lightning.types import SamplingParams
 
@@ -93,3 +94,28 @@ def test_uniforms_belong_to_seed_prompt_and_generation():
     assert torch.equal(base[:5], row_uniforms(1, "task:3", 0, 5))
     for other in (row_uniforms(2, "task:3", 0, 8), row_uniforms(1, "task:4", 0, 8), row_uniforms(1, "task:3", 1, 8)):
         assert not torch.equal(base, other)
+
+
+@pytest.mark.parametrize("size", [1, 5, 193, 4099])
+def test_where_cumsum_is_refused_the_same_tokens_are_drawn_without_it(size, monkeypatch):
+    """On a GPU under ``trainer.deterministic=true``, which this stands in for."""
+    logits, uniforms = torch.randn(64, size) * 3, torch.rand(64, dtype=torch.float64)
+    expected = sample(logits, uniforms, params(top_p=0.9))
+
+    def refused(*args, **kwargs):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+
+    monkeypatch.setattr(sampling, "_cumsum_is_refused", lambda values: True)
+    monkeypatch.setattr(torch.Tensor, "cumsum", refused)
+    tokens, logprobs = sample(logits, uniforms, params(top_p=0.9))
+    assert tokens.tolist() == expected[0].tolist()
+    torch.testing.assert_close(logprobs, expected[1], rtol=0, atol=0)
+
+
+def test_cumsum_is_refused_on_a_gpu_under_strict_determinism_alone():
+    on_gpu, here = (type("Values", (), {"is_cuda": cuda})() for cuda in (True, False))
+    assert not sampling._cumsum_is_refused(on_gpu)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert not sampling._cumsum_is_refused(on_gpu)
+    torch.use_deterministic_algorithms(True)
+    assert sampling._cumsum_is_refused(on_gpu) and not sampling._cumsum_is_refused(here)

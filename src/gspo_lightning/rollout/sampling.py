@@ -68,7 +68,7 @@ def keep_likely(scores: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1.0:
         ordered, index = scores.sort(dim=-1, descending=True)
         mass = torch.softmax(ordered, dim=-1)
-        outside = mass.cumsum(dim=-1) - mass >= params.top_p
+        outside = _running_sum(mass) - mass >= params.top_p
         scores = scores.masked_fill(outside.scatter(1, index, outside), -torch.inf)
     if params.min_p > 0.0:
         threshold = scores.amax(dim=-1, keepdim=True) + torch.tensor(params.min_p).log()
@@ -88,13 +88,33 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     missing = width * _BLOCKS - size
     padded = torch.nn.functional.pad(probabilities, (0, missing)) if missing else probabilities
     padded = padded.view(rows, _BLOCKS, width)
-    block_cdf = padded.sum(dim=-1).double().cumsum(dim=-1)
+    block_cdf = _running_sum(padded.sum(dim=-1).double())
     goal = uniforms.to(block_cdf.device)[:, None] * block_cdf[:, -1:]
     block = torch.searchsorted(block_cdf, goal, right=True).clamp_(max=_BLOCKS - 1)
     before = torch.where(block > 0, block_cdf.gather(1, (block - 1).clamp(min=0)), torch.zeros_like(goal))
     inner = padded.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1)
-    cdf = inner.double().cumsum(dim=-1)
+    cdf = _running_sum(inner.double())
     # The block sum and the scan inside it round differently: keep the goal inside the block, on a token with mass.
     inside = (goal - before).clamp(max=cdf[:, -1:] * (1 - 1e-15))
     offset = torch.searchsorted(cdf, inside, right=True).clamp_(max=width - 1)
     return (block * width + offset).squeeze(1)
+
+
+def _running_sum(values: Tensor) -> Tensor:
+    """Sums of ``(..., N)`` floating-point values up to each one, by ``cumsum`` where torch has it.
+
+    On a GPU its order of additions is not fixed, so ``trainer.deterministic=true`` makes it raise: there each value
+    is added to the one a step after it, with steps of 1, 2, 4, ...
+    """
+    if not _cumsum_is_refused(values):
+        return values.cumsum(dim=-1)
+    step = 1
+    while step < values.shape[-1]:
+        values = values + torch.nn.functional.pad(values[..., :-step], (step, 0))
+        step *= 2
+    return values
+
+
+def _cumsum_is_refused(values: Tensor) -> bool:
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return values.is_cuda and strict
