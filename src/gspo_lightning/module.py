@@ -45,7 +45,13 @@ from gspo_lightning.training.run_state import (
     restore_run_state,
     run_state,
 )
-from gspo_lightning.training.sampling_change import check_change, check_lengths, follow, plain_sampling
+from gspo_lightning.training.sampling_change import (
+    check_change,
+    check_lengths,
+    check_ranks_agree,
+    follow,
+    plain_sampling,
+)
 from gspo_lightning.training.schedule import Schedule, move_to
 from gspo_lightning.training.timing import Stopwatch
 from gspo_lightning.training.trainer_checks import (
@@ -215,6 +221,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             return -1
         self.states_before = states_of(self)
         check_batch(batch, self)
+        check_ranks_agree(self.sampling)
         self.stopwatch.reset()
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         collection = RolloutCollection(self, batch)

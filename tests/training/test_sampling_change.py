@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Objective
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
-from gspo_lightning.training import rollout_update
-from gspo_lightning.training.sampling_change import restore_sampling, sampling_state
+from gspo_lightning.training import rollout_update, sampling_change
+from gspo_lightning.training.sampling_change import check_ranks_agree, restore_sampling, sampling_state
 from gspo_lightning.types import SamplingParams
 from tests.scripted import Settings, build_module, trainer, weights
 from tests.training.test_one_step_off import Data, Elsewhere
@@ -239,3 +239,34 @@ def test_the_curriculum_of_the_documentation(micro_model_dir):
     engine = Noting()
     fit(made(micro_model_dir, engine, rollouts=3), callbacks=[found["Longer"](first=4, more=2, every=1, longest=7)])
     assert [length for _, length, _ in engine.asked] == [4, 6, 7]
+
+
+def gathers(monkeypatch, *of_ranks):
+    """Stands in for ranks with these settings."""
+    monkeypatch.setattr(sampling_change, "world_size", lambda: len(of_ranks))
+
+    def gather(given, own):
+        given[:] = [asdict(other) for other in of_ranks]
+
+    monkeypatch.setattr(sampling_change.dist, "all_gather_object", gather)
+
+
+def test_a_change_on_one_rank_alone_is_refused_on_all(monkeypatch):
+    alone = SamplingParams(num_generations=4, max_completion_length=8)
+    check_ranks_agree(alone)
+    gathers(monkeypatch, alone, alone)
+    check_ranks_agree(alone)
+    gathers(monkeypatch, alone, alone, replace(alone, temperature=0.7))
+    with pytest.raises(UserError) as refused:
+        check_ranks_agree(alone)
+    assert str(refused.value) == (
+        "module.sampling: rollout.temperature is 1.0 on rank 0 and 0.7 on rank 2; set it on every rank alike"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_ranks_are_compared_before_every_rollout(micro_model_dir, monkeypatch):
+    compared = []
+    monkeypatch.setattr("gspo_lightning.module.check_ranks_agree", compared.append)
+    trainer(callbacks=[Curriculum()]).fit(made(micro_model_dir, Noting()), datamodule=Data())
+    assert [sampling.num_generations for sampling in compared] == [3, 3, 4, 4]

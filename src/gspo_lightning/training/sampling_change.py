@@ -7,8 +7,10 @@ import warnings
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from gspo_lightning.advantages import check_group
-from gspo_lightning.distributed.ranks import rank
+from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
 from gspo_lightning.training.prompt_source import prompt_source
@@ -79,6 +81,25 @@ def check_lengths(module: GSPOModule, sampling: SamplingParams) -> None:
                 "rollout.engine.max_completion_length"
             )
         engine = getattr(engine, "engine", None)
+
+
+def check_ranks_agree(sampling: SamplingParams) -> None:
+    """Refuses settings that a rank has set by itself. All ranks must call it together, and raise together.
+
+    Raises:
+        UserError: names a setting and two ranks.
+    """
+    if world_size() == 1:
+        return
+    given: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(given, asdict(sampling))
+    for name, first in given[0].items():
+        for number, other in enumerate(given):
+            if other[name] != first:
+                raise UserError(
+                    f"module.sampling: rollout.{name} is {first!r} on rank 0 and {other[name]!r} on rank {number}; set "
+                    "it on every rank alike"
+                )
 
 
 def follow(objective: Objective, before: SamplingParams, now: SamplingParams) -> Objective:
