@@ -901,6 +901,16 @@ ENVIRONMENTS = [
     ),
     Case(
         "environment",
+        "a form of calls that there is not",
+        [
+            "environment=tools",
+            "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]",
+            "environment.call_form=harmony",
+        ],
+        "environment.call_form='harmony' must be null or one of mistral, glm, xml, json",
+    ),
+    Case(
+        "environment",
         "a chat template that shows no tools",
         ["environment=tools", "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]"],
         "the model's chat template shows no tools",

@@ -11,6 +11,7 @@ from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine, dialogue_decoder, transformers_engine
 from gspo_lightning.rollout.dialogue_decoder import DialogueDecoder
 from gspo_lightning.types import SamplingParams, ToolCounts
+from tests.dialogue import form_support as families
 from tests.dialogue.tool_support import TEMPLATE, add, call, divide
 from tests.scripted import Batches, Settings, build_module, trainer, weights
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
@@ -26,9 +27,11 @@ ROW = {"prompt": [{"role": "user", "content": "2 + 3?"}]}
 class Scripted(DialogueDecoder):
     """Draws the tokens of `SCRIPTS`, with the log-probabilities that the model gives them."""
 
+    turns_of = SCRIPTS
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        text = {g: "".join(turns) for g, turns in enumerate(SCRIPTS)}
+        text = {g: "".join(turns) for g, turns in enumerate(self.turns_of)}
         ids = {g: self.policy.tokenizer(own, add_special_tokens=False)["input_ids"] for g, own in text.items()}
         self.script = {id(row): iter(ids[row.generation]) for row in self.rows}
 
@@ -125,3 +128,37 @@ def test_results_that_do_not_fit_are_left_out_together(micro_model_dir, monkeypa
     assert len(completion.token_ids) == first_turn and completion.finish_reason == "length"
     assert completion.dialogue.messages == [{"role": "assistant", "content": BOTH}]
     assert completion.dialogue.tool_counts == ToolCounts(2, 1)
+
+
+XML = "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n</function>\n</tool_call>"
+MASKS = [
+    (families.HERMES, call("add", '{"a": 2}'), "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"),
+    (families.LLAMA, '{"name": "add", "parameters": {"a": 2}}', "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"),
+    (families.QWEN_CODER, XML, "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"),
+    (families.GLM.replace("<|observation|>", END), "<tool_call>add<arg_key>a</arg_key><arg_value>2</arg_value></tool_call>",
+     "\n<tool_response>\n3\n</tool_response><|assistant|>"),
+    (families.MISTRAL_LIST.replace("</s>", END), '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}, "id": "Ab3dE6gH9"}]',
+     '[TOOL_RESULTS] {"content": 3, "call_id": "Ab3dE6gH9"}[/TOOL_RESULTS]'),
+    (families.FORGETS, "<think>\nadd or divide?\n</think>\n\n" + call("add", '{"a": 2}'),
+     "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "turn", "between"), MASKS)
+def test_no_token_of_the_environment_is_a_target_whatever_the_form(
+    template, turn, between, micro_model_dir, monkeypatch
+):
+    monkeypatch.setattr(transformers_engine, "DialogueDecoder", Scripted)
+    monkeypatch.setattr(Scripted, "turns_of", [[turn + END, "<think>so</think>3" + END]] * 2)
+    policy, tools = micro_policy(micro_model_dir), Tools([add])
+    policy.tokenizer.chat_template = template
+    prompt = make_prompt(ROW, policy.tokenizer, "t:0", tools.chat_template_kwargs)
+    sampling = SamplingParams(num_generations=2, max_completion_length=400)
+    ((completion, _),) = TransformersEngine(environments=tools).generate(policy, [prompt], sampling, 0).completions
+    first, said, second = (
+        policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (turn + END, between, "<think>so</think>3" + END)
+    )
+    assert completion.token_ids.tolist() == [*first, *said, *second]
+    assert completion.dialogue.trained.tolist() == [True] * len(first) + [False] * len(said) + [True] * len(second)
+    assert completion.dialogue.tool_counts == ToolCounts(1, 0) and completion.num_trained == len(first + second)

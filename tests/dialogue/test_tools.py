@@ -14,7 +14,7 @@ from transformers.utils import get_json_schema
 
 from gspo_lightning.data.templating import check_template_kwargs, make_prompt
 from gspo_lightning.dialogue import Environments, Reply, Tools
-from gspo_lightning.dialogue.calls import calls_of
+from gspo_lightning.dialogue.calls import json_calls
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
@@ -118,11 +118,11 @@ def test_added_tokens_that_are_not_special_stay_in_the_decoded_turn():
     ],
 )
 def test_calls_are_read_in_the_forms_of_hermes_and_of_llama(text, calls):
-    assert calls_of(text) == calls
+    assert json_calls(text) == calls
 
 
 def test_a_million_openings_take_no_time():
-    assert len(calls_of("<tool_call>" * 1_000_000)) == 1_000_000
+    assert len(json_calls("<tool_call>" * 1_000_000)) == 1_000_000
 
 
 def test_a_call_of_llama_is_answered():

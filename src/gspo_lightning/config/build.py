@@ -110,7 +110,7 @@ def with_environments(engine: RolloutEngine, environments: Any) -> RolloutEngine
 
 
 def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
-    """The data module; its dataset, its templates and the columns that rewards need are checked.
+    """The data module; its dataset, its templates, the columns that rewards need and the environment are checked.
 
     An environment begins a dialogue about a row of each kind: what it misses there ends the run before a model is
     loaded.
@@ -119,6 +119,7 @@ def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
     rewards.check()
     environments = build(plain["environment"]) if plain["environment"] else None
     if isinstance(environments, Environments):  # `with_environments` refuses any other
+        environments.check(datamodule.tokenizer)
         datamodule.check(rewards.required_columns(), lambda prompt: environments.begin(prompt, 0, datamodule.tokenizer))
     else:
         datamodule.check(rewards.required_columns())

@@ -6,17 +6,15 @@ import re
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.columns import checked_prompt
 from gspo_lightning.dialogue.functions import template_tools
+from gspo_lightning.dialogue.template import REFUSALS
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
 
-REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
-"""Exceptions of templates on messages they cannot read; most check nothing and append the content to a string."""
 _MARK = "TEXT-OF-A-PART"
 _WRITTEN_OUT = re.compile(rf"""["']text["']: ?["']{_MARK}""")
 _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors", "truncation"})

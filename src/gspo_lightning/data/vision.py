@@ -15,8 +15,9 @@ from transformers.video_utils import VideoMetadata
 
 from gspo_lightning.data.columns import parts_of
 from gspo_lightning.data.images import Picture, load_image
-from gspo_lightning.data.templating import REFUSALS, refuse_surrogates
+from gspo_lightning.data.templating import refuse_surrogates
 from gspo_lightning.data.videos import Video, load_video
+from gspo_lightning.dialogue.template import REFUSALS
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Any, Protocol, cast
@@ -30,6 +30,8 @@ class Reply:
     more: tuple[str, ...] = ()
     """Texts of further messages in the same role: the results of several calls are a message each, which templates
     mark one by one."""
+    call_ids: tuple[str, ...] = ()
+    """Ids of the calls that the messages answer, one each, for templates that read ``tool_call_id``; or none."""
 
     def __post_init__(self) -> None:
         text, role = cast("tuple[object, object]", (self.text, self.role))
@@ -39,6 +41,9 @@ class Reply:
         more: object = self.more
         if not isinstance(more, tuple) or not all(isinstance(x, str) for x in more) or (more and text is None):
             raise UserError(f"Reply: more={more!r} must be a tuple of strings, after a text")
+        ids: object = self.call_ids
+        if ids != () and not (isinstance(ids, tuple) and len(ids) == 1 + len(self.more) and text is not None):
+            raise UserError(f"Reply: call_ids={ids!r} must be a tuple of one id for each text, or empty")
         if not isinstance(role, str) or role == "assistant":
             raise UserError(f"Reply: role={role!r} must be a string such as user or tool; assistant is the policy")
 
@@ -82,6 +87,13 @@ class Environments:
                 "dialogue; name the environment as environment.make._target_, with environment.make._partial_=true"
             )
 
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses, before a model is loaded, what cannot work with its tokenizer; here nothing.
+
+        Raises:
+            UserError: names the key of the config.
+        """
+
     def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
         """Begins a dialogue about the row of ``prompt``."""
         environment = _asked("environment.make", prompt, self.make)
@@ -100,12 +112,14 @@ class OpenDialogue:
         self.environment, self.prompt, self.settings, self.tokenizer = environment, prompt, settings, tokenizer
         self.messages: Messages = []
         self.turn_rewards: list[float | None] = []
+        self.kept: frozenset[str] = frozenset()
+        """Special tokens that the environment must see; all others are left out of a turn's text."""
 
     def reply(self, text: str, has_end: bool, eos: tuple[int, ...]) -> list[int] | None:
         """Tokens between a turn of the policy and its next one; None ends the dialogue.
 
         Args:
-            text: the turn, decoded.
+            text: the turn, as `decode` gives it.
             has_end: whether its last token is an end-of-sequence token (and not the end of a stop string).
             eos: end-of-sequence tokens of the policy, the usual one first.
         """
@@ -117,10 +131,19 @@ class OpenDialogue:
         if answer.text is None or len(self.turn_rewards) >= self.settings.max_turns:
             return None
         texts = map(_without_lone_surrogates, (answer.text, *answer.more))
-        messages = [{"role": answer.role, "content": text} for text in texts]
+        ids = [{"tool_call_id": call_id} for call_id in answer.call_ids] or [{} for _ in (answer.text, *answer.more)]
+        messages = [{"role": answer.role, "content": text, **named} for text, named in zip(texts, ids, strict=True)]
         self.messages += messages
         kwargs = self.settings.chat_template_kwargs
         return continuation(self.tokenizer, messages, kwargs, has_end, eos, self.prompt.prompt)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a turn of the policy, without special tokens other than ``kept``."""
+        if not self.kept:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        added = self.tokenizer.added_tokens_decoder
+        ids = [i for i in token_ids if i not in added or not added[i].special or added[i].content in self.kept]
+        return str(self.tokenizer.decode(ids))
 
     def add(self, text: str) -> None:
         """Records a turn of the policy."""

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.errors import UserError
 
 Message = dict[str, Any]
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+"""Exceptions of templates on messages they cannot read; most check nothing and append the content to a string."""
 
 _TURN = "ASSISTANT-TURN"
 _MESSAGE = "MESSAGE-OF-THE-ENVIRONMENT"

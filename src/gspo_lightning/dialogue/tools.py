@@ -6,12 +6,13 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from gspo_lightning.dialogue.calls import CallError, calls_of, check_arguments, read_call
+from gspo_lightning.dialogue.calls import CallError, check_arguments
 from gspo_lightning.dialogue.environment import Environments, OpenDialogue, Reply
+from gspo_lightning.dialogue.forms import FORMS, Form, form_of
 from gspo_lightning.dialogue.functions import NOT_TOOLS, Tool, by_name, found, schemas_of, template_tools
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Prompt, ToolCounts
@@ -32,14 +33,21 @@ class Tools(Environments):
         chat_template_kwargs: arguments of the chat template, the same as for the prompts. If there are ``tools`` among
             them, they must be the functions; if not, they are added: give the prompts this object's
             ``chat_template_kwargs``.
+        call_form: how the policy writes calls, one of `forms.FORMS`; None: as the chat template writes them.
 
     Raises:
         UserError: a function is misconfigured (see `functions.schemas_of`), or the prompts describe other tools.
     """
 
     def __init__(
-        self, functions: Sequence[Tool], max_turns: int = 4, chat_template_kwargs: dict[str, Any] | None = None
+        self,
+        functions: Sequence[Tool],
+        max_turns: int = 4,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        call_form: str | None = None,
     ) -> None:
+        if call_form not in (None, *FORMS):
+            raise UserError(f"environment.call_form={call_form!r} must be null or one of {', '.join(FORMS)}")
         where = "environment.functions"
         tools = found(functions, where)
         schemas = schemas_of(tools, where)
@@ -51,23 +59,37 @@ class Tools(Environments):
             )
         make = functools.partial(ToolDialogue, tools, schemas)
         super().__init__(make, max_turns, {**kwargs, "tools": list(schemas.values())})
+        object.__setattr__(self, "call_form", call_form)
         object.__setattr__(self, "names", tuple(schemas))
         object.__setattr__(self, "rewards", any(hasattr(tool, "reward") for tool in tools if inspect.isclass(tool)))
 
+    call_form: str | None
+    """How the policy writes calls; None: as the chat template does."""
     names: tuple[str, ...]
     """What the policy calls the tools."""
     rewards: bool
     """Whether a class among the functions has a reward."""
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses a model that writes calls in another way than is read.
+
+        Raises:
+            UserError: names the key, and the forms that are read.
+        """
+        self._form(tokenizer)
+
+    def _form(self, tokenizer: PreTrainedTokenizerBase) -> Form:
+        if _HARMONY in tokenizer.get_added_vocab():
+            raise UserError("environment.functions: calls in the harmony format are not read; use another model")
+        return form_of(tokenizer, self.chat_template_kwargs, self.call_form)
 
     def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
         """Begins a dialogue about the row of ``prompt``.
 
         Raises:
             UserError: the prompt does not name a tool, so that the policy cannot know it; or calls are written in
-                another way than `calls.calls_of` reads.
+                another way than is read.
         """
-        if _HARMONY in tokenizer.get_added_vocab():
-            raise UserError("environment.functions: calls in the harmony format are not read; use another model")
         told = str(tokenizer.decode(prompt.input_ids))
         for name in self.names:
             if name not in told:
@@ -75,7 +97,11 @@ class Tools(Environments):
                     f"environment.functions: the prompt does not name the tool {name}; give the prompts the same "
                     f"chat_template_kwargs, tools: ${{environment.functions}} (row {prompt.uid})"
                 )
-        return super().begin(prompt, seed, tokenizer)
+        dialogue = super().begin(prompt, seed, tokenizer)
+        form = self._form(tokenizer)
+        cast("ToolDialogue", dialogue.environment).form = form
+        dialogue.kept = frozenset(form.tokens)
+        return dialogue
 
 
 class ToolDialogue:
@@ -87,6 +113,7 @@ class ToolDialogue:
         owners = [thing for thing in objects if not inspect.isroutine(thing)]
         self._resets, self._rewards = ([getattr(o, n) for o in owners if hasattr(o, n)] for n in NOT_TOOLS)
         self.tool_counts = ToolCounts()
+        self.form = FORMS["json"]
 
     def reset(self, row: dict[str, Any], seed: int) -> None:
         """See `Environment.reset`."""
@@ -95,11 +122,17 @@ class ToolDialogue:
 
     def step(self, text: str) -> Reply:
         """See `Environment.step`: the results of all calls of the turn, in their order."""
-        calls = calls_of(text)
+        calls = self.form.calls(text)
         if not calls:
             return Reply(None)
+        ids = tuple(self._id(number, call) for number, call in enumerate(calls)) if self.form.call_id else ()
         first, *others = [self._result(call) for call in calls]
-        return Reply(first, role="tool", more=tuple(others))
+        return Reply(first, role="tool", more=tuple(others), call_ids=ids)
+
+    def _id(self, number: int, call: str) -> str:
+        """The id of a call of this turn: the model's own, or a running number where it gave none."""
+        assert self.form.call_id is not None
+        return self.form.call_id(call) or f"{self.tool_counts.calls + number:09d}"
 
     def reward(self) -> float:
         """See `Environment.reward`: the sum over the objects that have one; 0 if none has."""
@@ -109,7 +142,7 @@ class ToolDialogue:
         """What the model is told: the function's result, or what was wrong."""
         failed = 0
         try:
-            result = self._called(*read_call(call))
+            result = self._called(*self.form.read(call, self.schemas))
         except CallError as error:
             result, failed = f"error: {error}", 1
         self.tool_counts = ToolCounts(self.tool_counts.calls + 1, self.tool_counts.failures + failed)

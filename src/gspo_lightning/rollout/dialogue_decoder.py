@@ -82,7 +82,7 @@ class DialogueDecoder(Decoder):
         own.turn.append(token)
         if token not in self.eos and not self._has_stop_string(own.turn):
             return True
-        between = own.dialogue.reply(self._decode(own.turn), token in self.eos, self.usual_eos)
+        between = own.dialogue.reply(own.dialogue.decode(own.turn), token in self.eos, self.usual_eos)
         own.turn = []
         if between is None:
             row.finish_reason = "stop"
@@ -96,7 +96,7 @@ class DialogueDecoder(Decoder):
     def _completion(self, row: Row) -> Completion:
         own = self.turns[id(row)]
         if own.turn:  # cut by length
-            own.dialogue.add(self._decode(own.turn))
+            own.dialogue.add(own.dialogue.decode(own.turn))
         while own.dialogue.messages[-1]["role"] != "assistant":  # no room was left for an answer to it
             own.dialogue.messages.pop()
         reward, turn_rewards = own.dialogue.result()

@@ -38,7 +38,7 @@ def played(node: dict[str, Any], folder: Path) -> Any:
 def asked(node: dict[str, Any], folder: Path) -> Any:
     """Prompt and two turns with tools; what can be called is what the prompt shows."""
     tokenizer = load_tokenizer(resolve_model("bundled:smollm2-135m-instruct"))
-    tokenizer.chat_template = "{{ tools | tojson }}" + THINKS
+    tokenizer.chat_template = "{{ tools | tojson }} Write <tool_call>." + THINKS
     tools = built({**node, "chat_template_kwargs": {**node["chat_template_kwargs"], "tools": node["functions"]}})
     row = {"prompt": [{"role": "user", "content": "?"}]}
     prompt = make_prompt(row, tokenizer, "row", tools.chat_template_kwargs)
@@ -65,7 +65,7 @@ PROBES = [
         ["environment=tools", "environment.functions=[gspo_lightning.dialogue.calculator.evaluate]"],
         "environment", asked, {
             "functions": ["tests.dialogue.tool_support.add"], "max_turns": 1,
-            "chat_template_kwargs": {"enable_thinking": True},
+            "chat_template_kwargs": {"enable_thinking": True}, "call_form": "xml",
         },
     ),
     Probe(["data=arithmetic"], "data.task", task_in(around), {
