@@ -1,11 +1,15 @@
-"""Copies and checks of what users' reward functions and environments receive and return. Imports no torch."""
+"""Copies and checks of what users' functions and environments receive and return; calls of tools. Imports no torch."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import math
+import pickle
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from gspo_lightning.errors import UserError
 
@@ -66,3 +70,64 @@ def finite_number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+Outcome = Literal["said", "failed", "refused"]
+"""What a call of a tool came to: what the tool says, an error that the model is told, or one that ends the run."""
+
+
+class _NoText(Exception):
+    """A tool returned what is no text and cannot be written as such."""
+
+
+def call_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Outcome, str]:
+    """Calls a tool; its result as text: a string as it is, anything else as JSON.
+
+    Args:
+        function: the tool.
+        arguments: by name; the tool may change them.
+    """
+    try:
+        result = function(**arguments)
+        if not inspect.isawaitable(result):
+            return "said", result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_text)
+    except _NoText as error:
+        return "refused", str(error)
+    except RAISED as error:
+        return "failed", f"{type(error).__name__}: {error}"
+    if inspect.iscoroutine(result):
+        result.close()  # else Python warns that nobody awaited it
+    return "refused", "returned something to await, but nothing awaits it; make it a plain function"
+
+
+def _text(value: Any) -> str:
+    if type(value).__module__.startswith("PIL."):
+        raise _NoText("returned a picture, but the policy is shown text alone; return a description")
+    return str(value)
+
+
+class ToolCalls:
+    """Calls tools in a `gspo_lightning.rewards.worker.Worker`, which is sent this object.
+
+    Args:
+        tools: functions, and the classes of the objects whose methods are called.
+    """
+
+    def __init__(self, tools: Sequence[Callable[..., Any]]) -> None:
+        self.tools = tuple(tools)
+
+    def __call__(self, number: int, method: str, owner: Any, arguments: dict[str, Any]) -> tuple[Outcome, str, Any]:
+        """What `call_tool` returns, and the owner as the call left it.
+
+        Args:
+            number: index of the tool.
+            method: name of the method, if the tool is a class.
+            owner: the object of that class; None for a function.
+            arguments: by name.
+        """
+        outcome, text = call_tool(self.tools[number] if owner is None else getattr(owner, method), arguments)
+        try:
+            pickle.dumps(owner)
+        except Exception as error:  # noqa: BLE001  (whatever pickling a user's object raises is told)
+            return "refused", f"left its object with what cannot be sent from its process ({error})", None
+        return outcome, text, owner

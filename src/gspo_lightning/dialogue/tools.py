@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -14,9 +13,11 @@ from gspo_lightning.dialogue.calls import CallError, check_arguments
 from gspo_lightning.dialogue.environment import Environments, OpenDialogue, Reply
 from gspo_lightning.dialogue.forms import FORMS, Form, form_of
 from gspo_lightning.dialogue.functions import NOT_TOOLS, Tool, by_name, found, schemas_of, template_tools
+from gspo_lightning.dialogue.limited import LimitedTools
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.worker import LONGEST_S
 from gspo_lightning.types import Prompt, ToolCounts
-from gspo_lightning.users_code import RAISED, copied
+from gspo_lightning.users_code import call_tool, copied
 
 _HARMONY = "<|call|>"
 """Ends a call of gpt-oss, which says in a header, not in JSON, whom it calls."""
@@ -34,6 +35,9 @@ class Tools(Environments):
             them, they must be the functions; if not, they are added: give the prompts this object's
             ``chat_template_kwargs``.
         call_form: how the policy writes calls, one of `forms.FORMS`; None: as the chat template writes them.
+        timeout_s: with a limit the tools run in a warm process of their own, which is killed if a call takes longer;
+            the policy is told so. An object of a class is sent there and back with each call, so it must be possible to
+            pickle it, and a call that is stopped leaves it as it was. Without a limit they run in the trainer.
 
     Raises:
         UserError: a function is misconfigured (see `functions.schemas_of`), or the prompts describe other tools.
@@ -45,7 +49,12 @@ class Tools(Environments):
         max_turns: int = 4,
         chat_template_kwargs: dict[str, Any] | None = None,
         call_form: str | None = None,
+        timeout_s: float | None = None,
     ) -> None:
+        if timeout_s is not None and not 0 < timeout_s <= LONGEST_S:
+            raise UserError(
+                f"environment.timeout_s={timeout_s} must be above 0 and at most {LONGEST_S}; null means no limit"
+            )
         if call_form not in (None, *FORMS):
             raise UserError(f"environment.call_form={call_form!r} must be null or one of {', '.join(FORMS)}")
         where = "environment.functions"
@@ -57,7 +66,8 @@ class Tools(Environments):
                 "environment.chat_template_kwargs.tools are others than environment.functions; leave "
                 "data.chat_template_kwargs.tools as environment=tools sets it: ${environment.functions}"
             )
-        make = functools.partial(ToolDialogue, tools, schemas)
+        limited = LimitedTools(tools, timeout_s) if timeout_s is not None else None
+        make = functools.partial(ToolDialogue, tools, schemas, limited)
         super().__init__(make, max_turns, {**kwargs, "tools": list(schemas.values())})
         object.__setattr__(self, "call_form", call_form)
         object.__setattr__(self, "names", tuple(schemas))
@@ -107,18 +117,30 @@ class Tools(Environments):
 class ToolDialogue:
     """The `Environment` of one dialogue with tools."""
 
-    def __init__(self, tools: Sequence[Callable[..., Any]], schemas: dict[str, dict[str, Any]]) -> None:
-        objects: list[Any] = [tool() if inspect.isclass(tool) else tool for tool in tools]
-        self.functions, self.schemas = dict(by_name(objects)), schemas
-        owners = [thing for thing in objects if not inspect.isroutine(thing)]
-        self._resets, self._rewards = ([getattr(o, n) for o in owners if hasattr(o, n)] for n in NOT_TOOLS)
+    def __init__(
+        self,
+        tools: Sequence[Callable[..., Any]],
+        schemas: dict[str, dict[str, Any]],
+        limited: LimitedTools | None = None,
+    ) -> None:
+        self.schemas, self.limited = schemas, limited
+        self.things: list[Any] = [tool() if inspect.isclass(tool) else tool for tool in tools]
+        self.places = {name: number for number, tool in enumerate(tools) for name, _ in by_name([tool])}
         self.tool_counts = ToolCounts()
         self.form = FORMS["json"]
 
     def reset(self, row: dict[str, Any], seed: int) -> None:
         """See `Environment.reset`."""
-        for reset in self._resets:
+        for reset in self._own("reset"):
             reset(copied(row), seed)
+        if self.limited is not None:
+            self.limited.check(self.things)
+
+    def _own(self, method: str) -> list[Callable[..., Any]]:
+        """That method of each object that has it."""
+        assert method in NOT_TOOLS
+        owners = [thing for thing in self.things if not inspect.isroutine(thing)]
+        return [getattr(owner, method) for owner in owners if hasattr(owner, method)]
 
     def step(self, text: str) -> Reply:
         """See `Environment.step`: the results of all calls of the turn, in their order."""
@@ -136,7 +158,7 @@ class ToolDialogue:
 
     def reward(self) -> float:
         """See `Environment.reward`: the sum over the objects that have one; 0 if none has."""
-        return sum((reward() for reward in self._rewards), 0.0)
+        return sum((reward() for reward in self._own("reward")), 0.0)
 
     def _result(self, call: str) -> str:
         """What the model is told: the function's result, or what was wrong."""
@@ -149,15 +171,18 @@ class ToolDialogue:
         return result
 
     def _called(self, name: str, arguments: dict[str, Any]) -> str:
-        if name not in self.functions:
-            raise CallError(f"there is no tool {name}; the tools are {', '.join(self.functions)}")
+        if name not in self.places:
+            raise CallError(f"there is no tool {name}; the tools are {', '.join(self.places)}")
         check_arguments(arguments, self.schemas[name])
-        try:
-            result = self.functions[name](**arguments)  # fresh from the JSON: nothing else holds them
-            if not inspect.isawaitable(result):
-                return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        except RAISED as error:
-            raise CallError(f"{type(error).__name__}: {error}") from error
-        if inspect.iscoroutine(result):
-            result.close()  # else Python warns that nobody awaited it
-        raise UserError(f"tool {name} returned something to await, but nothing awaits it; make it a plain function")
+        number = self.places[name]
+        if self.limited is not None:
+            outcome, text, self.things[number] = self.limited.call(name, number, self.things[number], arguments)
+        else:
+            thing = self.things[number]
+            # The arguments are fresh from the text: nothing else holds them.
+            outcome, text = call_tool(thing if inspect.isroutine(thing) else getattr(thing, name), arguments)
+        if outcome == "refused":
+            raise UserError(f"tool {name} {text}")
+        if outcome == "failed":
+            raise CallError(text)
+        return text

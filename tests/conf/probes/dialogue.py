@@ -45,7 +45,8 @@ def asked(node: dict[str, Any], folder: Path) -> Any:
     dialogue = tools.begin(prompt, 0, tokenizer)
     call = '<tool_call>{"name": "evaluate", "arguments": {"expression": "2*3"}}</tool_call>'
     between = [dialogue.reply(call, True, (tokenizer.eos_token_id,)) for _ in range(2)]
-    return prompt.input_ids.tolist(), between, dialogue.messages
+    limited = dialogue.environment.limited
+    return prompt.input_ids.tolist(), between, dialogue.messages, limited and limited.timeout_s
 
 
 def one_turn(node: dict[str, Any], folder: Path) -> Any:
@@ -66,6 +67,7 @@ PROBES = [
         "environment", asked, {
             "functions": ["tests.dialogue.tool_support.add"], "max_turns": 1,
             "chat_template_kwargs": {"enable_thinking": True}, "call_form": "xml",
+            "timeout_s": 0.25,
         },
     ),
     Probe(["data=arithmetic"], "data.task", task_in(around), {
