@@ -265,3 +265,22 @@ def test_a_dialogue_about_a_row_of_each_kind_is_begun_before_a_model_is_loaded(m
     assert str(refused.value) == (
         "environment Calculator.reset raised KeyError: 'answer' (row micro_letters:train:0; it has prompt, letter)"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "tokenised"),
+    [("lorem " * 10_000, 5, [320]), ("lorem " * 10_000, 200, [12_800]), ("lorem " * 50, 5, [300]), (" " * 60_000, 5, [320, 60_000])],
+)  # fmt: skip
+def test_a_text_that_is_far_too_long_is_not_tokenised_to_its_end(text, room, tokenised, monkeypatch):
+    seen = []
+
+    def counted(own, messages, *arguments):
+        seen.append(sum(len(message["content"]) for message in messages))
+        return continuation(own, messages, *arguments)
+
+    monkeypatch.setattr("gspo_lightning.dialogue.environment.continuation", counted)
+    dialogue, eos = begun(lambda: Once(Reply(text))), (tokenizer().eos_token_id,)
+    assert len(dialogue.reply("a turn", True, eos, room)) >= room and seen == tokenised
+    assert dialogue.messages[-1] == {"role": "user", "content": text}
+    whole = begun(lambda: Once(Reply(text))).reply("a turn", True, eos)
+    assert seen[-1] == len(text) and len(whole) >= room

@@ -15,6 +15,9 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt, ToolCounts
 from gspo_lightning.users_code import RAISED, copied, finite_number
 
+_LONGEST_TOKEN = 64
+"""Characters; a few tokens of some vocabularies are longer, all of a text hardly ever."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -115,13 +118,14 @@ class OpenDialogue:
         self.kept: frozenset[str] = frozenset()
         """Special tokens that the environment must see; all others are left out of a turn's text."""
 
-    def reply(self, text: str, has_end: bool, eos: tuple[int, ...]) -> list[int] | None:
+    def reply(self, text: str, has_end: bool, eos: tuple[int, ...], room: int | None = None) -> list[int] | None:
         """Tokens between a turn of the policy and its next one; None ends the dialogue.
 
         Args:
             text: the turn, as `decode` gives it.
             has_end: whether its last token is an end-of-sequence token (and not the end of a stop string).
             eos: end-of-sequence tokens of the policy, the usual one first.
+            room: tokens that fit. A text that is far longer is cut before it is tokenised, and still does not fit.
         """
         answer = self.ask("step", text)
         if not isinstance(answer, Reply):
@@ -130,10 +134,19 @@ class OpenDialogue:
         self.turn_rewards.append(answer.reward)
         if answer.text is None or len(self.turn_rewards) >= self.settings.max_turns:
             return None
-        texts = map(_without_lone_surrogates, (answer.text, *answer.more))
-        ids = [{"tool_call_id": call_id} for call_id in answer.call_ids] or [{} for _ in (answer.text, *answer.more)]
+        texts = list(map(_without_lone_surrogates, (answer.text, *answer.more)))
+        ids = [{"tool_call_id": call_id} for call_id in answer.call_ids] or [{} for _ in texts]
         messages = [{"role": answer.role, "content": text, **named} for text, named in zip(texts, ids, strict=True)]
         self.messages += messages
+        if room is not None and any(len(text) > room * _LONGEST_TOKEN for text in texts):
+            # The tokens of ten million characters take most of a minute.
+            cut = [message | {"content": message["content"][: room * _LONGEST_TOKEN]} for message in messages]
+            between = self._after_turn(cut, has_end, eos)
+            if len(between) > room + _LONGEST_TOKEN:
+                return between
+        return self._after_turn(messages, has_end, eos)
+
+    def _after_turn(self, messages: Messages, has_end: bool, eos: tuple[int, ...]) -> list[int]:
         kwargs = self.settings.chat_template_kwargs
         return continuation(self.tokenizer, messages, kwargs, has_end, eos, self.prompt.prompt)
 

@@ -117,7 +117,7 @@ class TrainingRun:
         except (KeyboardInterrupt, SystemExit) as end:
             if not is_interrupt(end):
                 raise
-            raise Interrupted(f"SIGINT: stopped; {what_stands(self.checkpoint.last)}") from end
+            raise Interrupted(f"SIGINT: stopped; {resume_line(self.checkpoint.last)}") from end
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; {resume_line(self.checkpoint.last)}") from error
         except _WRITE_ERRORS as error:

@@ -82,13 +82,14 @@ class DialogueDecoder(Decoder):
         own.turn.append(token)
         if token not in self.eos and not self._has_stop_string(own.turn):
             return True
-        between = own.dialogue.reply(own.dialogue.decode(own.turn), token in self.eos, self.usual_eos)
+        room = self.sampling.max_completion_length - len(row.tokens)
+        between = own.dialogue.reply(own.dialogue.decode(own.turn), token in self.eos, self.usual_eos, room)
         own.turn = []
         if between is None:
             row.finish_reason = "stop"
             return False
         # Without room for the environment's reply and one token after it the dialogue ends with this turn.
-        if len(row.tokens) + len(between) >= self.sampling.max_completion_length:
+        if len(between) >= room:
             return False
         own.pending.extend(between)
         return True
