@@ -864,9 +864,9 @@ ENVIRONMENTS = [
     ),
     Case(
         "environment",
-        "an engine that cannot hold a dialogue",
-        ["environment=calculator", "rollout=vllm_server"],
-        "VLLMServerEngine cannot sample dialogues",
+        "dialogues sampled ahead",
+        ["environment=calculator", "rollout=vllm_server", "rollout.engine.staleness=1"],
+        "dialogues are not sampled ahead; set rollout.engine.staleness=0",
     ),
     Case("environment", "no turns", ["environment=calculator", "environment.max_turns=0"], "max_turns=0"),
     Case(

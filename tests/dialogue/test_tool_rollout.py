@@ -36,7 +36,7 @@ class Scripted(DialogueDecoder):
         self.script = {id(row): iter(ids[row.generation]) for row in self.rows}
 
     def _next(self, hidden, step):
-        drawing = [row for row in self.active if not self.turns[id(row)].pending]
+        drawing = [row for row in self.active if not self.pending[id(row)]]
         wanted = torch.tensor([next(self.script[id(row)]) for row in drawing], dtype=torch.long)
 
         def scripted(logits, *_):

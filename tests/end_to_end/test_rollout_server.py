@@ -16,6 +16,12 @@ from tests.rollout.fake_server import FakeServer
 from tests.support import relative_distance
 
 ROOT = Path(__file__).parents[2]
+GAME = [
+    "data=secret_number", "data.max_prompt_length=256", "reward=environment", "environment=guess_the_number",
+    "environment.make.turn_rewards=true", "rollout.max_completion_length=60",
+    "objective.importance_sampling_level=sequence_token", "rollout.stop=[a,e,i,o,u]",
+]  # fmt: skip
+"""Dialogues whose turns have rewards; a turn ends with a vowel."""
 
 
 def train(server, folder, *arguments):
@@ -33,12 +39,12 @@ def records(folder):
     return rows, (folder / "completions.jsonl").read_bytes(), load_file(folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(staleness, micro_model_dir, tmp_path):
-    ahead = f"rollout.engine.staleness={staleness}"
+@pytest.mark.parametrize(("staleness", "options"), [(0, []), (1, []), (0, GAME)])
+def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(staleness, options, micro_model_dir, tmp_path):
+    options = [f"rollout.engine.staleness={staleness}", *options]
     server = FakeServer(micro_model_dir)
     try:
-        whole = train(server, tmp_path / "whole", ahead)
+        whole = train(server, tmp_path / "whole", *options)
         assert whole.returncode == 0, whole.stderr
         loads = server.count("gspo_load_folder")
         # In the middle of the third rollout: its weights have arrived, some of its prompts are answered. Sampled ahead,
@@ -47,14 +53,14 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(stalene
         server.fault = lambda path, number: (
             "500" if server.count("gspo_load_folder") >= loads + third and number % 2 else None
         )
-        cut = train(server, tmp_path / "cut", "rollout.engine.max_attempts=3", ahead)
+        cut = train(server, tmp_path / "cut", "rollout.engine.max_attempts=3", *options)
         assert cut.returncode == 4, cut.stdout + cut.stderr
         (line,) = [line for line in cut.stderr.splitlines() if line.startswith("error:")]
         last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
         assert line.endswith(f"saved, resume with ckpt_path={last}") and last.exists()
         assert torch.load(last, weights_only=True)["gspo_lightning"]["rollouts_done"] == 2
         server.fault = lambda path, number: None
-        resumed = train(server, tmp_path / "cut", f"ckpt_path={last}", ahead)
+        resumed = train(server, tmp_path / "cut", f"ckpt_path={last}", *options)
         assert resumed.returncode == 0, resumed.stderr
     finally:
         server.close()
@@ -65,11 +71,12 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(stalene
     assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
 
 
-def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir, tmp_path):
+@pytest.mark.parametrize("options", [[], GAME])
+def test_two_ranks_share_the_servers_and_take_the_update_of_one(options, micro_model_dir, tmp_path):
     """Five held-out prompts in batches of two: a rank runs out of them first and must take part all the same."""
     common = [
         "update.num_minibatches=1", "allow_no_effect=true", "max_rollouts=2", "trainer.precision=32-true",
-        "data.task.num_validation=5", "data.validation_batch_size=2",
+        "data.task.num_validation=5", "data.validation_batch_size=2", *options,
     ]  # fmt: skip
     results = {}
     fsdp = ["trainer=fsdp", "trainer.accelerator=cpu"]
@@ -84,6 +91,7 @@ def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir,
             server.close()
         results[ranks] = records(tmp_path / str(ranks))
     rows_one, _, one = results.pop(1)
+    assert not options or min(float(row["dialogue/turns"]) for row in rows_one[1:]) > 1.1
     for rows_two, _, two in results.values():
         assert_like_one_rank(rows_one, one, rows_two, two, micro_model_dir)
     # The copy of a policy in parts is on the rank that asks.
@@ -92,8 +100,19 @@ def test_two_ranks_share_the_servers_and_take_the_update_of_one(micro_model_dir,
 
 def assert_like_one_rank(rows_one, one, rows_two, two, micro_model_dir):
     for before, after in zip(rows_one, rows_two, strict=True):
-        for name in ("val/accuracy", "val/reward", "reward/mean", "grad_norm", "completion/mean_tokens"):
-            assert float(after[name] or 0) == pytest.approx(float(before[name] or 0), rel=1e-4), (name, before, after)
+        for name in (
+            "val/accuracy",
+            "val/reward",
+            "reward/mean",
+            "grad_norm",
+            "completion/mean_tokens",
+            "dialogue/turns",
+        ):
+            assert float(after.get(name) or 0) == pytest.approx(float(before.get(name) or 0), rel=1e-4), (
+                name,
+                before,
+                after,
+            )
     start = load_file(micro_model_dir / "model.safetensors")
     moved_two, moved_one = (torch.cat([(w[n] - start[n]).flatten() for n in start]) for w in (two, one))
     # As one vector: Adam makes a visible step of the rounding of a gradient near zero.

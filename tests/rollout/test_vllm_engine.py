@@ -7,12 +7,14 @@ import functools
 import pytest
 import torch
 
+from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.micro import build_micro_model
 from gspo_lightning.rollout import TransformersEngine, VLLMEngine, WeightSyncError, vllm_engine, vllm_worker, weights
 from gspo_lightning.types import SamplingParams
+from tests.dialogue.test_sampling import Says
 from tests.support import make_prompt, micro_policy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -223,7 +225,7 @@ def test_base_weights_are_bit_identical_after_a_thousand_adapters(folder, prompt
         with torch.no_grad():
             next(weights.trained_parameters(policy)).add_(1e-3 * (-1) ** number)
         engine._send(policy)
-        engine._sample(policy, prompts[:1], one, seed=number)
+        engine._sample(policy, [(prompts[0], one, number)])
     assert (frozen(), held()) == (ours, theirs)
     assert largest_difference(policy, engine.generate(policy, prompts, SAMPLING, 0)) < 1e-4
 
@@ -264,3 +266,21 @@ def test_more_prompts_than_a_batch_of_the_engine_holds_are_answered(policy, fold
     finally:
         engine.close()
     assert largest_difference(policy, rollout) < 1e-4
+
+
+def test_greedy_dialogues_equal_those_of_the_transformers_engine(policy, folder):
+    """Turn by turn here, token by token there; a turn ends with a vowel or one of n, r, s, t."""
+    asked = [make_prompt(torch.arange(n, n + 9) * 7 % 90 + 3, uid=f"u:{n}") for n in range(8)]
+    greedy = SamplingParams(num_generations=2, max_completion_length=40, temperature=0.0, stop=tuple("aeiounrst"))
+    environments = Environments(Says, 4)
+    engine = VLLMEngine(str(folder), 40, 40, kv_cache_gb=0.05, max_num_seqs=16, environments=environments)
+    try:
+        theirs = engine.generate(policy, asked, greedy, 3).completions
+    finally:
+        engine.close()
+    ours = TransformersEngine(environments=environments).generate(policy, asked, greedy, 3).completions
+    assert max(c.dialogue.num_turns for group in ours for c in group) > 1
+    for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist() and a.text == b.text
+        assert (a.dialogue.trained == b.dialogue.trained).all() and a.finish_reason == b.finish_reason
+        assert (a.sampler_logprobs - b.sampler_logprobs).abs().max() < 1e-4

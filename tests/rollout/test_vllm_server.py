@@ -8,12 +8,21 @@ import time
 import pytest
 import torch
 
+from gspo_lightning.config.build import with_environments
+from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.rollout import EngineUnavailableError, VLLMServerEngine, WeightSyncError, server_pool
+from gspo_lightning.rollout import (
+    EngineUnavailableError,
+    TransformersEngine,
+    VLLMServerEngine,
+    WeightSyncError,
+    server_pool,
+)
 from gspo_lightning.rollout.http_client import Server
 from gspo_lightning.types import SamplingParams
+from tests.dialogue.test_sampling import Says
 from tests.rollout.fake_server import FakeServer
 from tests.support import make_prompt, micro_policy
 
@@ -330,3 +339,32 @@ def test_a_server_that_failed_rests_for_the_pause_and_then_longer(monkeypatch):
         member.rest(RuntimeError("gone too"), pause_s=0.25)  # another job in flight fails with it
         waits.append(member.retry_at - 100.0)
     assert waits == [0.25, 0.5, 1.0]
+
+
+def test_dialogues_are_those_of_the_policy_itself_also_when_a_server_dies_in_between(policy, start):
+    """Greedy, so that they can be compared: the turns of the second server, which fails after its third, go to the first."""
+    prompts = [make_prompt(torch.arange(n, n + 9) * 7 % 90 + 3, uid=f"u:{n}") for n in range(6)]
+    greedy = SamplingParams(1, 30, temperature=0.0, stop=tuple("aeiounrst"))
+    environments = Environments(Says, 4)
+    expected = TransformersEngine(environments=environments).generate(policy, prompts, greedy, 3).completions
+    engine, (_, second) = start(None, None)
+    engine = with_environments(engine, environments)
+    second.fault = lambda path, number: "500" if path == GENERATE and number > 3 else None
+    found = engine.generate(policy, prompts, greedy, 3).completions
+    engine.close()
+    assert second.injected > 0 and max(c.dialogue.num_turns for (c,) in expected) == 3
+    for (a,), (b,) in zip(expected, found, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist() and a.text == b.text
+        assert (a.dialogue.trained == b.dialogue.trained).all() and a.finish_reason == b.finish_reason
+        assert (a.sampler_logprobs - b.sampler_logprobs).abs().max() < 1e-5
+
+
+def test_an_engine_with_environments_uses_its_own_weights_and_leaves_the_first_one_alone(policy, start):
+    engine, (server,) = start(None)
+    made = with_environments(engine, Environments(Says, 4))
+    assert made.pool is not engine.pool and engine.environments is None
+    sampling = SamplingParams(2, 12, temperature=1.0, stop=tuple("aeiou"))
+    made.generate(policy, PROMPTS, sampling, seed=0)
+    made.close()
+    assert (made.syncs, engine.syncs) == (1, 0)
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=4))

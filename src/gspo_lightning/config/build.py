@@ -92,8 +92,8 @@ def with_environments(engine: RolloutEngine, environments: Any) -> RolloutEngine
     """A copy of the engine whose completions are dialogues.
 
     Raises:
-        UserError: the engine has no attribute ``environments`` and so samples no dialogues: of ours the in-process one
-            alone can continue in a row's cache after a turn; or ``environments`` is no `Environments`.
+        UserError: the engine has no attribute ``environments`` and so samples no dialogues, or ``environments`` is no
+            `Environments`.
     """
     if not isinstance(environments, Environments):
         raise UserError(

@@ -5,34 +5,17 @@ The row keeps its cache, so no token of a dialogue is forwarded twice.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gspo_lightning.dialogue import Environments
-from gspo_lightning.dialogue.environment import OpenDialogue
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.decoder import Decoder, Row
 from gspo_lightning.rollout.sampling import sample
-from gspo_lightning.types import Completion, Dialogue, Prompt, SamplingParams
-
-
-@dataclass
-class _Turns:
-    """State of a decoder row besides its tokens."""
-
-    dialogue: OpenDialogue
-    pending: deque[int] = field(default_factory=deque)
-    """Tokens of the environment that have not been fed yet."""
-    trained: list[bool] = field(default_factory=list)
-    begins: list[bool] = field(default_factory=list)
-    """True at the first token of each of the policy's turns: with empty replies, nothing else separates two turns."""
-    turn: list[int] = field(default_factory=list)
-    """Tokens of the policy's current turn."""
+from gspo_lightning.rollout.turns import begin
+from gspo_lightning.types import Completion, Prompt, SamplingParams
 
 
 class DialogueDecoder(Decoder):
@@ -42,21 +25,17 @@ class DialogueDecoder(Decoder):
         self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int, environments: Environments
     ) -> None:
         super().__init__(policy, prompts, sampling, seed)
-        self.usual_eos = tuple(policy.eos_token_ids)
         self.turns = {
-            id(row): _Turns(
-                environments.begin(
-                    prompts[row.prompt], _seed(seed, prompts[row.prompt].uid, row.generation), policy.tokenizer
-                )
-            )
-            for row in self.rows
+            id(row): begin(policy, prompts[row.prompt], row.generation, environments, seed) for row in self.rows
         }
+        self.pending: dict[int, deque[int]] = {id(row): deque() for row in self.rows}
+        """Tokens of the environment that have not been fed yet."""
 
     def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
-        turns = [self.turns[id(row)] for row in self.active]
-        drawing = [number for number, own in enumerate(turns) if not own.pending]
-        tokens = [own.pending.popleft() if own.pending else 0 for own in turns]
-        logprobs = [0.0] * len(tokens)
+        pending = [self.pending[id(row)] for row in self.active]
+        drawing = [number for number, waiting in enumerate(pending) if not waiting]
+        tokens = [waiting.popleft() if waiting else 0 for waiting in pending]
+        logprobs: list[float | None] = [None] * len(tokens)
         if drawing:
             index = torch.tensor(drawing)
             seen = self.seen[index.to(hidden.device)] if self.seen is not None else None
@@ -64,65 +43,21 @@ class DialogueDecoder(Decoder):
             drawn = sample(self.policy.logits(hidden[index.to(hidden.device)]), uniforms, self.sampling, seen)
             for number, token, logprob in zip(drawing, *(x.tolist() for x in drawn), strict=True):
                 tokens[number], logprobs[number] = token, logprob
-        sampled = set(drawing)
-        alive = [
-            self._add(row, own, tokens[number], logprobs[number], number in sampled)
-            for number, (row, own) in enumerate(zip(self.active, turns, strict=True))
-        ]
+        alive = [self._add(*one) for one in zip(self.active, tokens, logprobs, strict=True)]
         return torch.tensor(tokens, device=hidden.device), alive
 
-    def _add(self, row: Row, own: _Turns, token: int, logprob: float, sampled: bool) -> bool:
-        """Appends a token; returns whether the row continues."""
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        own.trained.append(sampled)
-        own.begins.append(sampled and not own.turn)
-        if not sampled:
+    def _add(self, row: Row, token: int, logprob: float | None) -> bool:
+        """Appends a token, the environment's if it has no log-probability; returns whether the row continues."""
+        own = self.turns[id(row)]
+        if logprob is None:
+            own.hear(token)
             return True
-        own.turn.append(token)
+        own.draw(token, logprob)
         if token not in self.eos and not self._has_stop_string(own.turn):
             return True
-        room = self.sampling.max_completion_length - len(row.tokens)
-        between = own.dialogue.reply(own.dialogue.decode(own.turn), token in self.eos, self.usual_eos, room)
-        own.turn = []
-        if between is None:
-            row.finish_reason = "stop"
-            return False
-        # Without room for the environment's reply and one token after it the dialogue ends with this turn.
-        if len(between) >= room:
-            return False
-        own.pending.extend(between)
-        return True
+        between = own.end_turn(self.sampling.max_completion_length)
+        self.pending[id(row)].extend(between or ())
+        return between is not None
 
     def _completion(self, row: Row) -> Completion:
-        own = self.turns[id(row)]
-        if own.turn:  # cut by length
-            own.dialogue.add(own.dialogue.decode(own.turn))
-        while own.dialogue.messages[-1]["role"] != "assistant":  # no room was left for an answer to it
-            own.dialogue.messages.pop()
-        reward, turn_rewards = own.dialogue.result()
-        messages = own.dialogue.messages
-        return Completion(
-            token_ids=torch.tensor(row.tokens),
-            text="\n".join(map(_line, messages)),
-            sampler_logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
-            finish_reason=row.finish_reason,
-            dialogue=Dialogue(
-                torch.tensor(own.trained),
-                messages,
-                reward,
-                turn_rewards,
-                begins=torch.tensor(own.begins),
-                tool_counts=own.dialogue.tool_counts,
-            ),
-        )
-
-
-def _line(message: dict[str, Any]) -> str:
-    content = str(message["content"])
-    return content if message["role"] == "assistant" else f"[{message['role']}] {content}"
-
-
-def _seed(seed: int, uid: str, generation: int) -> int:
-    digest = hashlib.blake2b(f"environment|{seed}|{uid}|{generation}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
+        return self.turns[id(row)].completion()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch.distributed as dist
-from torch import Tensor
 
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
@@ -27,18 +26,25 @@ class _Failure:
     message: str
 
 
-def on_first_rank(prompts: list[Prompt], generate: Callable[[list[Prompt]], Groups]) -> Groups:
+def on_first_rank(
+    prompts: list[Prompt], generate: Callable[[list[Prompt]], Groups], *, with_rows: bool = False
+) -> Groups:
     """Calls ``generate`` with all ranks' prompts on rank 0; every rank gets the completions of its own prompts.
 
     All ranks must call it together and equally often; a rank may have no prompts.
+
+    Args:
+        prompts: of this rank, without pictures.
+        generate: called on rank 0.
+        with_rows: whether ``generate`` reads the dataset rows, as environments do; else only tokens travel.
 
     Raises:
         RolloutError, UserError: on every rank, what rank 0 raised.
     """
     if world_size() == 1:
         return generate(prompts)
-    mine: list[tuple[str, Tensor]] = [(prompt.uid, prompt.input_ids) for prompt in prompts]
-    gathered: list[list[tuple[str, Tensor]]] | None = [[]] * world_size() if rank() == 0 else None
+    mine = [p if with_rows else Prompt(p.uid, "", p.input_ids, {}) for p in prompts]
+    gathered: list[list[Prompt]] | None = [[]] * world_size() if rank() == 0 else None
     dist.gather_object(mine, gathered, dst=0)
     parts: list[Groups | _Failure] | None = None if gathered is None else _answers(gathered, generate)
     answer: list[Groups | _Failure] = [[]]
@@ -48,11 +54,9 @@ def on_first_rank(prompts: list[Prompt], generate: Callable[[list[Prompt]], Grou
     return answer[0]
 
 
-def _answers(
-    asked: list[list[tuple[str, Tensor]]], generate: Callable[[list[Prompt]], Groups]
-) -> list[Groups | _Failure]:
+def _answers(asked: list[list[Prompt]], generate: Callable[[list[Prompt]], Groups]) -> list[Groups | _Failure]:
     try:
-        groups = generate([Prompt(uid, "", ids, {}) for of_rank in asked for uid, ids in of_rank])
+        groups = generate([prompt for of_rank in asked for prompt in of_rank])
     except (RolloutError, UserError) as error:
         return [_Failure(type(error), str(error))] * len(asked)
     edges = accumulate(map(len, asked), initial=0)

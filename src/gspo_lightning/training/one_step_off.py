@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.engine import RolloutEngine, close_engine
+from gspo_lightning.rollout.engine import RolloutEngine, close_engine, traits
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
@@ -34,9 +35,14 @@ class OneStepOff:
 
     Args:
         engine: samples elsewhere, so that this process can train at the same time.
+
+    Raises:
+        UserError: the engine samples dialogues, whose environments would run in this process while it trains.
     """
 
     def __init__(self, engine: RolloutEngine) -> None:
+        if traits(engine).environments is not None:
+            raise UserError("environment: dialogues are not sampled ahead; set rollout.engine.staleness=0")
         self.engine = engine
         self.behaviour: Policy | None = None
         """The copy of the weights that samples or sampled the pending rollout."""

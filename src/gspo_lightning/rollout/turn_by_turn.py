@@ -1,0 +1,102 @@
+"""Dialogues for engines that answer a prompt with a whole turn, such as vLLM: one request per dialogue and turn.
+
+A request holds all tokens of its dialogue so far, so a turn continues exactly the tokens that are trained on; the
+engine's prefix cache keeps it from computing them again. All dialogues that are in progress are asked for together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gspo_lightning.dialogue import Environments
+from gspo_lightning.errors import UserError
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout.turns import Turns, begin
+from gspo_lightning.types import Completion, Prompt, SamplingParams
+
+Request = tuple[Prompt, SamplingParams, int]
+"""A prompt, how its completions are drawn, and a seed."""
+
+Complete = Callable[[Sequence[Request]], list[list[Completion]]]
+"""For each request its completions, in order."""
+
+
+@dataclass
+class _Open:
+    """A dialogue that waits for its next turn."""
+
+    prompt: Prompt
+    generation: int
+    turns: Turns
+
+    def request(self, sampling: SamplingParams, seed: int) -> Request:
+        """The request for the next turn; its seed is one of this dialogue and this place in it."""
+        said = self.turns.tokens
+        left = sampling.max_completion_length - len(said)
+        name = f"turn|{seed}|{self.generation}|{len(said)}"
+        own = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little")
+        return _continued(self.prompt, said), replace(sampling, num_generations=1, max_completion_length=left), own
+
+    def take(self, turn: Completion, budget: int) -> bool:
+        """Appends the policy's turn and the environment's answer; returns whether the dialogue goes on."""
+        for token, logprob in zip(turn.token_ids.tolist(), turn.sampler_logprobs.tolist(), strict=True):
+            self.turns.draw(token, logprob)
+        between = self.turns.end_turn(budget) if turn.finish_reason == "stop" else None
+        for token in between or ():
+            self.turns.hear(token)
+        return between is not None
+
+
+def sample_dialogues(
+    complete: Complete,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    seed: int,
+    environments: Environments,
+) -> list[list[Completion]]:
+    """``sampling.num_generations`` dialogues about each prompt.
+
+    Args:
+        complete: samples single turns.
+        policy: its tokenizer and end tokens separate turns.
+        prompts: the first message of each dialogue.
+        sampling: of the dialogues; ``max_completion_length`` counts the environment's tokens too.
+        seed: of the rollout; dialogue g of a prompt draws from ``(seed, prompt.uid, g)`` and its length so far alone.
+        environments: answer the turns, one after another in this process.
+
+    Raises:
+        UserError: the model runs through the padded path, or an environment fails.
+    """
+    if policy.is_padded:
+        raise UserError(
+            f"environment: {type(policy.base_model).__name__} runs padded, which dialogues do not; use a model that "
+            "packs, or environment=none"
+        )
+    groups = [
+        [_Open(prompt, g, begin(policy, prompt, g, environments, seed)) for g in range(sampling.num_generations)]
+        for prompt in prompts
+    ]
+    open_ones = [dialogue for group in groups for dialogue in group]
+    budget = sampling.max_completion_length
+    while open_ones:
+        answers = complete([dialogue.request(sampling, seed) for dialogue in open_ones])
+        going_on = [d.take(turn, budget) for d, (turn,) in zip(open_ones, answers, strict=True)]
+        open_ones = [dialogue for dialogue, goes_on in zip(open_ones, going_on, strict=True) if goes_on]
+    return [[dialogue.turns.completion() for dialogue in group] for group in groups]
+
+
+def _continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+    """The prompt with the tokens after it, which are text."""
+    if not tokens:
+        return prompt
+    more = torch.tensor(tokens)
+    inputs = dict(prompt.mm_inputs)
+    if inputs:
+        types = inputs["mm_token_type_ids"]
+        inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(tokens))])
+    return replace(prompt, input_ids=torch.cat([prompt.input_ids, more]), mm_inputs=inputs)
