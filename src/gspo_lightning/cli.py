@@ -31,7 +31,7 @@ from gspo_lightning.config.groups import check_choices
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
-from gspo_lightning.program.estimate import Ranks, Work, estimate
+from gspo_lightning.program.estimate import Ranks, Work, estimate, own_parts
 from gspo_lightning.program.evaluation import HeldOutLog, write_evaluation
 from gspo_lightning.program.interrupt import Interrupted, is_interrupt
 from gspo_lightning.program.redact import masked, masked_stderr, redacted
@@ -228,6 +228,8 @@ def _dry_run(plain: dict[str, Any]) -> None:
         validation_generations=module.validator.sampled.num_generations,
         samples_ahead=module.ahead is not None,
         ranks=ranks,
+        own=tuple(module.parameters()),  # the policy is not loaded
+        not_counted=own_parts(module),
     )
     longest = max(shares, key=lambda share: sum(len(prompt.input_ids) for prompt in share))
     Console().print(estimate(module.policy_loader, longest, work).table())

@@ -11,12 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from gspo_lightning import GSPOModule, cli
 from gspo_lightning.config import hardware
+from gspo_lightning.config.build import build_module
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.program.estimate import ACTIVATIONS, GIB, Ranks, Work, estimate
+from gspo_lightning.program.estimate import ACTIVATIONS, GIB, Ranks, Work, estimate, own_parts
 from gspo_lightning.training.update import UpdateSettings
 from tests.command_line import rows, run
+from tests.conf.test_groups import resolved
 from tests.support import make_prompt, micro_policy
 
 ROOT = Path(__file__).parents[2]
@@ -243,3 +246,33 @@ def test_a_model_that_reads_pictures_and_one_of_experts_are_estimated_too(smollm
     screen = io.StringIO()
     Console(file=screen, width=120).print(of(loader=PolicyLoader("bundled:micro-gpt-oss", dtype="bfloat16")).table())
     assert "forwarded at a time" in screen.getvalue()
+
+
+class Headed(GSPOModule):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.head, self.scale = torch.nn.Linear(99, 10), torch.nn.Parameter(torch.ones(7), requires_grad=False)
+
+
+class Later(GSPOModule):
+    def configure_model(self):
+        super().configure_model()
+        self.head = torch.nn.Linear(99, 10)
+
+
+def test_parameters_that_a_subclass_adds_are_counted_or_named(micro_model_dir, capsys):
+    own, without = tuple(build_module(resolved("experiment=micro", made_by(Headed))).parameters()), of(micro_model_dir)
+    found = of(micro_model_dir, own=own)
+    assert found.parameters == without.parameters + 1007 and found.trained == without.trained + 1000
+    assert found.parts.pop("parameters beside the policy's") == 4 * 7 + 16 * 1000
+    assert found.parts == without.parts
+    plain = [resolved("experiment=micro", *module) for module in ([], [made_by(Headed)], [made_by(Later)])]
+    named = [own_parts(build_module(settings)) for settings in plain]
+    assert named == ["", "", "what Later.configure_model adds"]
+    assert of(micro_model_dir, not_counted=named[2]).pace["not counted"] == named[2]
+    cli._dry_run(plain[1])
+    assert "parameters beside the policy's" in capsys.readouterr().out
+
+
+def made_by(cls):
+    return f"module._target_={cls.__module__}.{cls.__name__}"

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.fake import fake_policy, saved_bytes
 from gspo_lightning.policy.load import DTYPES, PolicyLoader
@@ -117,6 +118,10 @@ class Work:
     """Whether the next rollout is sampled during the update, from a copy of the trained weights."""
     ranks: Ranks = Ranks()
     """The processes, of which this is one."""
+    own: tuple[nn.Parameter, ...] = ()
+    """Parameters that a subclass of `GSPOModule` adds to those of the policy; each process has them whole."""
+    not_counted: str = ""
+    """What has parameters that are known only once the model is loaded; empty for nothing."""
 
     def rows_at_once(self, rows: int, generations: int) -> int:
         """Completions of ``rows`` decoded at a time: those of whole prompts, at least one; 0 if elsewhere."""
@@ -141,15 +146,24 @@ def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimat
         activations = saved_bytes(policy, micro.packed, work.precision)
         parts = _model_parts(policy, loader, work, several=micro_batches > work.update.num_minibatches)
         rollout = _rollout_bytes(policy, loader, work, max(training, held_out), slots)
-        count = sum(p.numel() for p in policy.parameters())
-        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        everything = (*policy.parameters(), *work.own)
+        count = sum(p.numel() for p in everything)
+        trained = sum(p.numel() for p in everything if p.requires_grad)
     is_whole = work.max_concurrent and work.ranks.sharded and work.ranks.gather_for_rollouts
     whole = parts["weights"] * work.ranks.count if is_whole else 0.0  # in addition to this process's share
     parts[ACTIVATIONS] = activations
     if not work.on_gpu:
         parts["program and libraries"] = rss_gb() * GIB
     pace = _pace(len(prompts), work, max(training, held_out), f"{_tokens(micro)} tokens, {micro_batches} micro-batches")
+    if work.not_counted:
+        pace["not counted"] = work.not_counted
     return Estimate(count, trained, parts, rollout, whole, pace, work.on_gpu)
+
+
+def own_parts(module: GSPOModule) -> str:
+    """What may have parameters that are made only together with the policy; empty for nothing."""
+    is_ours = type(module).configure_model is GSPOModule.configure_model
+    return "" if is_ours else f"what {type(module).__name__}.configure_model adds"
 
 
 def _pace(prompts: int, work: Work, rows: int, forwarded: str) -> dict[str, str]:
@@ -182,14 +196,15 @@ def _model_parts(policy: Policy, loader: PolicyLoader, work: Work, *, several: b
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = share * sum(_bytes(p) for p in policy.parameters()) * _quantised_share(loader, policy)
     gradients = share * sum(_bytes(p) for p in trained)
-    per_parameter = OPTIMIZER_BYTES.get(optimizer)
     parts = {
         "weights": weights,
         "gradients": gradients,
-        f"optimizer ({optimizer})": (
-            2.0 * gradients if per_parameter is None else share * per_parameter * sum(p.numel() for p in trained)
-        ),
+        f"optimizer ({optimizer})": share * _optimizer_bytes(optimizer, trained),
     }
+    if work.own:
+        own = [p for p in work.own if p.requires_grad]
+        moments = _optimizer_bytes(optimizer, own)
+        parts["parameters beside the policy's"] = sum(map(_bytes, (*work.own, *own))) + moments
     if work.needs_reference and loader.lora is None:
         parts["reference"] = weights
     if ranks.sharded:
@@ -199,6 +214,11 @@ def _model_parts(policy: Policy, loader: PolicyLoader, work: Work, *, several: b
     if work.samples_ahead:
         parts["copy that samples ahead"] = sum(map(_bytes, trained))
     return parts
+
+
+def _optimizer_bytes(optimizer: str, trained: list[nn.Parameter]) -> float:
+    per_parameter = OPTIMIZER_BYTES.get(optimizer)
+    return sum(2.0 * _bytes(p) if per_parameter is None else per_parameter * p.numel() for p in trained)
 
 
 def _gathered_bytes(policy: Policy) -> float:
