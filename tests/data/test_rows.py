@@ -418,3 +418,56 @@ def test_an_empty_list_is_no_picture_and_a_column_that_is_missing_names_its_sett
         task = RowsTask(_rows(2), num_validation=num_validation, image_columns=["image"])
         with pytest.raises(UserError, match=r"column 'image' is missing \(data\.task\.image_columns\); the row has"):
             task.train_row(0)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Eight pictures, each in two files."""
+    paths = []
+    for kind in ("a", "b"):
+        for number in range(8):
+            paths.append(folder / kind / f"{number}{kind}.png")
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number * 30, 0, 0)).save(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        str,
+        lambda path: path,
+        lambda path: path.as_uri(),
+        lambda path: [str(path)],
+        lambda path: path.read_bytes(),
+        lambda path: {"bytes": None, "path": str(path)},
+        lambda path: {"bytes": path.read_bytes(), "path": path.name},
+    ],
+)
+def test_a_held_out_picture_is_left_out_under_any_name(form: Any, tmp_path: Path) -> None:
+    rows = [{"image": form(path)} for path in _pictures(tmp_path)]
+    task = RowsTask(rows, num_validation=4, template="What?", image_columns=["image"])
+    with pytest.warns(UserWarning, match="4 training rows of rows are left out: their prompts are held out"):
+        assert task.num_train_rows == 8
+
+
+def test_a_held_out_picture_of_a_message_or_a_folder_is_left_out_under_any_name(tmp_path: Path) -> None:
+    paths = _pictures(tmp_path)
+    talks = [[{"role": "user", "content": [{"type": "image", "image": str(path)}]}] for path in paths]
+    folder = RowsTask(str(tmp_path), num_validation=4, template="What?", image_columns=["image"])
+    for task in (RowsTask([{"prompt": talk} for talk in talks], num_validation=4), folder):
+        with pytest.warns(UserWarning, match="4 training rows of .* are left out: their prompts are held out"):
+            assert task.num_train_rows == 8
+
+
+def test_only_files_of_the_size_of_a_held_out_one_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(9)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"x" * number)
+    read: list[Path] = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
+    rows = [{"image": str(path), "prompt": f"{question}?"} for path in paths for question in range(5)]
+    task = RowsTask(rows, num_validation=1, image_columns=["image"])
+    assert task.num_train_rows == 44 and len(read) == 1
+    (held_out,) = task.validation_rows()
+    assert held_out["image"] == str(read[0])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from gspo_lightning.data.columns import (
     as_mapping,
@@ -23,7 +19,7 @@ from gspo_lightning.data.columns import (
 )
 from gspo_lightning.data.files import is_file, read_file, read_hub, with_class_names
 from gspo_lightning.data.image_columns import encoded_images, kept_rows, pictures_of, with_images
-from gspo_lightning.data.images import Picture, picture_key
+from gspo_lightning.data.prompt_keys import PromptKeys
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -145,7 +141,7 @@ class RowsTask:
         rest = [i for i in range(len(self._rows)) if i not in mine]
         if not held_out:  # nothing to compare with, so no picture is decoded for it
             return rest
-        keys = _keys(self._rows, self._prompt_columns, self._label)
+        keys = self._keys.of_rows(self._rows, self._label)
         train = [i for i in rest if keys[i] not in held_out]
         if not train:
             raise UserError(f"data.task.source={self._label}: every row has a held-out prompt; nothing is left")
@@ -166,7 +162,11 @@ class RowsTask:
                 pictures_of(row, name, where)
             else:
                 column_of(row, name, where, setting)
-        return _key(row, self._prompt_columns, where)
+        return self._keys.of_held_out(row, where)
+
+    @cached_property
+    def _keys(self) -> PromptKeys:
+        return PromptKeys(self._prompt_columns, {self.columns.get(name, name) for name in self.image_columns})
 
     @cached_property
     def _prompt_columns(self) -> list[str]:
@@ -209,49 +209,6 @@ class RowsTask:
         if messages[0]["role"] == "system":
             raise UserError(f"{where}: the row has its own system message; remove data.task.system_prompt")
         return [{"role": "system", "content": self.system_prompt}, *messages]
-
-
-def _keys(rows: Any, columns: list[str], label: str) -> list[str]:
-    if hasattr(rows, "select_columns"):  # a hub dataset: do not decode the images of a million rows
-        rows = rows.select_columns([name for name in columns if name in rows.column_names])
-    return [_key(rows[i], columns, f"{label} row {i}") for i in range(len(rows))]
-
-
-def _key(row: Any, columns: list[str], where: str) -> str:
-    if not isinstance(row, Mapping):
-        return repr(row)
-    return repr([_as_in_prompt(row.get(name), f"{where}, column {name!r}") for name in columns])
-
-
-def _as_in_prompt(value: Any, where: str) -> Any:
-    """A form of a value that is equal for equal prompts, whatever kind of file they are from; bytes become a hash.
-
-    Keys of a message may be in any order, with nulls that Arrow adds; a number may be a string. PIL images are compared
-    by their pixels, arrays by their numbers.
-
-    Raises:
-        UserError: the value has no form but its address in memory, which another row's value may have later.
-    """
-    if isinstance(value, str):  # first, for the sake of a million rows
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_as_in_prompt(item, where) for item in value]
-    if isinstance(value, (dict, Mapping)):
-        return sorted([(str(name), _as_in_prompt(item, where)) for name, item in value.items() if item is not None])
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, Picture):
-        return picture_key(value, where)
-    if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU":
-        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    if hasattr(value, "tolist") and not isinstance(value, np.generic):  # printed, a long tensor is mostly dots
-        return _as_in_prompt(value.tolist(), where)
-    if re.search(r" at 0x[0-9a-fA-F]+>", text := str(value)):
-        raise UserError(
-            f"{where}: a value of type {type(value).__name__} cannot be compared with held-out prompts; give text, "
-            "numbers, bytes, a path or a PIL image"
-        )
-    return text
 
 
 def _listed(source: Any, where: str) -> Sequence[Row]:
