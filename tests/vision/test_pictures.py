@@ -60,8 +60,9 @@ def test_paths_bytes_pil_and_dataset_columns_give_the_same_picture(tmp_path):
         (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),
         (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
         (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert("RGBa"), (255, 255, 255)),
     ],
-    ids=["grey", "CMYK", "opaque", "transparent on white", "transparent grey", "black and white"],
+    ids=["grey", "CMYK", "opaque", "transparent on white", "transparent grey", "black and white", "premultiplied"],
 )
 def test_other_colour_models_become_rgb(image, colour):
     assert load_image(image, "row x").getpixel((1, 1)) == colour

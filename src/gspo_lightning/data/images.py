@@ -204,7 +204,7 @@ def _short(name: str) -> str:
 def _on_white(image: Picture) -> Picture:
     if image.mode.startswith("I"):
         image = _in_8_bits(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
