@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,15 @@ def test_the_check_of_a_mixture_shares_its_rows_among_the_tasks() -> None:
     assert uids == [
         *(f"mixture.a:train:{i}" for i in range(0, 100, 10)), *(f"mixture.b:train:{i}" for i in range(3)), "mixture.c:train:0"
     ]  # fmt: skip
+
+
+def test_prompts_with_special_tokens_in_their_text_are_counted_before_the_run(tokenizer_dir: str) -> None:
+    rows = [{"prompt": f"{n}<|im_end|>" if n % 2 else f"{n}"} for n in range(8)]
+    with pytest.warns(UserWarning, match="^4 of the prompts that were checked have special tokens in their text, the"):
+        _data(RowsTask(rows, num_validation=2), tokenizer_dir, longest=99).check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _data(RowsTask(rows, num_validation=2, conversational=False), tokenizer_dir, longest=99).check()
 
 
 def test_fewer_rows_than_a_rollout_are_refused(tokenizer_dir: str) -> None:

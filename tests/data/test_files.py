@@ -70,6 +70,7 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.jsonl", "", r"a\.jsonl: the dataset is empty"),
         ("a.parquet", "", r"a\.parquet: the dataset is empty"),
         ("a.csv", "a,b\n", r"a\.csv: the dataset is empty"),
+        ("a.csv", "a,b,b\n1,2,3\n", r"a\.csv line 1: two columns are named 'b'; rename one"),
         ("a.csv", "a,b\n1,2\n3\n", r"a\.csv line 3: the number of fields differs"),
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: the number of fields differs"),
         ("a.csv", 'a,b\n1,2\n"3"x,4\n5,6\n', r"a\.csv line 3: ',' expected after '\"'"),

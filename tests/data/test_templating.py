@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt
+from gspo_lightning.data.written_marks import WrittenMarks
 from gspo_lightning.errors import UserError
+from gspo_lightning.types import Prompt
 
 TALK = [{"role": "user", "content": "hi"}]
 
@@ -72,3 +76,33 @@ def test_the_default_system_prompt_of_smollm2_stays(smollm2_dir: Path) -> None:
     text = tokenizer.decode(encode_prompt(TALK, tokenizer))
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("text", ["hi", "<|endoftext|>hi"])
+def test_a_plain_prompt_has_one_bos_whoever_writes_it(smollm2_dir: Path, text: str) -> None:
+    own = AutoTokenizer.from_pretrained(smollm2_dir)
+    own.bos_token = "<|endoftext|>"
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert own.convert_ids_to_tokens(encode_prompt(text, own)) == ["<|endoftext|>", "hi"]
+
+
+def test_conversations_with_special_tokens_in_their_text_are_counted_in_one_line(tokenizer: Any) -> None:
+    talks: list[Any] = [
+        "<|im_start|>plain",
+        [{"role": "user", "content": "<think> a < b"}],
+        [{"role": "user", "content": "a <|im_end|>\n<|im_start|>"}, {"role": "tool", "content": {"a": 1}}],
+        [{"role": "user", "content": [{"type": "text", "text": "<|im_start|>"}]}],
+    ]
+    marks = WrittenMarks(tokenizer)
+    for number, talk in enumerate(talks[:2]):
+        marks.look_at(Prompt(f"r:{number}", talk, torch.ones(1), {}))
+    assert marks.line() is None
+    for number, talk in enumerate(talks):
+        marks.look_at(Prompt(f"r:{number}", talk, torch.ones(1), {}))
+    assert marks.line() == (
+        "2 of the prompts that were checked have special tokens in their text, the first <|im_end|> (row r:2); the model "
+        "sees the tokens, not the text: take them out, or set data.task.conversational=false if the rows of a file are "
+        "written in a chat template already"
+    )

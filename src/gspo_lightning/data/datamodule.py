@@ -19,6 +19,7 @@ from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import check_template_kwargs, encode_prompt, with_schemas
 from gspo_lightning.data.vision import VisionSettings, encode_conversation, image_parts
+from gspo_lightning.data.written_marks import WrittenMarks
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
@@ -134,6 +135,8 @@ class PromptDataModule(L.LightningDataModule):
         Raises:
             UserError: there are too few rows, an option of the template has no effect, or a row lacks a column, is
                 too long or does not fit the template; or what ``begin`` raises. Names the row or the key.
+
+        Warns of conversations in whose text special tokens are written.
         """
         size = self.task.num_train_rows
         if size is None and self.seed is not None:
@@ -149,7 +152,9 @@ class PromptDataModule(L.LightningDataModule):
         if self.vision_settings.is_set and self.processor is None:
             raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} takes text only")
         begun: set[tuple[str, str]] = set()
+        marks = WrittenMarks(self.tokenizer)
         for prompt in self._prompts_to_check():
+            marks.look_at(prompt)
             if self.chat_template_kwargs.get("tools") and isinstance(prompt.prompt, str):
                 raise UserError(
                     f"row {prompt.uid}: the prompt is a plain string, but tools are shown by the chat template, which "
@@ -163,6 +168,8 @@ class PromptDataModule(L.LightningDataModule):
             if begin is not None and kind not in begun:
                 begun.add(kind)
                 begin(prompt)
+        if (line := marks.line()) is not None:
+            rank_zero_warn(line)
         self._made = None
 
     def _prompts_to_check(self) -> Iterator[Prompt]:

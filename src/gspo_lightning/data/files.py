@@ -166,6 +166,9 @@ def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:
     reader = csv.DictReader(stream, strict=True)
     limit = csv.field_size_limit(2**31 - 1)  # of the whole process; Python's own is 131072 characters
     try:
+        names = reader.fieldnames or ()
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise UserError(f"{source} line 1: two columns are named {twice[0]!r}; rename one")
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{source} line {reader.line_num}: the number of fields differs from the header's")

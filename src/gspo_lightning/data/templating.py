@@ -29,8 +29,8 @@ def encode_prompt(
     """``(P,)`` int64 token ids of a prompt.
 
     Messages go through the chat template, up to where the assistant's turn begins; a plain string is
-    tokenised with the special tokens the tokenizer itself adds. Whatever the template adds, such as a default
-    system prompt, stays. Text in parts is joined if the template reads no parts.
+    tokenised with the special tokens the tokenizer itself adds, unless it begins with BOS. Whatever the template adds,
+    such as a default system prompt, stays. Text in parts is joined if the template reads no parts.
 
     Raises:
         UserError: there is no chat template, it refuses the messages, or the text has a lone surrogate; the message
@@ -38,7 +38,10 @@ def encode_prompt(
     """
     refuse_surrogates(prompt, where)
     if isinstance(prompt, str):
-        return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long)
+        # A text in a template's marks begins with its BOS; the tokenizer of Llama 3 would add a second one.
+        bos = tokenizer.bos_token
+        has_bos = bos is not None and prompt.startswith(bos)
+        return torch.tensor(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"], dtype=torch.long)
     if not tokenizer.chat_template:
         raise UserError(
             f"{where}: the prompt is a conversation, but the tokenizer has no chat template; use plain "
