@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
+from tests.whole_update.case import Case
 from tests.whole_update.reference_losses import LEVELS, SURROGATES, clip_widths, shares_one_loss
 
 MISMATCHES = (
@@ -20,74 +21,6 @@ MISMATCHES = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """A run, by the names of the configuration keys; the defaults are one step of GSPO without anything added."""
-
-    seed: int = 0
-    # objective
-    loss: str = "grpo"
-    level: str = "sequence"
-    epsilon: float | None = None
-    epsilon_high: float | None = None
-    delta: float | None = None
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-    beta: float = 0.0
-    beta_end: float | None = None
-    kl_estimator: str = "k3"
-    kl_importance_weighted: bool = False
-    entropy_coef: float = 0.0
-    mask_truncated: bool = False
-    top_entropy_quantile: float = 1.0
-    off_policy_threshold: float | None = None
-    mismatch: tuple[str, str, float, float] | None = None
-    """(level, truncate or mask, high, low)."""
-    # advantages and rewards
-    scale: str = "group"
-    baseline: str = "mean"
-    reward_weights: tuple[float, ...] = (1.0,)
-    combine: str = "weighted_sum"
-    rewards: str = "random"
-    """Kind of numbers: random, binary, silent (all equal), large, small, offset (random above a thousand)."""
-    turns: str | None = None
-    """None: completions of one piece; ``dialogue``: of several turns; ``rewarded``: whose turns have rewards too."""
-    # rollout
-    prompts: int = 2
-    generations: int = 3
-    max_length: int = 12
-    temperature: float = 1.0
-    # update
-    rollouts: int = 1
-    iterations: int = 1
-    minibatches: int = 1
-    token_budget: int = 4096
-    max_grad_norm: float = math.inf
-    keep_zero_advantage: bool = False
-    log_entropy: bool = False
-    ref_sync_every: int = 0
-    ref_mixup_alpha: float = 0.6
-    lora: bool = False
-    # optimizer and schedule
-    optimizer: str = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_ratio: float = 0.0
-    min_ratio: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run, skipped ones included."""
-        return self.rollouts * self.iterations * self.minibatches
-
-    @property
-    def has_kl(self) -> bool:
-        """Whether the KL term has a weight at some point of the run."""
-        return bool(self.beta or self.beta_end)
-
-
 def draw(seed: int) -> Case:
     """The case of a seed. What contradicts an earlier draw, and would be refused, is not drawn."""
     random = Random(seed)
@@ -96,7 +29,8 @@ def draw(seed: int) -> Case:
     case = _corrections(random, case)
     case = _rewards(random, case)
     case = _sizes(random, case)
-    return _optimizer(random, case)
+    case = _optimizer(random, case)
+    return _program(Random(f"program {seed}"), case)
 
 
 def _objective(random: Random, case: Case) -> Case:
@@ -198,4 +132,26 @@ def _optimizer(random: Random, case: Case) -> Case:
         schedule=random.choice(["constant", "constant", "cosine", "linear"]),
         warmup_ratio=random.choice([0.0, 0.3]),
         min_ratio=random.choice([0.0, 0.1]),
+    )
+
+
+def _program(random: Random, case: Case) -> Case:
+    """What else a program can ask for: rollouts ahead or drawn anew, changes during the run, terms of its own."""
+    # An engine that samples ahead has no environment, and does not know which prompts are drawn anew.
+    stale = case.turns is None and case.rollouts > 1 and random.random() < 0.35
+    draws = random.choice([0, 0, 0, 1, 2])
+    later = random.choice([None, None, (1.3, 12), (case.temperature, 15), (0.8, 20)])
+    return replace(
+        case,
+        length_reward=random.choice([None, None, None, "overlong", "target"]),
+        top_k=0 if case.mismatch else random.choice([0, 0, 50]),
+        later=later if case.rollouts > 1 else None,
+        stale=stale,
+        max_draws=0 if stale else draws,
+        rslora=case.lora and random.random() < 0.5,
+        auxiliary=random.choice([0.0, 0.0, 0.0, 0.01]),
+        constant_length=20 if case.loss == "dr_grpo" and random.random() < 0.4 else None,
+        padded=random.random() < 0.2,
+        checkpointing=random.random() < 0.2,
+        fits=random.choice([0, 0, 0, 0, 1, 2]),
     )

@@ -4,43 +4,100 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.objective import Objective, check_objective
+from gspo_lightning.objective import Finding, Objective, check_objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
+from gspo_lightning.packing import PackedBatch
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.rewards.length import LengthTarget, SoftOverlong
 from gspo_lightning.training.schedule import Schedule
-from gspo_lightning.training.update import UpdateSettings
+from gspo_lightning.training.update import Minibatch, UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import Prompt, PromptBatch, SamplingParams
-from tests.scripted import ScriptedEngine, trainer
-from tests.whole_update.draw import Case
+from tests.scripted import ScriptedEngine, ScriptedSource, trainer
+from tests.whole_update.case import Case
+from tests.whole_update.reference_advantages import OVERLONG, TARGET
 from tests.whole_update.reference_model import Optimizer, Trained
 
 RUN_SEED = 3
-LORA = LoraSettings(r=4, alpha=32)
+RANK, ALPHA = 4, 32
 
 
 @dataclass
 class Recorder(L.Callback):
     """Metrics and trained tensors after every rollout."""
 
+    case: Case
     metrics: list[dict[str, float]] = field(default_factory=list)
     tensors: list[dict[str, Tensor]] = field(default_factory=list)
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.metrics.append(dict(module.last_metrics))
         self.tensors.append(trained_tensors(module))
+        if self.case.later and len(self.metrics) == 1:
+            temperature, longest = self.case.later
+            module.sampling = replace(module.sampling, temperature=temperature, max_completion_length=longest)
+
+
+class Source(ScriptedSource):
+    """The stream of prompts, of which every rank takes its share."""
+
+    def __init__(self, stream: list[Prompt], case: Case) -> None:
+        super().__init__()
+        self.stream, self.case = stream, case
+
+    def batch_at(self, cursor: int) -> PromptBatch:
+        share = self.case.prompts // world_size()
+        first = cursor + rank() * share
+        return PromptBatch(self.stream[first : first + share], cursor + self.case.prompts)
+
+    def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch | None:
+        first = batch.cursor + sum(counts[: rank()])
+        return PromptBatch(self.stream[first : first + counts[rank()]], batch.cursor + sum(counts))
+
+    def finish(self, batch: PromptBatch) -> None:
+        self.cursor = batch.cursor
+
+    def train_dataloader(self) -> DataLoader[PromptBatch]:
+        return DataLoader(_Batches(self), batch_size=None)
+
+
+class _Batches(IterableDataset[PromptBatch]):  # batches of a list would be shared out among the ranks by Lightning
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return (self.source.batch_at(self.source.case.prompts * n) for n in range(self.source.case.rollouts))
+
+
+class Ahead(ScriptedEngine):
+    """Samples one update ahead."""
+
+    staleness = 1
+
+
+class WithPenalty(GSPOModule):
+    """Adds the squared norm of what is trained."""
+
+    weight = 0.0
+
+    def auxiliary_loss(self, minibatch: Minibatch) -> Tensor:
+        return self.weight * sum(p.square().sum() for p in self.parameters() if p.requires_grad)  # type: ignore[return-value]
 
 
 def trained_tensors(module: GSPOModule) -> dict[str, Tensor]:
@@ -61,6 +118,10 @@ def prepared(folder: Any, case: Case) -> GSPOModule:
     module = build(folder, case)
     module.configure_model()
     assert module.policy is not None
+    if case.padded:  # not `Policy.fall_back`, whose attention transformers computes in float32
+        for policy in (module.policy, *module.references):
+            policy.is_padded = True
+            policy.base_model.set_attn_implementation("sdpa")
     generator = torch.Generator().manual_seed(5)
     if case.lora:
         for parameter in module.policy.parameters():
@@ -69,12 +130,31 @@ def prepared(folder: Any, case: Case) -> GSPOModule:
     return module
 
 
-def train(module: GSPOModule, rollouts: list[list[Prompt]]) -> Recorder:
-    """Runs all rollouts."""
-    recorder = Recorder()
-    loader: Any = DataLoader([PromptBatch(prompts) for prompts in rollouts], batch_size=None)  # type: ignore[arg-type]
-    trainer(callbacks=[recorder]).fit(module, loader)
+def train(module: GSPOModule, case: Case, stream: list[Prompt], **changes: Any) -> Recorder:
+    """Runs all rollouts; ``changes`` go to the Trainer."""
+    recorder = Recorder(case)
+    source = Source(stream, case)
+    with memory_for(case.fits):
+        trainer(callbacks=[recorder], **changes).fit(module, datamodule=source)
     return recorder
+
+
+@contextmanager
+def memory_for(completions: int) -> Iterator[None]:
+    """Within it a forward of more completions fails for want of memory; 0: none does."""
+    forward = Policy.forward
+
+    def limited(policy: Policy, packed: PackedBatch, *arguments: Any) -> Any:
+        if packed.prompts and len(packed.lengths) > completions:  # not the check of the packing, which has none
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(policy, packed, *arguments)
+
+    if not completions:
+        yield
+        return
+    # A collection of garbage takes longer than all else that is done here.
+    with patch.object(Policy, "forward", limited), patch("gc.collect"):
+        yield
 
 
 def starting_point(case: Case, start: dict[str, Tensor], tensors: dict[str, Tensor]) -> Trained:
@@ -83,12 +163,22 @@ def starting_point(case: Case, start: dict[str, Tensor], tensors: dict[str, Tens
         return Trained(start, None, 1.0)
     names = sorted({name.split(":")[0] for name in tensors})
     adapter = {name: (tensors[f"{name}:A"], tensors[f"{name}:B"]) for name in names}
-    return Trained(start, adapter, LORA.alpha / LORA.r)
+    # LoRA (arXiv 2106.09685, section 4.1), and rsLoRA (arXiv 2312.03732).
+    return Trained(start, adapter, ALPHA / (math.sqrt(RANK) if case.rslora else RANK))
 
 
 def contradictions(module: GSPOModule, case: Case) -> list[str]:
-    """Why a user could not run the case."""
-    findings = check_objective(
+    """Why a user could not run the case, whatever ``allow_no_effect`` says."""
+    return [finding.message for finding in _findings(module, case) if finding.kind == "contradiction"]
+
+
+def refusals(module: GSPOModule, case: Case) -> list[str]:
+    """Why a user could not run the case, settings without effect among the reasons."""
+    return [finding.message for finding in _findings(module, case) if finding.kind != "warning"]
+
+
+def _findings(module: GSPOModule, case: Case) -> list[Finding]:
+    return check_objective(
         module.objective,
         num_iterations=case.iterations,
         num_minibatches=case.minibatches,
@@ -97,20 +187,21 @@ def contradictions(module: GSPOModule, case: Case) -> list[str]:
         keep_zero_advantage=case.keep_zero_advantage,
         ref_sync_every_n_rollouts=case.ref_sync_every,
         ref_model_mixup_alpha=case.ref_mixup_alpha,
+        staleness=int(case.stale),
+        max_completion_length=case.max_length,
     )
-    return [finding.message for finding in findings if finding.kind == "contradiction"]
 
 
 def build(folder: Any, case: Case) -> GSPOModule:
     """The settings of the case as the package takes them."""
-    functions = {f"f{k}": RewardSpec(_reward(k), weight=w) for k, w in enumerate(case.reward_weights)}
-    return GSPOModule(
-        policy_loader=PolicyLoader(str(folder), dtype="float64", lora=LORA if case.lora else None),
-        engine=ScriptedEngine(),
-        rewards=RewardSet(functions, combine=case.combine),  # type: ignore[arg-type]
+    lora = LoraSettings(r=RANK, alpha=ALPHA, use_rslora=case.rslora) if case.lora else None
+    module = (WithPenalty if case.auxiliary else GSPOModule)(
+        policy_loader=PolicyLoader(str(folder), dtype="float64", lora=lora, gradient_checkpointing=case.checkpointing),
+        engine=Ahead() if case.stale else ScriptedEngine(),
+        rewards=rewards(case),
         objective=_objective(case),
         advantages=AdvantageEstimator(case.scale, case.baseline),  # type: ignore[arg-type]
-        sampling=SamplingParams(case.generations, case.max_length, case.temperature),
+        sampling=SamplingParams(case.generations, case.max_length, case.temperature, top_k=case.top_k),
         optimizer=_optimizer(case),
         schedule=Schedule(case.schedule, case.warmup_ratio, case.min_ratio),  # type: ignore[arg-type]
         update=UpdateSettings(
@@ -126,12 +217,25 @@ def build(folder: Any, case: Case) -> GSPOModule:
         validation=ValidationSettings(1),
         max_rollouts=case.rollouts,
         seed=RUN_SEED,
+        max_draws=case.max_draws,
     )
+    if isinstance(module, WithPenalty):
+        module.weight = case.auxiliary
+    return module
+
+
+def rewards(case: Case) -> RewardSet:
+    """Those of the rows, and that of the length."""
+    functions = {f"f{k}": RewardSpec(_reward(k), weight=w) for k, w in enumerate(case.reward_weights)}
+    of_length = {None: None, "overlong": SoftOverlong(*OVERLONG), "target": LengthTarget(*TARGET)}[case.length_reward]
+    if of_length is not None:
+        functions[f"f{len(functions)}"] = RewardSpec(of_length, weight=case.weights[-1])
+    return RewardSet(functions, combine=case.combine)  # type: ignore[arg-type]
 
 
 def _objective(case: Case) -> Objective:
     return Objective(
-        max_completion_length=case.max_length,
+        max_completion_length=case.constant_length or case.max_length,
         importance_sampling_level=case.level,  # type: ignore[arg-type]
         loss_type=case.loss,
         epsilon=case.epsilon,

@@ -15,9 +15,16 @@ from torch import Tensor
 from gspo_lightning.types import Completion, Prompt
 from tests.whole_update import reference_advantages as advantages
 from tests.whole_update import reference_losses as losses
-from tests.whole_update.draw import Case
+from tests.whole_update.case import Case
+from tests.whole_update.reference_advantages import Numbers
 from tests.whole_update.reference_losses import Terms
-from tests.whole_update.reference_metrics import Means, add_loss_metrics, add_rollout_metrics, quantile
+from tests.whole_update.reference_metrics import (
+    Means,
+    add_loss_metrics,
+    add_rollout_metrics,
+    add_sampler_metrics,
+    quantile,
+)
 from tests.whole_update.reference_model import Network, Optimizer, Trained, Weights, clipped, learning_rate
 
 Member = tuple[int, int]
@@ -31,11 +38,20 @@ class Rollout:
     prompts: list[Prompt]
     groups: list[list[Completion]]
     beta: float
+    temperature: float
+    longest: int
+    """Limit of its completions."""
+    behaviour: Weights
+    """The weights that sampled."""
+    stale: bool
+    """Whether these are not the weights it is first trained with."""
     advantages: dict[Member, Tensor] = field(default_factory=dict)
     """Of every trained token."""
     old: dict[Member, Tensor] = field(default_factory=dict)
     entropy: dict[Member, Tensor] = field(default_factory=dict)
-    """Under the weights that sampled."""
+    """Both under the weights that sampled."""
+    entropy_before: dict[Member, Tensor] = field(default_factory=dict)
+    """Under the weights before the first step."""
     reference: dict[Member, Tensor] = field(default_factory=dict)
     means: Means = field(default_factory=Means)
     ratios: list[float] = field(default_factory=list)
@@ -44,29 +60,48 @@ class Rollout:
 class Run:
     """Trains like docs/design.md, docs/objectives and docs/metrics.md say; see `rollout`."""
 
-    def __init__(self, case: Case, network: Network, trained: Trained) -> None:
+    def __init__(self, case: Case, network: Network, trained: Trained, stream: list[Prompt]) -> None:
         self.case, self.network, self.trained = case, network, trained
+        self.stream = iter(stream)
         # The reference is the model as it was loaded, with LoRA without its adapter.
         self.reference: Weights = dict(network.start)
         self.optimizer = Optimizer(case, trained.tensors)
+        self.before = self._weights()
+        """The weights before the first step on the rollout before."""
         self.rollouts_done = 0
         self.steps_seen = 0
         names = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "rollout_tokens", "train_tokens")
         self.counts = dict.fromkeys(names, 0)
 
-    def rollout(self, prompts: list[Prompt], seed: int) -> dict[str, float]:
-        """Trains on one rollout; returns its metrics. ``seed`` decides which prompts make a minibatch."""
-        rollout = Rollout(prompts, [p.sample["completions"] for p in prompts], self.beta())
+    def rollout(self, seed: int) -> dict[str, float]:
+        """Trains on the next rollout; returns its metrics. ``seed`` decides which prompts make a minibatch."""
+        rollout = self._sampled()
         self._compare(rollout)
-        minibatches = minibatch_members(len(prompts), self.case.minibatches, seed)
-        self._fix(rollout)
+        minibatches = minibatch_members(len(rollout.prompts), self.case.minibatches, seed)
+        self._fix(rollout, minibatches)
         for iteration in range(self.case.iterations):
             for number, of_minibatch in enumerate(minibatches):
-                first = iteration == 0 and number == 0
+                first = iteration == 0 and number == 0 and not rollout.stale
                 self._step(rollout, self._in_denominator(rollout, of_minibatch), first)
         self._move_reference()
         self.rollouts_done += 1
         return self._metrics(rollout)
+
+    def _sampled(self) -> Rollout:
+        """The next rollout, as it was sampled: by which weights, and with which settings."""
+        case, now = self.case, self._weights()
+        stale = case.stale and self.rollouts_done > 0
+        # What is set after a rollout finds the next one sampled, if that happens ahead.
+        settings = case.later if case.later and self.rollouts_done > int(case.stale) else None
+        temperature, longest = settings or (case.temperature, case.max_length)
+        prompts = [next(self.stream) for _ in range(case.prompts)]
+        weights = self.before if stale else now
+        self.before = now
+        return Rollout(prompts, completions_of(prompts), self.beta(), temperature, longest, weights, stale)
+
+    def _weights(self) -> Weights:
+        """A copy of the network's weights as they are now."""
+        return {name: value.detach().clone() for name, value in self.trained.weights().items()}
 
     def beta(self) -> float:
         """Linear over the rollouts from ``beta`` to ``beta_end``."""
@@ -78,33 +113,72 @@ class Run:
     def _compare(self, rollout: Rollout) -> None:
         """Gives every trained token its advantage, in float32 as the package hands them on."""
         case = self.case
-        by_function = [[list(row) for row in p.sample["rewards"]] for p in rollout.prompts]
-        rewards = [advantages.combined(own, case.reward_weights, case.combine) for own in by_function]
+        by_function = [self._rewards(prompt) for prompt in rollout.prompts]
+        self._count_sampled(rollout.groups)
+        if case.max_draws:
+            self._draw_anew(rollout, by_function)
+        rewards = [advantages.combined(own, case.weights, case.combine) for own in by_function]
         of_turns = advantages.rollout_advantages(rollout.groups, rewards, case)
         for b, group in enumerate(rollout.groups):
             for g, completion in enumerate(group):
                 own = advantages.token_advantages(completion, of_turns[b][g])
                 rollout.advantages[b, g] = torch.tensor(own, dtype=torch.float32).double()
-            self.counts["rollout_tokens"] += sum(trained_mask(c).sum().item() for c in group)
         add_rollout_metrics(rollout.means, case, rollout.groups, by_function, rewards, of_turns)
 
+    def _rewards(self, prompt: Prompt) -> list[Numbers]:
+        """Of the completions of a prompt, by every function."""
+        rows = zip(prompt.sample["completions"], prompt.sample["rewards"], strict=True)
+        return [[*scripted, *advantages.length_reward(completion, self.case)] for completion, scripted in rows]
+
+    def _draw_anew(self, rollout: Rollout, by_function: list[list[Numbers]]) -> None:
+        """DAPO (arXiv 2503.14476), section 3.2: groups without signal give their place to the next prompts."""
+        case, everything, draws, drawn = self.case, list(by_function), 0, 0
+        while (silent := self._silent(rollout, by_function)) and draws < case.max_draws:
+            for place in silent:
+                rollout.prompts[place] = prompt = next(self.stream)
+                rollout.groups[place] = prompt.sample["completions"]
+                by_function[place] = self._rewards(prompt)
+                everything.append(by_function[place])
+                self._count_sampled([rollout.groups[place]])
+            draws, drawn = draws + 1, drawn + len(silent)
+        for own in everything:
+            for reward in advantages.combined(own, case.weights, "weighted_sum"):
+                rollout.means.add("dynamic_sampling/sampled_reward", reward, 1)
+        rollout.means.add("dynamic_sampling/silent_frac", drawn + len(silent), len(everything))
+        rollout.means.add("dynamic_sampling/draws", draws, 1)
+        rollout.means.add("dynamic_sampling/extra_prompts", drawn, 1)
+        rollout.means.add("dynamic_sampling/silent_left", len(silent), 1)
+
+    def _silent(self, rollout: Rollout, by_function: list[list[Numbers]]) -> list[int]:
+        """Places of the groups whose completions are worth the same."""
+        rewards = [advantages.combined(own, self.case.weights, self.case.combine) for own in by_function]
+        return [b for b, group in enumerate(rollout.groups) if advantages.is_silent(group, rewards[b])]
+
+    def _count_sampled(self, groups: list[list[Completion]]) -> None:
+        self.counts["rollout_tokens"] += sum(int(trained_mask(c).sum()) for group in groups for c in group)
+
     @torch.no_grad()
-    def _fix(self, rollout: Rollout) -> None:
+    def _fix(self, rollout: Rollout, minibatches: list[list[int]]) -> None:
         """Old and reference log-probabilities, and entropies, before the first step of the rollout."""
-        weights = self.trained.weights()
-        for b, group in enumerate(rollout.groups):
-            for g in range(len(group)):
-                old, entropy = self._forward(rollout, (b, g), weights)
-                rollout.old[b, g], rollout.entropy[b, g] = old, entropy
-                if rollout.beta:
-                    rollout.reference[b, g], _ = self._forward(rollout, (b, g), self.reference)
+        weights = self._weights()
+        members = [(b, g) for b, group in enumerate(rollout.groups) for g in range(len(group))]
+        for member in members:
+            rollout.old[member], rollout.entropy[member] = self._forward(rollout, member, rollout.behaviour)
+            rollout.entropy_before[member] = self._forward(rollout, member, weights)[1]
+            if rollout.beta:
+                rollout.reference[member], _ = self._forward(rollout, member, self.reference)
+        # Of one sampled ahead, all old log-probabilities are computed; else those of the first minibatch are measured.
+        compared = range(len(rollout.groups)) if rollout.stale else minibatches[0]
+        for member in self._in_denominator(rollout, list(compared)):
+            if self._is_measured(rollout, member) and not self.case.top_k:
+                add_sampler_metrics(rollout.means, rollout.old[member], sampler_logprobs(rollout, member))
 
     def _forward(self, rollout: Rollout, member: Member, weights: Weights) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the trained tokens and entropies of their distributions, at the training temperature."""
         b, g = member
         completion = rollout.groups[b][g]
         every = self.network.log_distributions(
-            weights, rollout.prompts[b].input_ids, completion.token_ids, self.case.temperature
+            weights, rollout.prompts[b].input_ids, completion.token_ids, rollout.temperature
         )
         trained = trained_mask(completion)
         chosen = every.gather(1, completion.token_ids[:, None])[:, 0]
@@ -125,9 +199,16 @@ class Run:
         for member in members:
             total = total + self._loss(rollout, member, weights, selected[member], first)
         self._count_forwards(rollout, members)
-        tokens = sum(len(rollout.advantages[m]) for m in members)
-        if any(self._has_gradient(rollout, m) for m in members):
-            loss = total / losses.denominator(case, len(members), tokens)
+        if any(self._has_gradient(rollout, m) for m in members) or case.auxiliary:
+            tokens = sum(len(rollout.advantages[m]) for m in members)
+            # Of no completions at all the sum is 0, whatever it is divided by.
+            loss = total / (
+                losses.denominator(case, len(members), tokens, case.constant_length or rollout.longest) or 1
+            )
+            if case.auxiliary:
+                penalty = case.auxiliary * sum((t * t).sum() for t in self.trained.tensors.values())
+                rollout.means.add("loss/auxiliary", penalty.item(), 1)
+                loss = loss + penalty
             found = torch.autograd.grad(loss, list(self.trained.tensors.values()))
             gradients, norm = clipped(dict(zip(self.trained.tensors, found, strict=True)), case.max_grad_norm)
             rollout.means.add("grad_norm", norm, 1)
@@ -165,13 +246,13 @@ class Run:
 
     def _loss(self, rollout: Rollout, member: Member, weights: Weights, selected: Tensor | None, first: bool) -> Tensor:
         """The summed loss of one completion: ``sum_t weight (policy_t + beta KL_t - entropy_coef H_t)``."""
-        case, completion = self.case, rollout.groups[member[0]][member[1]]
+        case = self.case
         logprobs, entropy = self._forward(rollout, member, weights)
         x = Terms(
             logprobs,
             logprobs.detach() if first else rollout.old[member],  # the same numbers; exactly so for the ratio 1
             rollout.advantages[member],
-            completion.sampler_logprobs[trained_mask(completion)].double(),
+            sampler_logprobs(rollout, member),
             rollout.reference.get(member),
             entropy,
             selected,
@@ -189,10 +270,10 @@ class Run:
             loss = loss + rollout.beta * losses.kl_terms(case, x)
         loss = loss - case.entropy_coef * entropy
         if self._is_measured(rollout, member):
-            add_loss_metrics(rollout.means, case, x, w, policy, first)
+            add_loss_metrics(rollout.means, case, x, w, policy)
             rollout.ratios += [value.item() for value in (w if case.level == "token" else w[:1])]
-        elif case.log_entropy:  # of all completions in the denominator, these by the weights that sampled
-            rollout.means.add("entropy", rollout.entropy[member].sum().item(), x.length)
+        elif case.log_entropy:  # of all in the denominator; these before the first step
+            rollout.means.add("entropy", rollout.entropy_before[member].sum().item(), x.length)
         return losses.token_weight(case, x.length) * loss.sum()
 
     def _count_forwards(self, rollout: Rollout, members: list[Member]) -> None:
@@ -206,7 +287,7 @@ class Run:
         """TR-DPO (arXiv 2404.09656): every so many rollouts ``alpha policy + (1 - alpha) reference``."""
         every, alpha = self.case.ref_sync_every, self.case.ref_mixup_alpha
         if every and (self.rollouts_done + 1) % every == 0:
-            now = {name: value.detach() for name, value in self.trained.weights().items()}
+            now = self._weights()
             self.reference = {name: alpha * now[name] + (1 - alpha) * old for name, old in self.reference.items()}
 
     def _metrics(self, rollout: Rollout) -> dict[str, float]:
@@ -217,6 +298,16 @@ class Run:
             values |= {f"ratio/p{100 * q:g}": quantile(rollout.ratios, q) for q in (0.01, 0.5, 0.99)}
         values |= {f"count/{name}": float(count) for name, count in self.counts.items()}
         return values | {"lr": learning_rate(self.case, self.steps_seen)}
+
+
+def completions_of(prompts: list[Prompt]) -> list[list[Completion]]:
+    return [prompt.sample["completions"] for prompt in prompts]
+
+
+def sampler_logprobs(rollout: Rollout, member: Member) -> Tensor:
+    """``(n,)`` of the trained tokens, as the sampler reported them."""
+    completion = rollout.groups[member[0]][member[1]]
+    return completion.sampler_logprobs[trained_mask(completion)].double()
 
 
 def trained_mask(completion: Completion) -> Tensor:

@@ -9,13 +9,19 @@ import math
 from collections.abc import Sequence
 
 from gspo_lightning.types import Completion
-from tests.whole_update.draw import Case
+from tests.whole_update.case import Case
 
 ROUNDING = 1e-12
 """Relative to the terms that a number was added up from."""
 
 SPREAD_FLOOR = 1e-4
 """Added to every standard deviation that is divided by, as in TRL."""
+
+OVERLONG = (10, 6)
+"""L_max and L_cache."""
+
+TARGET = (5, 4)
+"""The target, and the distance from it at which nothing is left."""
 
 Numbers = list[float]
 
@@ -39,6 +45,17 @@ def all_equal(values: Sequence[float], sizes: Sequence[float] | None = None) -> 
 
 def without_rounding(values: Numbers, sizes: Numbers) -> Numbers:
     return [values[0]] * len(values) if all_equal(values, sizes) else values
+
+
+def length_reward(completion: Completion, case: Case) -> Numbers:
+    """That of the function of the length, if there is one: docs/rewards.md."""
+    if case.length_reward == "overlong":  # DAPO (arXiv 2503.14476), Eq. 13, of the whole dialogue
+        length, free, cache = len(completion.token_ids), OVERLONG[0] - OVERLONG[1], OVERLONG[1]
+        return [0.0 if length <= free else (free - length) / cache if length <= OVERLONG[0] else -1.0]
+    if case.length_reward == "target":  # of the policy's own tokens
+        distance = abs(len(turn_of_tokens(completion)) - TARGET[0])
+        return [0.0 if distance >= TARGET[1] else 1 - distance / TARGET[1]]
+    return []
 
 
 def combined(by_function: list[Numbers], weights: Sequence[float], how: str) -> Numbers:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tests.whole_update.draw import Case
+    from tests.whole_update.case import Case
 
 ANY = ("token", "sequence", "sequence_token")
 LEVELS = {
@@ -190,8 +190,8 @@ def token_weight(case: Case, length: int) -> float:
     return 1 / length if case.loss in ("grpo", "sapo", "gmpo") else 1.0
 
 
-def denominator(case: Case, sequences: int, tokens: int) -> float:
+def denominator(case: Case, sequences: int, tokens: int, longest: int) -> float:
     """The same column, before the sums: over the minibatch, whatever is left out of the forward."""
     if case.loss in ("grpo", "sapo", "gmpo", "luspo"):
         return sequences
-    return sequences * case.max_length if case.loss == "dr_grpo" else tokens
+    return sequences * longest if case.loss == "dr_grpo" else tokens

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gspo_lightning.types import Completion
 from tests.whole_update import reference_losses as losses
-from tests.whole_update.draw import Case
+from tests.whole_update.case import Case
 from tests.whole_update.reference_advantages import Numbers, combined, is_silent, returns, turn_of_tokens, unbiased_std
 from tests.whole_update.reference_losses import Terms
 
@@ -38,7 +38,7 @@ def add_rollout_metrics(
     """Of the rollout before training: rewards on their own scale, lengths, groups without signal, dialogues."""
     dialogues = any(c.dialogue is not None for group in groups for c in group)
     for b, group in enumerate(groups):
-        plain = combined(by_function[b], case.reward_weights, "weighted_sum")
+        plain = combined(by_function[b], case.weights, "weighted_sum")
         means.add("reward/std", unbiased_std(plain), 1)
         means.add("frac_zero_std_groups", is_silent(group, rewards[b]), 1)
         means.add("advantage_std", unbiased_std([a for own in of_turns[b] for a in own]), 1)
@@ -56,7 +56,14 @@ def add_rollout_metrics(
                 means.add("dialogue/return", returns(completion, reward)[0], 1)
 
 
-def add_loss_metrics(means: Means, case: Case, x: Terms, w: list[Tensor], policy: Tensor, first: bool) -> None:
+def add_sampler_metrics(means: Means, old: Tensor, sampler: Tensor) -> None:
+    """How far the sampler is from the trainer with the weights that sampled, of one completion."""
+    gap = old - sampler
+    means.add("sampler_mismatch/abs_mean", gap.abs().sum().item(), len(gap))
+    means.add("gspo/ratio_noise_var", gap.mean().item() ** 2, 1)
+
+
+def add_loss_metrics(means: Means, case: Case, x: Terms, w: list[Tensor], policy: Tensor) -> None:
     """Of one completion in one step: ratios by their unit (token or sequence), the others by token."""
     n, d = x.length, x.d.detach()
     by_token = case.level == "token"
@@ -82,10 +89,6 @@ def add_loss_metrics(means: Means, case: Case, x: Terms, w: list[Tensor], policy
         means.add("kl/ref", (q.exp() - 1 - q).sum().item(), n)
     if x.entropy is not None and (case.log_entropy or case.entropy_coef):
         means.add("entropy", x.entropy.sum().item(), n)
-    if first:  # while the weights are those that sampled
-        gap = x.logprobs.detach() - x.sampler
-        means.add("sampler_mismatch/abs_mean", gap.abs().sum().item(), n)
-        means.add("gspo/ratio_noise_var", gap.mean().item() ** 2, 1)
 
 
 def quantile(values: list[float], level: float) -> float:

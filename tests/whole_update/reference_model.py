@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.whole_update.draw import Case
+from tests.whole_update.case import Case
 
 Weights = dict[str, Tensor]
 

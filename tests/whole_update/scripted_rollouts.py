@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.types import Completion, Dialogue, Prompt
-from tests.whole_update.draw import Case
+from tests.whole_update.case import Case
 from tests.whole_update.reference_model import Network
 
 VOCABULARY = range(3, 90)
@@ -19,10 +19,12 @@ SPACED = (0.1, 0.2, 0.3, 0.2)
 """Rewards of which one is the mean but for rounding, whose advantage must be 0: (0.1 + 0.2 + 0.3) / 3 is not 0.2."""
 
 
-def scripted_rollouts(case: Case, network: Network) -> list[list[Prompt]]:
-    """The prompts of every rollout, with their completions and rewards in the row."""
-    random = Random(f"rollouts {case.seed}")
-    return [[_prompt(case, random, network, number) for number in range(case.prompts)] for _ in range(case.rollouts)]
+def scripted_stream(case: Case, network: Network) -> list[Prompt]:
+    """The prompts of a run in their order, with completions and rewards in the row: enough for any that are redrawn."""
+    random, more = Random(f"rollouts {case.seed}"), Random(f"redrawn {case.seed}")
+    count = case.prompts * case.rollouts
+    prompts = [_prompt(case, random, network, number) for number in range(count)]
+    return prompts + [_prompt(case, more, network, number) for number in range(count, count * (1 + case.max_draws))]
 
 
 def _prompt(case: Case, random: Random, network: Network, number: int) -> Prompt:

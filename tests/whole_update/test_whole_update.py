@@ -13,7 +13,7 @@ replaced on both sides: the norm of transformers' Llama, which computes in float
 package's own norms of the layers are float64; the one after the last layer is transformers'.)
 
 One case: `pytest tests/whole_update -k seed-18`, whose failure prints the configuration and every value that differs.
-150 more: `pytest tests/whole_update -m slow`.
+More of them: `pytest tests/whole_update -m slow`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import pytest
 
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.rollout.seeds import rollout_seed
-from tests.whole_update import product
-from tests.whole_update.draw import Case, draw
+from tests.whole_update import pairs, product
+from tests.whole_update.case import Case
+from tests.whole_update.draw import draw
 from tests.whole_update.reference import Run
 from tests.whole_update.reference_losses import SURROGATES
 from tests.whole_update.reference_model import Network, Weights, float64_norms
-from tests.whole_update.scripted_rollouts import scripted_rollouts
+from tests.whole_update.scripted_rollouts import scripted_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -44,12 +45,19 @@ ROUNDING = 1e-13
 SEEDS = (
     5, 13, 16, 18, 27, 28, 30, 31, 33, 42, 47, 56, 58, 70, 83, 88, 90, 94, 95, 97, 99, 103, 108, 109, 113, 138, 146,
     156, 166, 167, 168, 171, 174, 176, 182, 190, 195, 203, 204, 206, 209, 210, 211, 220, 227, 230, 231, 232,
-    235, 236, 238, 246, 263, 264, 265, 270, 295, 309, 321,
+    235, 236, 238, 246, 263, 264, 265, 270, 295, 309, 321, 2504, 2535, 2774, 2962, 3262, 4282,
+    8516,
 )  # fmt: skip
-"""Chosen among the first 360 so that each of `AXES` and `ACTS` occurs, most of them twice, in short runs; and 108, 190,
-204, 206 and 236 for what no metric tells: ``delta`` decides, and a reward is the mean of its group but for rounding."""
+"""Chosen among the first 360 so that each of `AXES` and `ACTS` occurs, most of them twice, in short runs; 108, 190,
+204, 206 and 236 for what no metric tells: ``delta`` decides, and a reward is the mean of its group but for rounding;
+those above 2,000 for rollouts ahead; and 8516 for a step on an auxiliary term alone."""
 
-MORE_SEEDS = range(10_000, 10_150)
+MORE_SEEDS = (
+    *range(10_000, 10_100),
+    10101, 10206, 10219, 10226, 10229, 10298, 10322, 10536, 10596, 10603, 10697, 10941, 11253, 11292, 11420,
+    11450, 11558, 11576, 11986, 12558, 12751, 13000, 13612,
+)  # fmt: skip
+"""A hundred drawn ones, and those by which any two options that are accepted together are so in some run (`pairs`)."""
 
 COMBINED = Case(
     level="sequence_token", epsilon=0.01, delta=1.01, beta=0.04, prompts=4, iterations=2, max_grad_norm=1.0, lr=0.05
@@ -98,6 +106,16 @@ AXES: dict[str, Callable[[Case], Any]] = {
     "delta": lambda c: c.delta is not None and c.level,
     "truncation mask with an average": lambda c: c.mask_truncated and c.loss,
     "selection": lambda c: (c.top_entropy_quantile, c.mask_truncated),
+    "rollouts ahead and changes of the sampling": lambda c: (c.stale, c.later is not None),
+    "rollouts ahead": lambda c: (c.stale, c.top_entropy_quantile < 1),
+    "prompts drawn anew": lambda c: (c.max_draws, c.combine),
+    "reward of the length": lambda c: (c.length_reward, c.turns is not None),
+    "part of the vocabulary": lambda c: c.top_k,
+    "scale of an adapter": lambda c: (c.lora, c.rslora),
+    "auxiliary term": lambda c: (c.auxiliary, c.lora),
+    "constant of dr_grpo": lambda c: c.loss == "dr_grpo" and c.constant_length,
+    "how it is computed": lambda c: (c.padded, c.fits, c.has_kl),
+    "checkpointing": lambda c: (c.checkpointing, c.lora),
 }
 """What of a case must take every value among `SEEDS` that `draw` can give it."""
 
@@ -127,6 +145,9 @@ ACTS: dict[str, Callable[[Case, dict[str, float]], bool]] = {
     "skipped and taken steps, with momentum": lambda c, m: c.momentum > 0 and min(steps(m)) > 0,
     "zero advantages kept, step skipped": lambda c, m: c.keep_zero_advantage and m["count/skipped_steps"] > 0,
     "turns with rewards": lambda c, m: c.turns == "rewarded" and m["dialogue/turns"] > 1.5,
+    "prompts drawn twice": lambda c, m: m.get("dynamic_sampling/draws") == 2,
+    "silent groups left": lambda c, m: m.get("dynamic_sampling/silent_left", 0) > 0,
+    "a step on an auxiliary term alone": lambda c, m: c.auxiliary > 0 and "ratio/mean" not in m,
 }
 """What must happen in the rollout of some seed, by its metrics; for a setting that never acts shows nothing."""
 
@@ -173,7 +194,13 @@ def test_every_setting_of_the_update_varies_among_the_seeds(micro_model_dir):
         for setting in fields(getattr(modules[0], part))
         if len({getattr(getattr(module, part), setting.name) for module in modules}) == 1
     ]
-    assert constant == ["objective.max_completion_length", "update_settings.max_nonfinite_steps"]
+    assert constant == ["update_settings.max_nonfinite_steps"]
+
+
+def test_any_two_options_that_are_accepted_together_are_together_in_some_run():
+    alone = [replace(pairs.BASE, **option) for option in pairs.ALONE]
+    assert [case for case in alone if not pairs.accepted(case)] == []
+    assert pairs.missing([draw(seed) for seed in (*SEEDS, *MORE_SEEDS)]) == []
 
 
 @pytest.mark.slow
@@ -188,16 +215,16 @@ def outcome(folder: Any, case: Case) -> Outcome:
     """Trains on both sides and compares after every rollout."""
     with float64_norms():
         network = network_of(folder)
-        rollouts = scripted_rollouts(case, network)
+        stream = scripted_stream(case, network)
         module = product.prepared(folder, case)
         assert product.contradictions(module, case) == []
         before = product.trained_tensors(module)
-        recorder = product.train(module, rollouts)
+        recorder = product.train(module, case, stream)
         trained = product.starting_point(case, network.start, before)
-        reference = Run(case, network, trained)
+        reference = Run(case, network, trained, stream)
         differences, metrics = [], []
-        for number, prompts in enumerate(rollouts):
-            metrics.append(reference.rollout(prompts, rollout_seed(product.RUN_SEED, number)))
+        for number in range(case.rollouts):
+            metrics.append(reference.rollout(rollout_seed(product.RUN_SEED, number)))
             lines = metric_differences(case, recorder.metrics[number], metrics[-1])
             lines += weight_differences(before, recorder.tensors[number], trained.tensors)
             differences += [f"rollout {number}: {line}" for line in lines]
@@ -213,7 +240,7 @@ def network_of(folder: Any) -> Network:
 def metric_differences(case: Case, ours: dict[str, float], theirs: dict[str, float]) -> list[str]:
     """Metrics that only one side has, or whose values differ."""
     left_out = ["time/", "perf/", "count/oom_splits"]
-    if case.token_budget < 4096:  # a group in parts has its prompt forwarded once per part
+    if not case.forwards_all:  # a group in parts has its prompt forwarded once per part
         left_out.append("count/train_tokens")
     found = []
     for name in sorted(ours.keys() | theirs.keys()):

@@ -1,0 +1,105 @@
+"""The settings of a run that change its weights, and some that must not, by the names of the configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LENGTH_WEIGHT = 0.5
+"""Of the reward of `Case.length_reward`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, by the names of the configuration keys; the defaults are one step of GSPO without anything added."""
+
+    seed: int = 0
+    # objective
+    loss: str = "grpo"
+    level: str = "sequence"
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    delta: float | None = None
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    beta: float = 0.0
+    beta_end: float | None = None
+    kl_estimator: str = "k3"
+    kl_importance_weighted: bool = False
+    entropy_coef: float = 0.0
+    mask_truncated: bool = False
+    top_entropy_quantile: float = 1.0
+    off_policy_threshold: float | None = None
+    mismatch: tuple[str, str, float, float] | None = None
+    """(level, truncate or mask, high, low)."""
+    # advantages and rewards
+    scale: str = "group"
+    baseline: str = "mean"
+    reward_weights: tuple[float, ...] = (1.0,)
+    combine: str = "weighted_sum"
+    rewards: str = "random"
+    """Kind of numbers: random, binary, silent (all equal), large, small, offset (random above a thousand)."""
+    turns: str | None = None
+    """None: completions of one piece; ``dialogue``: of several turns; ``rewarded``: whose turns have rewards too."""
+    length_reward: str | None = None
+    """One more function, of the length: ``overlong`` or ``target``."""
+    # rollout
+    prompts: int = 2
+    generations: int = 3
+    max_length: int = 12
+    temperature: float = 1.0
+    top_k: int = 0
+    later: tuple[float, int] | None = None
+    """(temperature, longest completion) set after the first rollout."""
+    stale: bool = False
+    """Whether rollouts are sampled one update ahead."""
+    max_draws: int = 0
+    # update
+    rollouts: int = 1
+    iterations: int = 1
+    minibatches: int = 1
+    token_budget: int = 4096
+    max_grad_norm: float = math.inf
+    keep_zero_advantage: bool = False
+    log_entropy: bool = False
+    ref_sync_every: int = 0
+    ref_mixup_alpha: float = 0.6
+    lora: bool = False
+    rslora: bool = False
+    auxiliary: float = 0.0
+    """Weight of the squared norm of what is trained, a term that a subclass adds."""
+    constant_length: int | None = None
+    """Longest completion in the denominator of ``dr_grpo``, if it is not that of the rollouts."""
+    # how it is computed, which must change nothing
+    padded: bool = False
+    checkpointing: bool = False
+    fits: int = 0
+    """Completions that fit into memory together; 0: all."""
+    # optimizer and schedule
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_ratio: float = 0.0
+    min_ratio: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, skipped ones included."""
+        return self.rollouts * self.iterations * self.minibatches
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of all reward functions."""
+        return self.reward_weights + ((LENGTH_WEIGHT,) if self.length_reward else ())
+
+    @property
+    def forwards_all(self) -> bool:
+        """Whether a group is never cut in parts, each of which has its prompt forwarded once more."""
+        return self.token_budget >= 4096 and not self.fits
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether the KL term has a weight at some point of the run."""
+        return bool(self.beta or self.beta_end)
