@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import whole
+from gspo_lightning.distributed.rendezvous import leave_at_exit, own_environment
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Objective
 from gspo_lightning.policy.load import PolicyLoader
@@ -128,11 +129,12 @@ def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOM
 
 def trainer(**changes: Any) -> L.Trainer:
     """A silent Trainer."""
+    leave_at_exit()
     return L.Trainer(
         **{
             "accelerator": "cpu", "devices": 1, "logger": False, "max_epochs": -1, "num_sanity_val_steps": 0,
             "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-            "limit_val_batches": 0, **changes,
+            "limit_val_batches": 0, "plugins": own_environment(1), **changes,
         }
     )  # fmt: skip
 

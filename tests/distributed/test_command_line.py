@@ -55,16 +55,19 @@ def test_ranks_share_the_cores_unless_the_user_set_a_count(given, tmp_path):
 def test_a_run_on_two_nodes_is_that_of_two_processes_on_one(straight, tmp_path):
     """Started once per node, as ``srun`` or a person does."""
     command = [sys.executable, "train.py", *SHORT, *TWO_RANKS, "trainer.devices=1", "trainer.num_nodes=2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    nodes = [
-        subprocess.Popen(
-            [*command, f"hydra.run.dir={tmp_path}"], cwd=ROOT, env={**os.environ, **address, "NODE_RANK": str(number)}
-        )
-        for number in range(2)
-    ]
-    assert [node.wait(120) for node in nodes] == [0, 0]
+    with socket.socket() as kept:  # until the run is over: nobody else is given the port, and the run may bind it
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.getsockname()[1])}
+        nodes = [
+            subprocess.Popen(
+                [*command, f"hydra.run.dir={tmp_path}"],
+                cwd=ROOT,
+                env={**os.environ, **address, "NODE_RANK": str(number)},
+            )
+            for number in range(2)
+        ]
+        assert [node.wait(120) for node in nodes] == [0, 0]
     assert_same_run(tmp_path, straight)
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
+from gspo_lightning.distributed import rendezvous
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import sweep_job
 from gspo_lightning.program.sweep_job import begins_ranks, command
@@ -101,7 +102,7 @@ def test_the_command_of_a_job_is_that_of_a_single_run_with_its_settings(tmp_path
 )
 def test_lightning_starts_ranks_in_programs_of_their_own(mode, strategy, ranks, slurm, apart, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_job.HydraConfig, "get", lambda: job(tmp_path, mode))
-    monkeypatch.setattr(sweep_job.SLURMEnvironment, "detect", lambda: slurm)
+    monkeypatch.setattr(rendezvous.SLURMEnvironment, "detect", lambda: slurm)
     assert begins_ranks({"strategy": strategy}, ranks) is apart
 
 

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
+from gspo_lightning.distributed.rendezvous import leave_at_exit, own_environment
 from gspo_lightning.errors import UserError, reason
 from gspo_lightning.extras import install_line
 from gspo_lightning.module import GSPOModule
@@ -215,10 +216,16 @@ def time_limits(trainer: dict[str, Any]) -> list[Any]:
     return [] if limit["duration"] is None else [build(limit)]
 
 
-def _plugins() -> list[Any]:
-    """The checkpoint writer; on Slurm also a plugin that leaves signals to us: Lightning would save elsewhere."""
+def _plugins(num_nodes: int) -> list[Any]:
+    """The checkpoint writer, and how ranks find each other.
+
+    On Slurm by a plugin that leaves signals to us: Lightning would save elsewhere.
+    """
     on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [StreamingCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if on_slurm else [])]
+    return [
+        StreamingCheckpointIO(),
+        *([SLURMEnvironment(auto_requeue=False)] if on_slurm else own_environment(num_nodes)),
+    ]
 
 
 def _logger(name: str, node: dict[str, Any]) -> Any:
@@ -248,7 +255,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         "callbacks": [*time_limits(plain["trainer"]), *callbacks],
         "max_time": None,
         "logger": loggers or False,
-        "plugins": _plugins(),
+        "plugins": _plugins(plain["trainer"]["num_nodes"]),
         "default_root_dir": run_dir,
         "max_epochs": -1,
         # By default a batch count no run reaches: no validation inside the run, only before and after it.
@@ -261,6 +268,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         "enable_model_summary": False,
         "inference_mode": False,
     }
+    leave_at_exit()
     try:
         return instantiate(
             {**plain["trainer"], "accelerator": choose_accelerator(plain["trainer"]["accelerator"])},

@@ -22,11 +22,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.lsf import LSFEnvironment
-from lightning.fabric.plugins.environments.mpi import MPIEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from gspo_lightning.distributed.rendezvous import CLUSTERS
 from gspo_lightning.errors import UserError
 from gspo_lightning.program.interrupt import Interrupted
 from gspo_lightning.report.files import read_json
@@ -36,7 +33,6 @@ from gspo_lightning.training.guarded_step import NonFiniteGradientError
 
 ERROR = "error: "
 CODES: dict[int, type[Exception]] = {2: UserError, 3: NonFiniteGradientError, 4: RolloutError}
-_CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
 # Asked before the first job: Lightning leaves its variables in the environment.
 _IS_RANK = LightningEnvironment().creates_processes_externally
 _LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
@@ -63,7 +59,7 @@ def begins_ranks(trainer: dict[str, Any], ranks: int) -> bool:
         return False
     launcher = str(HydraConfig.get().launcher["_target_"])
     is_ours = launcher.endswith(_LAUNCHERS)
-    if _IS_RANK or any(cluster.detect() for cluster in _CLUSTERS):
+    if _IS_RANK or any(cluster.detect() for cluster in CLUSTERS):
         if is_ours and ranks > 1:
             raise UserError(
                 "hydra.mode=MULTIRUN: every rank that srun or torchrun has started would run the whole sweep; "
