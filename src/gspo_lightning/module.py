@@ -28,7 +28,7 @@ from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.collect import rollout_metrics
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
-from gspo_lightning.training.hooks import WorkingHooks
+from gspo_lightning.training.hooks import WorkingHooks, uncount_batch
 from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies
 from gspo_lightning.training.one_step_off import OneStepOff
 from gspo_lightning.training.part_states import check_states, states_of
@@ -217,6 +217,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         """Samples completions for the prompts and scores them; ends a resumed run whose rollouts are all done."""
         assert self.policy is not None
         if self.rollouts_done >= self.max_rollouts:
+            uncount_batch(self.trainer)
             self.trainer.should_stop = True
             return -1
         self.states_before = states_of(self)

@@ -389,3 +389,27 @@ def test_a_run_does_not_export_over_the_model_that_it_starts_from(micro_model_di
     with pytest.raises(UserError, match="this run would overwrite the model it starts from; choose another hydra.run"):
         in_process(tmp_path, f"model.path={tmp_path}/model", "logger=none")
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+class Validated(Callback):
+    """After which rollouts validations ran."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_validation_start(self, trainer, pl_module):
+        self.after.append(pl_module.rollouts_done)
+
+
+def test_a_run_that_was_resumed_without_a_rollout_left_validates_after_the_same_rollouts(micro_model_dir, tmp_path):
+    """The batch that it reads before it ends is no rollout."""
+    validated, ckpt_path = Validated(), None
+    for rollouts in (2, 2, 7):
+        module = build_module(micro_model_dir, Settings(rollouts=rollouts))
+        module.validator.update = lambda *_: None
+        batches = Batches(scripted_prompts(), batches=9).loader()
+        runner = trainer(limit_val_batches=1, val_check_interval=3, check_val_every_n_epoch=None, callbacks=[validated])
+        runner.fit(module, batches, batches, ckpt_path=ckpt_path, weights_only=True)
+        ckpt_path = tmp_path / f"{rollouts}.ckpt"
+        runner.save_checkpoint(ckpt_path)
+    assert validated.after == [2, 3, 6, 7]
