@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -134,3 +135,12 @@ def test_text_in_parts_is_the_text(tmp_path):
 def test_bad_settings_are_refused_by_name(bad):
     with pytest.raises(UserError, match=f"RewardModel.{next(iter(bad))}"):
         RewardModel("nowhere", **bad)
+
+
+def test_in_a_process_it_has_the_gpu_of_its_rank(monkeypatch):
+    """Whose current GPU would be the first one."""
+    sent = [RewardModel("m", device=name) for name in ("cuda", "cuda:1", "cpu")]
+    assert [pickle.loads(pickle.dumps(model)).device for model in sent] == ["cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [pickle.loads(pickle.dumps(model)).device for model in sent] == ["cuda:3", "cuda:1", "cpu"]

@@ -114,6 +114,16 @@ def test_arguments_of_trl_and_what_it_logs_work_in_both_places(timeout_s, reward
     assert (total.item(), count.item()) == (2.0, 1.0)
 
 
+def test_a_process_gets_the_function_as_it_is_when_it_starts(monkeypatch):
+    """A rank knows its GPU only after its rewards were made."""
+    placed = worker.Worker(users.Placed())
+    monkeypatch.setattr(users.Placed, "place", "where it trains")
+    try:
+        assert placed(timeout_s=60.0) == "where it trains"
+    finally:
+        placed.close()
+
+
 def test_what_cannot_be_sent_to_a_process_is_refused_at_construction():
     with pytest.raises(UserError, match="reward function f has a timeout_s, but it cannot be sent"):
         RewardSet({"f": RewardSpec(lambda completions: [], timeout_s=1.0)})

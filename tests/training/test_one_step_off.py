@@ -386,3 +386,16 @@ def test_what_cannot_be_foreseen_is_refused(micro_model_dir):
             module.policy_loader, module.rewards, objective=module.objective, sampling=module.sampling,
             optimizer=module.optimizer_factory, max_rollouts=1, engine=Elsewhere(), max_draws=2,
         )  # fmt: skip
+
+
+def test_the_thread_that_samples_ahead_has_the_gpu_of_its_rank(micro_model_dir, monkeypatch):
+    """In a new thread the current GPU is the first one, on any rank."""
+    chosen = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    policy, ahead = micro_policy(micro_model_dir), OneStepOff(Elsewhere(scripted=True))
+    monkeypatch.setattr(type(policy), "device", torch.device("cuda:1"))
+    ahead.launch(policy, scripted_prompts(), SamplingParams(2, 3), 3, contextlib.nullcontext)
+    ahead._pending.join()
+    assert chosen == [("rollout ahead", torch.device("cuda:1"))]

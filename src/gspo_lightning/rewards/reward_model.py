@@ -25,8 +25,7 @@ class RewardModel:
         path: folder or hub name of the model and its tokenizer.
         batch_size: sequences per forward.
         max_length: longest sequence in tokens; a longer one is refused, because a cut text has another reward.
-        device: where it runs: ``cpu``, ``cuda:1``, or ``cuda`` for the GPU of its rank (with a ``timeout_s``, which is
-            another process, for the first GPU).
+        device: where it runs: ``cpu``, ``cuda:1``, or ``cuda`` for the GPU of its rank.
         dtype: of its weights.
     """
 
@@ -51,7 +50,10 @@ class RewardModel:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("path", "batch_size", "max_length", "device", "dtype")}
+        state = {name: getattr(self, name) for name in ("path", "batch_size", "max_length", "device", "dtype")}
+        if self.device == "cuda" and torch.cuda.is_initialized():  # the current GPU of another process is the first one
+            state["device"] = f"cuda:{torch.cuda.current_device()}"
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -47,7 +47,7 @@ class Worker:
         self.function = function
         module = getattr(function, "__module__", None) or type(function).__module__
         try:
-            self.pickled = pickle.dumps(function)
+            pickle.dumps(function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UserError(f"it cannot be sent to another process ({error}); define it in a module") from error
         if module == "__main__":
@@ -72,7 +72,8 @@ class Worker:
         self._connection = Connection(ours.detach())
         self._kill = weakref.finalize(self, _end, self._process, self._connection)
         self._ready = False
-        self._connection.send((sys.path, self.pickled))
+        # As it is now: what it says of itself may depend on the GPU that its rank was given since it was made.
+        self._connection.send((sys.path, pickle.dumps(self.function)))
 
     def __call__(self, *arguments: Any, timeout_s: float | None) -> Any:
         """The result of the function.

@@ -119,6 +119,8 @@ class OneStepOff:
         assert behaviour is not None
 
         def generate() -> list[list[Completion]]:
+            if behaviour.device.type == "cuda":  # a new thread has the first GPU, on any rank
+                torch.cuda.set_device(behaviour.device)
             with torch.no_grad(), context():
                 return self.engine.generate(behaviour, prompts, sampling, seed).completions
 
