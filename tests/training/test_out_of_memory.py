@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from gspo_lightning.distributed import first_error
 from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.packing import GroupSlice
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.program.training_run import TrainingRun
@@ -42,6 +44,16 @@ def test_what_vllm_says_when_it_wakes_up_without_room_is_a_lack_of_memory():
         memory_for("while sampling", "lower rollout.engine.memory_fraction"),
     ):
         raise RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:119")
+
+
+@pytest.mark.parametrize("line", ["Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes"])
+def test_memory_that_nccl_could_not_get_is_no_lost_rank(line):
+    error = RuntimeError(f"NCCL error, unhandled cuda error, NCCL version 2.27.5\nLast error:\n{line}")
+    assert not first_error.lost_a_rank(error)
+    assert first_error.lost_a_rank(RuntimeError("NCCL error, remote process exited or there was a network error"))
+    line = "^out of memory in the optimizer step; wait$"
+    with pytest.raises(OutOfMemoryError, match=line), memory_for("in the optimizer step", "wait"):
+        raise error
 
 
 def fit(module, prompts, **changes):
@@ -98,6 +110,28 @@ def test_the_update_is_that_of_enough_memory(where, error, kind, micro_model_dir
     if where != "old":
         assert short.counts["oom_splits"] == limit.failed
         assert capsys.readouterr().err.count("split in two, the gradient stays the same") == limit.failed
+
+
+class WithNorm(GSPOModule):
+    """With a term of its own, for which a minibatch without signal is forwarded too."""
+
+    def auxiliary_loss(self, minibatch):
+        return 1e-3 * sum(p.square().sum() for p in self.policy.parameters())
+
+
+def test_a_minibatch_in_which_nothing_is_trained_has_nothing_to_cut(micro_model_dir, monkeypatch):
+    Limit(monkeypatch, 0, "forward", ERRORS["cuda"])
+    module = build_module(micro_model_dir, Settings())
+    module.__class__ = WithNorm
+    silent = scripted_prompts()
+    for row in silent:
+        row.sample["scripted"] = [(number, 0.25) for number, _ in row.sample["scripted"]]
+    with pytest.raises(OutOfMemoryError) as refused:
+        fit(module, silent)
+    assert str(refused.value) == (
+        "out of memory: one sequence and auxiliary_loss, where a rank has nothing else to train in a minibatch, does "
+        "not fit; lower data.max_prompt_length or rollout.max_completion_length, or set model.gradient_checkpointing=true"
+    )
 
 
 def test_one_sequence_that_does_not_fit_is_named_with_the_keys_to_lower(micro_model_dir, monkeypatch):

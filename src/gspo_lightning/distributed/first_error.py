@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.how_to_resume import resume_line
+from gspo_lightning.training.out_of_memory import is_out_of_memory
 
 NAME = ".first_error.json"
 _LOST = ("closed by peer", "reset by peer", "gloo/transport", "Socket Timeout", "NCCL", "TCPStore")
@@ -57,7 +58,9 @@ def is_first_rank() -> bool:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether the error is only the loss of another rank."""
+    """Whether the error is only the loss of another rank, and not memory that a sum over ranks could not get."""
+    if is_out_of_memory(error):
+        return False
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -27,8 +28,14 @@ _WORDS = (
     "CUDA Error: out of memory",
     "[CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 'out of memory'",
+    "Cuda failure 2 'out of memory'",
+    "Failed to CUDA calloc",
+    "Failed to CUDA malloc",
 )
-"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves (the third: vLLM)."""
+"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves (the third: vLLM, the last
+four: NCCL)."""
+_SHORTER = "lower data.max_prompt_length or rollout.max_completion_length, or set model.gradient_checkpointing=true"
 _LOWER = "lower update.max_tokens_per_microbatch"
 
 
@@ -81,6 +88,19 @@ def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable:
     raise OutOfMemoryError(f"out of memory in a micro-batch of {tokens_of(plan, scored)} tokens{where}; {_LOWER}")
 
 
+def refuse_untrained(has_auxiliary_loss: bool) -> NoReturn:
+    """Refuses a backward without completions, in which there is nothing to cut: one sequence and an auxiliary loss.
+
+    Raises:
+        OutOfMemoryError: always.
+    """
+    extra = " and auxiliary_loss" if has_auxiliary_loss else ""
+    raise OutOfMemoryError(
+        f"out of memory: one sequence{extra}, where a rank has nothing else to train in a minibatch, does not fit; "
+        f"{_SHORTER}"
+    )
+
+
 def _is_single(plan: MicroBatchPlan) -> bool:
     return len(plan) == 1 and len(plan[0].completions) == 1
 
@@ -98,8 +118,7 @@ def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan,
     if _is_single(plan):
         uid = scored.prompts[group].uid
         raise OutOfMemoryError(
-            f"out of memory: one sequence of {tokens_of(plan, scored)} tokens (row {uid}) does not fit; lower "
-            "data.max_prompt_length or rollout.max_completion_length, or set model.gradient_checkpointing=true"
+            f"out of memory: one sequence of {tokens_of(plan, scored)} tokens (row {uid}) does not fit; {_SHORTER}"
         )
     middle = len(members) // 2
     return (GroupSlice(group, members[:middle]),), (GroupSlice(group, members[middle:]),)

@@ -24,7 +24,14 @@ from gspo_lightning.distributed.ranks import (
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
 from gspo_lightning.rollout.seeds import rollout_seed
-from gspo_lightning.training.out_of_memory import check_repeatable, cut, free, is_out_of_memory, memory_for
+from gspo_lightning.training.out_of_memory import (
+    check_repeatable,
+    cut,
+    free,
+    is_out_of_memory,
+    memory_for,
+    refuse_untrained,
+)
 from gspo_lightning.training.passes import Attempt, Fixed, Passes
 from gspo_lightning.training.trainer_checks import check_auxiliary_loss
 from gspo_lightning.training.update import (
@@ -185,6 +192,8 @@ class RolloutUpdate:
 
     def _cut(self, minibatch: Minibatch, fixed: Fixed, index: int) -> tuple[Minibatch, Fixed]:
         """Clears the gradient of an attempt that ran out of memory, and cuts its micro-batch in two."""
+        if index >= len(minibatch.plan):
+            refuse_untrained(self.module.has_auxiliary_loss)
         alone = not shares_gradients(self.module.trainer.strategy)
         check_repeatable(minibatch.plan[index], self.scored, repeatable=alone)
         cast(LightningOptimizer, self.module.optimizers()).zero_grad()
