@@ -40,6 +40,6 @@ class WrittenMarks:
         uid, mark = next(iter(self._rows.items()))
         return (
             f"{len(self._rows)} of the prompts that were checked have special tokens in their text, the first {mark} "
-            f"(row {uid}); the model sees the tokens, not the text: take them out, or set data.task.conversational=false if "
-            "the rows of a file are written in a chat template already"
+            f"(row {uid}); the model sees the tokens, not the text: take them out, or set "
+            "data.task.conversational=false if the rows of a file are written in a chat template already"
         )

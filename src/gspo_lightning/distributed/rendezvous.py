@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -29,14 +30,15 @@ class OnePort(LightningEnvironment):
 
     def __init__(self) -> None:
         super().__init__()
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None
 
     @property
     def main_port(self) -> int:
         """The port: MASTER_PORT if it is set, else one on which this process listens from now on."""
         if self._main_port == -1 and not {"MASTER_PORT", "STANDALONE_PORT"} & os.environ.keys():
             # torch gives a second store of this process at the same port the same server, if both are multi_tenant.
-            self._store = dist.TCPStore(
+            store: Any = dist  # which does not declare what it exports
+            self._store = store.TCPStore(
                 self.main_address, 0, is_master=True, wait_for_workers=False, multi_tenant=True,
                 timeout=timedelta(seconds=60),
             )  # fmt: skip
