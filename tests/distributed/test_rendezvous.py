@@ -39,7 +39,12 @@ def test_the_port_is_taken_from_the_moment_it_is_chosen(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", environment.main_address)
     monkeypatch.setenv("MASTER_PORT", str(port))
     dist.init_process_group("gloo", rank=0, world_size=1)
+    environment.teardown()
     dist.destroy_process_group()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", port))
+        other.listen()
 
 
 def test_a_port_of_the_users_own_stays(monkeypatch):

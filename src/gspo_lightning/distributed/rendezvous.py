@@ -37,13 +37,17 @@ class OnePort(LightningEnvironment):
         """The port: MASTER_PORT if it is set, else one on which this process listens from now on."""
         if self._main_port == -1 and not {"MASTER_PORT", "STANDALONE_PORT"} & os.environ.keys():
             # torch gives a second store of this process at the same port the same server, if both are multi_tenant.
-            store: Any = dist  # which does not declare what it exports
-            self._store = store.TCPStore(
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
                 self.main_address, 0, is_master=True, wait_for_workers=False, multi_tenant=True,
                 timeout=timedelta(seconds=60),
             )  # fmt: skip
             self._main_port = self._store.port
         return super().main_port
+
+    def teardown(self) -> None:
+        """Leaves the server to the process group, so that a later group at this port meets at a fresh one."""
+        super().teardown()
+        self._store = None
 
 
 def own_environment(num_nodes: int) -> list[LightningEnvironment]:
