@@ -19,6 +19,7 @@ from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.merge import main, merge_adapter
 from gspo_lightning.report.model_card import whole_card
 from tests.command_line import ROOT, run
+from tests.policy.test_families import config_of
 from tests.support import relative_distance
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -196,3 +197,26 @@ def test_the_card_of_an_adapter_becomes_that_of_a_model():
     card = "---\nlibrary_name: peft\n---\n\n# An adapter for me/base, trained by GSPO\n"
     assert whole_card(card) == "---\nlibrary_name: transformers\n---\n\n# me/base, trained by GSPO\n"
     assert whole_card("# Model Card for Model ID\n") is None  # peft's own
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_with_other_names_on_the_disk_merge_to_the_policys_logits(family, micro_model_dir, tmp_path):
+    config = config_of(family, vocab_size=100, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    AutoTokenizer.from_pretrained(micro_model_dir).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    policy = random_adapter(str(tmp_path / "base"), LoraSettings(r=2, alpha=4, target_parameters=EXPERTS))
+    export_policy(policy, tmp_path / "adapter", merge_lora=False)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.randint(3, 90, (1, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=ids).logits for m in (merged, policy.model))
+        with policy.adapter_disabled():
+            without = policy.model(input_ids=ids).logits
+    assert relative_distance(without, expected) > 0.1
+    assert relative_distance(found, expected) < 2e-6
