@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from gspo_lightning.data.columns import Needed, as_mapping, check_columns, checked_prompt
+from gspo_lightning.data.checks import check_prompt, check_settings
+from gspo_lightning.data.columns import Needed, as_mapping, checked_prompt
+from gspo_lightning.data.encoding import Encoder
 from gspo_lightning.data.mixture import TASK_COLUMN
 from gspo_lightning.data.parts import BatchWhenRead, tasks_within
 from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
-from gspo_lightning.data.templating import check_template_kwargs, encode_prompt, with_schemas
-from gspo_lightning.data.vision import VisionSettings, encode_conversation, image_parts
+from gspo_lightning.data.templating import with_schemas
+from gspo_lightning.data.vision import VisionSettings
 from gspo_lightning.data.written_marks import WrittenMarks
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
-from gspo_lightning.policy.bundled import resolve_model
-from gspo_lightning.policy.processor import load_processor
-from gspo_lightning.policy.reading import load_config, load_tokenizer
-from gspo_lightning.policy.vision import has_vision
-from gspo_lightning.types import Messages, Prompt, PromptBatch
+from gspo_lightning.types import Prompt, PromptBatch
 from gspo_lightning.users_code import keeps_state
 
 OverlongPrompts = Literal["error", "drop"]
@@ -74,14 +70,13 @@ class PromptDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.vision_settings = VisionSettings(min_pixels, max_pixels)
-        self.task, self.model_path = task, model_path
+        self.task, self.model_path, self.encoder = task, model_path, Encoder(model_path)
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
         self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
         self.chat_template_kwargs = with_schemas(chat_template_kwargs or {})
         self.seed, self.stream = seed, PromptStream(task, seed or 0)
         self.cursor = 0
         self.dropped_prompts = 0
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._held_out: list[Row] | None = None
         self._taken: set[str] = set()
         self.has_state = bool([key for key, part in self.tasks_by_key.items() if keeps_state(part, key)])
@@ -90,18 +85,12 @@ class PromptDataModule(L.LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded once."""
-        if self._tokenizer is None:
-            load_config(self.model_path)  # its error names in one line what is missing
-            self._tokenizer = load_tokenizer(self.model_path)
-            if not self._tokenizer.chat_template and self.processor is not None:  # LLaVA-NeXT: chat_template.json
-                self._tokenizer.chat_template = self.processor.chat_template
-        return self._tokenizer
+        return self.encoder.tokenizer
 
-    @cached_property
+    @property
     def processor(self) -> Any:
         """The model's image processor, loaded once; None for a model that reads text alone."""
-        path = resolve_model(self.model_path)
-        return load_processor(path) if has_vision(load_config(self.model_path)) else None
+        return self.encoder.processor
 
     @property
     def rollouts_per_epoch(self) -> int | None:
@@ -138,32 +127,12 @@ class PromptDataModule(L.LightningDataModule):
 
         Warns of conversations in whose text special tokens are written.
         """
-        size = self.task.num_train_rows
-        if size is None and self.seed is not None:
-            raise UserError(
-                f"data.seed={self.seed} has no effect: {self.task.name} never runs out and has no order; "
-                "set data.task.seed where the task has one, or remove it"
-            )
-        if size is not None and size < self.prompts_per_rollout:
-            raise UserError(
-                f"data.prompts_per_rollout={self.prompts_per_rollout} is more than the {size} training rows; lower it"
-            )
-        check_template_kwargs(self.tokenizer, self.chat_template_kwargs)
-        if self.vision_settings.is_set and self.processor is None:
-            raise UserError(f"data.min_pixels and data.max_pixels have no effect: {self.model_path} takes text only")
+        check_settings(self)
         begun: set[tuple[str, str]] = set()
         marks = WrittenMarks(self.tokenizer)
         for prompt in self._prompts_to_check():
             marks.look_at(prompt)
-            if self.chat_template_kwargs.get("tools") and isinstance(prompt.prompt, str):
-                raise UserError(
-                    f"row {prompt.uid}: the prompt is a plain string, but tools are shown by the chat template, which "
-                    "applies only to lists of messages; use such prompts (data.task.conversational=true for rows of a "
-                    "file) or no tools"
-                )
-            if self.chat_template_kwargs and isinstance(prompt.prompt, str):
-                raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
-            check_columns(prompt.sample, required_columns or {}, f"row {prompt.uid}")
+            check_prompt(prompt, self.chat_template_kwargs, required_columns or {})
             kind = (prompt.uid.rpartition(":")[0], str(prompt.sample.get(TASK_COLUMN)))
             if begin is not None and kind not in begun:
                 begun.add(kind)
@@ -298,7 +267,7 @@ class PromptDataModule(L.LightningDataModule):
         if "prompt" not in as_mapping(row, f"row {uid}"):
             raise UserError(f"row {uid}: task {self.task.name} returned a row without a prompt")
         prompt = checked_prompt(row["prompt"], f"row {uid}")
-        ids, mm_inputs = self._encode(prompt, f"row {uid}")
+        ids, mm_inputs = self.encoder.encode(prompt, self.chat_template_kwargs, self.vision_settings, f"row {uid}")
         if not len(ids):
             raise UserError(f"row {uid}: the prompt has no tokens")
         if len(ids) > self.max_prompt_length:
@@ -309,16 +278,6 @@ class PromptDataModule(L.LightningDataModule):
                 f"{self.max_prompt_length}; raise it, or leave such rows out with data.overlong_prompts=drop"
             )
         return Prompt(uid=uid, prompt=prompt, input_ids=ids, sample=row, mm_inputs=mm_inputs)
-
-    def _encode(self, prompt: str | Messages, where: str) -> tuple[Tensor, dict[str, Tensor]]:
-        if not image_parts(prompt):
-            return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs, where), {}
-        if self.processor is None:
-            raise UserError(
-                f"{where}: the prompt has images, but {self.model_path} takes text only; use a vision-language model"
-            )
-        assert not isinstance(prompt, str)
-        return encode_conversation(prompt, self.processor, self.vision_settings, self.chat_template_kwargs, where)
 
     def _validation_rows(self) -> list[Row]:
         if self._held_out is None:

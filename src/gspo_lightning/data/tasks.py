@@ -1,4 +1,4 @@
-"""Tasks that generate their rows. A task owns its data: training rows by index, and a fixed held-out set."""
+"""What a task is, and tasks that generate their rows: training rows by index, and a fixed held-out set."""
 
 from __future__ import annotations
 
@@ -37,8 +37,17 @@ class Task(Protocol):
         ...
 
 
+class Endless:
+    """A task that never runs out."""
+
+    @property
+    def num_train_rows(self) -> None:
+        """None: the task never runs out."""
+        return None
+
+
 @dataclass(frozen=True)
-class LargestOfFour:
+class LargestOfFour(Endless):
     """Questions for the largest of four distinct two-digit numbers.
 
     Row i is a function of (seed, i) alone. The held-out rows do not depend on ``seed``, so that runs with
@@ -49,11 +58,6 @@ class LargestOfFour:
     seed: int = 0
     num_validation: int = 256
     name: str = "largest_of_four"
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out."""
-        return None
 
     def train_row(self, index: int) -> Row:
         """Four numbers that are not those of any held-out row."""
@@ -96,7 +100,7 @@ def _row(numbers: list[int]) -> Row:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(Endless):
     """Sum, difference or product of two whole numbers of ``digits`` digits.
 
     Like ``LargestOfFour`` an endless stream with a held-out set that no seed changes. If the order of the
@@ -113,11 +117,6 @@ class Arithmetic:
     examples: tuple[dict[str, Any], ...] = ()
     """Messages before the question."""
     name: str = "arithmetic"
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out."""
-        return None
 
     def train_row(self, index: int) -> Row:
         """A problem that is not held out."""
@@ -168,7 +167,7 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
-class SecretNumber:
+class SecretNumber(Endless):
     """A number between ``low`` and ``high`` to be guessed, for `gspo_lightning.dialogue.GuessTheNumber`."""
 
     low: int = 1
@@ -182,11 +181,6 @@ class SecretNumber:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:
             raise UserError(f"data.task.low={self.low} must be at least 0 and below data.task.high={self.high}")
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out."""
-        return None
 
     def train_row(self, index: int) -> Row:
         """A secret that is a function of (seed, index)."""
@@ -211,35 +205,7 @@ class SecretNumber:
 
 
 @dataclass(frozen=True)
-class MicroLetters:
-    """Requests to repeat one letter. A randomly initialised character model learns it in seconds."""
-
-    letters: str = "abcd"
-    num_validation: int = 8
-    name: str = "micro_letters"
-
-    def __post_init__(self) -> None:
-        if not self.letters:
-            raise UserError("data.task.letters is empty; give at least one letter")
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out."""
-        return None
-
-    def train_row(self, index: int) -> Row:
-        """A row that asks for the letters in turn, with a counter that makes prompts differ in length."""
-        letter = self.letters[index % len(self.letters)]
-        return {"prompt": f"{index % 1000}{letter}:", "letter": letter}
-
-    def validation_rows(self) -> list[Row]:
-        """The same questions with a marker that no training row has."""
-        letters = (self.letters[i % len(self.letters)] for i in range(self.num_validation))
-        return [{"prompt": f"v{i}{letter}:", "letter": letter} for i, letter in enumerate(letters)]
-
-
-@dataclass(frozen=True)
-class OnePrompt:
+class OnePrompt(Endless):
     """The same prompt in every row, for a reward without an upper end, such as the speed of code."""
 
     prompt: str
@@ -254,11 +220,6 @@ class OnePrompt:
         if self.num_validation < 1:
             raise UserError(f"data.task.num_validation={self.num_validation} must be at least 1")
 
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out."""
-        return None
-
     def train_row(self, index: int) -> Row:
         """The prompt; rows differ only in their sampling seed."""
         return {"prompt": [{"role": "user", "content": self.prompt}], **self.columns}
@@ -266,38 +227,3 @@ class OnePrompt:
     def validation_rows(self) -> list[Row]:
         """The prompt again: there is no other."""
         return [self.train_row(0) for _ in range(self.num_validation)]
-
-
-@dataclass(frozen=True)
-class MicroDigit:
-    """Requests to copy the digit that ends the prompt, and nothing else: exact answers for the micro model.
-
-    Training prompts begin with two small letters, held-out ones with two capitals.
-    """
-
-    digits: str = "0123"
-    num_validation: int = 8
-    name: str = "micro_digit"
-
-    def __post_init__(self) -> None:
-        if not self.digits:
-            raise UserError("data.task.digits is empty; give at least one digit")
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out; the prompts repeat after 676 rounds of the digits."""
-        return None
-
-    def train_row(self, index: int) -> Row:
-        """A row that asks for the digits in turn, after a counter in letters."""
-        return self._row(index, ord("a"))
-
-    def validation_rows(self) -> list[Row]:
-        """The same questions after a counter in capitals."""
-        return [self._row(index, ord("A")) for index in range(self.num_validation)]
-
-    def _row(self, index: int, first_letter: int) -> Row:
-        turn, place = divmod(index, len(self.digits))
-        digit = self.digits[place]
-        counter = chr(first_letter + turn // 26 % 26) + chr(first_letter + turn % 26)
-        return {"prompt": f"{counter}{digit}=", "answer": digit}

@@ -20,7 +20,7 @@ def prompts_of(node: dict[str, Any]) -> Any:
 
     def read() -> Any:
         data = built(node)
-        data._tokenizer = TOKENIZER(resolve_model(data.model_path))
+        data.encoder.tokenizer = TOKENIZER(resolve_model(data.model_path))
         data.check()
         batches = [data.batch_at(0), *data.val_dataloader()]
         return [
