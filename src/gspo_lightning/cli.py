@@ -26,8 +26,10 @@ from rich.console import Console
 
 from gspo_lightning.config import checks, hardware
 from gspo_lightning.config.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config.devices import is_sharded
 from gspo_lightning.config.effects import check_environment_reward, check_held_out
 from gspo_lightning.config.groups import check_choices
+from gspo_lightning.config.resolve import resolve
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
@@ -176,7 +178,7 @@ def _end_with_the_others(error: Exception, folder: Path) -> None:
 
 def _train(cfg: DictConfig) -> float | None:
     _quieten()
-    plain = checks.resolve(cfg)
+    plain = resolve(cfg)
     checks.check(plain)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if plain["dry_run"]:
@@ -186,7 +188,7 @@ def _train(cfg: DictConfig) -> float | None:
     if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         return run_apart()
     _share_threads(plain)
-    ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=checks.is_sharded(plain))
+    ckpt_path = find_checkpoint(plain["ckpt_path"], folder, sharded=is_sharded(plain))
     run_dir = _make_run_dir(folder)
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     rewards = _rewards(plain)
@@ -242,7 +244,7 @@ def _rewards(plain: dict[str, Any]) -> RewardSet:
 
 
 def _ranks(plain: dict[str, Any]) -> Ranks:
-    sharded = checks.is_sharded(plain)
+    sharded = is_sharded(plain)
     gather = sharded and plain["trainer"]["strategy"].get("gather_for_rollouts", True)
     return Ranks(hardware.ranks(plain), sharded, gather_for_rollouts=gather)
 
@@ -253,7 +255,7 @@ def _share_threads(plain: dict[str, Any]) -> None:
 
 def _evaluate(cfg: DictConfig) -> None:
     _quieten()
-    plain = checks.resolve(cfg)
+    plain = resolve(cfg)
     checks.check(plain, training=False)
     if begins_ranks(plain["trainer"], hardware.ranks(plain)):
         run_apart()

@@ -20,6 +20,7 @@ from gspo_lightning.config import build as build_module_of_config
 from gspo_lightning.config import checks, hardware
 from gspo_lightning.config import sections as config_sections
 from gspo_lightning.config.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config.resolve import resolve
 from gspo_lightning.errors import UserError
 from tests.support import has_module
 
@@ -64,7 +65,7 @@ def resolved(*overrides, run_dir="/nowhere"):
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return checks.resolve(cfg)
+    return resolve(cfg)
 
 
 def of_file(file):

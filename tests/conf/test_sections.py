@@ -15,6 +15,7 @@ from gspo_lightning.callbacks.time_limit import TimeLimit
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import build_trainer
 from gspo_lightning.config.groups import check_choices
+from gspo_lightning.config.optimizer import check_optimizer
 from gspo_lightning.config.sections import choices_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSpec
@@ -178,7 +179,7 @@ class NeedsRanks(torch.optim.SGD):
     ],
 )
 def test_steps_that_another_machine_can_take_are_not_asked_for(settings, on_gpu):
-    checks._check_optimizer({**settings, "_partial_": True, "lr": 0.1}, on_gpu=on_gpu)
+    check_optimizer({**settings, "_partial_": True, "lr": 0.1}, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize(

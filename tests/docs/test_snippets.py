@@ -17,6 +17,7 @@ from omegaconf import OmegaConf, open_dict
 
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import build, build_module
+from gspo_lightning.config.resolve import resolve
 from gspo_lightning.data.preview import build_datamodule
 from tests.support import has_module
 
@@ -67,7 +68,7 @@ def resolved(overrides):
         cfg.hydra.job.num = 0
         HydraConfig.instance().set_config(cfg)
         del cfg["hydra"]
-    return checks.resolve(cfg)
+    return resolve(cfg)
 
 
 def jobs(words):

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import rollouts_of_epochs
+from gspo_lightning.config.resolve import resolve
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
 from gspo_lightning.migrate.__main__ import command, experiment_yaml, main, overrides
@@ -38,7 +39,7 @@ def resolved(*arguments, searchpath=None):
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return checks.resolve(cfg)
+    return resolve(cfg)
 
 
 def completed(given):

@@ -1,70 +1,26 @@
-"""From a composed Hydra config to a plain, resolved one, and every check of it that needs no model."""
+"""Every check of a resolved config that needs no model."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
-
-import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from gspo_lightning.advantages import check_combination, check_group
 from gspo_lightning.config.build import build, check_trainer, time_limits
+from gspo_lightning.config.devices import check_devices, check_sharding, is_sharded
 from gspo_lightning.config.effects import check_best, check_training, no_effect
-from gspo_lightning.config.hardware import choose_precision, choose_token_budget, on_gpu, ranks
+from gspo_lightning.config.hardware import on_gpu, ranks
+from gspo_lightning.config.optimizer import check_optimizer, check_schedule
 from gspo_lightning.config.own_module import check_module
-from gspo_lightning.config.sections import check_sections
 from gspo_lightning.config.targets import check_targets
 from gspo_lightning.config.types import check_calls
-from gspo_lightning.errors import UserError, reason
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
-from gspo_lightning.training.guarded_step import parameter_groups
 from gspo_lightning.training.trainer_checks import check_precision, check_sampling
 from gspo_lightning.training.update import check_minibatches
-
-DEFAULT_ROLLOUTS = 30
-"""What max_rollouts=auto is without num_epochs."""
-MOST_PROCESSES = 1024
-"""Most processes of a machine, and most machines: of a mistyped number Lightning would make a list first."""
-
-
-def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The config with all interpolations resolved and machine-dependent choices made, as plain containers.
-
-    Raises:
-        UserError: what cannot be resolved, or names and types of `sections.check_sections`.
-    """
-    for key in _missing(OmegaConf.to_container(cfg, resolve=False)):
-        raise UserError(f"{key}: is missing; give it a value")
-    try:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"config: {' '.join(str(error).split())}") from error
-    if plain.get("max_rollouts") == "auto":
-        plain["max_rollouts"] = DEFAULT_ROLLOUTS if plain.get("num_epochs") is None else None
-    check_sections(plain, re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg)))  # before anything computes with it
-    plain["trainer"]["precision"] = choose_precision(plain["trainer"]["precision"], plain["trainer"]["accelerator"])
-    if plain["update"]["max_tokens_per_microbatch"] == "auto":
-        plain["update"]["max_tokens_per_microbatch"] = choose_token_budget(plain)
-    return plain
-
-
-def _missing(node: Any, key: str = "") -> Iterator[str]:
-    """Keys of the mandatory values that nobody has set; OmegaConf's error may name one that refers to them."""
-    if node == "???":
-        yield key
-    elif isinstance(node, dict):
-        for name, value in node.items():
-            yield from _missing(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            yield from _missing(value, f"{key}[{number}]")
 
 
 def check(plain: dict[str, Any], *, training: bool = True) -> None:
@@ -74,9 +30,9 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         plain: the resolved config.
         training: False where a model is measured only, so that nothing need suit an update.
     """
-    _check_devices(plain)
+    check_devices(plain)  # first: a machine cannot get around what it has
     if is_sharded(plain):
-        _check_sharding(plain)
+        check_sharding(plain)
     export, model = plain["export"], plain["model"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
     check_quantization(model.get("quantization"), model.get("lora"))
@@ -91,7 +47,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         check_precision(str(plain["trainer"]["precision"]), model["dtype"], has_adapter=bool(model.get("lora")))
     time_limits(plain["trainer"])  # these two say themselves what they cannot be
     build(plain["update"])
-    _check_optimizer(plain["optimizer"], on_gpu=on_gpu(plain["trainer"]["accelerator"]))
+    check_optimizer(plain["optimizer"], on_gpu=on_gpu(plain["trainer"]["accelerator"]))
     rollout = plain["rollout"]
     check_sampling(
         rollout["temperature"], rollout["repetition_penalty"], rollout.get("top_k", 0), rollout.get("min_p", 0.0)
@@ -105,35 +61,13 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _report(plain)
     if training:
         check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
-        _check_schedule(plain)
+        check_schedule(plain)
         check_best(plain)
         check_training(plain)
         _check_export(plain)
         _check_minibatches(plain)
     else:
         _check_measured(plain)
-
-
-def _check_devices(plain: dict[str, Any]) -> None:
-    """First, because they are what a machine cannot get around."""
-    trainer = plain["trainer"]
-    for key in ("devices", "num_nodes"):
-        if isinstance(trainer[key], int) and trainer[key] > MOST_PROCESSES:
-            raise UserError(f"trainer.{key}={trainer[key]} must be at most {MOST_PROCESSES}")
-    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"trainer.accelerator={trainer['accelerator']}: there is no GPU here; accelerator=auto uses what there "
-            "is, and experiment=gspo_qwen_vl_tiny runs the vision path offline on a CPU"
-        )
-    strategy = trainer["strategy"]
-    name = str(strategy.get("_target_")).rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
-    if name.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
-        raise UserError(f"trainer.strategy={name} starts processes that cannot be resumed or stopped; use trainer=ddp")
-    if name.startswith(("fsdp", "FSDPStrategy", "deepspeed", "DeepSpeed")):
-        raise UserError(
-            f"trainer.strategy={name} flattens or moves the weights that rollouts and LoRA need as they are; use "
-            "trainer=fsdp, which is FSDP2, or trainer=ddp"
-        )
 
 
 def _check_budget(plain: dict[str, Any]) -> None:
@@ -169,28 +103,6 @@ def _check_model_path(plain: dict[str, Any]) -> None:
             f"data.model_path={data} is not model.path={model}: prompts are encoded by the tokenizer of the model that "
             "is trained; remove data.model_path"
         )
-
-
-def is_sharded(plain: dict[str, Any]) -> bool:
-    """Whether the weights are split over ranks: trainer=fsdp."""
-    strategy = plain["trainer"]["strategy"]
-    return isinstance(strategy, dict) and str(strategy.get("_target_")).endswith(
-        (".FSDP2Strategy", ".ModelParallelStrategy")
-    )
-
-
-def _check_sharding(plain: dict[str, Any]) -> None:
-    """What cannot be split over ranks."""
-    if plain["model"].get("quantization"):
-        raise UserError(
-            f"trainer=fsdp cannot split weights of model.quantization={plain['model']['quantization']}; use trainer=ddp"
-        )
-    if str(plain["optimizer"].get("_target_")).startswith("bitsandbytes."):
-        raise UserError(
-            "trainer=fsdp can split only the states of torch's own optimizers; use optimizer=adamw, or trainer=ddp"
-        )
-    if plain["rollout"]["engine"].get("staleness"):
-        raise UserError("rollout.engine.staleness=1 needs whole weights in one process; set it to 0 with trainer=fsdp")
 
 
 def _check_router(model: dict[str, Any]) -> None:
@@ -238,29 +150,6 @@ def _check_environment(plain: dict[str, Any]) -> None:
             )
 
 
-def _check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
-    """Its constructor knows what it accepts, and can be asked before there is a model; torch's can take a step, too.
-
-    Others' steps may need a GPU, as those of torch do with ``capturable``, or several ranks.
-    """
-    if str(node.get("_target_")).startswith("bitsandbytes.optim.Paged") and not torch.cuda.is_available():
-        raise UserError(
-            "optimizer: a paged optimizer moves its state between GPU and CPU memory, and there is no GPU here; use "
-            "optimizer=adamw_8bit"
-        )
-    probe = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
-    try:
-        optimizer = build(node)(parameter_groups(probe))
-        if str(node.get("_target_")).startswith("torch.optim.") and not (on_gpu and node.get("capturable")):
-            for parameter in probe:
-                parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
-    except Exception as error:  # whatever a constructor or a step of the user's own raises
-        raise UserError(f"optimizer: {node.get('_target_')} rejects its settings ({reason(error)})") from error
-    if not all(parameter.isfinite().all() for parameter in probe):
-        raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings makes weights infinite")
-
-
 def _check_export(plain: dict[str, Any]) -> None:
     """Folding an adapter into the weights needs one, and weights that do not round it away."""
     export, model = plain["export"], plain["model"]
@@ -284,16 +173,6 @@ def _check_measured(plain: dict[str, Any]) -> None:
         )
     if plain["dry_run"]:
         raise UserError("dry_run=true: evaluate.py always measures; train.py dry_run=true prints what a run would need")
-
-
-def _check_schedule(plain: dict[str, Any]) -> None:
-    scheduler = plain["scheduler"]
-    if scheduler.get("name") == "constant" and scheduler.get("min_ratio"):
-        no_effect(
-            f"scheduler.min_ratio={scheduler['min_ratio']} has no effect with scheduler.name=constant; remove it, or "
-            "set scheduler=cosine or linear",
-            plain,
-        )
 
 
 def _check_minibatches(plain: dict[str, Any]) -> None:
