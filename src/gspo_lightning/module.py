@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import add_metrics
+from gspo_lightning.lightning_private import current_hook, trainer_of
 from gspo_lightning.objective import Objective
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
@@ -32,7 +33,7 @@ from gspo_lightning.training.hooks import WorkingHooks, uncount_batch
 from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies
 from gspo_lightning.training.one_step_off import OneStepOff
 from gspo_lightning.training.part_states import check_states, states_of
-from gspo_lightning.training.passes import float32_products
+from gspo_lightning.training.passes import float32_by_onednn
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.training.rollout_collection import RolloutCollection, sample_ahead
 from gspo_lightning.training.rollout_log import COUNTERS, count_tokens, log_rollout
@@ -186,7 +187,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Like `nn.Module._apply`, except that under bf16-true adapters and buffers keep their dtype."""
-        is_narrow = self.policy is not None and self._trainer is not None and self._trainer.precision == "bf16-true"
+        is_narrow = self.policy is not None and getattr(trainer_of(self), "precision", None) == "bf16-true"
         return super()._apply(keeping_dtypes(self, fn) if is_narrow else fn, recurse)
 
     def on_fit_start(self) -> None:
@@ -238,7 +239,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight))
         add_metrics(update.metrics, self._drawn.metrics(self.rewards.weighted_sum))
-        with float32_products(self):
+        with float32_by_onednn(self):
             update.prepare()
             sample_ahead(self)
             update.run()
@@ -285,7 +286,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Like Lightning's, which callbacks and `log_dict` call too; notes name and hook for `RunRecorder`."""
         super().log(name, value, *args, **kwargs)
-        self.logged_names[name] = str(self._current_fx_name)
+        self.logged_names[name] = current_hook(self)
 
     def on_validation_epoch_start(self) -> None:
         """Resets the validation counters, with one for each task of a mixture."""

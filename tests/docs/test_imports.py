@@ -41,3 +41,19 @@ def test_the_mathematics_brings_no_framework_along():
         "print(*sorted({'torch', 'lightning', 'transformers', 'hydra', 'omegaconf'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "torch\n"
+
+
+def test_what_lightning_keeps_private_is_used_in_one_file():
+    def private(path: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        return {
+            name for name in named | {n.value for n in nodes if isinstance(n, ast.Constant)} if str(name)[:1] == "_"
+        }
+
+    home = SOURCE / "lightning_private.py"
+    names = private(home)
+    assert names == {"_trainer", "_current_fx_name", "_start_method", "_results", "_terminate_all"}
+    assert {path.name: private(path) & names for path in SOURCE.rglob("*.py") if private(path) & names} == {
+        home.name: names
+    }

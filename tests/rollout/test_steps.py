@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gspo_lightning.policy.lean import FAMILIES
+from gspo_lightning.policy.known_layers import KNOWN_LAYERS
 from gspo_lightning.rollout import TransformersEngine, decoder, flash_cache, steps
 from gspo_lightning.rollout.block_cache import BlockCache
 from gspo_lightning.rollout.cache import PrefillCache
@@ -118,7 +118,7 @@ def test_the_page_of_models_names_those_whose_steps_are_recorded():
     page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     (listed,) = re.findall(r"^\* the model is one of (.*), whose layers we know", page, re.MULTILINE)
     types = {kind.replace("_", "") for kind in re.findall(r"`(\w+)`", listed)}
-    names = {re.sub("(Text)?DecoderLayer$", "", name).replace("_", "").lower() for name in FAMILIES}
+    names = {re.sub("(Text)?DecoderLayer$", "", name).replace("_", "").lower() for name in KNOWN_LAYERS}
     assert types == names and len(types) == 7
 
 

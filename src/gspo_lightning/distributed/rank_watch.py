@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.distributed import first_error
+from gspo_lightning.lightning_private import change_kill
 
 POLL_S = 0.5
 GRACE_S = 5.0
 """Seconds after another rank's failure in which a process may end by itself."""
-_OBSERVER = "child-process-observer"
 _STARTER = "GSPO_LIGHTNING_STARTER"
 _STARTED = "hydra.job.name=train_ddp_process_"
 _watch: RankWatch | None = None
@@ -131,10 +131,7 @@ def _hold_back_lightning(patience: Callable[[], float]) -> None:
     Args:
         patience: returns seconds to wait before the kill; infinite for no kill.
     """
-    for thread in threading.enumerate():
-        if thread.name == _OBSERVER and "_terminate_all" not in vars(thread):
-            observer: Any = thread
-            observer._terminate_all = _patient(observer._terminate_all, patience)
+    change_kill(lambda kill: _patient(kill, patience))
 
 
 def _patient(kill: Callable[[], None], patience: Callable[[], float]) -> Callable[[], None]:

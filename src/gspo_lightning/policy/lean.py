@@ -22,13 +22,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gspo_lightning.packing.products import product_dtype
+from gspo_lightning.policy.known_layers import is_known
 from gspo_lightning.policy.remade import Remade, remade
 from gspo_lightning.policy.rotary import rotate
-
-FAMILIES = frozenset(
-    f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
-)
-"""Layers whose two norms feed only linear layers, so that the norms' output may have the dtype of the products."""
 
 ATTENTIONS = frozenset(
     f"{name}Attention" for name in ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
@@ -55,7 +51,7 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
     layers: Any = getattr(model.get_decoder(), "layers", ())
     norm = lean_norm if recomputed else remade_norm
     for layer in layers:
-        if type(layer).__name__ not in FAMILIES:
+        if not is_known(layer):
             continue
         for module, lean in (
             (layer.input_layernorm, norm),

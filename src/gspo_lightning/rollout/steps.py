@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspo_lightning.packing.flash import can_flash
 from gspo_lightning.packing.products import product_dtype
-from gspo_lightning.policy.lean import FAMILIES
+from gspo_lightning.policy.known_layers import is_known
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.block_cache import BlockCache
 from gspo_lightning.rollout.cache import DecodeCache, PrefillCache
@@ -50,8 +50,7 @@ def steps_of(policy: Policy, cache: DecodingCache) -> Steps:
 def _attends_to_all(policy: Policy) -> bool:
     """Whether the architecture is known to attend without windows and sinks."""
     layers: Any = policy.base_model.get_decoder().layers
-    is_known = all(type(layer).__name__ in FAMILIES for layer in layers)
-    return is_known and getattr(policy.body.config, "sliding_window", None) is None
+    return all(map(is_known, layers)) and getattr(policy.body.config, "sliding_window", None) is None
 
 
 def _starts_the_same_kernels(policy: Policy) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
+from gspo_lightning.lightning_private import trainer_of
 from gspo_lightning.rewards.by_task import object_of
 from gspo_lightning.users_code import RAISED, keeps_state
 
@@ -38,7 +39,7 @@ def parts_with_state(module: GSPOModule) -> dict[str, Any]:
     parts = {"advantages": module.advantages}
     parts |= {f"reward function {name}": object_of(spec.function) for name, spec in module.rewards.functions.items()}
     # Of a `PromptDataModule`; a module outside of a Trainer has no data.
-    parts |= getattr(getattr(module._trainer, "datamodule", None), "tasks_by_key", {})
+    parts |= getattr(getattr(trainer_of(module), "datamodule", None), "tasks_by_key", {})
     return {name: part for name, part in parts.items() if keeps_state(part, name)}
 
 

@@ -198,7 +198,7 @@ class Passes:
             return self._policy(micro)
 
 
-def float32_products(module: GSPOModule) -> AbstractContextManager[None]:
+def float32_by_onednn(module: GSPOModule) -> AbstractContextManager[None]:
     """Context of an update that uses oneDNN for float32 products if that is faster and row lengths recur.
 
     Not if a thread samples ahead: the setting is global, so that thread's rollouts would depend on timing.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gspo_lightning.distributed.ranks import global_means, global_sum
+from gspo_lightning.lightning_private import forget
 from gspo_lightning.training.timing import Stopwatch, peak_rss_gb
 from gspo_lightning.types import Metrics
 
@@ -80,16 +81,6 @@ def log_rollout(module: GSPOModule, update: RolloutUpdate) -> None:
     forget(module.trainer, module.last_metrics.keys() - values.keys())  # metrics that this rollout did not measure
     module.last_metrics = values
     module.log_dict({**values, "step": float(module.rollouts_done)}, batch_size=len(update.scored.prompts))
-
-
-def forget(trainer: Any, names: Set[str]) -> None:
-    """Makes the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
-
-    Callbacks can still monitor the last value.
-    """
-    logged = trainer._results or {}
-    for key in [key for key, value in logged.items() if value.meta.fx == "training_step" and value.meta.name in names]:
-        del logged[key]
 
 
 def quantiles(values: Tensor, levels: Sequence[float]) -> dict[float, float]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from gspo_lightning.advantages import check_group
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
+from gspo_lightning.lightning_private import trainer_of
 from gspo_lightning.objective import Objective
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.training.trainer_checks import check_rotation, check_sampling
@@ -65,7 +66,7 @@ def check_lengths(module: GSPOModule, sampling: SamplingParams) -> None:
     Raises:
         UserError: names the longest that is possible.
     """
-    source = None if module._trainer is None else prompt_source(module._trainer)
+    source = prompt_source(trainer_of(module))
     if source is None:
         return
     if module.policy is not None:

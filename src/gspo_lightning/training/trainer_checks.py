@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from gspo_lightning.advantages import AdvantageEstimator, check_group
 from gspo_lightning.errors import UserError
+from gspo_lightning.lightning_private import start_method
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.types import PromptBatch
@@ -104,8 +105,7 @@ def _check_run(trainer: Any) -> None:
             f"trainer.accelerator: Lightning chose {device}, but only cuda and cpu are supported (a rollout is summed "
             "in float64, which Apple's GPUs lack); set accelerator='cpu'"
         )
-    # Only launchers that use Python's multiprocessing have a start method; those of torchrun and scripts have none.
-    if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
+    if start_method(trainer) is not None:
         raise UserError(
             "trainer.strategy: processes started by ddp_spawn or ddp_notebook lose what they trained when they end; "
             "use strategy='ddp' in a script"

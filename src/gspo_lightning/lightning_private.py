@@ -1,0 +1,49 @@
+"""All that is used of Lightning without being public, with the reason; checked with Lightning 2.6.6.
+
+Another release may rename it without a word: look here first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Set
+from typing import Any
+
+
+def trainer_of(module: Any) -> Any:
+    """The Trainer of a LightningModule; None before it has one, where the public ``module.trainer`` raises."""
+    return module._trainer
+
+
+def current_hook(module: Any) -> str:
+    """Name of the hook that Lightning is calling, for what is logged in it; ``None`` as text outside of hooks."""
+    return str(module._current_fx_name)
+
+
+def start_method(trainer: Any) -> str | None:
+    """How the launcher starts the other ranks by multiprocessing; None for torchrun and scripts, which start none."""
+    return getattr(trainer.strategy.launcher, "_start_method", None)
+
+
+def forget(trainer: Any, names: Set[str]) -> None:
+    """Makes the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
+
+    Callbacks can still monitor the last value.
+    """
+    logged = trainer._results or {}  # None outside of a loop
+    for key in [key for key, value in logged.items() if value.meta.fx == "training_step" and value.meta.name in names]:
+        del logged[key]
+
+
+def change_kill(change: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+    """Replaces, once, how Lightning's observer kills this process when a rank that it started has failed.
+
+    The observer is a thread known by its name alone, and there is no hook before the kill.
+
+    Args:
+        change: what kills -> what is called instead.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer" and "_terminate_all" not in vars(thread):
+            observer: Any = thread
+            observer._terminate_all = change(observer._terminate_all)
