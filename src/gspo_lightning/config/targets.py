@@ -103,13 +103,11 @@ def _refuse_others(target: str, where: str) -> None:
     )
 
 
-def is_allowed(target: str, more: tuple[str, ...] = _BY_THE_USER) -> bool:
-    """Whether a config may call what a dotted name leads to; imports it if the name itself is on the list."""
-    return _missing(target, more) is None
-
-
 def _missing(target: str, more: tuple[str, ...]) -> str | None:
-    """The name that would have to be on the list to allow a target; None if it is allowed."""
+    """The name that would have to be on the list to allow a target; None if it is allowed.
+
+    Imports what it leads to if the name itself is on the list.
+    """
     package = target.partition(".")[0]
     if not package.isidentifier():
         return target
