@@ -109,26 +109,27 @@ class Policy(nn.Module):
         caching = self._caching() if "past_key_values" in kwargs else nullcontext()
         tokens = input_ids.shape[1]
         with caching:
-            if self.vision is not None and prompts:
-                inputs = self.vision.inputs(input_ids, layout, prompts)
-            else:
-                # Not for rows with pictures: each architecture has other inputs that would have to be padded too.
-                is_row = isinstance(layout, SharedPrefixLayout)
-                if (
-                    missing := rows_missing(tokens, input_ids.device, product_dtype(self.output_weight))
-                    if is_row
-                    else 0
-                ):
-                    input_ids, position_ids = pad(input_ids, (0, missing)), pad(position_ids, (0, missing))
-                inputs = {"input_ids": input_ids, "position_ids": position_ids}
             output = self.body(
-                **inputs,
+                **self._inputs(input_ids, position_ids, layout, prompts),
                 attention_mask=layout_mask(input_ids.device),
                 layout=layout,
                 use_cache="past_key_values" in kwargs,
                 **kwargs,
             )
         return output.last_hidden_state[:, :tokens]
+
+    def _inputs(
+        self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt]
+    ) -> dict[str, Tensor]:
+        """What the body reads of a row: with pictures as the architecture has it, else filled up to a usual length."""
+        if self.vision is not None and prompts:
+            # Not filled up: each architecture has other inputs that would have to be padded too.
+            return self.vision.inputs(input_ids, layout, prompts)
+        is_row = isinstance(layout, SharedPrefixLayout)
+        missing = rows_missing(input_ids.shape[1], input_ids.device, product_dtype(self.output_weight)) if is_row else 0
+        if missing:
+            input_ids, position_ids = pad(input_ids, (0, missing)), pad(position_ids, (0, missing))
+        return {"input_ids": input_ids, "position_ids": position_ids}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(rows, H)`` last hidden states -> ``(rows, V)``, in the dtype of the products; for sampling."""
