@@ -13,7 +13,7 @@ from gspo_lightning.callbacks.health import CHECKS, METRICS, Facts, Health
 from gspo_lightning.errors import UserError
 
 GOOD = {
-    "reward/mean": 0.5, "frac_zero_std_groups": 0.2, "clip_frac_low": 0.05, "clip_frac_high": 0.05, "ratio/p1": 0.98,
+    "reward/mean": 0.5, "silent_frac": 0.2, "clip_frac_low": 0.05, "clip_frac_high": 0.05, "ratio/p1": 0.98,
     "ratio/p99": 1.02, "gspo/ratio_noise_floor": 1e-3, "entropy": 1.0, "completion/truncated_frac": 0.1,
     "sampler_mismatch/abs_mean": 0.01, "grad_norm": 1.0,
 }  # fmt: skip
@@ -44,7 +44,7 @@ CASES = {
         "ratio/p99=1.02 lie inside [0.97, 1.04]",
     ),
     "clip_takes_most": ({"clip_frac_low": [0.3] * 3, "clip_frac_high": [0.3] * 3}, 15, "optimizer.lr"),
-    "no_signal": ({"frac_zero_std_groups": [1.0] * 3}, 15, "reward/mean=0.5"),
+    "no_signal": ({"silent_frac": [1.0] * 3}, 15, "reward/mean=0.5"),
     "reward_collapse": ({"reward__mean": [0.1] * 4 + [0.9] * 5 + [0.4] * 3}, 15, "0.9 to 0.4"),
     "entropy_collapse": ({"entropy": [0.09]}, 15, "rollout.temperature"),
     "length_explosion": ({"completion__truncated_frac": [0.6, 0.7, 0.8]}, 15, "rollout.max_completion_length"),
@@ -74,7 +74,7 @@ def test_said_when_it_begins_with_a_remedy(name):
         {"gspo__ratio_noise_floor": [0.0149]},
         {"clip_frac_low": [0.0] * 2, "clip_frac_high": [0.0] * 2},
         {"clip_frac_low": [0.0] * 3},
-        {"frac_zero_std_groups": [1.0, 0.9, 1.0]},
+        {"silent_frac": [1.0, 0.9, 1.0]},
         {"reward__mean": [0.1] * 7 + [0.9] * 5 + [0.6] * 3},
         {"entropy": [0.11]},
         {"sampler_mismatch__abs_mean": [0.09]},
@@ -132,7 +132,7 @@ def test_with_dynamic_sampling_the_reward_is_that_of_all_that_was_sampled():
     (one,) = found(series(dynamic_sampling__sampled_reward=falls))
     assert one[:2] == (15, "reward_collapse") and one[2].startswith("dynamic_sampling/sampled_reward fell from 0.9 to")
     assert found(series(dynamic_sampling__sampled_reward=[0.25] * 15, reward__mean=falls)) == []
-    (one,) = found(series(dynamic_sampling__sampled_reward=[0.25] * 15, frac_zero_std_groups=[1.0] * 3))
+    (one,) = found(series(dynamic_sampling__sampled_reward=[0.25] * 15, silent_frac=[1.0] * 3))
     assert "in 3 rollouts (dynamic_sampling/sampled_reward=0.25): nothing is learnt; the task is" in one[2]
 
 
@@ -151,7 +151,7 @@ def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
     health = Health(patience=1)
     objective = SimpleNamespace(ratio_bounds=None, importance_sampling_level="token")
     for silent in [1.0, 0.0] * 6:
-        metrics = {"frac_zero_std_groups": silent, "reward/mean": 0.0}
+        metrics = {"silent_frac": silent, "reward/mean": 0.0}
         module = SimpleNamespace(objective=objective, last_metrics=metrics)
         health.on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
     said = capsys.readouterr().out.splitlines()

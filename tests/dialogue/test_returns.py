@@ -53,7 +53,7 @@ def test_with_turn_rewards_metrics_and_records_are_of_the_returns():
     assert values["dialogue/return"] == (3 + 1 + 0.5 + 0.5) / 4 and values["dialogue/turns"] == 5 / 4
     # 1, 1 and -1: variance (2 * (2/3)^2 + (4/3)^2) / 2 = 4/3; and nothing in the other group.
     assert values["advantage_std"] == pytest.approx((4 / 3) ** 0.5 / 2, abs=1e-12)
-    assert values["frac_zero_std_groups"] == 0.5
+    assert values["silent_frac"] == 0.5
     assert [name for name in (*values, "val/return") if f"`{name}`" not in DOCS] == ["reward/environment"]
     records = [json.loads(to_json(entry)) for entry in completion_entries(1, rollout)]
     assert [entry["turn_advantages"] for entry in records] == [[1.0, 1.0], [-1.0], [0.0], [0.0]]
@@ -88,7 +88,7 @@ def test_returns_that_differ_by_rounding_alone_leave_a_group_without_signal():
     rollout = scored(*groups, rewards=[[-0.3, -0.3]])
     assert rollout.turn_advantages == [[(0.0, 0.0), (0.0,)]]
     assert silent_rollout(groups, rollout.rewards).tolist() == [True]
-    assert means(rollout_metrics(rollout))["frac_zero_std_groups"] == 1.0
+    assert means(rollout_metrics(rollout))["silent_frac"] == 1.0
 
 
 def test_turns_are_counted_by_tokens_whatever_became_of_the_messages():

@@ -93,8 +93,8 @@ def test_a_group_has_signal_if_the_returns_of_a_turn_differ():
         [True] * 2,
         [False] * 2,
     ]
-    zero_std, groups = rollout_metrics(scored)["frac_zero_std_groups"]
-    assert (zero_std.item(), groups.item()) == (1.0, 3.0)
+    silent, groups = rollout_metrics(scored)["silent_frac"]
+    assert (silent.item(), groups.item()) == (1.0, 3.0)
 
 
 def test_silent_groups_are_replaced_in_place_until_all_have_signal():
@@ -149,7 +149,7 @@ def test_a_run_logs_what_it_sampled_by_weight_and_what_it_kept(micro_model_dir):
     found = module.last_metrics
     assert found["reward/mean"] == pytest.approx((first + fresh) / 6, rel=1e-12)
     assert found["dynamic_sampling/sampled_reward"] == pytest.approx((first + silent + fresh) / 9, rel=1e-12)
-    assert (found["frac_zero_std_groups"], found["dynamic_sampling/silent_frac"]) == (0.0, pytest.approx(1 / 3))
+    assert (found["silent_frac"], found["dynamic_sampling/silent_frac"]) == (0.0, pytest.approx(1 / 3))
 
 
 def test_draws_are_bounded_and_the_rollout_keeps_its_size():

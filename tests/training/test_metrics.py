@@ -58,7 +58,7 @@ def test_rollout_metrics_of_a_two_by_three_example():
             "reward/std": 0.25,  # 0.5 and 0 of the two groups
             "completion/mean_tokens": 30 / 6,
             "completion/truncated_frac": 2 / 6,
-            "frac_zero_std_groups": 0.5,
+            "silent_frac": 0.5,
             "advantage_std": 0.5,
             "reward/x": 2.4 / 6,
             "reward/y": 4.0,

@@ -141,7 +141,7 @@ ACTS: dict[str, Callable[[Case, dict[str, float]], bool]] = {
     "mismatch cap": lambda c, m: 0 < m.get("mismatch/capped_frac", 0) < 1,
     "selection of tokens": lambda c, m: 0 < m.get("selected_frac", 0) < 1,
     "completions cut at the limit": lambda c, m: c.mask_truncated and 0 < m["completion/truncated_frac"] < 1,
-    "batch scale with silent groups": lambda c, m: c.scale == "batch" and 0 < m["frac_zero_std_groups"] < 1,
+    "batch scale with silent groups": lambda c, m: c.scale == "batch" and 0 < m["silent_frac"] < 1,
     "skipped and taken steps, with momentum": lambda c, m: c.momentum > 0 and min(steps(m)) > 0,
     "zero advantages kept, step skipped": lambda c, m: c.keep_zero_advantage and m["count/skipped_steps"] > 0,
     "turns with rewards": lambda c, m: c.turns == "rewarded" and m["dialogue/turns"] > 1.5,

@@ -85,7 +85,7 @@ def clip_takes_most(facts: Facts) -> str | None:
 
 def no_signal(facts: Facts) -> str | None:
     """Warns if all rewards of every group are equal."""
-    silent = facts.recent("frac_zero_std_groups")
+    silent = facts.recent("silent_frac")
     if silent is None or min(silent) < 1.0:
         return None
     name = _reward_name(facts)
@@ -176,7 +176,7 @@ CHECKS: tuple[Callable[[Facts], str | None], ...] = (
 
 
 METRICS = (
-    "gspo/ratio_noise_floor", "clip_frac_low", "clip_frac_high", "ratio/p1", "ratio/p99", "frac_zero_std_groups",
+    "gspo/ratio_noise_floor", "clip_frac_low", "clip_frac_high", "ratio/p1", "ratio/p99", "silent_frac",
     "reward/mean", "dynamic_sampling/sampled_reward", "dialogue/return", "entropy", "completion/truncated_frac",
     "sampler_mismatch/abs_mean", "grad_norm",
 )  # fmt: skip

@@ -52,7 +52,7 @@ CHARTS = (
     ),
     Chart("Entropy", "nats per token", {"entropy": "entropy"}),
     Chart("Gradient norm", "before clipping", {"norm": "grad_norm"}, (0.0,)),
-    Chart("Groups without signal", "share", {"all rewards equal": "frac_zero_std_groups"}, (0.0, 1.0)),
+    Chart("Groups without signal", "share", {"all rewards equal": "silent_frac"}, (0.0, 1.0)),
     Chart(
         "Groups without signal, of all sampled groups",
         "share",

@@ -133,7 +133,7 @@ def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) 
     if rewards.shape[1] > 1:  # a group of one has no spread
         metrics |= {
             "reward/std": (rewards.std(dim=1).sum(), groups),
-            "frac_zero_std_groups": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
+            "silent_frac": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
             "advantage_std": (_advantage_stds(scored).sum(), groups),
         }
     metrics |= _dialogue_metrics(scored, rewards)

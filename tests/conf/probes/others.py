@@ -60,9 +60,7 @@ def health(node: dict[str, Any], folder: Path) -> Any:
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
         for step in range(1, 9):
-            module = SimpleNamespace(
-                objective=objective, last_metrics={"frac_zero_std_groups": 1.0, "reward/mean": 0.0}
-            )
+            module = SimpleNamespace(objective=objective, last_metrics={"silent_frac": 1.0, "reward/mean": 0.0})
             callback.on_train_batch_end(trainer, module)
             if screen.getvalue():
                 return step, trainer.should_stop
