@@ -52,6 +52,11 @@ SEEDS = (
 204, 206 and 236 for what no metric tells: ``delta`` decides, and a reward is the mean of its group but for rounding;
 those above 2,000 for rollouts ahead; and 8516 for a step on an auxiliary term alone."""
 
+OF_NEW_LOSSES: tuple[Case, ...] = ()
+"""A case for each loss that is not among `DRAWN`, such as ``Case(loss=..., level=..., prompts=4, iterations=2)``."""
+
+CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES)
+
 MORE_SEEDS = (
     *range(10_000, 10_100),
     10101, 10206, 10219, 10226, 10229, 10298, 10322, 10536, 10596, 10603, 10697, 10941, 11253, 11292, 11420,
@@ -162,9 +167,8 @@ class Outcome:
     """Of every rollout, by the reference."""
 
 
-@pytest.mark.parametrize("seed", SEEDS, ids="seed-{}".format)
-def test_weights_and_metrics_are_those_of_the_equations(seed, micro_model_dir):
-    case = draw(seed)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"seed-{c.seed}")
+def test_weights_and_metrics_are_those_of_the_equations(case, micro_model_dir):
     assert outcome(micro_model_dir, case).differences == [], case
 
 
@@ -180,7 +184,7 @@ def test_every_setting_and_every_rare_event_is_among_the_seeds(micro_model_dir):
     many = [draw(seed) for seed in range(5_000)]
     missing = {name: {of(c) for c in many} - {of(c) for c in cases} for name, of in AXES.items()}
     assert {name: values for name, values in missing.items() if values} == {}
-    assert {c.loss for c in cases} == set(LOSSES)
+    assert {c.loss for c in CASES} == set(LOSSES)
     rollouts = [(c, m) for c in cases for m in outcome(micro_model_dir, c).metrics]
     assert [name for name, happens in ACTS.items() if not any(itertools.starmap(happens, rollouts))] == []
 
