@@ -143,10 +143,8 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_never_half(at, kind, t
 def fit(model, folder, rollouts=10, ckpt_path=None, every=3, values=VALUES, metric="val/accuracy", **changes):
     """A run whose validations give `VALUES`; the callback, and the trainer and the module."""
     module = build_module(model, Settings(rollouts=rollouts))
-    module.validation_step = lambda *_: None
-    module.on_validation_epoch_end = lambda: setattr(
-        module, "last_validation", {"val/accuracy": values.get(module.rollouts_done, 1.0)}
-    )
+    module.validator.update = lambda *_: None
+    module.validator.compute = lambda _: {"val/accuracy": values.get(module.rollouts_done, 1.0)}
     saving = RolloutCheckpoint(folder, every, 2, keep_best=metric)
     settings = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None, **changes}
     runner, batches = trainer(callbacks=[saving], **settings), Batches(scripted_prompts(), 10)
@@ -240,7 +238,7 @@ def test_a_validation_that_is_not_due_counts_and_one_outside_of_the_run_does_not
         micro_model_dir, tmp_path, 5, values={2: 0.25, 4: 0.25, 5: 0.5}, num_sanity_val_steps=1
     )
     assert saving.best.found == {"metric": "val/accuracy", "value": 0.5, "rollout": 5}
-    module.on_validation_epoch_end = lambda: setattr(module, "last_validation", {"val/accuracy": 1.0})
+    module.validator.compute = lambda _: {"val/accuracy": 1.0}
     runner.validate(module, Batches(scripted_prompts(), 1).loader(), verbose=False)
     assert saving.best.found["value"] == 0.5
     assert read(tmp_path / "best.ckpt")["callbacks"]["RolloutCheckpoint"] == saving.best.found

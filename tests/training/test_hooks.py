@@ -187,3 +187,31 @@ def test_a_callback_sees_the_clipped_gradient_before_a_step_and_the_new_weights_
     for (_, norm, before), (_, has_gradient, after) in zip(watching.seen[::2], watching.seen[1::2], strict=True):
         assert norm == pytest.approx(1e-3, rel=1e-3) and has_gradient
         assert (before - after).norm().item() == pytest.approx(norm, rel=1e-6)  # SGD at rate 1
+
+
+@pytest.mark.parametrize("name", ["configure_model", "training_step", "validation_step"])
+def test_a_function_assigned_to_the_object_must_call_ours_too(name, micro_model_dir):
+    module = subclass(micro_model_dir, {}, rollouts=2)
+    setattr(module, name, lambda *args: None)
+    with pytest.raises(UserError) as refused:
+        fit(module, max_epochs=2)
+    assert str(refused.value) == (
+        f"Own.{name}, assigned to the object: it did not call super().{name}(), which {AT_WORK[name]}; call it"
+    )
+
+
+def test_one_that_calls_it_and_a_validation_of_ones_own_batches_are_accepted(micro_model_dir):
+    seen = []
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 0:
+            super(type(self), self).validation_step(batch, batch_idx)
+        else:
+            seen.append(batch)
+
+    module = subclass(micro_model_dir, {"validation_step": validation_step})
+    ours = module.on_train_start
+    module.on_train_start = lambda: seen.append(ours())
+    held_out = [Batches(scripted_prompts(generations=1)).loader(), torch.utils.data.DataLoader(torch.ones(1))]
+    trainer(**VALIDATES).fit(module, Batches(scripted_prompts(), 1).loader(), held_out)
+    assert seen == [None, torch.ones(1)] and module.rollouts_done == 1 and module.last_validation["val/accuracy"] == 0

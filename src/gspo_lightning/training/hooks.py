@@ -6,9 +6,11 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.types import PromptBatch
 
 AT_WORK = {
     "configure_model": "loads the policy",
@@ -18,6 +20,7 @@ AT_WORK = {
     "training_step": "takes the optimizer steps",
     "on_validation_start": "chooses the forward of the model",
     "on_validation_epoch_start": "resets the counts of held-out prompts",
+    "validation_step": "measures held-out prompts",
     "on_validation_epoch_end": "computes the metrics of held-out prompts",
     "on_save_checkpoint": "saves the counters of the run",
     "on_load_checkpoint": "restores the counters of the run",
@@ -36,10 +39,16 @@ NEVER_CALLED = {
 class WorkingHooks:
     """A base of `GSPOModule`: an override of a hook in `AT_WORK` that does not call ``super()`` is refused when it ran.
 
-    Two exceptions return before they call it: ``configure_model`` of a module that has its policy, and
-    ``on_train_batch_start`` that returns -1 (no rollout). ``on_save_checkpoint`` gets a warning, and what ours saves is
-    added: an error would lose the rollouts before it.
+    So is a function that is assigned to an object under the name of such a hook. Three exceptions return before they
+    call it: ``configure_model`` of a module that has its policy, ``on_train_batch_start`` that returns -1 (no rollout),
+    and ``validation_step`` of a batch that is no `PromptBatch`. ``on_save_checkpoint`` gets a warning, and what ours
+    saves is added: an error would lose the rollouts before it.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in AT_WORK and callable(value) and not hasattr(value, "_watches_super"):
+            value = MethodType(_demanding(name, _assigned(f"{type(self).__name__}.{name}", value)), self)
+        super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,6 +77,16 @@ def _noting(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
     return noting
 
 
+def _assigned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that was assigned to an object, in the form of a hook."""
+
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    hook.__qualname__ = f"{name}, assigned to the object"
+    return hook
+
+
 def _demanding(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
     """An override, after which that of `GSPOModule` must have run."""
 
@@ -76,6 +95,7 @@ def _demanding(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         _noted(self).discard(name)
         result = hook(self, *args, **kwargs)
         nothing_to_do = name == "configure_model" and self.policy is not None
+        nothing_to_do |= name == "validation_step" and not isinstance(args[0] if args else None, PromptBatch)
         if name in _noted(self) or nothing_to_do or (name == "on_train_batch_start" and result == -1):
             return result
         line = (
