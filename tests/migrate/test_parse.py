@@ -11,6 +11,7 @@ import pytest
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
 from gspo_lightning.migrate.__main__ import main
+from gspo_lightning.migrate.parse import parse_lora
 
 
 def test_the_call_of_grpo_config_is_found_among_other_configs():
@@ -89,3 +90,14 @@ def test_standard_input_that_is_no_text_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     assert main(["-"]) == 2
     assert capsys.readouterr().err.startswith("error: -: cannot read the file ('utf-8' codec can't decode byte 0xff")
+
+
+@pytest.mark.parametrize("key", ["num_train_epochs", "per_device_train_batch_size", "learning_rate"])
+def test_a_number_of_hundreds_of_digits_is_one_line(key, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{key}: {'9' * 400}\n", encoding="utf-8")
+    assert main([str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {key}: a whole number of 1329 bits is too large; correct it\n"
+    lora = f"GRPOConfig(beta=0.0)\nLoraConfig(r={'9' * 400})\n"
+    with pytest.raises(UserError, match=r"^r: a whole number of 1329 bits is too large"):
+        convert(parse_config(lora), adapter=parse_lora(lora))

@@ -56,6 +56,10 @@ class Conversion:
         return [verdict.key for verdict in self.verdicts if verdict.kind == "no counterpart"]
 
 
+_MOST_BITS = 63
+"""Of a whole number; one of hundreds of digits is no float, and no setting either."""
+
+
 def convert(given: dict[str, Any], *, ranks: int = 1, adapter: dict[str, Any] | None = None) -> Conversion:
     """Translates a GRPOConfig of TRL 1.16.0 (and ``max_prompt_length``, ``warmup_ratio`` of older releases).
 
@@ -75,6 +79,9 @@ def convert(given: dict[str, Any], *, ranks: int = 1, adapter: dict[str, Any] | 
     for key in given:
         if key not in RENAMED and key not in COMPUTED and key not in BETTER and key not in NONE:
             raise UserError(f"{key}: TRL 1.16.0's GRPOConfig has no such field; remove it or correct its name")
+    for key, value in (*given.items(), *(adapter or {}).items()):
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise UserError(f"{key}: a whole number of {value.bit_length()} bits is too large; correct it")
     config = {**DEFAULTS, **{key: _read(key, value) for key, value in given.items()}}
     notes: dict[str, tuple[Kind, str]] = {}
     for key in (key for key in config if key in RENAMED):
