@@ -12,7 +12,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
 from tests.whole_update import product
 from tests.whole_update.case import Case
-from tests.whole_update.draw import MISMATCHES, draw
+from tests.whole_update.draw import DRAWN, MISMATCHES, draw
 from tests.whole_update.reference_losses import LEVELS
 
 BASE = Case(level="token", iterations=2, minibatches=2)
@@ -21,7 +21,7 @@ BASE = Case(level="token", iterations=2, minibatches=2)
 Option = dict[str, Any]
 
 ALONE: list[Option] = [
-    *({"loss": loss, "level": LEVELS[loss][0]} if len(LEVELS[loss]) == 1 else {"loss": loss} for loss in LEVELS),
+    *({"loss": loss, "level": LEVELS[loss][0]} if len(LEVELS[loss]) == 1 else {"loss": loss} for loss in DRAWN),
     *({"level": level} for level in LEVELS["grpo"]),
     *({"mismatch": mismatch} for mismatch in dict.fromkeys(MISMATCHES) if mismatch is not None),
     *({"rewards": kind} for kind in ("random", "binary", "silent", "small", "offset", "large")),
