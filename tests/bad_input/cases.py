@@ -865,7 +865,14 @@ ENVIRONMENTS = [
     Case(
         "environment",
         "dialogues sampled ahead",
-        ["environment=calculator", "rollout=vllm_server", "rollout.engine.staleness=1"],
+        [
+            "environment=guess_the_number",
+            "data=secret_number",
+            "reward=environment",
+            "rollout=vllm_server",
+            "data.max_prompt_length=256",
+            "rollout.engine.staleness=1",
+        ],
         "dialogues are not sampled ahead; set rollout.engine.staleness=0",
     ),
     Case("environment", "no turns", ["environment=calculator", "environment.max_turns=0"], "max_turns=0"),

@@ -23,7 +23,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.training.validation import ValidationSettings
-from gspo_lightning.types import SamplingParams
+from gspo_lightning.types import Prompt, SamplingParams
 
 
 def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSPOModule:
@@ -120,8 +120,12 @@ def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
     rewards.check()
     environments = build(plain["environment"]) if plain["environment"] else None
     if isinstance(environments, Environments):  # `with_environments` refuses any other
-        environments.check(datamodule.tokenizer)
-        datamodule.check(rewards.required_columns(), lambda prompt: environments.begin(prompt, 0, datamodule.tokenizer))
+
+        def begin(prompt: Prompt) -> None:
+            environments.check(datamodule.tokenizer)  # after the template's options, which may be why it fails
+            environments.begin(prompt, 0, datamodule.tokenizer)
+
+        datamodule.check(rewards.required_columns(), begin)
     else:
         datamodule.check(rewards.required_columns())
     return datamodule
