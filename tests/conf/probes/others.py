@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +98,8 @@ def trainer(node: dict[str, Any], folder: Path) -> Any:
     plain = {"trainer": node, "validation": {"every_n_rollouts": None}, "logger": {}}
     plain["trainer"]["precision"] = hardware.choose_precision(node["precision"], node["accelerator"])
     made = mock.patch.object(lightning, "Trainer", lambda **kwargs: calls.append(kwargs))
-    with made, mock.patch.object(torch.cuda, "is_available", lambda: True):
+    meet = mock.patch.dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # which several nodes need
+    with made, meet, mock.patch.object(torch.cuda, "is_available", lambda: True):
         build_trainer(plain, [])
     kept = [{k: v for k, v in call.items() if k != "plugins"} for call in calls]
     return [
