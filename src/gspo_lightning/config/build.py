@@ -259,7 +259,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         "callbacks": [*time_limits(plain["trainer"]), *callbacks],
         "max_time": None,
         "logger": loggers or False,
-        "plugins": _plugins(plain["trainer"]["num_nodes"]),
+        "plugins": _plugins(plain["trainer"].get("num_nodes", 1)),
         "default_root_dir": run_dir,
         "max_epochs": -1,
         # By default a batch count no run reaches: no validation inside the run, only before and after it.
