@@ -18,10 +18,13 @@ from tests.support import relative_distance
 ROOT = Path(__file__).parents[2]
 GAME = [
     "data=secret_number", "data.max_prompt_length=256", "reward=environment", "environment=guess_the_number",
-    "environment.make.turn_rewards=true", "rollout.max_completion_length=60",
+    "environment.make.turn_rewards=true", "rollout.max_completion_length=40",
+    "data.prompts_per_rollout=2", "rollout.num_generations=3", "environment.max_turns=2", "data.task.num_validation=4",
+    "update.num_minibatches=1", "allow_no_effect=true",
     "objective.importance_sampling_level=sequence_token", "rollout.stop=[a,e,i,o,u]",
 ]  # fmt: skip
 """Dialogues whose turns have rewards; a turn ends with a vowel."""
+SLOW_GAME = pytest.param(0, GAME, marks=pytest.mark.slow)
 
 
 def train(server, folder, *arguments):
@@ -39,7 +42,7 @@ def records(folder):
     return rows, (folder / "completions.jsonl").read_bytes(), load_file(folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("staleness", "options"), [(0, []), (1, []), (0, GAME)])
+@pytest.mark.parametrize(("staleness", "options"), [(0, []), (1, []), SLOW_GAME])
 def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(staleness, options, micro_model_dir, tmp_path):
     options = [f"rollout.engine.staleness={staleness}", *options]
     server = FakeServer(micro_model_dir)
@@ -71,7 +74,7 @@ def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(stalene
     assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
 
 
-@pytest.mark.parametrize("options", [[], GAME])
+@pytest.mark.parametrize("options", [[], pytest.param(GAME, marks=pytest.mark.slow)])
 def test_two_ranks_share_the_servers_and_take_the_update_of_one(options, micro_model_dir, tmp_path):
     """Five held-out prompts in batches of two: a rank runs out of them first and must take part all the same."""
     common = [
