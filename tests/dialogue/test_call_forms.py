@@ -183,3 +183,14 @@ def test_a_call_with_the_special_tokens_of_its_family_is_answered(template, turn
 def test_a_value_of_another_type_is_told_to_the_model():
     _, dialogue = played(families.QWEN_CODER, "<function=add><parameter=a>one</parameter></function>", "<|im_end|>")
     assert dialogue.messages[1]["content"] == "error: the argument a must be of type integer"
+
+
+def test_the_form_of_a_tokenizer_is_looked_for_once_and_not_in_every_dialogue(monkeypatch):
+    asked = []
+    monkeypatch.setattr("gspo_lightning.dialogue.tools.form_of", lambda *given: asked.append(given) or form_of(*given))
+    tools, first, second = Tools([add, divide]), tokenizer(families.GLM), tokenizer(families.SEED)
+    for own in (first, first, second, second):
+        prompt = make_prompt(ROW, own, "t:0", tools.chat_template_kwargs)
+        form = tools.begin(prompt, 0, own).environment.form
+        assert form is FORMS["glm" if own is first else "xml"]
+    assert [given[0] for given in asked] == [first, second]

@@ -70,11 +70,14 @@ class Tools(Environments):
         make = functools.partial(ToolDialogue, tools, schemas, limited)
         super().__init__(make, max_turns, {**kwargs, "tools": list(schemas.values())})
         object.__setattr__(self, "call_form", call_form)
+        object.__setattr__(self, "_found", None)
         object.__setattr__(self, "names", tuple(schemas))
         object.__setattr__(self, "rewards", any(hasattr(tool, "reward") for tool in tools if inspect.isclass(tool)))
 
     call_form: str | None
     """How the policy writes calls; None: as the chat template does."""
+    _found: tuple[PreTrainedTokenizerBase, Form] | None
+    """The tokenizer that was asked last, and its form."""
     names: tuple[str, ...]
     """What the policy calls the tools."""
     rewards: bool
@@ -89,9 +92,14 @@ class Tools(Environments):
         self._form(tokenizer)
 
     def _form(self, tokenizer: PreTrainedTokenizerBase) -> Form:
-        if _HARMONY in tokenizer.get_added_vocab():
-            raise UserError("environment.functions: calls in the harmony format are not read; use another model")
-        return form_of(tokenizer, self.chat_template_kwargs, self.call_form)
+        """The form of this tokenizer, looked for once and not in every dialogue: that renders several templates."""
+        if self._found is None or self._found[0] is not tokenizer:
+            if _HARMONY in tokenizer.get_added_vocab():
+                raise UserError("environment.functions: calls in the harmony format are not read; use another model")
+            form = form_of(tokenizer, self.chat_template_kwargs, self.call_form)
+            object.__setattr__(self, "_found", (tokenizer, form))
+        assert self._found is not None
+        return self._found[1]
 
     def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
         """Begins a dialogue about the row of ``prompt``.

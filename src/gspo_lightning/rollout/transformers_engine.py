@@ -20,6 +20,7 @@ from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.rollout.dialogue_decoder import DialogueDecoder
 from gspo_lightning.rollout.padded_decoder import PaddedDecoder
 from gspo_lightning.rollout.prepacked import prepacked_weights
+from gspo_lightning.rollout.turns import refuse_padded
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
@@ -54,9 +55,5 @@ class TransformersEngine:
     def _decoder(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Decoder:
         if self.environments is None:
             return (PaddedDecoder if policy.is_padded else Decoder)(policy, prompts, sampling, seed)
-        if policy.is_padded:
-            raise UserError(
-                f"environment: {type(policy.base_model).__name__} runs padded and cannot continue where a turn ends; "
-                "use a model that packs, or environment=none"
-            )
+        refuse_padded(policy)
         return DialogueDecoder(policy, prompts, sampling, seed, self.environments)

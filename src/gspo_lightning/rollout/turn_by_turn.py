@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from gspo_lightning.dialogue import Environments
-from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.turns import Turns, begin
+from gspo_lightning.rollout.turns import Turns, begin, refuse_padded
 from gspo_lightning.types import Completion, Prompt, SamplingParams
 
 Request = tuple[Prompt, SamplingParams, int]
@@ -72,11 +71,7 @@ def sample_dialogues(
     Raises:
         UserError: the model runs through the padded path, or an environment fails.
     """
-    if policy.is_padded:
-        raise UserError(
-            f"environment: {type(policy.base_model).__name__} runs padded, which dialogues do not; use a model that "
-            "packs, or environment=none"
-        )
+    refuse_padded(policy)
     groups = [
         [_Open(prompt, g, begin(policy, prompt, g, environments, seed)) for g in range(sampling.num_generations)]
         for prompt in prompts

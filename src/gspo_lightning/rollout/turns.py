@@ -13,6 +13,7 @@ import torch
 
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.dialogue.environment import OpenDialogue
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Completion, Dialogue, FinishReason, Prompt
 
@@ -97,6 +98,15 @@ def begin(policy: Policy, prompt: Prompt, generation: int, environments: Environ
     """Begins dialogue ``generation`` about a prompt, in the rollout with this seed."""
     own = _environment_seed(seed, prompt.uid, generation)
     return Turns(environments.begin(prompt, own, policy.tokenizer), tuple(policy.eos_token_ids))
+
+
+def refuse_padded(policy: Policy) -> None:
+    """Refuses a model whose rows are padded: nothing continues them where a turn ends."""
+    if policy.is_padded:
+        raise UserError(
+            f"environment: {type(policy.base_model).__name__} runs padded and cannot continue where a turn ends; "
+            "use a model that packs, or environment=none"
+        )
 
 
 def _line(message: dict[str, Any]) -> str:
