@@ -27,19 +27,23 @@ def test_ties_at_the_threshold_are_all_kept_and_nothing_has_no_threshold():
     assert top_entropy_threshold(torch.zeros(0), 0.5) == math.inf
 
 
-def test_only_a_sequence_of_negative_advantage_that_the_policy_left_is_masked():
+def test_only_tokens_of_negative_advantage_in_a_sequence_that_the_policy_left_are_masked():
     log_ratio = torch.tensor([-0.5, -0.1, -2.0])  # drifts 0.3 and 2.0 nats per token
-    for advantages, kept in (([-1.0, -1.0, -1.0], [True, False]), ([1.0, 1.0, 1.0], [True, True])):
+    for advantages, kept in (([-1.0, -1.0, -1.0], [True, True, False]), ([1.0, 1.0, 1.0], [True, True, True])):
         assert near_old_policy(log_ratio, torch.tensor(advantages), INDEX, LENGTHS, 0.3001).tolist() == kept
-    assert near_old_policy(log_ratio, -torch.ones(3), INDEX, LENGTHS, 0.2).tolist() == [False, False]
+    assert near_old_policy(log_ratio, -torch.ones(3), INDEX, LENGTHS, 0.2).tolist() == [False, False, False]
+    # Rewards of turns: the drift is that of the sequence, the sign that of the token.
+    turns = torch.tensor([1.0, -3.0, 0.0])
+    assert near_old_policy(log_ratio, turns, INDEX, LENGTHS, 0.2).tolist() == [True, False, True]
 
 
 def loss_and_gradient(**settings):
     logprobs = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
     selected = settings.pop("selected", None)
+    advantages = settings.pop("advantages", -torch.ones(3, dtype=torch.float64))
     objective = Objective(max_completion_length=4, importance_sampling_level="token", **settings)
     result = objective(
-        logprobs, torch.tensor([-1.0, -1.9, -1.0], dtype=torch.float64), -torch.ones(3, dtype=torch.float64),
+        logprobs, torch.tensor([-1.0, -1.9, -1.0], dtype=torch.float64), advantages,
         INDEX, LENGTHS, ref_logprobs=logprobs.detach() - 0.5, selected=selected,
     )  # fmt: skip
     result.loss.backward()
@@ -62,6 +66,13 @@ def test_the_off_policy_mask_acts_in_the_objective_and_is_counted():
     result, gradient = loss_and_gradient(off_policy_mask_threshold=1.0, epsilon=0.9)
     assert gradient.tolist() == pytest.approx([0.5, math.exp(-0.1) / 2, 0.0], rel=1e-12)
     assert [x.item() for x in result.metrics["off_policy_masked_frac"]] == [1, 2]
+
+
+def test_the_off_policy_mask_decides_per_token_where_turns_have_rewards():
+    advantages = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    result, gradient = loss_and_gradient(advantages=advantages, off_policy_mask_threshold=0.04, epsilon=0.9)
+    assert gradient.tolist() == pytest.approx([-0.5, 0.0, 0.0], rel=1e-12)
+    assert [x.item() for x in result.metrics["off_policy_masked_frac"]] == [1.5, 2]
 
 
 def test_beta_goes_linearly_to_its_end_and_needs_the_reference_throughout():

@@ -261,8 +261,8 @@ class Run:
         policy = losses.policy_losses(case, x, w)
         if selected is not None:
             policy = policy * selected
-        if case.off_policy_threshold is not None and losses.off_policy(case, x):
-            policy = policy * 0
+        if case.off_policy_threshold is not None:
+            policy = policy * ~torch.tensor(losses.off_policy(case, x))
         if case.mismatch is not None:
             policy = policy * torch.tensor(losses.mismatch_weights(case, x)[0], dtype=torch.float64)
         loss = policy

@@ -152,11 +152,11 @@ def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], l
     return None
 
 
-def off_policy(case: Case, x: Terms) -> bool:
-    """DeepSeek-V3.2 (arXiv 2512.02556, Eq. 9): a negative advantage, and the policy has left the sequence."""
+def off_policy(case: Case, x: Terms) -> list[bool]:
+    """DeepSeek-V3.2 (arXiv 2512.02556, Eq. 9): tokens of negative advantage where the policy has left the sequence."""
     assert case.off_policy_threshold is not None
     drift = sum((-x.d).tolist()) / x.length
-    return sum(x.advantages.tolist()) / x.length < 0 and drift > case.off_policy_threshold
+    return [a < 0 and drift > case.off_policy_threshold for a in x.advantages.tolist()]
 
 
 def mismatch_weights(case: Case, x: Terms) -> tuple[list[float], list[float], list[bool]]:

@@ -79,7 +79,7 @@ def add_loss_metrics(means: Means, case: Case, x: Terms, w: list[Tensor], policy
     if x.selected is not None:
         means.add("selected_frac", x.selected.sum().item(), n)
     if case.off_policy_threshold is not None:
-        means.add("off_policy_masked_frac", losses.off_policy(case, x), 1)
+        means.add("off_policy_masked_frac", sum(losses.off_policy(case, x)) / n, 1)
     if case.mismatch is not None:
         _, raw, acted = losses.mismatch_weights(case, x)
         means.add("mismatch/weight_mean", sum(raw), len(raw))

@@ -53,8 +53,8 @@ class Objective:
     """Share of the tokens with a gradient that the policy term is computed on, highest entropy first; not with
     `shares_one_loss`."""
     off_policy_mask_threshold: float | None = None
-    """Leave out sequences of negative advantage that the policy has moved away from by more than this, in nats per
-    token; None leaves out none."""
+    """Leave out tokens of negative advantage in sequences that the policy has moved away from by more than this, in
+    nats per token; None leaves out none."""
     mismatch: MismatchCorrection | None = None
     """Weights that correct for a sampler that differs from the trainer; None for no correction."""
     tau_positive: float = 1.0
@@ -183,8 +183,9 @@ class Objective:
             metrics["selected_frac"] = _mean(selected)
         if self.off_policy_mask_threshold is not None:
             kept = near_old_policy(log_ratio, advantages, sequence_index, lengths, self.off_policy_mask_threshold)
-            policy = policy * kept[sequence_index]
-            metrics["off_policy_masked_frac"] = _mean(~kept)
+            policy = policy * kept
+            masked = (~kept).to(log_ratio.dtype)
+            metrics["off_policy_masked_frac"] = _mean(sequence_mean(masked, sequence_index, lengths))
         if self.mismatch is not None:
             assert sampler_logprobs is not None
             correction, more = self.mismatch(old_logprobs, sampler_logprobs, sequence_index, lengths)

@@ -32,10 +32,10 @@ def top_entropy_threshold(entropies: Tensor, quantile: float) -> Tensor:
 def near_old_policy(
     log_ratio: Tensor, advantages: Tensor, sequence_index: Tensor, lengths: Tensor, threshold: float
 ) -> Tensor:
-    """Sequences that the off-policy mask keeps (DeepSeek-V3.2, arXiv 2512.02556, Eq. 9), as ``(S,)`` bool.
+    """Tokens that the off-policy mask keeps (DeepSeek-V3.2, arXiv 2512.02556, Eq. 9), as ``(L,)`` bool.
 
-    A sequence is left out if its advantage is negative and the policy has moved away from it since it was sampled:
-    ``mean_t (log pi_old - log pi) > threshold``.
+    A token is left out if its advantage is negative and the policy has moved away from its sequence since that was
+    sampled: ``mean_t (log pi_old - log pi) > threshold``. Without rewards of turns that is a whole sequence.
 
     Args:
         log_ratio: ``(L,)`` ``log pi - log pi_old``.
@@ -45,4 +45,4 @@ def near_old_policy(
         threshold: in nats per token.
     """
     drift = -sequence_mean(log_ratio.detach(), sequence_index, lengths)
-    return (sequence_mean(advantages, sequence_index, lengths) >= 0) | (drift <= threshold)
+    return (advantages >= 0) | (drift <= threshold)[sequence_index]
