@@ -16,14 +16,14 @@ from gspo_lightning.policy.micro import character_tokenizer
 from gspo_lightning.policy.processor import ImageTextProcessor
 from gspo_lightning.policy.reading import load_config
 from gspo_lightning.policy.tiny_vlm import CHAT_TEMPLATE
-from gspo_lightning.policy.vision import packs_pictures
+from gspo_lightning.policy.vision import packs_images
 
 SPECIAL = (
     "<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 """Ids 0 to 6; after them a token per character. The other ids of the large vocabularies have no text."""
 
-PICTURE_SIDE = 448
+IMAGE_SIDE = 448
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def write_folder(name: str) -> str:
         vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6,
         tie_word_embeddings=architecture.text["tie_word_embeddings"],
     ).save_pretrained(folder)  # fmt: skip
-    pixels = PICTURE_SIDE**2
+    pixels = IMAGE_SIDE**2
     images = Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels)
     ImageTextProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     return str(folder)
@@ -100,11 +100,11 @@ def write_folder(name: str) -> str:
 def random_model(folder: str, dtype: torch.dtype, device: str, attention: Any) -> Any:
     """The model of a folder with random weights, its tower frozen; made where it will compute."""
     config = load_config(folder)
-    kind: Any = AutoModelForImageTextToText if packs_pictures(config) else AutoModelForCausalLM
+    kind: Any = AutoModelForImageTextToText if packs_images(config) else AutoModelForCausalLM
     torch.manual_seed(0)
     with torch.device(device):
         model = kind.from_config(config, dtype=dtype, attn_implementation=attention)
-    if packs_pictures(config):
+    if packs_images(config):
         model.model.visual.requires_grad_(False)
     return model
 
@@ -118,7 +118,7 @@ class RandomLoader(PolicyLoader):
     def load_model(self) -> Any:
         """The bare model with our attention."""
         register()
-        attention = attention_implementation(self.attention, packs_pictures(load_config(self.path)))
+        attention = attention_implementation(self.attention, packs_images(load_config(self.path)))
         model = random_model(self.path, DTYPES[self.dtype], self.device, attention)
         self.change_layers(model)
         return model.train()

@@ -34,7 +34,7 @@ class RandomEngine:
 
 
 def prompts_of(case: dict[str, Any], scenario: Scenario, loader: RandomLoader, steps: int) -> list[Prompt]:
-    """Text with its picture, or random tokens where lengths must be met exactly."""
+    """Text with its image, or random tokens where lengths must be met exactly."""
     if not case.get("random"):
         tokenizer = loader.load_tokenizer()
         rows = scenario.rows(tokenizer, steps)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from benchmarks.gpu_models import MODELS, random_model, write_folder
 from benchmarks.gpu_worker import answer
 from benchmarks.scenarios import Scenario
-from benchmarks.vlm import picture
+from benchmarks.vlm import image
 from benchmarks.worker_trl import TimedTrainer, train
 from gspo_lightning.policy.processor import load_processor
 
@@ -22,8 +22,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     folder = write_folder(case["model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = scenario.rows(tokenizer, steps)
-    if scenario.pictures:
-        rows = [{**row, "image": picture(index)} for index, row in enumerate(rows)]
+    if scenario.images:
+        rows = [{**row, "image": image(index)} for index, row in enumerate(rows)]
     dtype = torch.bfloat16 if architecture.lora else torch.float32
     on_gpu = case["device"] == "cuda"
     if on_gpu:
@@ -32,7 +32,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     TimedTrainer.clock.steps.clear()
     TimedTrainer.clock.now.clear()
     train(
-        scenario, model, load_processor(folder) if scenario.pictures else tokenizer, rows, steps,
+        scenario, model, load_processor(folder) if scenario.images else tokenizer, rows, steps,
         use_cpu=not on_gpu, gradient_checkpointing=architecture.checkpointing,
         per_device_train_batch_size=scenario.generations, gradient_accumulation_steps=scenario.prompts,
         steps_per_generation=scenario.prompts,

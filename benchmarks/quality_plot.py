@@ -1,4 +1,4 @@
-"""What `scripts/quality_per_time.py` measured, in words and as a picture for the README."""
+"""What `scripts/quality_per_time.py` measured, in words and as a plot for the README."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` measured, as a picture: TRL / ours by scenario, in time and in memory."""
+"""What `scripts/benchmark.py` measured, as a plot: TRL / ours by scenario, in time and in memory."""
 
 from __future__ import annotations
 

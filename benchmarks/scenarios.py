@@ -28,8 +28,8 @@ class Scenario:
     beta: float = 0.0
     silent_groups: int = 0
     """Groups whose rewards are all equal."""
-    pictures: bool = False
-    """Each prompt has a picture of 256 visual tokens, for `benchmarks.vlm`; ``prompt_tokens`` counts them."""
+    images: bool = False
+    """Each prompt has an image of 256 visual tokens, for `benchmarks.vlm`; ``prompt_tokens`` counts them."""
     ablate: str | None = None
     """A saving that ours does without, of `benchmarks.ablate`."""
     keep_silent: bool = False
@@ -48,7 +48,7 @@ class Scenario:
             f"Which is the largest of these numbers: {', '.join(map(str, numbers))}? Answer with just the number."
         )
         message = question
-        while len(template(tokenizer, message)) < self.prompt_tokens - (VISUAL_TOKENS if self.pictures else 0):
+        while len(template(tokenizer, message)) < self.prompt_tokens - (VISUAL_TOKENS if self.images else 0):
             message = f"{rng.choice(WORDS)} {message}"
         return {
             "prompt": [{"role": "user", "content": message}],
@@ -61,7 +61,7 @@ class Scenario:
 
 
 VISUAL_TOKENS = 258
-"""Of a picture, with the marks of its beginning and end."""
+"""Of an image, with the marks of its beginning and end."""
 
 
 WORDS = [
@@ -105,7 +105,7 @@ SCENARIOS = {
         Scenario("quickstart", 8, 8, 45, 16, "bf16", natural_stops=True, bars=(6, 3)),
         Scenario("long_prompt", 2, 8, 256, 64, "fp32", bars=(6, 4)),
         Scenario("long_completion", 2, 8, 64, 256, "bf16", bars=(2.5, 2)),
-        Scenario("vision", 2, 8, 303, 64, "bf16", pictures=True, bars=(8, 4)),
+        Scenario("vision", 2, 8, 303, 64, "bf16", images=True, bars=(8, 4)),
         Scenario("paper", 8, 8, 45, 16, "bf16", minibatches=4, bars=(5, 3)),
         Scenario("reference", 8, 8, 45, 16, "bf16", beta=0.04, bars=(5, 3)),
         Scenario("half_silent", 8, 8, 45, 16, "bf16", silent_groups=4, bars=(7.5, 3)),

@@ -54,7 +54,7 @@ def folder(smollm2: str) -> str:
     return str(target)
 
 
-def picture(index: int) -> Any:
+def image(index: int) -> Any:
     """Coloured noise in blocks, of the size that needs no resizing."""
     from PIL import Image
 

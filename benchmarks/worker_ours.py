@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from benchmarks.ablate import ABLATIONS  # noqa: E402
 from benchmarks.scenarios import Scenario, reward, template  # noqa: E402
-from benchmarks.vlm import picture  # noqa: E402
+from benchmarks.vlm import image  # noqa: E402
 from benchmarks.worker import Clock, job, report  # noqa: E402
 from gspo_lightning.advantages import AdvantageEstimator  # noqa: E402
 from gspo_lightning.config.hardware import busy_tokens, token_budget  # noqa: E402
@@ -53,11 +53,11 @@ class TimedModule(GSPOModule):
 
 
 def make_prompt(index: int, row: dict[str, Any], scenario: Scenario, tokenizer: Any, model: str) -> Prompt:
-    """A prompt of a scenario's row, with its picture if it has one."""
+    """A prompt of a scenario's row, with its image if it has one."""
     text = row["prompt"][0]["content"]
-    if not scenario.pictures:
+    if not scenario.images:
         return Prompt(str(index), row["prompt"], torch.tensor(template(tokenizer, text)), row)
-    parts = [{"type": "image", "image": picture(index)}, {"type": "text", "text": text}]
+    parts = [{"type": "image", "image": image(index)}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": parts}]
     ids, inputs = encode_conversation(messages, load_processor(model), VisionSettings(), {}, f"row {index}")
     return Prompt(str(index), messages, ids, row, inputs)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.scenarios import Scenario, reward
-from benchmarks.vlm import picture
+from benchmarks.vlm import image
 from benchmarks.worker import Clock, job, report
 from gspo_lightning.policy.processor import load_processor
 
@@ -76,13 +76,13 @@ def main() -> None:
     scenario, folder, steps = job()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = scenario.rows(tokenizer, steps)
-    if scenario.pictures:
-        rows = [{**row, "image": picture(index)} for index, row in enumerate(rows)]
-    kind = AutoModelForImageTextToText if scenario.pictures else AutoModelForCausalLM
+    if scenario.images:
+        rows = [{**row, "image": image(index)} for index, row in enumerate(rows)]
+    kind = AutoModelForImageTextToText if scenario.images else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32)
-    if scenario.pictures:
+    if scenario.images:
         model.model.visual.requires_grad_(False)  # as ours: the tower is frozen
-    train(scenario, model, load_processor(folder) if scenario.pictures else tokenizer, rows, steps, use_cpu=True)
+    train(scenario, model, load_processor(folder) if scenario.images else tokenizer, rows, steps, use_cpu=True)
     report(TimedTrainer.clock)
 
 

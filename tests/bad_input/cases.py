@@ -733,10 +733,10 @@ DATA = [
     ),
     Case(
         "data",
-        "a picture for a model that reads text",
-        [*JSONL, "data.task.conversational=true", "data.task.image_columns=[picture]"],
+        "an image for a model that reads text",
+        [*JSONL, "data.task.conversational=true", "data.task.image_columns=[image]"],
         "takes text only",
-        writes("rows.jsonl", lines([{**row, "picture": "a.png"} for row in good_rows()])),
+        writes("rows.jsonl", lines([{**row, "image": "a.png"} for row in good_rows()])),
     ),
     Case("data", "an unknown way with long prompts", ["data.overlong_prompts=cut"], "data.overlong_prompts='cut'"),
     Case(

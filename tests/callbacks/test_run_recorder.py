@@ -425,7 +425,7 @@ def test_under_a_real_trainer_a_resumed_run_leaves_the_bytes_of_one_never_stoppe
     assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3", "4", "5"]
 
 
-def test_a_long_picture_in_base64_is_its_kind_and_length_in_a_line_and_whole_in_a_document():
+def test_a_long_image_in_base64_is_its_kind_and_length_in_a_line_and_whole_in_a_document():
     address = "data:image/png;base64," + "A" * 300
     escaped = "data:image/png%3Bbase64%2C" + "A" * 300
     kept = ["data:image/png;base64,QQ==", "data: " + "words, " * 60, "data:" + "x" * 300]

@@ -1,4 +1,4 @@
-"""Folders of pictures: subfolders that name the answers, or a file of questions beside the pictures."""
+"""Folders of images: subfolders that name the answers, or a file of questions beside the images."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def task(folder, *overrides):
 def test_the_name_of_the_subfolder_is_the_answer(tmp_path):
     colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
     for name, colour in colours.items():
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (30 + number, 30), colour).save(tmp_path / "pictures" / name / f"{number}.png")
-    made = task(tmp_path / "pictures")
+            Image.new("RGB", (30 + number, 30), colour).save(tmp_path / "images" / name / f"{number}.png")
+    made = task(tmp_path / "images")
     rows = [made.train_row(i) for i in range(made.num_train_rows)] + made.validation_rows()
     assert len(rows) == 8 and made.num_train_rows == 6
     for row in rows:
         (part,) = image_parts(row["prompt"])
-        assert row["prompt"][-1]["content"][-1]["text"] == "What is in the picture? Answer with one word."
+        assert row["prompt"][-1]["content"][-1]["text"] == "What is in the image? Answer with one word."
         from gspo_lightning.data.images import load_image
 
         assert load_image(part["image"], "row").getpixel((3, 3)) == colours[row["answer"]]
 
 
-def test_a_file_beside_the_pictures_has_questions_of_their_own(tmp_path):
-    folder = tmp_path / "pictures"
+def test_a_file_beside_the_images_has_questions_of_their_own(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     lines = []
     for number in range(5):

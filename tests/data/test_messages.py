@@ -129,22 +129,22 @@ def test_what_a_tool_returned_is_refused_by_the_template_in_one_line(tokenizer: 
             make_prompt({"prompt": [GO, {"role": "tool", "content": content}]}, tokenizer, "x")
 
 
-def test_pictures_of_columns_stand_beside_data_of_a_tool() -> None:
-    row = {"prompt": [{"role": "tool", "content": [READING, "a"]}, GO], "picture": "a.png"}
-    prompt = RowsTask([row], num_validation=0, image_columns=["picture"]).train_row(0)["prompt"]
+def test_images_of_columns_stand_beside_data_of_a_tool() -> None:
+    row = {"prompt": [{"role": "tool", "content": [READING, "a"]}, GO], "image": "a.png"}
+    prompt = RowsTask([row], num_validation=0, image_columns=["image"]).train_row(0)["prompt"]
     image = {"type": "image", "image": "a.png"}
     assert prompt == [row["prompt"][0], {"role": "user", "content": [image, {"type": "text", "text": "go"}]}]
 
 
-def test_pictures_of_columns_go_into_a_conversation_with_a_message_without_content() -> None:
+def test_images_of_columns_go_into_a_conversation_with_a_message_without_content() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
-    row = {"prompt": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "ok"}], "picture": "a.png"}
-    prompt = RowsTask([row], num_validation=0, image_columns=["picture"]).train_row(0)["prompt"]
+    row = {"prompt": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "ok"}], "image": "a.png"}
+    prompt = RowsTask([row], num_validation=0, image_columns=["image"]).train_row(0)["prompt"]
     image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "ok"}
     assert prompt == [{"role": "user", "content": "q"}, call, {"role": "tool", "content": [image, text]}]
 
 
-def test_pictures_under_the_keys_of_transformers_are_those_of_the_part() -> None:
+def test_images_under_the_keys_of_transformers_are_those_of_the_part() -> None:
     given = [
         {"type": "image", "path": "a.png", "url": None, "image": None},
         {"type": "image", "url": "a.png"},
@@ -163,7 +163,7 @@ def test_pictures_under_the_keys_of_transformers_are_those_of_the_part() -> None
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_picture_within_a_part_of_text_is_not_lost(kind: str) -> None:
+def test_an_image_within_a_part_of_text_is_not_lost(kind: str) -> None:
     part = {"type": "text", "text": "look", kind: "a.png"}
     with pytest.raises(UserError) as error:
         checked_messages([{"role": "user", "content": [part]}], "row x")

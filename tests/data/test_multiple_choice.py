@@ -143,7 +143,7 @@ def test_the_same_question_with_the_same_choices_is_not_trained_on_when_held_out
         _ = MultipleChoice(same, num_validation=1).num_train_rows
 
 
-def test_questions_about_pictures_are_a_matter_of_settings(tmp_path):
+def test_questions_about_images_are_a_matter_of_settings(tmp_path):
     rows = [{"question": f"{n}?", "choices": ["a", "b"], "answer": n % 2, "photo": f"{n}.png"} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = composed(

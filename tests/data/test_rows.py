@@ -147,12 +147,12 @@ def test_a_column_may_be_blank_and_is_refused_where_a_reward_needs_it() -> None:
         ).train_row(0)
 
 
-def test_a_dataset_object_has_the_names_of_its_classes_and_its_pictures_as_bytes() -> None:
+def test_a_dataset_object_has_the_names_of_its_classes_and_its_images_as_bytes() -> None:
     features = datasets.Features(
         {"q": datasets.Value("string"), "c": datasets.ClassLabel(names=["neg", "pos"]), "i": datasets.Image()}
     )
-    pictures = [Image.new("RGB", (4, 4), (40 * n, 0, 0)) for n in (0, 0, 1, 2, 3, 4)]
-    rows = datasets.Dataset.from_dict({"q": ["same"] * 6, "c": [1, 0, -1, 1, 1, 1], "i": pictures}, features=features)
+    images = [Image.new("RGB", (4, 4), (40 * n, 0, 0)) for n in (0, 0, 1, 2, 3, 4)]
+    rows = datasets.Dataset.from_dict({"q": ["same"] * 6, "c": [1, 0, -1, 1, 1, 1], "i": images}, features=features)
     task = RowsTask(rows, num_validation=5, prompt_column="q", image_columns=["i"])
     assert {row["c"] for row in [*task.validation_rows(), task.train_row(0)]} <= {"pos", "neg", None}
     with pytest.raises(UserError, match="every row has a held-out prompt; nothing is left"):
@@ -289,13 +289,13 @@ class Opened:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"picture": self.make(index), "answer": str(index)}
+        return {"image": self.make(index), "answer": str(index)}
 
 
 def _palette(number: int) -> Image.Image:
-    picture = Image.new("P", (8, 8))
-    picture.putpalette([4 * number, 0, 0])
-    return picture
+    image = Image.new("P", (8, 8))
+    image.putpalette([4 * number, 0, 0])
+    return image
 
 
 def _array(number: int) -> np.ndarray:
@@ -306,30 +306,30 @@ def _array(number: int) -> np.ndarray:
 
 
 def _turned(number: int) -> Image.Image:
-    picture = Image.new("RGB", (8, 8))
-    picture.getexif()[0x0112] = number % 8 + 1
-    return picture
+    image = Image.new("RGB", (8, 8))
+    image.getexif()[0x0112] = number % 8 + 1
+    return image
 
 
 @pytest.mark.parametrize("make", [_colour, _palette, _array, lambda i: [_colour(i)]])
-def test_no_row_is_left_out_because_its_picture_lies_where_another_one_lay(make: Any) -> None:
+def test_no_row_is_left_out_because_its_image_lies_where_another_one_lay(make: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        task = RowsTask(Opened(make), num_validation=10, template="What colour?", image_columns=["picture"])
+        task = RowsTask(Opened(make), num_validation=10, template="What colour?", image_columns=["image"])
         assert task.num_train_rows == 50
 
 
 @pytest.mark.parametrize("make", [_colour, _palette, _array])
-def test_equal_pictures_and_arrays_are_equal_prompts(make: Any) -> None:
+def test_equal_images_and_arrays_are_equal_prompts(make: Any) -> None:
     rows = Opened(lambda i: make(i % 20))
-    task = RowsTask(rows, num_validation=10, template="What colour?", image_columns=["picture"])
+    task = RowsTask(rows, num_validation=10, template="What colour?", image_columns=["image"])
     held_out = {int(row["answer"]) % 20 for row in task.validation_rows()}
     with pytest.warns(UserWarning, match="training rows of rows are left out"):
         assert task.num_train_rows == 60 - 3 * len(held_out)
 
 
-def test_pictures_that_differ_in_the_rotation_a_camera_noted_are_other_prompts() -> None:
-    task = RowsTask(Opened(_turned, 8), num_validation=3, template="What?", image_columns=["picture"])
+def test_images_that_differ_in_the_rotation_a_camera_noted_are_other_prompts() -> None:
+    task = RowsTask(Opened(_turned, 8), num_validation=3, template="What?", image_columns=["image"])
     assert task.num_train_rows == 5
 
 
@@ -346,22 +346,20 @@ def test_pictures_that_differ_in_the_rotation_a_camera_noted_are_other_prompts()
     ids=["object", "file", "empty"],
 )
 def test_what_has_nothing_to_be_compared_by_is_refused(value: Any, message: str) -> None:
-    task = RowsTask(Opened(lambda i: value, 4), num_validation=1, template="What?", image_columns=["picture"])
+    task = RowsTask(Opened(lambda i: value, 4), num_validation=1, template="What?", image_columns=["image"])
     with pytest.raises(UserError) as caught:
         task.train_row(0)
-    assert str(caught.value).startswith(f"rows row {task._held_out[0]}, column 'picture': {message}")
+    assert str(caught.value).startswith(f"rows row {task._held_out[0]}, column 'image': {message}")
 
 
-def test_no_picture_is_decoded_to_be_compared_with_a_held_out_one_that_is_not_there(
+def test_no_image_is_decoded_to_be_compared_with_a_held_out_one_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Image.Image, "tobytes", lambda *_: pytest.fail("decoded"))
-    assert (
-        RowsTask(Opened(_colour, 4), num_validation=0, template="What?", image_columns=["picture"]).num_train_rows == 4
-    )
+    assert RowsTask(Opened(_colour, 4), num_validation=0, template="What?", image_columns=["image"]).num_train_rows == 4
 
 
-def test_pictures_in_the_messages_of_a_dataset_stay_bytes_and_are_compared_by_them(
+def test_images_in_the_messages_of_a_dataset_stay_bytes_and_are_compared_by_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -392,26 +390,26 @@ def test_pictures_in_the_messages_of_a_dataset_stay_bytes_and_are_compared_by_th
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert [int(task.train_row(i)["answer"]) for i in range(task.num_train_rows)] == left
-        picture = task.train_row(0)["prompt"][0]["content"][0]["image"]
-        assert type(picture["bytes"]) is bytes
-        assert load_image(picture, "row").getpixel((3, 3)) == (4 * (left[0] % 20), 0, 0)
+        image = task.train_row(0)["prompt"][0]["content"][0]["image"]
+        assert type(image["bytes"]) is bytes
+        assert load_image(image, "row").getpixel((3, 3)) == (4 * (left[0] % 20), 0, 0)
 
 
 @pytest.mark.parametrize(("value", "problem"), [(None, "null"), (" ", "blank"), (float("nan"), "NaN")])
 @pytest.mark.parametrize("num_validation", [0, 1])
-def test_a_picture_that_is_missing_names_its_setting_and_an_empty_list_is_none(
+def test_an_image_that_is_missing_names_its_setting_and_an_empty_list_is_none(
     value: Any, problem: str, num_validation: int
 ) -> None:
     rows = [{"prompt": f"q{i}", "image": value} for i in range(2)]
     with pytest.raises(UserError) as caught:
         RowsTask(rows, num_validation=num_validation, image_columns=["image"]).train_row(0)
     assert re.sub("row [01]", "row N", str(caught.value)) == (
-        f"rows row N: column 'image' is {problem} (data.task.image_columns); give a picture, an empty list where the "
+        f"rows row N: column 'image' is {problem} (data.task.image_columns); give an image, an empty list where the "
         "row has none, or leave the row out"
     )
 
 
-def test_an_empty_list_is_no_picture_and_a_column_that_is_missing_names_its_setting() -> None:
+def test_an_empty_list_is_no_image_and_a_column_that_is_missing_names_its_setting() -> None:
     task = RowsTask([{"prompt": "q", "image": []}], num_validation=0, image_columns=["image"])
     assert task.train_row(0)["prompt"] == [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
     for num_validation in (0, 1):
@@ -420,8 +418,8 @@ def test_an_empty_list_is_no_picture_and_a_column_that_is_missing_names_its_sett
             task.train_row(0)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """Eight pictures, each in two files."""
+def _images(folder: Path) -> list[Path]:
+    """Eight images, each in two files."""
     paths = []
     for kind in ("a", "b"):
         for number in range(8):
@@ -443,15 +441,15 @@ def _pictures(folder: Path) -> list[Path]:
         lambda path: {"bytes": path.read_bytes(), "path": path.name},
     ],
 )
-def test_a_held_out_picture_is_left_out_under_any_name(form: Any, tmp_path: Path) -> None:
-    rows = [{"image": form(path)} for path in _pictures(tmp_path)]
+def test_a_held_out_image_is_left_out_under_any_name(form: Any, tmp_path: Path) -> None:
+    rows = [{"image": form(path)} for path in _images(tmp_path)]
     task = RowsTask(rows, num_validation=4, template="What?", image_columns=["image"])
     with pytest.warns(UserWarning, match="4 training rows of rows are left out: their prompts are held out"):
         assert task.num_train_rows == 8
 
 
-def test_a_held_out_picture_of_a_message_or_a_folder_is_left_out_under_any_name(tmp_path: Path) -> None:
-    paths = _pictures(tmp_path)
+def test_a_held_out_image_of_a_message_or_a_folder_is_left_out_under_any_name(tmp_path: Path) -> None:
+    paths = _images(tmp_path)
     talks = [[{"role": "user", "content": [{"type": "image", "image": str(path)}]}] for path in paths]
     folder = RowsTask(str(tmp_path), num_validation=4, template="What?", image_columns=["image"])
     for task in (RowsTask([{"prompt": talk} for talk in talks], num_validation=4), folder):

@@ -42,7 +42,7 @@ def test_what_tools_do_is_told_alike_with_a_limit_and_without(limit, capfd):
     with pytest.raises(UserError) as caught:
         answers(dialogue, call("draw", '{"size": 2}'))
     assert str(caught.value) == (
-        "environment ToolDialogue.step: tool draw returned a picture, but the policy is shown text alone; return a "
+        "environment ToolDialogue.step: tool draw returned an image, but the policy is shown text alone; return a "
         "description (row t:3)"
     )
 

@@ -107,7 +107,7 @@ def test_all_open_dialogues_are_asked_for_together_and_draw_numbers_of_their_own
     assert {(p.uid, seed) for round in again for p, _, seed in round} == set(drawn)
 
 
-def test_a_reply_may_be_empty_and_tokens_after_a_picture_are_text(policy):
+def test_a_reply_may_be_empty_and_tokens_after_an_image_are_text(policy):
     class Quiet(Says):
         def step(self, text):
             self.turns.append(text)

@@ -59,7 +59,7 @@ def sort(numbers: list[int]) -> list[int]:
 
 
 def draw(size: int) -> list[Any]:
-    """Makes pictures.
+    """Makes images.
 
     Args:
         size: of their sides

@@ -23,9 +23,9 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import PromptBatch
 from tests.scripted import Settings, build_module, scripted_prompts, trainer, weights
-from tests.vision.models import picture_prompt
+from tests.vision.models import image_prompt
 
-ONE_RANK_SEES = "one rank without pictures"
+ONE_RANK_SEES = "one rank without images"
 
 
 def prompts(case: str):
@@ -42,8 +42,8 @@ def prompts(case: str):
                 reason = "length" if number < place - 1 else "stop"
                 group.sample["completions"][number] = replace(completion, finish_reason=reason)
     if case == ONE_RANK_SEES:
-        pictures = [picture_prompt(row.uid, 3, (4, 2 + 2 * n), 2, seed=n) for n, row in enumerate(rows[:2])]
-        seeing = [replace(p, sample=row.sample) for p, row in zip(pictures, rows, strict=False)]
+        images = [image_prompt(row.uid, 3, (4, 2 + 2 * n), 2, seed=n) for n, row in enumerate(rows[:2])]
+        seeing = [replace(p, sample=row.sample) for p, row in zip(images, rows, strict=False)]
         return [*seeing, *rows[2:]]
     return rows
 

@@ -66,9 +66,9 @@ IN_FLOAT32 = {
 OF_OTHER_MODELS = {
     "experts and sinks": ["--model", "gpt-oss"],
     "experts and sinks, LoRA": ["--model", "gpt-oss", "--lora"],
-    "one rank without pictures": ["--model", "vlm", "--case", "one rank without pictures", "--budget", "60"],
-    "one rank without pictures, LoRA":
-        ["--model", "vlm", "--case", "one rank without pictures", "--budget", "60", "--lora"],
+    "one rank without images": ["--model", "vlm", "--case", "one rank without images", "--budget", "60"],
+    "one rank without images, LoRA":
+        ["--model", "vlm", "--case", "one rank without images", "--budget", "60", "--lora"],
 }  # fmt: skip
 CASES = {
     **IN_FLOAT64,
@@ -165,8 +165,8 @@ def test_in_narrower_numbers_too(case, strategy, on_one, on_two):
 
 @BOTH
 @pytest.mark.parametrize("case", OF_OTHER_MODELS)
-def test_experts_and_pictures_too(case, strategy, on_one, on_two):
-    """Experts that no token of a rank chose have a gradient of zero there; a rank without a picture takes part in
+def test_experts_and_images_too(case, strategy, on_one, on_two):
+    """Experts that no token of a rank chose have a gradient of zero there; a rank without an image takes part in
     the update of the tower."""
     assert_same_update(on_one[case], on_two(strategy)[case], 1e-7, 1e-6)
 
@@ -175,7 +175,7 @@ def test_the_tower_of_a_vision_model_moves(on_one):
     from tests.vision.models import vision_policy
 
     tower = sum(p.numel() for p in vision_policy("qwen2_5_vl").base_model.model.visual.parameters())
-    case = "one rank without pictures"
+    case = "one rank without images"
     assert moved(on_one[case][0])[:tower].norm() > 1e-3
 
 

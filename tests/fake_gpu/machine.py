@@ -29,7 +29,7 @@ from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.load import LoraSettings, add_lora
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.policy.vision import packs_pictures
+from gspo_lightning.policy.vision import packs_images
 from gspo_lightning.rollout.cache import DecodeCache
 
 GPU = torch.device("cuda:0")
@@ -103,7 +103,7 @@ def _arrange(self: DecodeCache) -> None:
 def fake_policy(config: PreTrainedConfig, dtype: torch.dtype, lora: LoraSettings | None = None) -> Policy:
     """A policy of this architecture on the GPU, as `PolicyLoader.load` makes it; to be called within `fake_gpu`."""
     register()
-    vision = packs_pictures(config)
+    vision = packs_images(config)
     kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(config, attn_implementation=attention_implementation("auto", vision), dtype=dtype)

@@ -26,7 +26,7 @@ _TEXT: dict[str, Any] = {
 _ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 _IDS = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6}
 _TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-_OF_PICTURES = {**_TEXT, "rope_parameters": _ROPE}
+_OF_IMAGES = {**_TEXT, "rope_parameters": _ROPE}
 
 GRAPHED: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_TEXT),
@@ -34,14 +34,14 @@ GRAPHED: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_TEXT, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_TEXT),
     "qwen2_vl": Qwen2VLConfig(
-        text_config=_OF_PICTURES, **_IDS,
+        text_config=_OF_IMAGES, **_IDS,
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
     ),
     "qwen2_5_vl": Qwen2_5_VLConfig(
-        text_config=_OF_PICTURES, vision_config={**_TOWER, "fullatt_block_indexes": [1]}, **_IDS
+        text_config=_OF_IMAGES, vision_config={**_TOWER, "fullatt_block_indexes": [1]}, **_IDS
     ),
     "qwen3_vl": Qwen3VLConfig(
-        text_config=_OF_PICTURES, vision_config={**_TOWER, "deepstack_visual_indexes": [0, 1]}, **_IDS
+        text_config=_OF_IMAGES, vision_config={**_TOWER, "deepstack_visual_indexes": [0, 1]}, **_IDS
     ),
 }  # fmt: skip
 """Those whose decoding step is a CUDA graph."""

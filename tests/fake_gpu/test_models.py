@@ -64,14 +64,14 @@ def test_an_update_of_models_with_flash_attention(name, kind):
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_an_update_on_a_row_with_pictures(family, monkeypatch):
+def test_an_update_on_a_row_with_images(family, monkeypatch):
     """Behind the tower, whose features are made up here: it reads numbers back, once per prompt."""
     _, kind, tower = vision.FAMILIES[family]
     text = {**vision._TEXT, "rope_parameters": vision._ROPE}
     policy = fake_policy(kind(text_config=text, vision_config=tower, **vision._IDS), FP32)
     policy.base_model.model.visual.requires_grad_(False)
     with unset_fake_temporarily():
-        prompts = [vision.picture_prompt("a", 3, (4, 6), 2), vision.picture_prompt("b", 2, (2, 2), 1, (4, 4), 3)]
+        prompts = [vision.image_prompt("a", 3, (4, 6), 2), vision.image_prompt("b", 2, (2, 2), 1, (4, 4), 3)]
         # Places and numbers of placeholders are known on the CPU.
         positions = {id(prompt): policy.vision.prompt_positions(prompt) for prompt in prompts}
         counts = {

@@ -16,7 +16,7 @@ from gspo_lightning.rollout import TransformersEngine, decoder
 from gspo_lightning.rollout.steps import GraphSteps, Steps, steps_of
 from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, make_prompt, micro_policy, padded_logprobs, random_groups, relative_distance
-from tests.vision.models import padded_vision_logprobs, picture_prompt, vision_policy
+from tests.vision.models import image_prompt, padded_vision_logprobs, vision_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -92,13 +92,13 @@ def test_log_probabilities_from_bfloat16_products_are_those_of_float32():
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_pictures_packed_equal_padded(family, monkeypatch):
+def test_images_packed_equal_padded(family, monkeypatch):
     # A tower begins with a convolution, and cuDNN's are in TensorFloat-32 unless told otherwise: 1e-4 by itself.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     policy = vision_policy(family, torch.float32).to(CUDA)
     prompts = [
-        picture_prompt("a", 3, (4, 6), 2, dtype=torch.float32),
-        picture_prompt("b", 2, (2, 2), 1, (4, 4), 3, dtype=torch.float32, seed=1),
+        image_prompt("a", 3, (4, 6), 2, dtype=torch.float32),
+        image_prompt("b", 2, (2, 2), 1, (4, 4), 3, dtype=torch.float32, seed=1),
     ]
     completions = [list(group) for _, group in random_groups([(1, [3, 5]), (1, [4, 1])], 90)]
     rows = [(prompt.input_ids, group) for prompt, group in zip(prompts, completions, strict=True)]

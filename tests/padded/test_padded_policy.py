@@ -72,7 +72,7 @@ def llava_dir(tmp_path_factory, smollm2_dir):
 
 @pytest.fixture(scope="module")
 def llava(llava_dir):
-    with pytest.warns(UserWarning, match="llava reads pictures in a way that packing does not know; falling back to"):
+    with pytest.warns(UserWarning, match="llava reads images in a way that packing does not know; falling back to"):
         return PolicyLoader(str(llava_dir), dtype="float64").load()
 
 
@@ -94,7 +94,7 @@ def prompts_of(policy):
 
 
 def one_by_one(model, groups):
-    """No padding, no batch: every sequence alone. Behind a picture no placeholder can follow."""
+    """No padding, no batch: every sequence alone. Behind an image no placeholder can follow."""
     rows = []
     for prompt, completions in groups:
         for completion in completions:
@@ -127,7 +127,7 @@ def test_log_probabilities_and_gradients_are_those_of_every_sequence_alone(llava
     assert entropy.min() > 0
 
 
-def test_pictures_matter_and_no_part_of_the_tower_trains(llava, llava_dir):
+def test_images_matter_and_no_part_of_the_tower_trains(llava, llava_dir):
     one, _, _ = prompts_of(llava)
     other = encoded(llava, "one", "what?", Image.linear_gradient("L").resize((30, 30)).convert("RGB"))
     completion = torch.tensor([30, 40, 50])
@@ -161,7 +161,7 @@ def test_what_was_sampled_has_the_log_probability_the_policy_gives_it(llava, pen
         torch.testing.assert_close(llava(packed, 0.7)[0].float().detach(), sampled, atol=2e-5, rtol=0)
 
 
-def test_behind_a_picture_a_placeholder_is_neither_sampled_nor_counted_and_elsewhere_is_a_token(llava, monkeypatch):
+def test_behind_an_image_a_placeholder_is_neither_sampled_nor_counted_and_elsewhere_is_a_token(llava, monkeypatch):
     """The model's forward would put features in the place of one that was sampled."""
     head = llava.base_model.lm_head.forward
     liking = torch.zeros(llava.base_model.lm_head.out_features, dtype=torch.float64).index_fill(
@@ -219,7 +219,7 @@ def test_features_that_do_not_fit_the_placeholders_stop_the_run_with_the_row(lla
         llava(pack([(cut.input_ids, [torch.tensor([5, 6])])], torch.device("cpu"), [cut]))
 
 
-def test_limits_on_pixels_are_refused_where_all_pictures_become_one_size(llava):
+def test_limits_on_pixels_are_refused_where_all_images_become_one_size(llava):
     message = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (9, 9))}]}]
     with pytest.raises(UserError, match=r"max_pixels have no effect: CLIPImageProcessor.* does not count pixels"):
         encode_conversation(message, llava.processor, VisionSettings(max_pixels=900), {}, "row x")
@@ -265,7 +265,7 @@ def test_a_head_that_scales_its_logits_runs_padded_and_exact(micro_model_dir):
     assert relative_distance(logprobs, one_by_one(policy.base_model, [(make_prompt(p), c) for p, c in groups])) < 1e-6
 
 
-def test_train_py_trains_it_on_rows_with_and_without_pictures(llava_dir, tmp_path):
+def test_train_py_trains_it_on_rows_with_and_without_images(llava_dir, tmp_path):
     rows = []
     for number in range(10):
         Image.new("RGB", (30 + number, 40), (25 * number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -280,5 +280,5 @@ def test_train_py_trains_it_on_rows_with_and_without_pictures(llava_dir, tmp_pat
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "llava reads pictures in a way that packing does not know" in done.stderr
+    assert "llava reads images in a way that packing does not know" in done.stderr
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model").config.model_type == "llava"

@@ -29,12 +29,12 @@ def test_the_product_is_the_convolution_with_its_derivatives(bias):
         assert relative_distance(found, derivative) < 1e-14
 
 
-def test_a_whole_picture_is_still_convolved():
+def test_a_whole_image_is_still_convolved():
     layer = nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4)).double()
-    picture = torch.randn(1, 3, 2, 8, 12, dtype=torch.float64)
-    expected = layer(picture)
+    image = torch.randn(1, 3, 2, 8, 12, dtype=torch.float64)
+    expected = layer(image)
     multiply_patches(layer)
-    assert torch.equal(layer(picture), expected)
+    assert torch.equal(layer(image), expected)
 
 
 @pytest.mark.parametrize("remake", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

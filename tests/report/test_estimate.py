@@ -235,7 +235,7 @@ def test_the_quickstart_needs_what_was_estimated_within_15_percent(tmp_path):
     assert abs(estimated / measured - 1) < 0.15
 
 
-def test_a_model_that_reads_pictures_and_one_of_experts_are_estimated_too(smollm2_dir, tmp_path):
+def test_a_model_that_reads_images_and_one_of_experts_are_estimated_too(smollm2_dir, tmp_path):
     from gspo_lightning.policy.tiny_vlm import SPECIAL_IDS
     from tests.vision.models import small_config
 

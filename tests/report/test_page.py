@@ -125,7 +125,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
     assert tags[3] == ("meta", {"http-equiv": "Content-Security-Policy", "content": policy})  # before anything loads
 
 
-def test_a_picture_is_within_the_page_or_not_on_it(tmp_path):
+def test_an_image_is_within_the_page_or_not_on_it(tmp_path):
     write_run(tmp_path)
     inside = "data:image/png;base64,AAAA"
     images = ["http://127.0.0.1:9/x.png", "//host/x.png", "x.png", "javascript:alert(1)", "data:text/html,x", inside, 7]

@@ -142,16 +142,16 @@ def test_what_vllm_samples_alike_is_not(changes, tmp_path, monkeypatch):
         engine.generate(SimpleNamespace(is_padded=False), PROMPTS, replace(SAMPLING, **changes), seed=0)
 
 
-def test_pictures_on_the_padded_path_are_refused_and_text_is_not(micro_model_dir, tmp_path, monkeypatch):
+def test_images_on_the_padded_path_are_refused_and_text_is_not(micro_model_dir, tmp_path, monkeypatch):
     policy, engine = micro_policy(micro_model_dir, torch.float32), vllm_in_process(tmp_path, monkeypatch)
     monkeypatch.setattr(engine, "_wake", lambda policy: (_ for _ in ()).throw(LookupError("next step")))
-    picture = replace(PROMPTS[0], uid="t:1", mm_inputs={"pixel_values": torch.zeros(1)})
-    for is_padded, prompts in ((False, [picture]), (True, PROMPTS)):
+    image = replace(PROMPTS[0], uid="t:1", mm_inputs={"pixel_values": torch.zeros(1)})
+    for is_padded, prompts in ((False, [image]), (True, PROMPTS)):
         policy.is_padded = is_padded
         with pytest.raises(LookupError, match="next step"):
             engine.generate(policy, prompts, SAMPLING, seed=0)
     with pytest.raises(UserError) as error:
-        engine.generate(policy, [*PROMPTS, picture], SAMPLING, seed=0)
+        engine.generate(policy, [*PROMPTS, image], SAMPLING, seed=0)
     assert str(error.value) == (
         "row t:1 has images, which rollout=vllm does not accept for llama: it runs through the padded path; "
         "use rollout=transformers"

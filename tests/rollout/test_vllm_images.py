@@ -1,4 +1,4 @@
-"""vLLM in process on pictures: what the trainer sees, on policy, and proven with its vision half."""
+"""vLLM in process on images: what the trainer sees, on policy, and proven with its vision half."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def prompt_of(processor, uid, *parts, limits=None):
     return Prompt(uid, messages, ids, {}, media)
 
 
-def pictures():
+def images():
     gradient = Image.linear_gradient("L").convert("RGB")
     return gradient, gradient.rotate(90).resize((200, 90)), Image.new("RGB", (60, 60), (250, 10, 10))
 
 
-def test_a_prompt_goes_out_with_one_placeholder_for_each_picture(smollm2_dir, tmp_path):
+def test_a_prompt_goes_out_with_one_placeholder_for_each_image(smollm2_dir, tmp_path):
     processor = build_processor(smollm2_dir, tmp_path)
-    first, second, _ = pictures()
+    first, second, _ = images()
     prompt = prompt_of(processor, "two", "a", first, second, "b", limits=VisionSettings(max_pixels=20_000))
     image = SPECIAL_IDS["<|image_pad|>"]
     runs = (prompt.mm_inputs["image_grid_thw"].prod(dim=1) // 4).tolist()
@@ -72,7 +72,7 @@ def engine(model_dir):
 
 
 def prompts_of(policy):
-    first, second, third = pictures()
+    first, second, third = images()
     text = policy.tokenizer("only text", return_tensors="pt")["input_ids"][0]
     return [
         prompt_of(policy.processor, "two", "a", first, second, "b"),
@@ -93,7 +93,7 @@ def mismatch(policy, engine, seed):
 
 
 @pytest.mark.vllm
-def test_it_samples_on_policy_from_pictures_before_and_after_the_vision_half_changes(model_dir, engine):
+def test_it_samples_on_policy_from_images_before_and_after_the_vision_half_changes(model_dir, engine):
     policy = PolicyLoader(str(model_dir), train_vision=True).load()
     difference, before = mismatch(policy, engine, 1)
     assert difference < 1e-4
@@ -122,7 +122,7 @@ def test_a_vision_weight_that_did_not_arrive_stops_the_run(model_dir, engine, mo
 @pytest.mark.vllm
 def test_limits_of_the_data_that_the_engine_was_not_told_are_refused_with_the_row(model_dir, engine):
     policy = PolicyLoader(str(model_dir)).load()
-    large = prompt_of(policy.processor, "large", pictures()[0], "?", limits=VisionSettings(max_pixels=14_112))
+    large = prompt_of(policy.processor, "large", images()[0], "?", limits=VisionSettings(max_pixels=14_112))
     with pytest.raises(UserError, match="row large: vLLM makes .* tokens of the prompt .*min_pixels and max_pixels"):
         engine.generate(policy, [large], SAMPLING, 1)
 
@@ -131,7 +131,7 @@ def test_limits_of_the_data_that_the_engine_was_not_told_are_refused_with_the_ro
 def test_limits_of_the_data_hold_in_the_engine_too(model_dir):
     policy = PolicyLoader(str(model_dir)).load()
     limits = VisionSettings(max_pixels=14_112)
-    large = prompt_of(policy.processor, "large", pictures()[0], "?", limits=limits)
+    large = prompt_of(policy.processor, "large", images()[0], "?", limits=limits)
     assert (large.mm_inputs["image_grid_thw"].prod() * 14 * 14).item() > 84 * 84
     engine = VLLMEngine(str(model_dir), 100, 8, dtype="float32", kv_cache_gb=0.1, max_num_seqs=8, max_pixels=14_112)
     try:

@@ -1,4 +1,4 @@
-"""Tiny random vision-language models and prompts with pictures for them; the padded forward as the other way."""
+"""Tiny random vision-language models and prompts with images for them; the padded forward as the other way."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_visi
     return Policy(model.train(), NoTokenizer(), has_adapter=False, has_vision=True)  # type: ignore[arg-type]
 
 
-def picture_prompt(uid: str, *parts: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Prompt:
-    """``parts``: an int for so many tokens of text, ``(h, w)`` for a picture of that grid, ``(t, h, w)`` for a video."""
+def image_prompt(uid: str, *parts: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Prompt:
+    """``parts``: an int for so many tokens of text, ``(h, w)`` for an image of that grid, ``(t, h, w)`` for a video."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[Tensor] = []
     types: list[Tensor] = []
@@ -129,7 +129,7 @@ def picture_prompt(uid: str, *parts: Any, dtype: torch.dtype = torch.float64, se
 
 
 def padded_vision_logprobs(policy: Policy, groups: list[tuple[Prompt, list[Tensor]]]) -> Tensor:
-    """The textbook way: each completion its own padded row with all pictures of its prompt, the model's own forward."""
+    """The textbook way: each completion its own padded row with all images of its prompt, the model's own forward."""
     rows = [(prompt, completion) for prompt, completions in groups for completion in completions]
     width = max(len(p.input_ids) + len(c) for p, c in rows)
     ids, mask, types = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))

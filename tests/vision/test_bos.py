@@ -1,4 +1,4 @@
-"""A prompt with a picture begins as transformers' own processor begins it: with one BOS, whoever writes it."""
+"""A prompt with an image begins as transformers' own processor begins it: with one BOS, whoever writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlavaProcessor
 
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 
-PICTURE = "<file_sep>"
+IMAGE = "<file_sep>"
 TEMPLATE = (
     "{% for m in messages %}{% for p in m.content %}"
     "{% if p.type == 'image' %}<file_sep>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
@@ -31,14 +31,14 @@ def processor(smollm2_dir: Path) -> Any:
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", image_token=PICTURE,
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", image_token=IMAGE,
         num_additional_image_tokens=1,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}" + TEMPLATE, TEMPLATE], ids=["template", "tokenizer"])
 @pytest.mark.parametrize("settings", [VisionSettings(), VisionSettings(max_pixels=10_000)], ids=["own", "limited"])
-def test_a_prompt_with_a_picture_has_one_bos(processor: Any, template: str, settings: VisionSettings) -> None:
+def test_a_prompt_with_an_image_has_one_bos(processor: Any, template: str, settings: VisionSettings) -> None:
     processor.chat_template = template
     if settings.is_set:
         processor.image_processor.size = {"shortest_edge": 28, "longest_edge": 28}
@@ -47,7 +47,7 @@ def test_a_prompt_with_a_picture_has_one_bos(processor: Any, template: str, sett
     messages = [{"role": "user", "content": parts}]
     ids, _ = encode_conversation(messages, processor, settings, {}, "row x")
     # 28 by 28 pixels are 2 by 2 patches of 14.
-    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["<|endoftext|>", *[PICTURE] * 4, "hi"]
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["<|endoftext|>", *[IMAGE] * 4, "hi"]
     if not settings.is_set:
         theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         assert [ids.tolist()] == theirs

@@ -1,4 +1,4 @@
-"""A packed row with pictures gives the log-probabilities and gradients of ordinary padded rows."""
+"""A packed row with images gives the log-probabilities and gradients of ordinary padded rows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, relative_distance
-from tests.vision.models import FAMILIES, IMAGE, padded_vision_logprobs, picture_prompt, vision_policy
+from tests.vision.models import FAMILIES, IMAGE, image_prompt, padded_vision_logprobs, vision_policy
 
 CPU = torch.device("cpu")
 
 
 def prompts():
     return [
-        picture_prompt("one picture", 4, (4, 6), 3, seed=1),
-        picture_prompt("text only", 7, seed=2),
-        picture_prompt("two pictures of different sizes", 2, (2, 4), 1, (6, 4), 5, seed=3),
+        image_prompt("one image", 4, (4, 6), 3, seed=1),
+        image_prompt("text only", 7, seed=2),
+        image_prompt("two images of different sizes", 2, (2, 4), 1, (6, 4), 5, seed=3),
     ]
 
 
 def video_prompts(family):
     frames = 1 if family == "qwen3_vl" else 2  # Qwen3-VL writes a time stamp before every frame
-    return [picture_prompt("video, then picture", 2, (frames, 4, 4), 3, (4, 2), 2, seed=4), *prompts()[:2]]
+    return [image_prompt("video, then image", 2, (frames, 4, 4), 3, (4, 2), 2, seed=4), *prompts()[:2]]
 
 
 def groups_of(prompts, lengths=((5, 1, 8), (3, 6), (2, 7, 4))):
@@ -43,7 +43,7 @@ def packed_row(groups):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "make", [lambda family: prompts(), video_prompts], ids=["pictures and text", "video, pictures and text"]
+    "make", [lambda family: prompts(), video_prompts], ids=["images and text", "video, images and text"]
 )
 def test_packed_equals_padded_in_log_probabilities_and_in_language_and_vision_gradients(family, make):
     policy = vision_policy(family)
@@ -139,7 +139,7 @@ def test_a_tower_that_trains_runs_once_per_pass():
     assert len(calls) == 2
 
 
-def test_a_row_without_pictures_gives_a_tower_that_trains_a_zero_gradient():
+def test_a_row_without_images_gives_a_tower_that_trains_a_zero_gradient():
     policy = vision_policy("qwen2_5_vl")
     groups = groups_of([prompts()[1]], [(3, 4)])
     policy(packed_row(groups))[0].sum().backward()

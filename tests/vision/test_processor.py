@@ -1,4 +1,4 @@
-"""What an export on a machine without torchvision says of pictures and videos is what the model came with."""
+"""What an export on a machine without torchvision says of images and videos is what the model came with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(smollm2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def exported(folder: Path, to: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of pictures and those of videos, after reading and saving."""
+    """The settings of images and those of videos, after reading and saving."""
     processor.load_processor(str(folder)).save_pretrained(to)
     return tuple(
         json.loads((to / name).read_text()) for name in ("processor_config.json", "video_preprocessor_config.json")
@@ -52,7 +52,7 @@ def test_settings_of_videos_within_those_of_the_processor_are_written_back(folde
     assert exported(folder, tmp_path / "out")[1] == VIDEOS
 
 
-def test_where_pictures_and_videos_share_a_file_it_is_that_of_both(folder: Path, tmp_path: Path) -> None:
+def test_where_images_and_videos_share_a_file_it_is_that_of_both(folder: Path, tmp_path: Path) -> None:
     """As in the folders of the first Qwen2-VL."""
     (folder / "video_preprocessor_config.json").unlink()
     shared = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12_845_056}
@@ -60,12 +60,12 @@ def test_where_pictures_and_videos_share_a_file_it_is_that_of_both(folder: Path,
     assert exported(folder, tmp_path / "out")[1] == {"video_processor_type": "Qwen2VLVideoProcessor", **shared}
 
 
-def test_where_there_are_none_they_are_those_of_pictures(folder: Path, tmp_path: Path) -> None:
+def test_where_there_are_none_they_are_those_of_images(folder: Path, tmp_path: Path) -> None:
     (folder / "video_preprocessor_config.json").unlink()
-    pictures, videos = exported(folder, tmp_path / "out")
+    images, videos = exported(folder, tmp_path / "out")
     assert videos.pop("video_processor_type") == "Qwen2VLVideoProcessor"
     assert (videos["patch_size"], videos["merge_size"]) == (14, 2)
-    assert videos.items() <= pictures["image_processor"].items()
+    assert videos.items() <= images["image_processor"].items()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_export_names_the_class_of_the_model(folder: Path, tmp_path: Path, mo
     assert exported(folder, tmp_path / "out")[0]["processor_class"] == name
 
 
-def test_a_chat_template_that_the_processor_alone_has_serves_rows_without_pictures(folder: Path) -> None:
+def test_a_chat_template_that_the_processor_alone_has_serves_rows_without_images(folder: Path) -> None:
     """As in a folder of LLaVA-NeXT."""
     (folder / "model.safetensors").touch()
     (folder / "chat_template.jinja").unlink()

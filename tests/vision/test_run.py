@@ -1,4 +1,4 @@
-"""`python train.py` on pictures: the whole way from rows with image columns to a report that shows them."""
+"""`python train.py` on images: the whole way from rows with image columns to a report that shows them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def model_dir(tmp_path_factory, smollm2_dir):
 
 @pytest.fixture
 def rows(tmp_path):
-    """Rows with one picture, two pictures and none (a file of its own has one picture missing)."""
+    """Rows with one image, two images and none (a file of its own has one image missing)."""
     lines = []
     for number in range(8):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (30 + 10 * number, 40), (30 * number, 0, 0)).save(path)
-        pictures = [str(path)] if number % 3 else [str(path), str(path)]
-        content = [{"type": "image", "image": picture} for picture in pictures] if number != 4 else []
+        images = [str(path)] if number % 3 else [str(path), str(path)]
+        content = [{"type": "image", "image": image} for image in images] if number != 4 else []
         content.append({"type": "text", "text": f"colour {number}?"})
         lines.append({"prompt": [{"role": "user", "content": content}], "letter": "e"})
     file = tmp_path / "rows.jsonl"
@@ -62,7 +62,7 @@ def arguments(model_dir, rows, folder):
 
 
 @pytest.mark.parametrize("train_vision", [False, True])
-def test_a_run_on_rows_with_one_two_and_no_pictures_reports_and_exports(model_dir, rows, tmp_path, train_vision):
+def test_a_run_on_rows_with_one_two_and_no_images_reports_and_exports(model_dir, rows, tmp_path, train_vision):
     out = tmp_path / "out"
     limits = ["data.max_pixels=2352"] if train_vision else []
     done = run(*arguments(model_dir, rows, out), f"model.train_vision={train_vision}", *limits)
@@ -77,13 +77,13 @@ def test_a_run_on_rows_with_one_two_and_no_pictures_reports_and_exports(model_di
     changed = {name for name, value in exported.items() if not torch.equal(value, start[name])}
     assert any("language_model" in name for name in changed)
     assert any("visual" in name for name in changed) == train_vision
-    # Others see pictures as training did: of at most max_pixels, and then at least one merged patch.
+    # Others see images as training did: of at most max_pixels, and then at least one merged patch.
     processor = json.loads((out / "model" / "processor_config.json").read_text())["image_processor"]
     least, most = (28 * 28, 2352) if train_vision else (7056, 7056)
     assert processor["size"] == {"shortest_edge": least, "longest_edge": most}
 
 
-def test_a_missing_picture_stops_the_run_before_the_model_and_names_the_row(model_dir, rows, tmp_path):
+def test_a_missing_image_stops_the_run_before_the_model_and_names_the_row(model_dir, rows, tmp_path):
     (tmp_path / "5.png").unlink()
     done = run(*arguments(model_dir, rows, tmp_path / "out"))
     assert done.returncode == 2, done.stderr
@@ -101,7 +101,7 @@ def test_the_recipes_stop_without_a_gpu_in_one_line_that_names_the_offline_varia
 
 
 def test_a_policy_split_over_two_ranks_samples_and_learns_what_a_whole_one_does(model_dir, rows, tmp_path):
-    """One rank's prompts have two pictures where the other's have one, or none."""
+    """One rank's prompts have two images where the other's have one, or none."""
     one, two = tmp_path / "one", tmp_path / "two"
     wide = ["model.dtype=float64", "validation.every_n_rollouts=null"]
     for folder, more in ((one, []), (two, ["trainer=fsdp", "trainer.accelerator=cpu"])):

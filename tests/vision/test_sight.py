@@ -1,4 +1,4 @@
-"""The targets of the tiny tower's warm-up, on pictures whose edges are known."""
+"""The targets of the tiny tower's warm-up, on images whose edges are known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from gspo_lightning.policy.tiny_vlm_sight import DIRECTIONS, edge_histograms
 
 
-def picture(box):
+def with_rectangle(box):
     image = Image.new("RGB", (84, 84), (200, 200, 200))
     ImageDraw.Draw(image).rectangle(box, fill=(200, 200, 0))
     return image
@@ -18,7 +18,7 @@ def picture(box):
 
 def test_edges_are_counted_by_direction_and_field():
     """A rectangle inside the first of 3 x 3 fields: columns 7 to 20 and rows 8 to 19, dark in the blue channel."""
-    counts = edge_histograms([picture((7, 8, 20, 19))])[0].expm1().round()
+    counts = edge_histograms([with_rectangle((7, 8, 20, 19))])[0].expm1().round()
     assert counts[1:].sum() == 0, "an edge outside the field of the rectangle"
     found = {direction: int(counts[0, direction]) for direction in counts[0].nonzero().flatten().tolist()}
 
@@ -33,13 +33,15 @@ def test_edges_are_counted_by_direction_and_field():
     assert sum(found.values()) - sum(straight.values()) == 4
 
 
-def test_a_plain_picture_has_no_edges():
+def test_a_plain_image_has_no_edges():
     assert edge_histograms([Image.new("RGB", (84, 84), (9, 99, 199))]).abs().max() == 0
-    assert edge_histograms([picture((0, 0, 83, 83)), picture((60, 60, 70, 70))]).shape == torch.Size([2, 9, DIRECTIONS])
+    assert edge_histograms([with_rectangle((0, 0, 83, 83)), with_rectangle((60, 60, 70, 70))]).shape == torch.Size(
+        [2, 9, DIRECTIONS]
+    )
 
 
 class Package:
-    """Four pictures; the odd ones are for reinforcement learning, and so are the odd test pictures."""
+    """Four images; the odd ones are for reinforcement learning, and so are the odd test images."""
 
     def get_train_questions(self):
         return ["shape?"] * 4 + ["colour?"], ["circle", "circle", "triangle", "circle", "red"], [1, 3, 1, 5, 3]

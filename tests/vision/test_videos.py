@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from gspo_lightning.data.videos import Video, load_video
-from gspo_lightning.data.vision import VisionSettings, _limited, encode_conversation, picture_of
+from gspo_lightning.data.vision import VisionSettings, _limited, encode_conversation, image_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.processor import ImageTextProcessor
@@ -85,9 +85,9 @@ def test_a_file_is_read_at_the_rate_that_the_row_asks_for(tmp_path):
 
 def test_a_page_shows_the_first_frame_of_a_video():
     shown = frames()
-    assert picture_of({"type": "video", "video": shown}) is shown[0]
-    assert picture_of({"type": "image", "image": shown[1]}) is shown[1]
-    assert picture_of({"type": "video", "video": "a.mp4"}) is None
+    assert image_of({"type": "video", "video": shown}) is shown[0]
+    assert image_of({"type": "image", "image": shown[1]}) is shown[1]
+    assert image_of({"type": "video", "video": "a.mp4"}) is None
 
 
 # ---------------------------------------------------------------- with a video processor
@@ -123,7 +123,7 @@ def encode(processor, *parts, settings=None):
 
 
 @pytest.mark.vllm
-def test_a_video_beside_a_picture_packs_to_what_the_padded_model_computes(with_video):
+def test_a_video_beside_an_image_packs_to_what_the_padded_model_computes(with_video):
     family, processor = with_video
     ids, media = encode(
         processor, "a", {"type": "video", "video": frames(6), "fps": 1.0}, "b", {"type": "image", "image": frames()[2]}

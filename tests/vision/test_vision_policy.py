@@ -21,7 +21,7 @@ from gspo_lightning.policy.processor import ImageTextProcessor, load_processor
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.policy.tiny_vlm import build_processor
 from tests.support import relative_distance
-from tests.vision.models import FAMILIES, padded_vision_logprobs, picture_prompt, vision_policy
+from tests.vision.models import FAMILIES, image_prompt, padded_vision_logprobs, vision_policy
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory, smollm2_dir):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_use_check_passes_with_a_picture(family):
+def test_the_first_use_check_passes_with_an_image(family):
     policy = vision_policy(family, torch.float64)
     assert check_packing(policy) < 1e-6
     assert policy.vision.calls > 0
@@ -42,7 +42,7 @@ def test_the_first_use_check_passes_with_a_picture(family):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_first_use_check_refuses_positions_that_ignore_pictures(family, dtype, monkeypatch):
+def test_the_first_use_check_refuses_positions_that_ignore_images(family, dtype, monkeypatch):
     policy = vision_policy(family, dtype)
     check_packing(policy)
     one_axis = lambda self, layout, prompts: layout.positions.expand(4, 1, -1)  # noqa: E731
@@ -105,7 +105,7 @@ def test_a_frozen_reference_shares_the_features_of_the_policy(folder):
     loader = PolicyLoader(str(folder))
     policy = loader.load()
     reference = loader.load_reference(policy)
-    prompt = picture_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
+    prompt = image_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
     row = pack([(prompt.input_ids, [torch.tensor([5, 6, 7])])], policy.device, [prompt])
     with torch.no_grad():
         assert torch.equal(policy(row)[0], reference(row)[0])
@@ -116,7 +116,7 @@ def test_a_reference_of_a_tower_that_trains_has_features_of_its_own(folder):
     loader = PolicyLoader(str(folder), train_vision=True)
     policy = loader.load()
     reference = loader.load_reference(policy)
-    prompt = picture_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
+    prompt = image_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
     row = pack([(prompt.input_ids, [torch.tensor([5, 6, 7])])], policy.device, [prompt])
     policy.base_model.model.visual.patch_embed.proj.weight.data.mul_(2)
     assert not torch.allclose(policy(row)[0], reference(row)[0])
@@ -125,7 +125,7 @@ def test_a_reference_of_a_tower_that_trains_has_features_of_its_own(folder):
 def test_an_export_loads_in_plain_transformers_and_computes_the_same(folder, tmp_path):
     policy = PolicyLoader(str(folder)).load()
     export_policy(policy, tmp_path, merge_lora=False)
-    prompt = picture_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
+    prompt = image_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
     completion = torch.tensor([5, 6, 7])
     row = pack([(prompt.input_ids, [completion])], policy.device, [prompt])
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -147,7 +147,7 @@ def test_a_merged_export_of_adapters_on_language_and_tower_computes_the_same_in_
                 parameter.normal_(std=0.3)
     export_policy(policy, tmp_path, merge_lora=False)
     export_policy(policy, tmp_path, merge_lora=True)  # an adapter left beside it would be added once more
-    prompt = picture_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
+    prompt = image_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
     completion = torch.tensor([5, 6, 7])
     row = pack([(prompt.input_ids, [completion])], policy.device, [prompt])
     plain = PolicyLoader(str(folder)).load()

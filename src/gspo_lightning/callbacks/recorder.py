@@ -26,7 +26,7 @@ from gspo_lightning.types import ScoredRollout
 
 BEFORE, AFTER, SUMMARY = "validation_before.json", "validation_after.json", "summary.json"
 
-# The picture itself: base64, possibly with its signs written as %3B and %2C. A completion may begin with "data:" too.
+# The image itself: base64, possibly with its signs written as %3B and %2C. A completion may begin with "data:" too.
 _ADDRESS = re.compile(r"(data:[\w.+/-]{0,80})[^,\s]{0,80}(?:;|%3b)base64(?:,|%2c)", re.IGNORECASE)
 
 
@@ -272,7 +272,7 @@ def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -
 def to_json(content: Any, indent: int | None = None) -> str:
     """Strict JSON: non-finite numbers become null, and objects that JSON cannot hold (an image) become their type.
 
-    In a single line, of which a run writes one per completion, long pictures in base64 (``data:`` addresses) become
+    In a single line, of which a run writes one per completion, long images in base64 (``data:`` addresses) become
     their kind and length; with ``indent`` they stay, for the thumbnails of the report.
     """
     return json.dumps(_plain(content, indent is None), ensure_ascii=False, indent=indent, allow_nan=False)

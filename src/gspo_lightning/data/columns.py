@@ -23,7 +23,7 @@ Needed = Mapping[str, str | Mapping[str, str]]
 
 
 def template_columns(template: str, constant: bool = False) -> list[str]:
-    """The columns a format string reads; ``constant``: it may read none, because the rows differ in their pictures.
+    """The columns a format string reads; ``constant``: it may read none, because the rows differ in their images.
 
     Raises:
         UserError: it is malformed, has no field, or has a field without a name.
@@ -85,7 +85,7 @@ def parts_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_filled(part: Mapping[str, Any]) -> bool:
-    """Whether an image or video part has a picture or video of its own."""
+    """Whether an image or video part has an image or video of its own."""
     return part.get(part["type"]) is not None
 
 
@@ -109,7 +109,7 @@ def _content(content: Any) -> Any:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """The part with its picture or video under the key of its type; transformers' own messages have other keys too."""
+    """The part with its image or video under the key of its type; transformers' own messages have other keys too."""
     kind = part["type"]
     if kind not in ("image", "video") or kind in part:
         return part

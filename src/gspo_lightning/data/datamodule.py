@@ -51,8 +51,8 @@ class PromptDataModule(L.LightningDataModule):
             its rows from its own seed.
         chat_template_kwargs: passed to the chat template, such as ``enable_thinking: false``. Among its ``tools`` may
             be functions, classes or their dotted names (`gspo_lightning.dialogue.Tools`), besides JSON schemas.
-        min_pixels: pictures with fewer pixels are enlarged; None leaves it to the model's image processor.
-        max_pixels: pictures with more pixels are made smaller; None leaves it to the model's image processor.
+        min_pixels: images with fewer pixels are enlarged; None leaves it to the model's image processor.
+        max_pixels: images with more pixels are made smaller; None leaves it to the model's image processor.
     """
 
     def __init__(

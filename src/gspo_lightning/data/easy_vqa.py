@@ -1,7 +1,7 @@
-"""Open questions about small pictures, from the package ``easy-vqa`` (MIT): real images, no network.
+"""Open questions about small images, from the package ``easy-vqa`` (MIT): real images, no network.
 
-The package has 4,000 training pictures. Even numbers belong to the supervised warm-up of ``bundled:tiny-vlm``, odd ones
-to reinforcement learning, so that no picture is in both; its 1,000 test pictures are held out from both.
+The package has 4,000 training images. Even numbers belong to the supervised warm-up of ``bundled:tiny-vlm``, odd ones
+to reinforcement learning, so that no image is in both; its 1,000 test images are held out from both.
 Yes/no questions (three in four) are left out: they can be guessed.
 """
 
@@ -17,7 +17,7 @@ from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 
 Question = tuple[str, str, str]
-"""Question, answer, path of the picture."""
+"""Question, answer, path of the image."""
 
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -26,10 +26,10 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 @dataclass(frozen=True)
 class EasyVQA:
-    """Questions for the colour or the shape in a picture of 64 x 64 pixels, each answered by one word.
+    """Questions for the colour or the shape in an image of 64 x 64 pixels, each answered by one word.
 
-    ``shuffle_images`` gives every training and held-out question the picture of another one: the accuracy of a model
-    that uses the pictures falls to what the text alone allows.
+    ``shuffle_images`` gives every training and held-out question the image of another one: the accuracy of a model
+    that uses the images falls to what the text alone allows.
     """
 
     part: Literal["rl", "warmup"] = "rl"
@@ -57,15 +57,15 @@ class EasyVQA:
 
     @property
     def num_train_rows(self) -> int:
-        """Number of questions about this part's pictures."""
+        """Number of questions about this part's images."""
         return len(self._train)
 
     def train_row(self, index: int) -> Row:
-        """A picture and a question."""
+        """An image and a question."""
         return _row(self._train[index])
 
     def validation_rows(self) -> list[Row]:
-        """Questions about test pictures, chosen by a fixed shuffle; those of the two parts do not overlap."""
+        """Questions about test images, chosen by a fixed shuffle; those of the two parts do not overlap."""
         return [_row(question) for question in self._held_out]
 
     @cached_property
@@ -90,7 +90,7 @@ class EasyVQA:
         if not self.shuffle_images:
             return questions
         images = [image for _, _, image in questions]
-        random.Random("other pictures").shuffle(images)
+        random.Random("other images").shuffle(images)
         return [(text, answer, image) for (text, answer, _), image in zip(questions, images, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a model reads of a prompt: token ids, and the tensors of its pictures."""
+"""What a model reads of a prompt: token ids, and the tensors of its images."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Encoder:
     def encode(
         self, prompt: str | Messages, template_kwargs: dict[str, Any], settings: VisionSettings, where: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Token ids ``(P,)`` of a prompt, and the tensors of its pictures by name.
+        """Token ids ``(P,)`` of a prompt, and the tensors of its images by name.
 
         Raises:
-            UserError: the chat template refuses the prompt, or the model takes no pictures; begins with ``where``.
+            UserError: the chat template refuses the prompt, or the model takes no images; begins with ``where``.
         """
         if not image_parts(prompt):
             return encode_prompt(prompt, self.tokenizer, template_kwargs, where), {}

@@ -1,4 +1,4 @@
-"""Reads pictures in columns of a dataset without decoding them, and puts them into the conversation."""
+"""Reads images in columns of a dataset without decoding them, and puts them into the conversation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gspo_lightning.rewards.functions import is_missing
 from gspo_lightning.types import Messages
 
 
-def pictures_of(row: Row, column: str, where: str) -> Any:
-    """The picture, or the list of pictures, in a column of a row.
+def images_of(row: Row, column: str, where: str) -> Any:
+    """The image, or the list of images, in a column of a row.
 
     Raises:
         UserError: the column is missing, null, NaN or blank.
@@ -24,42 +24,40 @@ def pictures_of(row: Row, column: str, where: str) -> Any:
     if column in row and is_missing(value := row[column]):
         problem = "null" if value is None else "blank" if isinstance(value, str) else "NaN"
         raise UserError(
-            f"{where}: column {column!r} is {problem} ({key}); give a picture, an empty list where the row has none, "
+            f"{where}: column {column!r} is {problem} ({key}); give an image, an empty list where the row has none, "
             "or leave the row out"
         )
     return column_of(row, column, where, key)
 
 
 PLACE = "<image>"
-"""Stands for a picture in the text of other trainers' files (verl, LLaMA-Factory, ms-swift)."""
+"""Stands for an image in the text of other trainers' files (verl, LLaMA-Factory, ms-swift)."""
 
 
 def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Messages:
-    """The conversation with the pictures of the row's columns in its places, each decoded when it is used.
+    """The conversation with the images of the row's columns in its places, each decoded when it is used.
 
-    Places are the image parts, or each ``<image>`` in messages that are all strings; without any the pictures come
+    Places are the image parts, or each ``<image>`` in messages that are all strings; without any the images come
     before the last message's text.
 
     Raises:
-        UserError: the prompt is plain text, its places and the pictures differ in number, or an image part has a
-            picture of its own.
+        UserError: the prompt is plain text, its places and the images differ in number, or an image part has an
+            image of its own.
     """
     if isinstance(prompt, str):
         raise UserError(f"{where}: a plain prompt has no place for images; set data.task.conversational=true")
-    pictures = [picture for value in values for picture in (value if isinstance(value, list | tuple) else [value])]
-    images = [part for message in prompt for part in parts_of(message) if part["type"] == "image"]
-    if any(is_filled(part) for part in images):
+    images = [image for value in values for image in (value if isinstance(value, list | tuple) else [value])]
+    places = [part for message in prompt for part in parts_of(message) if part["type"] == "image"]
+    if any(is_filled(part) for part in places):
         raise UserError(
-            f"{where}: an image part of the prompt has a picture, and so have data.task.image_columns; leave the part "
-            "at {'type': 'image'}, or data.task.image_columns empty"
+            f"{where}: an image part of the prompt already has an image, and so have data.task.image_columns; leave "
+            "the part at {'type': 'image'}, or data.task.image_columns empty"
         )
     if isinstance(prompt[-1].get("content"), str) and not any(parts_of(message) for message in prompt):
-        return _into_text(prompt, pictures, where)
-    if len(images) != len(pictures):
-        raise UserError(
-            f"{where}: {len(images)} image placeholders for {len(pictures)} images; give one image for each"
-        )
-    following = iter(pictures)
+        return _into_text(prompt, images, where)
+    if len(places) != len(images):
+        raise UserError(f"{where}: {len(places)} image placeholders for {len(images)} images; give one image for each")
+    following = iter(images)
     return [
         {
             **message,
@@ -73,18 +71,18 @@ def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Me
     ]
 
 
-def _into_text(prompt: Messages, pictures: Sequence[Any], where: str) -> Messages:
-    """The conversation, whose messages have no parts, with a picture for each ``<image>``; see `with_images`."""
+def _into_text(prompt: Messages, images: Sequence[Any], where: str) -> Messages:
+    """The conversation, whose messages have no parts, with an image for each ``<image>``; see `with_images`."""
     places = sum(_text_of(message).count(PLACE) for message in prompt)
     if not places:
-        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": prompt[-1]["content"]}]}]
-    if places != len(pictures):
+    if places != len(images):
         raise UserError(
-            f"{where}: the text has {PLACE} {places} times for {len(pictures)} images; write it once for each, or not "
+            f"{where}: the text has {PLACE} {places} times for {len(images)} images; write it once for each, or not "
             "at all, and the images come before the text"
         )
-    following = iter(pictures)
+    following = iter(images)
     return [
         {**message, "content": _filled(message["content"], following)} if PLACE in _text_of(message) else message
         for message in prompt
@@ -92,16 +90,16 @@ def _into_text(prompt: Messages, pictures: Sequence[Any], where: str) -> Message
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    """The text in which ``<image>`` stands for a picture; what a tool returned is data."""
+    """The text in which ``<image>`` stands for an image; what a tool returned is data."""
     content = message.get("content")
     return content if isinstance(content, str) and message["role"] not in TOOL_ROLES else ""
 
 
-def _filled(text: str, pictures: Iterator[Any]) -> list[dict[str, Any]]:
+def _filled(text: str, images: Iterator[Any]) -> list[dict[str, Any]]:
     first, *others = text.split(PLACE)
     parts = [{"type": "text", "text": first}]
     for other in others:
-        parts += [{"type": "image", "image": next(pictures)}, {"type": "text", "text": other}]
+        parts += [{"type": "image", "image": next(images)}, {"type": "text", "text": other}]
     return [part for part in parts if part.get("text") != ""]
 
 
@@ -110,7 +108,7 @@ def _is_image(part: Any) -> bool:
 
 
 def encoded_images(rows: Any, columns: Sequence[str]) -> Any:
-    """The dataset with the pictures in these columns, at any depth, left as bytes: comparing must not decode them."""
+    """The dataset with the images in these columns, at any depth, left as bytes: comparing must not decode them."""
     if not hasattr(rows, "cast_column"):
         return rows
     for column in columns:
@@ -121,7 +119,7 @@ def encoded_images(rows: Any, columns: Sequence[str]) -> Any:
 
 
 def _encoded(feature: Any) -> Any:
-    """The type of a column of ``datasets``, with pictures as bytes."""
+    """The type of a column of ``datasets``, with images as bytes."""
     import datasets
 
     if isinstance(feature, datasets.Image):

@@ -1,4 +1,4 @@
-"""Converts pictures of any source (paths, bytes, PIL, dataset columns) to upright RGB; every error names the row."""
+"""Converts images of any source (paths, bytes, PIL, dataset columns) to upright RGB; every error names the row."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gspo_lightning.errors import UserError
 
 MAX_PIXELS_DECODED = 512 * 1024 * 1024
-"""A larger picture is refused: a file of some kilobytes can require any amount of memory."""
+"""A larger image is refused: a file of some kilobytes can require any amount of memory."""
 
-Picture = Image.Image
+PILImage = Image.Image
 
 _warned_of: set[str] = set()
 """Formats of which an animation was found in this process."""
@@ -33,10 +33,10 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 """Accepted formats, by Pillow's names. Others are refused: EPS starts Ghostscript, which is a programming language."""
 
 
-def load_image(value: Any, where: str) -> Picture:
-    """An upright RGB picture.
+def load_image(value: Any, where: str) -> PILImage:
+    """An upright RGB image.
 
-    Greyscale (8 or 16 bits), palette and CMYK pictures are converted; transparent pixels are put on white; the
+    Greyscale (8 or 16 bits), palette and CMYK images are converted; transparent pixels are put on white; the
     rotation that a camera noted (EXIF) is applied.
 
     Args:
@@ -61,8 +61,8 @@ def load_image(value: Any, where: str) -> Picture:
         raise _broken(error, where) from error
 
 
-def picture_key(image: Picture, where: str) -> str:
-    """A hash that is equal for PIL images that `load_image` makes the same picture of, if they have the same mode.
+def image_key(image: PILImage, where: str) -> str:
+    """A hash that is equal for PIL images that `load_image` makes the same image of, if they have the same mode.
 
     Raises:
         UserError: it is broken, far too large, or of none of `FORMATS`.
@@ -77,7 +77,7 @@ def picture_key(image: Picture, where: str) -> str:
     return hashlib.sha256(repr(shown).encode() + pixels).hexdigest()
 
 
-def _check_size(image: Picture, where: str) -> None:
+def _check_size(image: PILImage, where: str) -> None:
     width, height = image.size
     if not width or not height:
         raise UserError(f"{where}: the image is {width} x {height} pixels; remove the row or fix the image")
@@ -85,7 +85,7 @@ def _check_size(image: Picture, where: str) -> None:
         raise UserError(f"{where}: the image is {width} x {height} pixels, too large to decode; make it smaller")
 
 
-def _warn_of_frames(image: Picture, where: str) -> None:
+def _warn_of_frames(image: PILImage, where: str) -> None:
     """Warns, once per format, that only one frame of an animation is seen; an MPO's other ones are previews."""
     if image.format in (None, "MPO", *_warned_of):
         return
@@ -106,7 +106,7 @@ def _broken(error: Exception, where: str) -> UserError:
 
 
 def thumbnail_uri(value: Any, side: int = 160) -> str:
-    """A small copy of a picture as a ``data:`` address, for the self-contained report."""
+    """A small copy of an image as a ``data:`` address, for the self-contained report."""
     image = load_image(value, "report")
     image.thumbnail((side, side))
     stream = io.BytesIO()
@@ -143,7 +143,7 @@ def as_sought(path: str | Path) -> str:
     return f" (looked for {_short(str(full))}; a relative path is within the folder of the command)"
 
 
-def _open(value: Any, where: str) -> Picture:
+def _open(value: Any, where: str) -> PILImage:
     if isinstance(value, Image.Image):
         return _of_known_format(value, where)
     if isinstance(value, Mapping):
@@ -178,8 +178,8 @@ def _open(value: Any, where: str) -> Picture:
         raise UserError(f"{where}: cannot read the image from {name} ({_short(str(error))})") from error
 
 
-def _of_known_format(image: Picture, where: str) -> Picture:
-    """The picture, opened elsewhere; refuses other formats, as its file may not have been decoded yet."""
+def _of_known_format(image: PILImage, where: str) -> PILImage:
+    """The image, opened elsewhere; refuses other formats, as its file may not have been decoded yet."""
     if image.format not in (None, "MPO", *FORMATS):  # MPO are several JPEG in one file
         raise UserError(
             f"{where}: the image is {image.format}, not one of {', '.join(FORMATS)}; save it as PNG or JPEG"
@@ -196,12 +196,12 @@ def _decoded(address: str) -> bytes:
 
 
 def _short(name: str) -> str:
-    """A short form of a name for messages: a picture in base64 would be a line of megabytes, or many lines."""
+    """A short form of a name for messages: an image in base64 would be a line of megabytes, or many lines."""
     name = " ".join(name.splitlines())
     return name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
 
 
-def _on_white(image: Picture) -> Picture:
+def _on_white(image: PILImage) -> PILImage:
     if image.mode.startswith("I"):
         image = _in_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -211,8 +211,8 @@ def _on_white(image: Picture) -> Picture:
     return image.convert("RGB")
 
 
-def _in_8_bits(image: Picture) -> Picture:
-    """The high bytes of a 16-bit grey picture, as Pillow does for 16-bit colour; Pillow's own `convert` clips."""
+def _in_8_bits(image: PILImage) -> PILImage:
+    """The high bytes of a 16-bit grey image, as Pillow does for 16-bit colour; Pillow's own `convert` clips."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:

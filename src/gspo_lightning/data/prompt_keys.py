@@ -1,4 +1,4 @@
-"""Which rows have equal prompts, so that no held-out prompt is trained on; no picture is decoded for it."""
+"""Which rows have equal prompts, so that no held-out prompt is trained on; no image is decoded for it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from gspo_lightning.data.images import Picture, local_path, picture_key
+from gspo_lightning.data.images import PILImage, image_key, local_path
 from gspo_lightning.errors import UserError
 
 _NAMES = ("image", "bytes", "path", "url")
-"""Keys of an image part that hold the picture."""
+"""Keys of an image part that hold the image."""
 
 
 class PromptKeys:
     """Keys of rows, equal for equal prompts.
 
-    Files of pictures are compared by their bytes. Those of training rows are read only where a file of a held-out row
+    Files of images are compared by their bytes. Those of training rows are read only where a file of a held-out row
     has the same size, so the held-out rows come first.
 
     Args:
         columns: those that the prompt is made of.
-        pictures: those of them with pictures.
+        images: those of them with images.
     """
 
-    def __init__(self, columns: Sequence[str], pictures: Collection[str]) -> None:
-        self.columns, self.pictures = list(columns), frozenset(pictures)
+    def __init__(self, columns: Sequence[str], images: Collection[str]) -> None:
+        self.columns, self.images = list(columns), frozenset(images)
         self._sizes: set[int] = set()
         self._files: dict[str, str] = {}
-        """Keys of the files of training rows: many questions may be about one picture."""
+        """Keys of the files of training rows: many questions may be about one image."""
 
     def of_held_out(self, row: Any, where: str) -> str:
         """Key of a held-out row."""
@@ -49,7 +49,7 @@ class PromptKeys:
             return repr(row)
         forms = []
         for name in self.columns:
-            form = self._picture if name in self.pictures else self._form
+            form = self._image if name in self.images else self._form
             forms.append(form(row.get(name), f"{where}, column {name!r}", held_out))
         return repr(forms)
 
@@ -67,17 +67,17 @@ class PromptKeys:
         if isinstance(value, (list, tuple)):
             return [self._form(item, where, held_out) for item in value]
         if isinstance(value, (dict, Mapping)):
-            is_picture = value.get("type") == "image"
+            is_image = value.get("type") == "image"
             forms = {
-                str(name): (self._picture if is_picture and name in _NAMES else self._form)(item, where, held_out)
+                str(name): (self._image if is_image and name in _NAMES else self._form)(item, where, held_out)
                 for name, item in value.items()
                 if item is not None
             }
             return sorted(forms.items())
         if isinstance(value, bytes):
             return hashlib.sha256(value).hexdigest()
-        if isinstance(value, Picture):
-            return picture_key(value, where)
+        if isinstance(value, PILImage):
+            return image_key(value, where)
         if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU":
             return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
         if hasattr(value, "tolist") and not isinstance(value, np.generic):  # printed, a long tensor is mostly dots
@@ -89,10 +89,10 @@ class PromptKeys:
             )
         return text
 
-    def _picture(self, value: Any, where: str, held_out: bool) -> Any:
-        """As `_form`, for a picture or a list of them, in any form that `images.load_image` takes."""
+    def _image(self, value: Any, where: str, held_out: bool) -> Any:
+        """As `_form`, for an image or a list of them, in any form that `images.load_image` takes."""
         if isinstance(value, (list, tuple)):
-            return [self._picture(item, where, held_out) for item in value]
+            return [self._image(item, where, held_out) for item in value]
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path") or value.get("url")
         if not isinstance(value, (str, Path)):
@@ -112,5 +112,5 @@ class PromptKeys:
             if held_out:
                 self._sizes.add(size)
             return hashlib.sha256(path.read_bytes()).hexdigest() if size in self._sizes else name
-        except (OSError, ValueError, RuntimeError, UserError):  # refused where the picture is read
+        except (OSError, ValueError, RuntimeError, UserError):  # refused where the image is read
             return name

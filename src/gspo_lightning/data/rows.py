@@ -18,7 +18,7 @@ from gspo_lightning.data.columns import (
     template_columns,
 )
 from gspo_lightning.data.files import is_file, read_file, read_hub, with_class_names
-from gspo_lightning.data.image_columns import encoded_images, kept_rows, pictures_of, with_images
+from gspo_lightning.data.image_columns import encoded_images, images_of, kept_rows, with_images
 from gspo_lightning.data.prompt_keys import PromptKeys
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
@@ -58,7 +58,7 @@ class RowsTask:
     conversational: bool = True
     """Whether a string prompt becomes a user message, so that the chat template applies."""
     image_columns: list[str] = field(default_factory=list)
-    """Columns with a picture, or a list of pictures, of the prompt: paths, bytes, PIL or columns of ``datasets``. They
+    """Columns with an image, or a list of images, of the prompt: paths, bytes, PIL or columns of ``datasets``. They
     fill the image parts of the last message in order; if that message is a string they come before it."""
     keep_rows: dict[str, str] = field(default_factory=dict)
     """Column -> regular expression: rows whose value does not match it as a whole are left out."""
@@ -139,7 +139,7 @@ class RowsTask:
         held_out = {self._held_out_key(i) for i in self._held_out}
         mine = set(self._held_out) if self.validation_split is None else set()
         rest = [i for i in range(len(self._rows)) if i not in mine]
-        if not held_out:  # nothing to compare with, so no picture is decoded for it
+        if not held_out:  # nothing to compare with, so no image is decoded for it
             return rest
         keys = self._keys.of_rows(self._rows, self._label)
         train = [i for i in rest if keys[i] not in held_out]
@@ -156,10 +156,10 @@ class RowsTask:
         where = f"{self.validation_split or self._label} row {number}"
         row = as_mapping(self._validation_source[number], where)
         setting = "data.task.prompt_column" if self.template is None else "data.task.template"
-        pictures = {self.columns.get(name, name) for name in self.image_columns}
+        images = {self.columns.get(name, name) for name in self.image_columns}
         for name in self._prompt_columns:
-            if name in pictures:
-                pictures_of(row, name, where)
+            if name in images:
+                images_of(row, name, where)
             else:
                 column_of(row, name, where, setting)
         return self._keys.of_held_out(row, where)
@@ -193,7 +193,7 @@ class RowsTask:
             prompt = fill_template(self.template, out, where, bool(self.image_columns))
         out["prompt"] = self._conversation(prompt, where)
         if self.image_columns:
-            values = [pictures_of(out, name, where) for name in self.image_columns]
+            values = [images_of(out, name, where) for name in self.image_columns]
             out["prompt"] = with_images(out["prompt"], values, where)
         return out
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_lightning.data.images import Picture, as_sought, load_image, local_path
+from gspo_lightning.data.images import PILImage, as_sought, load_image, local_path
 from gspo_lightning.errors import UserError
 
 DEFAULT_FPS = 2.0
@@ -22,7 +22,7 @@ FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 class Video:
     """Upright RGB frames of one size, and their rate in frames per second."""
 
-    frames: tuple[Picture, ...]
+    frames: tuple[PILImage, ...]
     fps: float
 
     def array(self) -> np.ndarray:
@@ -34,7 +34,7 @@ def load_video(part: Mapping[str, Any], where: str) -> Video:
     """The video of a part ``{"type": "video", "video": ..., "fps": ...}`` of a message.
 
     Args:
-        part: ``video`` is a list of pictures, a folder of pictures (frames in the order of their names) or a file, for
+        part: ``video`` is a list of images, a folder of images (frames in the order of their names) or a file, for
             which PyAV is needed; ``fps`` is the rate of given frames, or the rate at which the file is read.
         where: such as ``row x:train:3, video 0``; the error begins with it.
 
@@ -69,7 +69,7 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
     return _decoded(path, fps, where)
 
 
-def _decoded(path: Path, fps: float, where: str) -> list[Picture]:
+def _decoded(path: Path, fps: float, where: str) -> list[PILImage]:
     """Frames of a file, ``fps`` per second of its running time."""
     try:
         import av  # type: ignore[import-not-found]
@@ -80,7 +80,7 @@ def _decoded(path: Path, fps: float, where: str) -> list[Picture]:
         ) from error
     try:
         with av.open(str(path)) as container:
-            taken: list[Picture] = []
+            taken: list[PILImage] = []
             for frame in container.decode(video=0):
                 # The small addend allows for a time stamp that was rounded down.
                 if frame.time is None or frame.time * fps + 1e-3 >= len(taken):

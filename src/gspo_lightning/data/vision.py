@@ -1,4 +1,4 @@
-"""Converts a conversation with pictures or videos to token ids and vision inputs with the model's own processor."""
+"""Converts a conversation with images or videos to token ids and vision inputs with the model's own processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.video_utils import VideoMetadata
 
 from gspo_lightning.data.columns import parts_of
-from gspo_lightning.data.images import Picture, load_image
+from gspo_lightning.data.images import PILImage, load_image
 from gspo_lightning.data.templating import refuse_surrogates
 from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.dialogue.template import REFUSALS
@@ -25,7 +25,7 @@ from gspo_lightning.types import Messages
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """Limits on the pixels of pictures, which are resized to meet them; None leaves the processor's own limit.
+    """Limits on the pixels of images, which are resized to meet them; None leaves the processor's own limit.
 
     Raises:
         UserError: a limit is no whole number above 0, or the minimum is above the maximum.
@@ -50,9 +50,9 @@ class VisionSettings:
         return self.min_pixels is not None or self.max_pixels is not None
 
     def size(self, processor: Any, frames: int = 1) -> dict[str, int]:
-        """The ``size`` argument of an image or video processor for each picture or frame.
+        """The ``size`` argument of an image or video processor for each image or frame.
 
-        If only one limit is set and the processor's other one is too near to it, that one is adjusted: pictures are
+        If only one limit is set and the processor's other one is too near to it, that one is adjusted: images are
         enlarged to whole patches, rounded up, which must not exceed the maximum.
 
         Args:
@@ -79,14 +79,14 @@ class VisionSettings:
 
 
 def image_parts(prompt: str | Messages) -> list[dict[str, Any]]:
-    """The parts of a conversation that are pictures or videos, in order."""
+    """The parts of a conversation that are images or videos, in order."""
     if isinstance(prompt, str):
         return []
     return [part for message in prompt for part in parts_of(message) if part["type"] in ("image", "video")]
 
 
-def picture_of(part: Mapping[str, Any]) -> Any:
-    """The picture of an image part, or the first frame of a video part, for a page; None if it is a video file."""
+def image_of(part: Mapping[str, Any]) -> Any:
+    """The image of an image part, or the first frame of a video part, for a page; None if it is a video file."""
     if part["type"] == "image":
         return part.get("image")
     video = part.get("video")
@@ -108,7 +108,7 @@ def encode_conversation(
     """``(P,)`` token ids and the vision inputs of `gspo_lightning.types.Prompt`.
 
     Raises:
-        UserError: a picture or video cannot be read, or placeholders and pictures do not match; names the row.
+        UserError: an image or video cannot be read, or placeholders and images do not match; names the row.
     """
     refuse_surrogates(messages, where)
     parts = image_parts(messages)
@@ -132,8 +132,8 @@ def encode_conversation(
         )
     except REFUSALS as error:
         raise UserError(f"{where}: the model's chat template rejects the prompt: {error}") from error
-    # Gemma 3's template writes one token, which its processor expands to a picture's whole run of placeholders.
-    _match(text, getattr(processor, "boi_token", processor.image_token), len(media.pictures), "image", where)
+    # Gemma 3's template writes one token, which its processor expands to an image's whole run of placeholders.
+    _match(text, getattr(processor, "boi_token", processor.image_token), len(media.images), "image", where)
     # Also without a video: the processor would look for the one of a token that is written in the text.
     if (token := getattr(processor, "video_token", None)) and token != processor.image_token:
         _match(text, token, len(videos), "video", where)
@@ -141,7 +141,7 @@ def encode_conversation(
 
 
 def _refuse_unknown_keys(part: Mapping[str, Any], template: str, where: str) -> None:
-    """Refuses keys of a picture or video that neither we nor the template read, such as those of qwen-vl-utils."""
+    """Refuses keys of an image or video that neither we nor the template read, such as those of qwen-vl-utils."""
     kind = part["type"]
     known = {"type", kind, *(["fps"] if kind == "video" else [])}
     for name, value in part.items():
@@ -156,7 +156,7 @@ def _refuse_unknown_keys(part: Mapping[str, Any], template: str, where: str) -> 
 _NEVER_READ = ("text", "image", "video")
 """Keys of parts of another type, of which a template's text says nothing about parts of this one."""
 
-_LIMIT = " (use data.max_pixels, which holds for all pictures)"
+_LIMIT = " (use data.max_pixels, which holds for all images)"
 _INSTEAD = {
     **dict.fromkeys(("max_pixels", "resized_height", "resized_width", "total_pixels"), _LIMIT),
     "min_pixels": _LIMIT.replace("max", "min"),
@@ -168,7 +168,7 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class _Media:
-    pictures: list[Picture]
+    images: list[PILImage]
     videos: list[Video]
 
 
@@ -187,8 +187,8 @@ def _run(
     if (bos := processor.tokenizer.bos_token) is not None and text.startswith(bos):
         kwargs["add_special_tokens"] = False  # the template wrote it (Gemma 3); the tokenizer would add a second one
     try:
-        if media.pictures:
-            kwargs |= _picture_kwargs(processor, media.pictures, settings)
+        if media.images:
+            kwargs |= _image_kwargs(processor, media.images, settings)
         if media.videos:
             kwargs |= _video_kwargs(processor, media.videos, settings)
         output = dict(processor(text=[text], return_tensors="pt", **kwargs))
@@ -211,10 +211,10 @@ def _run(
     return ids, inputs
 
 
-def _picture_kwargs(processor: Any, pictures: list[Picture], settings: VisionSettings) -> dict[str, Any]:
+def _image_kwargs(processor: Any, images: list[PILImage], settings: VisionSettings) -> dict[str, Any]:
     if not settings.is_set:
-        return {"images": pictures}
-    return {"images": pictures, "images_kwargs": {"size": settings.size(processor.image_processor)}}
+        return {"images": images}
+    return {"images": images, "images_kwargs": {"size": settings.size(processor.image_processor)}}
 
 
 def _video_kwargs(processor: Any, videos: list[Video], settings: VisionSettings) -> dict[str, Any]:

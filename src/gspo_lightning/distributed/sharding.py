@@ -1,6 +1,6 @@
 """Weights split over ranks by FSDP2, as rollouts, passes and exports use them.
 
-Every layer is an FSDP unit, and the rest (embeddings, norms, a vision tower) is another: a rank without a picture then
+Every layer is an FSDP unit, and the rest (embeddings, norms, a vision tower) is another: a rank without an image then
 gathers the same as the others. A forward gathers weights from all ranks, so all must run the same number of forwards:
 an update does so by construction, everything without gradient runs inside `in_step`.
 """

@@ -188,7 +188,7 @@ _RECIPES = {
     "tiny-vlm": _Recipe(
         version=2,
         build=_build_tiny_vlm,
-        source="SmolLM2-135M-Instruct as above, and a vision half trained on the pictures of easy-vqa==1.0",
+        source="SmolLM2-135M-Instruct as above, and a vision half trained on the images of easy-vqa==1.0",
         disk_bytes=800 * 10**6,
     ),
     "micro": _Recipe(version=1, build=_build_micro, source="random weights, seed 0", disk_bytes=10**6),

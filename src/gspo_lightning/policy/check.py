@@ -23,7 +23,7 @@ LONGEST_WINDOW = 1024
 
 NARROW_FACTOR = 2.5
 """Bound in narrower dtypes, as a multiple of the effect of rounding. Correct models measured 0.1 to 0.9 times it
-(bfloat16 and 4 bits, 2 to 30 layers, trained or not); forgotten sinks, windows or pictures gave 3 times and more."""
+(bfloat16 and 4 bits, 2 to 30 layers, trained or not); forgotten sinks, windows or images gave 3 times and more."""
 
 
 class PackingMismatchError(RuntimeError):

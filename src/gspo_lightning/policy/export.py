@@ -22,7 +22,7 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size:
         policy: whole, not split over ranks.
         folder: made if it does not exist.
         merge_lora: see above.
-        image_size: ``size`` of the image processor, if the pictures in training had other limits than its own.
+        image_size: ``size`` of the image processor, if the images in training had other limits than its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = policy.model

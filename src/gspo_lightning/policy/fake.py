@@ -21,7 +21,7 @@ from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.reading import load_config
-from gspo_lightning.policy.vision import packs_pictures, vision_parts
+from gspo_lightning.policy.vision import packs_images, vision_parts
 
 
 def fake_policy(loader: PolicyLoader) -> Policy:
@@ -39,7 +39,7 @@ def fake_policy(loader: PolicyLoader) -> Policy:
             "dry_run=true"
         )
     _make_fake(model)
-    vision = packs_pictures(config)
+    vision = packs_images(config)
     return Policy(model, None, has_adapter=loader.lora is not None, has_vision=vision)
 
 
@@ -67,7 +67,7 @@ def _without_weights(loader: PolicyLoader) -> nn.Module:
     """The model as `PolicyLoader.load` builds it, adapter included, on the meta device."""
     config = load_config(loader.path)
     _override(config, loader.overrides)
-    vision = packs_pictures(config)
+    vision = packs_images(config)
     kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     attention = attention_implementation("sdpa", vision)
     with torch.device("meta"):

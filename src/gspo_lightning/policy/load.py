@@ -32,7 +32,7 @@ from gspo_lightning.policy.patches import multiply_patches
 from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.quantization import keep_packing, quantization_arguments
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
-from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_pictures, vision_parts
+from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_images, vision_parts
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -105,7 +105,7 @@ class PolicyLoader:
             model,
             tokenizer,
             has_adapter=has_adapter,
-            has_vision=packs_pictures(config),
+            has_vision=packs_images(config),
             processor=load_processor(resolve_model(self.path)) if has_vision(config) else None,
             is_padded=not can_pack(model.get_base_model() if has_adapter else model),  # type: ignore[operator]
             features_from=features_from,
@@ -126,7 +126,7 @@ class PolicyLoader:
         return model.train()
 
     def change_layers(self, model: PreTrainedModel) -> None:
-        """Compiles or lightens the layers; patches of pictures become one matrix product (`multiply_patches`)."""
+        """Compiles or lightens the layers; patches of images become one matrix product (`multiply_patches`)."""
         multiply_patches(model)
         if self.compile:
             compile_layers(model)
@@ -137,7 +137,7 @@ class PolicyLoader:
         """Refuses to train a half that the model lacks, or that cannot be trained."""
         if self.train_vision and not has_vision(config):
             raise UserError(f"model.train_vision=true has no effect: {self.path} has no vision tower; remove it")
-        if self.train_vision and not packs_pictures(config):
+        if self.train_vision and not packs_images(config):
             raise UserError(
                 f"model.train_vision=true: the vision tower of {config.model_type} stays frozen; those of "
                 f"{', '.join(FAMILIES)} can be trained"
@@ -151,9 +151,9 @@ class PolicyLoader:
 
     def _read(self, config: Any) -> PreTrainedModel:
         """Loads the weights, with the quantization and attention that were asked for."""
-        attention = attention_implementation(self.attention, packs_pictures(config))
+        attention = attention_implementation(self.attention, packs_images(config))
         if not may_pack(config):
-            what = "reads pictures" if has_vision(config) else "names its layers"
+            what = "reads images" if has_vision(config) else "names its layers"
             rank_zero_warn(f"model type {config.model_type} {what} in a way that packing does not know; {SLOW}")
             attention = "eager"
         kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM

@@ -121,7 +121,7 @@ class Policy(nn.Module):
     def _inputs(
         self, input_ids: Tensor, position_ids: Tensor, layout: Any, prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
-        """What the body reads of a row: with pictures as the architecture has it, else filled up to a usual length."""
+        """What the body reads of a row: with images as the architecture has it, else filled up to a usual length."""
         if self.vision is not None and prompts:
             # Not filled up: each architecture has other inputs that would have to be padded too.
             return self.vision.inputs(input_ids, layout, prompts)

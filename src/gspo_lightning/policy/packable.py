@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gspo_lightning.policy.vision import has_vision, packs_pictures
+from gspo_lightning.policy.vision import has_vision, packs_images
 
 
 def may_pack(config: Any) -> bool:
     """Whether the class for a config calls its body ``model``; checked before loading, to choose the attention."""
     if has_vision(config):
-        return packs_pictures(config)
+        return packs_images(config)
     mapping: Any = AutoModelForCausalLM._model_mapping
     return type(config) not in mapping or bool(mapping[type(config)].base_model_prefix == "model")
 

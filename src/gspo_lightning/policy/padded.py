@@ -1,10 +1,10 @@
 """The fall-back for architectures that packing does not know: each completion is a padded row through the model itself.
 
 Only the model's own forward and `generate` are used: logits come from the model with all that its head does to them,
-and pictures are passed as its processor made them, once per completion. This is exact, but computes prompts and
-pictures once per completion. `gspo_lightning.policy.check` chooses it, with a warning.
+and images are passed as its processor made them, once per completion. This is exact, but computes prompts and
+images once per completion. `gspo_lightning.policy.check` chooses it, with a warning.
 
-The model's own forward puts features wherever it finds a placeholder, so after a prompt with pictures a completion must
+The model's own forward puts features wherever it finds a placeholder, so after a prompt with images a completion must
 have none: the policy's distribution is that of the model without placeholders, in sampling as in training.
 """
 
@@ -28,7 +28,7 @@ PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio
 NEVER = -1e4
 """A logit whose token has probability 0 in every dtype; not minus infinity, since 0 times that is NaN."""
 
-PICTURES_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
+IMAGES_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
 """Relative L2 distance of logits; 0.1 in narrower dtypes. A prompt that saw its completion was off by 0.25 or more."""
 
 _CAUSES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
@@ -40,7 +40,7 @@ def padded_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """The result of `Policy.forward`, from padded rows: one forward of the model per group.
 
-    Groups differ in their pictures, and models differ in how they batch pictures of several prompts; completions of
+    Groups differ in their images, and models differ in how they batch images of several prompts; completions of
     one prompt have the same ones.
     """
     row, start, first = packed.input_ids[0], 0, 0
@@ -79,8 +79,8 @@ def repeated_media(
     """The vision inputs of one prompt for ``rows`` rows of it, each ``width`` tokens long.
 
     Inputs with a value per token continue after the prompt: ``..._type_ids`` with ``completion_type``, and the mask of
-    what a token sees of the pictures (Mllama) with that of the last token. All others are repeated along their first
-    dimension, which counts pictures or patches.
+    what a token sees of the images (Mllama) with that of the last token. All others are repeated along their first
+    dimension, which counts images or patches.
     """
     out = {}
     for name, value in media.items():
@@ -97,8 +97,8 @@ def repeated_media(
 
 
 @torch.no_grad()
-def check_pictures(model: PreTrainedModel, prompt: Prompt) -> None:
-    """Compares, once per model, what follows a prompt with pictures in padded rows and in the prompt alone.
+def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
+    """Compares, once per model, what follows a prompt with images in padded rows and in the prompt alone.
 
     An architecture may have inputs that are not extended correctly, or a prompt that attends to what comes after it.
 
@@ -125,7 +125,7 @@ def check_pictures(model: PreTrainedModel, prompt: Prompt) -> None:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"row {prompt.uid}: models of type {kind} cannot be trained on images ({cause})") from error
     distance = ((padded - alone).norm(dim=1) / (alone - alone.mean()).norm()).max().item()
-    if not distance <= PICTURES_TOLERANCE.get(model.dtype, 0.1):
+    if not distance <= IMAGES_TOLERANCE.get(model.dtype, 0.1):
         raise UserError(
             f"row {prompt.uid}: models of type {kind} cannot be trained on images: the logits at the end of the "
             f"prompt, with and without a completion, differ by {distance:.1e}"
@@ -154,7 +154,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], promp
 
 
 def padding_id(model: PreTrainedModel) -> int:
-    """A token for padding, which is masked but must not be a placeholder of pictures."""
+    """A token for padding, which is masked but must not be a placeholder of images."""
     config: Any = model.config.get_text_config()
     padding = config.pad_token_id
     return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else 0

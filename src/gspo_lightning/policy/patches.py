@@ -1,6 +1,6 @@
 """The first layer of a vision tower as a matrix product.
 
-The Qwen-VL towers cut a picture into patches beforehand and then convolve every patch with kernels of the patch's size.
+The Qwen-VL towers cut an image into patches beforehand and then convolve every patch with kernels of the patch's size.
 Libraries are slow at such a convolution: 0.4 s on a CPU for 2048 patches of 14 x 14 in bfloat16, whose product takes
 6 ms.
 """

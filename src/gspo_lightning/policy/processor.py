@@ -60,7 +60,7 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
         third = self.image_processor.patch_size == 16
         videos = {
             "video_processor_type": "Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor",
-            **(self.video_settings or self._settings_like_pictures()),
+            **(self.video_settings or self._settings_like_images()),
         }
         target = Path(folder) / "video_preprocessor_config.json"
         target.write_text(json.dumps(videos, indent=2) + "\n", encoding="utf-8")
@@ -72,7 +72,7 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
                     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return list(saved or [])
 
-    def _settings_like_pictures(self) -> dict[str, Any]:
+    def _settings_like_images(self) -> dict[str, Any]:
         """Video settings made from those of images: with torchvision, the model's class does not load without any."""
         keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
         return {key: getattr(self.image_processor, key) for key in keys}

@@ -2,7 +2,7 @@
 
 Its language half is SmolLM2-135M-Instruct inside the Qwen2.5-VL architecture: with zero query, key and value biases
 and M-RoPE sections that cover the head it computes the same logits on text, to the last bit. Its vision half is
-small (1.4 M parameters) and learns alone, on pictures of the package ``easy-vqa``: first to see (`tiny_vlm_sight`),
+small (1.4 M parameters) and learns alone, on images of the package ``easy-vqa``: first to see (`tiny_vlm_sight`),
 then, through the language model, to answer open questions. The warm-up stops on purpose while half the answers are
 wrong: it is a start for reinforcement learning, not a solution.
 """
@@ -42,7 +42,7 @@ BATCH = 32
 MAX_STEPS = 400
 EVALUATE_EVERY = 2
 STOP_AT = 0.45
-"""Sampled accuracy at which the warm-up ends, on held-out pictures of its own half of the data."""
+"""Sampled accuracy at which the warm-up ends, on held-out images of its own half of the data."""
 
 
 def build_language_half(smollm2: Path) -> Any:
@@ -92,7 +92,7 @@ def build_language_half(smollm2: Path) -> Any:
 
 
 def build_processor(smollm2: Path, scratch: Path) -> Any:
-    """SmolLM2's tokenizer with image placeholders in unused ids, and an image processor for 84 x 84 pictures."""
+    """SmolLM2's tokenizer with image placeholders in unused ids, and an image processor for 84 x 84 images."""
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

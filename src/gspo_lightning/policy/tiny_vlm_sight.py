@@ -2,9 +2,9 @@
 
 A small transformer does not learn shapes from two thousand labels alone: it stays at the level of guessing. So the
 tower also predicts, for each of its output tokens, how many edges of each direction lie there (histograms of oriented
-gradients, as in MaskFeat, arXiv 2112.09133), which the pictures themselves say. Its outputs are drawn to the language
-model's embeddings of the words for what is in the picture: the first tokens to the colour, the others to the shape. To
-the language model a picture then begins as a few words that it knows.
+gradients, as in MaskFeat, arXiv 2112.09133), which the images themselves say. Its outputs are drawn to the language
+model's embeddings of the words for what is in the image: the first tokens to the colour, the others to the shape. To
+the language model an image then begins as a few words that it knows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gspo_lightning.data.easy_vqa import COLOURS, EasyVQA
 log = logging.getLogger(__name__)
 
 SIDE, TOKENS = 84, 9
-"""Pixels of a side, and output tokens of a picture (3 x 3)."""
+"""Pixels of a side, and output tokens of an image (3 x 3)."""
 COLOUR_TOKENS = 4
 DIRECTIONS = 32
 EDGE = 20.0
@@ -32,13 +32,13 @@ EDGE = 20.0
 BATCH, STEPS, RATE = 64, 900, 1e-3
 
 Labels = dict[str, dict[str, str]]
-"""Path of a picture -> ``colour`` and ``shape``, each if a question asks for it."""
+"""Path of an image -> ``colour`` and ``shape``, each if a question asks for it."""
 
 
 def learn_to_see(model: Any, processor: Any, task: EasyVQA) -> None:
-    """Trains the vision tower of ``model`` on the pictures of ``task``; two to four minutes on two cores."""
+    """Trains the vision tower of ``model`` on the images of ``task``; two to four minutes on two cores."""
     tower, start = model.model.visual, time.perf_counter()
-    pictures = list(labels_of(task).items())
+    labelled = list(labels_of(task).items())
     words = _embeddings(model, processor.tokenizer)
     width = next(iter(words.values())).shape[-1]
     generator = random.Random(0)
@@ -49,7 +49,7 @@ def learn_to_see(model: Any, processor: Any, task: EasyVQA) -> None:
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, step / 50, (STEPS - step + 1) / (0.3 * STEPS))
-        batch = generator.sample(pictures, BATCH)
+        batch = generator.sample(labelled, BATCH)
         images = [_opened(path, generator) for path, _ in batch]
         features = features_of(tower, processor, images)
         loss = _word_loss(features, [labels for _, labels in batch], words) + _edge_loss(edges(features), images)
@@ -62,7 +62,7 @@ def learn_to_see(model: Any, processor: Any, task: EasyVQA) -> None:
 
 
 def labels_of(task: EasyVQA) -> Labels:
-    """What the training questions say about each picture."""
+    """What the training questions say about each image."""
     labels: Labels = {}
     for _, answer, path in task.questions:
         labels.setdefault(path, {})["colour" if answer in COLOURS else "shape"] = answer
@@ -78,7 +78,7 @@ def features_of(tower: Any, processor: Any, images: list[Any]) -> Tensor:
 
 
 def edge_histograms(images: list[Any]) -> Tensor:
-    """``(N, TOKENS, DIRECTIONS)``: log(1 + edge pixels) of each direction in each of the 3 x 3 fields of a picture."""
+    """``(N, TOKENS, DIRECTIONS)``: log(1 + edge pixels) of each direction in each of the 3 x 3 fields of an image."""
     pixels = torch.stack(
         [torch.frombuffer(bytearray(i.resize((SIDE, SIDE)).tobytes()), dtype=torch.uint8) for i in images]
     )

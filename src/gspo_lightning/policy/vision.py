@@ -34,12 +34,12 @@ TOKEN_TYPE = {"image": 1, "video": 2}
 
 
 def has_vision(config: Any) -> bool:
-    """Whether a model of this config reads pictures."""
+    """Whether a model of this config reads images."""
     return getattr(config, "vision_config", None) is not None
 
 
-def packs_pictures(config: Any) -> bool:
-    """Whether pictures of a model of this config can be packed: positions and features are known. Others run padded."""
+def packs_images(config: Any) -> bool:
+    """Whether images of a model of this config can be packed: positions and features are known. Others run padded."""
     return has_vision(config) and config.model_type in FAMILIES
 
 
@@ -124,7 +124,7 @@ class Vision:
         return torch.cat([layout.positions[None], axes])[:, None]
 
     def probe(self, text: Tensor, generator: torch.Generator) -> Prompt:
-        """A prompt of a random picture of two by four patches and ``text``, for the first-use check."""
+        """A prompt of a random image of two by four patches and ``text``, for the first-use check."""
         vision, config = self._config.vision_config, self._config
         merge = vision.spatial_merge_size
         count = 2

@@ -201,7 +201,7 @@ class TrainingRun:
         return folder
 
     def _image_size(self, policy: Policy) -> dict[str, int] | None:
-        """Limits of pictures in training, by which the exported model sees them too; None leaves the processor's."""
+        """Limits of images in training, by which the exported model sees them too; None leaves the processor's."""
         data = self.plain["data"]
         limits = VisionSettings(data.get("min_pixels"), data.get("max_pixels"))
         return limits.size(policy.processor.image_processor) if policy.processor is not None and limits.is_set else None

@@ -194,8 +194,8 @@ def _pair(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
     expected = "" if answer is None else f'<span class="tag">&ensp;expected: {escape(str(answer))}</span>'
     prompt = escape(str(sample["prompt"]))
     within = [str(uri) for uri in sample.get("images", []) if str(uri).startswith("data:image/")]  # no address
-    pictures = "".join(f'<img alt="" src="{escape(uri)}">' for uri in within)
-    ask = f'<div class="ask">{pictures}<span class="text" dir="auto">{prompt}</span>{expected}</div>'
+    images = "".join(f'<img alt="" src="{escape(uri)}">' for uri in within)
+    ask = f'<div class="ask">{images}<span class="text" dir="auto">{prompt}</span>{expected}</div>'
     sides = _side("before", before) + _side("after", after)
     return f'<div class="pair">{ask}{sides}</div>'
 

@@ -44,7 +44,7 @@ def adapter_parts(policy: Policy) -> list[AdapterPart]:
     inside = {id(parameter) for _, parameters in vision for parameter in parameters}
     language = [parameter for parameter in trained_parameters(policy) if id(parameter) not in inside]
     # The adapter adds about this share of what it is added to, whatever its scale: it moves the output well beyond the
-    # rounding of bfloat16 and keeps it accurate. Features of a picture are a few tokens among many.
+    # rounding of bfloat16 and keeps it accurate. Features of an image are a few tokens among many.
     scale = adapter_scale(policy)
     parts = [AdapterPart("the language model", language, (0.2 / scale) ** 0.5)]
     parts += [AdapterPart(name, parameters, (0.4 / scale) ** 0.5) for name, parameters in vision]

@@ -33,12 +33,12 @@ DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0
 def probe_prompt(policy: Policy, max_model_len: int, limits: VisionSettings = DEFAULT_LIMITS) -> Prompt:
     """At most `PROBE_TOKENS` tokens, none of them special; the same for the same tokenizer.
 
-    For a policy that reads pictures, a picture of noise precedes them: its vision half has to be proven too.
+    For a policy that reads images, an image of noise precedes them: its vision half has to be proven too.
 
     Args:
         policy: its tokenizer and processor are used.
         max_model_len: the engine's limit; the probe and its completions fit.
-        limits: the engine's limits on pictures.
+        limits: the engine's limits on images.
     """
     special = {*policy.tokenizer.get_added_vocab().values(), *policy.tokenizer.all_special_ids}
     size = min(len(policy.tokenizer), policy.output_weight.shape[0])
@@ -47,11 +47,11 @@ def probe_prompt(policy: Policy, max_model_len: int, limits: VisionSettings = DE
     generator = torch.Generator().manual_seed(20260101)
     ids = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
     if policy.vision is not None:
-        return _with_picture(policy, ids[:8], generator, limits)
+        return _with_image(policy, ids[:8], generator, limits)
     return Prompt(uid="gspo:probe", prompt="", input_ids=ids, sample={})
 
 
-def _with_picture(policy: Policy, text: Tensor, generator: torch.Generator, limits: VisionSettings) -> Prompt:
+def _with_image(policy: Policy, text: Tensor, generator: torch.Generator, limits: VisionSettings) -> Prompt:
     noise = torch.randint(256, (56, 56, 3), generator=generator, dtype=torch.uint8)
     content = [
         {"type": "image", "image": Image.fromarray(noise.numpy())},

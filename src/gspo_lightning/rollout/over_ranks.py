@@ -34,7 +34,7 @@ def on_first_rank(
     All ranks must call it together and equally often; a rank may have no prompts.
 
     Args:
-        prompts: of this rank, without pictures.
+        prompts: of this rank, without images.
         generate: called on rank 0.
         with_rows: whether ``generate`` reads the dataset rows, as environments do; else only tokens travel.
 

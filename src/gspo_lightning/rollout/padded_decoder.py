@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from gspo_lightning.policy.padded import check_pictures, padding_id, repeated_media, without_placeholders
+from gspo_lightning.policy.padded import check_images, padding_id, repeated_media, without_placeholders
 from gspo_lightning.rollout.decoder import Decoder, Row
 from gspo_lightning.rollout.sampling import sample
 from gspo_lightning.types import Completion
@@ -38,7 +38,7 @@ class PaddedDecoder(Decoder):
         model.eval()  # with gradient checkpointing a model in training mode has no cache
         try:
             if prompt.mm_inputs:
-                check_pictures(self.policy.base_model, prompt)
+                check_images(self.policy.base_model, prompt)
             with _blank_generation_config(self.policy.base_model):
                 model.generate(
                     input_ids=ids,
@@ -78,12 +78,12 @@ class _Draw(LogitsProcessor):
     def __init__(self, decoder: Decoder, number: int, rows: slice) -> None:
         self.decoder, self.rows, self.uniforms = decoder, decoder.rows[rows], decoder.uniforms[rows]
         self.seen = None if decoder.seen is None else decoder.seen[rows]
-        self.has_pictures = bool(decoder.prompts[number].mm_inputs)
+        self.has_images = bool(decoder.prompts[number].mm_inputs)
         self.step = 0
         self.ended = _Ended(self.rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.has_pictures:
+        if self.has_images:
             scores = without_placeholders(scores, self.decoder.policy.base_model)
         tokens, logprobs = sample(scores, self.uniforms[:, self.step], self.decoder.sampling, self.seen)
         self.step += 1

@@ -132,7 +132,7 @@ class GraphSteps(Steps):
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
     """Records what the function does on the current GPU."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile: they copy pictures of the next prompts.
+    # Other threads may use the device meanwhile: they copy images of the next prompts.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay

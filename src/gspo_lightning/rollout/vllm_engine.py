@@ -65,7 +65,7 @@ class VLLMEngine:
         sleep: free the GPU's memory while training; None means True on CUDA. True is refused without a GPU.
         lora_sync: ``adapter`` sends only the adapter, ``merged`` sends weights with the adapter added to copies.
         tolerance: mean difference allowed between engine and trainer on the probe in nats; None: by dtype.
-        min_pixels: as in the data, for models that read pictures.
+        min_pixels: as in the data, for models that read images.
         max_pixels: likewise.
         environments: makes every completion a dialogue (`gspo_lightning.dialogue`).
     """
@@ -209,7 +209,7 @@ class VLLMEngine:
         return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.max_model_len, 4096)}
 
     def _vision(self, policy: Policy) -> dict[str, Any]:
-        """Settings for the same pictures as in training: the processor's own limits, or those of the data."""
+        """Settings for the same images as in training: the processor's own limits, or those of the data."""
         if policy.vision is None:
             if self.limits.is_set:
                 raise UserError(

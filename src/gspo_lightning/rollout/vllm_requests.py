@@ -59,7 +59,7 @@ def refuse_sampling(sampling: SamplingParams) -> None:
 
 
 def refuse_images(prompts: Sequence[Prompt]) -> None:
-    """Refuses pictures: servers are sent token ids, and such a request has no place for pictures."""
+    """Refuses images: servers are sent token ids, and such a request has no place for images."""
     for prompt in prompts:
         if prompt.mm_inputs:
             raise UserError(
@@ -69,7 +69,7 @@ def refuse_images(prompts: Sequence[Prompt]) -> None:
 
 
 def refuse_padded_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
-    """Refuses pictures of padded models: only packed families have known picture tokens and a proven vision half."""
+    """Refuses images of padded models: only packed families have known image tokens and a proven vision half."""
     for prompt in prompts:
         if prompt.mm_inputs and policy.is_padded:
             raise UserError(
@@ -79,7 +79,7 @@ def refuse_padded_images(policy: Policy, prompts: Sequence[Prompt]) -> None:
 
 
 def engine_input(prompt: Prompt) -> dict[str, Any]:
-    """A prompt for vLLM's `generate`: its tokens with one placeholder per picture, and the pictures themselves.
+    """A prompt for vLLM's `generate`: its tokens with one placeholder per image, and the images themselves.
 
     vLLM expands the placeholders itself; prompts that are already expanded would be expanded twice.
 
@@ -92,12 +92,12 @@ def engine_input(prompt: Prompt) -> dict[str, Any]:
     if any(part["type"] == "video" for part in parts):
         raise UserError(f"row {prompt.uid} has a video, which rollout=vllm does not accept; use rollout=transformers")
     where = f"row {prompt.uid}"
-    pictures = [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts)]
-    return {"prompt_token_ids": unexpanded(prompt), "multi_modal_data": {"image": pictures}}
+    images = [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts)]
+    return {"prompt_token_ids": unexpanded(prompt), "multi_modal_data": {"image": images}}
 
 
 def unexpanded(prompt: Prompt) -> list[int]:
-    """The tokens of a prompt with one placeholder per picture in place of a run of them."""
+    """The tokens of a prompt with one placeholder per image in place of a run of them."""
     types = prompt.mm_inputs["mm_token_type_ids"].tolist()
     ids = prompt.input_ids.tolist()
     return [

@@ -2,7 +2,7 @@
 
 `reload_weights` of vLLM 0.32 alone is not enough, and fails silently: with tied embeddings on a CPU the output
 embedding keeps a packed copy of the old weights, gpt-oss keeps its old experts and attention sinks, and models that
-read pictures scale pixels at random. The functions below fix that; `tests/rollout/test_vllm_*.py` show what happens
+read images scale pixels at random. The functions below fix that; `tests/rollout/test_vllm_*.py` show what happens
 without them.
 """
 

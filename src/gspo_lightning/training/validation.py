@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from gspo_lightning.data.images import thumbnail_uri
-from gspo_lightning.data.vision import image_parts, last_text, picture_of
+from gspo_lightning.data.vision import image_of, image_parts, last_text
 from gspo_lightning.dialogue.turns import whole_returns
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -135,9 +135,9 @@ def _sample(prompt: Prompt, completion: Completion, reward: float, right: bool) 
     }
     if completion.thinking:
         shown["thinking"] = completion.thinking
-    pictures = [picture for part in image_parts(prompt.prompt) if (picture := picture_of(part)) is not None]
-    if pictures:
-        shown["images"] = [thumbnail_uri(picture) for picture in pictures]
+    images = [image for part in image_parts(prompt.prompt) if (image := image_of(part)) is not None]
+    if images:
+        shown["images"] = [thumbnail_uri(image) for image in images]
     return shown
 
 

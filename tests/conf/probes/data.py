@@ -113,18 +113,18 @@ def easy_questions(node: dict[str, Any], folder: Path) -> Any:
         return [task.train_row(n) for n in range(5)], task.validation_rows()
 
 
-def picture_sizes(node: dict[str, Any], folder: Path) -> Any:
-    """Patches of a picture of 64 x 96 pixels, by the processor of a model that sees."""
+def image_sizes(node: dict[str, Any], folder: Path) -> Any:
+    """Patches of an image of 64 x 96 pixels, by the processor of a model that sees."""
     from PIL import Image
 
     from gspo_lightning.data.vision import encode_conversation
     from gspo_lightning.policy import tiny_vlm
 
-    picture = {"type": "image", "image": Image.new("RGB", (96, 64))}
+    image = {"type": "image", "image": Image.new("RGB", (96, 64))}
     with mock.patch.object(easy_vqa, "_package", FakeEasyVQA):
         settings = built(node).vision_settings
     processor = tiny_vlm.build_processor(Path(resolve_model("bundled:smollm2-135m-instruct")), folder)
-    _, inputs = encode_conversation([{"role": "user", "content": [picture]}], processor, settings, {}, "row")
+    _, inputs = encode_conversation([{"role": "user", "content": [image]}], processor, settings, {}, "row")
     return {name: tuple(value.shape) for name, value in inputs.items()}
 
 
@@ -155,7 +155,7 @@ PROBES = [
     }, {"tasks": {"a": LETTERS, "b": {"_target_": "gspo_lightning.data.RowsTask", "source": str(ORACLE),
                                       "prompt_column": "question", "num_validation": 2}}, "weights": {"a": 2, "b": 1}}),
     Probe(["data=easy_vqa"], "data.task", easy_questions, {"part": "warmup", "shuffle_images": True}, {"num_validation": 4}),
-    Probe(["data=easy_vqa"], "data", picture_sizes, {"min_pixels": 56 * 56 * 16, "max_pixels": 28 * 28}),
+    Probe(["data=easy_vqa"], "data", image_sizes, {"min_pixels": 56 * 56 * 16, "max_pixels": 28 * 28}),
     Probe(["data=largest_of_four"], "data", data, {
         "model_path": "bundled:micro", "max_prompt_length": 3, "chat_template_kwargs": {"enable_thinking": False},
     }, {**TALKING, "task": {"_target_": "gspo_lightning.data.LargestOfFour", "num_validation": 2}}),

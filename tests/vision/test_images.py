@@ -1,4 +1,4 @@
-"""Pictures as users have them: read, converted, limited in size, or refused with the row's name."""
+"""Images as users have them: read, converted, limited in size, or refused with the row's name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def as_bytes(image, kind="PNG", **options):
     return stream.getvalue()
 
 
-def test_paths_bytes_pil_and_dataset_columns_give_the_same_picture(tmp_path):
+def test_paths_bytes_pil_and_dataset_columns_give_the_same_image(tmp_path):
     image = Image.new("RGB", (5, 3), RED)
     path = tmp_path / "red.png"
     path.write_bytes(as_bytes(image))
@@ -99,7 +99,7 @@ def test_the_transparent_value_of_sixteen_bits_is_white():
 
 
 @pytest.mark.parametrize("address", ["data:image/png;base64,", ""], ids=["address", "bare base64"])
-def test_a_picture_in_base64_that_cannot_be_read_makes_a_short_line(address):
+def test_an_image_in_base64_that_cannot_be_read_makes_a_short_line(address):
     with pytest.raises(UserError) as error:
         load_image(address + "A" * 1_000_000, "row x")
     assert re.match(
@@ -152,7 +152,7 @@ def test_the_rotation_a_camera_noted_is_applied():
     ("value", "message"),
     [
         ("/no/such.png", "row x: there is no image /no/such.png"),
-        (b"not a picture", "row x: cannot read the image from its bytes"),
+        (b"not an image", "row x: cannot read the image from its bytes"),
         (" ", "row x: the image is blank text; give a path, or remove the row"),
         (b"", "row x: cannot read the image from its bytes"),
         (as_bytes(Image.effect_noise((64, 64), 80))[:900], "row x: the image is broken"),
@@ -176,7 +176,7 @@ def test_the_rotation_a_camera_noted_is_applied():
         (Image.new("1", (40_000, 20_000)), "row x: the image is 40000 x 20000 pixels, too large"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_the_row(value, message):
+def test_what_is_no_image_is_refused_with_the_row(value, message):
     with pytest.raises(UserError) as error:
         load_image(value, "row x")
     assert str(error.value).startswith(message)
@@ -248,7 +248,7 @@ def encode(processor, *parts, settings=None):
     return encode_conversation(conversation(*parts), processor, settings or VisionSettings(), {}, "row x")
 
 
-def test_each_picture_gets_its_placeholders_in_order(processor):
+def test_each_image_gets_its_placeholders_in_order(processor):
     ids, mm = encode(processor, "a", Image.new("RGB", (84, 84)), "b", Image.new("RGB", (300, 100)), "c")
     merged = (mm["image_grid_thw"].prod(dim=1) // 4).tolist()
     image = SPECIAL_IDS["<|image_pad|>"]
@@ -259,7 +259,7 @@ def test_each_picture_gets_its_placeholders_in_order(processor):
 
 
 @pytest.mark.parametrize("most", [10_000, 40_000])
-def test_a_picture_20000_pixels_wide_is_made_smaller(processor, most):
+def test_an_image_20000_pixels_wide_is_made_smaller(processor, most):
     _, mm = encode(processor, Image.new("RGB", (20_000, 2_000)), "?", settings=VisionSettings(784, most))
     assert mm["image_grid_thw"].prod().item() * 14 * 14 <= most
 
@@ -294,7 +294,7 @@ def test_a_limit_holds_against_the_processors_own_other_one(side, settings, expe
         ((50_000, 20_000), "data.min_pixels=50000 is above data.max_pixels=20000; no image size lies between them"),
     ],
 )
-def test_limits_that_no_picture_keeps_are_refused(limits, message):
+def test_limits_that_no_image_keeps_are_refused(limits, message):
     with pytest.raises(UserError) as error:
         VisionSettings(*limits)
     assert str(error.value) == message
@@ -350,10 +350,10 @@ def test_a_key_of_a_part_that_nothing_reads_is_refused(processor, monkeypatch, p
 
 
 def test_keys_of_a_part_without_a_value_or_that_the_template_reads_are_no_mistake(processor, monkeypatch):
-    picture = Image.new("RGB", (28, 28))
-    plain, _ = encode(processor, picture, "?")
+    image = Image.new("RGB", (28, 28))
+    plain, _ = encode(processor, image, "?")
     keys = {"max_pixels": None, "text": "", "caption": "a cat"}
-    content = [{"type": "image", "image": picture, **keys}, {"type": "text", "text": "?"}]
+    content = [{"type": "image", "image": image, **keys}, {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": content}]
     monkeypatch.setattr(processor, "chat_template", processor.chat_template + "{# p.caption #}")
     ids, _ = encode_conversation(messages, processor, VisionSettings(), {}, "row x")
@@ -366,7 +366,7 @@ def test_what_a_template_stumbles_over_is_one_line(processor, monkeypatch):
         encode(processor, Image.new("RGB", (84, 84)))
 
 
-def test_two_placeholders_and_one_picture_are_refused_with_the_row():
+def test_two_placeholders_and_one_image_are_refused_with_the_row():
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
     with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):
         with_images(messages, ["a.png"], "row x")
@@ -378,20 +378,20 @@ def test_columns_fill_the_image_parts_in_order():
     assert [part.get("image") for part in parts] == ["a.png", None, "b.png"]
 
 
-def test_a_picture_written_in_a_message_is_not_replaced_by_one_of_a_column():
+def test_an_image_written_in_a_message_is_not_replaced_by_one_of_a_column():
     messages = [{"role": "user", "content": [{"type": "image", "image": "mine.png"}, {"type": "text", "text": "?"}]}]
     for prompt in (messages, [*messages, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]):
         with pytest.raises(UserError) as error:
             with_images(prompt, ["p0"], "row x")
         assert str(error.value) == (
-            "row x: an image part of the prompt has a picture, and so have data.task.image_columns; leave the part at "
+            "row x: an image part of the prompt already has an image, and so have data.task.image_columns; leave the part at "
             "{'type': 'image'}, or data.task.image_columns empty"
         )
     empty = [{"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "?"}]}]
     assert with_images(empty, ["p0"], "row x")[0]["content"][0] == {"type": "image", "image": "p0"}
 
 
-def test_pictures_of_columns_stand_where_the_text_has_their_sign():
+def test_images_of_columns_stand_where_the_text_has_their_sign():
     def task(*prompts):
         rows = [{"prompt": prompt, "images": ["p0", "p1"]} for prompt in prompts]
         return RowsTask(rows, num_validation=0, image_columns=["images"], system_prompt="Be brief.")
@@ -420,9 +420,9 @@ def test_pictures_of_columns_stand_where_the_text_has_their_sign():
     )
 
 
-def test_equal_questions_about_different_pictures_are_different_prompts():
-    rows = [{"prompt": "what?", "picture": as_bytes(Image.new("RGB", (4, 4), (n, 0, 0)))} for n in range(6)]
-    task = RowsTask(rows, num_validation=2, image_columns=["picture"])
+def test_equal_questions_about_different_images_are_different_prompts():
+    rows = [{"prompt": "what?", "image": as_bytes(Image.new("RGB", (4, 4), (n, 0, 0)))} for n in range(6)]
+    task = RowsTask(rows, num_validation=2, image_columns=["image"])
     assert task.num_train_rows == 4
     content = task.train_row(0)["prompt"][0]["content"]
     assert [part["type"] for part in content] == ["image", "text"]

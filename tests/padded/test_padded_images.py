@@ -1,4 +1,4 @@
-"""Padded rows behind pictures, in models whose forward asks for more than placeholders: PaliGemma and Mllama."""
+"""Padded rows behind images, in models whose forward asks for more than placeholders: PaliGemma and Mllama."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def policy(request: Any, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFac
             if parameter.ndim >= 2:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
             elif name.endswith("gate"):
-                parameter.fill_(1.0)  # Mllama begins without its pictures
+                parameter.fill_(1.0)  # Mllama begins without its images
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -96,8 +96,8 @@ def policy(request: Any, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFac
 def prompts_of(policy: Policy) -> list[Prompt]:
     red, tall = Image.new("RGB", (30, 30), (255, 0, 0)), Image.linear_gradient("L").resize((40, 90)).convert("RGB")
     prompts = []
-    for uid, pictures in (("one", [red]), ("two", [red, tall])):
-        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    for uid, images in (("one", [red]), ("two", [red, tall])):
+        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}]
         prompts.append(
             Prompt(uid, messages, *_encoded(messages, policy))  # type: ignore[arg-type]
@@ -185,6 +185,6 @@ def test_an_input_that_generate_does_not_know_is_refused_in_one_line(policy: Pol
     prompt = prompts_of(policy)[0]
     padded._checked.discard(policy.base_model)
     with pytest.raises(UserError, match=r"^row one: .* cannot be trained on images \(ValueError: .*'depth_map'[^\n]+$"):
-        padded.check_pictures(
+        padded.check_images(
             policy.base_model, replace(prompt, mm_inputs={**prompt.mm_inputs, "depth_map": prompt.input_ids})
         )
