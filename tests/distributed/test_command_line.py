@@ -34,7 +34,7 @@ def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_
     assert_equal_up_to_order(tmp_path, straight)
 
 
-@pytest.mark.parametrize("given", [None, str(available_cores())])
+@pytest.mark.parametrize("given", [None, pytest.param(str(available_cores()), marks=pytest.mark.slow)])
 def test_ranks_share_the_cores_unless_the_user_set_a_count(given, tmp_path):
     (tmp_path / "tells_threads.py").write_text(
         "import lightning, torch\n"
@@ -115,7 +115,8 @@ GAME = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [pytest.param("an adapter", marks=pytest.mark.slow), "dialogues"])
+@pytest.mark.slow  # run_engines.py and tests/vision/test_run.py have the same of plain completions
+@pytest.mark.parametrize("case", ["an adapter", "dialogues"])
 def test_rollouts_of_a_split_policy_are_those_of_a_whole_one(case, tmp_path):
     """Ranks step together in the engine of the process; they have other prompts and other turns."""
     options = ["lora=language"] if case == "an adapter" else GAME

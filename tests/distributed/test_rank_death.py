@@ -36,10 +36,10 @@ RAISED = "reward function letter_share raised ZeroDivisionError: on purpose (row
 @pytest.mark.parametrize(
     ("script", "how", "rank", "code", "last"),
     [
-        ("train.py", "raise", "1", 2, f"error: rank 1: {RAISED}"),
+        pytest.param("train.py", "raise", "1", 2, f"error: rank 1: {RAISED}", marks=pytest.mark.slow),
         ("evaluate.py", "raise", "0", 2, f"error: rank 0: {RAISED}"),
-        ("train.py", "kill", "1", -9, "[rank: 1] Child process with PID"),
-        ("train.py", "raise, wait", "0", 2, f"error: rank 0: {RAISED}"),
+        pytest.param("train.py", "kill", "1", -9, "[rank: 1] Child process with PID", marks=pytest.mark.slow),
+        pytest.param("train.py", "raise, wait", "0", 2, f"error: rank 0: {RAISED}", marks=pytest.mark.slow),
         ("train.py", "raise, wait", "1", 2, f"error: rank 1: {RAISED}"),
         ("train.py", "kill, wait", "0", -9, f"error: {first_error.DIED}; no checkpoint has been written yet"),
     ],

@@ -142,6 +142,7 @@ def test_dynamic_sampling_and_a_moving_reference_resume_bit_identically(tmp_path
     assert all(float(row["dynamic_sampling/extra_prompts"] or 1) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_dialogues_with_rewards_of_turns_resume_bit_identically(tmp_path):
     options = [
         "data=secret_number", "data.max_prompt_length=256", "data.task.num_validation=4", "reward=environment",

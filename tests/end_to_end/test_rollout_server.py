@@ -24,7 +24,6 @@ GAME = [
     "objective.importance_sampling_level=sequence_token", "rollout.stop=[a,e,i,o,u]",
 ]  # fmt: skip
 """Dialogues whose turns have rewards; a turn ends with a vowel."""
-SLOW_GAME = pytest.param(0, GAME, marks=pytest.mark.slow)
 
 
 def train(server, folder, *arguments):
@@ -42,7 +41,14 @@ def records(folder):
     return rows, (folder / "completions.jsonl").read_bytes(), load_file(folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("staleness", "options"), [(0, []), (1, []), SLOW_GAME])
+@pytest.mark.parametrize(
+    ("staleness", "options"),
+    [
+        pytest.param(0, [], marks=pytest.mark.slow),
+        (1, []),
+        pytest.param(0, GAME, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_lost_its_server_is_saved_and_resumes_bit_identically(staleness, options, micro_model_dir, tmp_path):
     options = [f"rollout.engine.staleness={staleness}", *options]
     server = FakeServer(micro_model_dir)
