@@ -179,6 +179,17 @@ def test_ratios_by_token_two_sided_clip_corrections_and_minibatches_act_together
     assert found.metrics[0]["clip_frac_high"] > 0
 
 
+def test_the_off_policy_mask_decides_by_token_where_turns_have_rewards(micro_model_dir):
+    """Eq. 9 of DeepSeek-V3.2: of a completion that the policy has left, tokens of positive advantage stay."""
+    case = Case(
+        seed=2, level="token", turns="rewarded", off_policy_threshold=0.01, iterations=2, minibatches=2, lr=0.05
+    )
+    found = outcome(micro_model_dir, case)
+    assert found.differences == [], case
+    share = found.metrics[0]["off_policy_masked_frac"] * case.prompts * case.generations * case.iterations
+    assert share % 1 != 0, "completions are masked as a whole, if any"
+
+
 def test_every_setting_and_every_rare_event_is_among_the_seeds(micro_model_dir):
     cases = [draw(seed) for seed in SEEDS]
     many = [draw(seed) for seed in range(5_000)]
