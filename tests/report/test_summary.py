@@ -106,8 +106,15 @@ def test_the_table_says_what_changed_how_fast_and_where_everything_is(tmp_path):
     assert "0.250 -> 0.750  (+0.500)" in text and "0.125 -> 0.500  (+0.375)" in text
     assert "2 min 50 s, 30 rollouts" in text and "3.90 GiB" in text
     assert "rollout 400 tokens/s, update idle" in text
-    assert "/tmp/[bold]run/model" in text
-    assert "report.html" in text.replace("\n", "").replace("│", "").replace(" ", "")
+    assert text.splitlines()[-2:] == ["trained model: /tmp/[bold]run/model", f"report: {tmp_path / 'report.html'}"]
+
+
+def test_a_long_path_is_one_line(tmp_path):
+    write_summary(tmp_path, FACTS)
+    console = screen()
+    report = tmp_path / ("long" * 30) / "report.html"
+    print_result_table(console, tmp_path, report)
+    assert console.file.getvalue().splitlines()[-1] == f"report: {report}"
 
 
 def test_memory_of_the_gpu_and_of_the_process_are_called_so(tmp_path):

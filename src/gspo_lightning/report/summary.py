@@ -53,7 +53,10 @@ def _validation(path: Path) -> dict[str, Any]:
 
 
 def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
-    """Prints held-out accuracy before and after, time, speed by phase, memory, and the paths of the files."""
+    """Prints held-out accuracy before and after, time, speed by phase and memory, and below the paths of the files.
+
+    A path stays in one line, however long, so that it can be copied.
+    """
     summary, metrics = read_json(run_dir / "summary.json"), read_metrics(run_dir)
     table = Table(title="What the run did", show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -74,9 +77,10 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
     table.add_row("peak memory of the process", f"{summary['peak_rss_gb']:.2f} GiB")
     if "best_metric" in summary:
         table.add_row("best checkpoint", _text(_best(summary, run_dir / "checkpoints" / "best.ckpt")))
-    table.add_row("trained model", _text(summary["export_dir"] or "not exported (export.enabled=false)"))
-    table.add_row("report", _text(report))
     console.print(table)
+    model = summary["export_dir"] or "not exported (export.enabled=false)"
+    for what, place in (("trained model", model), ("report", report)):
+        console.print(Text.assemble((what, "bold"), ": ", _text(place)), soft_wrap=True)
 
 
 def print_evaluation(console: Console, model: str, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
