@@ -144,7 +144,9 @@ def test_a_merged_export_of_adapters_on_language_and_tower_computes_the_same_in_
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.3)
+                # At 0.3 the adapter is 4 times as large as its base, attention saturates and rounding alone, which is
+                # another for A and B than for their sum with the base, comes out as up to 2e-4; here as 1e-6.
+                parameter.normal_(std=0.05)
     export_policy(policy, tmp_path, merge_lora=False)
     export_policy(policy, tmp_path, merge_lora=True)  # an adapter left beside it would be added once more
     prompt = image_prompt("one", 3, (4, 4), 2, dtype=torch.float32)
