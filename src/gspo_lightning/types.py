@@ -209,11 +209,11 @@ class ScoredRollout(RewardedRollout):
         return self.advantages[group, number].item() == 0.0
 
     def token_advantages(self, group: int, number: int) -> Tensor:
-        """``(trained tokens,)`` float32 advantages of a completion."""
+        """``(trained tokens,)`` float64 advantages of a completion."""
         completion = self.completions[group][number]
         if self.turn_advantages is None or completion.dialogue is None:
-            return self.advantages[group, number].float().expand(completion.num_trained)
-        turns = torch.tensor(self.turn_advantages[group][number], dtype=torch.float32)
+            return self.advantages[group, number].expand(completion.num_trained)
+        turns = torch.tensor(self.turn_advantages[group][number], dtype=torch.float64)
         return turns[completion.dialogue.turn_index()[completion.dialogue.trained]]
 
 

@@ -111,7 +111,7 @@ class Run:
         return case.beta + self.rollouts_done / max(1, case.rollouts - 1) * (case.beta_end - case.beta)
 
     def _compare(self, rollout: Rollout) -> None:
-        """Gives every trained token its advantage, in float32 as the package hands them on."""
+        """Gives every trained token its advantage."""
         case = self.case
         by_function = [self._rewards(prompt) for prompt in rollout.prompts]
         self._count_sampled(rollout.groups)
@@ -122,7 +122,7 @@ class Run:
         for b, group in enumerate(rollout.groups):
             for g, completion in enumerate(group):
                 own = advantages.token_advantages(completion, of_turns[b][g])
-                rollout.advantages[b, g] = torch.tensor(own, dtype=torch.float32).double()
+                rollout.advantages[b, g] = torch.tensor(own, dtype=torch.float64)
         add_rollout_metrics(rollout.means, case, rollout.groups, by_function, rewards, of_turns)
 
     def _rewards(self, prompt: Prompt) -> list[Numbers]:

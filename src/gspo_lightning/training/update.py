@@ -102,7 +102,7 @@ class MicroBatch:
 
     packed: PackedBatch
     advantages: Tensor
-    """``(L,)`` float32."""
+    """``(L,)`` float64, rounded to the dtype of the log-probabilities by who multiplies them."""
     sampler_logprobs: Tensor
     """``(L,)`` float32."""
 
