@@ -32,6 +32,9 @@ def straight(tmp_path_factory):
 def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_path):
     run(*SHORT, *WIDE, f"hydra.run.dir={tmp_path}")
     assert_equal_up_to_order(tmp_path, straight)
+    recorded = (straight / "completions.jsonl").read_bytes()
+    assert len(recorded.splitlines()) == 8 * 8 * 8  # rollouts, prompts and completions of each
+    assert recorded == (tmp_path / "completions.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("given", [None, pytest.param(str(available_cores()), marks=pytest.mark.slow)])

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from gspo_lightning.callbacks.files import Place, copy_prefix, flush_to_disk, remove, replace_file
 from gspo_lightning.callbacks.metrics_table import MetricsTable
 from gspo_lightning.callbacks.own_values import own_values
+from gspo_lightning.distributed.ranks import gather_text
 from gspo_lightning.types import ScoredRollout
 
 BEFORE, AFTER, SUMMARY = "validation_before.json", "validation_after.json", "summary.json"
@@ -31,12 +32,13 @@ _ADDRESS = re.compile(r"(data:[\w.+/-]{0,80})[^,\s]{0,80}(?:;|%3b)base64(?:,|%2c
 
 
 class RunRecorder(L.Callback):
-    """Writes the run's files, on rank 0 only, which has its own completions and the metrics of all ranks.
+    """Writes the run's files, on rank 0 only: completions and metrics are those of all ranks.
 
     ``metrics.csv`` has a row per rollout (``step`` counts finished rollouts; 0 is the validation before
     training), with the columns of a validation in the row of the rollout it follows. ``completions.jsonl``
-    has a line per completion. ``validation_before.json`` and ``validation_after.json`` hold the validation
-    before training and the newest one since. A ``summary.json`` in the folder, of a run that ended, is set aside.
+    has a line per completion, rank after rank, which is the order of one process. ``validation_before.json`` and
+    ``validation_after.json`` hold the validation before training and the newest one since. A ``summary.json`` in the
+    folder, of a run that ended, is set aside.
 
     Args:
         run_dir: where to write; exists.
@@ -105,9 +107,12 @@ class RunRecorder(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Writes a row of metrics and a line per completion."""
+        entries = completion_entries(pl_module.rollouts_done, pl_module.last_scored, self.tokens)
+        # Every rank takes part, before anything that rank 0 does alone can fail.
+        lines = gather_text("".join(to_json(entry) + "\n" for entry in entries))
         if trainer.is_global_zero:
             self._prepare()
-            self._log_completions(pl_module.rollouts_done, pl_module.last_scored)
+            self._log_completions(lines)
             own = own_values(trainer, pl_module)
             self.table.write({"step": pl_module.rollouts_done, **pl_module.last_metrics, **own})
 
@@ -215,8 +220,7 @@ class RunRecorder(L.Callback):
         if problems:
             warnings.warn(f"{source}: {'; '.join(problems)}; the records of this run are incomplete", stacklevel=2)
 
-    def _log_completions(self, step: int, scored: ScoredRollout) -> None:
-        lines = "".join(to_json(entry) + "\n" for entry in completion_entries(step, scored, self.tokens))
+    def _log_completions(self, lines: str) -> None:
         with self.completions.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
             file.flush()

@@ -55,6 +55,15 @@ def gather_values(values: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+def gather_text(text: str) -> str:
+    """On rank 0 the texts of all ranks, one after the other in the order of ranks; empty on the others."""
+    if world_size() == 1:
+        return text
+    gathered: list[str] | None = [""] * world_size() if rank() == 0 else None
+    dist.gather_object(text, gathered)
+    return "".join(gathered or [])
+
+
 def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
     """Means over everything all ranks saw: sums over ranks divided by counts over ranks.
 

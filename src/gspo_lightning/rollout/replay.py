@@ -53,8 +53,7 @@ class ReplayEngine:
         if not records:
             raise UserError(
                 f"rollout=replay: row {prompt.uid} is not in rollout {step} of {self.run}; replay with the data, seed "
-                "and data.prompts_per_rollout of that run, on one process, without dynamic sampling, and no more "
-                "rollouts than it has"
+                "and data.prompts_per_rollout of that run, without dynamic sampling, and no more rollouts than it has"
             )
         if len(records) != sampling.num_generations:
             raise UserError(
