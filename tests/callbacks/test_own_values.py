@@ -7,13 +7,11 @@ import csv
 import lightning as L
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from gspo_lightning import cli
 from gspo_lightning.callbacks import RolloutCheckpoint, RunRecorder
 from gspo_lightning.module import GSPOModule
-from tests.conf.test_groups import composed
+from tests.conf.test_groups import given
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -99,14 +97,11 @@ def test_a_value_that_comes_after_the_checkpoint_is_not_lost_with_it(micro_model
 
 
 def command(folder, *overrides):
-    cfg = composed(
+    cfg = given(
         "experiment=micro", "logger=none", "print_config=false", "export.enabled=false", "data.prompts_per_rollout=4",
         "data.task.num_validation=2", "checkpoint.every_n_rollouts=1", "validation.every_n_rollouts=2",
         f"module._target_={__name__}.Own", f"+callbacks.mine._target_={__name__}.Logging", *overrides, run_dir=folder,
     )  # fmt: skip
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
     cli._train(cfg)
 
 

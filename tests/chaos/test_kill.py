@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from gspo_lightning import cli
-from tests.conf.test_groups import composed
+from tests.conf.test_groups import given
 
 RUN = ["experiment=micro", "max_rollouts=8", "checkpoint.every_n_rollouts=2", "validation.every_n_rollouts=3",
        "checkpoint.keep_best=val/reward", "ckpt_path=auto", "print_config=false"]  # fmt: skip
@@ -34,11 +32,7 @@ def start(folder: Path) -> int:
         os.dup2(log, 2)
         sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
         torch.set_num_threads(1)
-        cfg = composed(*RUN, run_dir=folder / "run")
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        cli._train(cfg)
+        cli._train(given(*RUN, run_dir=folder / "run"))
         os._exit(0)
     except BaseException:  # noqa: BLE001 - whatever it is, a forked child must not return into pytest
         traceback.print_exc()

@@ -20,8 +20,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from gspo_lightning import cli
@@ -29,7 +27,7 @@ from gspo_lightning.config import checks
 from gspo_lightning.config.build import build, build_module
 from gspo_lightning.errors import UserError
 from tests.conf.probes import PROBES, Probe
-from tests.conf.test_groups import CONF, composed, of_file, resolved
+from tests.conf.test_groups import CONF, given, of_file, resolved
 
 ROOT = CONF.parent
 
@@ -55,10 +53,7 @@ def lengthy(completions: list[str], **_: Any) -> list[float]:
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """What a run of the micro model leaves, by part."""
-    cfg = composed(*BASE, *overrides, run_dir=folder)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = given(*BASE, *overrides, run_dir=folder)
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
         cli._train(cfg)

@@ -11,10 +11,11 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException
 from lightning.pytorch.accelerators import MPSAccelerator
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from gspo_lightning.config import build as build_module_of_config
 from gspo_lightning.config import checks, hardware
@@ -57,15 +58,17 @@ def composed(*overrides, run_dir="/nowhere"):
         return compose("train", [*overrides, f"hydra.runtime.output_dir={run_dir}"], return_hydra_config=True)
 
 
-def resolved(*overrides, run_dir="/nowhere"):
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
-
+def given(*overrides, run_dir="/nowhere"):
+    """The config as Hydra gives it to a program; its own part is where `HydraConfig` finds it."""
     cfg = composed(*overrides, run_dir=run_dir)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return resolve(cfg)
+    return cfg
+
+
+def resolved(*overrides, run_dir="/nowhere"):
+    return resolve(given(*overrides, run_dir=run_dir))
 
 
 def of_file(file):

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from gspo_lightning import GSPOModule, cli
 from gspo_lightning.config import checks, targets
 from gspo_lightning.config.build import build_module
 from gspo_lightning.config.own_module import SET_BY
 from gspo_lightning.errors import UserError
-from tests.conf.test_groups import composed, resolved
+from tests.conf.test_groups import given, resolved
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SHORT = [
@@ -70,11 +68,7 @@ WEIGHTED = [target(Weighted), "+module.weight=0.25"]
 
 
 def command(main, *overrides, folder):
-    cfg = composed(*SHORT, *overrides, run_dir=folder)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    main(cfg)
+    main(given(*SHORT, *overrides, run_dir=folder))
 
 
 @pytest.fixture(autouse=True)

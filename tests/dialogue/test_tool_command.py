@@ -12,15 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from gspo_lightning import cli
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import build, build_data
 from gspo_lightning.data.preview import build_datamodule
 from gspo_lightning.errors import UserError
-from tests.conf.test_groups import composed, resolved
+from tests.conf.test_groups import given, resolved
 from tests.dialogue.tool_support import TEMPLATE, call
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -66,10 +64,7 @@ def test_a_run_with_tools_leaves_their_metrics(project, tmp_path):
     small = ["data.task.num_validation=2", "data.prompts_per_rollout=2", "rollout.num_generations=2",
              "rollout.max_completion_length=8", "max_rollouts=1", "logger=none", "export.enabled=false",
              "trainer.accelerator=cpu", "update.num_minibatches=2", "model.dtype=float32"]  # fmt: skip
-    cfg = composed(*project, *small, run_dir=tmp_path / "run")
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = given(*project, *small, run_dir=tmp_path / "run")
     with contextlib.redirect_stdout(io.StringIO()):
         cli._train(cfg)
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open(newline="")))

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import build, build_module
-from gspo_lightning.config.resolve import resolve
 from gspo_lightning.data.preview import build_datamodule
+from tests.conf.test_groups import resolved
 from tests.support import has_module
 
 ROOT = Path(__file__).parents[2]
@@ -60,17 +59,6 @@ def filled(word):
     return re.sub(r"<[^>]*>|…", "x", word)
 
 
-def resolved(overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides, return_hydra_config=True)
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = "/nowhere"
-        cfg.hydra.job.num = 0
-        HydraConfig.instance().set_config(cfg)
-        del cfg["hydra"]
-    return resolve(cfg)
-
-
 def jobs(words):
     """The overrides of every job of a command, as Hydra's own grammar splits a sweep."""
     sweep = [word for word in words if not word.startswith("-")]
@@ -91,7 +79,7 @@ def check_training(words):
         if not has_module(plugin):
             pytest.skip(f"needs {plugin}")
     for overrides in jobs(words):
-        plain = resolved(overrides)
+        plain = resolved(*overrides, "hydra.job.num=0")
         checks.check(plain)
         build_module(plain)
 
@@ -172,7 +160,7 @@ def test_a_python_snippet_runs(text):
 
 
 def test_a_right_and_long_answer_counts_as_right_under_the_reward_of_the_readme(own_project):
-    plain = resolved(["reward=mine", own_project])
+    plain = resolved("reward=mine", own_project)
     checks.check(plain)
     rewards = build_module(plain).rewards
     name, decides = next(iter(rewards.functions.items()))

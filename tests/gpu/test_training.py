@@ -11,8 +11,6 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from gspo_lightning import cli
@@ -20,7 +18,7 @@ from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.types import Completion, Prompt
-from tests.conf.test_groups import composed
+from tests.conf.test_groups import given
 from tests.scripted import Settings, update_of
 from tests.support import random_groups, relative_distance
 
@@ -123,10 +121,7 @@ def test_moments_in_eight_bits_follow_those_of_float32(micro_model_dir):
 def train(folder, *arguments):
     """As ``python train.py`` does, in this process: the kernels are compiled once for all runs."""
     settings = ["hydra.mode=RUN", "experiment=micro", "trainer.accelerator=gpu", "print_config=false", *arguments]
-    cfg = composed(*settings, run_dir=folder)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = given(*settings, run_dir=folder)
     try:
         cli._train(cfg)
     finally:

@@ -9,37 +9,22 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import rollouts_of_epochs
-from gspo_lightning.config.resolve import resolve
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
 from gspo_lightning.migrate.__main__ import command, experiment_yaml, main, overrides
 from gspo_lightning.migrate.trl_table import BETTER, COMPUTED, DEFAULTS, NONE, RENAMED
+from tests.conf.test_groups import resolved
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (Path(__file__).parent / "trl_1_16_0_fields.txt").read_text().split()
 SAMPLE = (Path(__file__).parent / "gspo_sample.py.txt").read_text()
 OLDER = {"max_prompt_length", "warmup_ratio"}
 GIVEN = {"data": "rows", "model": "path"}
-
-
-def resolved(*arguments, searchpath=None):
-    extra = [f"hydra.searchpath=[file://{searchpath}]"] if searchpath else []
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [*arguments, *extra], return_hydra_config=True)
-    with open_dict(cfg):
-        if cfg.hydra.runtime.get("output_dir", "???") is None or "output_dir" not in cfg.hydra.runtime:
-            cfg.hydra.runtime.output_dir = "/nowhere"
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return resolve(cfg)
 
 
 def completed(given):
@@ -109,7 +94,7 @@ def test_the_printed_command_and_the_yaml_are_the_same_run(tmp_path):
     assert words[:2] == ["python", "train.py"]
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(experiment_yaml(result))
-    assert resolved(*words[2:]) == resolved("experiment=mine", searchpath=tmp_path)
+    assert resolved(*words[2:]) == resolved("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
 
 
 CASES = {

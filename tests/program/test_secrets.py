@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from gspo_lightning import cli
@@ -16,7 +15,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.program.redact import masked, names_a_secret, redacted
 from gspo_lightning.rollout import VLLMServerEngine
 from gspo_lightning.rollout.http_client import Server
-from tests.conf.test_groups import composed
+from tests.conf.test_groups import given
 
 
 def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeypatch):
@@ -163,13 +162,11 @@ def test_a_password_in_an_address_of_a_server_is_refused_and_not_repeated():
 def test_no_file_of_a_run_and_nothing_on_the_screen_holds_a_secret(tmp_path, monkeypatch, capfd):
     secret = "hf_do_not_tell_9f2c"
     monkeypatch.setenv("MY_API_KEY", secret)
-    cfg = composed(
+    cfg = given(
         "experiment=micro", "max_rollouts=2", "logger=tensorboard", "checkpoint.every_n_rollouts=1",
         run_dir=tmp_path / "run",
     )  # fmt: skip
-    HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
-        del cfg["hydra"]
         cfg.note = {"api_key": "${oc.env:MY_API_KEY}", "url": "https://${oc.env:MY_API_KEY}@host", "rollouts": 2}
         cfg.max_rollouts = "${note.rollouts}"  # a part of the user's own needs something that refers to it
     cli._train(cfg)

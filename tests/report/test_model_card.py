@@ -10,14 +10,12 @@ from unittest import mock
 import pytest
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 
 from gspo_lightning import cli
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy import hub
 from gspo_lightning.report.model_card import model_card
-from tests.conf.test_groups import CONF
+from tests.conf.test_groups import given
 
 PLAIN = {
     "model": {"path": "Qwen/Qwen2.5-0.5B-Instruct"},
@@ -96,17 +94,7 @@ def api(monkeypatch):
 
 
 def train(folder, *overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            ["experiment=micro", "max_rollouts=1", f"hydra.runtime.output_dir={folder}", *overrides],
-            return_hydra_config=True,
-        )
-    HydraConfig.instance().set_config(cfg)
-    from omegaconf import open_dict
-
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = given("experiment=micro", "max_rollouts=1", *overrides, run_dir=folder)
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
         cli._train(cfg)

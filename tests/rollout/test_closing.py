@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
 
 from gspo_lightning import cli
 from gspo_lightning.errors import UserError
@@ -14,7 +12,7 @@ from gspo_lightning.rollout import closing_engine
 from gspo_lightning.rollout import engine as engine_module
 from gspo_lightning.rollout.gathered import GatheredEngine
 from gspo_lightning.training.one_step_off import OneStepOff
-from tests.conf.test_groups import composed
+from tests.conf.test_groups import given
 
 
 class Holding:
@@ -94,10 +92,7 @@ def test_a_run_closes_its_engine_also_upon_an_error(work, fails, tmp_path, monke
     trainer = SimpleNamespace(validate=execute, is_global_zero=False, global_rank=0, world_size=1)
     monkeypatch.setattr(cli, "build_trainer", lambda *_: trainer)
     monkeypatch.setattr(cli, "TrainingRun", lambda *_: SimpleNamespace(execute=execute, stopped=""))
-    cfg = composed("experiment=micro", run_dir=tmp_path / "run")
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
+    cfg = given("experiment=micro", run_dir=tmp_path / "run")
     if fails:
         with pytest.raises(UserError, match="lost"):
             work(cfg)
