@@ -14,9 +14,9 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from gspo_lightning import cli
 from gspo_lightning.distributed import first_error
 from gspo_lightning.errors import UserError
+from gspo_lightning.program import ending
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_by_way_of_the_temporary_files(ranks, monkeypatch):
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
 def test_what_all_ranks_are_refused_for_is_said_once_and_leaves_no_folder(order, ranks, monkeypatch, capsys):
     hydra = SimpleNamespace(mode=RunMode.RUN, runtime=SimpleNamespace(output_dir=str(ranks.run)))
-    monkeypatch.setattr(cli.HydraConfig, "get", lambda: hydra)
+    monkeypatch.setattr(ending.HydraConfig, "get", lambda: hydra)
 
     def refuse(cfg):
         raise UserError("optimizer.lr=-1\nmust be above 0")
@@ -147,7 +147,7 @@ def test_what_all_ranks_are_refused_for_is_said_once_and_leaves_no_folder(order,
         ranks.join(1, 3)  # not as rank 0, which begins before the others fail
         monkeypatch.setattr(first_error, "_rank", rank)
         with pytest.raises(SystemExit) as ended:
-            cli._job(refuse, OmegaConf.create({"traceback": False}))
+            ending.one_job(refuse, OmegaConf.create({"traceback": False}))
         assert ended.value.code == 2
         assert first_error.first(ranks.run) == (f"rank {order[0]}: optimizer.lr=-1 must be above 0", 2)
     assert capsys.readouterr().err == "error: optimizer.lr=-1 must be above 0\n"

@@ -15,9 +15,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from gspo_lightning import cli
 from gspo_lightning.callbacks.detect_anomaly import NonFiniteLayerError
 from gspo_lightning.errors import UserError
+from gspo_lightning.program import ending
 from gspo_lightning.report.compare import main as compare
 from gspo_lightning.report.runs import find_runs
 from gspo_lightning.rollout import EngineUnavailableError
@@ -71,14 +71,14 @@ def test_a_sweep_that_cannot_write_says_so_in_one_line(tmp_path):
 )
 def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, monkeypatch, capsys):
     job = SimpleNamespace(num=1, override_dirname="seed=2")
-    monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, job=job))
-    monkeypatch.setattr(cli.first_error, "_rank", None)  # whatever an earlier test of this process was
+    monkeypatch.setattr(ending.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, job=job))
+    monkeypatch.setattr(ending.first_error, "_rank", None)  # whatever an earlier test of this process was
 
     def work(cfg):
         raise error
 
     with pytest.raises(ValueError if code is None else SystemExit) as ended:
-        cli.run(lambda: cli._job(work, OmegaConf.create()))
+        ending.run(lambda: ending.one_job(work, OmegaConf.create()))
     if code is not None:
         assert ended.value.code == code
         assert capsys.readouterr().err.splitlines()[0] == f"failed: job 1 (seed=2): {error}"
@@ -109,7 +109,7 @@ def test_what_the_extra_for_sweeps_brings_is_said_to_be_in_it(said, told, capsys
         raise HydraException(said)
 
     with pytest.raises(SystemExit):
-        cli.run(main)
+        ending.run(main)
     assert capsys.readouterr().err == told + "\n"
 
 

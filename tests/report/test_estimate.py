@@ -16,7 +16,8 @@ from gspo_lightning.config import hardware
 from gspo_lightning.config.build import build_module
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
-from gspo_lightning.program.estimate import ACTIVATIONS, GIB, Ranks, Work, estimate, own_parts
+from gspo_lightning.program.estimate import ACTIVATIONS, GIB, estimate, own_parts
+from gspo_lightning.program.memory_parts import Ranks, Work
 from gspo_lightning.training.update import UpdateSettings
 from tests.command_line import rows, run
 from tests.conf.test_groups import resolved

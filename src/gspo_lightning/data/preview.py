@@ -112,6 +112,6 @@ def _short(value: Any, width: int = 300) -> str:
 
 
 if __name__ == "__main__":
-    from gspo_lightning.cli import run
+    from gspo_lightning.program.ending import run
 
     run(main)

@@ -1,8 +1,8 @@
 """Ends a rank that waits for a failed one, whatever it waits in.
 
-Gloo raises if a rank is gone, and `gspo_lightning.cli` then ends the process with the error that rank has noted. NCCL
-waits until the strategy's ``timeout``, and a process outside a collective until its work is done: this module ends
-them.
+Gloo raises if a rank is gone, and `gspo_lightning.program.ending` then ends the process with the error that rank has
+noted. NCCL waits until the strategy's ``timeout``, and a process outside a collective until its work is done: this
+module ends them.
 """
 
 from __future__ import annotations

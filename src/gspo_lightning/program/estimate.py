@@ -7,30 +7,28 @@ for an architecture is needed.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gspo_lightning.config import hardware
+from gspo_lightning.config.devices import is_sharded
+from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.fake import fake_policy, saved_bytes
-from gspo_lightning.policy.load import DTYPES, PolicyLoader
-from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.block_cache import rows_per_block
+from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.program.memory_parts import GATHERED, Ranks, Work, cache_slots, model_parts, rollout_bytes
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.timing import rss_gb
-from gspo_lightning.training.update import MicroBatch, UpdateSettings, build_micro_batch, split_minibatches
+from gspo_lightning.training.update import MicroBatch, build_micro_batch, split_minibatches
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
 
 GIB = 2**30
-OPTIMIZER_BYTES = {"AdamW8bit": 2.0, "PagedAdamW8bit": 2.0, "SGD": 0.0}
-"""Bytes of state per trained parameter; every other optimizer keeps two moments in the dtype of the weights."""
-LOGITS_COPIES = 4
-"""Copies of the logits in a decoding step: raw, float32, probabilities and their running sums."""
+ACTIVATIONS = "activations of the largest micro-batch"
 
 
 @dataclass(frozen=True)
@@ -76,56 +74,41 @@ class Estimate:
         return table
 
 
-ACTIVATIONS = "activations of the largest micro-batch"
-GATHERED = "layers gathered to compute"
+def estimate_run(plain: dict[str, Any], datamodule: PromptDataModule, module: GSPOModule) -> Estimate:
+    """`estimate` for the first prompts of a run, and of them for the rank whose prompts are longest.
+
+    Args:
+        plain: the resolved config.
+        datamodule: its prompts.
+        module: not yet set up.
+    """
+    prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
+    size = len(prompts) // ranks.count
+    shares = [prompts[start : start + size] for start in range(0, size * ranks.count, size)]
+    work = Work(
+        num_generations=module.sampling.num_generations,
+        max_completion_length=module.sampling.max_completion_length,
+        validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,
+        max_concurrent=traits(module.engine).max_concurrent,
+        update=module.update_settings,
+        optimizer=plain["optimizer"]["_target_"].rpartition(".")[2],
+        needs_reference=module.objective.needs_ref,
+        precision=plain["trainer"]["precision"],
+        on_gpu=hardware.on_gpu(plain["trainer"]["accelerator"]),
+        validation_generations=module.validator.sampled.num_generations,
+        samples_ahead=module.ahead is not None,
+        ranks=ranks,
+        own=tuple(module.parameters()),  # the policy is not loaded
+        not_counted=own_parts(module),
+    )
+    longest = max(shares, key=lambda share: sum(len(prompt.input_ids) for prompt in share))
+    return estimate(module.policy_loader, longest, work)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that train together."""
-
-    count: int = 1
-    sharded: bool = False
-    """Each holds its share of weights, gradients and optimizer states (trainer=fsdp), not all of them."""
-    gather_for_rollouts: bool = True
-    """The setting of `gspo_lightning.distributed.sharding.FSDP2Strategy`."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one process samples and trains on, in the settings that decide its memory."""
-
-    num_generations: int
-    """Completions per prompt."""
-    max_completion_length: int
-    """Assumed length of every completion."""
-    validation_rows: int
-    """Completions of a batch of held-out prompts."""
-    max_concurrent: int
-    """Completions decoded at a time, at least those of one prompt; 0 if another engine samples."""
-    update: UpdateSettings
-    optimizer: str
-    """Class name of the optimizer."""
-    needs_reference: bool
-    """Whether the objective needs a reference; with an adapter that is the policy without it."""
-    precision: str
-    """As the Trainer names it."""
-    on_gpu: bool
-    """Whether the memory is a GPU's; then the program and its libraries are not counted."""
-    validation_generations: int = 1
-    """Completions per held-out prompt among ``validation_rows``."""
-    samples_ahead: bool = False
-    """Whether the next rollout is sampled during the update, from a copy of the trained weights."""
-    ranks: Ranks = Ranks()
-    """The processes, of which this is one."""
-    own: tuple[nn.Parameter, ...] = ()
-    """Parameters that a subclass of `GSPOModule` adds to those of the policy; each process has them whole."""
-    not_counted: str = ""
-    """What has parameters that are known only once the model is loaded; empty for nothing."""
-
-    def rows_at_once(self, rows: int, generations: int) -> int:
-        """Completions of ``rows`` decoded at a time: those of whole prompts, at least one; 0 if elsewhere."""
-        return min(rows, max(1, self.max_concurrent // generations) * generations) if self.max_concurrent else 0
+def _ranks(plain: dict[str, Any]) -> Ranks:
+    sharded = is_sharded(plain)
+    gather = sharded and plain["trainer"]["strategy"].get("gather_for_rollouts", True)
+    return Ranks(hardware.ranks(plain), sharded, gather_for_rollouts=gather)
 
 
 def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimate:
@@ -139,13 +122,13 @@ def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimat
     micro, micro_batches = _largest_micro_batch(prompts, work)
     training = work.rows_at_once(len(prompts) * work.num_generations, work.num_generations)
     held_out = work.rows_at_once(work.validation_rows, work.validation_generations)
-    slots = _cache_slots(prompts, work, training, held_out)
+    slots = cache_slots(prompts, work, training, held_out)
     resolve_model(loader.path)  # a model that has to be built first is built of real tensors
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = fake_policy(loader)
         activations = saved_bytes(policy, micro.packed, work.precision)
-        parts = _model_parts(policy, loader, work, several=micro_batches > work.update.num_minibatches)
-        rollout = _rollout_bytes(policy, loader, work, max(training, held_out), slots)
+        parts = model_parts(policy, loader, work, several=micro_batches > work.update.num_minibatches)
+        rollout = rollout_bytes(policy, loader, work, max(training, held_out), slots)
         everything = (*policy.parameters(), *work.own)
         count = sum(p.numel() for p in everything)
         trained = sum(p.numel() for p in everything if p.requires_grad)
@@ -181,7 +164,11 @@ def _pace(prompts: int, work: Work, rows: int, forwarded: str) -> dict[str, str]
 
 def _largest_micro_batch(prompts: list[Prompt], work: Work) -> tuple[MicroBatch, int]:
     """The largest micro-batch of a rollout of completions of maximum length, and its number of micro-batches."""
-    scored = _scored(prompts, _longest(len(prompts), work.num_generations, work.max_completion_length))
+    length = work.max_completion_length
+    one = Completion(torch.zeros(length, dtype=torch.long), "", torch.zeros(length), "length")
+    rewards = torch.zeros(len(prompts), work.num_generations, dtype=torch.float64)
+    completions = [[one] * work.num_generations for _ in prompts]
+    scored = ScoredRollout(prompts, completions, (), rewards[..., None], rewards, rewards)
     minibatches = split_minibatches(
         scored, work.update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
     )
@@ -189,113 +176,5 @@ def _largest_micro_batch(prompts: list[Prompt], work: Work) -> tuple[MicroBatch,
     return max((build_micro_batch(scored, plan, torch.device("cpu")) for plan in plans), key=_tokens), len(plans)
 
 
-def _model_parts(policy: Policy, loader: PolicyLoader, work: Work, *, several: bool) -> dict[str, float]:
-    """Bytes of the model's parts in every process; ``several`` micro-batches accumulate before gradients are sent."""
-    ranks, optimizer = work.ranks, work.optimizer
-    share = 1 / ranks.count if ranks.sharded else 1.0
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    weights = share * sum(_bytes(p) for p in policy.parameters()) * _quantised_share(loader, policy)
-    gradients = share * sum(_bytes(p) for p in trained)
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        f"optimizer ({optimizer})": share * _optimizer_bytes(optimizer, trained),
-    }
-    if work.own:
-        own = [p for p in work.own if p.requires_grad]
-        moments = _optimizer_bytes(optimizer, own)
-        parts["parameters beside the policy's"] = sum(map(_bytes, (*work.own, *own))) + moments
-    if work.needs_reference and loader.lora is None:
-        parts["reference"] = weights
-    if ranks.sharded:
-        parts[GATHERED] = _gathered_bytes(policy)
-    elif ranks.count > 1 and several:
-        parts["gradients in transit"] = gradients
-    if work.samples_ahead:
-        parts["copy that samples ahead"] = sum(map(_bytes, trained))
-    return parts
-
-
-def _optimizer_bytes(optimizer: str, trained: list[nn.Parameter]) -> float:
-    per_parameter = OPTIMIZER_BYTES.get(optimizer)
-    return sum(2.0 * _bytes(p) if per_parameter is None else per_parameter * p.numel() for p in trained)
-
-
-def _gathered_bytes(policy: Policy) -> float:
-    """Bytes of the whole weights outside of the layers and of two layers, of which one arrives while the other
-    computes; and of FSDP2's buffers for the largest of these units: its weights again, or its gradients twice.
-    """
-    layers: Any = policy.base_model.get_decoder().layers
-    inside = [list(unit.parameters()) for unit in layers]
-    known = {id(p) for unit in inside for p in unit}
-    outside = [p for p in policy.parameters() if id(p) not in known]
-    gradients = max(sum(_bytes(p) for p in unit if p.requires_grad) for unit in [outside, *inside])
-    weights = [sum(map(_bytes, unit)) for unit in [outside, *inside]]
-    return float(weights[0] + 2 * max(weights[1:]) + max(*weights, 2 * gradients))
-
-
-def _cache_slots(prompts: list[Prompt], work: Work, training: int, held_out: int) -> int:
-    """Tokens whose keys and values are held at a time, for ``training`` rows of a rollout or ``held_out`` rows.
-
-    A prompt is held once (on a CPU once per block of its rows); in validation once per row.
-    """
-    generations, length = work.num_generations, work.max_completion_length
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    width = generations if work.on_gpu else rows_per_block(generations, longest, length)
-    blocks = training // generations * math.ceil(generations / width)
-    return max(blocks, held_out) * longest + max(blocks * width, held_out) * length
-
-
-def _rollout_bytes(policy: Policy, loader: PolicyLoader, work: Work, rows: int, slots: int) -> float:
-    """Bytes of the keys and values of ``slots`` tokens, of the logits of ``rows`` rows and of the packed weights."""
-    text = policy.config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    item = _product_bytes(policy, work.precision)
-    cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * item
-    logits = LOGITS_COPIES * rows * policy.output_weight.shape[0] * 4
-    packs = work.max_concurrent and loader.quantization is None and not loader.compile and not work.ranks.sharded
-    return float(cache + logits) + (_packed_bytes(policy, work.precision, work.on_gpu) if packs else 0.0)
-
-
-def _product_bytes(policy: Policy, precision: str) -> int:
-    narrow = "bf16" in precision or "16" in str(policy.output_weight.dtype)
-    return 2 if narrow else policy.output_weight.element_size()
-
-
-def _packed_bytes(policy: Policy, precision: str, on_gpu: bool) -> float:
-    """Bytes of the copy of the weights that `gspo_lightning.rollout.prepacked` holds during a rollout."""
-    is_narrowed = precision.endswith("-mixed") and policy.output_weight.dtype == torch.float32
-    if policy.output_weight.dtype == torch.float64 or (on_gpu and not is_narrowed):
-        return 0.0
-    count = sum(m.weight.numel() for m in policy.body.modules() if type(m) is nn.Linear) + policy.output_weight.numel()
-    return float(count * _product_bytes(policy, precision))
-
-
-def _quantised_share(loader: PolicyLoader, policy: Policy) -> float:
-    """Share of the weights' bytes left after quantising the language half's linear layers (4.13 or 8 bits)."""
-    if loader.quantization is None:
-        return 1.0
-    bits = {"nf4": 4.13, "int8": 8.0}[loader.quantization]
-    linear = sum(
-        _bytes(m.weight) for m in policy.body.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad
-    )
-    everything = sum(_bytes(p) for p in policy.parameters())
-    return 1.0 - linear / everything * (1.0 - bits / (8 * DTYPES[loader.dtype].itemsize))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _tokens(micro: MicroBatch) -> int:
     return micro.packed.num_tokens
-
-
-def _longest(groups: int, generations: int, length: int) -> list[list[Completion]]:
-    one = Completion(torch.zeros(length, dtype=torch.long), "", torch.zeros(length), "length")
-    return [[one] * generations for _ in range(groups)]
-
-
-def _scored(prompts: list[Prompt], completions: list[list[Completion]]) -> ScoredRollout:
-    rewards = torch.zeros(len(prompts), len(completions[0]), dtype=torch.float64)
-    return ScoredRollout(prompts, completions, (), rewards[..., None], rewards, rewards)

@@ -1,0 +1,141 @@
+"""How a program ends: the errors that become one line, by a single process, on several ranks and in a sweep, and the
+exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from gspo_lightning.config.groups import check_choices
+from gspo_lightning.distributed import first_error, rank_watch
+from gspo_lightning.errors import UserError
+from gspo_lightning.extras import install_line
+from gspo_lightning.program.interrupt import Interrupted, is_interrupt
+from gspo_lightning.program.redact import masked, masked_stderr
+from gspo_lightning.program.sweep_job import SweepStopped
+from gspo_lightning.rollout import RolloutError
+from gspo_lightning.training.guarded_step import NonFiniteGradientError
+
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+_OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
+RUN_ERRORS = (NonFiniteGradientError, RolloutError)
+"""Errors that end a run whose config was right."""
+_STOPPED = "SIGINT: stopped"
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own lines
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)
+    if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
+        sys.path.append(os.getcwd())
+    try:
+        check_choices(sys.argv[1:])
+        with masked_stderr():  # Hydra repeats the command line of a job that failed
+            main()
+    except (*USER_ERRORS, *RUN_ERRORS) as error:
+        _exit_with_line(error, _wants_traceback())
+    except KeyboardInterrupt as stopped:
+        if _wants_traceback():  # Ctrl-C shows what a program waits for
+            traceback.print_exc()
+        if first_error.is_first_rank():
+            print(f"error: {stopped if isinstance(stopped, Interrupted) else _STOPPED}", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except OSError as error:
+        key = _key_of_folder(error)
+        if key is None:
+            raise
+        _exit_with_line(no_run_dir(error.filename, error, key), _wants_traceback())
+
+
+def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Runs ``work``. A user's mistake ends a single run here; in a sweep it must not end the other jobs.
+
+    A sweep runs all of its jobs and then ends with the first failure and its exit code; each failure prints a line.
+    """
+    try:
+        return work(cfg)
+    except (*USER_ERRORS, *RUN_ERRORS) as error:
+        rank_watch.stop()
+        if HydraConfig.get().mode != RunMode.RUN:
+            job = HydraConfig.get().job
+            line = masked(f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}")
+            print(f"failed: {line}", file=sys.stderr, flush=True)
+            raise next((kind for kind in RUN_ERRORS if isinstance(error, kind)), UserError)(line) from error
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        # An error raised on every rank is printed by one of them.
+        line = masked(" ".join(str(error).split()))
+        is_news = not first_error.several_ranks() or first_error.record(folder, line, _code(error))
+        first_error.leave_nothing(folder)
+        _exit_with_line(error, bool(cfg.traceback), is_news=is_news)
+    except Exception as error:
+        rank_watch.stop()
+        if first_error.several_ranks():
+            _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
+        raise
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SweepStopped) or not is_interrupt(end):
+            raise
+        rank_watch.stop()
+        first_error.leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        line = str(end) if isinstance(end, Interrupted) else _STOPPED
+        others = "" if HydraConfig.get().mode == RunMode.RUN else "; the jobs after it were not run"
+        raise Interrupted(f"{line}{others}") from end
+
+
+def _key_of_folder(error: OSError) -> str | None:
+    """The key of the folder that Hydra could not make before any of our code ran; None for any other error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.name in ("run_job", "sweep", "launch") and "mkdir" in str(frame.line) for frame in frames):
+        return None
+    return "hydra.sweep.dir" if any(frame.name == "multirun" for frame in frames) else "hydra.run.dir"
+
+
+def _wants_traceback() -> bool:
+    """Whether the command line asks for a traceback, for errors that leave no config to ask."""
+    return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
+
+
+def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = True) -> NoReturn:
+    if with_traceback:
+        traceback.print_exc()
+    # Hydra appends its search path, OmegaConf its types.
+    line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
+    if (extra := _OF_SWEEPS.search(line)) is not None:
+        line = f"{extra[1]} is not installed; run {install_line('sweep')}"
+    if is_news:
+        print(f"error: {masked(line)}", file=sys.stderr, flush=True)
+    sys.exit(_code(error))
+
+
+def _code(error: Exception) -> int:
+    return 3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2
+
+
+def _end_with_the_others(error: Exception, folder: Path) -> None:
+    """On one of several ranks: notes this rank's own error; if it only lost another, ends with that one's error."""
+    if not first_error.lost_a_rank(error):
+        first_error.record(folder, masked(f"{type(error).__name__}: {' '.join(str(error).split())}"), 1)
+        return
+    line, code = first_error.first(folder)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    first_error.leave_nothing(folder)
+    # Threads of the process group may wait for the rank that is gone.
+    os._exit(code)
+
+
+def no_run_dir(folder: str | Path, error: OSError, key: str = "hydra.run.dir") -> UserError:
+    """The error of a folder, set by ``key``, that cannot be written to."""
+    return UserError(f"{key}={folder}: cannot write there ({error.strerror}); choose another folder")
