@@ -9,7 +9,7 @@ import pytest
 
 from gspo_lightning.config import checks
 from gspo_lightning.objective.mismatch import MismatchCorrection
-from tests.docs.test_snippets import resolved
+from tests.conf.test_groups import resolved
 from tests.scripted import Settings, update_of
 
 ROOT = Path(__file__).parents[2]
@@ -90,4 +90,4 @@ def test_every_estimator_of_verl_has_a_row_and_what_it_becomes_composes():
         if re.fullmatch(r"\w+=\w+", text):
             assert (ROOT / "conf" / f"{text.replace('=', '/')}.yaml").exists(), text
         else:
-            checks.check(resolved(text.split()))
+            checks.check(resolved(*text.split()))
