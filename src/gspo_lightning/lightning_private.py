@@ -35,6 +35,16 @@ def forget(trainer: Any, names: Set[str]) -> None:
         del logged[key]
 
 
+def uncount_batch(trainer: Any) -> None:
+    """Takes the batch in hand out of Lightning's count, by which validations are due: it becomes no rollout.
+
+    A run that is resumed after its last rollout reads one such batch; its checkpoint would move all later validations.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress.total.ready -= 1
+    progress.current.ready -= 1
+
+
 def change_kill(change: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
     """Replaces, once, how Lightning's observer kills this process when a rank that it started has failed.
 

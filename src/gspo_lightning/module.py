@@ -17,11 +17,10 @@ from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import add_metrics
-from gspo_lightning.lightning_private import current_hook, trainer_of
+from gspo_lightning.lightning_private import current_hook, trainer_of, uncount_batch
 from gspo_lightning.objective import Objective
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.policy.reference import move_reference
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
@@ -29,8 +28,8 @@ from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.collect import rollout_metrics
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
-from gspo_lightning.training.hooks import WorkingHooks, uncount_batch
-from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies
+from gspo_lightning.training.hooks import WorkingHooks
+from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies, move_reference
 from gspo_lightning.training.one_step_off import OneStepOff
 from gspo_lightning.training.part_states import check_states, states_of
 from gspo_lightning.training.passes import float32_by_onednn
@@ -118,6 +117,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             refuse_draws_ahead(max_draws)
             self.engine = self.ahead
         self.objective, self.advantages = objective, advantages or AdvantageEstimator()
+        # Of the next rollout; as the module was made, for checkpoints; of the rollout in hand.
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length
         check_advantages(self.advantages)
@@ -201,8 +201,6 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         """Chooses the forward, if nothing is trained or validation comes first."""
         choose_forwards(self)
 
-    # ---------------------------------------------------------------- collect
-
     def on_train_start(self) -> None:
         """Brings what was loaded in line with this run: paged optimizer states, the schedule's position.
 
@@ -213,6 +211,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             move_to(config.scheduler, self._steps_of(self.rollouts_done))
         say_nothing_is_left(self)
+
+    # ---------------------------------------------------------------- collect
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Samples completions for the prompts and scores them; ends a resumed run whose rollouts are all done."""
@@ -243,14 +243,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             update.prepare()
             sample_ahead(self)
             update.run()
-        self._sync_reference()
+        move_reference(self)
         self._finish_rollout(update)
-
-    def _sync_reference(self) -> None:
-        """Moves the frozen reference towards the policy every ``ref_sync_every_n_rollouts`` rollouts."""
-        every = self.update_settings.ref_sync_every_n_rollouts
-        if every and (self.rollouts_done + 1) % every == 0 and self.references and self.policy is not None:
-            move_reference(self.references[0], self.policy, self.update_settings.ref_model_mixup_alpha)
 
     def _finish_rollout(self, update: RolloutUpdate) -> None:
         self.rollouts_done += 1

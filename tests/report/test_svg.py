@@ -45,10 +45,10 @@ def test_ticks_always_cover_the_data_and_are_few(a, b):
 
 def test_a_long_series_is_thinned_to_means_of_neighbours():
     series = [(float(n), float(n % 2)) for n in range(1000)]
-    thin = thin_out(series, most=300)
+    thin = thin_out(series)
     assert len(thin) == 250
     assert thin[0] == (1.5, 0.5) and thin[-1] == (997.5, 0.5)
-    assert thin_out(series[:300], most=300) == series[:300]
+    assert thin_out(series[:300]) == series[:300]
 
 
 def test_the_running_mean_is_centred_and_keeps_a_straight_line():

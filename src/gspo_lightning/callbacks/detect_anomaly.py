@@ -51,23 +51,23 @@ class DetectAnomaly(L.Callback):
     @staticmethod
     def _forward_hook(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in tensors_of(output):
-                if not torch.isfinite(tensor).all():
-                    raise NonFiniteLayerError(f"forward: {name} ({type(module).__name__}) returned {what(tensor)}")
+            _check(f"forward: {name} ({type(module).__name__}) returned", output)
 
         return hook
 
     @staticmethod
     def _backward_hook(name: str) -> Any:
         def hook(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-            for tensor in tensors_of(grad_output):
-                if not torch.isfinite(tensor).all():
-                    raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) received {what(tensor)}")
-            for tensor in tensors_of(grad_input):
-                if not torch.isfinite(tensor).all():
-                    raise NonFiniteLayerError(f"backward: {name} ({type(module).__name__}) returned {what(tensor)}")
+            _check(f"backward: {name} ({type(module).__name__}) received", grad_output)
+            _check(f"backward: {name} ({type(module).__name__}) returned", grad_input)
 
         return hook
+
+
+def _check(did: str, value: Any) -> None:
+    for tensor in tensors_of(value):
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteLayerError(f"{did} {what(tensor)}")
 
 
 def check_weights(policy: nn.Module, when: str) -> None:

@@ -64,12 +64,12 @@ def copy_prefix(source: Path, target: Path, size: int) -> int:
     return kept
 
 
-def _whole_lines(path: Path, size: int, block: int = 1 << 16) -> int:
+def _whole_lines(path: Path, size: int) -> int:
     """The bytes of the lines that end within the first ``size`` bytes."""
     end = min(size, path.stat().st_size)
     with path.open("rb") as file:
         while end > 0:
-            start = max(0, end - block)
+            start = max(0, end - (1 << 16))
             file.seek(start)
             if (last := file.read(end - start).rfind(b"\n")) >= 0:
                 return start + last + 1

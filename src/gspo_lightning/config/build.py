@@ -274,10 +274,6 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
     }
     leave_at_exit()
     try:
-        return instantiate(
-            {**plain["trainer"], "accelerator": choose_accelerator(plain["trainer"]["accelerator"])},
-            **ours,
-            _convert_="all",
-        )
+        return instantiate(plain["trainer"], **ours, _convert_="all")
     except InstantiationException as error:
         raise UserError(f"trainer: {reason(error.__cause__ or error)}") from error

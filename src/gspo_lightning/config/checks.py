@@ -176,7 +176,7 @@ def _check_measured(plain: dict[str, Any]) -> None:
 
 
 def _check_minibatches(plain: dict[str, Any]) -> None:
-    """Every rank must have as many prompts for each minibatch, and none left over; `split_minibatches` asks again."""
+    """Every rank must have as many prompts for each minibatch, and none left over; `minibatches_of` asks again."""
     check_minibatches(plain["data"]["prompts_per_rollout"], plain["update"]["num_minibatches"], ranks(plain))
 
 

@@ -105,10 +105,10 @@ def _broken(error: Exception, where: str) -> UserError:
     return UserError(f"{where}: the image is broken ({_short(str(error))}); fix the file or remove the row")
 
 
-def thumbnail_uri(value: Any, side: int = 160) -> str:
+def thumbnail_uri(value: Any) -> str:
     """A small copy of an image as a ``data:`` address, for the self-contained report."""
     image = load_image(value, "report")
-    image.thumbnail((side, side))
+    image.thumbnail((160, 160))
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

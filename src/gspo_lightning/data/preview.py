@@ -106,9 +106,9 @@ def _panel(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Panel:
     return Panel(body, title=Text(visible(prompt.uid)), subtitle=f"{len(prompt.input_ids)} tokens", title_align="left")
 
 
-def _short(value: Any, width: int = 300) -> str:
+def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= width else f"{text[:width]}… ({len(text)} characters)"
+    return text if len(text) <= 300 else f"{text[:300]}… ({len(text)} characters)"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 WINDOW = 16
 
 
-def build_micro_gpt_oss(folder: str | os.PathLike[str], seed: int = 0) -> None:
+def build_micro_gpt_oss(folder: str | os.PathLike[str]) -> None:
     """Writes the model and its character-level tokenizer to ``folder``: 4 layers, 4 experts of which 2 are taken.
 
     Float32. Sinks and matrices are large enough for context, window and routing to matter.
@@ -50,7 +50,7 @@ def build_micro_gpt_oss(folder: str | os.PathLike[str], seed: int = 0) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         model = GptOssForCausalLM(config).to(torch.float32)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator, device="cpu")

@@ -12,14 +12,9 @@ from gspo_lightning.config.targets import LOOKUPS
 from gspo_lightning.screen import visible
 
 
-def config_tree(plain: Mapping[str, Any], title: str = "Configuration") -> Tree:
-    """A tree with groups as branches, their settings on one line, and nested objects as further branches.
-
-    Args:
-        plain: a resolved config.
-        title: text of the root.
-    """
-    tree = Tree(f"[bold]{_plain(title)}[/bold]")
+def config_tree(plain: Mapping[str, Any]) -> Tree:
+    """A resolved config as a tree: groups as branches, their settings on one line, nested objects as branches too."""
+    tree = Tree("[bold]Configuration[/bold]")
     leaves = {key: value for key, value in plain.items() if not _is_branch(value)}
     _add_leaves(tree, leaves)
     for key, value in plain.items():

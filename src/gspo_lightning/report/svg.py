@@ -38,9 +38,9 @@ def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0)
     return [n * step for n in range(first, last + 1)]
 
 
-def thin_out(series: Series, most: int = MAX_POINTS) -> Series:
-    """At most ``most`` points, each a mean of neighbours, so that the page of a long run stays small."""
-    size = math.ceil(len(series) / most)
+def thin_out(series: Series) -> Series:
+    """At most ``MAX_POINTS`` points, each a mean of neighbours, so that the page of a long run stays small."""
+    size = math.ceil(len(series) / MAX_POINTS)
     if size <= 1:
         return series
     return [_mean(series[start : start + size]) for start in range(0, len(series), size)]

@@ -62,24 +62,27 @@ class EngineTraits:
     """Completions decoded at a time in this process, for ``dry_run``; 0 if another process decodes."""
 
 
+def within(engine: Any) -> Iterator[Any]:
+    """The engine, then the one that it forwards its calls to (its attribute ``engine``), and so on."""
+    while engine is not None:
+        yield engine
+        engine = getattr(engine, "engine", None)
+
+
 def traits(engine: RolloutEngine) -> EngineTraits:
     """The traits that an engine declares, and defaults for the rest."""
     found: dict[str, Any] = {}
-    inner: Any = engine
-    while inner is not None:
+    for inner in within(engine):
         found = {t.name: getattr(inner, t.name) for t in fields(EngineTraits) if hasattr(inner, t.name)} | found
-        inner = getattr(inner, "engine", None)
     return EngineTraits(**found)
 
 
 def close_engine(engine: RolloutEngine) -> None:
-    """Calls ``close()`` of the engine, or of the first one within it (``.engine``, as in `traits`) that has it."""
-    inner: Any = engine
-    while inner is not None:
+    """Calls ``close()`` of the engine, or of the first one `within` it that has it."""
+    for inner in within(engine):
         if (close := getattr(inner, "close", None)) is not None:
             close()
             return
-        inner = getattr(inner, "engine", None)
 
 
 @contextlib.contextmanager

@@ -124,13 +124,3 @@ def refuse_uncalled(module: Any) -> None:
             raise UserError(
                 f"{type(module).__name__}.{name} is never called, because optimization is manual: {instead}"
             )
-
-
-def uncount_batch(trainer: Any) -> None:
-    """Takes the batch in hand out of Lightning's count, by which validations are due: it becomes no rollout.
-
-    A run that is resumed after its last rollout reads one such batch; its checkpoint would move all later validations.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    progress.total.ready -= 1
-    progress.current.ready -= 1

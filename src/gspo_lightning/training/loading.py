@@ -1,10 +1,11 @@
-"""The policy and its reference as the module holds them: loaded, split over ranks, and the forward that suits them."""
+"""The policy and its reference as the module holds them: loaded, split over ranks, moved; and their forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from gspo_lightning.distributed.sharding import shard_policy
@@ -55,6 +56,20 @@ def choose_forwards(module: GSPOModule) -> None:
     for reference in module.references:
         if module.policy.is_padded and not reference.is_padded:
             reference.fall_back()
+
+
+@torch.no_grad()
+def move_reference(module: GSPOModule) -> None:
+    """``reference = alpha * policy + (1 - alpha) * reference`` (TR-DPO, arXiv 2404.09656), if it is due.
+
+    ``alpha`` is ``update.ref_model_mixup_alpha``; due after every ``update.ref_sync_every_n_rollouts`` rollouts.
+    """
+    settings, every = module.update_settings, module.update_settings.ref_sync_every_n_rollouts
+    if not every or (module.rollouts_done + 1) % every or not module.references:
+        return
+    assert module.policy is not None
+    for theirs, ours in zip(module.references[0].parameters(), module.policy.parameters(), strict=True):
+        theirs.lerp_(ours.to(theirs), settings.ref_model_mixup_alpha)
 
 
 def keeping_dtypes(module: GSPOModule, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

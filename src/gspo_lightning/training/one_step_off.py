@@ -165,11 +165,11 @@ class OneStepOff:
         with torch.no_grad():
             for parameter, value in zip(trained, state["behaviour"], strict=True):
                 parameter.copy_(value)
-        completions = state["completions"]
+        groups = state["completions"]
         # Checkpoints of older versions do not store its settings, nor how long it took.
         sampling = SamplingParams(**state["sampling"]) if state.get("sampling") else None
         self._pending = _Pending(tuple(state["key"]), sampling, state.get("seconds", math.nan))
-        self._pending.value = None if completions is None else [[_unpack(c) for c in group] for group in completions]
+        self._pending.value = None if groups is None else [[Completion(**c) for c in group] for group in groups]
 
 
 class _Pending:
@@ -233,7 +233,3 @@ def _pack(completion: Completion) -> dict[str, Tensor | str]:
         "finish_reason": completion.finish_reason,
         "thinking": completion.thinking,
     }
-
-
-def _unpack(state: dict[str, Any]) -> Completion:
-    return Completion(**state)

@@ -157,7 +157,7 @@ def cut(
 
 
 def in_parts(
-    forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool = True
+    forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool
 ) -> Tensor:
     """``forward(plan)`` ``(..., L)``, in parts if the whole does not fit; for forwards without gradient.
 

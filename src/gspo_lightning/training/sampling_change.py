@@ -14,6 +14,7 @@ from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import trainer_of
 from gspo_lightning.objective import Objective
+from gspo_lightning.rollout.engine import within
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.training.trainer_checks import check_rotation, check_sampling
 from gspo_lightning.types import SamplingParams
@@ -72,8 +73,7 @@ def check_lengths(module: GSPOModule, sampling: SamplingParams) -> None:
     if module.policy is not None:
         check_rotation(module.policy.config, source.max_prompt_length, sampling.max_completion_length)
     longest = sampling.max_completion_length
-    engine: Any = module.engine
-    while engine is not None:
+    for engine in within(module.engine):
         limit = getattr(engine, "max_model_len", None)
         if limit is not None and source.max_prompt_length + longest > limit:
             raise UserError(
@@ -81,7 +81,6 @@ def check_lengths(module: GSPOModule, sampling: SamplingParams) -> None:
                 f"completion, so for at most {limit - source.max_prompt_length} here; give it the longest of the run, "
                 "rollout.engine.max_completion_length"
             )
-        engine = getattr(engine, "engine", None)
 
 
 def check_ranks_agree(sampling: SamplingParams) -> None:

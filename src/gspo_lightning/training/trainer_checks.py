@@ -53,7 +53,7 @@ def check_precision(precision: str, dtype: str, *, has_adapter: bool) -> None:
             )
 
 
-def check_sampling(temperature: float, repetition_penalty: float, top_k: int = 0, min_p: float = 0.0) -> None:
+def check_sampling(temperature: float, repetition_penalty: float, top_k: int, min_p: float) -> None:
     """Refuses rollouts with nothing to learn from, or from another distribution than the policy's."""
     if not temperature > 0:
         raise UserError(f"rollout.temperature={temperature} must be above 0: greedy completions are all equal")

@@ -117,10 +117,11 @@ def split_minibatches(
 ) -> list[Minibatch]:
     """Cuts the rollout into ``num_minibatches`` sets of whole groups, taken in ``order``, and plans each.
 
+    Their number divides that of the prompts: `check_minibatches`.
+
     A completion is left out of the forward if it cannot change the gradient: it is masked as truncated, or its
     advantage is zero under an objective without another term. Only the former leave the denominator too.
     """
-    check_minibatches(len(order), settings.num_minibatches, 1)
     size = len(order) // settings.num_minibatches
     drop_zero = zero_advantage_is_free and not settings.keep_zero_advantage
     return [
