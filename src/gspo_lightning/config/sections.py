@@ -247,9 +247,5 @@ def _check_counts(plain: dict[str, Any]) -> None:
         if key == "seed" and value >= 2**32:
             raise UserError(f"seed={value} must be below 2^32")
         if value < least:
-            raise UserError(f"{key}={value} must be at least {least}{_WHY.get(key, '')}")
-
-
-_WHY = {
-    "validation.every_n_rollouts": "; null: validate before and after the run only",
-}
+            why = "; null: validate before and after the run only" if key == "validation.every_n_rollouts" else ""
+            raise UserError(f"{key}={value} must be at least {least}{why}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.policy.padded import repeated_media
+from gspo_lightning.policy.padded import padded_logits
 from gspo_lightning.types import Prompt
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -117,20 +117,13 @@ def reference_logprobs(
     policy: Policy, prompt: Tensor, completions: list[Tensor], vision: Prompt | None = None
 ) -> Tensor:
     """Log-probabilities of the completions from one right-padded row each, through the model's own head."""
-    width = len(prompt) + max(map(len, completions))
-    ids = torch.zeros(len(completions), width, dtype=torch.long, device=policy.device)
-    mask = torch.zeros_like(ids)
-    for row, completion in enumerate(completions):
-        length = len(prompt) + len(completion)
-        ids[row, :length] = torch.cat([prompt, completion])
-        mask[row, :length] = 1
-    media = {} if vision is None else repeated_media(vision.mm_inputs, len(completions), width, policy.device)
-    logits = policy.base_model(input_ids=ids, attention_mask=mask, **media).logits
+    prompt, completions = prompt.to(policy.device), [completion.to(policy.device) for completion in completions]
+    logits = padded_logits(policy.base_model, prompt, completions, vision)
     log_p = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
     start = len(prompt) - 1
     return torch.cat(
         [
-            log_p[row, start : start + len(completion)].gather(1, completion[:, None].to(ids.device)).squeeze(1)
+            log_p[row, start : start + len(completion)].gather(1, completion[:, None]).squeeze(1)
             for row, completion in enumerate(completions)
         ]
     )

@@ -52,7 +52,7 @@ def padded_logprobs(
         prompt, *parts = row[start : start + group.num_tokens].split([group.prompt_length, *lengths])
         owner = packed.prompts[number] if packed.prompts else None
         mine = (packed.sequence_index >= first) & (packed.sequence_index < first + len(lengths))
-        logits = _forward(model, prompt, parts, owner)
+        logits = padded_logits(model, prompt, parts, owner)
         chosen = logits[packed.sequence_index[mine] - first, predictors[mine]]
         if owner is not None and owner.mm_inputs:
             chosen = without_placeholders(chosen, model)
@@ -117,7 +117,7 @@ def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
         model._validate_model_kwargs(dict(prompt.mm_inputs))  # as `generate` will
         with torch.autocast(device.type, enabled=False):
             alone, padded = (
-                _forward(model, ids, rows, prompt)[:, len(ids) - 1].double() for rows in ([ids[:0]], parts)
+                padded_logits(model, ids, rows, prompt)[:, len(ids) - 1].double() for rows in ([ids[:0]], parts)
             )
     except torch.OutOfMemoryError:
         raise
@@ -132,7 +132,18 @@ def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
         )
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], prompt: Prompt | None) -> Tensor:
+def padded_logits(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], prompt: Prompt | None) -> Tensor:
+    """``(n, tokens, V)`` logits of the model on one right-padded row for each of n completions of a prompt.
+
+    Args:
+        model: the whole model, with its head.
+        ids: ``(P,)`` tokens of the prompt, on the model's device.
+        parts: tokens of each completion; may be empty.
+        prompt: has the vision inputs; None for a prompt of text.
+
+    Raises:
+        UserError: the model rejects the images; names the row.
+    """
     width = len(ids) + max(map(len, parts))
     rows = ids.new_full((len(parts), width), padding_id(model))
     mask = torch.zeros_like(rows)
