@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.checks import check_prompt, check_settings
@@ -15,7 +15,7 @@ from gspo_lightning.data.columns import Needed, as_mapping, checked_prompt
 from gspo_lightning.data.encoding import Encoder
 from gspo_lightning.data.mixture import TASK_COLUMN
 from gspo_lightning.data.parts import BatchWhenRead, tasks_within
-from gspo_lightning.data.stream import Listed, PromptStream, spaced_rows
+from gspo_lightning.data.stream import Batches, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import with_schemas
 from gspo_lightning.data.vision import VisionSettings
@@ -165,7 +165,17 @@ class PromptDataModule(L.LightningDataModule):
                 f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the number of "
                 f"ranks, {world_size()}"
             )
-        return DataLoader(_Batches(self), batch_size=None)
+        return DataLoader(Batches(self._rollouts), batch_size=None)
+
+    def _rollouts(self) -> Iterator[PromptBatch]:
+        """This rank's share of each rollout from ``cursor`` on."""
+        while self.has_state:
+            yield BatchWhenRead(self.first)
+        cursor = self.cursor
+        while True:
+            batch = self.batch_at(cursor)
+            cursor = batch.cursor
+            yield batch
 
     def val_dataloader(self) -> DataLoader[PromptBatch]:
         """A loader of every held-out prompt once, spread over ranks with equally many batches; a batch may be empty."""
@@ -176,7 +186,7 @@ class PromptDataModule(L.LightningDataModule):
             for start in range(0, -(-count // world_size()), size)
         ]
         # An iterable: Lightning would divide a list among the ranks, but these batches are this rank's share already.
-        return DataLoader(Listed(batches), batch_size=None)
+        return DataLoader(Batches(batches.__iter__), batch_size=None)
 
     def finish(self, batch: PromptBatch) -> None:
         """Marks the rollout on this batch as finished; a checkpoint taken now resumes after it."""
@@ -239,11 +249,14 @@ class PromptDataModule(L.LightningDataModule):
         prompts: list[Prompt] = []
         dropped = drops_in_a_row = epochs_begun = 0
         while len(prompts) < self.prompts_per_rollout:
-            if self._begins_epoch(cursor):
+            if self.task.num_train_rows and cursor % self.task.num_train_rows == 0:
                 # Rows left over at the end of an epoch are passed over: no prompt twice in one rollout.
                 prompts, epochs_begun = [], epochs_begun + 1
             if epochs_begun > 1 or drops_in_a_row >= _DROPS_IN_A_ROW:
-                self._refuse_endless_drops(dropped)
+                raise UserError(
+                    f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts are longer; too few "
+                    f"remain for data.prompts_per_rollout={self.prompts_per_rollout}; raise one or lower the other"
+                )
             uid, row = self.stream.row_at(cursor)
             cursor += 1
             if (prompt := self._prompt(uid, row)) is None:
@@ -252,16 +265,6 @@ class PromptDataModule(L.LightningDataModule):
                 prompts.append(prompt)
                 drops_in_a_row = 0
         return PromptBatch(prompts, cursor, dropped)
-
-    def _begins_epoch(self, cursor: int) -> bool:
-        size = self.task.num_train_rows
-        return size is not None and cursor % size == 0
-
-    def _refuse_endless_drops(self, dropped: int) -> None:
-        raise UserError(
-            f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts are longer; too few "
-            f"remain for data.prompts_per_rollout={self.prompts_per_rollout}; raise one or lower the other"
-        )
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
         if "prompt" not in as_mapping(row, f"row {uid}"):
@@ -293,19 +296,3 @@ class PromptDataModule(L.LightningDataModule):
                 "raise it: held-out prompts are never left out"
             )
         return prompt
-
-
-class _Batches(IterableDataset[PromptBatch]):
-    """The rollout batches of this rank from the cursor on."""
-
-    def __init__(self, datamodule: PromptDataModule) -> None:
-        self.datamodule = datamodule
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        while self.datamodule.has_state:
-            yield BatchWhenRead(self.datamodule.first)
-        cursor = self.datamodule.cursor
-        while True:
-            batch = self.datamodule.batch_at(cursor)
-            cursor = batch.cursor
-            yield batch

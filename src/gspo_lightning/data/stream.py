@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,14 +39,14 @@ class PromptStream:
         return self._orders[epoch]
 
 
-class Listed(IterableDataset[PromptBatch]):
-    """An iterable dataset of given batches."""
+class Batches(IterableDataset[PromptBatch]):
+    """An iterable dataset of the batches that ``begin()`` yields, from the beginning on each pass."""
 
-    def __init__(self, batches: list[PromptBatch]) -> None:
-        self.batches = batches
+    def __init__(self, begin: Callable[[], Iterator[PromptBatch]]) -> None:
+        self._begin = begin
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        return iter(self.batches)
+        return self._begin()
 
 
 def spaced_rows(task: Task, most: int) -> Iterator[tuple[str, Row]]:
