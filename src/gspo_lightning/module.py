@@ -25,7 +25,6 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.training.collect import rollout_metrics
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
@@ -35,7 +34,7 @@ from gspo_lightning.training.part_states import check_states, states_of
 from gspo_lightning.training.passes import float32_by_onednn
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.training.rollout_collection import RolloutCollection, sample_ahead
-from gspo_lightning.training.rollout_log import COUNTERS, count_tokens, log_rollout
+from gspo_lightning.training.rollout_log import COUNTERS, count_tokens, log_rollout, rollout_metrics
 from gspo_lightning.training.rollout_update import RolloutUpdate
 from gspo_lightning.training.run_state import (
     keep_settings,

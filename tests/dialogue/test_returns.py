@@ -13,7 +13,8 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.callbacks.recorder import completion_entries, to_json
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
-from gspo_lightning.training.collect import compare, rollout_metrics
+from gspo_lightning.training.rollout_collection import compare
+from gspo_lightning.training.rollout_log import rollout_metrics
 from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import Completion, Dialogue, Prompt, RewardedRollout, Rollout, SamplingParams
 

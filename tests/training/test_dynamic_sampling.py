@@ -14,8 +14,9 @@ from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.training import dynamic_sampling
-from gspo_lightning.training.collect import compare, rollout_metrics
 from gspo_lightning.training.dynamic_sampling import draw_until_signal
+from gspo_lightning.training.rollout_collection import compare
+from gspo_lightning.training.rollout_log import rollout_metrics
 from gspo_lightning.types import Completion, Dialogue, Prompt, PromptBatch, RewardedRollout
 from tests.scripted import ScriptedSource, Settings, build_module, scripted_prompts, scripted_reward, trainer
 

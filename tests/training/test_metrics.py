@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from gspo_lightning.distributed.ranks import add_metrics, global_means
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet, RewardSpec
-from gspo_lightning.training.collect import rollout_metrics
-from gspo_lightning.training.rollout_log import rollout_values
+from gspo_lightning.training.rollout_log import rollout_metrics, rollout_values
 from gspo_lightning.training.timing import Stopwatch
 from gspo_lightning.training.update import MicroBatch, sampler_mismatch
 from gspo_lightning.types import Completion, Prompt, PromptBatch, ScoredRollout

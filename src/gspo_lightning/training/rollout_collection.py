@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.dialogue.turns import turn_advantages
+from gspo_lightning.distributed.ranks import gather_values
+from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
+from gspo_lightning.policy.model import Policy
+from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.seeds import rollout_seed
-from gspo_lightning.training.collect import collect_rollout, compare
 from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
+from gspo_lightning.training.out_of_memory import memory_for
 from gspo_lightning.training.prompt_source import needed_source
 from gspo_lightning.training.sampling_change import say_begins_later
-from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, SamplingParams, ScoredRollout
+from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, Rollout, SamplingParams, ScoredRollout
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -58,18 +65,97 @@ class RolloutCollection:
         return rollout
 
     def _collect(self, prompts: list[Prompt]) -> RewardedRollout:
-        module = self.module
+        """Samples ``num_generations`` completions per prompt and gives each a reward."""
+        module, sampling = self.module, self.module.sampled_with
         assert module.policy is not None
-        return collect_rollout(
-            module.policy, module.engine, module.rewards, prompts, module.sampled_with,
-            seed=self._seed, stopwatch=module.stopwatch,
-        )  # fmt: skip
+        with module.stopwatch("rollout"):
+            rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
+        _check_counts(rollout, len(prompts), sampling.num_generations)
+        with module.stopwatch("reward"):
+            by_function = module.rewards(rollout.prompts, rollout.completions)
+        return RewardedRollout(
+            prompts=rollout.prompts,
+            completions=rollout.completions,
+            reward_names=module.rewards.names,
+            rewards_by_function=by_function,
+            rewards=module.rewards.combine(by_function),
+            logged=module.rewards.logged_metrics(),
+            extra_columns=module.rewards.log.columns,
+        )
 
     def _run_along(self) -> None:
         """Calls the engine without prompts, because other ranks call it with some."""
         module = self.module
         assert module.policy is not None
         module.engine.generate(module.policy, [], module.sampled_with, self._seed)
+
+
+def sample(
+    policy: Policy, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, seed: int, of: str = ""
+) -> Rollout:
+    """Calls `RolloutEngine.generate`; running out of memory becomes one line that names the remedy.
+
+    Args:
+        policy: the policy that samples.
+        engine: the engine that samples.
+        prompts: this rank's prompts.
+        sampling: how completions are drawn.
+        seed: of the rollout.
+        of: the config group of ``sampling.num_generations``, if that is not ``rollout``.
+
+    Raises:
+        OutOfMemoryError: an allocation of this process failed.
+    """
+    at_once = traits(engine).max_concurrent  # at least the completions of one prompt
+    if not at_once:
+        smaller = "rollout.engine.memory_fraction (of rollout=vllm)"
+    else:
+        fewer = sampling.num_generations == 1 or at_once > sampling.num_generations
+        smaller = "rollout.engine.max_concurrent" if fewer else f"{of or 'rollout'}.num_generations"
+    count, where = len(prompts) * sampling.num_generations, f" for {of}" if of else ""
+    with memory_for(
+        f"while sampling {count} completions of up to {sampling.max_completion_length} tokens{where}",
+        f"lower {smaller} or rollout.max_completion_length",
+    ):
+        return engine.generate(policy, prompts, sampling, seed)
+
+
+def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
+    """Refuses a wrong number of completions, as a custom engine may return: reward tensors are ``(B, G)``."""
+    found = [len(group) for group in rollout.completions]
+    if len(rollout.prompts) != prompts or found != [generations] * prompts:
+        raise UserError(
+            f"rollout.engine: generate() returned {len(rollout.prompts)} prompts with {found} completions, but was "
+            f"asked for {prompts} prompts with {generations} each; return as many"
+        )
+
+
+def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredRollout:
+    """Gives each completion of a rollout its advantage. All ranks call it together: ``batch`` scaling spans ranks.
+
+    Raises:
+        UserError: an environment rewards turns, and rewards are to be scaled by the batch; or a custom estimator
+            returns another shape.
+    """
+    turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
+    if turns is not None and advantages.scale_rewards == "batch":
+        raise UserError(
+            "the environment rewards turns, which are compared within a group, but advantages.scale_rewards=batch "
+            "divides by the spread of whole completions; set it to group or none"
+        )
+    everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
+    values = advantages(rollout.rewards, *everyone)
+    if (shape := getattr(values, "shape", None)) != rollout.rewards.shape:
+        found = type(values).__name__ if shape is None else tuple(shape)
+        raise UserError(
+            f"advantages: {type(advantages).__name__} returned {found} for rewards of {tuple(rollout.rewards.shape)}; "
+            "return a tensor of that shape"
+        )
+    return ScoredRollout(
+        **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
+        advantages=values,
+        turn_advantages=turns,
+    )
 
 
 def sample_ahead(module: GSPOModule) -> None:

@@ -1,4 +1,4 @@
-"""The logged metrics of one rollout: means from sums over ranks, counters and times."""
+"""The logged metrics of one rollout: what is measured on it, means from sums over ranks, counters and times."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gspo_lightning.dialogue.turns import silent_rollout, whole_returns
 from gspo_lightning.distributed.ranks import global_means, global_sum
 from gspo_lightning.lightning_private import forget
 from gspo_lightning.training.timing import Stopwatch, peak_rss_gb
-from gspo_lightning.types import Metrics
+from gspo_lightning.types import Metrics, ScoredRollout, ToolCounts
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -55,6 +56,70 @@ def rollout_values(
     if device.type == "cuda":
         values["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
     return values
+
+
+def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) -> Metrics:
+    """Rewards, lengths and signal of a rollout, as (sum, count).
+
+    Args:
+        scored: the rollout.
+        rewards: ``(B, G)`` on a scale that is the same in all rollouts; None takes the combined rewards.
+    """
+    rewards = scored.rewards if rewards is None else rewards
+    lengths = torch.tensor([[c.num_trained for c in group] for group in scored.completions], dtype=torch.float64)
+    cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in scored.completions])
+    groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
+    metrics: Metrics = {
+        "reward/mean": (rewards.sum(), sequences),
+        "completion/mean_tokens": (lengths.sum(), sequences),
+        "completion/truncated_frac": (cut.double().sum(), sequences),
+    }
+    if rewards.shape[1] > 1:  # a group of one has no spread
+        metrics |= {
+            "reward/std": (rewards.std(dim=1).sum(), groups),
+            "silent_frac": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
+            "advantage_std": (_advantage_stds(scored).sum(), groups),
+        }
+    metrics |= _dialogue_metrics(scored, rewards)
+    for number, name in enumerate(scored.reward_names):
+        values = scored.rewards_by_function[..., number]
+        applies = ~values.isnan()
+        metrics[f"reward/{name}"] = (values[applies].sum(), applies.double().sum())
+    return metrics | scored.logged
+
+
+def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
+    """Turns, returns and calls of tools, as (sum, count); empty without dialogues."""
+    turns = [float(c.dialogue.num_turns) for group in scored.completions for c in group if c.dialogue is not None]
+    if not turns:
+        return {}
+    count = torch.tensor(float(scored.rewards.numel()))
+    return {
+        "dialogue/turns": (torch.tensor(turns, dtype=torch.float64).sum(), torch.tensor(float(len(turns)))),
+        "dialogue/return": (whole_returns(scored.completions, rewards).sum(), count),
+        **_tool_metrics([c.dialogue.tool_counts for group in scored.completions for c in group if c.dialogue]),
+    }
+
+
+def _tool_metrics(counts: list[ToolCounts | None]) -> Metrics:
+    """Calls per dialogue and the share of them that failed, as (sum, count); empty without tools."""
+    counted = [own for own in counts if own is not None]
+    if not counted:
+        return {}
+    calls = torch.tensor(float(sum(own.calls for own in counted)))
+    failures = torch.tensor(float(sum(own.failures for own in counted)))
+    return {
+        "dialogue/tool_calls": (calls, torch.tensor(float(len(counted)))),
+        "dialogue/tool_failures": (failures, calls),
+    }
+
+
+def _advantage_stds(scored: ScoredRollout) -> torch.Tensor:
+    """``(B,)`` standard deviations of the trained advantages: those of the turns, if turns have rewards."""
+    if scored.turn_advantages is None:
+        return scored.advantages.std(dim=1)
+    flat = [[value for of_turns in group for value in of_turns] for group in scored.turn_advantages]
+    return torch.tensor([torch.tensor(group, dtype=torch.float64).std().item() for group in flat], dtype=torch.float64)
 
 
 def count_tokens(module: GSPOModule, update: RolloutUpdate, *, also_sampled: int) -> None:

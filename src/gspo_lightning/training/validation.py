@@ -18,7 +18,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.training.collect import sample
+from gspo_lightning.training.rollout_collection import sample
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 
