@@ -24,14 +24,11 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
 from gspo_lightning.program.interrupt import Interrupted, is_interrupt
 from gspo_lightning.program.redact import masked, masked_stderr
-from gspo_lightning.program.sweep_job import SweepStopped
-from gspo_lightning.rollout import RolloutError
-from gspo_lightning.training.guarded_step import NonFiniteGradientError
+from gspo_lightning.program.sweep_job import CODES, SweepStopped
 
-USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
+"""Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
-RUN_ERRORS = (NonFiniteGradientError, RolloutError)
-"""Errors that end a run whose config was right."""
 _STOPPED = "SIGINT: stopped"
 
 
@@ -45,7 +42,7 @@ def run(main: Callable[[], Any]) -> None:
         check_choices(sys.argv[1:])
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()
-    except (*USER_ERRORS, *RUN_ERRORS) as error:
+    except EXPECTED as error:
         _exit_with_line(error, _wants_traceback())
     except KeyboardInterrupt as stopped:
         if _wants_traceback():  # Ctrl-C shows what a program waits for
@@ -67,13 +64,13 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """
     try:
         return work(cfg)
-    except (*USER_ERRORS, *RUN_ERRORS) as error:
+    except EXPECTED as error:
         rank_watch.stop()
         if HydraConfig.get().mode != RunMode.RUN:
             job = HydraConfig.get().job
             line = masked(f"job {job.num} ({job.override_dirname}): {' '.join(str(error).split())}")
             print(f"failed: {line}", file=sys.stderr, flush=True)
-            raise next((kind for kind in RUN_ERRORS if isinstance(error, kind)), UserError)(line) from error
+            raise CODES[_code(error)](line) from error
         folder = Path(HydraConfig.get().runtime.output_dir)
         # An error raised on every rank is printed by one of them.
         line = masked(" ".join(str(error).split()))
@@ -121,7 +118,7 @@ def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = T
 
 
 def _code(error: Exception) -> int:
-    return 3 if isinstance(error, NonFiniteGradientError) else 4 if isinstance(error, RolloutError) else 2
+    return next((code for code, kind in CODES.items() if isinstance(error, kind)), 2)
 
 
 def _end_with_the_others(error: Exception, folder: Path) -> None:

@@ -33,6 +33,7 @@ from gspo_lightning.training.guarded_step import NonFiniteGradientError
 
 ERROR = "error: "
 CODES: dict[int, type[Exception]] = {2: UserError, 3: NonFiniteGradientError, 4: RolloutError}
+"""Exit code -> the errors that end a program with it; Hydra's own end it with 2."""
 # Asked before the first job: Lightning leaves its variables in the environment.
 _IS_RANK = LightningEnvironment().creates_processes_externally
 _LAUNCHERS = ("BasicLauncher", "JoblibLauncher")

@@ -84,12 +84,8 @@ class Decoder:
     def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
         """The next token ``(R,)`` of each row, and which rows continue."""
         tokens, logprobs = sample(self.policy.logits(hidden), self.uniforms[:, step], self.sampling, self.seen)
-        return tokens, self._record(tokens, logprobs)
-
-    def _record(self, tokens: Tensor, logprobs: Tensor) -> list[bool]:
-        """Appends the drawn tokens; returns which rows continue."""
         drawn = zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)
-        return [self.record(row, token, logprob) for row, token, logprob in drawn]
+        return tokens, [self.record(row, token, logprob) for row, token, logprob in drawn]
 
     def record(self, row: Row, token: int, logprob: float) -> bool:
         """Appends a drawn token; returns whether the row continues."""
@@ -117,9 +113,6 @@ class Decoder:
         for number, row in enumerate(self.rows):
             seen[number, self.prompts[row.prompt].input_ids.cpu()] = True
         return seen.to(self.policy.device)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _completions(self) -> list[list[Completion]]:
         done = [self._completion(row) for row in self.rows]

@@ -132,7 +132,6 @@ LETTERS = {"_target_": "gspo_lightning.data.MicroLetters", "letters": "ab", "num
 MICRO = {"model_path": "bundled:micro", "prompts_per_rollout": 2, "validation_batch_size": 8}
 TALKING = {"model_path": "bundled:smollm2-135m-instruct", "prompts_per_rollout": 4}
 HUB = {"source": "someone/set", "num_validation": 3}
-REFUSED_WITHOUT_A_GPU = 0.5
 
 ROWS_CHANGES = {
     "source": "someone/other", "name": "other", "split": "test", "config_name": "main", "validation_split": "test",
