@@ -1,6 +1,20 @@
-"""The exception for mistakes a user can fix."""
+"""The exception for mistakes a user can fix, and what exceptions of other code mean."""
 
 from __future__ import annotations
+
+_WORDS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA Error: out of memory",
+    "[CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 'out of memory'",
+    "Cuda failure 2 'out of memory'",
+    "Failed to CUDA calloc",
+    "Failed to CUDA malloc",
+)
+"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves (the third: vLLM, the last
+four: NCCL)."""
 
 
 class UserError(Exception):
@@ -20,3 +34,10 @@ def reason(error: BaseException) -> str:
     if said and not isinstance(error, KeyError):
         return said
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; only those by torch's own allocator for GPUs have a class."""
+    import torch  # late: the process of a reward function has no need of it
+
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _WORDS)

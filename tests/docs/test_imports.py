@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -33,6 +34,14 @@ def test_frameworks_are_imported_where_the_table_allows_it_and_nowhere_else():
         users = {file for file, names in files.items() if library in names}
         assert {file for file in users if not any(fnmatch(file, pattern) for pattern in allowed)} == set()
         assert all(any(fnmatch(file, pattern) for file in users) for pattern in allowed), "a rule that nobody uses"
+
+
+def test_what_ranks_have_in_common_does_not_know_what_they_do():
+    above = "module|cli|training|program|callbacks|config|report"
+    files = (SOURCE / "distributed").glob("*.py")
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert "from gspo_lightning.types import Metrics" in lines
+    assert [line for line in lines if re.match(rf"\s*(from|import) gspo_lightning\.({above})\b", line)] == []
 
 
 def test_the_mathematics_brings_no_framework_along():

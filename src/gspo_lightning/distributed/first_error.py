@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gspo_lightning.errors import is_out_of_memory
 from gspo_lightning.how_to_resume import resume_line
-from gspo_lightning.training.out_of_memory import is_out_of_memory
 
 NAME = ".first_error.json"
 _LOST = ("closed by peer", "reset by peer", "gloo/transport", "Socket Timeout", "NCCL", "TCPStore")

@@ -16,36 +16,18 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.distributed.ranks import world_size
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, is_out_of_memory
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.rollout import RolloutError
 from gspo_lightning.training.update import Minibatch
 from gspo_lightning.types import ScoredRollout
 
-_WORDS = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUDA Error: out of memory",
-    "[CUDA]: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cuda failure 'out of memory'",
-    "Cuda failure 2 'out of memory'",
-    "Failed to CUDA calloc",
-    "Failed to CUDA malloc",
-)
-"""Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves (the third: vLLM, the last
-four: NCCL)."""
 _SHORTER = "lower data.max_prompt_length or rollout.max_completion_length, or set model.gradient_checkpointing=true"
 _LOWER = "lower update.max_tokens_per_microbatch"
 
 
 class OutOfMemoryError(UserError):
     """Memory ran out in work that cannot be repeated. A run adds the checkpoint it can resume from."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; only those by torch's own allocator for GPUs have a class."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _WORDS)
 
 
 @contextmanager

@@ -21,14 +21,13 @@ from gspo_lightning.distributed.ranks import (
     shares_gradients,
     world_size,
 )
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, is_out_of_memory
 from gspo_lightning.objective import Objective
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.training.out_of_memory import (
     check_repeatable,
     cut,
     free,
-    is_out_of_memory,
     memory_for,
     refuse_untrained,
 )
