@@ -87,12 +87,16 @@ def test_keys_that_name_a_secret_and_values_of_such_variables_are_masked(monkeyp
 
 SECRET = (
     "PGPASSWORD MYSQL_PWD DB_PASS GITHUB_PAT api_keys hf_tokens OPENAI_APIKEY authToken MYPASSWORD HF_TOKENS_2 "
-    "SMTP_PASS userPwd gh_pat hub_pat db_pass_2 aws_secrets credentials"
+    "SMTP_PASS userPwd gh_pat hub_pat db_pass_2 aws_secrets credentials "
+    "key api_key access_key AWS_ACCESS_KEY_2 secret_key private_key ssh_key signing_key master_key session_key "
+    "encryption_key account_key OPENAI_KEY anthropicKey SOME_VENDOR_KEY GSPO_A_KEY image_api_key answer_secret_key VISION_KEY FUNCTION_KEY"
 )
 HARMLESS = (
     "first_pass max_pass num_pass val/pass@8 val_pass@1 pass@k file_pat glob_pat HOST_PWD OLD_PWD APPTAINER_PWD "
     "PWD OLDPWD pass PATH pat path forward_mask max_tokens special_tokens tokens keys metric_keys tokenizer token_mask "
-    "passes bypass compass SSH_ASKPASS patterns API_KEY_ENV key_file eos_token token_id num_pass_through"
+    "passes bypass compass SSH_ASKPASS patterns API_KEY_ENV key_file eos_token token_id num_pass_through "
+    "answer_key answersKey image_key images_key primary_key foreign_key sort_key cache_key prompt_key input_key "
+    "label_key reward_fn_key class_key public_key ground_truth_key solution_key_2"
 )
 
 
@@ -102,10 +106,16 @@ def test_names_of_secrets_are_told_from_others():
 
 
 def test_a_value_typed_under_a_harmless_key_is_no_secret_elsewhere(monkeypatch):
-    typed = ["file_pat=policy.jsonl", "+x.session_tokens=100000", "random_key=200000", "+db.password=300000"]
+    typed = [
+        "data.task.answer_key=solution",
+        "file_pat=policy.jsonl",
+        "+x.session_tokens=100000",
+        "random_key=200000",
+        "+db.password=300000",
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", *typed, "~hf_token=hf_abcdef", "smtp_pass='quoted'"])
-    line = "policy.jsonl 100000 200000 300000 hf_abcdef quoted"
-    assert masked(line) == "policy.jsonl 100000 200000 *** *** ***"
+    line = "solution policy.jsonl 100000 200000 300000 hf_abcdef quoted"
+    assert masked(line) == "solution policy.jsonl 100000 200000 *** *** ***"
 
 
 def test_a_number_in_a_variable_that_names_a_secret_is_masked_and_a_folder_is_not(monkeypatch, tmp_path):

@@ -33,6 +33,15 @@ _PASSWORD_IN_URL = re.compile(r"""(://[^\s/@:'"]*:)(?!\d{1,5}[,?#])[^\s/'"]+@(?!
 """Not the port in ``http://host:80?to=me@host``, nor the version in ``docker://image:1@sha256:0f3c``."""
 _VOCABULARY = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "image", "video", "vision", "start", "end", "stop"}
 """Words before ``token`` that make it no secret, as in ``eos_token``. ``token_id`` is none either."""
+_NAMED = {
+    "answer", "audio", "cache", "category", "choice", "class", "column", "completion", "content", "context",
+    "dict", "end", "example", "field", "fn", "foreign", "gold", "group", "id", "image", "index", "input", "json",
+    "label", "lookup", "mask", "message", "metric", "name", "option", "output", "partition", "primary", "problem",
+    "prompt", "public", "query", "question", "reasoning", "response", "reward", "role", "row", "sample", "score",
+    "solution", "sort", "split", "start", "target", "task", "text", "truth", "unique", "video",
+}  # fmt: skip
+"""Words before ``key`` that make it the name of something, as in ``answer_key``. Any other key may be a secret,
+as its issuer can have any name: ``VISION_KEY`` is one of a cloud service."""
 
 
 def redacted(plain: Any) -> Any:
@@ -74,7 +83,9 @@ def names_a_secret(name: str) -> bool:
         return before in _ISSUERS
     if last in _ABBREVIATIONS:
         return before in _ACCOUNTS
-    return last == "key" or (last == "token" and before not in _VOCABULARY)
+    if last == "key":
+        return _NAMED.isdisjoint({before, before.removesuffix("s")})
+    return last == "token" and before not in _VOCABULARY
 
 
 def _names_a_password(name: str) -> bool:
