@@ -1,7 +1,9 @@
 """`python evaluate.py model=path model.path=FOLDER`: measures a policy on held-out prompts; settings as in training."""
 
+from gspo_lightning.program.interrupt import end_at_interrupt
 from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
+end_at_interrupt()
 configure_threads()
 keep_freed_memory()
 

@@ -1,7 +1,9 @@
 """`python train.py experiment=... key=value`: trains a policy. See conf/train.yaml for every setting."""
 
+from gspo_lightning.program.interrupt import end_at_interrupt
 from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
+end_at_interrupt()
 configure_threads()
 keep_freed_memory()
 

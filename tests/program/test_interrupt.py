@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -11,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from gspo_lightning import cli
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.program import interrupt as interrupt_module
 from gspo_lightning.program import training_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,6 +44,50 @@ def ended(monkeypatch, capfd, *arguments, main=cli.train_main):
     GlobalHydra.instance().clear()
     assert end.value.code == 130
     return capfd.readouterr().err.splitlines()
+
+
+AT_IMPORT = """
+import os, runpy, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+"""
+COMMAND = "from gspo_lightning.program.commands import {0}\n{0}()"
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        *(f"runpy.run_path({name!r}, run_name='__main__')" for name in ("train.py", "evaluate.py")),
+        *(COMMAND.format(name) for name in ("train", "evaluate")),
+    ],
+)
+def test_while_libraries_are_imported(begin):
+    """Pressed where torch would be imported, so that nothing of it is."""
+    for rank, argument, lines in (("0", "a=1", 1), ("1", "a=1", 0), ("0", "traceback=true", 9)):
+        done = subprocess.run(
+            [sys.executable, "-c", AT_IMPORT + begin, argument], cwd=Path(__file__).parents[2], text=True,
+            capture_output=True, env={**os.environ, "LOCAL_RANK": rank}, timeout=60,
+        )  # fmt: skip
+        said = done.stderr.splitlines()
+        assert done.returncode == 130 and done.stdout == ""
+        assert said[-1:] == ["error: SIGINT: stopped"][:lines]
+        assert len(said) >= lines if lines > 1 else len(said) == lines
+
+
+def test_a_command_that_ignores_ctrl_c_still_does_and_ours_is_taken_back(monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupt_module.end_at_interrupt()
+    interrupt_module.raise_at_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt_module.end_at_interrupt()
+    assert signal.getsignal(signal.SIGINT) is interrupt_module._end
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli.run(lambda: None)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_while_the_model_loads(tmp_path, monkeypatch, capfd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from gspo_lightning.program.interrupt import end_at_interrupt
 from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
 
@@ -18,6 +19,7 @@ def evaluate() -> None:
 
 
 def _program() -> ModuleType:
+    end_at_interrupt()
     configure_threads()
     keep_freed_memory()
     from gspo_lightning import cli  # which imports torch

@@ -22,14 +22,13 @@ from gspo_lightning.config.groups import check_choices
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
-from gspo_lightning.program.interrupt import Interrupted, is_interrupt
+from gspo_lightning.program.interrupt import STOPPED, Interrupted, is_interrupt, raise_at_interrupt, wants_traceback
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.program.sweep_job import CODES, SweepStopped
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
 """Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
-_STOPPED = "SIGINT: stopped"
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -39,22 +38,23 @@ def run(main: Callable[[], Any]) -> None:
     if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
         sys.path.append(os.getcwd())
     try:
+        raise_at_interrupt()
         check_choices(sys.argv[1:])
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()
     except EXPECTED as error:
-        _exit_with_line(error, _wants_traceback())
+        _exit_with_line(error, wants_traceback())
     except KeyboardInterrupt as stopped:
-        if _wants_traceback():  # Ctrl-C shows what a program waits for
+        if wants_traceback():  # Ctrl-C shows what a program waits for
             traceback.print_exc()
         if first_error.is_first_rank():
-            print(f"error: {stopped if isinstance(stopped, Interrupted) else _STOPPED}", file=sys.stderr, flush=True)
+            print(f"error: {stopped if isinstance(stopped, Interrupted) else STOPPED}", file=sys.stderr, flush=True)
         sys.exit(130)
     except OSError as error:
         key = _key_of_folder(error)
         if key is None:
             raise
-        _exit_with_line(no_run_dir(error.filename, error, key), _wants_traceback())
+        _exit_with_line(no_run_dir(error.filename, error, key), wants_traceback())
 
 
 def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
@@ -87,7 +87,7 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
             raise
         rank_watch.stop()
         first_error.leave_nothing(Path(HydraConfig.get().runtime.output_dir))
-        line = str(end) if isinstance(end, Interrupted) else _STOPPED
+        line = str(end) if isinstance(end, Interrupted) else STOPPED
         others = "" if HydraConfig.get().mode == RunMode.RUN else "; the jobs after it were not run"
         raise Interrupted(f"{line}{others}") from end
 
@@ -98,11 +98,6 @@ def _key_of_folder(error: OSError) -> str | None:
     if not any(frame.name in ("run_job", "sweep", "launch") and "mkdir" in str(frame.line) for frame in frames):
         return None
     return "hydra.sweep.dir" if any(frame.name == "multirun" for frame in frames) else "hydra.run.dir"
-
-
-def _wants_traceback() -> bool:
-    """Whether the command line asks for a traceback, for errors that leave no config to ask."""
-    return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
 
 
 def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = True) -> NoReturn:
