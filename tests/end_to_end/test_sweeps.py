@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -48,6 +50,18 @@ def test_a_failing_job_has_its_line_and_the_others_run_and_can_be_compared(tmp_p
     assert [folder.name for folder in without] == ["0", "2"]
     assert compare([str(tmp_path)]) == 0
     assert "importance_sampling_level=token" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(("flag", "place"), [("-m", 1), ("--multirun", 2)])
+def test_the_flag_may_stand_anywhere_among_the_overrides(flag, place, tmp_path, monkeypatch):
+    arguments = ["experiment=micro", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    arguments.insert(place, flag)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    seeds = []
+    main = hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")
+    cli.run(main(lambda cfg: seeds.append(cfg.seed)))
+    GlobalHydra.instance().clear()
+    assert seeds == [1, 2]
 
 
 def test_a_sweep_that_cannot_write_says_so_in_one_line(tmp_path):

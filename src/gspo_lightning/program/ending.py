@@ -28,6 +28,8 @@ from gspo_lightning.program.sweep_job import CODES, SweepStopped
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
 """Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
+_MULTIRUN = ("-m", "--multirun")
+"""Flags that are moved to the front: argparse refuses overrides before and after a flag."""
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
 
 
@@ -39,6 +41,7 @@ def run(main: Callable[[], Any]) -> None:
         sys.path.append(os.getcwd())
     try:
         raise_at_interrupt()
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in _MULTIRUN)  # stable
         check_choices(sys.argv[1:])
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()
