@@ -59,7 +59,7 @@ def test_the_flag_may_stand_anywhere_among_the_overrides(flag, place, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     seeds = []
     main = hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")
-    cli.run(main(lambda cfg: seeds.append(cfg.seed)))
+    ending.run(main(lambda cfg: seeds.append(cfg.seed)))
     GlobalHydra.instance().clear()
     assert seeds == [1, 2]
 
