@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ def test_json_with_an_object_a_line_is_read_by_lines(tmp_path: Path) -> None:
     assert read_file(_write(tmp_path, "a.json", lines)) == [{"answer": "007"}, {"answer": "a\u2028b"}]
     with pytest.raises(UserError, match=r"a\.json line 2: not valid JSON \(Expecting value"):
         read_file(_write(tmp_path, "a.json", '{"a": 1}\n{"a": \n'))
+
+
+def test_compressed_text_is_read_as_the_text_in_it(tmp_path: Path) -> None:
+    """And not by ``datasets``, also in a folder: its types are guessed."""
+    (tmp_path / "folder").mkdir()
+    lines = b'{"answer": "2020-01-01"}\n{"answer": "007"}\n'
+    folder = tmp_path / "folder"
+    for name, text in {"a.jsonl.gz": lines, "a.JSON.GZ": lines, "a.csv.gz": b"answer\n2020-01-01\n007\n"}.items():
+        assert read_file(_write(tmp_path, name, gzip.compress(text))) == [{"answer": "2020-01-01"}, {"answer": "007"}]
+    _write(folder, "train.jsonl.gz", gzip.compress(lines))
+    assert read_hub(str(folder), None, "train") == [{"answer": "2020-01-01"}, {"answer": "007"}]
 
 
 def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
@@ -75,6 +87,16 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: the number of fields differs"),
         ("a.csv", 'a,b\n1,2\n"3"x,4\n5,6\n', r"a\.csv line 3: ',' expected after '\"'"),
         ("a.csv", b"a\n\xff\n", r"a\.csv: not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz: the dataset is empty"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n["a"]\n'), r"a\.jsonl\.gz line 2: expected an object with columns"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], r"cannot read the file \(Compressed file ended before"),
+        (
+            "a.csv.gz",
+            gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20,
+            r"cannot read the file \(Error -3 while decompress",
+        ),
+        ("a.csv.gz", "a\n1\n", r"a\.csv\.gz: cannot read the file \(Not a gzipped file"),
+        ("a.parquet.gz", "a", r"a\.parquet\.gz: unknown file type; use one of \.json, \.jsonl, \.csv, \.parquet"),
         ("a.txt", "a", r"a\.txt: unknown file type; use one of \.json, \.jsonl, \.csv, \.parquet"),
     ],
 )
@@ -86,6 +108,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, name: str, content
 
 def test_a_missing_file_is_named_and_is_no_hub_dataset(tmp_path: Path) -> None:
     assert is_file("nowhere/rows.jsonl") and not is_file("openai/gsm8k")
+    assert is_file("nowhere/rows.jsonl.gz") and is_file("rows.parquet.gz") and not is_file("openai/gz")
     with pytest.raises(UserError, match=r"nowhere/rows\.jsonl: cannot read the file \(No such file"):
         read_file("nowhere/rows.jsonl")
 

@@ -7,8 +7,10 @@ for "2020-01-01"), fills a missing key with None, and names no line when it fail
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from logging import CRITICAL
 from pathlib import Path
@@ -25,11 +27,19 @@ _OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
 
 def is_file(source: str) -> bool:
     """Whether ``source`` means a file rather than a dataset of the hub."""
-    return Path(source).suffix.lower() in SUFFIXES or Path(source).expanduser().is_file()
+    return _kind(source)[0] in SUFFIXES or Path(source).expanduser().is_file()
+
+
+def _kind(source: str) -> tuple[str, bool]:
+    """The suffix in lower case, without a ``.gz`` after it, and whether there is one."""
+    name = source.lower()
+    return Path(name.removesuffix(".gz")).suffix, name.endswith(".gz")
 
 
 def read_file(source: str) -> Sequence[Row]:
     """All rows of a JSON (a list of objects, or one per line), JSONL, CSV (values stay strings) or Parquet file.
+
+    JSON, JSONL and CSV may be compressed (``.jsonl.gz``).
 
     Raises:
         UserError: the file is missing, of another kind, empty or malformed; names the file and the line.
@@ -42,8 +52,8 @@ def read_file(source: str) -> Sequence[Row]:
 
 def _rows_of(source: str) -> Sequence[Row]:
     path = Path(source).expanduser()
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
+    kind, zipped = _kind(source)
+    if kind not in (_TEXT_SUFFIXES if zipped else SUFFIXES):
         raise UserError(f"{source}: unknown file type; use one of {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as probe:
@@ -51,8 +61,8 @@ def _rows_of(source: str) -> Sequence[Row]:
         return [] if empty else _read_parquet(path) if kind == ".parquet" else _read_text(path, kind, source)
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{source}: cannot read the file ({error.strerror or error})") from error
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a compressed file that is cut short or damaged
+        raise UserError(f"{source}: cannot read the file ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
@@ -94,7 +104,7 @@ def _text_files(folder: Path, config_name: str | None, split: str) -> list[str]:
     files = [str(file) for file in (config.data_files or {}).get(split, [])]
     names = {name: getattr(config, name) for name in ("name", "version", "data_dir", "data_files", "description")}
     as_it_is = builder.info.features is None and config == type(config)(**names)
-    is_text = all(Path(file).suffix.lower() in _TEXT_SUFFIXES and Path(file).is_file() for file in files)
+    is_text = all(_kind(file)[0] in _TEXT_SUFFIXES and Path(file).is_file() for file in files)
     return files if as_it_is and is_text else []
 
 
@@ -127,7 +137,8 @@ def with_class_names(rows: Any) -> Sequence[Row]:
 
 def _read_text(path: Path, kind: str, source: str) -> Sequence[Row]:
     reader = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}[kind]
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    opened = gzip.open if _kind(source)[1] else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
         return list(reader(stream, source))
 
 
