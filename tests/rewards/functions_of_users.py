@@ -12,6 +12,10 @@ def pid(completions, **_):
     return [float(os.getpid())] * len(completions)
 
 
+def has_torch(completions, **_):
+    return [float("torch" in sys.modules)] * len(completions)
+
+
 async def asynchronous(completions, log_metric=None, log_extra=None, trainer_state=None):
     log_metric("mean_length", 2.0)
     log_extra("text", list(completions))

@@ -18,6 +18,7 @@ from gspo_lightning.rewards import RewardSet, RewardSpec, worker
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.types import Completion, Prompt
 from tests.rewards import functions_of_users as users
+from tests.rewards import functions_on_a_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +42,22 @@ def reward_set():
     yield make
     for rewards in made:
         rewards.close()
+
+
+@pytest.mark.parametrize(("used", "current", "told"), [(True, 1, 1.0), (True, 0, -1.0), (False, 1, -1.0)])
+def test_a_process_has_the_gpu_of_its_rank(used, current, told, reward_set, monkeypatch):
+    rewards = reward_set(one=functions_on_a_gpu.current_gpu)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)  # of the thread that waits for the process
+    assert rewards(*batch()).flatten().tolist() == [told] * 4
+
+
+def test_a_function_that_needs_no_torch_is_served_without_it(reward_set, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    assert reward_set(one=users.has_torch)(*batch()).flatten().tolist() == [0.0] * 4
 
 
 def gone(pid):

@@ -38,16 +38,27 @@ def watch(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def make_current(gpu: int) -> None:
+    """Makes a GPU the current one, which in a new process is the first, if the function's module imports torch.
+
+    torch does so when the GPU is first used: memory of a GPU is not for functions that use none.
+    """
+    torch = sys.modules.get("torch")
+    if gpu and torch is not None:
+        torch.cuda._lazy_call(lambda: torch.cuda.set_device(gpu))
+
+
 def main(fd: int, parent: int) -> None:
-    """Receives the search path and the function, then one message of arguments per call."""
+    """Receives the search path, the function and the number of a GPU, then one message of arguments per call."""
     die_with(parent)
     if not HAS_PRCTL:
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
     connection = Connection(fd)
-    sys.path[:], pickled = connection.recv()
+    sys.path[:], pickled, gpu = connection.recv()
     # The function may print: the connection has its own descriptor.
     try:
         function = pickle.loads(pickled)
+        make_current(gpu)
         connection.send((True, None))
     except BaseException as error:  # noqa: BLE001  (whatever importing the user's module raised is told)
         connection.send((False, f"{type(error).__name__}: {error}"))

@@ -34,7 +34,8 @@ class Worker:
     """Calls ``function`` in a separate process, started fresh (not forked, which would break torch's threads).
 
     It starts at the first call, stays warm, and ends with `close`, with this object, or with this process (even if
-    killed), whichever comes first. Its start does not count towards a timeout.
+    killed), whichever comes first. Its start does not count towards a timeout. Where the function's module imports
+    torch, ``cuda`` means the GPU that is current where the process is started.
 
     Args:
         function: importable by name, or an instance of an importable class.
@@ -73,7 +74,7 @@ class Worker:
         self._kill = weakref.finalize(self, _end, self._process, self._connection)
         self._ready = False
         # As it is now: what it says of itself may depend on the GPU that its rank was given since it was made.
-        self._connection.send((sys.path, pickle.dumps(self.function)))
+        self._connection.send((sys.path, pickle.dumps(self.function), _current_gpu()))
 
     def __call__(self, *arguments: Any, timeout_s: float | None) -> Any:
         """The result of the function.
@@ -128,6 +129,12 @@ class Worker:
         self._kill()
         self._process = self._connection = None
         self._idle = True
+
+
+def _current_gpu() -> int:
+    """Number of the GPU of this rank and thread; 0 without one, and where torch is not needed."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
