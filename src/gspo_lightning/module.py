@@ -45,9 +45,8 @@ from gspo_lightning.training.run_state import (
     run_state,
 )
 from gspo_lightning.training.sampling_change import (
-    check_change,
-    check_lengths,
     check_ranks_agree,
+    check_sampling_of,
     follow,
     plain_sampling,
 )
@@ -149,14 +148,14 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         one sampled ahead, keep the settings they were asked with. Checkpoints hold what was set.
 
         Raises:
-            UserError: the settings are refused, see `training.sampling_change.check_change`; nothing has changed then.
+            UserError: they are refused, see `training.sampling_change.check_sampling_of`; nothing has changed then.
         """
         return self._sampling
 
     @sampling.setter
     def sampling(self, sampling: SamplingParams) -> None:
         sampling = plain_sampling(sampling)
-        check_change(self, sampling)
+        check_sampling_of(self, sampling)
         if self._length_follows:
             self.objective = follow(self.objective, self._sampling, sampling)
         self._sampling = sampling
@@ -193,7 +192,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         """Refuses Trainer settings under which training would be wrong; a model that cannot be packed runs padded."""
         check_fit(self)
         check_states(self)
-        check_lengths(self, self.sampling)
+        check_sampling_of(self, self.sampling)
         choose_forwards(self)
 
     def on_validation_start(self) -> None:

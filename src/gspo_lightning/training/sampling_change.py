@@ -1,4 +1,4 @@
-"""A change of the sampling settings during a run: what is refused, and who follows."""
+"""The sampling settings of a run, at its beginning and when they change: what is refused, and who follows."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def plain_sampling(sampling: SamplingParams) -> SamplingParams:
     return replace(sampling, **changed)
 
 
-def check_change(module: GSPOModule, sampling: SamplingParams) -> None:
-    """Refuses settings that a run cannot change to.
+def check_sampling_of(module: GSPOModule, sampling: SamplingParams) -> None:
+    """Refuses settings that a run can neither begin with nor change to.
 
     Raises:
         UserError: the completions would teach nothing, or are longer than the engine or the model allows.
@@ -58,10 +58,10 @@ def check_change(module: GSPOModule, sampling: SamplingParams) -> None:
         if (value := getattr(sampling, name)) < 1:
             raise UserError(f"rollout.{name}={value} must be at least 1")
     check_group(module.advantages, sampling.num_generations, module.max_draws)
-    check_lengths(module, sampling)
+    _check_lengths(module, sampling)
 
 
-def check_lengths(module: GSPOModule, sampling: SamplingParams) -> None:
+def _check_lengths(module: GSPOModule, sampling: SamplingParams) -> None:
     """Refuses completions that the engine would cut or the model cannot rotate; without data there is nothing to check.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gspo_lightning.advantages import AdvantageEstimator, check_group
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method
 from gspo_lightning.training.hooks import refuse_uncalled
@@ -79,17 +79,13 @@ def check_sampling(temperature: float, repetition_penalty: float, top_k: int, mi
 def check_fit(module: GSPOModule) -> None:
     """Refuses, once the Trainer has made its optimizer, wrong settings of a user's own program."""
     trainer: Any = module.trainer  # Lightning does not declare all of its attributes
-    sampling = module.sampling
     assert module.policy is not None
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
-    check_sampling(sampling.temperature, sampling.repetition_penalty, sampling.top_k, sampling.min_p)
-    source = prompt_source(trainer)
-    check_group(module.advantages, sampling.num_generations, module.max_draws)
     _check_run(trainer)
     refuse_uncalled(module)
     _check_optimizers(module)
     # Custom loaders give their first batch in every epoch.
-    if trainer.overfit_batches and source is not None:
+    if trainer.overfit_batches and prompt_source(trainer) is not None:
         raise UserError(
             f"trainer.overfit_batches={trainer.overfit_batches}: each epoch would continue the stream of prompts; set "
             "overfit_rows=<count>, or give PromptDataModule gspo_lightning.data.first_rows.FirstRows(task, <count>)"
