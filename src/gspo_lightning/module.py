@@ -62,7 +62,7 @@ from gspo_lightning.training.trainer_checks import (
 )
 from gspo_lightning.training.update import Minibatch, UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings, Validator
-from gspo_lightning.types import PromptBatch, SamplingParams
+from gspo_lightning.types import PromptBatch, SamplingParams, ScoredRollout
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
@@ -130,6 +130,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.rollouts_done = 0
         self.counts = dict.fromkeys(COUNTERS, 0)
         self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
+        self.last_scored: ScoredRollout  # the rollout in hand, from on_train_batch_start on
+        self.batch_in_hand: PromptBatch  # its prompts, and the position of the data after it
         self._drawn = Drawn()
         self.states_before: dict[str, Any] | None = None  # of the parts, from before the rollout in hand
         self.stopwatch = Stopwatch()
