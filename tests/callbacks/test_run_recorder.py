@@ -93,14 +93,13 @@ def test_the_time_of_the_runs_before_counts_as_their_tokens_do(tmp_path, monkeyp
     state = first.state_dict()
     clock.now = 115.0  # lost with the process, as its tokens are
     assert (state["seconds"], first.seconds) == (7.0, 12.0)
-    for seconds, expected in (({"seconds": 7.0}, 9.0), ({}, 2.0)):  # older checkpoints have none
-        clock.now = 200.0
-        resumed = RunRecorder(tmp_path)
-        resumed.load_state_dict({"rows": 0, "completions_bytes": 0, **seconds})
-        clock.now = 220.0
-        resumed.on_train_start(TRAINER, FakeModule())
-        clock.now = 222.0
-        assert resumed.seconds == expected
+    clock.now = 200.0
+    resumed = RunRecorder(tmp_path)
+    resumed.load_state_dict({"rows": 0, "completions_bytes": 0, "seconds": 7.0})
+    clock.now = 220.0
+    resumed.on_train_start(TRAINER, FakeModule())
+    clock.now = 222.0
+    assert resumed.seconds == 9.0
 
 
 def test_damaged_records_of_the_run_before_are_said_in_one_line_and_the_rest_is_kept(tmp_path):

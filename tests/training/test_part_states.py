@@ -366,15 +366,6 @@ def test_parts_that_come_and_go_are_named(micro_model_dir, tmp_path):
     assert [module.rewards.functions[n].function.scored["n"] for n in "ab"] == [2 * 12] * 2
 
 
-def test_a_checkpoint_of_before_has_no_states(micro_model_dir, tmp_path):
-    path = tmp_path / "x.ckpt"
-    fit(made(micro_model_dir), save=path)
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["gspo_lightning"]["parts"]
-    torch.save(checkpoint, path)
-    assert len(lines_of_resume(made(micro_model_dir), path)) == 3
-
-
 def test_a_state_that_is_not_taken_is_one_line(micro_model_dir, tmp_path):
     path = tmp_path / "x.ckpt"
     fit(made(micro_model_dir, rewards={"a": Holding({"x": 1})}), save=path)

@@ -84,7 +84,7 @@ class RunRecorder(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stores the checkpoint's counts. The files are taken over in `on_train_start`, on rank 0 only."""
         self._loaded, self._ready = dict(state_dict), False
-        self._seconds_before = state_dict.get("seconds", 0.0)
+        self._seconds_before = state_dict["seconds"]
         source = (self.resume_dir or self.run_dir) / "metrics.csv"
         if state_dict["rows"] and not source.exists():
             rank_zero_warn(f"{source} is missing: the records of this run begin at the checkpoint")

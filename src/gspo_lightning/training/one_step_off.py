@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import threading
 import time
 import warnings
@@ -166,9 +165,8 @@ class OneStepOff:
             for parameter, value in zip(trained, state["behaviour"], strict=True):
                 parameter.copy_(value)
         groups = state["completions"]
-        # Checkpoints of older versions do not store its settings, nor how long it took.
-        sampling = SamplingParams(**state["sampling"]) if state.get("sampling") else None
-        self._pending = _Pending(tuple(state["key"]), sampling, state.get("seconds", math.nan))
+        sampling = SamplingParams(**state["sampling"]) if state["sampling"] else None
+        self._pending = _Pending(tuple(state["key"]), sampling, state["seconds"])
         self._pending.value = None if groups is None else [[Completion(**c) for c in group] for group in groups]
 
 

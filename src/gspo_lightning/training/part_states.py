@@ -151,7 +151,7 @@ def restore_states(module: GSPOModule, saved: dict[str, dict[str, Any]]) -> None
     """Gives every part the state that it has in a checkpoint.
 
     A part that only the checkpoint or only this run has, or that is of another class, is named in a warning: it is a
-    setting that was changed, or the checkpoint is of an older version.
+    setting that was changed.
 
     Raises:
         UserError: a part does not take its state, or ranks had different states and there is another number of them.

@@ -96,7 +96,7 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
         UserError: the checkpoint was saved with another optimizer, whose states this one cannot use.
     """
     is_ours = getattr(type(module).configure_optimizers, "__module__", "") == "gspo_lightning.module"
-    saved, own = state.get("optimizer"), _class_name(module.optimizer_factory) if is_ours else None
+    saved, own = state["optimizer"], _class_name(module.optimizer_factory) if is_ours else None
     if saved is not None and own is not None and saved != own:
         raise UserError(
             f"optimizer: the checkpoint was saved with {saved}, not {own}; keep that one, "
@@ -106,8 +106,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     # The pace of the next rollout is measured by what it adds to these.
     module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-    restore_states(module, state.get("parts", {}))
-    same_settings = restore_sampling(module, state.get("sampling"))
+    restore_states(module, state["parts"])
+    same_settings = restore_sampling(module, state["sampling"])
     if module.ahead is not None and module.policy is not None:
         module.ahead.load_state_dict(state.get("ahead", {}), module.policy)
         if not same_settings:

@@ -124,14 +124,12 @@ def sampling_state(module: GSPOModule) -> dict[str, Any]:
     return {"made_with": asdict(module.made_with), "now": asdict(module.sampling)}
 
 
-def restore_sampling(module: GSPOModule, state: dict[str, Any] | None) -> bool:
+def restore_sampling(module: GSPOModule, state: dict[str, Any]) -> bool:
     """Sets the settings of a checkpoint, if the module was made with those that its run was made with.
 
     Returns:
         Whether it was; if not, the settings of this run apply, and nothing that was set before.
     """
-    if state is None:
-        return False
     if SamplingParams(**state["made_with"]) != module.made_with:
         if state["now"] != state["made_with"] and rank() == 0:
             warnings.warn(
