@@ -3,7 +3,8 @@
 from gspo_lightning.program.interrupt import end_at_interrupt
 from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
-end_at_interrupt()
+if __name__ == "__main__":
+    end_at_interrupt()
 configure_threads()
 keep_freed_memory()
 
