@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -51,6 +52,17 @@ def test_a_process_has_the_gpu_of_its_rank(used, current, told, reward_set, monk
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)  # of the thread that waits for the process
     assert rewards(*batch()).flatten().tolist() == [told] * 4
+
+
+def test_a_process_whose_module_chose_its_gpus_keeps_to_the_first_of_them(reward_set, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # which importing the module here would change for good
+    monkeypatch.delitem(sys.modules, "tests.rewards.functions_on_a_chosen_gpu", raising=False)
+    chosen = importlib.import_module("tests.rewards.functions_on_a_chosen_gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    assert reward_set(one=chosen.current_gpu)(*batch()).flatten().tolist() == [-1.0] * 4
 
 
 def test_a_function_that_needs_no_torch_is_served_without_it(reward_set, monkeypatch):

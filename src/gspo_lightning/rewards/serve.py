@@ -38,13 +38,15 @@ def watch(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_current(gpu: int) -> None:
+def make_current(gpu: int, visible: str | None) -> None:
     """Makes a GPU the current one, which in a new process is the first, if the function's module imports torch.
 
-    torch does so when the GPU is first used: memory of a GPU is not for functions that use none.
+    torch does so when the GPU is first used: memory of a GPU is not for functions that use none. A module that chose
+    its GPUs itself, by another ``CUDA_VISIBLE_DEVICES`` than the trainer's ``visible``, keeps to the first of them:
+    there the number means another GPU, or none.
     """
     torch = sys.modules.get("torch")
-    if gpu and torch is not None:
+    if gpu and torch is not None and os.environ.get("CUDA_VISIBLE_DEVICES") == visible:
         torch.cuda._lazy_call(lambda: torch.cuda.set_device(gpu))
 
 
@@ -55,10 +57,11 @@ def main(fd: int, parent: int) -> None:
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
     connection = Connection(fd)
     sys.path[:], pickled, gpu = connection.recv()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # The function may print: the connection has its own descriptor.
     try:
         function = pickle.loads(pickled)
-        make_current(gpu)
+        make_current(gpu, visible)
         connection.send((True, None))
     except BaseException as error:  # noqa: BLE001  (whatever importing the user's module raised is told)
         connection.send((False, f"{type(error).__name__}: {error}"))
