@@ -89,7 +89,8 @@ SECRET = (
     "PGPASSWORD MYSQL_PWD DB_PASS GITHUB_PAT api_keys hf_tokens OPENAI_APIKEY authToken MYPASSWORD HF_TOKENS_2 "
     "SMTP_PASS userPwd gh_pat hub_pat db_pass_2 aws_secrets credentials "
     "key api_key access_key AWS_ACCESS_KEY_2 secret_key private_key ssh_key signing_key master_key session_key "
-    "encryption_key account_key OPENAI_KEY anthropicKey SOME_VENDOR_KEY GSPO_A_KEY image_api_key answer_secret_key VISION_KEY FUNCTION_KEY"
+    "encryption_key account_key OPENAI_KEY anthropicKey SOME_VENDOR_KEY GSPO_A_KEY image_api_key answer_secret_key VISION_KEY FUNCTION_KEY "
+    "COSMOS_PRIMARY_KEY AZURE_SEARCH_QUERY_KEY TRANSLATOR_TEXT_KEY"
 )
 HARMLESS = (
     "first_pass max_pass num_pass val/pass@8 val_pass@1 pass@k file_pat glob_pat HOST_PWD OLD_PWD APPTAINER_PWD "

@@ -41,7 +41,8 @@ _NAMED = {
     "solution", "sort", "split", "start", "target", "task", "text", "truth", "unique", "video",
 }  # fmt: skip
 """Words before ``key`` that make it the name of something, as in ``answer_key``. Any other key may be a secret,
-as its issuer can have any name: ``VISION_KEY`` is one of a cloud service."""
+as its issuer can have any name; and so may any variable of the environment: ``COSMOS_PRIMARY_KEY`` and
+``SEARCH_QUERY_KEY`` are secrets of a cloud service."""
 
 
 def redacted(plain: Any) -> Any:
@@ -84,7 +85,7 @@ def names_a_secret(name: str) -> bool:
     if last in _ABBREVIATIONS:
         return before in _ACCOUNTS
     if last == "key":
-        return _NAMED.isdisjoint({before, before.removesuffix("s")})
+        return name.isupper() or _NAMED.isdisjoint({before, before.removesuffix("s")})
     return last == "token" and before not in _VOCABULARY
 
 
