@@ -32,7 +32,7 @@ _ADDRESS = re.compile(r"(data:[\w.+/-]{0,80})[^,\s]{0,80}(?:;|%3b)base64(?:,|%2c
 
 
 class RunRecorder(L.Callback):
-    """Writes the run's files, on rank 0 only: completions and metrics are those of all ranks.
+    """Writes the run's files, on rank 0 only: completions and metrics are those of all ranks, which all must have it.
 
     ``metrics.csv`` has a row per rollout (``step`` counts finished rollouts; 0 is the validation before
     training), with the columns of a validation in the row of the rollout it follows. ``completions.jsonl``

@@ -109,8 +109,7 @@ class OneStepOff:
         if self._pending is not None:
             warnings.warn(
                 "rollout.engine.staleness=1: the rollout that the checkpoint had sampled ahead is dropped: its seed, "
-                "prompts or sampling settings are not those of this run, or an older "
-                "version wrote it; this rollout was sampled again",
+                "prompts or sampling settings are not those of this run; this rollout was sampled again",
                 stacklevel=2,
             )
         self._copy(policy)
