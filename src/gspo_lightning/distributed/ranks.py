@@ -12,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from gspo_lightning.types import Metrics
 
+_PIECE = 4 * 2**20
+"""Characters that a rank sends at a time."""
+
 
 def world_size() -> int:
     """Number of processes that train together; 1 outside a process group."""
@@ -56,12 +59,19 @@ def gather_values(values: Tensor) -> Tensor:
 
 
 def gather_text(text: str) -> str:
-    """On rank 0 the texts of all ranks, one after the other in the order of ranks; empty on the others."""
+    """On rank 0 the texts of all ranks, one after the other in the order of ranks; empty on the others.
+
+    In pieces: NCCL gathers in the memory of rank 0's GPU.
+    """
     if world_size() == 1:
         return text
-    gathered: list[str] | None = [""] * world_size() if rank() == 0 else None
-    dist.gather_object(text, gathered)
-    return "".join(gathered or [])
+    longest = int(gather_values(torch.tensor([len(text)])).max())
+    of_ranks: list[list[str]] = []
+    for start in range(0, longest, _PIECE):
+        gathered: list[str] | None = [""] * world_size() if rank() == 0 else None
+        dist.gather_object(text[start : start + _PIECE], gathered)
+        of_ranks.append(gathered or [])
+    return "".join(piece for pieces in zip(*of_ranks, strict=True) for piece in pieces)
 
 
 def global_means(metrics: Metrics, device: torch.device) -> dict[str, float]:
