@@ -77,6 +77,16 @@ def test_while_libraries_are_imported(begin):
         assert len(said) >= lines if lines > 1 else len(said) == lines
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_script_that_is_imported_leaves_ctrl_c_alone(script):
+    """As a process does that multiprocessing spawns."""
+    code = f"{AT_IMPORT}runpy.run_path({script!r}, run_name='__mp_main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], text=True, capture_output=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGINT and done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
 def test_a_command_that_ignores_ctrl_c_still_does_and_ours_is_taken_back(monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     interrupt_module.end_at_interrupt()
