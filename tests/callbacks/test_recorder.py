@@ -103,4 +103,4 @@ def test_missing_records_of_the_run_before_are_said(tmp_path):
     with pytest.warns(
         UserWarning, match="gone/metrics.csv is missing: the records of this run begin at the checkpoint"
     ):
-        recorder.load_state_dict({"rows": 3, "completions_bytes": 10})
+        recorder.load_state_dict({"rows": 3, "completions_bytes": 10, "seconds": 2.5})
