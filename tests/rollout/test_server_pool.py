@@ -43,6 +43,51 @@ def test_a_server_is_asked_so_many_prompts_at_a_time(count):
     assert sorted(most.values()) == [3] * count
 
 
+def test_a_job_that_follows_another_waits_for_no_third_and_goes_to_the_same_server():
+    """Job 0 ends only when the last follower of job 1 has begun, which it never would if all jobs went in rounds."""
+    last, asked = threading.Event(), []
+
+    def work(server, job):
+        asked.append((server.url, job))
+        if job == 0:
+            assert last.wait(30)
+        if job == 31:
+            last.set()
+        return job
+
+    def next_of(number, result):
+        return result + 10 if number in (1, 2) and result < 30 else None
+
+    patience = Patience(ready_timeout_s=5.0, pause_s=0.01, max_in_flight=1)
+    pool = ServerPool(servers(2), lambda server: None, lambda server, value: None, patience)
+    assert pool.run(range(4), work, next_of) == [0, 31, 32, 3]
+    # A server has one place here: what follows comes before jobs that nobody has begun.
+    (other,) = {url for url, job in asked if job == 1}
+    assert [job for url, job in asked if url == other][:4] == [1, 11, 21, 31]
+    (later,) = {url for url, job in asked if job == 2}
+    jobs = [job for url, job in asked if url == later]
+    assert jobs[jobs.index(2) :][:4] == [2, 12, 22, 32]
+
+
+def test_a_job_that_follows_another_goes_to_a_third_server_only_if_its_own_has_failed():
+    asked, failed = [], []
+
+    def work(server, job):
+        asked.append((job, server.url))
+        if job == 10 and not failed:
+            failed.append(server.url)
+            raise ServerError("down")
+        return job
+
+    pool = ServerPool(servers(3), lambda server: None, lambda server, value: None, Patience(pause_s=60.0))
+    found = pool.run([0, 1, 2], work, lambda number, result: result + 10 if result < 30 else None)
+    assert found == [30, 31, 32]
+    for number in (1, 2):
+        assert len({url for job, url in asked if job % 10 == number}) == 1
+    (before, *rest) = [url for job, url in asked if job % 10 == 0]
+    assert rest[0] == before == failed[0] and before not in rest[1:]
+
+
 def test_a_proof_that_failed_does_not_keep_the_server_out_of_the_next_round():
     proofs = []
 

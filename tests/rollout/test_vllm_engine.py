@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -268,16 +269,30 @@ def test_more_prompts_than_a_batch_of_the_engine_holds_are_answered(policy, fold
     assert largest_difference(policy, rollout) < 1e-4
 
 
-def test_greedy_dialogues_equal_those_of_the_transformers_engine(policy, folder):
+def lengths_of_turns(completion):
+    """Tokens of each of the policy's turns."""
+    dialogue = completion.dialogue
+    begins = [*dialogue.begins.nonzero().flatten().tolist(), len(completion.token_ids)]
+    return [int(dialogue.trained[start:end].sum()) for start, end in itertools.pairwise(begins)]
+
+
+def test_greedy_dialogues_equal_those_of_the_transformers_engine(policy, folder, monkeypatch):
     """Turn by turn here, token by token there; a turn ends with a vowel or one of n, r, s, t."""
     asked = [make_prompt(torch.arange(n, n + 9) * 7 % 90 + 3, uid=f"u:{n}") for n in range(8)]
     greedy = SamplingParams(num_generations=2, max_completion_length=40, temperature=0.0, stop=tuple("aeiounrst"))
     environments = Environments(Says, 4)
     engine = VLLMEngine(str(folder), 40, 40, kv_cache_gb=0.05, max_num_seqs=16, environments=environments)
     try:
+        engine.generate(policy, asked, greedy, 3)  # the first call proves the weights too
+        steps, step = [], engine._llm.llm_engine.step
+        monkeypatch.setattr(engine._llm.llm_engine, "step", lambda: (steps.append(1), step())[1])
         theirs = engine.generate(policy, asked, greedy, 3).completions
     finally:
         engine.close()
+    # No dialogue waits for another: the engine takes as many steps as the longest has tokens, and one more per turn.
+    in_rounds = sum(map(max, itertools.zip_longest(*map(lengths_of_turns, sum(theirs, [])), fillvalue=0)))
+    alone = max(sum(lengths) + len(lengths) for lengths in map(lengths_of_turns, sum(theirs, [])))
+    assert len(steps) <= alone < in_rounds
     ours = TransformersEngine(environments=environments).generate(policy, asked, greedy, 3).completions
     assert max(c.dialogue.num_turns for group in ours for c in group) > 1
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):

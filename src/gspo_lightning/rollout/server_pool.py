@@ -85,8 +85,19 @@ class ServerPool:
         self.prepare, self.accept, self.patience = prepare, accept, patience
         self.ever_ready = False
 
-    def run(self, jobs: Sequence[Job], work: Callable[[Server, Job], Result]) -> list[Result]:
+    def run(
+        self,
+        jobs: Sequence[Job],
+        work: Callable[[Server, Job], Result],
+        next_of: Callable[[int, Result], Job | None] | None = None,
+    ) -> list[Result]:
         """Results of ``work(server, job)``, in the order of the jobs; if it raises `ServerError`, another is tried.
+
+        Args:
+            jobs: what to do.
+            work: called in other threads.
+            next_of: called in this thread with a job's number and result; the job that it returns takes the number of
+                the one before, and its result replaces that.
 
         Raises:
             EngineUnavailableError: no server was usable for as long as `Patience` allows.
@@ -94,15 +105,23 @@ class ServerPool:
         for member in self.members:
             # The weights may have changed since; a run that ended during a preparation has not reset that flag.
             member.ready = member.preparing = False
-        return _Run(self, jobs, work).results()
+        return _Run(self, jobs, work, next_of).results()
 
 
 class _Run(Generic[Job, Result]):
     """One call of `ServerPool.run`."""
 
-    def __init__(self, pool: ServerPool, jobs: Sequence[Job], work: Callable[[Server, Job], Result]) -> None:
-        self.pool, self.jobs, self.work = pool, jobs, work
+    def __init__(
+        self,
+        pool: ServerPool,
+        jobs: Sequence[Job],
+        work: Callable[[Server, Job], Result],
+        next_of: Callable[[int, Result], Job | None] | None,
+    ) -> None:
+        self.pool, self.jobs, self.work, self.next_of = pool, list(jobs), work, next_of
         self.done: dict[int, Result] = {}
+        self.served_by: dict[int, Member] = {}
+        """Job number -> the server of the job before it, which may have kept what the next one begins with."""
         self.queue = deque(range(len(jobs)))
         self.attempts = [0] * len(jobs)
         self.futures: dict[Future[Any], tuple[Member, int | None]] = {}
@@ -143,16 +162,15 @@ class _Run(Generic[Job, Result]):
                 self.futures[threads.submit(self.pool.prepare, member.server)] = (member, None)
 
     def _hand_out(self, threads: ThreadPoolExecutor) -> None:
-        """Gives each job to the ready server with the fewest in flight."""
+        """Gives each job to the server of the job before it, or else to the ready one with the fewest in flight."""
         ready = [member for member in self.pool.members if member.ready]
         # Not all go to the first server that is up: those still being prepared get their share.
         hopeful = sum(member.preparing and member.failures == 0 for member in self.pool.members)
-        while self.queue and ready:
-            member = min(ready, key=lambda m: m.in_flight)
-            share = -(-len(self.jobs) // (len(ready) + hopeful)) if hopeful else len(self.jobs)
-            if member.in_flight >= min(share, self.pool.patience.max_in_flight):
-                return
+        share = -(-len(self.jobs) // (len(ready) + hopeful)) if hopeful else len(self.jobs)
+        most = min(share, self.pool.patience.max_in_flight)
+        while self.queue and (free := [member for member in ready if member.in_flight < most]):
             job = self.queue.popleft()
+            member = min(free, key=lambda m: (m is not self.served_by.get(job), m.in_flight))
             member.in_flight += 1
             self.futures[threads.submit(self.work, member.server, self.jobs[job])] = (member, job)
 
@@ -171,7 +189,15 @@ class _Run(Generic[Job, Result]):
         else:
             member.in_flight -= 1
             member.failures = 0
+            self._take(member, job, value)
+
+    def _take(self, member: Member, job: int, value: Result) -> None:
+        following = None if self.next_of is None else self.next_of(job, value)
+        if following is None:
             self.done[job] = value
+            return
+        self.jobs[job], self.attempts[job], self.served_by[job] = following, 0, member
+        self.queue.appendleft(job)  # before jobs that no server has begun
 
     def _failed(self, member: Member, job: int | None, error: ServerError) -> None:
         was_ready = member.ready

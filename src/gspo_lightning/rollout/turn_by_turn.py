@@ -1,7 +1,8 @@
 """Dialogues for engines that answer a prompt with a whole turn, such as vLLM: one request per dialogue and turn.
 
 A request holds all tokens of its dialogue so far, so a turn continues exactly the tokens that are trained on; the
-engine's prefix cache keeps it from computing them again. All dialogues that are in progress are asked for together.
+engine's prefix cache keeps it from computing them again. No dialogue waits for another: each asks for its next turn as
+soon as it has the last one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -20,8 +22,22 @@ from gspo_lightning.types import Completion, Prompt, SamplingParams
 Request = tuple[Prompt, SamplingParams, int]
 """A prompt, how its completions are drawn, and a seed."""
 
-Complete = Callable[[Sequence[Request]], list[list[Completion]]]
-"""For each request its completions, in order."""
+NextOf = Callable[[int, list[Completion]], Request | None]
+"""The request that follows the one of this number, given its completions; None if nothing follows."""
+
+
+class Complete(Protocol):
+    """Samples completions."""
+
+    def __call__(self, requests: Sequence[Request], next_of: NextOf | None = None) -> list[list[Completion]]:
+        """For each request its completions, in order.
+
+        Args:
+            requests: asked for together.
+            next_of: called once a request is answered, while others are in progress; the request that it returns takes
+                the number of the one before, and its completions replace those.
+        """
+        ...
 
 
 @dataclass
@@ -76,12 +92,14 @@ def sample_dialogues(
         [_Open(prompt, g, begin(policy, prompt, g, environments, seed)) for g in range(sampling.num_generations)]
         for prompt in prompts
     ]
-    open_ones = [dialogue for group in groups for dialogue in group]
-    budget = sampling.max_completion_length
-    while open_ones:
-        answers = complete([dialogue.request(sampling, seed) for dialogue in open_ones])
-        going_on = [d.take(turn, budget) for d, (turn,) in zip(open_ones, answers, strict=True)]
-        open_ones = [dialogue for dialogue, goes_on in zip(open_ones, going_on, strict=True) if goes_on]
+    dialogues = [dialogue for group in groups for dialogue in group]
+
+    def next_of(number: int, answer: list[Completion]) -> Request | None:
+        (turn,) = answer
+        goes_on = dialogues[number].take(turn, sampling.max_completion_length)
+        return dialogues[number].request(sampling, seed) if goes_on else None
+
+    complete([dialogue.request(sampling, seed) for dialogue in dialogues], next_of)
     return [[dialogue.turns.completion() for dialogue in group] for group in groups]
 
 

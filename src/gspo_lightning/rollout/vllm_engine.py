@@ -27,7 +27,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.adapter_proof import AdapterPart, adapter_parts, refuse_left_out, shaken
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
-from gspo_lightning.rollout.turn_by_turn import Request, sample_dialogues
+from gspo_lightning.rollout.turn_by_turn import NextOf, Request, sample_dialogues
 from gspo_lightning.rollout.vllm_requests import (
     completion,
     engine_input,
@@ -129,26 +129,30 @@ class VLLMEngine:
             self._llm.sleep(level=1)
         return Rollout(prompts, completions)
 
-    def _sample(self, policy: Policy, requests: Sequence[Request]) -> list[list[Completion]]:
+    def _sample(
+        self, policy: Policy, requests: Sequence[Request], next_of: NextOf | None = None
+    ) -> list[list[Completion]]:
+        """See `Complete`."""
+        done: list[list[Completion]] = [[] for _ in requests]
+        waiting = self._ask(policy, dict(enumerate(requests)))
+        while self._llm.llm_engine.has_unfinished_requests():
+            for output in filter(lambda output: output.finished, self._llm.llm_engine.step()):
+                number, request = waiting.pop(output.request_id)
+                done[number] = _completions(policy, request[0], output)
+                following = next_of(number, done[number]) if next_of is not None else None
+                if following is not None:
+                    waiting |= self._ask(policy, {number: following})
+        return done
+
+    def _ask(self, policy: Policy, requests: dict[int, Request]) -> dict[str, tuple[int, Request]]:
+        """Queues requests; returns their numbers and themselves by the names that vLLM's outputs have."""
         import vllm
 
-        params = [vllm.SamplingParams(**request_fields(policy, *request)) for request in requests]
-        inputs = [engine_input(prompt) for prompt, _, _ in requests]
-        outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora)
-        for (prompt, _, _), output in zip(requests, outputs, strict=True):
-            if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
-                raise UserError(
-                    f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its "
-                    f"images, the trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be "
-                    "those of the data"
-                )
-        return [
-            [
-                completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
-                for one in sorted(output.outputs, key=lambda one: one.index)
-            ]
-            for output in outputs
-        ]
+        params = [vllm.SamplingParams(**request_fields(policy, *request)) for request in requests.values()]
+        inputs = [engine_input(prompt) for prompt, _, _ in requests.values()]
+        names = self._llm.enqueue(inputs, params, lora_request=self._lora, use_tqdm=False)
+        # vLLM returns names with a random end, which outputs do not have.
+        return dict(zip((name.partition("-")[0] for name in names), requests.items(), strict=True))
 
     # ---------------------------------------------------------------- the engine
 
@@ -278,6 +282,19 @@ class VLLMEngine:
         if part is not None:
             refuse_left_out(policy, part, probe, completions)
         self._fingerprint.check(policy, probe, completions, "the vLLM engine")
+
+
+def _completions(policy: Policy, prompt: Prompt, output: Any) -> list[Completion]:
+    """The completions of one prompt out of vLLM's output, in order."""
+    if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
+        raise UserError(
+            f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its images, the "
+            f"trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be those of the data"
+        )
+    return [
+        completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
+        for one in sorted(output.outputs, key=lambda one: one.index)
+    ]
 
 
 def _chosen(token_ids: Any, logprobs: Any) -> list[float]:

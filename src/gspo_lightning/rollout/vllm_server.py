@@ -24,7 +24,7 @@ from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING
 from gspo_lightning.rollout.http_client import RequestRefusedError, Server, ServerError
 from gspo_lightning.rollout.over_ranks import on_first_rank
 from gspo_lightning.rollout.server_pool import Patience, ServerPool
-from gspo_lightning.rollout.turn_by_turn import Request, sample_dialogues
+from gspo_lightning.rollout.turn_by_turn import NextOf, Request, sample_dialogues
 from gspo_lightning.rollout.vllm_client import Status, VLLMClient, Weights
 from gspo_lightning.rollout.vllm_requests import refuse_images, refuse_sampling
 from gspo_lightning.rollout.vllm_settings import engine_dtype
@@ -121,8 +121,8 @@ class VLLMServerEngine:
 
         return Rollout(prompts, on_first_rank(prompts, ask, with_rows=self.environments is not None))
 
-    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        return self.pool.run(requests, self._work)
+    def _complete(self, requests: Sequence[Request], next_of: NextOf | None = None) -> list[list[Completion]]:
+        return self.pool.run(requests, self._work, next_of)
 
     def __copy__(self) -> VLLMServerEngine:
         """An engine of its own, whose pool calls it and not this one; for one that has sampled nothing yet."""
