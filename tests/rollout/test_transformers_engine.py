@@ -131,15 +131,33 @@ def test_a_stop_string_is_looked_for_at_the_end_of_a_row_alone(policy, prompts, 
     assert [len(ids) for ids in decoded] == [3 + 8] * 2  # three bytes, and as many tokens as may bring none
 
 
-def test_each_unique_prompt_is_forwarded_once(policy, prompts, monkeypatch):
-    widths = []
+@pytest.fixture()
+def forwards(monkeypatch, policy):
+    """Shapes of all forwards."""
+    shapes = []
     original = type(policy).hidden_states
 
     def spy(self, input_ids, *args, **kwargs):
-        widths.append(tuple(input_ids.shape))
+        shapes.append(tuple(input_ids.shape))
         return original(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(type(policy), "hidden_states", spy)
+    return shapes
+
+
+def test_each_unique_prompt_is_forwarded_once(policy, prompts, forwards):
     TransformersEngine().generate(policy, prompts, SAMPLING, seed=1)
-    assert widths[0] == (1, 3 + 9 + 1 + 6)
-    assert widths[1][0] <= 16 and all(width == 1 for _, width in widths[1:])
+    assert forwards[0] == (1, 3 + 9 + 1 + 6)
+    assert forwards[1][0] <= 16 and all(width == 1 for _, width in forwards[1:])
+
+
+def test_many_prompt_tokens_are_forwarded_in_parts(micro_model_dir, prompts, forwards, monkeypatch):
+    policy = micro_policy(micro_model_dir, torch.float64)
+    whole = TransformersEngine().generate(policy, prompts, SAMPLING, seed=1)
+    forwards.clear()
+    monkeypatch.setattr("gspo_lightning.rollout.decoder.PREFILL_TOKENS", 7)
+    in_parts = TransformersEngine().generate(policy, prompts, SAMPLING, seed=1)
+    assert forwards[:3] == [(1, 3), (1, 9), (1, 1 + 6)] and forwards[3][1] == 1
+    for a, b in zip(sum(whole.completions, []), sum(in_parts.completions, []), strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        assert torch.allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=0, atol=1e-12)

@@ -147,8 +147,10 @@ def test_a_row_without_images_gives_a_tower_that_trains_a_zero_gradient():
     assert all(p.grad is not None and not p.grad.any() for p in tower)
 
 
+@pytest.mark.parametrize("most", [1, 8192])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_sampler_gives_the_log_probabilities_of_the_packed_pass(family):
+def test_the_sampler_gives_the_log_probabilities_of_the_packed_pass(family, most, monkeypatch):
+    monkeypatch.setattr("gspo_lightning.rollout.decoder.PREFILL_TOKENS", most)  # with 1, every prompt by itself
     policy = vision_policy(family)
     batch = video_prompts(family)
     rollout = TransformersEngine().generate(policy, batch, SamplingParams(3, 9), seed=5)

@@ -33,6 +33,18 @@ class PrefillCache(Cache):
         return key_states, value_states
 
 
+def joined(parts: list[PrefillCache]) -> PrefillCache:
+    """One cache of the tokens of all parts, in order; the parts are emptied, layer by layer."""
+    whole = parts.pop(0)
+    for layer, (keys, values) in enumerate(whole.states if parts else []):
+        others = [part.states.pop(0) for part in parts]
+        whole.states[layer] = (
+            torch.cat([keys, *(more for more, _ in others)], dim=2),
+            torch.cat([values, *(more for _, more in others)], dim=2),
+        )
+    return whole
+
+
 class DecodeCache(Cache):
     """Keys and values of R rows that continue n prompts, on any device and for any architecture.
 

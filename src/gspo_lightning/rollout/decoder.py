@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.cache import PrefillCache
+from gspo_lightning.rollout.cache import PrefillCache, joined
 from gspo_lightning.rollout.sampling import row_uniforms, sample
 from gspo_lightning.rollout.steps import DecodingCache, cache_of, steps_of
 from gspo_lightning.rollout.text import answer_and_thinking
@@ -17,6 +17,9 @@ from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParam
 
 SPARE_TOKENS = 8
 """Tokens decoded in addition to those that a stop string can span: decoding may drop the first space of a text."""
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens forwarded at a time, unless one prompt is longer: more of them need more memory, and on CPUs more time."""
 
 
 @dataclass
@@ -64,22 +67,22 @@ class Decoder:
         return self._completions()
 
     def _prefill(self) -> tuple[Tensor, DecodingCache, Tensor]:
-        """Forwards the unique prompts in one packed row; returns last hidden states, cache and positions per row."""
-        lengths = [len(prompt.input_ids) for prompt in self.prompts]
-        layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)
-        row = torch.cat([prompt.input_ids for prompt in self.prompts]).to(self.policy.device)
-        prefill = PrefillCache()
-        hidden = self.policy.hidden_states(
-            row[None], layout.positions[None], layout, self.prompts, past_key_values=prefill
-        )
-        ends = torch.tensor(lengths, device=row.device).cumsum(0) - 1
-        count = self.sampling.num_generations
+        """Forwards the unique prompts; returns last hidden states, cache and positions per row."""
+        parts = [self._forwarded(part) for part in _in_parts(self.prompts)]
+        hidden, prefill = torch.cat([last for last, _ in parts]), joined([cache for _, cache in parts])
+        lengths, count = [len(prompt.input_ids) for prompt in self.prompts], self.sampling.num_generations
         cache = cache_of(self.policy, prefill, lengths, count, self.sampling.max_completion_length)
-        return (
-            hidden[0, ends].repeat_interleave(count, dim=0),
-            cache,
-            self.policy.last_positions(self.prompts).repeat_interleave(count),
-        )
+        positions = self.policy.last_positions(self.prompts)
+        return hidden.repeat_interleave(count, dim=0), cache, positions.repeat_interleave(count)
+
+    def _forwarded(self, prompts: list[Prompt]) -> tuple[Tensor, PrefillCache]:
+        """One packed row of prompts: their last hidden states ``(n, H)``, and keys and values of all tokens."""
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)
+        row = torch.cat([prompt.input_ids for prompt in prompts]).to(self.policy.device)
+        cache = PrefillCache()
+        hidden = self.policy.hidden_states(row[None], layout.positions[None], layout, prompts, past_key_values=cache)
+        return hidden[0, torch.tensor(lengths, device=row.device).cumsum(0) - 1], cache
 
     def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
         """The next token ``(R,)`` of each row, and which rows continue."""
@@ -128,3 +131,17 @@ class Decoder:
             sampler_logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
             finish_reason=row.finish_reason,
         )
+
+
+def _in_parts(prompts: list[Prompt]) -> list[list[Prompt]]:
+    """The prompts in order, in runs of at most `PREFILL_TOKENS` tokens."""
+    parts: list[list[Prompt]] = []
+    filled = PREFILL_TOKENS
+    for prompt in prompts:
+        size = len(prompt.input_ids)
+        if filled + size > PREFILL_TOKENS:
+            parts.append([])
+            filled = 0
+        parts[-1].append(prompt)
+        filled += size
+    return parts
