@@ -81,6 +81,13 @@ def test_what_cannot_be_sent_to_a_process_is_refused_in_one_line():
     ):
         answers(begun([tools.Counter], **LIMIT), call("break_object", "{}"))
     assert answers(begun([tools.Locked]), call("break_object", "{}")) == ["broken"]
+    with pytest.raises(UserError) as caught:  # nothing that the policy could be told
+        answers(begun([tools.Half], **LIMIT), call("count_up", '{"seconds": 0}'))
+    assert str(caught.value) == (
+        "environment ToolDialogue.step: environment.timeout_s=0.5: a tool has a limit, but what it is given cannot be "
+        "read in another process (ValueError: invalid literal for int() with base 10: 'x'); set timeout_s to null to "
+        "run it in this one (row t:3)"
+    )
 
 
 def test_a_tool_of_the_started_script_is_refused_with_a_limit(monkeypatch):

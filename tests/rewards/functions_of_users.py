@@ -46,6 +46,21 @@ def not_sent_back(completions, **_):
     return lambda: None
 
 
+def tensor(completions, given, **_):
+    return given[0] + 1
+
+
+class Unreadable:
+    """Can be pickled, but not unpickled."""
+
+    def __reduce__(self):
+        return int, ("x",)
+
+
+def unreadable(completions, **_):
+    return Unreadable()
+
+
 class Placed:
     """Says to another process where it is at the moment."""
 

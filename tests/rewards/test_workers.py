@@ -132,6 +132,24 @@ def test_a_process_that_dies_and_an_answer_that_cannot_be_sent_are_told(reward_s
         reward_set(f=users.not_sent_back)(*batch())
 
 
+def test_tensors_go_to_a_process_and_back(reward_set):
+    rewards = reward_set(f=users.tensor)(*batch(given=torch.tensor([0.0, 0.5, 1.0, 1.5])))
+    assert rewards.flatten().tolist() == [1.0, 1.5, 2.0, 2.5]
+
+
+def test_what_cannot_be_sent_to_a_process_or_read_there_is_told(reward_set):
+    with pytest.raises(UserError, match=r"^reward function f: what it is given cannot be sent to another process \(.*"):
+        reward_set(f=users.pid)(*batch(given=lambda: None))
+    with pytest.raises(UserError) as caught:
+        reward_set(f=users.pid)(*batch(given=users.Unreadable()))
+    assert str(caught.value) == (
+        "reward function f: what it is given cannot be read in another process (ValueError: invalid literal for int() "
+        "with base 10: 'x'); set timeout_s to null to run it in this one"
+    )
+    with pytest.raises(UserError, match=r"^reward function f: what another process sent back cannot be read \(Value"):
+        reward_set(f=users.unreadable)(*batch())
+
+
 @pytest.mark.parametrize("timeout_s", [None, 20.0])
 def test_arguments_of_trl_and_what_it_logs_work_in_both_places(timeout_s, reward_set):
     rewards = reward_set(timeout_s=timeout_s, f=users.asynchronous)

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 HAS_PRCTL = sys.platform.startswith("linux")
@@ -68,16 +70,27 @@ def main(fd: int, parent: int) -> None:
         return
     while True:
         try:
-            arguments = connection.recv()
+            pickled = connection.recv_bytes()
         except EOFError:
             return
-        try:
-            answer = (True, function(*arguments))
-            pickle.dumps(answer)
-        except BaseException as error:  # noqa: BLE001  (SystemExit of the function must not look like a crash)
-            traceback.print_exc()
-            answer = (False, f"{type(error).__name__}: {error}")
-        connection.send(answer)
+        connection.send_bytes(answer(function, pickled))
+
+
+def answer(function: Callable[..., Any], pickled: bytes) -> bytes:
+    """Pickled: True and what the function returned, False and its error, or None and why it was not called.
+
+    Neither this nor the trainer uses ``Connection.send``: there torch's pickling of tensors, whose memory the other
+    process would ask for with a key that it lacks, takes the place of the ordinary one.
+    """
+    try:
+        arguments = pickle.loads(pickled)
+    except BaseException as error:  # noqa: BLE001  (whatever a user's class raised is told)
+        return pickle.dumps((None, f"{type(error).__name__}: {error}"))
+    try:
+        return pickle.dumps((True, function(*arguments)))
+    except BaseException as error:  # noqa: BLE001  (SystemExit of the function must not look like a crash)
+        traceback.print_exc()
+        return pickle.dumps((False, f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

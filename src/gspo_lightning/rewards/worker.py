@@ -19,6 +19,7 @@ from gspo_lightning.errors import UserError
 
 LONGEST_S = 10**6
 """Largest time limit in seconds: poll counts milliseconds in 32 bits."""
+_HERE = "set timeout_s to null to run it in this one"
 _SERVE = Path(__file__).parent / "serve.py"
 
 
@@ -82,13 +83,18 @@ class Worker:
         Raises:
             WorkerTimeoutError: after ``timeout_s`` seconds; the process is gone, the next call starts a new one.
             WorkerError: the function raised, or its process died.
+            UserError: the function cannot be loaded there, or what it is given or returns cannot be sent.
         """
+        try:
+            pickled = pickle.dumps(arguments)
+        except Exception as error:  # whatever pickling a user's object raises
+            raise UserError(f"what it is given cannot be sent to another process ({error}); {_HERE}") from error
         self.start()
         try:
             if not self._ready:
                 self._wait_until_ready()
             assert self._connection is not None
-            self._connection.send(arguments)
+            self._connection.send_bytes(pickled)
             return self._receive(timeout_s)
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             assert self._process is not None
@@ -112,8 +118,16 @@ class Worker:
         self._idle = False
         if not self._connection.poll(timeout_s):
             raise WorkerTimeoutError(str(timeout_s))
-        ok, answer = self._connection.recv()
+        pickled = self._connection.recv_bytes()
         self._idle = True
+        try:
+            ok, answer = pickle.loads(pickled)
+        except Exception as error:  # whatever a user's class raised
+            raise UserError(
+                f"what another process sent back cannot be read ({type(error).__name__}: {error}); {_HERE}"
+            ) from error
+        if ok is None:
+            raise UserError(f"what it is given cannot be read in another process ({answer}); {_HERE}")
         if not ok:
             raise WorkerError(answer)
         return answer
