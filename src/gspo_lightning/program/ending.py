@@ -22,26 +22,25 @@ from gspo_lightning.config.groups import check_choices
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
+from gspo_lightning.program.command_line import flags_last
 from gspo_lightning.program.interrupt import STOPPED, Interrupted, is_interrupt, raise_at_interrupt, wants_traceback
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.program.sweep_job import CODES, SweepStopped
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
 """Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
-_MULTIRUN = ("-m", "--multirun")
-"""Flags that are moved to the front: argparse refuses overrides before and after a flag."""
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
 
 
 def run(main: Callable[[], Any]) -> None:
     """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own lines
-    logging.getLogger("hydra").setLevel(logging.CRITICAL)
     if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
         sys.path.append(os.getcwd())
     try:
         raise_at_interrupt()
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in _MULTIRUN)  # stable
+        sys.argv[1:], info = flags_last(sys.argv[1:])
+        logging.getLogger("hydra").setLevel(logging.NOTSET if info else logging.CRITICAL)  # --info is logged
         check_choices(sys.argv[1:])
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()

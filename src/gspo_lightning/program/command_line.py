@@ -1,0 +1,49 @@
+"""Hydra's flags anywhere on the command line: argparse refuses overrides before and after a flag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from gspo_lightning.errors import UserError
+
+_MODES = {"run": "--run", "multirun": "--multirun", "cfg": "--cfg", "info": "--info", "shell_completion": "-sc"}
+"""Flags of which Hydra takes one at a time."""
+
+
+def flags_last(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The same command line with all overrides before all flags of Hydra and their values, each in its order.
+
+    Flags come last because the value of ``--info`` may be left out: the next override would be taken for it.
+
+    Args:
+        arguments: without the name of the program.
+
+    Returns:
+        The arguments, and whether they ask for ``--info``.
+
+    Raises:
+        UserError: a flag is unknown, does not go with another one, or lacks a value or has a wrong one.
+        SystemExit: after ``--version``, which is printed.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    flags = [argument for argument in arguments if argument != "--"]
+    known, unknown = parser.parse_known_intermixed_args(flags)
+    if unknown:  # the first, as overrides after it are among them
+        _refuse(f"there is no flag {unknown[0]}")
+    if len(several := [flag for name, flag in _MODES.items() if getattr(known, name)]) > 1:
+        _refuse(f"{' and '.join(several)} do not go together")
+    if known.resolve and not (known.cfg or known.help):
+        _refuse("--resolve goes only with --cfg or --help")
+    overrides = known.overrides
+    for override in overrides:
+        flags.remove(override)
+    # The help about Hydra is made of another config, which has none of our keys.
+    return [*([] if known.hydra_help else overrides), *flags], known.info is not None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"command line: {message}; settings are written key=value, and --hydra-help shows the flags")
