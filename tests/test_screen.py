@@ -17,7 +17,7 @@ from gspo_lightning.report import print_evaluation
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.rollout.http_client import Server, ServerError
 from gspo_lightning.rollout.server_pool import _say
-from gspo_lightning.screen import visible
+from gspo_lightning.screen import counted, visible
 from gspo_lightning.types import Prompt
 
 TITLE = "\x1b]0;pwned\x07"
@@ -41,6 +41,12 @@ def test_every_control_character_has_a_sign_but_ends_of_lines_and_tabs():
     assert [char for char in seen if ord(char) < 32 or 127 <= ord(char) < 160] == ["\t", "\n"]
     assert seen[0] == "␀" and seen[13] == "␍" and seen[27] == "␛" and visible("\x7f\x80\x9b") == "␡\\x80\\x9b"
     assert visible("héllo → 你好 🙂\t\n") == "héllo → 你好 🙂\t\n"
+
+
+@pytest.mark.parametrize(("count", "line"), [(0, "0 boxes"), (1, "1 box"), (2, "2 boxes")])
+def test_counts_in_words(count, line):
+    assert counted(count, "box", "boxes") == line
+    assert counted(count, "row") == f"{count} row{'' if count == 1 else 's'}"
 
 
 def test_error_lines():

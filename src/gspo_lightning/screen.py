@@ -1,4 +1,4 @@
-"""Makes text from elsewhere safe for a terminal."""
+"""Text for a screen: counts in words, and text from elsewhere made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def visible(text: str) -> str:
     model, a server or somebody else's config passes through here on its way to the screen.
     """
     return text.translate(_SIGNS)
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """``1 rollout`` or ``2 rollouts``: the count and the noun in its number; by default the plural has an ``s``."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"

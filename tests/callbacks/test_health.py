@@ -123,7 +123,7 @@ def test_a_run_without_a_ratio_that_moves_is_not_told_that_nothing_is_clipped(ca
             update = SimpleNamespace(num_iterations=steps[0], num_minibatches=steps[1])
             module = SimpleNamespace(objective=objective, last_metrics=row, update_settings=update, ahead=ahead)
             Health(patience=1).on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
-            said[steps, ahead] = "no ratio was clipped in 1 rollouts" in capsys.readouterr().out
+            said[steps, ahead] = "no ratio was clipped in 1 rollout:" in capsys.readouterr().out
     assert said.pop(((1, 1), None)) is False and len(said) == 5 and all(said.values())
 
 

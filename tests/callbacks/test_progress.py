@@ -65,6 +65,8 @@ def test_a_validation_is_one_line_and_other_ranks_are_silent(capsys):
     line.on_train_batch_end(OTHER_RANK, module, None, None, 0)
     line.on_validation_end(OTHER_RANK, module)
     assert capsys.readouterr().out == "held-out after 3 rollouts  accuracy 0.250  sampled accuracy 0.125\n"
+    line.on_validation_end(TRAINER, module.at(1))
+    assert capsys.readouterr().out.startswith("held-out after 1 rollout  accuracy ")
 
 
 @pytest.mark.parametrize("how", ["end", "exception"])

@@ -120,7 +120,7 @@ def test_a_function_for_one_task_sees_its_rows_alone_and_says_that_it_does_not_a
 
 def test_a_function_that_returns_too_few_values_is_named():
     broken = RewardSet({"broken": RewardSpec(ForTasks(lambda completions: [1.0], ["b"]))})
-    with pytest.raises(UserError, match="reward function broken raised ValueError: returned 1 values for 4"):
+    with pytest.raises(UserError, match="reward function broken raised ValueError: returned 1 value for 4"):
         broken(prompts(), completions(["x", "y"], ["x", "y"], ["x", "y"]))
 
 

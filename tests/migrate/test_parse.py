@@ -41,7 +41,7 @@ REFUSED = {
     "an unknown field": ("GRPOConfig(learning_rte=1)", "learning_rte: TRL 1.16.0's GRPOConfig has no such field"),
     "groups that do not fit": ("GRPOConfig(per_device_train_batch_size=6)", "not a multiple of num_generations=8"),
     "both batch settings": (
-        "GRPOConfig(generation_batch_size=8, steps_per_generation=2)", "contradict each other with 1 ranks",
+        "GRPOConfig(generation_batch_size=8, steps_per_generation=2)", "contradict each other with 1 rank ",
     ),
     "half a step per rollout": (
         "GRPOConfig(gradient_accumulation_steps=8, steps_per_generation=4)",

@@ -173,7 +173,7 @@ def test_functions_run_on_the_gpu_of_their_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "text"),
     [
-        (lambda completions: [1.0], "reward function f must return a list of 4 numbers or None, not 1 values"),
+        (lambda completions: [1.0], "reward function f must return a list of 4 numbers or None, not 1 value"),
         (lambda completions: 1.0, "not float"),
         (lambda completions: "good", "not 4 values"),
         (lambda completions: [1.0, float("nan"), 1.0, 1.0], "reward function f returned nan for row t:0"),
@@ -194,7 +194,7 @@ def test_an_extra_column_has_one_value_per_completion():
         log_extra("text", ["a"])
         return [1.0] * 4
 
-    with pytest.raises(UserError, match=r"log_extra\('text', ...\) got 1 values for 4 completions"):
+    with pytest.raises(UserError, match=r"log_extra\('text', ...\) got 1 value for 4 completions"):
         score(short=short)
 
 

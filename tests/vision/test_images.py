@@ -315,7 +315,7 @@ def test_a_shape_no_grid_has_is_refused_with_the_row(processor):
 
 
 def test_a_placeholder_written_in_the_text_is_refused(processor):
-    with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):
+    with pytest.raises(UserError, match="row x: 2 image placeholders for 1 image;"):
         encode(processor, Image.new("RGB", (84, 84)), "and <|image_pad|>")
 
 
@@ -368,7 +368,7 @@ def test_what_a_template_stumbles_over_is_one_line(processor, monkeypatch):
 
 def test_two_placeholders_and_one_image_are_refused_with_the_row():
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]}]
-    with pytest.raises(UserError, match="row x: 2 image placeholders for 1 images"):
+    with pytest.raises(UserError, match="row x: 2 image placeholders for 1 image;"):
         with_images(messages, ["a.png"], "row x")
 
 

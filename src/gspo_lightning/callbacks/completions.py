@@ -21,7 +21,8 @@ class CompletionsTable(L.Callback):
     """Periodically writes the completions of the first prompts, with rewards and advantages, to each logger.
 
     Weights & Biases gets a table, MLflow a table artifact, TensorBoard a text panel. A CSV logger has no tables:
-    ``completions.jsonl`` in the run's folder has all completions in any case.
+    ``completions.jsonl`` in the run's folder has all completions in any case. With several ranks the table has those of
+    rank 0, which are the first of the rollout.
 
     Args:
         every_n_rollouts: rollouts between tables; the first and the last rollout always have one.

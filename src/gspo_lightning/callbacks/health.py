@@ -18,6 +18,7 @@ import lightning as L
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.screen import counted
 
 Row = dict[str, float]
 
@@ -65,7 +66,7 @@ def clip_never_acts(facts: Facts) -> str | None:
     if facts.clip is None or facts.clip[0] <= 0 or low is None or high is None or any(low) or any(high):
         return None
     return (
-        f"no ratio was clipped in {facts.patience} rollouts: ratio/p1={facts.last('ratio/p1'):.4g} and "
+        f"no ratio was clipped in {counted(facts.patience, 'rollout')}: ratio/p1={facts.last('ratio/p1'):.4g} and "
         f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [{facts.clip[0]:g}, {facts.clip[1]:g}]; narrow "
         "objective.epsilon_high (and epsilon, where the loss reads it) if the clip is to act"
     )
@@ -77,9 +78,9 @@ def clip_takes_most(facts: Facts) -> str | None:
     if low is None or high is None or min(a + b for a, b in zip(low, high, strict=True)) <= 0.5:
         return None
     return (
-        f"more than half of the ratios were clipped in {facts.patience} rollouts in a row; lower optimizer.lr, widen "
-        "objective.epsilon_high (and epsilon, where the loss reads it), or take fewer optimizer steps per rollout "
-        "(update.num_minibatches)"
+        f"more than half of the ratios were clipped in {counted(facts.patience, 'rollout')} in a row; lower "
+        "optimizer.lr, widen objective.epsilon_high (and epsilon, where the loss reads it), or take fewer optimizer "
+        "steps per rollout (update.num_minibatches)"
     )
 
 
@@ -90,8 +91,8 @@ def no_signal(facts: Facts) -> str | None:
         return None
     name = _reward_name(facts)
     return (
-        f"no group had two different rewards in {facts.patience} rollouts ({name}={facts.last(name):.3g}): nothing is "
-        "learnt; "
+        f"no group had two different rewards in {counted(facts.patience, 'rollout')} ({name}={facts.last(name):.3g}): "
+        "nothing is learnt; "
         "the task is too hard or too easy, or the reward cannot tell completions apart"
     )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.screen import counted
 
 WIDE = 120
 """Least columns of a terminal for the bar to show the shares of clipped ratios and truncated completions too."""
@@ -67,7 +68,7 @@ class ProgressLine(L.Callback):
             f"{name.removeprefix('val/').replace('_', ' ')} {value:.3f}"
             for name, value in pl_module.last_validation.items()
         )
-        line = f"held-out after {pl_module.rollouts_done} rollouts  {values}"
+        line = f"held-out after {counted(pl_module.rollouts_done, 'rollout')}  {values}"
         if self._progress is not None:
             self._progress.console.print(line, markup=False, highlight=False)
         else:

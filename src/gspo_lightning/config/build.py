@@ -22,6 +22,7 @@ from gspo_lightning.extras import install_line
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rollout import RolloutEngine
+from gspo_lightning.screen import counted
 from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import Prompt, SamplingParams
 
@@ -164,7 +165,9 @@ def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) ->
     rollouts = max(1, round(epochs * rollouts_per_epoch))
     if limit is None or rollouts <= limit:
         return rollouts
-    warnings.warn(f"max_rollouts={limit} ends the run before num_epochs={epochs} ({rollouts} rollouts)", stacklevel=2)
+    warnings.warn(
+        f"max_rollouts={limit} ends the run before num_epochs={epochs} ({counted(rollouts, 'rollout')})", stacklevel=2
+    )
     return limit
 
 

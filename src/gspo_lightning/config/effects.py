@@ -10,6 +10,7 @@ from gspo_lightning.callbacks.best import metrics_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.by_task import ForTasks
+from gspo_lightning.screen import counted
 from gspo_lightning.training.validation import ValidationSettings
 
 
@@ -80,7 +81,7 @@ def check_held_out(plain: dict[str, Any], rows: int, *, training: bool) -> None:
     if every >= plain["max_rollouts"]:
         warnings.warn(
             f"checkpoint.keep_best={metric} chooses among one: with validation.every_n_rollouts={every} the only "
-            f"validation of {plain['max_rollouts']} rollouts is the last, and best.ckpt will be last.ckpt",
+            f"validation of {counted(plain['max_rollouts'], 'rollout')} is the last, and best.ckpt will be last.ckpt",
             stacklevel=2,
         )
 

@@ -22,6 +22,7 @@ from gspo_lightning.data.vision import VisionSettings
 from gspo_lightning.data.written_marks import WrittenMarks
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
+from gspo_lightning.screen import counted
 from gspo_lightning.types import Prompt, PromptBatch
 from gspo_lightning.users_code import keeps_state
 
@@ -254,8 +255,9 @@ class PromptDataModule(L.LightningDataModule):
                 prompts, epochs_begun = [], epochs_begun + 1
             if epochs_begun > 1 or drops_in_a_row >= _DROPS_IN_A_ROW:
                 raise UserError(
-                    f"data.max_prompt_length={self.max_prompt_length}: {dropped} prompts are longer; too few "
-                    f"remain for data.prompts_per_rollout={self.prompts_per_rollout}; raise one or lower the other"
+                    f"data.max_prompt_length={self.max_prompt_length}: "
+                    f"{counted(dropped, 'prompt is', 'prompts are')} longer; too few remain for "
+                    f"data.prompts_per_rollout={self.prompts_per_rollout}; raise one or lower the other"
                 )
             uid, row = self.stream.row_at(cursor)
             cursor += 1
@@ -277,7 +279,7 @@ class PromptDataModule(L.LightningDataModule):
             if self.overlong_prompts == "drop":
                 return None
             raise UserError(
-                f"row {uid}: the prompt has {len(ids)} tokens, more than data.max_prompt_length="
+                f"row {uid}: the prompt has {counted(len(ids), 'token')}, more than data.max_prompt_length="
                 f"{self.max_prompt_length}; raise it, or leave such rows out with data.overlong_prompts=drop"
             )
         return Prompt(uid=uid, prompt=prompt, input_ids=ids, sample=row, mm_inputs=mm_inputs)

@@ -11,6 +11,7 @@ from gspo_lightning.data.columns import TOOL_ROLES, as_mapping, column_of, is_fi
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import is_missing
+from gspo_lightning.screen import counted
 from gspo_lightning.types import Messages
 
 
@@ -56,7 +57,10 @@ def with_images(prompt: str | Messages, values: Sequence[Any], where: str) -> Me
     if isinstance(prompt[-1].get("content"), str) and not any(parts_of(message) for message in prompt):
         return _into_text(prompt, images, where)
     if len(places) != len(images):
-        raise UserError(f"{where}: {len(places)} image placeholders for {len(images)} images; give one image for each")
+        raise UserError(
+            f"{where}: {counted(len(places), 'image placeholder')} for {counted(len(images), 'image')}; "
+            "give one image for each"
+        )
     following = iter(images)
     return [
         {
@@ -79,8 +83,8 @@ def _into_text(prompt: Messages, images: Sequence[Any], where: str) -> Messages:
         return [*prompt[:-1], {**prompt[-1], "content": [*parts, {"type": "text", "text": prompt[-1]["content"]}]}]
     if places != len(images):
         raise UserError(
-            f"{where}: the text has {PLACE} {places} times for {len(images)} images; write it once for each, or not "
-            "at all, and the images come before the text"
+            f"{where}: the text has {PLACE} {counted(places, 'time')} for {counted(len(images), 'image')}; write it "
+            "once for each, or not at all, and the images come before the text"
         )
     following = iter(images)
     return [

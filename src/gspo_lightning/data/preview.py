@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.errors import UserError
-from gspo_lightning.screen import visible
+from gspo_lightning.screen import counted, visible
 from gspo_lightning.types import Prompt
 
 
@@ -77,7 +77,7 @@ def show(datamodule: PromptDataModule, num: int, validation: bool, console: Cons
     lengths = [len(prompt.input_ids) for prompt in prompts]
     rows, held_out = datamodule.task.num_train_rows, len(datamodule.task.validation_rows())
     console.print(
-        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens "
+        f"{counted(len(prompts), 'prompt')} of {min(lengths)} to {max(lengths)} tokens "
         f"(max_prompt_length {datamodule.max_prompt_length}); "
         f"training rows: {'endless' if rows is None else rows}; held-out rows: {held_out}",
         highlight=False,
@@ -103,7 +103,9 @@ def _panel(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Panel:
     columns = {name: value for name, value in prompt.sample.items() if name != "prompt"}
     rest = Text(visible("\n".join(f"{name}: {_short(value)}" for name, value in columns.items())), style="dim")
     body: Any = Group(seen, Text(), rest) if columns else seen
-    return Panel(body, title=Text(visible(prompt.uid)), subtitle=f"{len(prompt.input_ids)} tokens", title_align="left")
+    return Panel(
+        body, title=Text(visible(prompt.uid)), subtitle=counted(len(prompt.input_ids), "token"), title_align="left"
+    )
 
 
 def _short(value: Any) -> str:

@@ -20,6 +20,7 @@ from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.dialogue.template import REFUSALS
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import is_missing
+from gspo_lightning.screen import counted
 from gspo_lightning.types import Messages
 
 
@@ -175,8 +176,8 @@ class _Media:
 def _match(text: str, placeholder: str, count: int, kind: str, where: str) -> None:
     if (found := text.count(placeholder)) != count:
         raise UserError(
-            f"{where}: {found} {kind} placeholders for {count} {kind}s; give one {kind} for each, and do "
-            f"not write {placeholder} in the text"
+            f"{where}: {counted(found, f'{kind} placeholder')} for {counted(count, kind)}; give one {kind} for each, "
+            f"and do not write {placeholder} in the text"
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.steps import Config, Notes, intervals, length, schedule
+from gspo_lightning.screen import counted
 
 if TYPE_CHECKING:
     from gspo_lightning.migrate.convert import Conversion
@@ -38,7 +39,7 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
     if steps_per_generation and completions != per_device * ranks * steps_per_generation:  # a dumped config has both
         raise UserError(
             f"generation_batch_size={generation} and steps_per_generation={steps_per_generation} contradict each other "
-            f"with {ranks} ranks of per_device_train_batch_size={per_device}; remove one, or correct --ranks"
+            f"with {counted(ranks, 'rank')} of per_device_train_batch_size={per_device}; remove one, or correct --ranks"
         )
     group = config["num_generations"]
     per_step = per_device * ranks * accumulation

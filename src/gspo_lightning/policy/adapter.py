@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.vision import vision_parts
+from gspo_lightning.screen import counted
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NO_ADAPTER = ("gate", "router", "shared_expert_gate", "modality_router", r"mamba\.dt_proj", r"mixer\.dt_proj")
@@ -214,6 +215,10 @@ def fill(wrapped: nn.Module, folder: Path, fix: str) -> None:
         raise UserError(f"adapter {folder} does not fit the model ({type(error).__name__}: {cause}); {fix}") from error
     lacking = sorted(name for name in found.missing_keys if "lora_" in name)
     surplus = sorted(found.unexpected_keys)
-    for names, what in ((lacking, "are not there"), (surplus, "have no place in the model")):
+    for names, one, several in (
+        (lacking, "weight is not there", "weights are not there"),
+        (surplus, "weight has no place in the model", "weights have no place in the model"),
+    ):
         if names:
-            raise UserError(f"adapter {folder}: {len(names)} weights {what}, the first is {names[0]}; {fix}")
+            found_wrong = counted(len(names), one, several)
+            raise UserError(f"adapter {folder}: {found_wrong}, the first is {names[0]}; {fix}")

@@ -33,6 +33,7 @@ from gspo_lightning.policy.processor import load_processor
 from gspo_lightning.policy.quantization import keep_packing, quantization_arguments
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_images, vision_parts
+from gspo_lightning.screen import counted
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -221,8 +222,8 @@ def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
     if wrong:
         first = min(wrong)
         raise UserError(
-            f"model.path={path}: {len(wrong)} weights are missing or of another shape and would be random, "
-            f"the first is {first}{wrong[first]}; check the folder and model.overrides"
+            f"model.path={path}: {counted(len(wrong), 'weight is', 'weights are')} missing or of another shape "
+            f"and would be random, the first is {first}{wrong[first]}; check the folder and model.overrides"
         )
 
 

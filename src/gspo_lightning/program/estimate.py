@@ -23,6 +23,7 @@ from gspo_lightning.policy.fake import fake_policy, saved_bytes
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.program.memory_parts import GATHERED, Ranks, Work, cache_slots, model_parts, rollout_bytes
 from gspo_lightning.rollout.engine import traits
+from gspo_lightning.screen import counted
 from gspo_lightning.training.timing import rss_gb
 from gspo_lightning.training.update import MicroBatch, build_micro_batch, split_minibatches
 from gspo_lightning.types import Completion, Prompt, ScoredRollout
@@ -137,7 +138,12 @@ def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimat
     parts[ACTIVATIONS] = activations
     if not work.on_gpu:
         parts["program and libraries"] = rss_gb() * GIB
-    pace = _pace(len(prompts), work, max(training, held_out), f"{_tokens(micro)} tokens, {micro_batches} micro-batches")
+    pace = _pace(
+        len(prompts),
+        work,
+        max(training, held_out),
+        f"{_tokens(micro)} tokens, {counted(micro_batches, 'micro-batch', 'micro-batches')}",
+    )
     if work.not_counted:
         pace["not counted"] = work.not_counted
     return Estimate(count, trained, parts, rollout, whole, pace, work.on_gpu)
@@ -153,9 +159,9 @@ def _pace(prompts: int, work: Work, rows: int, forwarded: str) -> dict[str, str]
     each = " on each process" if work.ranks.count > 1 else ""
     return {
         "processes": str(work.ranks.count),
-        f"per rollout{each}": f"{prompts} prompts x {work.num_generations} completions",
-        "longest completion": f"{work.max_completion_length} tokens",
-        "decoded at a time": f"{rows} completions" if work.max_concurrent else "elsewhere",
+        f"per rollout{each}": f"{counted(prompts, 'prompt')} x {counted(work.num_generations, 'completion')}",
+        "longest completion": counted(work.max_completion_length, "token"),
+        "decoded at a time": counted(rows, "completion") if work.max_concurrent else "elsewhere",
         "optimizer steps per rollout": str(work.update.num_minibatches * work.update.num_iterations),
         "forwarded at a time": forwarded,
         "precision": work.precision,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.objective.losses import LOSSES
+from gspo_lightning.screen import counted
 
 LICENCE_NOTE = "The licence of the base model applies to this one."
 
@@ -51,8 +52,9 @@ def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bo
             f"# {'An adapter for ' if is_adapter else ''}{base}, trained by {method}",
             "",
             f"{method} (`loss_type={loss}`{_ratio(loss, objective['importance_sampling_level'])}) on the task "
-            f"`{name}`: {summary['steps']} rollouts of {prompts} prompts with {completions} completions each, "
-            f"{summary['optimizer_steps']} optimizer steps, seed {plain['seed']}.",
+            f"`{name}`: {counted(summary['steps'], 'rollout')} of {counted(prompts, 'prompt')} "
+            f"with {counted(completions, 'completion')} each, "
+            f"{counted(summary['optimizer_steps'], 'optimizer step')}, seed {plain['seed']}.",
             "",
             "| | before | after |",
             "|---|---|---|",

@@ -16,7 +16,7 @@ from rich.text import Text
 from gspo_lightning.errors import UserError
 from gspo_lightning.report.files import Series, read_json, read_metrics
 from gspo_lightning.report.machine import machine_facts
-from gspo_lightning.screen import visible
+from gspo_lightning.screen import counted, visible
 
 
 def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def print_result_table(console: Console, run_dir: Path, report: Path) -> None:
     ):
         table.add_row(label, _change(summary[f"{key}_before"], summary[f"{key}_after"]))
     minutes, seconds = divmod(round(summary["wall_s"]), 60)
-    table.add_row("training time", f"{minutes} min {seconds} s, {summary['steps']} rollouts")
+    table.add_row("training time", f"{minutes} min {seconds} s, {counted(summary['steps'], 'rollout')}")
     table.add_row(
         "speed",
         f"rollout {_speed(metrics, 'rollout', 'rollout')}, update {_speed(metrics, 'train', 'update')}",

@@ -9,6 +9,7 @@ from typing import Any
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.calling import SERVICES
+from gspo_lightning.screen import counted
 
 
 def object_of(function: Callable[..., Any]) -> Any:
@@ -62,7 +63,7 @@ class ForTasks:
             }
         )
         if len(values) != len(mine):
-            raise ValueError(f"returned {len(values)} values for {len(mine)} completions")
+            raise ValueError(f"returned {counted(len(values), 'value')} for {counted(len(mine), 'completion')}")
         for number, value in zip(mine, values, strict=True):
             result[number] = value
         return result

@@ -23,6 +23,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.by_task import ForTasks, object_of
 from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
 from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
+from gspo_lightning.screen import counted
 from gspo_lightning.types import Completion, Metrics, Prompt
 from gspo_lightning.users_code import finite_number, keeps_state
 
@@ -228,7 +229,9 @@ def merged_log(logs: list[Log], rows: int) -> Log:
             merged.metrics.setdefault(name, []).extend(values)
         for column, values in log.columns.items():
             if len(values) != rows:
-                raise UserError(f"log_extra({column!r}, ...) got {len(values)} values for {rows} completions")
+                raise UserError(
+                    f"log_extra({column!r}, ...) got {counted(len(values), 'value')} for {rows} completions"
+                )
             merged.columns[column] = values
     return merged
 
@@ -236,7 +239,7 @@ def merged_log(logs: list[Log], rows: int) -> Log:
 def checked(name: str, values: Any, uids: list[str]) -> list[float]:
     """The values as floats, None as NaN; refuses everything else, naming function and row."""
     if not isinstance(values, Sequence | Tensor) or isinstance(values, str) or len(values) != len(uids):
-        got = f"{len(values)} values" if isinstance(values, Sequence | Tensor) else type(values).__name__
+        got = counted(len(values), "value") if isinstance(values, Sequence | Tensor) else type(values).__name__
         raise UserError(f"reward function {name} must return a list of {len(uids)} numbers or None, not {got}")
     numbers = []
     for uid, value in zip(uids, values, strict=True):

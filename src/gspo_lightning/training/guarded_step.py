@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.distributed.ranks import whole
+from gspo_lightning.screen import counted
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -84,7 +85,7 @@ class GuardedStep:
         torch.clear_autocast_cache()
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteGradientError(
-                f"{self.nonfinite_in_a_row} optimizer steps in a row had a non-finite gradient (rollout {rollout}); "
-                "they did not change the weights. Lower optimizer.lr or check the rewards."
+                f"{counted(self.nonfinite_in_a_row, 'optimizer step')} in a row had a non-finite gradient "
+                f"(rollout {rollout}); they did not change the weights. Lower optimizer.lr or check the rewards."
             )
         return norm if finite else None

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.distributed.ranks import rank, whole
 from gspo_lightning.errors import UserError
+from gspo_lightning.screen import counted
 from gspo_lightning.training.part_states import gathered_states, restore_states, states_of
 from gspo_lightning.training.sampling_change import restore_sampling, sampling_state
 
@@ -194,9 +195,9 @@ def refuse_other_model(parameters: Iterable[tuple[str, Tensor]], saved: dict[str
     own = {name: tuple(parameter.shape) for name, parameter in parameters}
     if other := sorted(name for name, shape in own.items() if saved.get(name) != shape):
         raise UserError(
-            f"ckpt_path: the checkpoint is of another model or adapter: {len(other)} trained parameters are "
-            f"missing or of another shape, the first is {other[0]} (here {own[other[0]]}, there "
-            f"{saved.get(other[0], 'none')})"
+            f"ckpt_path: the checkpoint is of another model or adapter: "
+            f"{counted(len(other), 'trained parameter is', 'trained parameters are')} missing or of another shape, "
+            f"the first is {other[0]} (here {own[other[0]]}, there {saved.get(other[0], 'none')})"
         )
 
 
