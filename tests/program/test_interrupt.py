@@ -77,6 +77,19 @@ def test_while_libraries_are_imported(begin):
         assert len(said) >= lines if lines > 1 else len(said) == lines
 
 
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_only_the_first_of_the_ranks_that_a_launcher_has_started_says_so(variable, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, rank)
+        with pytest.raises(SystemExit) as end:
+            cli.run(interrupt)
+        assert end.value.code == 130
+        said.append(capsys.readouterr().err)
+    assert said == ["error: SIGINT: stopped\n", ""]
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_a_script_that_is_imported_leaves_ctrl_c_alone(script):
     """As a process does that multiprocessing spawns."""

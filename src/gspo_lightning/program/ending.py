@@ -23,7 +23,14 @@ from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
 from gspo_lightning.program.command_line import flags_last
-from gspo_lightning.program.interrupt import STOPPED, Interrupted, is_interrupt, raise_at_interrupt, wants_traceback
+from gspo_lightning.program.interrupt import (
+    STOPPED,
+    Interrupted,
+    is_first_started,
+    is_interrupt,
+    raise_at_interrupt,
+    wants_traceback,
+)
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.program.sweep_job import CODES, SweepStopped
 
@@ -49,7 +56,7 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt as stopped:
         if wants_traceback():  # Ctrl-C shows what a program waits for
             traceback.print_exc()
-        if first_error.is_first_rank():
+        if first_error.is_first_rank() and is_first_started():
             print(f"error: {stopped if isinstance(stopped, Interrupted) else STOPPED}", file=sys.stderr, flush=True)
         sys.exit(130)
     except OSError as error:

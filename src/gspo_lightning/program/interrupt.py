@@ -42,9 +42,14 @@ def wants_traceback() -> bool:
     return not {"debug=traceback", "traceback=true"}.isdisjoint(sys.argv)
 
 
+def is_first_started() -> bool:
+    """Whether no launcher (torchrun, Lightning, srun) has started this process as a rank other than the first."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     if wants_traceback():
         traceback.print_stack(frame)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_started():
         print(f"error: {STOPPED}", file=sys.stderr, flush=True)
     os._exit(130)  # an exception could be caught by what is being imported
