@@ -90,7 +90,7 @@ SECRET = (
     "SMTP_PASS userPwd gh_pat hub_pat db_pass_2 aws_secrets credentials "
     "key api_key access_key AWS_ACCESS_KEY_2 secret_key private_key ssh_key signing_key master_key session_key "
     "encryption_key account_key OPENAI_KEY anthropicKey SOME_VENDOR_KEY GSPO_A_KEY image_api_key answer_secret_key VISION_KEY FUNCTION_KEY "
-    "COSMOS_PRIMARY_KEY AZURE_SEARCH_QUERY_KEY TRANSLATOR_TEXT_KEY"
+    "COSMOS_PRIMARY_KEY cosmos_primary_key cosmosPrimaryKey2 AZURE_SEARCH_QUERY_KEY TRANSLATOR_TEXT_KEY"
 )
 HARMLESS = (
     "first_pass max_pass num_pass val/pass@8 val_pass@1 pass@k file_pat glob_pat HOST_PWD OLD_PWD APPTAINER_PWD "

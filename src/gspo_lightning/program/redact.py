@@ -85,7 +85,8 @@ def names_a_secret(name: str) -> bool:
     if last in _ABBREVIATIONS:
         return before in _ACCOUNTS
     if last == "key":
-        return name.isupper() or _NAMED.isdisjoint({before, before.removesuffix("s")})
+        is_of_a_service = before == "primary" and len(_words(name)) > 2  # as in cosmos_primary_key
+        return name.isupper() or is_of_a_service or _NAMED.isdisjoint({before, before.removesuffix("s")})
     return last == "token" and before not in _VOCABULARY
 
 
