@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gspo_lightning.packing import pack
 from gspo_lightning.policy import load
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rollout.weights import check_base
 from tests.scripted import Settings, build_module, update_of
 from tests.support import random_groups, relative_distance
 
@@ -99,6 +101,11 @@ def test_a_folder_that_is_in_four_bits_already_is_treated_the_same(micro_model_d
     logprobs_and_gradient(policy.eval())
     after = logprobs_and_gradient(policy.train())
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+    with warnings.catch_warnings():  # an engine that reads the folder has the same weights
+        warnings.simplefilter("error")
+        check_base(policy, "adapter")
+    with pytest.warns(UserWarning, match="the engine samples from the weights as their folder holds them"):
+        check_base(policy_of(micro_model_dir), "adapter")
 
 
 def test_an_adapter_is_not_merged_into_four_bits(micro_model_dir, tmp_path):

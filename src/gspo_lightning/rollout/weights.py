@@ -38,6 +38,8 @@ def refuse_merging(quantised: bool, lora_sync: str | None) -> None:
 def check_base(policy: Policy, lora_sync: str) -> None:
     """Refuses or warns if the policy's base is quantised: an engine reads its own base from the model's folder.
 
+    Where that folder holds the quantised weights, both have the same ones.
+
     Raises:
         UserError: see `refuse_merging`; or an adapter on experts is to be merged.
     """
@@ -48,7 +50,7 @@ def check_base(policy: Policy, lora_sync: str) -> None:
             "rollout.engine.lora_sync=merged does not know adapters on the stacked weights of experts; set "
             "rollout.engine.lora_sync=adapter, or model.lora.target_modules without experts"
         )
-    if quantised:
+    if quantised and not getattr(getattr(policy.base_model, "hf_quantizer", None), "pre_quantized", False):
         warnings.warn(
             "the policy's base is quantised (model.quantization), and the engine samples from the weights as their "
             "folder holds them: sampler_mismatch/abs_mean shows the difference, and mismatch= makes up for it",
