@@ -78,6 +78,14 @@ def test_what_is_no_number_is_refused_where_a_comparison_would_let_it_pass(key):
     assert refusal(f"++{key}=-inf") == f"{key}=-inf must be a finite number"
 
 
+def test_a_setting_of_the_engine_that_is_no_number_is_refused_and_an_endless_wait_is_not():
+    servers = ["rollout=vllm_server", "rollout.engine.give_up_after_s=inf"]
+    assert (
+        refusal(*servers, "rollout.engine.ready_timeout_s=nan") == "rollout.engine.ready_timeout_s=nan must be a number"
+    )
+    checks.check(resolved(*MICRO, *servers))
+
+
 def test_infinity_stands_for_a_limit_that_is_lifted_and_for_nothing_else():
     checks.check(resolved(*MICRO, "update.max_grad_norm=inf", "objective.epsilon_high=inf"))
     for key in ("rollout.temperature", "objective.beta", "objective.entropy_coef", "validation.threshold"):

@@ -229,6 +229,10 @@ def _check_finite(plain: dict[str, Any]) -> None:
         lifted = key in _MAY_BE_INFINITE and value == math.inf
         if isinstance(value, float) and not math.isfinite(value) and not lifted:
             raise UserError(f"{key}={value} must be a finite number")
+    engine = plain["rollout"]["engine"]
+    for name, value in (engine if isinstance(engine, dict) else {}).items():
+        if isinstance(value, float) and math.isnan(value):  # a wait may be endless, but this one would be by mistake
+            raise UserError(f"rollout.engine.{name}={value} must be a number")
 
 
 def _check_counts(plain: dict[str, Any]) -> None:
