@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gspo_lightning.config.build import build, build_data, with_environments
+from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dialogue import Environments, Reply
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.errors import UserError
@@ -264,6 +265,20 @@ def test_a_dialogue_about_a_row_of_each_kind_is_begun_before_a_model_is_loaded(m
         built("gspo_lightning.dialogue.Calculator")
     assert str(refused.value) == (
         "environment Calculator.reset raised KeyError: 'answer' (row micro_letters:train:0; it has prompt, letter)"
+    )
+
+
+class OwnData(PromptDataModule):
+    def check(self, required_columns=None):
+        super().check(required_columns)
+
+
+def test_a_data_module_of_ones_own_must_take_what_begins_a_dialogue():
+    with pytest.raises(UserError) as refused:
+        built(f"{__name__}.Beginning", f"data._target_={__name__}.OwnData")
+    assert str(refused.value) == (
+        "data: OwnData.check() must take (required_columns, begin) and pass both on to super().check() (too many "
+        "positional arguments)"
     )
 
 

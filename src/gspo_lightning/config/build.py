@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from copy import copy
@@ -126,10 +127,22 @@ def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
             environments.check(datamodule.tokenizer)  # after the template's options, which may be why it fails
             environments.begin(prompt, 0, datamodule.tokenizer)
 
-        datamodule.check(rewards.required_columns(), begin)
+        _check_rows(datamodule, rewards.required_columns(), begin)
     else:
-        datamodule.check(rewards.required_columns())
+        _check_rows(datamodule, rewards.required_columns())
     return datamodule
+
+
+def _check_rows(datamodule: Any, *arguments: Any) -> None:
+    """Calls ``check`` of the data module, unless that of a subclass takes other arguments."""
+    try:
+        inspect.signature(datamodule.check).bind(*arguments)
+    except TypeError as error:
+        raise UserError(
+            f"data: {type(datamodule).__name__}.check() must take (required_columns, begin) and pass both on to "
+            f"super().check() ({error})"
+        ) from error
+    datamodule.check(*arguments)
 
 
 def _task(plain: dict[str, Any]) -> Any:
