@@ -9,8 +9,7 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from gspo_lightning.program import ending
-from gspo_lightning.program.command_line import flags_last
+from gspo_lightning.program import command_line, ending
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,8 @@ from gspo_lightning.program.command_line import flags_last
     ],
 )
 def test_overrides_come_first_and_flags_keep_their_values(line, arranged):
-    assert flags_last(line.split()) == (arranged.split(), "--info" in line)
+    read = command_line.read(line.split())
+    assert (read.arguments, read.info) == (arranged.split(), "--info" in line)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,30 @@ def test_a_mistake_in_the_flags_is_one_line(line, mistake, monkeypatch, capsys):
     assert ended.value.code == 2
     told = f"error: command line: {mistake}; settings are written key=value, and --hydra-help shows the flags\n"
     assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "experiment=micro,",
+            "'experiment=micro,' cannot be read as key=value: mismatched input '<EOF>'; put a value with spaces, commas, "
+            "brackets or quotes into quotes of its own: \"key='a, b'\"",
+        ),
+        ("=5", "'=5' names no key; settings are written key=value"),
+        (
+            "hydra.run.dir=",
+            "hydra.run.dir= is empty, and files would go into the current folder; name a folder (. is this one)",
+        ),
+        ("reward.functions=[]", "Error merging override reward.functions=[]: Cannot merge DictConfig with ListConfig"),
+    ],
+)
+def test_a_mistake_in_an_override_is_one_line_that_names_it(override, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "experiment=micro", override])
+    with pytest.raises(SystemExit) as ended:
+        ending.run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(print))
+    GlobalHydra.instance().clear()
+    assert (ended.value.code, capsys.readouterr()) == (2, ("", f"error: {line}\n"))
 
 
 def test_info_is_shown(monkeypatch, capsys):

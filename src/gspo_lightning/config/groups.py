@@ -1,31 +1,48 @@
-"""Checks the choices of config groups on the command line before Hydra reads them."""
+"""Checks the overrides of the command line before Hydra reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from gspo_lightning.config.sections import choices_of
 from gspo_lightning.errors import UserError
 
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
-def check_choices(arguments: Sequence[str]) -> None:
-    """Refuses, in one line, a choice that names no file, such as ``logger=null``, on which Hydra ends in a traceback.
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuses, in one line, what Hydra reads otherwise than it was meant, or ends in a traceback on.
 
     Args:
-        arguments: the command line; arguments that do not parse are left to Hydra.
+        overrides: the command line without Hydra's flags.
+
+    Raises:
+        UserError: one cannot be parsed; names no key; names an empty folder, which Hydra takes for the current one; or
+            chooses what names no file of a group, such as ``logger=null``. Names the override.
     """
     parser = OverridesParser.create()
-    for argument in arguments:
+    for text in overrides:
         try:
-            override = parser.parse_override(argument)
-        except HydraException:
-            continue
-        if override.is_delete() or override.is_sweep_override() or not (choices := choices_of(override.key_or_group)):
-            continue
-        if not isinstance(override.value(), str | list | dict):
+            override = parser.parse_override(text)
+        except HydraException as error:
             raise UserError(
-                f"{argument}: not a choice of this group; leave it out, or choose one of {', '.join(choices)}"
-            )
+                f"{text!r} cannot be read as key=value: {str(error).split(' expecting ')[0]}; put a value with spaces, "
+                "commas, brackets or quotes into quotes of its own: \"key='a, b'\""
+            ) from error
+        if not override.key_or_group:
+            raise UserError(f"{text!r} names no key; settings are written key=value")
+        _check(text, override)
+
+
+def _check(text: str, override: Override) -> None:
+    if override.is_delete() or override.is_sweep_override():
+        return
+    value, choices = override.value(), choices_of(override.key_or_group)
+    if override.key_or_group in _FOLDERS and value == "":
+        raise UserError(f"{text} is empty, and files would go into the current folder; name a folder (. is this one)")
+    if choices and not isinstance(value, str | list | dict):
+        raise UserError(f"{text}: not a choice of this group; leave it out, or choose one of {', '.join(choices)}")

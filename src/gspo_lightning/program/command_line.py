@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -13,16 +14,27 @@ _MODES = {"run": "--run", "multirun": "--multirun", "cfg": "--cfg", "info": "--i
 """Flags of which Hydra takes one at a time."""
 
 
-def flags_last(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The same command line with all overrides before all flags of Hydra and their values, each in its order.
+@dataclass(frozen=True)
+class CommandLine:
+    """The arguments of a program, each kind in its order."""
 
-    Flags come last because the value of ``--info`` may be left out: the next override would be taken for it.
+    overrides: list[str]
+    flags: list[str]
+    """Flags of Hydra and their values."""
+    info: bool
+    """Whether they ask for ``--info``."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """Flags last: the value of ``--info`` may be left out, and an override after it would be taken for it."""
+        return [*self.overrides, *self.flags]
+
+
+def read(arguments: Sequence[str]) -> CommandLine:
+    """Tells overrides from flags of Hydra and their values.
 
     Args:
         arguments: without the name of the program.
-
-    Returns:
-        The arguments, and whether they ask for ``--info``.
 
     Raises:
         UserError: a flag is unknown, does not go with another one, or lacks a value or has a wrong one.
@@ -42,7 +54,7 @@ def flags_last(arguments: Sequence[str]) -> tuple[list[str], bool]:
     for override in overrides:
         flags.remove(override)
     # The help about Hydra is made of another config, which has none of our keys.
-    return [*([] if known.hydra_help else overrides), *flags], known.info is not None
+    return CommandLine([] if known.hydra_help else overrides, flags, known.info is not None)
 
 
 def _refuse(message: str) -> NoReturn:

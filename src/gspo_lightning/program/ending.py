@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from gspo_lightning.config.groups import check_choices
+from gspo_lightning.config.groups import check_overrides
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
-from gspo_lightning.program.command_line import flags_last
+from gspo_lightning.program import command_line
 from gspo_lightning.program.interrupt import (
     STOPPED,
     Interrupted,
@@ -46,9 +46,10 @@ def run(main: Callable[[], Any]) -> None:
         sys.path.append(os.getcwd())
     try:
         raise_at_interrupt()
-        sys.argv[1:], info = flags_last(sys.argv[1:])
-        logging.getLogger("hydra").setLevel(logging.NOTSET if info else logging.CRITICAL)  # --info is logged
-        check_choices(sys.argv[1:])
+        line = command_line.read(sys.argv[1:])
+        sys.argv[1:] = line.arguments
+        logging.getLogger("hydra").setLevel(logging.NOTSET if line.info else logging.CRITICAL)  # --info is logged
+        check_overrides(line.overrides)
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()
     except EXPECTED as error:
@@ -114,6 +115,8 @@ def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = T
         traceback.print_exc()
     # Hydra appends its search path, OmegaConf its types.
     line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
+    if isinstance(error, ConfigCompositionException) and line.startswith("Error merging") and error.__cause__:
+        line = f"{line}: {str(error.__cause__).splitlines()[0]}"
     if (extra := _OF_SWEEPS.search(line)) is not None:
         line = f"{extra[1]} is not installed; run {install_line('sweep')}"
     if is_news:
