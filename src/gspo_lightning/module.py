@@ -198,8 +198,10 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         choose_forwards(self)
 
     def on_validation_start(self) -> None:
-        """Chooses the forward, if nothing is trained or validation comes first."""
+        """Chooses the forward, if nothing is trained or validation comes first; tells rewards how far the run is."""
         choose_forwards(self)
+        # As after the last rollout, also where a resumed run begins with a validation.
+        self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts or 0)
 
     def on_train_start(self) -> None:
         """Brings what was loaded in line with this run: paged optimizer states, the schedule's position.

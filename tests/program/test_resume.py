@@ -413,3 +413,33 @@ def test_a_run_that_was_resumed_without_a_rollout_left_validates_after_the_same_
         ckpt_path = tmp_path / f"{rollouts}.ckpt"
         runner.save_checkpoint(ckpt_path)
     assert validated.after == [2, 3, 6, 7]
+
+
+class Told(Callback):
+    """What reward functions are told of the run in validations: rollouts done, and of how many."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        state = pl_module.rewards.trainer_state
+        self.states.append((state.global_step, state.max_steps))
+
+
+def test_rewards_are_told_the_same_in_the_last_validation_of_a_run_that_was_resumed_after_its_last_rollout(
+    micro_model_dir, tmp_path
+):
+    """A kill may come between the last checkpoint and the validation after it."""
+    told = [Told(), Told()]
+    for ckpt_path, callback in zip((None, tmp_path / "2.ckpt"), told, strict=True):
+        module = build_module(micro_model_dir, Settings(rollouts=2))
+        module.validator.update = lambda *_: None
+        batches = Batches(scripted_prompts(), batches=9).loader()
+        runner = trainer(limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[callback])
+        if ckpt_path is None:
+            runner.validate(module, batches, verbose=False)
+        runner.fit(module, batches, batches, ckpt_path=ckpt_path, weights_only=True)
+        if ckpt_path is not None:
+            runner.validate(module, batches, verbose=False)
+        runner.save_checkpoint(tmp_path / "2.ckpt")
+    assert [callback.states for callback in told] == [[(0, 2), (2, 2)], [(2, 2)]]
