@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from gspo_lightning.callbacks.best import Best
-from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, keep_numbered, numbered
+from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, go_back, keep_numbered, numbered
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
@@ -19,6 +21,11 @@ def fails_on_all_ranks(engine: Any) -> bool:
     """Whether a `RolloutError` of this engine, or of the one inside it, is raised on every rank at the same place."""
     # An engine that asks on the first rank alone tells the others what went wrong (`on_first_rank`).
     return world_size() == 1 or traits(engine).samples_on == "first_rank"
+
+
+def _run_of(checkpoint: str | Path) -> Path:
+    """The folder of the run; links are not followed, as in `program.resume.run_folder`."""
+    return Path(os.path.abspath(checkpoint)).parent.parent
 
 
 class RolloutCheckpoint(L.Callback):
@@ -55,6 +62,10 @@ class RolloutCheckpoint(L.Callback):
         """Where the newest checkpoint is."""
         return self.folder / "last.ckpt"
 
+    @property
+    def _previous(self) -> Path:
+        return self.folder / "previous.ckpt"
+
     def state_dict(self) -> dict[str, Any]:
         """Which rollout was best; nothing where that is not asked for."""
         return {} if self.best is None else self.best.found
@@ -63,6 +74,12 @@ class RolloutCheckpoint(L.Callback):
         """The same, back."""
         if self.best is not None:
             self.best.load(state_dict)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lets the recorder make an earlier checkpoint of this run, if it goes on from one, the newest."""
+        if trainer.ckpt_path is not None and _run_of(trainer.ckpt_path) == _run_of(self.last):
+            for recorder in (callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)):
+                recorder.before_cut = partial(go_back, self.last, Path(trainer.ckpt_path), self._previous)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses to stand before what writes the rows that a checkpoint counts, and to wait for validations in vain.
@@ -147,7 +164,7 @@ class RolloutCheckpoint(L.Callback):
             trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
 
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
-        atomic_checkpoint(trainer, self.last, self.folder / "previous.ckpt")
+        atomic_checkpoint(trainer, self.last, self._previous)
         self.saved_at, self.wanted = pl_module.rollouts_done, False
         if not trainer.is_global_zero:
             return

@@ -78,6 +78,24 @@ def _keep(path: Path, previous: Path) -> None:
             os.replace(path, previous)
         else:
             os.replace(link, previous)
+            link.unlink(missing_ok=True)  # os.replace does nothing if both are names of one file
+
+
+def go_back(path: Path, earlier: Path, previous: Path) -> None:
+    """Makes ``earlier``, from which a run goes on in its own folder, the newest checkpoint.
+
+    Until the run has saved, it would otherwise be resumed from the one at ``path``, whose records are cut off.
+
+    Args:
+        path: the newest checkpoint so far, if it exists; it stays as ``previous``.
+        earlier: another one; ``previous`` itself stays where it is.
+        previous: where `atomic_checkpoint` keeps what it replaces.
+    """
+    if path.exists() and path.samefile(earlier):
+        return
+    if not (previous.exists() and previous.samefile(earlier)):
+        _keep(path, previous)
+    keep_copy(earlier, path)
 
 
 def numbered(path: Path, number: int) -> Path:

@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class RunRecorder(L.Callback):
         self._loaded: dict[str, Any] | None = None
         self._ready = self._is_alone = False
         self.begins_anew = begins_anew
+        self.before_cut: Callable[[], Any] = lambda: None
+        """Called before the rows of this folder that come after the checkpoint are cut off."""
         self._place: Place | None = None
         self._seconds_before, self._start = 0.0, time.perf_counter()
 
@@ -201,6 +204,7 @@ class RunRecorder(L.Callback):
             self._set_records_aside()
             self._set_checkpoints_aside()
         else:
+            self.before_cut()
             self._set_aside(SUMMARY)  # it is of the run when it ended
         try:
             if (rows := self.table.take_over(source / "metrics.csv", counted["rows"])) < counted["rows"]:

@@ -1,0 +1,78 @@
+"""A run that goes on from an earlier checkpoint in its own folder: what a kill leaves before it has saved."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from gspo_lightning.callbacks import RolloutCheckpoint, RunRecorder
+from gspo_lightning.callbacks.checkpoint_files import go_back
+from gspo_lightning.program.resume import find_checkpoint
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Killed(BaseException):
+    """Raised where a kill would come; nothing of ours catches it."""
+
+
+class KillIn(Callback):
+    """Kills in a rollout, counted from one."""
+
+    def __init__(self, rollout):
+        self.rollout = rollout
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if pl_module.rollouts_done + 1 == self.rollout:
+            raise Killed
+
+
+def run(model, folder, ckpt_path=None, kill_in=0):
+    """Six rollouts, saved every two; returns the weights, the steps of the rows and the bytes of the completions."""
+    recorder, checkpoint = RunRecorder(folder), RolloutCheckpoint(folder / "checkpoints", 2, keep_last=3)
+    module = build_module(model, Settings(rollouts=6))
+    runner = trainer(callbacks=[KillIn(kill_in), recorder, checkpoint])
+    runner.fit(module, Batches(scripted_prompts(), 9).loader(), ckpt_path=ckpt_path, weights_only=True)
+    with (folder / "metrics.csv").open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    return weights(module), steps, (folder / "completions.jsonl").read_bytes()
+
+
+def done(path):
+    return torch.load(path, weights_only=True)["gspo_lightning"]["rollouts_done"]
+
+
+@pytest.mark.parametrize(("name", "back", "before"), [("rollout-000002.ckpt", 2, 6), ("previous.ckpt", 4, 4)])
+def test_a_run_that_went_back_and_was_killed_goes_on_from_there_and_loses_no_records(
+    name, back, before, micro_model_dir, tmp_path
+):
+    folder = tmp_path / "checkpoints"
+    expected, expected_steps, expected_completions = run(micro_model_dir, tmp_path)
+    with pytest.raises(Killed):
+        run(micro_model_dir, tmp_path, folder / name, kill_in=back + 2)
+    found = find_checkpoint("auto", tmp_path)
+    assert found == folder / "last.ckpt" and done(found) == back and done(folder / "previous.ckpt") == before
+    trained, steps, completions = run(micro_model_dir, tmp_path, found)
+    assert torch.equal(trained, expected) and completions == expected_completions
+    assert steps == expected_steps == [1, 2, 3, 4, 5, 6]
+    names = ["last.ckpt", "previous.ckpt", *(f"rollout-00000{n}.ckpt" for n in (2, 4, 6))]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("name", ["rollout-000002.ckpt", "previous.ckpt", "last.ckpt"])
+def test_the_one_that_a_run_goes_on_from_becomes_the_newest(name, kind, tmp_path):
+    for path, text in (("last.ckpt", "4"), ("previous.ckpt", "3"), ("rollout-000002.ckpt", "2")):
+        file = tmp_path / path
+        if kind == "folder":
+            file.mkdir()
+            file /= "rank0"
+        file.write_text(text)
+    go_back(tmp_path / "last.ckpt", tmp_path / name, tmp_path / "previous.ckpt")
+    texts = {p.name: (p / "rank0" if p.is_dir() else p).read_text() for p in tmp_path.iterdir()}
+    last, previous = {"rollout-000002.ckpt": "24", "previous.ckpt": "33", "last.ckpt": "43"}[name]
+    assert texts == {"last.ckpt": last, "previous.ckpt": previous, "rollout-000002.ckpt": "2"}
