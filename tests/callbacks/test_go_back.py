@@ -1,4 +1,4 @@
-"""A run that goes on from an earlier checkpoint in its own folder: what a kill leaves before it has saved."""
+"""A run that goes on in its own folder: from an earlier checkpoint, or without a rollout left."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def test_a_run_that_went_back_and_was_killed_goes_on_from_there_and_loses_no_rec
     assert steps == expected_steps == [1, 2, 3, 4, 5, 6]
     names = ["last.ckpt", "previous.ckpt", *(f"rollout-00000{n}.ckpt" for n in (2, 4, 6))]
     assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_run_without_a_rollout_left_leaves_its_checkpoints_as_they_are(micro_model_dir, tmp_path):
+    """Callbacks such as `EMAWeightAveraging` put other weights into the module at the end."""
+    run(micro_model_dir, tmp_path)
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "checkpoints").iterdir()}
+    run(micro_model_dir, tmp_path, tmp_path / "checkpoints" / "last.ckpt")
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "checkpoints").iterdir()} == files
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -100,6 +100,8 @@ class RolloutCheckpoint(L.Callback):
                 f"not run; give it val_check_interval={every} and check_val_every_n_epoch=None"
             )
         is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).absolute() == self.last.absolute()
+        if is_own:  # not a second time if no rollout is left: other callbacks may have changed the weights by then
+            self.saved_at = pl_module.rollouts_done
         is_unnumbered = is_own and not numbered(self.last, pl_module.rollouts_done).exists()
         if self.keep_last and is_unnumbered and trainer.is_global_zero:
             keep_numbered(self.last, pl_module.rollouts_done, self.keep_last)  # a kill came between the two names
