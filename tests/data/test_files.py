@@ -87,9 +87,17 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv line 2: the number of fields differs"),
         ("a.csv", 'a,b\n1,2\n"3"x,4\n5,6\n', r"a\.csv line 3: ',' expected after '\"'"),
         ("a.csv", b"a\n\xff\n", r"a\.csv: not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz: the dataset is empty"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n["a"]\n'), r"a\.jsonl\.gz line 2: expected an object with columns"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-9], r"cannot read the file \(Compressed file ended before"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a\.jsonl\.gz: the dataset is empty"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n["a"]\n', mtime=0),
+            r"a\.jsonl\.gz line 2: expected an object with columns",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n', mtime=0)[:-9],
+            r"cannot read the file \(Compressed file ended before",
+        ),
         (
             "a.csv.gz",
             gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20,

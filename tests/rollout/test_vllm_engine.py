@@ -269,6 +269,11 @@ def test_more_prompts_than_a_batch_of_the_engine_holds_are_answered(policy, fold
     assert largest_difference(policy, rollout) < 1e-4
 
 
+class Fails(Says):
+    def step(self, text):
+        raise ValueError("no answer")
+
+
 def lengths_of_turns(completion):
     """Tokens of each of the policy's turns."""
     dialogue = completion.dialogue
@@ -287,12 +292,17 @@ def test_greedy_dialogues_equal_those_of_the_transformers_engine(policy, folder,
         steps, step = [], engine._llm.llm_engine.step
         monkeypatch.setattr(engine._llm.llm_engine, "step", lambda: (steps.append(1), step())[1])
         theirs = engine.generate(policy, asked, greedy, 3).completions
+        taken = len(steps)
+        engine.environments = Environments(Fails, 4)
+        with pytest.raises(UserError, match="no answer"):
+            engine.generate(policy, asked, greedy, 3)
+        assert not engine._llm.llm_engine.has_unfinished_requests()  # they would keep new weights from being loaded
     finally:
         engine.close()
     # No dialogue waits for another: the engine takes as many steps as the longest has tokens, and one more per turn.
     in_rounds = sum(map(max, itertools.zip_longest(*map(lengths_of_turns, sum(theirs, [])), fillvalue=0)))
     alone = max(sum(lengths) + len(lengths) for lengths in map(lengths_of_turns, sum(theirs, [])))
-    assert len(steps) <= alone < in_rounds
+    assert taken <= alone < in_rounds
     ours = TransformersEngine(environments=environments).generate(policy, asked, greedy, 3).completions
     assert max(c.dialogue.num_turns for group in ours for c in group) > 1
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):

@@ -135,13 +135,16 @@ class VLLMEngine:
         """See `Complete`."""
         done: list[list[Completion]] = [[] for _ in requests]
         waiting = self._ask(policy, dict(enumerate(requests)))
-        while self._llm.llm_engine.has_unfinished_requests():
-            for output in filter(lambda output: output.finished, self._llm.llm_engine.step()):
-                number, request = waiting.pop(output.request_id)
-                done[number] = _completions(policy, request[0], output)
-                following = next_of(number, done[number]) if next_of is not None else None
-                if following is not None:
-                    waiting |= self._ask(policy, {number: following})
+        try:
+            while self._llm.llm_engine.has_unfinished_requests():
+                for output in filter(lambda output: output.finished, self._llm.llm_engine.step()):
+                    number, request = waiting.pop(output.request_id)
+                    done[number] = _completions(policy, request[0], output)
+                    following = next_of(number, done[number]) if next_of is not None else None
+                    if following is not None:
+                        waiting |= self._ask(policy, {number: following})
+        finally:
+            self._llm.llm_engine.abort_request(list(waiting))  # of an environment that failed, or after Ctrl-C
         return done
 
     def _ask(self, policy: Policy, requests: dict[int, Request]) -> dict[str, tuple[int, Request]]:
