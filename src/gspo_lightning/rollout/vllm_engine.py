@@ -29,7 +29,7 @@ from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
 from gspo_lightning.rollout.turn_by_turn import NextOf, Request, sample_dialogues
 from gspo_lightning.rollout.vllm_requests import (
-    completion,
+    completions_of,
     engine_input,
     refuse_padded_images,
     refuse_sampling,
@@ -139,7 +139,7 @@ class VLLMEngine:
             while self._llm.llm_engine.has_unfinished_requests():
                 for output in filter(lambda output: output.finished, self._llm.llm_engine.step()):
                     number, request = waiting.pop(output.request_id)
-                    done[number] = _completions(policy, request[0], output)
+                    done[number] = completions_of(policy, request[0], output)
                     following = next_of(number, done[number]) if next_of is not None else None
                     if following is not None:
                         waiting |= self._ask(policy, {number: following})
@@ -285,21 +285,3 @@ class VLLMEngine:
         if part is not None:
             refuse_left_out(policy, part, probe, completions)
         self._fingerprint.check(policy, probe, completions, "the vLLM engine")
-
-
-def _completions(policy: Policy, prompt: Prompt, output: Any) -> list[Completion]:
-    """The completions of one prompt out of vLLM's output, in order."""
-    if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
-        raise UserError(
-            f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its images, the "
-            f"trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be those of the data"
-        )
-    return [
-        completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
-        for one in sorted(output.outputs, key=lambda one: one.index)
-    ]
-
-
-def _chosen(token_ids: Any, logprobs: Any) -> list[float]:
-    """The log-probability of each token out of vLLM's dictionaries."""
-    return [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]

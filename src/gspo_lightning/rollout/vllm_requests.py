@@ -123,3 +123,26 @@ def completion(
         raise ValueError("a token id outside the vocabulary")
     text, thinking = answer_and_thinking(policy.tokenizer, token_ids)
     return Completion(ids, text, values, finish_reason, thinking=thinking)  # type: ignore[arg-type]
+
+
+def completions_of(policy: Policy, prompt: Prompt, output: Any) -> list[Completion]:
+    """The completions of one prompt out of vLLM's output in process, in order.
+
+    Raises:
+        UserError: vLLM has made other tokens of the prompt's images.
+        ValueError: see `completion`.
+    """
+    if prompt.mm_inputs and list(output.prompt_token_ids) != prompt.input_ids.tolist():
+        raise UserError(
+            f"row {prompt.uid}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt and its images, the "
+            f"trainer {len(prompt.input_ids)}; rollout.engine.min_pixels and max_pixels must be those of the data"
+        )
+    return [
+        completion(policy, list(one.token_ids), _chosen(one.token_ids, one.logprobs), one.finish_reason)
+        for one in sorted(output.outputs, key=lambda one: one.index)
+    ]
+
+
+def _chosen(token_ids: Any, logprobs: Any) -> list[float]:
+    """The log-probability of each token out of vLLM's dictionaries."""
+    return [entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True)]
