@@ -139,8 +139,11 @@ def test_a_tower_that_trains_runs_once_per_pass():
     assert len(calls) == 2
 
 
-def test_a_row_without_images_gives_a_tower_that_trains_a_zero_gradient():
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_a_row_without_images_gives_a_tower_that_trains_a_zero_gradient(padded):
     policy = vision_policy("qwen2_5_vl")
+    if padded:
+        policy.fall_back()
     groups = groups_of([prompts()[1]], [(3, 4)])
     policy(packed_row(groups))[0].sum().backward()
     tower = list(policy.base_model.model.visual.parameters())

@@ -161,7 +161,10 @@ class Policy(nn.Module):
         Entropies are zeros unless ``with_entropy``. Float32, or float64 for a float64 model.
         """
         if self.is_padded:
-            return padded_logprobs(self.base_model, packed, temperature, with_entropy)
+            logprobs, entropy = padded_logprobs(self.base_model, packed, temperature, with_entropy)
+            if self.vision is not None and not any(prompt.mm_inputs for prompt in packed.prompts):
+                logprobs = logprobs + self.vision.nothing(logprobs)
+            return logprobs, entropy
         with tied_weight(self.base_model.get_input_embeddings(), self.output_weight) as head:
             hidden = self._hidden_states(packed.input_ids, packed.position_ids, packed.layout, packed.prompts)[0]
         # The end of a prompt predicts for all its completions, so a backward adds gradients. The order is not fixed for

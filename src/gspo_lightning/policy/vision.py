@@ -149,7 +149,7 @@ class Vision:
         features = self._features_of(prompts)
         joined, mask = _join(features, layout, prompts)
         if joined is None:
-            return inputs | {"inputs_embeds": embeddings + self._nothing(embeddings)}
+            return inputs | {"inputs_embeds": embeddings + self.nothing(embeddings)}
         tokens = joined.tokens.to(embeddings.device, embeddings.dtype)
         inputs["inputs_embeds"] = embeddings.masked_scatter(mask[None, :, None], tokens)
         if joined.deepstack:
@@ -195,8 +195,8 @@ class Vision:
                 start = here.stop
         return found
 
-    def _nothing(self, like: Tensor) -> Tensor:
-        """Zero, connected to a tower that trains, so that a rank without images reduces the same gradients."""
+    def nothing(self, like: Tensor) -> Tensor:
+        """Zero, connected to a tower that trains: without images its gradient is 0, on every rank, and not missing."""
         if self.is_frozen or not torch.is_grad_enabled():
             return like.new_zeros(())
         parts = [p.sum() for p in self._body.visual.parameters() if p.requires_grad]
