@@ -212,3 +212,37 @@ def test_widths_that_the_loss_brings_are_not_warned_about_and_those_of_the_user_
     assert findings(spec, level) == []
     ((kind, message),) = findings(spec, level, epsilon=own[0])
     assert kind == "warning" and said in message
+
+
+def anchored(x):
+    return plain(x) + x.log_ratio.square()
+
+
+def lowered(x):
+    return plain(x) + x.logprobs
+
+
+def particular(x):
+    if len(x.lengths) != 7:
+        raise ValueError("made for seven completions")
+    return plain(x)
+
+
+@pytest.mark.parametrize(("loss", "free"), [
+    *((name, True) for name in LOSSES), (plain, True), (SPEC, True), (gated, True), (detached, True), (number, True),
+    (anchored, False), (lowered, False), (particular, False),
+])  # fmt: skip
+def test_completions_of_advantage_0_are_left_out_if_the_loss_has_no_gradient_there(loss, free):
+    with torch.no_grad():
+        assert Objective(max_completion_length=5, loss_type=loss).zero_advantage_is_free is free
+
+
+def test_keeping_what_the_loss_itself_keeps_is_refused():
+    objective = Objective(max_completion_length=5, importance_sampling_level="token", loss_type=anchored)
+    found = check_objective(
+        objective, num_iterations=1, num_minibatches=4, num_generations=8, keep_zero_advantage=True
+    )  # fmt: skip
+    assert [f.message for f in found] == [
+        "update.keep_zero_advantage=true has no effect with loss_type=anchored, which has a gradient where the "
+        "advantage is 0: every completion is forwarded then; set it to false"
+    ]

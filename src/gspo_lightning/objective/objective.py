@@ -13,6 +13,7 @@ from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
 from gspo_lightning.objective.losses import CLIP_KEYS, LOSSES, TAU_KEYS, LossFunction, LossInputs, LossSpec
 from gspo_lightning.objective.mismatch import MismatchCorrection
+from gspo_lightning.objective.probe import vanishes_without_advantage
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
 from gspo_lightning.objective.selection import near_old_policy
 from gspo_lightning.types import Metrics, PolicyLoss
@@ -134,7 +135,7 @@ class Objective:
     @property
     def zero_advantage_is_free(self) -> bool:
         """Whether a completion with advantage 0 adds nothing to the gradient, so that it need not be forwarded."""
-        return not self.needs_ref and not self.needs_entropy
+        return not self.needs_ref and not self.needs_entropy and vanishes_without_advantage(self)
 
     def denominator(self, num_sequences: int, num_tokens: int) -> float:
         """Divisor of the sum over the minibatch, from counts over all ranks; 1 if they are 0."""

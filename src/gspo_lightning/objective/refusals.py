@@ -217,10 +217,15 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             "sampler; raise update.num_minibatches or update.num_iterations, or set it to null",
         )
     if keep_zero_advantage and not objective.zero_advantage_is_free:
+        what = (
+            "a KL term or an entropy bonus (objective.beta, objective.entropy_coef)"
+            if objective.needs_ref or objective.needs_entropy
+            else f"loss_type={objective.loss_name}, which has a gradient where the advantage is 0"
+        )
         yield Finding(
             "no_effect",
-            "update.keep_zero_advantage=true has no effect with a KL term or an entropy bonus (objective.beta, "
-            "objective.entropy_coef): every completion is forwarded then; set it to false",
+            f"update.keep_zero_advantage=true has no effect with {what}: every completion is forwarded then; set it to "
+            "false",
         )
     for key in TAU_KEYS:
         tau = getattr(objective, key)

@@ -1,0 +1,45 @@
+"""Whether a loss has a gradient where the advantage is 0: tried on a few tokens, since a user brings any loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gspo_lightning.objective.losses import LossInputs
+from gspo_lightning.objective.ratios import importance_ratio
+
+if TYPE_CHECKING:
+    from gspo_lightning.objective.objective import Objective
+
+_LOG_RATIOS, _LENGTHS = (0.3, -0.2, 0.0, 0.7), (1, 3)
+
+
+@torch.enable_grad()
+def vanishes_without_advantage(objective: Objective) -> bool:
+    """Whether the loss of completions of advantage 0 has no gradient, of tokens more and less likely than before."""
+    x = _inputs(objective)
+    try:
+        losses = objective.spec.function(x)
+    except Exception:  # noqa: BLE001
+        # It may need what only a real micro-batch has; to forward every completion is right for any loss.
+        return False
+    if not isinstance(losses, Tensor) or not losses.requires_grad:
+        return True  # refused when it is called
+    (gradient,) = torch.autograd.grad(losses.sum(), x.logprobs, allow_unused=True, materialize_grads=True)
+    return not gradient.any()
+
+
+def _inputs(objective: Objective) -> LossInputs:
+    """Two completions of advantage 0."""
+    old = torch.full((len(_LOG_RATIOS),), -1.5, dtype=torch.float64, device="cpu")
+    logprobs = (old + old.new_tensor(_LOG_RATIOS)).requires_grad_()
+    lengths = torch.tensor(_LENGTHS, device="cpu")
+    index = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+    log_ratio = logprobs - old
+    ratio = importance_ratio(log_ratio, index, lengths, objective.importance_sampling_level)
+    return LossInputs(
+        logprobs, log_ratio, ratio, torch.zeros_like(old), index, lengths, *objective.clip, objective.delta,
+        objective.tau_positive, objective.tau_negative,
+    )  # fmt: skip
