@@ -186,5 +186,12 @@ class Policy(nn.Module):
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """The model without its adapter: the reference policy of a LoRA run, at no memory."""
-        with self.model.disable_adapter():  # type: ignore[operator]
-            yield
+        parameters = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield
+        finally:
+            # peft now trains all of its adapters, those on routers too, which `add_lora` has frozen.
+            for parameter, trains in parameters:
+                if parameter.requires_grad != trains:
+                    parameter.requires_grad_(trains)
