@@ -80,9 +80,8 @@ class NoTokenizer:
         return " ".join(map(str, tokens))
 
 
-def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_vision: bool = True) -> Policy:
-    """A random model of the family in our attention, weights large enough for context to matter."""
-    register()
+def vision_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A random model of the family, weights large enough for context to matter."""
     model_class, config_class, vision = FAMILIES[family]
     text = {**_TEXT, "rope_parameters": _ROPE, **({"head_dim": 16} if family == "qwen3_vl" else {})}
     torch.manual_seed(0)
@@ -92,6 +91,13 @@ def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_visi
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return model
+
+
+def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_vision: bool = True) -> Policy:
+    """A random model of the family in our attention."""
+    register()
+    model = vision_model(family, dtype)
     model.set_attn_implementation(attention_implementation("auto", has_vision=True))
     model.model.visual.requires_grad_(train_vision)
     model.generation_config.eos_token_id = 1

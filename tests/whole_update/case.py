@@ -14,8 +14,14 @@ class Case:
     """A run, by the names of the configuration keys; the defaults are one step of GSPO without anything added."""
 
     seed: int = 0
+    # model
+    model: str = "micro"
+    """A Llama of text, or one of `models.KINDS`."""
+    vision: str = "frozen"
+    """The half that sees: ``frozen``, ``trained`` too, or trained ``alone``."""
     # objective
     loss: str = "grpo"
+    """One of the package, or of `own_losses.OWN`."""
     level: str = "sequence"
     epsilon: float | None = None
     epsilon_high: float | None = None
@@ -49,6 +55,8 @@ class Case:
     max_length: int = 12
     temperature: float = 1.0
     top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
     later: tuple[float, int] | None = None
     """(temperature, longest completion) set after the first rollout."""
     stale: bool = False
@@ -68,6 +76,8 @@ class Case:
     rslora: bool = False
     auxiliary: float = 0.0
     """Weight of the squared norm of what is trained, a term that a subclass adds."""
+    balance: float = 0.0
+    """Weight of the loss by which a subclass balances the load of experts."""
     constant_length: int | None = None
     """Longest completion in the denominator of ``dr_grpo``, if it is not that of the rollouts."""
     # how it is computed, which must change nothing
@@ -93,6 +103,11 @@ class Case:
     def weights(self) -> tuple[float, ...]:
         """Of all reward functions."""
         return self.reward_weights + ((LENGTH_WEIGHT,) if self.length_reward else ())
+
+    @property
+    def full_support(self) -> bool:
+        """Whether the sampler can draw every token."""
+        return not self.top_k and self.top_p == 1 and not self.min_p
 
     @property
     def forwards_all(self) -> bool:

@@ -31,6 +31,7 @@ from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import Prompt, PromptBatch, SamplingParams
 from tests.scripted import ScriptedEngine, ScriptedSource, trainer
 from tests.whole_update.case import Case
+from tests.whole_update.own_losses import OWN
 from tests.whole_update.reference_advantages import OVERLONG, TARGET
 from tests.whole_update.reference_model import Optimizer, Trained
 
@@ -92,24 +93,40 @@ class Ahead(ScriptedEngine):
 
 
 class WithPenalty(GSPOModule):
-    """Adds the squared norm of what is trained."""
+    """Adds the squared norm of what is trained, and what unbalances the experts on the prompts."""
 
-    weight = 0.0
+    weight, balance = 0.0, 0.0
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor:
-        return self.weight * sum(p.square().sum() for p in self.parameters() if p.requires_grad)  # type: ignore[return-value]
+        assert self.policy is not None and self.last_scored is not None
+        total = torch.zeros((), dtype=torch.float64)
+        if self.weight:
+            total = total + self.weight * sum(p.square().sum() for p in self.parameters() if p.requires_grad)
+        prompts = [self.last_scored.prompts[number] for number in minibatch.groups] if self.balance else []
+        for prompt in prompts:
+            output = self.policy.base_model(prompt.input_ids[None], output_router_logits=True, use_cache=False)
+            total = total + self.balance * sum(map(self._unbalance, output.router_logits)) / len(prompts)
+        return total
+
+    def _unbalance(self, logits: Tensor) -> Tensor:
+        """Of one layer, from ``(tokens, experts)`` logits of its router."""
+        chosen = logits.topk(self.policy.config.num_experts_per_tok, dim=1).indices  # type: ignore[union-attr]
+        counts = torch.zeros_like(logits).scatter_(1, chosen, 1.0).mean(dim=0)
+        return logits.shape[1] * counts @ logits.softmax(dim=1).mean(dim=0)
 
 
 def trained_tensors(module: GSPOModule) -> dict[str, Tensor]:
     """By the names that the reference gives them: the network's, and those of adapted matrices with ``:A`` or ``:B``."""
     assert module.policy is not None
+    # Of stacked experts peft adapts a parameter of the module, elsewhere its weight.
+    adapted = {path: getattr(m, "parameter_name", "weight") for path, m in module.policy.named_modules()}
     found = {}
     for name, parameter in module.policy.named_parameters():
         if parameter.requires_grad:
-            name = name[name.index("model.layers") :] if "model.layers" in name else name[name.rindex("model.") :]
-            for side in "AB":
-                name = name.replace(f".lora_{side}.default.weight", f".weight:{side}")
-            found[name] = parameter.detach().clone()
+            path, _, side = name.removesuffix(".default.weight").rpartition(".lora_")
+            if path:
+                name = f"{path}.{adapted[path]}:{side}".replace(".base_layer", "")
+            found[name.removeprefix("model.").removeprefix("base_model.model.")] = parameter.detach().clone()
     return found
 
 
@@ -121,7 +138,7 @@ def prepared(folder: Any, case: Case) -> GSPOModule:
     if case.padded:  # not `Policy.fall_back`, whose attention transformers computes in float32
         for policy in (module.policy, *module.references):
             policy.is_padded = True
-            policy.base_model.set_attn_implementation("sdpa")
+            policy.base_model.set_attn_implementation("eager" if case.model == "gpt_oss" else "sdpa")
     generator = torch.Generator().manual_seed(5)
     if case.lora:
         for parameter in module.policy.parameters():
@@ -145,7 +162,8 @@ def memory_for(completions: int) -> Iterator[None]:
     forward = Policy.forward
 
     def limited(policy: Policy, packed: PackedBatch, *arguments: Any) -> Any:
-        if packed.prompts and len(packed.lengths) > completions:  # not the check of the packing, which has none
+        checked = not packed.prompts or packed.prompts[0].uid == "probe"  # by the check of the packing
+        if not checked and len(packed.lengths) > completions:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(policy, packed, *arguments)
 
@@ -160,11 +178,23 @@ def memory_for(completions: int) -> Iterator[None]:
 def starting_point(case: Case, start: dict[str, Tensor], tensors: dict[str, Tensor]) -> Trained:
     """The same weights for the reference."""
     if not case.lora:
-        return Trained(start, None, 1.0)
+        return Trained(start, None, {}, case.vision)
     names = sorted({name.split(":")[0] for name in tensors})
     adapter = {name: (tensors[f"{name}:A"], tensors[f"{name}:B"]) for name in names}
-    # LoRA (arXiv 2106.09685, section 4.1), and rsLoRA (arXiv 2312.03732).
-    return Trained(start, adapter, ALPHA / (math.sqrt(RANK) if case.rslora else RANK))
+    scales = {
+        name: _scale(case, len(a) // (len(start[name]) if start[name].ndim == 3 else 1))
+        for name, (a, _) in adapter.items()
+    }
+    return Trained(start, adapter, scales)
+
+
+def _scale(case: Case, rank: int) -> float:
+    """``alpha / r`` of LoRA (arXiv 2106.09685, section 4.1), and that of rsLoRA (arXiv 2312.03732).
+
+    peft doubles both where two matrices of an expert are one: gate and up.
+    """
+    alpha = ALPHA * rank / RANK
+    return alpha / (math.sqrt(rank) if case.rslora else rank)
 
 
 def contradictions(module: GSPOModule, case: Case) -> list[str]:
@@ -195,13 +225,22 @@ def _findings(module: GSPOModule, case: Case) -> list[Finding]:
 def build(folder: Any, case: Case) -> GSPOModule:
     """The settings of the case as the package takes them."""
     lora = LoraSettings(r=RANK, alpha=ALPHA, use_rslora=case.rslora) if case.lora else None
-    module = (WithPenalty if case.auxiliary else GSPOModule)(
-        policy_loader=PolicyLoader(str(folder), dtype="float64", lora=lora, gradient_checkpointing=case.checkpointing),
+    module = (WithPenalty if case.auxiliary or case.balance else GSPOModule)(
+        policy_loader=PolicyLoader(
+            str(folder),
+            dtype="float64",
+            lora=lora,
+            gradient_checkpointing=case.checkpointing,
+            train_vision=case.vision != "frozen",
+            train_language=case.vision != "alone",
+        ),
         engine=Ahead() if case.stale else ScriptedEngine(),
         rewards=rewards(case),
         objective=_objective(case),
         advantages=AdvantageEstimator(case.scale, case.baseline),  # type: ignore[arg-type]
-        sampling=SamplingParams(case.generations, case.max_length, case.temperature, top_k=case.top_k),
+        sampling=SamplingParams(
+            case.generations, case.max_length, case.temperature, case.top_p, case.top_k, case.min_p
+        ),
         optimizer=_optimizer(case),
         schedule=Schedule(case.schedule, case.warmup_ratio, case.min_ratio),  # type: ignore[arg-type]
         update=UpdateSettings(
@@ -220,7 +259,7 @@ def build(folder: Any, case: Case) -> GSPOModule:
         max_draws=case.max_draws,
     )
     if isinstance(module, WithPenalty):
-        module.weight = case.auxiliary
+        module.weight, module.balance = case.auxiliary, case.balance
     return module
 
 
@@ -237,7 +276,7 @@ def _objective(case: Case) -> Objective:
     return Objective(
         max_completion_length=case.constant_length or case.max_length,
         importance_sampling_level=case.level,  # type: ignore[arg-type]
-        loss_type=case.loss,
+        loss_type=OWN[case.loss].given if case.loss in OWN else case.loss,
         epsilon=case.epsilon,
         epsilon_high=case.epsilon_high,
         delta=case.delta,

@@ -82,7 +82,7 @@ class Run:
         for iteration in range(self.case.iterations):
             for number, of_minibatch in enumerate(minibatches):
                 first = iteration == 0 and number == 0 and not rollout.stale
-                self._step(rollout, self._in_denominator(rollout, of_minibatch), first)
+                self._step(rollout, of_minibatch, first)
         self._move_reference()
         self.rollouts_done += 1
         return self._metrics(rollout)
@@ -170,7 +170,7 @@ class Run:
         # Of one sampled ahead, all old log-probabilities are computed; else those of the first minibatch are measured.
         compared = range(len(rollout.groups)) if rollout.stale else minibatches[0]
         for member in self._in_denominator(rollout, list(compared)):
-            if self._is_measured(rollout, member) and not self.case.top_k:
+            if self._is_measured(rollout, member) and self.case.full_support:
                 add_sampler_metrics(rollout.means, rollout.old[member], sampler_logprobs(rollout, member))
 
     def _forward(self, rollout: Rollout, member: Member, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ class Run:
         b, g = member
         completion = rollout.groups[b][g]
         every = self.network.log_distributions(
-            weights, rollout.prompts[b].input_ids, completion.token_ids, rollout.temperature
+            weights, rollout.prompts[b], completion.token_ids, rollout.temperature, self.case.padded
         )
         trained = trained_mask(completion)
         chosen = every.gather(1, completion.token_ids[:, None])[:, 0]
@@ -191,24 +191,26 @@ class Run:
             return members
         return [(b, g) for b, g in members if rollout.groups[b][g].finish_reason != "length"]
 
-    def _step(self, rollout: Rollout, members: list[Member], first: bool) -> None:
+    def _step(self, rollout: Rollout, prompts: list[int], first: bool) -> None:
         """One optimizer step on the mean over a minibatch; none where nothing in it has a gradient."""
-        case = self.case
+        case, members = self.case, self._in_denominator(rollout, prompts)
         selected = self._selected(rollout, members)
         weights, total = self.trained.weights(), torch.zeros((), dtype=torch.float64)
         for member in members:
             total = total + self._loss(rollout, member, weights, selected[member], first)
         self._count_forwards(rollout, members)
-        if any(self._has_gradient(rollout, m) for m in members) or case.auxiliary:
+        if any(self._has_gradient(rollout, m) for m in members) or case.auxiliary or case.balance:
             tokens = sum(len(rollout.advantages[m]) for m in members)
             # Of no completions at all the sum is 0, whatever it is divided by.
             loss = total / (
                 losses.denominator(case, len(members), tokens, case.constant_length or rollout.longest) or 1
             )
-            if case.auxiliary:
-                penalty = case.auxiliary * sum((t * t).sum() for t in self.trained.tensors.values())
-                rollout.means.add("loss/auxiliary", penalty.item(), 1)
-                loss = loss + penalty
+            if case.auxiliary or case.balance:
+                extra = self._auxiliary([rollout.prompts[b] for b in prompts], weights)
+                rollout.means.add("loss/auxiliary", extra.item(), 1)
+                loss = loss + extra
+            # Without any image nothing is seen: the gradient of that half is 0.
+            loss = loss + 0 * sum(tensor.sum() for tensor in self.trained.tensors.values())
             found = torch.autograd.grad(loss, list(self.trained.tensors.values()))
             gradients, norm = clipped(dict(zip(self.trained.tensors, found, strict=True)), case.max_grad_norm)
             rollout.means.add("grad_norm", norm, 1)
@@ -218,9 +220,16 @@ class Run:
             self.counts["skipped_steps"] += 1
         self.steps_seen += 1
 
+    def _auxiliary(self, prompts: list[Prompt], weights: Weights) -> Tensor:
+        """What a subclass adds to the loss of a minibatch."""
+        total = torch.zeros((), dtype=torch.float64)
+        if self.case.auxiliary:
+            total = total + self.case.auxiliary * sum((t * t).sum() for t in self.trained.tensors.values())
+        return total + self.case.balance * self.network.balance(weights, prompts) if self.case.balance else total
+
     def _has_gradient(self, rollout: Rollout, member: Member) -> bool:
         """Whether the completion can move the weights: by an advantage, or by a term of every completion."""
-        everyone = rollout.beta != 0 or self.case.entropy_coef != 0
+        everyone = rollout.beta != 0 or self.case.entropy_coef != 0 or not losses.is_free_of_zeros(self.case)
         return everyone or bool((rollout.advantages[member] != 0).any())
 
     def _is_measured(self, rollout: Rollout, member: Member) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tests.whole_update.own_losses import OWN, Token
+
 if TYPE_CHECKING:
     from tests.whole_update.case import Case
 
@@ -63,7 +65,9 @@ class Terms:
 
 def clip_widths(case: Case) -> tuple[float, float]:
     """(epsilon, epsilon_high) in effect: ``epsilon`` alone is meant for both sides (docs/objectives/README.md)."""
-    low, high = {"cispo": (0.0, 5.0), "gmpo": (0.4, 0.4)}.get(case.loss, DEFAULT_WIDTHS[case.level])
+    brought = OWN[case.loss].widths if case.loss in OWN else None
+    own = brought or {"cispo": (0.0, 5.0), "gmpo": (0.4, 0.4)}.get(case.loss)
+    low, high = own or DEFAULT_WIDTHS[case.level]
     if case.epsilon is not None:
         low = high = case.epsilon
     return low, high if case.epsilon_high is None else case.epsilon_high
@@ -89,6 +93,8 @@ def ratios(case: Case, x: Terms) -> list[Tensor]:
 
 def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
     """``(n,)``: the policy term before any selection, mask or correction."""
+    if case.loss in OWN:
+        return torch.stack([OWN[case.loss].equation(_token(case, x, w, t)) for t in range(x.length)])
     if case.loss in SURROGATES:
         return torch.stack([surrogate(case, w[t], x.advantages[t]) for t in range(x.length)])
     if case.loss == "cispo":
@@ -98,6 +104,11 @@ def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
     if case.loss == "gmpo":
         return gmpo(case, x)
     return torch.stack([-x.advantages[t] * x.logprobs[t] for t in range(x.length)])  # REINFORCE, Williams 1992
+
+
+def _token(case: Case, x: Terms, w: list[Tensor], t: int) -> Token:
+    advantage = x.advantages[t].item()
+    return Token(w[t], x.d[t], x.logprobs[t], advantage, *clip_widths(case), case.delta, case.tau_positive)
 
 
 def surrogate(case: Case, w: Tensor, advantage: Tensor) -> Tensor:
@@ -141,7 +152,7 @@ def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], l
     """Which tokens are clipped (from below, from above), for `clip_frac_*`; None for a loss that clips nothing."""
     epsilon, epsilon_high = clip_widths(case)
     pairs = [(w[t].item(), x.d[t].item(), x.advantages[t].item()) for t in range(x.length)]
-    if case.loss in SURROGATES:
+    if case.loss in SURROGATES or (case.loss in OWN and OWN[case.loss].clips):
         cap = float("inf") if case.delta is None else case.delta
         low = [r < 1 - epsilon and a < 0 for r, _, a in pairs]
         return low, [(r > 1 + epsilon_high and a > 0) or (r > cap and a < 0) for r, _, a in pairs]
@@ -187,11 +198,21 @@ def kl_terms(case: Case, x: Terms) -> Tensor:
 
 def token_weight(case: Case, length: int) -> float:
     """The column "average" of the table in docs/objectives/README.md, inside the sums."""
-    return 1 / length if case.loss in ("grpo", "sapo", "gmpo") else 1.0
+    return 1 / length if averaged_as(case) in ("grpo", "sapo", "gmpo") else 1.0
+
+
+def is_free_of_zeros(case: Case) -> bool:
+    """Whether a completion of advantage 0 has no gradient."""
+    return case.loss not in OWN or OWN[case.loss].free_of_zeros
+
+
+def averaged_as(case: Case) -> str:
+    """The loss itself, or one of the package that averages like a user's."""
+    return OWN[case.loss].average if case.loss in OWN else case.loss
 
 
 def denominator(case: Case, sequences: int, tokens: int, longest: int) -> float:
     """The same column, before the sums: over the minibatch, whatever is left out of the forward."""
-    if case.loss in ("grpo", "sapo", "gmpo", "luspo"):
+    if averaged_as(case) in ("grpo", "sapo", "gmpo", "luspo"):
         return sequences
-    return sequences * longest if case.loss == "dr_grpo" else tokens
+    return sequences * longest if averaged_as(case) == "dr_grpo" else tokens

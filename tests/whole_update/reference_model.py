@@ -3,62 +3,103 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from gspo_lightning.types import Prompt
 from tests.whole_update.case import Case
 
 Weights = dict[str, Tensor]
 
 
-def float64_norms() -> AbstractContextManager[Any]:
-    """Within it Llama's norm stays in float64; transformers casts its input to float32, whatever the model's dtype."""
-
-    def norm(self: Any, x: Tensor) -> Tensor:
-        return self.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    return patch.object(LlamaRMSNorm, "forward", norm)
-
-
 class Network:
-    """A causal language model in float64 as a function of its weights."""
+    """A causal language model in float64, which may see images, as a function of its weights."""
 
     def __init__(self, folder: Any) -> None:
-        # Not "eager", whose softmax transformers computes in float32.
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+        config = AutoConfig.from_pretrained(folder)
+        self.sees = hasattr(config, "vision_config")
+        kind: Any = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
+        # Not "eager", whose softmax transformers computes in float32, but for gpt-oss, which has no other.
+        attention = "eager" if config.model_type == "gpt_oss" else "sdpa"
+        self.model = kind.from_pretrained(folder, dtype=torch.float64, attn_implementation=attention)
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation("eager")  # the others have no float64
         self.model.eval()
         self.start: Weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.placeholders = [config.image_token_id, config.video_token_id] if self.sees else []
 
-    def log_distributions(self, weights: Weights, prompt: Tensor, completion: Tensor, temperature: float) -> Tensor:
-        """``(C, V)``: log-probabilities of every next token, from which each token of the completion is drawn."""
-        tokens = torch.cat([prompt, completion])[None]
-        logits = functional_call(self.model, weights, (tokens,), {"use_cache": False}).logits[0]
-        return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+    def log_distributions(
+        self, weights: Weights, prompt: Prompt, completion: Tensor, temperature: float, without: bool = False
+    ) -> Tensor:
+        """``(C, V)``: log-probabilities of every next token, from which each token of the completion is drawn.
+
+        ``without``: of a distribution in which no placeholder follows images, as padded rows have it.
+        """
+        tokens = torch.cat([prompt.input_ids, completion])[None]
+        media = dict(prompt.mm_inputs)
+        if media:
+            types = media["mm_token_type_ids"]
+            media["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(completion))])[None]
+        logits = functional_call(self.model, weights, (tokens,), {"use_cache": False, **media}).logits[0]
+        if without and media:
+            logits = logits.index_fill(1, torch.tensor(self.placeholders), -1e9)  # not infinite: its entropy is 0
+        return torch.log_softmax(logits[len(prompt.input_ids) - 1 : -1] / temperature, dim=-1)
+
+    def balance(self, weights: Weights, prompts: list[Prompt]) -> Tensor:
+        """The mean over prompts of ``E sum_e f_e p_e``, added over the layers (Switch Transformer, arXiv 2101.03961).
+
+        ``f_e`` are the expert's choices per token and ``p_e`` is the mean of its probability, over the prompt's tokens.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for prompt in prompts:
+            asked = {"use_cache": False, "output_router_logits": True}
+            output = functional_call(self.model, weights, (prompt.input_ids[None],), asked)
+            for logits in output.router_logits:
+                count, experts = logits.shape
+                chosen = logits.topk(self.model.config.num_experts_per_tok, dim=1).indices
+                for expert in range(experts):
+                    share = (chosen == expert).sum().item() / count
+                    total = total + experts * share * logits.softmax(dim=1)[:, expert].sum() / count
+        return total / len(prompts)
 
 
 class Trained:
     """The trained tensors, and the weights of the network that they make."""
 
-    def __init__(self, start: Weights, adapter: dict[str, tuple[Tensor, Tensor]] | None, scale: float) -> None:
-        self.start, self.scale, self.adapted = start, scale, list(adapter or ())
-        tensors = dict(start) if adapter is None else {}
+    def __init__(
+        self,
+        start: Weights,
+        adapter: dict[str, tuple[Tensor, Tensor]] | None,
+        scales: dict[str, float],
+        vision: str = "trained",
+    ) -> None:
+        self.start, self.scales, self.adapted = start, scales, list(adapter or ())
+        seeing = {name for name in start if name.startswith("model.visual.")}
+        own = {"frozen": start.keys() - seeing, "trained": start.keys(), "alone": seeing}[vision]
+        tensors = {name: value for name, value in start.items() if name in own} if adapter is None else {}
         for name, (a, b) in (adapter or {}).items():
             tensors[f"{name}:A"], tensors[f"{name}:B"] = a, b
         self.tensors = {name: value.detach().clone().requires_grad_() for name, value in tensors.items()}
 
     def weights(self) -> Weights:
-        """``W`` themselves, or with LoRA (arXiv 2106.09685) ``W + alpha / r B A``."""
+        """``W`` themselves, or with LoRA (arXiv 2106.09685) ``W + scale B A``."""
         if not self.adapted:
-            return dict(self.tensors)
-        change = {n: self.scale * self.tensors[f"{n}:B"] @ self.tensors[f"{n}:A"] for n in self.adapted}
+            return {**self.start, **self.tensors}
+        change = {name: self.scales[name] * self._product(name) for name in self.adapted}
         return {name: value + change[name] if name in change else value for name, value in self.start.items()}
+
+    def _product(self, name: str) -> Tensor:
+        """``B A``; of stacked experts one for each, whose rows are those of A in a row and of B in turns (peft)."""
+        a, b, shape = self.tensors[f"{name}:A"], self.tensors[f"{name}:B"], self.start[name].shape
+        if len(shape) != 3:
+            return b @ a
+        rank = len(a) // shape[0]
+        products = [b[:, e :: shape[0]] @ a[rank * e : rank * (e + 1)] for e in range(shape[0])]
+        return torch.stack([p if p.shape == shape[1:] else p.T for p in products])
 
 
 class Optimizer:

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.whole_update import product
 from tests.whole_update.case import Case
 from tests.whole_update.draw import draw
-from tests.whole_update.reference_model import Network, float64_norms
+from tests.whole_update.float64 import float64_layers
+from tests.whole_update.reference_model import Network
 from tests.whole_update.scripted_rollouts import scripted_stream
 
 RANKS = 2
@@ -33,7 +34,7 @@ def main() -> None:
     network = Network(folder)
     for seed in map(int, seeds):
         case = on_ranks(seed)
-        with float64_norms():
+        with float64_layers():
             stream = scripted_stream(case, network)
             module = product.prepared(folder, case)
             before = product.trained_tensors(module)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gspo_lightning.types import Completion, Dialogue, Prompt
 from tests.whole_update.case import Case
+from tests.whole_update.models import seen_prompt
 from tests.whole_update.reference_model import Network
 
 VOCABULARY = range(3, 90)
@@ -28,10 +29,11 @@ def scripted_stream(case: Case, network: Network) -> list[Prompt]:
 
 
 def _prompt(case: Case, random: Random, network: Network, number: int) -> Prompt:
-    tokens = torch.tensor(_draw(random, random.choice([1, 1, 3, 7, 12])))
+    uid, tokens = f"scripted:{number}", torch.tensor(_draw(random, random.choice([1, 1, 3, 7, 12])))
+    prompt = seen_prompt(case, uid, number) if network.sees else Prompt(uid, "", tokens, {})
     lengths = [random.choice([1, 1, 2, 5, 8, case.max_length]) for _ in range(case.generations)]
     alike = _draw(random, case.max_length)  # completions that begin alike have ties of entropies
-    completions = [_completion(case, random, network, tokens, n, alike) for n in lengths]
+    completions = [_completion(case, random, network, prompt, n, alike) for n in lengths]
     rewards = [_rewards(case, random) for _ in completions]
     if case.rewards == "random" and random.random() < 0.4:
         rewards = [[spaced, *own[1:]] for spaced, own in zip(SPACED, rewards, strict=False)]
@@ -40,7 +42,7 @@ def _prompt(case: Case, random: Random, network: Network, number: int) -> Prompt
     if case.turns == "rewarded" and random.random() < 0.4:
         completions = [_cancelling(c) for c in completions]
         rewards = [[-0.3, *rewards[0][1:]]] * len(rewards)
-    return Prompt(f"scripted:{number}", "", tokens, {"completions": completions, "rewards": rewards})
+    return replace(prompt, sample={"completions": completions, "rewards": rewards})
 
 
 def _draw(random: Random, count: int) -> list[int]:
@@ -48,14 +50,16 @@ def _draw(random: Random, count: int) -> list[int]:
 
 
 def _completion(
-    case: Case, random: Random, network: Network, prompt: Tensor, length: int, alike: list[int]
+    case: Case, random: Random, network: Network, prompt: Prompt, length: int, alike: list[int]
 ) -> Completion:
     """Unlikely tokens, shared ones, or the likeliest, whose ratios stay within the clip for longer."""
     kind = random.choice(["drawn", "drawn", "alike", "likeliest"])
     tokens = torch.tensor(alike[:length] if kind == "alike" else _draw(random, length))
     if kind == "likeliest":
         for t in range(length):
-            tokens[t] = int(_log_distributions(case, network, prompt, tokens)[t].argmax())
+            every = _log_distributions(case, network, prompt, tokens)[t]
+            # A placeholder that is sampled is an ordinary token, but not to the model's own forward.
+            tokens[t] = int(every.index_fill(0, torch.tensor(network.placeholders, dtype=torch.long), -1e9).argmax())
     exact = _log_distributions(case, network, prompt, tokens).gather(1, tokens[:, None])[:, 0]
     noise = random.choice([0.0, 0.05, 0.3])  # a sampler that is not the trainer
     reported = (exact + torch.tensor([random.gauss(0, noise) for _ in range(length)]).double()).float()
@@ -66,8 +70,8 @@ def _completion(
 
 
 @torch.no_grad()
-def _log_distributions(case: Case, network: Network, prompt: Tensor, tokens: Tensor) -> Tensor:
-    return network.log_distributions(network.start, prompt, tokens, case.temperature)
+def _log_distributions(case: Case, network: Network, prompt: Prompt, tokens: Tensor) -> Tensor:
+    return network.log_distributions(network.start, prompt, tokens, case.temperature, case.padded)
 
 
 def _dialogue(case: Case, random: Random, length: int) -> Dialogue | None:

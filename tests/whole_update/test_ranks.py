@@ -13,8 +13,8 @@ import torch
 from gspo_lightning.rollout.seeds import rollout_seed
 from tests.whole_update import product
 from tests.whole_update.case import Case
+from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
-from tests.whole_update.reference_model import float64_norms
 from tests.whole_update.run_ranks import on_ranks
 from tests.whole_update.scripted_rollouts import scripted_stream
 from tests.whole_update.test_whole_update import metric_differences, network_of, weight_differences
@@ -66,7 +66,7 @@ def on_two(micro_model_dir, tmp_path_factory):
 @pytest.mark.parametrize("seed", SEEDS, ids="seed-{}".format)
 def test_two_ranks_give_the_weights_and_metrics_of_the_equations(seed, on_two, micro_model_dir):
     case, found = on_ranks(seed), on_two[seed]
-    with float64_norms():
+    with float64_layers():
         network = network_of(micro_model_dir)
         trained = product.starting_point(case, network.start, found["before"])
         reference = Run(case, network, trained, scripted_stream(case, network))

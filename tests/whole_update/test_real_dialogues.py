@@ -21,8 +21,8 @@ from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.types import Completion, Dialogue, Prompt, Rollout
 from tests.whole_update import product
 from tests.whole_update.case import Case
+from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
-from tests.whole_update.reference_model import float64_norms
 from tests.whole_update.test_whole_update import metric_differences, network_of, weight_differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -77,7 +77,7 @@ class Recording:
 
 @pytest.mark.parametrize(("case", "templated"), CASES, ids=[f"{c.turns}-{c.loss}-{t}" for c, t in CASES])
 def test_the_environments_tokens_are_context_and_every_turn_has_its_return(case, templated, micro_model_dir):
-    with float64_norms():
+    with float64_layers():
         network, tokenizer = network_of(micro_model_dir), AutoTokenizer.from_pretrained(micro_model_dir)
         module = product.prepared(micro_model_dir, case)
         module.engine = engine = Recording(TransformersEngine(environments=Environments(Talks, MOST_TURNS)))

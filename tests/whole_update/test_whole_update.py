@@ -32,9 +32,10 @@ from gspo_lightning.rollout.seeds import rollout_seed
 from tests.whole_update import pairs, product
 from tests.whole_update.case import Case
 from tests.whole_update.draw import draw
+from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
 from tests.whole_update.reference_losses import SURROGATES
-from tests.whole_update.reference_model import Network, Weights, float64_norms
+from tests.whole_update.reference_model import Network, Weights
 from tests.whole_update.scripted_rollouts import scripted_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -228,7 +229,7 @@ def test_weights_and_metrics_are_those_of_the_equations_for_more_seeds(seed, mic
 @functools.cache
 def outcome(folder: Any, case: Case) -> Outcome:
     """Trains on both sides and compares after every rollout."""
-    with float64_norms():
+    with float64_layers():
         network = network_of(folder)
         stream = scripted_stream(case, network)
         module = product.prepared(folder, case)
