@@ -21,7 +21,7 @@ from tests.whole_update.test_whole_update import outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-SEEDS = (26, 34, 58, 75, 76, 81, 93, 96, 100)
+SEEDS = (26, 34, 36, 58, 75, 76, 81, 93, 96, 100)
 OWN_SEEDS = (13, 17, 27, 32, 35)
 MORE_SEEDS = range(120)
 MORE_OWN_SEEDS = range(40)

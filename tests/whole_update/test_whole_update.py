@@ -236,6 +236,7 @@ def outcome(folder: Any, case: Case) -> Outcome:
         assert product.contradictions(module, case) == []
         before = product.trained_tensors(module)
         recorder = product.train(module, case, stream)
+        assert module.policy is not None and module.policy.is_padded == case.padded, "it fell back"
         trained = product.starting_point(case, network.start, before)
         reference = Run(case, network, trained, stream)
         differences, metrics = [], []
