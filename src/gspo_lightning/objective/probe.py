@@ -13,7 +13,8 @@ from gspo_lightning.objective.ratios import importance_ratio
 if TYPE_CHECKING:
     from gspo_lightning.objective.objective import Objective
 
-_LOG_RATIOS, _LENGTHS = (0.3, -0.2, 0.0, 0.7), (1, 3)
+_LOG_RATIOS = (-4.0, 4.0, -1.0, 1.0, 0.3, -0.2, 0.0, 0.7, 0.05, -0.01)
+_LENGTHS = (1, 1, 1, 1, 3, 3)
 
 
 @torch.enable_grad()
@@ -32,7 +33,7 @@ def vanishes_without_advantage(objective: Objective) -> bool:
 
 
 def _inputs(objective: Objective) -> LossInputs:
-    """Two completions of advantage 0."""
+    """Completions of advantage 0, of tokens far from the old policy and near it."""
     old = torch.full((len(_LOG_RATIOS),), -1.5, dtype=torch.float64, device="cpu")
     logprobs = (old + old.new_tensor(_LOG_RATIOS)).requires_grad_()
     lengths = torch.tensor(_LENGTHS, device="cpu")
