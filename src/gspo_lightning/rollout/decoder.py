@@ -19,7 +19,7 @@ SPARE_TOKENS = 8
 """Tokens decoded in addition to those that a stop string can span: decoding may drop the first space of a text."""
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens forwarded at a time, unless one prompt is longer: more need more memory, and on CPUs more time."""
+"""Prompt tokens forwarded at a time, unless one prompt is longer: more need more memory and are no faster."""
 
 
 @dataclass
