@@ -77,7 +77,7 @@ def main(fd: int, parent: int) -> None:
 
 
 def answer(function: Callable[..., Any], pickled: bytes) -> bytes:
-    """Pickled: True and what the function returned, False and its error, or None and why it was not called.
+    """Pickled: True and what the function returned, False and its error, or None and what could not be sent.
 
     Neither this nor the trainer uses ``Connection.send``: there torch's pickling of tensors, whose memory the other
     process would ask for with a key that it lacks, takes the place of the ordinary one.
@@ -85,12 +85,20 @@ def answer(function: Callable[..., Any], pickled: bytes) -> bytes:
     try:
         arguments = pickle.loads(pickled)
     except BaseException as error:  # noqa: BLE001  (whatever a user's class raised is told)
-        return pickle.dumps((None, f"{type(error).__name__}: {error}"))
+        return pickle.dumps((None, f"what it is given cannot be read in another process ({_named(error)})"))
     try:
-        return pickle.dumps((True, function(*arguments)))
+        result = function(*arguments)
     except BaseException as error:  # noqa: BLE001  (SystemExit of the function must not look like a crash)
         traceback.print_exc()
-        return pickle.dumps((False, f"{type(error).__name__}: {error}"))
+        return pickle.dumps((False, _named(error)))
+    try:
+        return pickle.dumps((True, result))
+    except BaseException as error:  # noqa: BLE001  (as above)
+        return pickle.dumps((None, f"what it returned cannot be sent from another process ({_named(error)})"))
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

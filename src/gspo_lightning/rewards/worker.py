@@ -124,10 +124,10 @@ class Worker:
             ok, answer = pickle.loads(pickled)
         except Exception as error:  # whatever a user's class raised
             raise UserError(
-                f"what another process sent back cannot be read ({type(error).__name__}: {error}); {_HERE}"
+                f"what it returned cannot be read from another process ({type(error).__name__}: {error}); {_HERE}"
             ) from error
         if ok is None:
-            raise UserError(f"what it is given cannot be read in another process ({answer}); {_HERE}")
+            raise UserError(f"{answer}; {_HERE}")
         if not ok:
             raise WorkerError(answer)
         return answer
