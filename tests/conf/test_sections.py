@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from datetime import timedelta
 from multiprocessing import Pipe
@@ -136,7 +137,8 @@ def test_the_settings_of_an_update_are_refused_in_a_program_too():
 def test_a_limit_of_time_is_above_zero_and_read_before_anything_is_loaded():
     assert refusal("trainer.max_time={seconds:-1}") == "trainer.max_time={'seconds': -1} must be above 0"
     assert refusal("trainer.max_time='00:00:00:00'") == "trainer.max_time='00:00:00:00' must be above 0"
-    assert refusal("trainer.max_time={hour:1}").startswith("trainer.max_time={'hour': 1}: 'hour' is an invalid keyword")
+    # How the wrong name is described differs between versions of Python.
+    assert re.match("trainer.max_time={'hour': 1}: .*'hour'", refusal("trainer.max_time={hour:1}"))
     with pytest.raises(UserError, match="must be above 0"):
         TimeLimit(timedelta(seconds=-5))
     plain = resolved(*MICRO, "trainer.max_time={seconds:90}")

@@ -323,7 +323,7 @@ def test_a_placeholder_of_videos_written_in_the_text_is_refused(processor):
     with pytest.raises(UserError) as error:
         encode(processor, Image.new("RGB", (84, 84)), "and <|video_pad|>")
     assert str(error.value) == (
-        "row x: 1 video placeholders for 0 videos; give one video for each, and do not write <|video_pad|> in the text"
+        "row x: 1 video placeholder for 0 videos; give one video for each, and do not write <|video_pad|> in the text"
     )
 
 
@@ -415,7 +415,7 @@ def test_images_of_columns_stand_where_the_text_has_their_sign():
     with pytest.raises(UserError) as error:
         task("<image>what").train_row(0)
     assert str(error.value) == (
-        "rows row 0: the text has <image> 1 times for 2 images; write it once for each, or not at all, and the images "
+        "rows row 0: the text has <image> 1 time for 2 images; write it once for each, or not at all, and the images "
         "come before the text"
     )
 

@@ -42,6 +42,8 @@ _CLASSES = {
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Finds a class of an index, or a dtype; refuses everything else."""
+        if module == "pathlib._local":  # the same classes as Python 3.13 writes them, which others do not find there
+            module = "pathlib"
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
