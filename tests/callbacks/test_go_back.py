@@ -7,6 +7,7 @@ import csv
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from gspo_lightning.callbacks import RolloutCheckpoint, RunRecorder
 from gspo_lightning.callbacks.checkpoint_files import go_back
@@ -31,11 +32,19 @@ class KillIn(Callback):
             raise Killed
 
 
-def run(model, folder, ckpt_path=None, kill_in=0):
+class RestoresLate(SingleDeviceStrategy):
+    """Restores after its setup, as FSDP2 does."""
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
+def run(model, folder, ckpt_path=None, kill_in=0, **changes):
     """Six rollouts, saved every two; returns the weights, the steps of the rows and the bytes of the completions."""
     recorder, checkpoint = RunRecorder(folder), RolloutCheckpoint(folder / "checkpoints", 2, keep_last=3)
     module = build_module(model, Settings(rollouts=6))
-    runner = trainer(callbacks=[KillIn(kill_in), recorder, checkpoint])
+    runner = trainer(callbacks=[KillIn(kill_in), recorder, checkpoint], **changes)
     runner.fit(module, Batches(scripted_prompts(), 9).loader(), ckpt_path=ckpt_path, weights_only=True)
     with (folder / "metrics.csv").open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
@@ -63,6 +72,17 @@ def test_a_run_that_went_back_and_was_killed_goes_on_from_there_and_loses_no_rec
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
+@pytest.mark.parametrize("way", ["late", "by a link"])
+def test_a_run_goes_back_whenever_it_is_restored_and_by_whatever_path(way, micro_model_dir, tmp_path):
+    run(micro_model_dir, tmp_path)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    (tmp_path / "link").symlink_to(tmp_path)
+    folder, changes = (tmp_path, {"strategy": RestoresLate("cpu")}) if way == "late" else (tmp_path / "link", {})
+    with pytest.raises(Killed):
+        run(micro_model_dir, tmp_path, folder / "checkpoints" / "rollout-000002.ckpt", kill_in=3, **changes)
+    assert (done(last), done(last.with_name("previous.ckpt"))) == (2, 6)
+
+
 def test_a_run_without_a_rollout_left_leaves_its_checkpoints_as_they_are(micro_model_dir, tmp_path):
     """Callbacks such as `EMAWeightAveraging` put other weights into the module at the end."""
     run(micro_model_dir, tmp_path)
@@ -84,3 +104,11 @@ def test_the_one_that_a_run_goes_on_from_becomes_the_newest(name, kind, tmp_path
     texts = {p.name: (p / "rank0" if p.is_dir() else p).read_text() for p in tmp_path.iterdir()}
     last, previous = {"rollout-000002.ckpt": "24", "previous.ckpt": "33", "last.ckpt": "43"}[name]
     assert texts == {"last.ckpt": last, "previous.ckpt": previous, "rollout-000002.ckpt": "2"}
+
+
+def test_where_a_kill_has_left_only_the_previous_one_it_stays(tmp_path):
+    """A folder has no second name, so for a moment there is no ``last.ckpt``."""
+    for name in ("previous.ckpt", "rollout-000002.ckpt"):
+        (tmp_path / name).mkdir()
+    go_back(tmp_path / "last.ckpt", tmp_path / "rollout-000002.ckpt", tmp_path / "previous.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt", "rollout-000002.ckpt"]

@@ -24,8 +24,8 @@ def fails_on_all_ranks(engine: Any) -> bool:
 
 
 def _run_of(checkpoint: str | Path) -> Path:
-    """The folder of the run; links are not followed, as in `program.resume.run_folder`."""
-    return Path(os.path.abspath(checkpoint)).parent.parent
+    """The folder of the run, by whatever path; a link ``checkpoints`` is not followed, as in `resume.run_folder`."""
+    return Path(os.path.abspath(checkpoint)).parent.parent.resolve()
 
 
 class RolloutCheckpoint(L.Callback):
@@ -77,9 +77,13 @@ class RolloutCheckpoint(L.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Lets the recorder make an earlier checkpoint of this run, if it goes on from one, the newest."""
+        for recorder in (callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)):
+            recorder.before_cut = partial(self._go_back, trainer)
+
+    def _go_back(self, trainer: Any) -> None:
+        # The path is asked for only here: a strategy that restores after its setup (FSDP2) has none in on_fit_start.
         if trainer.ckpt_path is not None and _run_of(trainer.ckpt_path) == _run_of(self.last):
-            for recorder in (callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)):
-                recorder.before_cut = partial(go_back, self.last, Path(trainer.ckpt_path), self._previous)
+            go_back(self.last, Path(trainer.ckpt_path), self._previous)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses to stand before what writes the rows that a checkpoint counts, and to wait for validations in vain.

@@ -93,7 +93,7 @@ def go_back(path: Path, earlier: Path, previous: Path) -> None:
     """
     if path.exists() and path.samefile(earlier):
         return
-    if not (previous.exists() and previous.samefile(earlier)):
+    if path.exists() and not (previous.exists() and previous.samefile(earlier)):
         _keep(path, previous)
     keep_copy(earlier, path)
 
