@@ -17,6 +17,7 @@ from gspo_lightning.config.hardware import busy_tokens, token_budget
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.training import rollout_update
 from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.training.run_state import restore_run_state, run_state
 from gspo_lightning.training.update import UpdateSettings, minibatch_order, split_minibatches
@@ -109,6 +110,24 @@ def test_a_minibatch_without_signal_takes_no_step_whether_or_not_it_is_forwarded
     assert steps == ([(4, 0)] * 2 if more else [(2, 2)] * 2)
     assert relative_distance(kept, dropped) < 1e-7
     assert full.last_metrics["grad_norm"] == pytest.approx(lean.last_metrics["grad_norm"], rel=1e-9)
+
+
+def squared(x):
+    return -x.ratio * x.advantages + x.log_ratio.square()
+
+
+def test_ranks_ask_each_other_as_often_whatever_each_finds_of_a_loss(micro_model_dir, monkeypatch):
+    """One that draws at random may seem to have a gradient at advantage 0 on one rank alone."""
+    asked = []
+    monkeypatch.setattr(rollout_update, "global_max", lambda value, device: asked.append(value) or value)
+
+    def times(loss):
+        asked.clear()
+        settings = Settings(objective={"loss_type": loss}, update={"num_minibatches": 2, "keep_zero_advantage": True})
+        update_of(micro_model_dir, settings)
+        return len(asked)
+
+    assert times("grpo") == times(squared) == 4
 
 
 def test_with_a_kl_term_no_group_is_dropped(micro_model_dir):

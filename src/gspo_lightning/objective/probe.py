@@ -29,7 +29,8 @@ def vanishes_without_advantage(objective: Objective) -> bool:
     if not isinstance(losses, Tensor) or not losses.requires_grad:
         return True  # refused when it is called
     (gradient,) = torch.autograd.grad(losses.sum(), x.logprobs, allow_unused=True, materialize_grads=True)
-    return not gradient.any()
+    # NaN, of a loss that divides by the advantage, would make the step's gradient NaN too: such completions stay out.
+    return not gradient.nan_to_num(nan=0.0).any()
 
 
 def _inputs(objective: Objective) -> LossInputs:

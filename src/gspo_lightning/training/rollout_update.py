@@ -158,10 +158,12 @@ class RolloutUpdate:
         """Whether anything forwarded on any rank can have a gradient. If not, the step is skipped: with momentum a zero
         gradient moves the weights too."""
         module = self.module
-        if not (module.update_settings.keep_zero_advantage and self.passes.objective.zero_advantage_is_free):
+        if not module.update_settings.keep_zero_advantage:
             return True  # completions that cannot have one are left out
         members = ((part.group, number) for plan in minibatch.plan for part in plan for number in part.completions)
         signal = not all(self.scored.has_zero_advantage(group, number) for group, number in members)
+        # No reason to return at once: of a loss that draws at random ranks may find different things, and all must ask.
+        signal = signal or not self.passes.objective.zero_advantage_is_free
         return bool(global_max(int(signal or module.has_auxiliary_loss), module.device))
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
