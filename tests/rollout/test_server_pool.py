@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import threading
 import time
+from concurrent.futures import wait
+from types import SimpleNamespace
 
 import pytest
 
+from gspo_lightning.rollout import server_pool
 from gspo_lightning.rollout.engine import EngineUnavailableError, WeightSyncError
 from gspo_lightning.rollout.http_client import Server, ServerError
 from gspo_lightning.rollout.server_pool import Patience, ServerPool
@@ -67,6 +70,30 @@ def test_a_job_that_follows_another_waits_for_no_third_and_goes_to_the_same_serv
     (later,) = {url for url, job in asked if job == 2}
     jobs = [job for url, job in asked if url == later]
     assert jobs[jobs.index(2) :][:4] == [2, 12, 22, 32]
+
+
+def test_the_time_in_which_a_next_job_is_made_is_no_wait_for_a_server(monkeypatch):
+    """It is that of environments. Here the only server failed in it, and could not be tried again."""
+    failed, later = [], [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[0], sleep=time.sleep)
+    monkeypatch.setattr(server_pool, "time", clock)
+
+    def finished(run):
+        return sorted(wait(run.futures).done, key=lambda future: run.futures[future][1] or 0) if run.futures else []
+
+    monkeypatch.setattr(server_pool._Run, "_finished", finished)
+
+    def work(server, job):
+        if job == 1 and not failed:
+            failed.append(job)
+            raise ServerError("down")
+        return job
+
+    def next_of(number, result):
+        later[0] += 1000.0
+
+    pool = ServerPool(servers(1), lambda server: None, lambda server, value: None, Patience(pause_s=0.01))
+    assert pool.run([0, 1], work, next_of) == [0, 1] and failed
 
 
 def test_a_job_that_follows_another_goes_to_a_third_server_only_if_its_own_has_failed():

@@ -192,7 +192,9 @@ class _Run(Generic[Job, Result]):
             self._take(member, job, value)
 
     def _take(self, member: Member, job: int, value: Result) -> None:
+        before = time.monotonic()
         following = None if self.next_of is None else self.next_of(job, value)
+        self.last_ready += time.monotonic() - before  # no server could be tried meanwhile
         if following is None:
             self.done[job] = value
             return
