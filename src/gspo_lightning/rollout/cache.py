@@ -33,15 +33,21 @@ class PrefillCache(Cache):
         return key_states, value_states
 
 
-def joined(parts: list[PrefillCache]) -> PrefillCache:
-    """One cache of the tokens of all parts, in order; the parts are emptied, layer by layer."""
-    whole = parts.pop(0)
-    for layer, (keys, values) in enumerate(whole.states if parts else []):
-        others = [part.states.pop(0) for part in parts]
-        whole.states[layer] = (
-            torch.cat([keys, *(more for more, _ in others)], dim=2),
-            torch.cat([values, *(more for _, more in others)], dim=2),
+def joined(parts: Sequence[PrefillCache], tokens: Sequence[int]) -> PrefillCache:
+    """One cache of the tokens of all parts, in order; the parts are emptied, layer by layer.
+
+    Args:
+        parts: at least one; each may end with filler, which is left out between them.
+        tokens: how many each part has without filler.
+    """
+    whole, *others = parts
+    for layer in range(len(whole.states) if others else 0):
+        states = [whole.states[layer], *(part.states.pop(0) for part in others)]
+        keys, values = (
+            torch.cat([x[:, :, :count] for x, count in zip(kind, tokens, strict=True)], dim=2)
+            for kind in zip(*states, strict=True)
         )
+        whole.states[layer] = (keys, values)
     return whole
 
 

@@ -68,8 +68,10 @@ class Decoder:
 
     def _prefill(self) -> tuple[Tensor, DecodingCache, Tensor]:
         """Forwards the unique prompts; returns last hidden states, cache and positions per row."""
-        parts = [self._forwarded(part) for part in _in_parts(self.prompts)]
-        hidden, prefill = torch.cat([last for last, _ in parts]), joined([cache for _, cache in parts])
+        parts = _in_parts(self.prompts)
+        ends, caches = zip(*map(self._forwarded, parts), strict=True)
+        hidden = torch.cat(ends)
+        prefill = joined(caches, [sum(len(prompt.input_ids) for prompt in part) for part in parts])
         lengths, count = [len(prompt.input_ids) for prompt in self.prompts], self.sampling.num_generations
         cache = cache_of(self.policy, prefill, lengths, count, self.sampling.max_completion_length)
         positions = self.policy.last_positions(self.prompts)
