@@ -24,8 +24,8 @@ INDEX = ".metadata"
 REST = "meta.pt"
 """File in which Lightning keeps everything but weights and optimizer states."""
 _CLASSES = {
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
+    # Python 3.13 has them in a module of another name, which torch could not load in an older one.
+    *((module, name) for module in ("pathlib", Path.__module__) for name in ("PosixPath", "WindowsPath")),
     ("torch", "Size"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
@@ -42,8 +42,6 @@ _CLASSES = {
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Finds a class of an index, or a dtype; refuses everything else."""
-        if module == "pathlib._local":  # the same classes as Python 3.13 writes them, which others do not find there
-            module = "pathlib"
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
