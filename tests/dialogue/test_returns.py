@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.callbacks.recorder import completion_entries, to_json
+from gspo_lightning.callbacks.recorder import completion_entries
+from gspo_lightning.callbacks.strict_json import to_json
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
 from gspo_lightning.training.rollout_collection import compare

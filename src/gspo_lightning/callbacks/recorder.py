@@ -6,10 +6,7 @@ never behind. A resumed run takes over exactly the rows its checkpoint knows: no
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import shutil
 import time
 import warnings
@@ -23,13 +20,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from gspo_lightning.callbacks.files import Place, copy_prefix, flush_to_disk, remove, replace_file
 from gspo_lightning.callbacks.metrics_table import MetricsTable
 from gspo_lightning.callbacks.own_values import own_values
+from gspo_lightning.callbacks.strict_json import to_json
 from gspo_lightning.distributed.ranks import gather_text
 from gspo_lightning.types import ScoredRollout
 
 BEFORE, AFTER, SUMMARY = "validation_before.json", "validation_after.json", "summary.json"
-
-# The image itself: base64, possibly with its signs written as %3B and %2C. A completion may begin with "data:" too.
-_ADDRESS = re.compile(r"(data:[\w.+/-]{0,80})[^,\s]{0,80}(?:;|%3b)base64(?:,|%2c)", re.IGNORECASE)
 
 
 class RunRecorder(L.Callback):
@@ -275,30 +270,3 @@ def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -
                 logprobs = completion.sampler_logprobs.tolist()
                 entries[-1] |= {"token_ids": completion.token_ids.tolist(), "sampler_logprobs": logprobs}
     return entries
-
-
-def to_json(content: Any, indent: int | None = None) -> str:
-    """Strict JSON: non-finite numbers become null, and objects that JSON cannot hold (an image) become their type.
-
-    In a single line, of which a run writes one per completion, long images in base64 (``data:`` addresses) become
-    their kind and length; with ``indent`` they stay, for the thumbnails of the report.
-    """
-    return json.dumps(_plain(content, indent is None), ensure_ascii=False, indent=indent, allow_nan=False)
-
-
-def _plain(value: Any, short: bool) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item, short) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, short) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return _short_address(value) if short else value
-    return value if value is None or isinstance(value, int) else f"<{type(value).__name__}>"
-
-
-def _short_address(text: str) -> str:
-    """``<data:image/png, N characters>`` for a long ``data:`` address; any other text as it is."""
-    found = _ADDRESS.match(text) if len(text) > 200 else None
-    return text if found is None else f"<{found[1]}, {len(text)} characters>"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.callbacks.files import replace_file
-from gspo_lightning.callbacks.recorder import to_json
+from gspo_lightning.callbacks.strict_json import to_json
 from gspo_lightning.program.redact import redacted
 from gspo_lightning.report.machine import machine_facts
 
