@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks import processor
 from gspo_lightning.data import LargestOfFour
 from gspo_lightning.rewards import last_integer
 
@@ -50,8 +51,8 @@ def main() -> None:
     rows = [task.train_row(index) for index in range(rollouts * PROMPTS)]
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
-            output_dir=out, seed=seed, use_cpu=True, bf16=True, report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=2e-5,
+            output_dir=out, seed=seed, use_cpu=True, bf16=processor.multiplies_bfloat16(), report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused", learning_rate=2e-5,
             adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant",
             per_device_train_batch_size=PROMPTS * GENERATIONS // MINIBATCHES, gradient_accumulation_steps=1,
             steps_per_generation=MINIBATCHES, num_generations=GENERATIONS, gradient_checkpointing=False,

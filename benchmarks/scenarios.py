@@ -7,8 +7,10 @@ them would give the two sides completions of different lengths.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from benchmarks import processor
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Scenario:
             "prompt": [{"role": "user", "content": message}],
             "silent": index % self.prompts < self.silent_groups,
         }
+
+    def on_this_processor(self) -> Scenario:
+        """As ``trainer.precision=auto`` would train it here: in float32 where the processor has no units for bfloat16,
+        and then without bars."""
+        slow = self.precision == "bf16" and not processor.multiplies_bfloat16()
+        return replace(self, precision="fp32", bars=None) if slow else self
 
     def as_dict(self) -> dict[str, Any]:
         """For the worker processes."""

@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit(run_guard(model, arguments))
     results = earlier(arguments.out, arguments.threads)
     for name in arguments.scenarios:
-        scenario = SCENARIOS[name]
+        scenario = SCENARIOS[name].on_this_processor()
         rates = [matmul_rate(scenario.precision, arguments.threads)]
         rounds: dict[str, list[Result]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
@@ -96,7 +96,7 @@ def run_guard(model: str, arguments: argparse.Namespace) -> int:
     """The exit code of ``--check`` and ``--write-baseline``."""
 
     def measure(side: str) -> Result:
-        return run(side, sys.executable, GUARD, model, 2, threads=1)
+        return run(side, sys.executable, GUARD.on_this_processor(), model, 2, threads=1)
 
     if arguments.write_baseline:
         guard.write_baseline(measure, processor.units())

@@ -2,7 +2,8 @@
 
 python scripts/growth.py [--threads 1] [--out benchmarks/growth.json]
 
-Each point is a fresh process: two steps of warm-up, two that count, bfloat16, forced lengths. A token is unique if it
+Each point is a fresh process: two steps of warm-up, two that count, forced lengths, bfloat16 where the
+processor multiplies it. A token is unique if it
 has to be computed at all: each prompt once, each completion token once.
 """
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 def point(name: str, value: int, model: str, threads: int) -> Point:
     """Medians of one setting, in CPU seconds and GiB."""
-    scenario = replace(BASE, **{name: value})  # type: ignore[arg-type]
+    scenario = replace(BASE, **{name: value}).on_this_processor()  # type: ignore[arg-type]
     result = run("ours", sys.executable, scenario, model, 2, threads)
     prompt = scenario.prompts * scenario.prompt_tokens
     sampled = scenario.prompts * scenario.generations * scenario.completion_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import lightning
@@ -270,3 +271,36 @@ def test_precision_is_chosen_for_the_machine(available, accelerator, expected, m
         ]
         == expected
     )
+
+
+@pytest.mark.parametrize(
+    ("available", "overrides", "expected"),
+    [
+        (True, ["trainer.precision=bf16-mixed"], []),
+        (False, [], []),
+        (False, ["trainer.precision=bf16-mixed"], ["trainer.precision=bf16-mixed"]),
+        (
+            False,
+            ["trainer.precision=bf16-true", "model.dtype=bfloat16", "lora=language"],
+            ["trainer.precision=bf16-true", "model.dtype=bfloat16"],
+        ),
+    ],
+)
+def test_bfloat16_on_a_cpu_without_units_for_it_is_said_to_be_slow(available, overrides, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: available)
+    plain = resolved("experiment=micro", *overrides)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checks.check(plain)
+    lines = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
+    assert [line.split(": ")[0] for line in lines] == expected
+    fast = {"trainer.precision": "32-true", "model.dtype": "float32"}
+    for line, setting in zip(lines, expected, strict=True):
+        key = setting.split("=")[0]
+        assert line.endswith(f"take up to 100 times as long as with {key}={fast[key]}")
+    # A GPU has them.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hardware.warn_of_slow_products({**plain, "trainer": {**plain["trainer"], "accelerator": "cuda"}})

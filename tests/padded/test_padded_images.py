@@ -141,7 +141,8 @@ def test_log_probabilities_and_gradients_are_those_of_every_sequence_alone(polic
     policy.zero_grad()
     expected = torch.cat([alone(policy.base_model, p, c) for p, own in groups for c in own])
     (expected @ weights).backward()
-    assert relative_distance(logprobs, expected) < 1e-9
+    # transformers rounds rotary cosines to float32, differently in the middle and at the end of a row on some processors.
+    assert relative_distance(logprobs, expected) < 1e-7
     assert relative_distance(ours, flat_gradient(policy.base_model.get_decoder())) < 1e-6
     assert entropy.isfinite().all() and entropy.min() > 0
 

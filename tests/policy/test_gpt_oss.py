@@ -73,7 +73,7 @@ def eager(policy, lora):
     adapted = add_lora(model, lora, False)
     generator = torch.Generator().manual_seed(0)
     drawn = {
-        name: 0.1 * torch.randn(p.shape, generator=generator)
+        name: 0.03 * torch.randn(p.shape, generator=generator)
         for name, p in adapted.named_parameters()
         if p.requires_grad
     }

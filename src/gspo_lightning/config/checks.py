@@ -9,7 +9,7 @@ from gspo_lightning.advantages import check_combination, check_group
 from gspo_lightning.config.build import build, check_trainer, time_limits
 from gspo_lightning.config.devices import check_devices, check_sharding, is_sharded
 from gspo_lightning.config.effects import check_best, check_training, no_effect
-from gspo_lightning.config.hardware import on_gpu, ranks
+from gspo_lightning.config.hardware import on_gpu, ranks, warn_of_slow_products
 from gspo_lightning.config.optimizer import check_optimizer, check_schedule
 from gspo_lightning.config.own_module import check_module
 from gspo_lightning.config.targets import check_targets
@@ -59,6 +59,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _check_environment(plain)
     _check_callbacks(plain)
     _report(plain)
+    warn_of_slow_products(plain)
     if training:
         check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
         check_schedule(plain)
