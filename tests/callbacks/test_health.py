@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import lightning as L
@@ -20,12 +21,12 @@ GOOD = {
 
 
 def series(**changes):
-    """15 good rollouts in which some metrics take other values, last ones first given."""
+    """15 good rollouts, of which the last have other values of some metrics; NaN: a metric is missing."""
     rows = [dict(GOOD) for _ in range(15)]
     for name, values in changes.items():
         for row, value in zip(rows[-len(values) :], values, strict=True):
             row[name.replace("__", "/")] = value
-    return rows
+    return [{name: value for name, value in row.items() if value == value} for row in rows]
 
 
 def found(rows, clip=(0.97, 1.04), by_sequence=True, patience=3):
@@ -39,9 +40,9 @@ def found(rows, clip=(0.97, 1.04), by_sequence=True, patience=3):
 CASES = {
     "noise_floor": ({"gspo__ratio_noise_floor": [0.0151]}, 15, "objective.epsilon"),
     "clip_never_acts": (
-        {"clip_frac_low": [0.0] * 3, "clip_frac_high": [0.0] * 3},
+        {"clip_frac_low": [math.nan] * 12 + [0.0] * 3, "clip_frac_high": [math.nan] * 12 + [0.0] * 3},
         15,
-        "ratio/p99=1.02 lie inside [0.97, 1.04]",
+        "no ratio was clipped in 3 rollouts: ratio/p1=0.98 and ratio/p99=1.02 lie inside [0.97, 1.04]",
     ),
     "clip_takes_most": ({"clip_frac_low": [0.3] * 3, "clip_frac_high": [0.3] * 3}, 15, "optimizer.lr"),
     "no_signal": ({"silent_frac": [1.0] * 3}, 15, "reward/mean=0.5"),
@@ -72,8 +73,9 @@ def test_said_when_it_begins_with_a_remedy(name):
     "changes",
     [
         {"gspo__ratio_noise_floor": [0.0149]},
-        {"clip_frac_low": [0.0] * 2, "clip_frac_high": [0.0] * 2},
-        {"clip_frac_low": [0.0] * 3},
+        {"clip_frac_low": [math.nan] * 13 + [0.0] * 2, "clip_frac_high": [math.nan] * 13 + [0.0] * 2},
+        {"clip_frac_low": [0.0] * 15},
+        {"clip_frac_low": [0.0] * 14, "clip_frac_high": [0.0] * 14},
         {"silent_frac": [1.0, 0.9, 1.0]},
         {"reward__mean": [0.1] * 7 + [0.9] * 5 + [0.6] * 3},
         {"entropy": [0.11]},
@@ -109,7 +111,7 @@ def test_the_noise_floor_is_of_sequence_ratios_and_clips_alone():
 
 def test_a_cap_from_above_alone_is_not_missed_where_it_does_not_act():
     never = series(clip_frac_low=[0.0] * 15, clip_frac_high=[0.0] * 15)
-    assert [name for _, name, _ in found(never)] == ["clip_never_acts"]
+    assert [(end, name) for end, name, _ in found(never)] == [(3, "clip_never_acts")]
     assert found(never, clip=(0.0, 5.0)) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_a_validation_is_one_line_and_other_ranks_are_silent(capsys):
     assert capsys.readouterr().out == "held-out after 3 rollouts  accuracy 0.250  sampled accuracy 0.125\n"
     line.on_validation_end(TRAINER, module.at(1))
     assert capsys.readouterr().out.startswith("held-out after 1 rollout  accuracy ")
+
+
+def test_validations_before_and_behind_all_rollouts_say_that_they_begin(capsys):
+    line, module = ProgressLine(), FakeModule(total=8)
+    said = []
+    for trainer in (TRAINER, OTHER_RANK, SimpleNamespace(is_global_zero=True, sanity_checking=True)):
+        for done in (0, 4, 8):
+            line.on_validation_start(trainer, module.at(done))
+            said.append(capsys.readouterr().out)
+    assert said == ["measuring on held-out prompts\n", "", "measuring on held-out prompts\n", *[""] * 6]
 
 
 @pytest.mark.parametrize("how", ["end", "exception"])

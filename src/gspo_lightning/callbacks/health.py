@@ -61,12 +61,15 @@ def noise_floor(facts: Facts) -> str | None:
 
 
 def clip_never_acts(facts: Facts) -> str | None:
-    """Warns if no ratio was clipped for a while. An upper cap alone is a guard that is not meant to act."""
-    low, high = facts.recent("clip_frac_low"), facts.recent("clip_frac_high")
-    if facts.clip is None or facts.clip[0] <= 0 or low is None or high is None or any(low) or any(high):
+    """Warns if no ratio has ever been clipped: later, as the task is learnt, few completions are left to clip. An upper
+    cap alone is a guard that is not meant to act."""
+    if facts.clip is None or facts.clip[0] <= 0 or facts.recent("clip_frac_low") is None:
+        return None
+    clipped = [row["clip_frac_low"] + row["clip_frac_high"] for row in facts.rows if "clip_frac_low" in row]
+    if any(clipped):
         return None
     return (
-        f"no ratio was clipped in {counted(facts.patience, 'rollout')}: ratio/p1={facts.last('ratio/p1'):.4g} and "
+        f"no ratio was clipped in {counted(len(clipped), 'rollout')}: ratio/p1={facts.last('ratio/p1'):.4g} and "
         f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [{facts.clip[0]:g}, {facts.clip[1]:g}]; narrow "
         "objective.epsilon_high (and epsilon, where the loss reads it) if the clip is to act"
     )

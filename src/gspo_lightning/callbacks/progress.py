@@ -60,6 +60,12 @@ class ProgressLine(L.Callback):
         elif trainer.is_global_zero and (done % self.every_n_rollouts == 0 or done >= total):
             print(f"rollout {done}/{total}  {describe(pl_module.last_metrics, left_s)}", flush=True)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Says that the validation before or behind all rollouts has begun: it may take as long as several of them."""
+        outside = pl_module.rollouts_done in (0, pl_module.max_rollouts)
+        if outside and trainer.is_global_zero and not trainer.sanity_checking:
+            self._print("measuring on held-out prompts")
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Prints one line with the accuracies."""
         if not trainer.is_global_zero or trainer.sanity_checking:
@@ -68,11 +74,7 @@ class ProgressLine(L.Callback):
             f"{name.removeprefix('val/').replace('_', ' ')} {value:.3f}"
             for name, value in pl_module.last_validation.items()
         )
-        line = f"held-out after {counted(pl_module.rollouts_done, 'rollout')}  {values}"
-        if self._progress is not None:
-            self._progress.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, flush=True)
+        self._print(f"held-out after {counted(pl_module.rollouts_done, 'rollout')}  {values}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Closes the bar."""
@@ -81,6 +83,12 @@ class ProgressLine(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Closes the bar, so that the error is printed below it."""
         self._close()
+
+    def _print(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
 
     def _close(self) -> None:
         if self._progress is not None:
