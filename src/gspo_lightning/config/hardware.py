@@ -55,7 +55,7 @@ def choose_precision(precision: str, accelerator: str) -> str:
 
 def warn_of_slow_products(plain: dict[str, Any]) -> None:
     """Says that a CPU without units for bfloat16 was asked for products in it: torch takes a hundred times as long for
-    them as in float32 on one with AVX2 alone (0.8 against 85 GFLOP/s on two cores of an AMD Zen 3)."""
+    them as in float32 on one with AVX2 alone (docs/performance.md)."""
     if on_gpu(plain["trainer"]["accelerator"]) or cpu_has_bf16():
         return
     precision, dtype = str(plain["trainer"]["precision"]), plain["model"]["dtype"]
