@@ -10,18 +10,32 @@ from tests.whole_update.case import Case
 from tests.whole_update.draw import draw
 from tests.whole_update.models import KINDS, MIXTURES, SEEING
 from tests.whole_update.own_losses import OWN
+from tests.whole_update.padded_models import PADDED
 
 
 def draw_model(seed: int) -> Case:
     """The case of a seed on another model, which is smaller where rows with images are long."""
     case, random = draw(seed), Random(f"model {seed}")
-    case = replace(case, model=random.choice(KINDS), lora=case.lora or (case.ref_sync_every == 0 and seed % 5 == 0))
+    case = _of(case, random.choice(KINDS))
     if case.model in SEEING:
         case = replace(
             case, vision=random.choice(["frozen", "trained"] if case.lora else ["frozen", "trained", "alone"])
         )
     if case.model in MIXTURES:
         case = replace(case, balance=random.choice([0.0, 0.0, 0.05]))
+    return _smaller(case)
+
+
+def draw_padded(seed: int) -> Case:
+    """The case of a seed on a model that always runs padded, whose half that sees is never trained."""
+    return _smaller(replace(_of(draw(seed), Random(f"padded {seed}").choice(PADDED)), padded=True))
+
+
+def _of(case: Case, model: str) -> Case:
+    return replace(case, model=model, lora=case.lora or (case.ref_sync_every == 0 and case.seed % 5 == 0))
+
+
+def _smaller(case: Case) -> Case:
     if case.max_grad_norm == math.inf:  # deeper models amplify a step more
         case = replace(case, max_grad_norm=1.0)
     limit = {"prompts": max(case.minibatches, 2), "generations": 3, "rollouts": 2, "iterations": 2}

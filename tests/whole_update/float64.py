@@ -1,4 +1,4 @@
-"""What transformers computes in float32 whatever a model's dtype, in float64: norms, routers, the rotation of patches."""
+"""What transformers computes in float32 whatever a model's dtype, in float64: norms, routers, rotations, softmax."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ NORMS = {
     "mixtral": "MixtralRMSNorm",
     "gpt_oss": "GptOssRMSNorm",
 }
+GEMMA_NORMS = {"gemma": "GemmaRMSNorm", "gemma3": "Gemma3RMSNorm"}
 ROUTERS = {"qwen3_moe": "Qwen3MoeTopKRouter", "mixtral": "MixtralTopKRouter"}
 TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -30,10 +31,13 @@ def float64_layers() -> Iterator[None]:
     with ExitStack() as stack:
         for family, name in NORMS.items():
             stack.enter_context(patch.object(getattr(_module(family), name), "forward", _norm))
+        for family, name in GEMMA_NORMS.items():
+            stack.enter_context(patch.object(getattr(_module(family), name), "forward", _gemma_norm))
         for family, name in ROUTERS.items():
             stack.enter_context(patch.object(getattr(_module(family), name), "forward", _router))
         for family in TOWERS:
             stack.enter_context(patch.object(_module(family), "apply_rotary_pos_emb_vision", _rotated))
+        stack.enter_context(patch.object(nn.functional, "softmax", _softmax))
         yield
 
 
@@ -43,6 +47,15 @@ def _module(family: str) -> Any:
 
 def _norm(self: Any, x: Tensor) -> Tensor:
     return self.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def _gemma_norm(self: Any, x: Tensor) -> Tensor:
+    return (1 + self.weight) * x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
+
+
+def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Of "eager" attention, which asks for float32."""
+    return torch.softmax(x, dim)
 
 
 def _router(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,12 +16,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gspo_lightning.policy.micro import build_micro_tokenizer
 from gspo_lightning.types import Prompt
 from tests.vision.models import FAMILIES, VOCABULARY, image_prompt, vision_model
 from tests.whole_update.case import Case
+from tests.whole_update.padded_models import PADDED, padded_model, padded_prompt
 
 SEEING = tuple(FAMILIES)
 MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss")
@@ -43,7 +43,9 @@ def build(kind: str, folder: Path) -> None:
     build_micro_tokenizer().save_pretrained(folder)
     if kind in SEEING:
         vision_model(kind).save_pretrained(folder)
-        Qwen2VLImageProcessorPil().save_pretrained(folder)
+        return
+    if kind in PADDED:
+        padded_model(kind).save_pretrained(folder)
         return
     torch.manual_seed(0)
     model = _mixture(kind)
@@ -78,6 +80,8 @@ def _mixture(kind: str) -> Any:
 def seen_prompt(case: Case, uid: str, number: int) -> Prompt:
     """Text with no image, with one, with several of different sizes, or with a video; drawn apart from all else."""
     random = Random(f"images {case.seed} {number}")
+    if case.model in PADDED:
+        return padded_prompt(case.model, uid, random)
     sizes = [(2, 2), (2, 4), (4, 2), (4, 6)]
     video = (1 if case.model == "qwen3_vl" else 2, 4, 2)  # Qwen3-VL writes a time stamp before every frame
     parts: list[Any] = [random.choice([1, 3])]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.distributed.ranks import rank, world_size
+from gspo_lightning.distributed.ranks import rank, whole, world_size
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Finding, Objective, check_objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
@@ -32,6 +32,7 @@ from gspo_lightning.types import Prompt, PromptBatch, SamplingParams
 from tests.scripted import ScriptedEngine, ScriptedSource, trainer
 from tests.whole_update.case import Case
 from tests.whole_update.own_losses import OWN
+from tests.whole_update.padded_models import PADDED
 from tests.whole_update.reference_advantages import OVERLONG, TARGET
 from tests.whole_update.reference_model import Optimizer, Trained
 
@@ -126,24 +127,37 @@ def trained_tensors(module: GSPOModule) -> dict[str, Tensor]:
             path, _, side = name.removesuffix(".default.weight").rpartition(".lora_")
             if path:
                 name = f"{path}.{adapted[path]}:{side}".replace(".base_layer", "")
-            found[name.removeprefix("model.").removeprefix("base_model.model.")] = parameter.detach().clone()
+            found[name.removeprefix("model.").removeprefix("base_model.model.")] = whole(parameter.detach()).clone()
     return found
 
 
+class Loader(PolicyLoader):
+    """Reads no processor, for prompts are scripted, and gives an adapter random values, as one that is trained has."""
+
+    def as_policy(self, *model: Any, **settings: Any) -> Policy:
+        with patch("gspo_lightning.policy.load.load_processor"):
+            return super().as_policy(*model, **settings)
+
+    def load(self) -> Policy:
+        policy, generator = super().load(), torch.Generator().manual_seed(5)
+        if self.lora is not None:
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        return policy
+
+
 def prepared(folder: Any, case: Case) -> GSPOModule:
-    """The module with its policy; an adapter is given random values, as one that is trained has."""
+    """The module with its policy."""
     module = build(folder, case)
     module.configure_model()
     assert module.policy is not None
-    if case.padded:  # not `Policy.fall_back`, whose attention transformers computes in float32
+    if (
+        case.padded and case.model not in PADDED
+    ):  # not `Policy.fall_back`, whose attention transformers computes in float32
         for policy in (module.policy, *module.references):
             policy.is_padded = True
             policy.base_model.set_attn_implementation("eager" if case.model == "gpt_oss" else "sdpa")
-    generator = torch.Generator().manual_seed(5)
-    if case.lora:
-        for parameter in module.policy.parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return module
 
 
@@ -226,7 +240,7 @@ def build(folder: Any, case: Case) -> GSPOModule:
     """The settings of the case as the package takes them."""
     lora = LoraSettings(r=RANK, alpha=ALPHA, use_rslora=case.rslora) if case.lora else None
     module = (WithPenalty if case.auxiliary or case.balance else GSPOModule)(
-        policy_loader=PolicyLoader(
+        policy_loader=Loader(
             str(folder),
             dtype="float64",
             lora=lora,

@@ -15,6 +15,11 @@ from tests.whole_update.case import Case
 
 Weights = dict[str, Tensor]
 
+SEEING = tuple(
+    f"model.{part}." for part in ("visual", "vision_tower", "multi_modal_projector", "vision_model", "connector")
+)
+"""Beginnings of the names of the half that sees."""
+
 
 class Network:
     """A causal language model in float64, which may see images, as a function of its weights."""
@@ -30,7 +35,10 @@ class Network:
             self.model.set_experts_implementation("eager")  # the others have no float64
         self.model.eval()
         self.start: Weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.placeholders = [config.image_token_id, config.video_token_id] if self.sees else []
+        kinds = ("image_token_id", "video_token_id")
+        self.placeholders = [getattr(config, name) for name in kinds if self.sees and hasattr(config, name)]
+        self.has_prefix = config.model_type == "paligemma"
+        """Whether tokens of type 0 see each other, and those of type 1 none behind them; in others 0 is text."""
 
     def log_distributions(
         self, weights: Weights, prompt: Prompt, completion: Tensor, temperature: float, without: bool = False
@@ -41,10 +49,14 @@ class Network:
         """
         tokens = torch.cat([prompt.input_ids, completion])[None]
         media = dict(prompt.mm_inputs)
-        if media:
-            types = media["mm_token_type_ids"]
-            media["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(completion))])[None]
-        logits = functional_call(self.model, weights, (tokens,), {"use_cache": False, **media}).logits[0]
+        inputs = {"use_cache": False, **media}
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in media:
+                own = torch.full((len(completion),), int(self.has_prefix))
+                inputs[name] = torch.cat([media[name].flatten(), own])[None]
+        if self.has_prefix and not media:  # text without an image is no prefix
+            inputs["token_type_ids"] = torch.ones_like(tokens)
+        logits = functional_call(self.model, weights, (tokens,), inputs).logits[0]
         if without and media:
             logits = logits.index_fill(1, torch.tensor(self.placeholders), -1e9)  # not infinite: its entropy is 0
         return torch.log_softmax(logits[len(prompt.input_ids) - 1 : -1] / temperature, dim=-1)
@@ -78,7 +90,7 @@ class Trained:
         vision: str = "trained",
     ) -> None:
         self.start, self.scales, self.adapted = start, scales, list(adapter or ())
-        seeing = {name for name in start if name.startswith("model.visual.")}
+        seeing = {name for name in start if name.startswith(SEEING)}
         own = {"frozen": start.keys() - seeing, "trained": start.keys(), "alone": seeing}[vision]
         tensors = {name: value for name, value in start.items() if name in own} if adapter is None else {}
         for name, (a, b) in (adapter or {}).items():

@@ -1,4 +1,4 @@
-"""Runs of models that see images or have experts, and of losses that a user brings, are their papers' equations.
+"""Runs of models that see images, have experts or run padded, and of losses that a user brings, are equations of papers.
 
 As in `test_whole_update.py`, whose settings are drawn here too. The reference calls the model's own forward on one unpadded
 sequence at a time, with all images of its prompt, and takes the gradient of it by autograd. More: `-m slow`.
@@ -14,16 +14,19 @@ import pytest
 
 from tests.whole_update import models, product
 from tests.whole_update.case import Case
-from tests.whole_update.draw_models import draw_model, draw_own_loss
+from tests.whole_update.draw_models import draw_model, draw_own_loss, draw_padded
 from tests.whole_update.models import MIXTURES, SEEING, seen_prompt
 from tests.whole_update.own_losses import OWN
+from tests.whole_update.padded_models import PADDED
 from tests.whole_update.test_whole_update import outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SEEDS = (26, 34, 36, 58, 75, 76, 81, 93, 96, 100)
+PADDED_SEEDS = (2, 4, 5, 14, 17, 36)
 OWN_SEEDS = (13, 17, 27, 32, 35)
 MORE_SEEDS = range(120)
+MORE_PADDED_SEEDS = range(60)
 MORE_OWN_SEEDS = range(40)
 
 NARROW = {
@@ -81,6 +84,19 @@ def test_a_model_that_sees_or_has_experts_is_trained_by_the_equations_for_more_s
     assert outcome(folders(case.model), case).differences == [], case
 
 
+@pytest.mark.parametrize("seed", PADDED_SEEDS)
+def test_a_model_that_always_runs_padded_is_trained_by_the_equations(seed, folders):
+    case = draw_padded(seed)
+    assert outcome(folders(case.model), case).differences == [], case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", MORE_PADDED_SEEDS)
+def test_a_model_that_always_runs_padded_is_trained_by_the_equations_for_more_seeds(seed, folders):
+    case = draw_padded(seed)
+    assert outcome(folders(case.model), case).differences == [], case
+
+
 @pytest.mark.parametrize("seed", OWN_SEEDS)
 def test_a_loss_that_a_user_brings_is_trained_by_its_equation(seed, micro_model_dir):
     case = draw_own_loss(seed)
@@ -120,3 +136,8 @@ def test_every_kind_of_model_prompt_and_loss_is_among_the_seeds(micro_model_dir)
     }
     assert [c for c, module in modules if product.contradictions(module, c)] == []
     assert {case.model for case in cases} == {*SEEING, *MIXTURES}
+    padded = [draw_padded(seed) for seed in PADDED_SEEDS]
+    assert {(case.model, case.lora) for case in padded} == {(kind, lora) for kind in PADDED for lora in (False, True)}
+    images = [len(seen_prompt(c, "", n).mm_inputs) > 0 for c in padded for n in range(c.prompts)]
+    assert set(images) == {False, True}
+    assert any(case.has_kl and not case.lora for case in padded) and any(case.token_budget < 50 for case in padded)
