@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from dataclasses import replace
@@ -12,37 +13,49 @@ from lightning.pytorch.strategies import DDPStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from gspo_lightning.distributed.sharding import FSDP2Strategy
 from tests.whole_update import product
 from tests.whole_update.case import Case
 from tests.whole_update.draw import draw
+from tests.whole_update.draw_models import draw_model, draw_padded
 from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference_model import Network
 from tests.whole_update.scripted_rollouts import scripted_stream
 
 RANKS = 2
 
+DRAWN = {"text": draw, "model": draw_model, "padded": draw_padded}
 
-def on_ranks(seed: int) -> Case:
-    """The case of a seed with as many prompts for every rank, and memory enough: ranks do not repeat a forward."""
-    case = draw(seed)
-    return replace(case, prompts=case.prompts * RANKS, fits=0)
+
+def on_ranks(name: str) -> Case:
+    """The case of ``strategy-drawn-seed`` with as many prompts for every rank.
+
+    Memory is enough, since ranks do not repeat a forward. FSDP2 refuses rollouts ahead and padded rows, and the terms
+    that the subclass adds are of whole weights.
+    """
+    strategy, drawn, seed = name.split("-")
+    case = DRAWN[drawn](int(seed))
+    case = replace(case, prompts=case.prompts * RANKS, fits=0)
+    return case if strategy == "ddp" else replace(case, stale=False, padded=False, auxiliary=0.0, balance=0.0)
 
 
 def main() -> None:
-    folder, out, *seeds = sys.argv[1:]
+    folders, out, *names = sys.argv[1:]
     warnings.filterwarnings("ignore")
-    network = Network(folder)
-    for seed in map(int, seeds):
-        case = on_ranks(seed)
+    networks = {kind: Network(folder) for kind, folder in json.loads(folders).items()}
+    for name in names:
+        case = on_ranks(name)
+        folder = json.loads(folders)[case.model]
         with float64_layers():
-            stream = scripted_stream(case, network)
+            stream = scripted_stream(case, networks[case.model])
             module = product.prepared(folder, case)
-            before = product.trained_tensors(module)
-            recorder = product.train(
-                module, case, stream, devices=RANKS, strategy=DDPStrategy(gradient_as_bucket_view=True)
-            )
+            before, strategy = product.trained_tensors(module), DDPStrategy(gradient_as_bucket_view=True)
+            if name.startswith("fsdp"):
+                # Loaded once more by the Trainer, which splits it.
+                module, strategy = product.build(folder, case), FSDP2Strategy()
+            recorder = product.train(module, case, stream, devices=RANKS, strategy=strategy)
         if module.trainer.is_global_zero:
-            torch.save({"before": before, "metrics": recorder.metrics, "tensors": recorder.tensors}, f"{out}/{seed}.pt")
+            torch.save({"before": before, "metrics": recorder.metrics, "tensors": recorder.tensors}, f"{out}/{name}.pt")
 
 
 if __name__ == "__main__":

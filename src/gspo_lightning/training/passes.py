@@ -106,6 +106,9 @@ class Passes:
         """Log-probabilities of the reference; None for each minibatch if the objective needs none."""
         if not self.objective.needs_ref:
             return [None] * len(minibatches)
+        if self.frozen is not None:
+            # Not at every forward: moving sharded weights splits them again, which a rank that only follows does not.
+            self.frozen.to(self.policy.device)
         with in_step(self.frozen or self.policy):
             return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
 
@@ -193,7 +196,7 @@ class Passes:
 
     def _reference(self, micro: MicroBatch) -> Tensor:
         if self.frozen is not None:
-            return self.frozen.to(self.policy.device)(micro.packed, self.temperature)[0]
+            return self.frozen(micro.packed, self.temperature)[0]
         with self.policy.adapter_disabled():
             return self._policy(micro)
 
