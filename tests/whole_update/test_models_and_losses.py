@@ -23,7 +23,7 @@ from tests.whole_update.test_whole_update import outcome
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SEEDS = (26, 34, 36, 58, 75, 76, 81, 93, 96, 100)
-PADDED_SEEDS = (2, 4, 5, 14, 17, 36)
+PADDED_SEEDS = (2, 4, 5, 9, 17, 36)
 OWN_SEEDS = (13, 17, 27, 32, 35)
 MORE_SEEDS = range(120)
 MORE_PADDED_SEEDS = range(60)
@@ -138,6 +138,6 @@ def test_every_kind_of_model_prompt_and_loss_is_among_the_seeds(micro_model_dir)
     assert {case.model for case in cases} == {*SEEING, *MIXTURES}
     padded = [draw_padded(seed) for seed in PADDED_SEEDS]
     assert {(case.model, case.lora) for case in padded} == {(kind, lora) for kind in PADDED for lora in (False, True)}
-    images = [len(seen_prompt(c, "", n).mm_inputs) > 0 for c in padded for n in range(c.prompts)]
-    assert set(images) == {False, True}
+    images = [[len(seen_prompt(c, "", n).mm_inputs) > 0 for n in range(c.prompts)] for c in padded]
+    assert all(map(any, images)) and not all(map(all, images))
     assert any(case.has_kl and not case.lora for case in padded) and any(case.token_budget < 50 for case in padded)
