@@ -61,9 +61,22 @@ def test_a_sampler_that_is_the_trainer_changes_nothing():
         assert weights.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+def test_a_weight_at_a_bound_is_within_it(how):
+    correction = MismatchCorrection("token", how, 1.0, 1.0 if how == "mask" else 0.0)
+    weights, metrics = correction(TRAINER, TRAINER, INDEX, LENGTHS)
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+    assert [total.item() for total, _ in metrics.values()] == [3.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("how", "low", "high", "message"),
-    [("mask", 0.5, 0.9, "<= high"), ("mask", 1.1, 2.0, "<= 1"), ("truncate", 0.5, 2.0, "low=0.5 has no effect")],
+    [
+        ("mask", 0.5, 0.9, "<= high"),
+        ("mask", 1.1, 2.0, "<= 1"),
+        ("mask", -0.1, 2.0, "low at least 0"),
+        ("truncate", 0.5, 2.0, "low=0.5 has no effect"),
+    ],
 )
 def test_bounds_that_cannot_be_meant_are_refused(how, low, high, message):
     with pytest.raises(UserError, match=message):

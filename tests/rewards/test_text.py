@@ -123,10 +123,14 @@ def test_soft_overlong_is_eq_13_of_dapo():
     # The paper's lengths, where nothing is said: no punishment up to 16384 of 20480.
     assert SoftOverlong(20480)([[0] * n for n in (16384, 18432, 20480)]) == [0, -0.5, -1]
     assert SoftOverlong(4)([[0] * n for n in (3, 4)]) == [0, -1]
+    # The bounds themselves are allowed: a slope over the whole length, and a length of one token.
+    assert SoftOverlong(4, 4)([[0] * n for n in (0, 1, 4)]) == [0, -0.25, -1]
+    assert SoftOverlong(1)([[], [0], [0, 0]]) == [0, -1, -1]
 
 
 def test_length_target():
     assert LengthTarget(10, 4)([[0] * n for n in (10, 9, 12, 14, 99, 0)]) == [1.0, 0.75, 0.5, 0.0, 0.0, 0.0]
+    assert LengthTarget(1, 1)([[0] * n for n in (0, 1, 2)]) == [0.0, 1.0, 0.0]
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +314,10 @@ def test_a_completion_that_computes_for_ever_is_ended_and_the_next_is_judged(mat
         (lambda: MultipleChoice(tag="a b"), "MultipleChoice.tag"),
         (lambda: MathVerify(item_timeout_s=0.0), "MathVerify.item_timeout_s"),
         (lambda: SoftOverlong(10, 11), "SoftOverlong.cache_tokens"),
+        (lambda: SoftOverlong(10, 0), "SoftOverlong.cache_tokens"),
         (lambda: SoftOverlong(0, 1), "SoftOverlong.max_tokens"),
         (lambda: LengthTarget(0, 1), "LengthTarget.target_tokens"),
+        (lambda: LengthTarget(1, 0), "LengthTarget.tolerance_tokens"),
     ],
 )
 def test_bad_settings_are_refused_by_name(build, text):

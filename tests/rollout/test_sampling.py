@@ -78,6 +78,24 @@ def test_filters_keep_exactly_these_tokens_and_renormalise(changes, kept):
     assert torch.allclose(logprobs, expected[tokens], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "changes", "kept"),
+    [
+        ([0.5, 0.25, 0.25], {"top_p": 0.5}, [0]),  # the first alone has the mass
+        ([0.5, 0.25, 0.25], {"top_k": 2}, [0, 1, 2]),  # those as likely as the last stay
+        ([0.25, 0.5, 0.25], {"min_p": 0.5}, [0, 1, 2]),
+        ([0.25, 0.5, 0.25], {"min_p": 1.0}, [1]),
+        ([0.25, 0.5, 0.25], {"top_k": 1}, [1]),
+    ],
+)
+def test_what_lies_at_the_bound_of_a_filter(probabilities, changes, kept):
+    """Powers of two, whose logarithms differ by exact multiples."""
+    scores = torch.tensor([probabilities]).log()
+    found = sampling.keep_likely(scores, params(**changes))
+    assert found.isfinite().nonzero()[:, 1].tolist() == kept
+    assert torch.equal(found[:, kept], scores[:, kept])
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = torch.tensor([[2.0, -1.0, 1.5]])
     seen = torch.tensor([[True, True, False]])

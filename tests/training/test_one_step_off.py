@@ -353,7 +353,8 @@ def test_other_sampling_waits_for_the_pending_rollout_and_leaves_it(micro_model_
     between = ahead.generate(policy, PROMPTS, SamplingParams(1, 6), 9)
     assert [len(group) for group in between.completions] == [1, 1] and not ahead.is_stale
     assert ahead.generate(policy, PROMPTS, sampling, 3).completions and ahead.is_stale
-    assert [seed for seed, _, _ in engine.calls] == [3, 9]
+    assert ahead.generate(policy, PROMPTS, sampling, 5).completions and not ahead.is_stale  # by the current weights
+    assert [seed for seed, _, _ in engine.calls] == [3, 9, 5]
 
 
 def test_a_rollout_ahead_that_failed_is_said_to_whoever_asks_next_and_stays(micro_model_dir):
