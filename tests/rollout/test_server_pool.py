@@ -194,3 +194,80 @@ def test_servers_that_are_all_out_of_use_are_not_said_to_hand_their_prompts_on(c
     with pytest.raises(EngineUnavailableError):
         ServerPool(servers(2), prepare, lambda server, value: None, Patience(0.2, pause_s=0.01)).run([1], echo)
     assert capsys.readouterr().err == ""
+
+
+def test_a_server_that_rests_is_tried_again_while_another_one_is_busy():
+    """Job 0 ends only when job 1, which failed once, has been done by the server that rested."""
+    done, failed = threading.Event(), []
+
+    def work(server, job):
+        if job == 0:
+            assert done.wait(30)
+        elif not failed:
+            failed.append(job)
+            raise ServerError("down")
+        else:
+            done.set()
+        return job
+
+    patience = Patience(ready_timeout_s=5.0, pause_s=0.01, max_in_flight=1)
+    pool = ServerPool(servers(2), lambda server: None, lambda server, value: None, patience)
+    assert pool.run([0, 1], work) == [0, 1] and failed == [1]
+
+
+def test_a_server_that_failed_and_does_not_come_back_is_said_once(capsys):
+    fine, bad = servers(2)
+    failed, attempts, often = [], [], threading.Event()
+
+    def prepare(server):
+        if server is bad and failed:
+            attempts.append(server)
+            if len(attempts) == 3:
+                often.set()
+            raise ServerError("refused")
+
+    def work(server, job):
+        if server is bad:
+            failed.append(job)
+            raise ServerError("gone")
+        assert often.wait(30)
+        return job
+
+    assert ServerPool([fine, bad], prepare, lambda server, value: None, PATIENCE).run(range(6), work) == list(range(6))
+    assert capsys.readouterr().err == "rollout server failed, its prompts go to others: gone\n"
+
+
+def test_a_run_that_ends_upon_an_error_leaves_no_thread_at_work():
+    begun, ended = threading.Event(), []
+
+    def work(server, job):
+        if job == 0:
+            assert begun.wait(30)
+            raise ValueError("a mistake")
+        begun.set()
+        time.sleep(0.2)
+        ended.append(job)
+
+    pool = ServerPool(servers(1), lambda server: None, lambda server, value: None, PATIENCE)
+    with pytest.raises(ValueError, match="a mistake"):
+        pool.run([0, 1], work)
+    assert ended == [1]
+
+
+def test_only_the_first_attempt_of_a_server_may_take_longer_than_the_wait_for_one():
+    patience = Patience(ready_timeout_s=0.02, pause_s=0.01)
+    loading = ServerPool(servers(1), lambda server: time.sleep(0.3), lambda server, value: None, patience)
+    assert loading.run([1], echo) == [1]
+    attempts, aborted = [], threading.Event()
+
+    def prepare(server):
+        attempts.append(server)
+        if len(attempts) > 1:
+            assert aborted.wait(30)  # until the run has ended
+        raise ServerError("down")
+
+    (server,) = servers(1)
+    server.abort = aborted.set
+    again = ServerPool([server], prepare, lambda server, value: None, Patience(ready_timeout_s=0.3, pause_s=0.01))
+    with pytest.raises(EngineUnavailableError, match=r"for 0.3 s \(ready_timeout_s\): down"):
+        again.run([1], echo)
