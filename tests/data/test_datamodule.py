@@ -203,6 +203,8 @@ def test_the_check_of_a_mixture_shares_its_rows_among_the_tasks() -> None:
     assert uids == [
         *(f"mixture.a:train:{i}" for i in range(0, 100, 10)), *(f"mixture.b:train:{i}" for i in range(3)), "mixture.c:train:0"
     ]  # fmt: skip
+    # Fewer than there are tasks: still one of each.
+    assert [uid for uid, _ in mixture.spaced_rows(2)] == [f"mixture.{name}:train:0" for name in "abc"]
 
 
 def test_prompts_with_special_tokens_in_their_text_are_counted_before_the_run(tokenizer_dir: str) -> None:
