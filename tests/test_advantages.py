@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, check_combination, combine_rewards, silent_groups
+from gspo_lightning.advantages import (
+    AdvantageEstimator,
+    check_combination,
+    check_group,
+    combine_rewards,
+    silent_groups,
+)
 from gspo_lightning.errors import UserError
 
 NAN = math.nan
@@ -69,6 +75,28 @@ def test_a_reward_equal_to_the_mean_gets_exactly_zero_where_a_rounded_mean_would
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="at least two"):
         AdvantageEstimator()(tensor([[1.0]]))
+
+
+class KeepsAState(AdvantageEstimator):
+    def state_dict(self):
+        return {}
+
+
+class OfTheBatch(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return rewards - rewards.mean()
+
+
+def test_two_can_be_compared_and_one_only_by_an_estimator_of_ones_own_that_draws_nothing_anew():
+    for estimator in (AdvantageEstimator(), KeepsAState(), OfTheBatch(), lambda rewards: rewards):
+        check_group(estimator, 2, max_draws=1)
+    for estimator in (AdvantageEstimator(), KeepsAState()):
+        with pytest.raises(UserError, match="rollout.num_generations=1 must be at least 2"):
+            check_group(estimator, 1)
+    for estimator in (OfTheBatch(), lambda rewards: rewards):
+        check_group(estimator, 1)
+        with pytest.raises(UserError, match=r"max_draws=1: every group of rollout.num_generations=1 .* max_draws to 0"):
+            check_group(estimator, 1, max_draws=1)
 
 
 def test_weighted_sum_leaves_out_what_does_not_apply():
