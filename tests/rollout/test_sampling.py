@@ -97,13 +97,13 @@ def test_what_lies_at_the_bound_of_a_filter(probabilities, changes, kept):
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
-    logits = torch.tensor([[2.0, -1.0, 1.5]])
-    seen = torch.tensor([[True, True, False]])
+    logits = torch.tensor([[2.0, -1.0, 1.5, 0.5]])
+    seen = torch.tensor([[True, True, False, True]])
     tokens, logprobs = sample(
         logits, torch.zeros(1, dtype=torch.float64), params(temperature=0.0, repetition_penalty=2.0), seen
     )
     assert tokens.item() == 2
-    assert logprobs.item() == pytest.approx(torch.log_softmax(torch.tensor([1.0, -2.0, 1.5]), 0)[2].item())
+    assert logprobs.item() == pytest.approx(torch.log_softmax(torch.tensor([1.0, -2.0, 1.5, 0.25]), 0)[2].item())
 
 
 def test_uniforms_belong_to_seed_prompt_and_generation():
