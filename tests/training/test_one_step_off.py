@@ -379,6 +379,18 @@ def test_only_what_is_trained_is_copied(micro_model_dir):
     assert all(a is b for a, b in zip(copied_rest, rest, strict=True))
 
 
+def test_the_copy_is_made_once_and_then_overwritten(micro_model_dir):
+    policy, ahead, prompts, copies = micro_policy(micro_model_dir), OneStepOff(Elsewhere(True)), scripted_prompts(), []
+    for seed in range(2):
+        with torch.no_grad():
+            next(policy.parameters()).add_(1.0)
+        ahead.launch(policy, prompts, SamplingParams(2, 3), seed, contextlib.nullcontext)
+        ahead.generate(policy, prompts, SamplingParams(2, 3), seed)
+        copies.append(ahead.behaviour)
+    assert copies[0] is copies[1]
+    assert checksum(trained_parameters(copies[1])) == checksum(trained_parameters(policy))
+
+
 def test_what_cannot_be_foreseen_is_refused(micro_model_dir):
     module = module_with(micro_model_dir, Elsewhere())
     with pytest.raises(UserError, match="staleness=1 needs a data module that keeps its position: PromptDataModule"):
