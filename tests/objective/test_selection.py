@@ -19,6 +19,12 @@ def test_the_share_is_rounded_up_and_never_empty(quantile, kept):
     assert int((entropies >= top_entropy_threshold(entropies, quantile)).sum()) == kept
 
 
+def test_a_share_of_decimals_is_no_token_more():
+    """In binary 0.07 * 100 is a little above 7."""
+    entropies = torch.arange(100.0)
+    assert int((entropies >= top_entropy_threshold(entropies, 0.07)).sum()) == 7
+
+
 def test_ties_at_the_threshold_are_all_kept_and_nothing_has_no_threshold():
     # One distribution in three rows of a float32 product, and a token that is 2e-5 away.
     entropies = torch.tensor([8.45833969, 8.45834160, 8.45833969, 8.45817])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -249,7 +250,7 @@ class Run:
             for entropy, advantage in zip(rollout.entropy[m].tolist(), rollout.advantages[m].tolist(), strict=True)
             if advantage != 0
         )
-        count = max(1, math.ceil(self.case.top_entropy_quantile * len(competing)))
+        count = max(1, math.ceil(Fraction(str(self.case.top_entropy_quantile)) * len(competing)))
         threshold = competing[-count] * (1 - 1e-5) if competing else math.inf
         return {m: rollout.entropy[m] >= threshold for m in members}
 

@@ -26,7 +26,9 @@ def top_entropy_threshold(entropies: Tensor, quantile: float) -> Tensor:
     """
     if not len(entropies):
         return entropies.new_tensor(torch.inf)
-    return entropies.topk(max(1, math.ceil(quantile * len(entropies)))).values[-1] * (1 - TIE)
+    # The product of a decimal share may be a little above the whole number that it is: 0.07 * 100.
+    count = max(1, math.ceil(quantile * len(entropies) - 1e-9))
+    return entropies.topk(count).values[-1] * (1 - TIE)
 
 
 def near_old_policy(
