@@ -79,21 +79,21 @@ def test_filters_keep_exactly_these_tokens_and_renormalise(changes, kept):
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "changes", "kept"),
+    ("halvings", "changes", "kept"),
     [
-        ([0.5, 0.25, 0.25], {"top_p": 0.5}, [0]),  # the first alone has the mass
-        ([0.5, 0.25, 0.25], {"top_k": 2}, [0, 1, 2]),  # those as likely as the last stay
-        ([0.25, 0.5, 0.25], {"min_p": 0.5}, [0, 1, 2]),
-        ([0.25, 0.5, 0.25], {"min_p": 1.0}, [1]),
-        ([0.25, 0.5, 0.25], {"top_k": 1}, [1]),
+        ([0.0, 0.0, 0.0, 0.0], {"top_p": 0.5}, 2),  # two have the mass
+        ([0.0, 1.0, 1.0], {"top_k": 2}, 3),  # those as likely as the last stay
+        ([1.0, 0.0, 1.0], {"min_p": 0.5}, 3),
+        ([1.0, 0.0, 1.0], {"min_p": 1.0}, 1),
+        ([1.0, 0.0, 1.0], {"top_k": 1}, 1),
     ],
 )
-def test_what_lies_at_the_bound_of_a_filter(probabilities, changes, kept):
-    """Powers of two, whose logarithms differ by exact multiples."""
-    scores = torch.tensor([probabilities]).log()
+def test_what_lies_at_the_bound_of_a_filter(halvings, changes, kept):
+    """Each token is as likely as the likeliest, or half as likely, to the bit."""
+    scores = torch.tensor([halvings]) * torch.tensor(0.5).log()
     found = sampling.keep_likely(scores, params(**changes))
-    assert found.isfinite().nonzero()[:, 1].tolist() == kept
-    assert torch.equal(found[:, kept], scores[:, kept])
+    assert found.isfinite().sum() == kept
+    assert torch.equal(found[found.isfinite()], scores[found.isfinite()])
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
