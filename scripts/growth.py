@@ -2,9 +2,8 @@
 
 python scripts/growth.py [--threads 1] [--out benchmarks/growth.json]
 
-Each point is a fresh process: two steps of warm-up, two that count, forced lengths, bfloat16 where the
-processor multiplies it. A token is unique if it
-has to be computed at all: each prompt once, each completion token once.
+Each point is a fresh process: two steps of warm-up, two that count, forced lengths, bfloat16 where the processor
+multiplies it. A token is unique if it has to be computed at all: each prompt once, each completion token once.
 """
 
 from __future__ import annotations
