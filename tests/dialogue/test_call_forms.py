@@ -16,7 +16,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.reading import load_tokenizer
 from tests.dialogue import form_support as families
-from tests.dialogue.tool_support import Shop, add, divide
+from tests.dialogue.tool_support import Shop, add, divide, heard
 
 ROW = {"prompt": [{"role": "user", "content": "Go on."}], "stock": {}}
 SPECIAL = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|observation|>")  # fmt: skip
@@ -156,7 +156,7 @@ def played(template, turn, end):
     tools = Tools(TOOLS)
     dialogue = tools.begin(make_prompt(ROW, own, "t:0", tools.chat_template_kwargs), 0, own)
     ids = own(turn + end, add_special_tokens=False)["input_ids"]
-    between = dialogue.reply(dialogue.decode(ids), True, (own.convert_tokens_to_ids(end),))
+    between = heard(dialogue, dialogue.decode(ids), (own.convert_tokens_to_ids(end),))
     return between and own.decode(between), dialogue
 
 
@@ -177,7 +177,7 @@ def test_a_call_with_the_special_tokens_of_its_family_is_answered(template, turn
     said, dialogue = played(template, turn, end)
     assert said == between and dialogue.messages[0] == {"role": "assistant", "content": turn}
     assert dialogue.tool_counts.failures == 0
-    assert dialogue.reply("An answer.", True, ()) is None
+    assert heard(dialogue, "An answer.", ()) is None
 
 
 def test_a_value_of_another_type_is_told_to_the_model():

@@ -56,7 +56,7 @@ def test_a_tool_that_ends_its_process_does_not_end_the_run():
 def test_the_process_ends_with_the_tools():
     limited = Tools([tools.nap], **LIMIT).make.args[2]
     assert limited.call("nap", 0, tools.nap, {"seconds": 0})[:2] == ("said", "awake")
-    pid = limited.worker._process.pid
+    pid = limited.idle[0]._process.pid
     del limited
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

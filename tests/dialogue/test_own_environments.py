@@ -23,6 +23,7 @@ from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.types import Prompt
 from tests.conf.test_groups import resolved
+from tests.dialogue.tool_support import heard
 
 CHAT = [{"role": "user", "content": "?"}]
 
@@ -55,7 +56,7 @@ def begun(make, prompt=CHAT, **row):
 def played(make, prompt=CHAT, **row):
     """The dialogue behind one turn, and the text between that and the next one."""
     dialogue = begun(make, prompt, **row)
-    between = dialogue.reply("a turn", True, (tokenizer().eos_token_id,))
+    between = heard(dialogue, "a turn", (tokenizer().eos_token_id,))
     return dialogue, None if between is None else tokenizer().decode(between)
 
 
@@ -295,7 +296,7 @@ def test_a_text_that_is_far_too_long_is_not_tokenised_to_its_end(text, room, tok
 
     monkeypatch.setattr("gspo_lightning.dialogue.environment.continuation", counted)
     dialogue, eos = begun(lambda: Once(Reply(text))), (tokenizer().eos_token_id,)
-    assert len(dialogue.reply("a turn", True, eos, room)) >= room and seen == tokenised
+    assert len(heard(dialogue, "a turn", eos, room)) >= room and seen == tokenised
     assert dialogue.messages[-1] == {"role": "user", "content": text}
-    whole = begun(lambda: Once(Reply(text))).reply("a turn", True, eos)
+    whole = heard(begun(lambda: Once(Reply(text))), "a turn", eos)
     assert seen[-1] == len(text) and len(whole) >= room

@@ -19,7 +19,7 @@ from gspo_lightning.config.build import build, build_data
 from gspo_lightning.data.preview import build_datamodule
 from gspo_lightning.errors import UserError
 from tests.conf.test_groups import given, resolved
-from tests.dialogue.tool_support import TEMPLATE, call
+from tests.dialogue.tool_support import TEMPLATE, call, heard
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PAGE = (Path(__file__).parents[2] / "docs/multi_turn.md").read_text()
@@ -39,8 +39,8 @@ def project(tmp_path, monkeypatch, micro_model_dir):
     (tmp_path / "model/chat_template.jinja").write_text(TEMPLATE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_tools", raising=False)
-    return [f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=with_tools", "model.path=model"]
+    yield [f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=with_tools", "model.path=model"]
+    sys.modules.pop("my_tools", None)  # another test's file has that name too
 
 
 def test_the_tools_of_the_page_are_shown_by_the_prompts_and_can_be_called(project):
@@ -54,7 +54,7 @@ def test_the_tools_of_the_page_are_shown_by_the_prompts_and_can_be_called(projec
     assert data.chat_template_kwargs == tools.chat_template_kwargs
     dialogue = tools.begin(prompt, 0, data.tokenizer)
     turn = call("add", '{"a": 0.5, "b": 3}') + call("search", '{"word": "tea"}')
-    dialogue.reply(turn, True, (data.tokenizer.eos_token_id,))
+    heard(dialogue, turn, (data.tokenizer.eos_token_id,))
     assert [message["content"] for message in dialogue.messages[1:]] == ["3.5", '["a tea"]']
     shown_by_preview = build_datamodule([*project, "data.prompts_per_rollout=4"]).chat_template_kwargs
     assert shown_by_preview == data.chat_template_kwargs

@@ -21,7 +21,7 @@ from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.types import ToolCounts
 from tests.dialogue import tool_support
-from tests.dialogue.tool_support import TEMPLATE, Shop, add, call, divide
+from tests.dialogue.tool_support import TEMPLATE, Shop, add, call, divide, heard
 
 HERE = "tests.dialogue.tool_support"
 CHAT = [{"role": "user", "content": "Go on."}]
@@ -53,7 +53,7 @@ def begun(functions, row=ROW, **settings):
 def answers(dialogue, turn):
     """The messages that follow a turn; None if it ends the dialogue."""
     count = len(dialogue.messages)
-    between = dialogue.reply(turn, True, (tokenizer().eos_token_id,))
+    between = heard(dialogue, turn, (tokenizer().eos_token_id,))
     return None if between is None else [message["content"] for message in dialogue.messages[count + 1 :]]
 
 
@@ -67,7 +67,7 @@ def test_the_prompt_shows_the_schemas_that_transformers_makes():
 def test_several_calls_of_a_turn_are_answered_together_each_by_a_message_of_its_own():
     dialogue = begun([add, divide])
     turn = "\n".join(["Both.", call("add", '{"a": 2, "b": 3}'), call("divide", '{"a": 3, "b": 2}')])
-    between = tokenizer().decode(dialogue.reply(turn, True, (tokenizer().eos_token_id,)))
+    between = tokenizer().decode(heard(dialogue, turn, (tokenizer().eos_token_id,)))
     assert between == (
         "\n<|im_start|>user\n<tool_response>\n5\n</tool_response>\n<tool_response>\n1.5\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -75,14 +75,14 @@ def test_several_calls_of_a_turn_are_answered_together_each_by_a_message_of_its_
     assert dialogue.messages == [
         {"role": "assistant", "content": turn}, {"role": "tool", "content": "5"}, {"role": "tool", "content": "1.5"},
     ]  # fmt: skip
-    assert dialogue.reply("It is 5.", True, (tokenizer().eos_token_id,)) is None
+    assert heard(dialogue, "It is 5.", (tokenizer().eos_token_id,)) is None
     assert dialogue.tool_counts == ToolCounts(2, 0) and dialogue.result() == (0.0, ())
 
 
 def test_what_follows_a_turn_equals_the_templates_own_rendering_of_the_whole_conversation():
     dialogue = begun([add])
     turn, kwargs = call("add", '{"a": 2}') * 2, dialogue.settings.chat_template_kwargs
-    between = dialogue.reply(turn, True, (tokenizer().eos_token_id,))
+    between = heard(dialogue, turn, (tokenizer().eos_token_id,))
     whole = tokenizer().apply_chat_template(
         [*CHAT, *dialogue.messages], add_generation_prompt=True, return_dict=False, **kwargs
     )
@@ -311,4 +311,4 @@ def test_without_a_template_the_texts_follow_each_other():
 
     prompt = make_prompt({"prompt": "plain"}, tokenizer(), "t:3")
     dialogue = Environments(Two).begin(prompt, 0, tokenizer())
-    assert tokenizer().decode(dialogue.reply("a", True, (2,))) == "123" and dialogue.tool_counts is None
+    assert tokenizer().decode(heard(dialogue, "a", (2,))) == "123" and dialogue.tool_counts is None

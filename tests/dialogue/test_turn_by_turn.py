@@ -27,6 +27,11 @@ def prompts():
     return [make_prompt(torch.arange(5, 5 + n), uid=f"t:{n}") for n in (3, 9, 1, 6, 12)]
 
 
+def followed(future):
+    """The request that follows."""
+    return None if future is None else future.result(timeout=60)()
+
+
 def engine(answer, asked):
     """An engine that answers one request after another with a turn, and notes their numbers and themselves."""
 
@@ -36,7 +41,7 @@ def engine(answer, asked):
             number, request = queue.pop(0)
             asked.append((number, request))
             done[number] = [answer(request)]
-            if (following := next_of(number, done[number])) is not None:
+            if (following := followed(next_of(number, done[number]))) is not None:
                 queue.append((number, following))
         return [done[number] for number in range(len(requests))]
 
@@ -130,7 +135,7 @@ def test_a_dialogue_does_not_wait_for_the_turns_of_others(policy):
         while second is not None:
             asked.append(len(second[0].input_ids))
             answer = [turn([7])]
-            second = next_of(1, answer)
+            second = followed(next_of(1, answer))
         slow = [turn([8, 9], "length")]
         assert next_of(0, slow) is None
         return [slow, answer]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gspo_lightning.dialogue.environment import OpenDialogue
+
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'tool' %}"
@@ -14,6 +16,11 @@ TEMPLATE = (
     "<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def heard(dialogue: OpenDialogue, text: str, eos: tuple[int, ...], room: int | None = None) -> list[int] | None:
+    """The tokens after a turn with this text, which has an end token."""
+    return dialogue.hear(text, dialogue.step(text), True, eos, room)
 
 
 def add(a: int, b: int = 1) -> int:

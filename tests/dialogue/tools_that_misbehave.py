@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -19,6 +20,19 @@ def nap(seconds: float) -> str:
     """
     time.sleep(seconds)
     return "awake"
+
+
+def wait_for(mine: str, other: str) -> int:
+    """Makes a file, waits for another and returns the number of its process.
+
+    Args:
+        mine: path of the file
+        other: path of the other one
+    """
+    Path(mine).touch()
+    while not Path(other).exists():
+        time.sleep(0.01)
+    return os.getpid()
 
 
 def leave(code: int) -> str:

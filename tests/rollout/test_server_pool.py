@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,17 @@ PATIENCE = Patience(ready_timeout_s=5.0, give_up_after_s=0.3, pause_s=0.01, max_
 
 def servers(count):
     return [Server(f"http://127.0.0.1:{port}") for port in range(1, count + 1)]
+
+
+def at_once(next_of):
+    """``next_of`` of a pool whose next jobs, or None, are there at once."""
+
+    def asked(number, result):
+        future = Future()
+        future.set_result(lambda: next_of(number, result))
+        return future
+
+    return asked
 
 
 def echo(server, job):
@@ -63,7 +74,7 @@ def test_a_job_that_follows_another_waits_for_no_third_and_goes_to_the_same_serv
 
     patience = Patience(ready_timeout_s=5.0, pause_s=0.01, max_in_flight=1)
     pool = ServerPool(servers(2), lambda server: None, lambda server, value: None, patience)
-    assert pool.run(range(4), work, next_of) == [0, 31, 32, 3]
+    assert pool.run(range(4), work, at_once(next_of)) == [0, 31, 32, 3]
     # A server has one place here: what follows comes before jobs that nobody has begun.
     (other,) = {url for url, job in asked if job == 1}
     assert [job for url, job in asked if url == other][:4] == [1, 11, 21, 31]
@@ -79,7 +90,8 @@ def test_the_time_in_which_a_next_job_is_made_is_no_wait_for_a_server(monkeypatc
     monkeypatch.setattr(server_pool, "time", clock)
 
     def finished(run):
-        return sorted(wait(run.futures).done, key=lambda future: run.futures[future][1] or 0) if run.futures else []
+        done = sorted(wait(run.futures).done, key=lambda future: run.futures[future][1] or 0) if run.futures else []
+        return [*done, *run.following]
 
     monkeypatch.setattr(server_pool._Run, "_finished", finished)
 
@@ -93,7 +105,33 @@ def test_the_time_in_which_a_next_job_is_made_is_no_wait_for_a_server(monkeypatc
         later[0] += 1000.0
 
     pool = ServerPool(servers(1), lambda server: None, lambda server, value: None, Patience(pause_s=0.01))
-    assert pool.run([0, 1], work, next_of) == [0, 1] and failed
+    assert pool.run([0, 1], work, at_once(next_of)) == [0, 1] and failed
+
+
+def test_jobs_are_done_while_what_follows_others_is_asked_for():
+    """What follows job 0 is known only when all other jobs are done, and job 1 ends without a future."""
+    done, answers, threads = threading.Semaphore(0), Future(), []
+
+    def work(server, job):
+        if job > 1:
+            done.release()
+        return job
+
+    def next_of(number, result):
+        threads.append(threading.current_thread())
+        return answers if number == 0 and result == 0 else None
+
+    def answer():
+        for _ in range(3):
+            assert done.acquire(timeout=30)
+        answers.set_result(lambda: threads.append(threading.current_thread()) or 7)
+
+    other = threading.Thread(target=answer)
+    other.start()
+    pool = ServerPool(servers(1), lambda server: None, lambda server, value: None, PATIENCE)
+    assert pool.run(range(5), work, next_of) == [7, 1, 2, 3, 4]
+    other.join()
+    assert len(threads) == 7 and set(threads) == {threading.current_thread()}
 
 
 def test_a_job_that_follows_another_goes_to_a_third_server_only_if_its_own_has_failed():
@@ -107,7 +145,7 @@ def test_a_job_that_follows_another_goes_to_a_third_server_only_if_its_own_has_f
         return job
 
     pool = ServerPool(servers(3), lambda server: None, lambda server, value: None, Patience(pause_s=60.0))
-    found = pool.run([0, 1, 2], work, lambda number, result: result + 10 if result < 30 else None)
+    found = pool.run([0, 1, 2], work, at_once(lambda number, result: result + 10 if result < 30 else None))
     assert found == [30, 31, 32]
     for number in (1, 2):
         assert len({url for job, url in asked if job % 10 == number}) == 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import methodcaller
 from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.dialogue.template import continuation
+from gspo_lightning.dialogue.threads import Threads
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt, ToolCounts
 from gspo_lightning.users_code import RAISED, copied, finite_number
@@ -75,20 +77,28 @@ class Environments:
         make: returns a fresh `Environment`.
         max_turns: turns of the policy after which a dialogue ends.
         chat_template_kwargs: arguments of the chat template, the same as for the prompts.
+        workers: most dialogues whose environments run at the same time. With 1 they run one after another in the
+            trainer's thread; with more, in threads, and calls of one environment come from different ones.
     """
 
     make: Callable[[], Environment]
     max_turns: int = 4
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    threads: Threads = field(init=False, repr=False, compare=False)
+    """They call ``reset``, ``step`` and ``reward``."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1:
             raise UserError(f"environment.max_turns={self.max_turns} must be at least 1")
+        if self.workers < 1:
+            raise UserError(f"environment.workers={self.workers} must be at least 1")
         if not callable(self.make):
             raise UserError(
                 f"environment.make is of type {type(self.make).__name__}, but must make an environment for every "
                 "dialogue; name the environment as environment.make._target_, with environment.make._partial_=true"
             )
+        object.__setattr__(self, "threads", Threads(self.workers))
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuses, before a model is loaded, what cannot work with its tokenizer; here nothing.
@@ -99,11 +109,22 @@ class Environments:
 
     def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
         """Begins a dialogue about the row of ``prompt``."""
-        environment = _asked("environment.make", prompt, self.make)
-        dialogue = OpenDialogue(environment, prompt, self, tokenizer)
-        # A copy: what one dialogue removes from a list of its row must still be there for the others and on resuming.
-        dialogue.ask("reset", copied(dict(prompt.sample)), seed)
+        (dialogue,) = self.begin_all([(prompt, seed)], tokenizer)
         return dialogue
+
+    def begin_all(
+        self, prompts: Sequence[tuple[Prompt, int]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[OpenDialogue]:
+        """Begins a dialogue about the row of each prompt, with its seed."""
+        dialogues = [self.open(prompt, tokenizer) for prompt, _ in prompts]
+        self.threads.all(
+            [partial(dialogue.reset, seed) for dialogue, (_, seed) in zip(dialogues, prompts, strict=True)]
+        )
+        return dialogues
+
+    def open(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
+        """A dialogue about the row of ``prompt`` whose environment has not been reset yet."""
+        return OpenDialogue(_asked("environment.make", prompt, self.make), prompt, self, tokenizer)
 
 
 class OpenDialogue:
@@ -118,18 +139,30 @@ class OpenDialogue:
         self.kept: frozenset[str] = frozenset()
         """Special tokens that the environment must see; all others are left out of a turn's text."""
 
-    def reply(self, text: str, has_end: bool, eos: tuple[int, ...], room: int | None = None) -> list[int] | None:
+    def reset(self, seed: int) -> None:
+        """Begins the dialogue in the environment."""
+        # A copy: what one dialogue removes from a list of its row must still be there for the others and on resuming.
+        self.ask("reset", copied(dict(self.prompt.sample)), seed)
+
+    def step(self, text: str) -> Reply:
+        """What the environment says to a turn of the policy, as `decode` gives it."""
+        answer = self.ask("step", text)
+        if not isinstance(answer, Reply):
+            raise UserError(f"{self._name}.step must return a Reply, not {type(answer).__name__} ({self._where})")
+        return answer
+
+    def hear(
+        self, text: str, answer: Reply, has_end: bool, eos: tuple[int, ...], room: int | None = None
+    ) -> list[int] | None:
         """Tokens between a turn of the policy and its next one; None ends the dialogue.
 
         Args:
-            text: the turn, as `decode` gives it.
+            text: the turn.
+            answer: of `step`.
             has_end: whether its last token is an end-of-sequence token (and not the end of a stop string).
             eos: end-of-sequence tokens of the policy, the usual one first.
             room: tokens that fit. A text that is far longer is cut before it is tokenised, and still does not fit.
         """
-        answer = self.ask("step", text)
-        if not isinstance(answer, Reply):
-            raise UserError(f"{self._name}.step must return a Reply, not {type(answer).__name__} ({self._where})")
         self.add(text)
         self.turn_rewards.append(answer.reward)
         if answer.text is None or len(self.turn_rewards) >= self.settings.max_turns:

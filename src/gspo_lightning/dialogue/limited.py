@@ -1,10 +1,12 @@
-"""Tools with a time limit: they run in a process of their own, which is killed if a call takes too long."""
+"""Tools with a time limit: they run in processes of their own, which are killed if a call takes too long."""
 
 from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from gspo_lightning.dialogue.calls import CallError
@@ -14,7 +16,9 @@ from gspo_lightning.users_code import Outcome, ToolCalls
 
 
 class LimitedTools:
-    """Calls tools as `gspo_lightning.users_code.call_tool` does, in a process that all dialogues share.
+    """Calls tools as `gspo_lightning.users_code.call_tool` does, in a process for each call that runs at a time.
+
+    A process stays warm, and all dialogues use it.
 
     Args:
         tools: functions and classes, importable by name.
@@ -33,7 +37,9 @@ class LimitedTools:
                     f"environment.timeout_s={timeout_s}: {tool.__name__} has a limit, but {error}"
                 ) from error
         self.timeout_s = timeout_s
-        self.worker = Worker(ToolCalls(tools))
+        self.tools = ToolCalls(tools)
+        self.idle: deque[Worker] = deque()
+        """Processes that run no call; where there is none, one is made: there are never more than calling threads."""
 
     def check(self, things: Sequence[Any]) -> None:
         """Refuses objects that cannot be sent to the process.
@@ -65,7 +71,8 @@ class LimitedTools:
         """
         owner = None if inspect.isroutine(thing) else thing
         try:
-            outcome, text, left = self.worker(number, name, owner, arguments, timeout_s=self.timeout_s)
+            with self._worker() as worker:
+                outcome, text, left = worker(number, name, owner, arguments, timeout_s=self.timeout_s)
         except WorkerTimeoutError as error:
             raise CallError(f"{name} took longer than its timeout_s={self.timeout_s} and was stopped") from error
         except WorkerError as error:
@@ -73,3 +80,15 @@ class LimitedTools:
         except UserError as error:
             raise UserError(f"environment.timeout_s={self.timeout_s}: a tool has a limit, but {error}") from error
         return outcome, text, thing if owner is None else left
+
+    @contextmanager
+    def _worker(self) -> Iterator[Worker]:
+        """A process that nobody else uses meanwhile."""
+        try:
+            worker = self.idle.pop()  # atomic, unlike a look at the length before
+        except IndexError:
+            worker = Worker(self.tools)
+        try:
+            yield worker
+        finally:
+            self.idle.append(worker)

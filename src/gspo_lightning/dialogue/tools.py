@@ -38,6 +38,8 @@ class Tools(Environments):
         timeout_s: with a limit the tools run in a warm process of their own, which is killed if a call takes longer;
             the policy is told so. An object of a class is sent there and back with each call, so it must be possible to
             pickle it, and a call that is stopped leaves it as it was. Without a limit they run in the trainer.
+        workers: most dialogues whose tools run at the same time (see `Environments`); with a limit, in this many
+            processes. The calls of one turn are made one after another.
 
     Raises:
         UserError: a function is misconfigured (see `functions.schemas_of`), or the prompts describe other tools.
@@ -50,6 +52,7 @@ class Tools(Environments):
         chat_template_kwargs: dict[str, Any] | None = None,
         call_form: str | None = None,
         timeout_s: float | None = None,
+        workers: int = 1,
     ) -> None:
         if timeout_s is not None and not 0 < timeout_s <= LONGEST_S:
             raise UserError(
@@ -68,7 +71,7 @@ class Tools(Environments):
             )
         limited = LimitedTools(tools, timeout_s) if timeout_s is not None else None
         make = functools.partial(ToolDialogue, tools, schemas, limited)
-        super().__init__(make, max_turns, {**kwargs, "tools": list(schemas.values())})
+        super().__init__(make, max_turns, {**kwargs, "tools": list(schemas.values())}, workers)
         object.__setattr__(self, "call_form", call_form)
         object.__setattr__(self, "_found", None)
         object.__setattr__(self, "names", tuple(schemas))
@@ -101,8 +104,8 @@ class Tools(Environments):
         assert self._found is not None
         return self._found[1]
 
-    def begin(self, prompt: Prompt, seed: int, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
-        """Begins a dialogue about the row of ``prompt``.
+    def open(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
+        """See `Environments.open`.
 
         Raises:
             UserError: the prompt does not name a tool, so that the policy cannot know it; or calls are written in
@@ -115,7 +118,7 @@ class Tools(Environments):
                     f"environment.functions: the prompt does not name the tool {name}; give the prompts the same "
                     f"chat_template_kwargs, tools: ${{environment.functions}} (row {prompt.uid})"
                 )
-        dialogue = super().begin(prompt, seed, tokenizer)
+        dialogue = super().open(prompt, tokenizer)
         form = self._form(tokenizer)
         cast("ToolDialogue", dialogue.environment).form = form
         dialogue.kept = frozenset(form.tokens)

@@ -120,9 +120,12 @@ class Decoder:
         return seen.to(self.policy.device)
 
     def _completions(self) -> list[list[Completion]]:
-        done = [self._completion(row) for row in self.rows]
-        count = self.sampling.num_generations
+        done, count = self._ended(), self.sampling.num_generations
         return [done[start : start + count] for start in range(0, len(done), count)]
+
+    def _ended(self) -> list[Completion]:
+        """The completions of all rows, in their order."""
+        return [self._completion(row) for row in self.rows]
 
     def _completion(self, row: Row) -> Completion:
         text, thinking = answer_and_thinking(self.policy.tokenizer, row.tokens)

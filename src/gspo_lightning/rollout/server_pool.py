@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,9 @@ from gspo_lightning.screen import visible
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+Following = Future[Callable[[], Job | None]]
+"""Once it has ended, its result is called in the thread of `ServerPool.run`, and makes the next job or None."""
 
 _MAX_PAUSE_S = 30.0
 _SAY_EVERY_S = 10.0
@@ -89,15 +93,15 @@ class ServerPool:
         self,
         jobs: Sequence[Job],
         work: Callable[[Server, Job], Result],
-        next_of: Callable[[int, Result], Job | None] | None = None,
+        next_of: Callable[[int, Result], Following[Job] | None] | None = None,
     ) -> list[Result]:
         """Results of ``work(server, job)``, in the order of the jobs; if it raises `ServerError`, another is tried.
 
         Args:
             jobs: what to do.
             work: called in other threads.
-            next_of: called in this thread with a job's number and result; the job that it returns takes the number of
-                the one before, and its result replaces that.
+            next_of: called in this thread with a job's number and result; the job that follows, if one does, takes the
+                number of the one before, and its result replaces that.
 
         Raises:
             EngineUnavailableError: no server was usable for as long as `Patience` allows.
@@ -116,7 +120,7 @@ class _Run(Generic[Job, Result]):
         pool: ServerPool,
         jobs: Sequence[Job],
         work: Callable[[Server, Job], Result],
-        next_of: Callable[[int, Result], Job | None] | None,
+        next_of: Callable[[int, Result], Following[Job] | None] | None,
     ) -> None:
         self.pool, self.jobs, self.work, self.next_of = pool, list(jobs), work, next_of
         self.done: dict[int, Result] = {}
@@ -125,6 +129,8 @@ class _Run(Generic[Job, Result]):
         self.queue = deque(range(len(jobs)))
         self.attempts = [0] * len(jobs)
         self.futures: dict[Future[Any], tuple[Member, int | None]] = {}
+        self.following: dict[Following[Job], tuple[Member, int, Result]] = {}
+        """What follows a job: the server that did it, its number and its result."""
         self.start = self.last_ready = self.last_said = time.monotonic()
 
     def results(self) -> list[Result]:
@@ -137,7 +143,7 @@ class _Run(Generic[Job, Result]):
                 self._hand_out(threads)
                 self._check_patience()
                 for future in self._finished():
-                    self._settle(future)
+                    (self._settle if future in self.futures else self._follow)(future)
         finally:
             # What is still in progress belongs to servers that are not needed (any more).
             for member, _ in self.futures.values():
@@ -151,9 +157,10 @@ class _Run(Generic[Job, Result]):
 
     def _finished(self) -> Set[Future[Any]]:
         """The futures that have ended, once one has or it is time to look again."""
-        if not self.futures:  # all servers rest; waiting for nothing would return at once
+        futures: dict[Future[Any], Any] = self.futures | self.following
+        if not futures:  # all servers rest; waiting for nothing would return at once
             time.sleep(self._next_look())
-        return wait(self.futures, timeout=self._next_look(), return_when=FIRST_COMPLETED).done
+        return wait(futures, timeout=self._next_look(), return_when=FIRST_COMPLETED).done
 
     def _prepare(self, threads: ThreadPoolExecutor) -> None:
         for member in self.pool.members:
@@ -192,14 +199,31 @@ class _Run(Generic[Job, Result]):
             self._take(member, job, value)
 
     def _take(self, member: Member, job: int, value: Result) -> None:
-        before = time.monotonic()
-        following = None if self.next_of is None else self.next_of(job, value)
-        self.last_ready += time.monotonic() - before  # no server could be tried meanwhile
+        with self._no_wait():
+            following = None if self.next_of is None else self.next_of(job, value)
+        if following is None:
+            self.done[job] = value
+            return
+        self.following[following] = (member, job, value)
+        if following.done():  # before the server's place is given to another job
+            self._follow(following)
+
+    def _follow(self, future: Following[Job]) -> None:
+        member, job, value = self.following.pop(future)
+        with self._no_wait():
+            following = future.result()()
         if following is None:
             self.done[job] = value
             return
         self.jobs[job], self.attempts[job], self.served_by[job] = following, 0, member
         self.queue.appendleft(job)  # before jobs that no server has begun
+
+    @contextmanager
+    def _no_wait(self) -> Iterator[None]:
+        """Leaves the time inside out of the wait for a server: none could be tried meanwhile."""
+        before = time.monotonic()
+        yield
+        self.last_ready += time.monotonic() - before
 
     def _failed(self, member: Member, job: int | None, error: ServerError) -> None:
         was_ready = member.ready

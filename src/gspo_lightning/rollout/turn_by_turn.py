@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from gspo_lightning.dialogue import Environments
+from gspo_lightning.dialogue import Environments, Reply
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout.turns import Turns, begin, refuse_padded
+from gspo_lightning.rollout.turns import Turns, begin, finish, refuse_padded
 from gspo_lightning.types import Completion, Prompt, SamplingParams
 
 Request = tuple[Prompt, SamplingParams, int]
 """A prompt, how its completions are drawn, and a seed."""
 
-NextOf = Callable[[int, list[Completion]], Request | None]
-"""The request that follows the one of this number, given its completions; None if nothing follows."""
+NextOf = Callable[[int, list[Completion]], "Future[Callable[[], Request | None]] | None"]
+"""Asks what follows the request of this number, given its completions, without waiting. Once the future has ended, its
+result is called in the caller's thread and makes the next request. None, both times, if nothing follows."""
 
 
 class Complete(Protocol):
@@ -34,8 +36,8 @@ class Complete(Protocol):
 
         Args:
             requests: asked for together.
-            next_of: called once a request is answered, while others are in progress; the request that it returns takes
-                the number of the one before, and its completions replace those.
+            next_of: called once a request is answered, while others are in progress; the request that follows takes the
+                number of the one before, and its completions replace those.
         """
         ...
 
@@ -56,11 +58,14 @@ class _Open:
         own = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "little")
         return _continued(self.prompt, said), replace(sampling, num_generations=1, max_completion_length=left), own
 
-    def take(self, turn: Completion, budget: int) -> bool:
-        """Appends the policy's turn and the environment's answer; returns whether the dialogue goes on."""
+    def take(self, turn: Completion) -> None:
+        """Appends the policy's turn."""
         for token, logprob in zip(turn.token_ids.tolist(), turn.sampler_logprobs.tolist(), strict=True):
             self.turns.draw(token, logprob)
-        between = self.turns.end_turn(budget) if turn.finish_reason == "stop" else None
+
+    def hear(self, text: str, answer: Reply, budget: int) -> bool:
+        """Appends what the environment said to the turn with this text; returns whether the dialogue continues."""
+        between = self.turns.end_turn(text, answer, budget)
         for token in between or ():
             self.turns.hear(token)
         return between is not None
@@ -82,25 +87,33 @@ def sample_dialogues(
         prompts: the first message of each dialogue.
         sampling: of the dialogues; ``max_completion_length`` counts the environment's tokens too.
         seed: of the rollout; dialogue g of a prompt draws from ``(seed, prompt.uid, g)`` and its length so far alone.
-        environments: answer the turns, one after another in this process.
+        environments: answer the turns, ``workers`` at a time, while others are sampled.
 
     Raises:
         UserError: the model runs through the padded path, or an environment fails.
     """
     refuse_padded(policy)
-    groups = [
-        [_Open(prompt, g, begin(policy, prompt, g, environments, seed)) for g in range(sampling.num_generations)]
-        for prompt in prompts
-    ]
-    dialogues = [dialogue for group in groups for dialogue in group]
+    count, budget = sampling.num_generations, sampling.max_completion_length
+    everyone = [(prompt, generation) for prompt in prompts for generation in range(count)]
+    begun = begin(policy, everyone, environments, seed)
+    dialogues = [_Open(*one, turns) for one, turns in zip(everyone, begun, strict=True)]
 
-    def next_of(number: int, answer: list[Completion]) -> Request | None:
-        (turn,) = answer
-        goes_on = dialogues[number].take(turn, sampling.max_completion_length)
-        return dialogues[number].request(sampling, seed) if goes_on else None
+    def next_of(number: int, answer: list[Completion]) -> Future[Callable[[], Request | None]] | None:
+        dialogue, (turn,) = dialogues[number], answer
+        dialogue.take(turn)
+        if turn.finish_reason != "stop":
+            return None
+        text = dialogue.turns.said()
+
+        def ask() -> Callable[[], Request | None]:
+            said = dialogue.turns.dialogue.step(text)
+            return lambda: dialogue.request(sampling, seed) if dialogue.hear(text, said, budget) else None
+
+        return environments.threads.submit(ask)
 
     complete([dialogue.request(sampling, seed) for dialogue in dialogues], next_of)
-    return [[dialogue.turns.completion() for dialogue in group] for group in groups]
+    done = finish(begun, environments)
+    return [done[start : start + count] for start in range(0, len(done), count)]
 
 
 def _continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:

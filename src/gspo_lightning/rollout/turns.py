@@ -6,12 +6,13 @@ The same for every engine: those that draw a token at a time, and those that ans
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from gspo_lightning.dialogue import Environments
+from gspo_lightning.dialogue import Environments, Reply
 from gspo_lightning.dialogue.environment import OpenDialogue
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -46,10 +47,16 @@ class Turns:
         self.begins.append(False)
         self._append(token, 0.0, trained=False)
 
-    def end_turn(self, budget: int) -> list[int] | None:
-        """Shows the current turn to the environment.
+    def said(self) -> str:
+        """Text of the current turn."""
+        return self.dialogue.decode(self.turn)
+
+    def end_turn(self, text: str, answer: Reply, budget: int) -> list[int] | None:
+        """Ends the current turn.
 
         Args:
+            text: of the turn.
+            answer: what the environment said to it.
             budget: most tokens of the whole dialogue.
 
         Returns:
@@ -57,22 +64,24 @@ class Turns:
             there is no room for them and one token after them.
         """
         room = budget - len(self.tokens)
-        text, has_end = self.dialogue.decode(self.turn), self.turn[-1] in self.eos
-        between = self.dialogue.reply(text, has_end, self.eos, room)
+        between = self.dialogue.hear(text, answer, self.turn[-1] in self.eos, self.eos, room)
         self.turn = []
         if between is None:
             self.finish_reason = "stop"
             return None
         return between if len(between) < room else None
 
-    def completion(self) -> Completion:
-        """The ended dialogue, with its rewards."""
+    def end(self) -> None:
+        """Ends the dialogue, before it is rewarded."""
         dialogue = self.dialogue
         if self.turn:  # cut by length
-            dialogue.add(dialogue.decode(self.turn))
+            dialogue.add(self.said())
         while dialogue.messages[-1]["role"] != "assistant":  # no room was left for an answer to it
             dialogue.messages.pop()
-        reward, turn_rewards = dialogue.result()
+
+    def completion(self, reward: float, turn_rewards: tuple[float, ...]) -> Completion:
+        """The ended dialogue with its rewards, those of `OpenDialogue.result`."""
+        dialogue = self.dialogue
         return Completion(
             token_ids=torch.tensor(self.tokens),
             text="\n".join(map(_line, dialogue.messages)),
@@ -94,10 +103,19 @@ class Turns:
         self.trained.append(trained)
 
 
-def begin(policy: Policy, prompt: Prompt, generation: int, environments: Environments, seed: int) -> Turns:
-    """Begins dialogue ``generation`` about a prompt, in the rollout with this seed."""
-    own = _environment_seed(seed, prompt.uid, generation)
-    return Turns(environments.begin(prompt, own, policy.tokenizer), tuple(policy.eos_token_ids))
+def begin(policy: Policy, prompts: Sequence[tuple[Prompt, int]], environments: Environments, seed: int) -> list[Turns]:
+    """Begins a dialogue for each prompt and number of a generation, in the rollout with this seed."""
+    seeded = [(prompt, _environment_seed(seed, prompt.uid, generation)) for prompt, generation in prompts]
+    dialogues = environments.begin_all(seeded, policy.tokenizer)
+    return [Turns(dialogue, tuple(policy.eos_token_ids)) for dialogue in dialogues]
+
+
+def finish(dialogues: Sequence[Turns], environments: Environments) -> list[Completion]:
+    """Ends and rewards the dialogues."""
+    for dialogue in dialogues:
+        dialogue.end()
+    results = environments.threads.all([dialogue.dialogue.result for dialogue in dialogues])
+    return [dialogue.completion(*result) for dialogue, result in zip(dialogues, results, strict=True)]
 
 
 def refuse_padded(policy: Policy) -> None:

@@ -12,7 +12,8 @@ import gc
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -135,17 +136,31 @@ class VLLMEngine:
         """See `Complete`."""
         done: list[list[Completion]] = [[] for _ in requests]
         waiting = self._ask(policy, dict(enumerate(requests)))
+        answering: dict[Future[Callable[[], Request | None]], int] = {}
         try:
-            while self._llm.llm_engine.has_unfinished_requests():
-                for output in filter(lambda output: output.finished, self._llm.llm_engine.step()):
-                    number, request = waiting.pop(output.request_id)
-                    done[number] = completions_of(policy, request[0], output)
-                    following = next_of(number, done[number]) if next_of is not None else None
+            while waiting or answering:
+                for number, completions in self._finished(policy, waiting):
+                    done[number] = completions
+                    if next_of is not None and (future := next_of(number, completions)) is not None:
+                        answering[future] = number
+                # While others are sampled, nothing is waited for.
+                ended = wait(answering, 0 if waiting else None, FIRST_COMPLETED).done
+                for future in sorted(ended, key=answering.__getitem__):
+                    number, following = answering.pop(future), future.result()()
                     if following is not None:
                         waiting |= self._ask(policy, {number: following})
         finally:
             self._llm.llm_engine.abort_request(list(waiting))  # of an environment that failed, or after Ctrl-C
         return done
+
+    def _finished(
+        self, policy: Policy, waiting: dict[str, tuple[int, Request]]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Takes one step, and from ``waiting`` the requests that it finishes: their numbers and completions."""
+        outputs = self._llm.llm_engine.step() if waiting else []
+        for output in filter(lambda output: output.finished, outputs):
+            number, (prompt, _, _) = waiting.pop(output.request_id)
+            yield number, completions_of(policy, prompt, output)
 
     def _ask(self, policy: Policy, requests: dict[int, Request]) -> dict[str, tuple[int, Request]]:
         """Queues requests; returns their numbers and themselves by the names that vLLM's outputs have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.types import Prompt
 from tests.conf.probes.base import Probe, built
 from tests.conf.probes.data import around, task_in
+from tests.dialogue.tool_support import heard
 
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -29,7 +31,7 @@ def played(node: dict[str, Any], folder: Path) -> Any:
     dialogue = built(node).begin(prompt, 0, tokenizer)
     between = []
     for text in ("<calc>2*3</calc>", "5", "4", "8", "7", "6"):
-        between.append(dialogue.reply(text, True, (tokenizer.eos_token_id,)))
+        between.append(heard(dialogue, text, (tokenizer.eos_token_id,)))
         if between[-1] is None:
             break
     return between, dialogue.messages, dialogue.result()
@@ -44,9 +46,10 @@ def asked(node: dict[str, Any], folder: Path) -> Any:
     prompt = make_prompt(row, tokenizer, "row", tools.chat_template_kwargs)
     dialogue = tools.begin(prompt, 0, tokenizer)
     call = '<tool_call>{"name": "evaluate", "arguments": {"expression": "2*3"}}</tool_call>'
-    between = [dialogue.reply(call, True, (tokenizer.eos_token_id,)) for _ in range(2)]
+    between = [heard(dialogue, call, (tokenizer.eos_token_id,)) for _ in range(2)]
     limited = dialogue.environment.limited
-    return prompt.input_ids.tolist(), between, dialogue.messages, limited and limited.timeout_s
+    threads = tools.threads.all([threading.current_thread] * 2)
+    return prompt.input_ids.tolist(), between, dialogue.messages, limited and limited.timeout_s, threads
 
 
 def one_turn(node: dict[str, Any], folder: Path) -> Any:
@@ -67,7 +70,7 @@ PROBES = [
         "environment", asked, {
             "functions": ["tests.dialogue.tool_support.add"], "max_turns": 1,
             "chat_template_kwargs": {"enable_thinking": True}, "call_form": "xml",
-            "timeout_s": 0.25,
+            "timeout_s": 0.25, "workers": 2,
         },
     ),
     Probe(["data=arithmetic"], "data.task", task_in(around), {
