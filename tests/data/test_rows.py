@@ -93,6 +93,34 @@ def test_held_out_rows_can_come_from_a_file_of_their_own(tmp_path: Path) -> None
     assert len(RowsTask(str(train), validation_split=str(test), num_validation=7).validation_rows()) == 7
 
 
+def test_of_a_file_no_split_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in _rows(5)))
+    with pytest.raises(UserError, match=r"validation_split=test: the source has no splits; name a file"):
+        RowsTask(str(path), validation_split="test", num_validation=2).train_row(0)
+
+
+def test_of_a_dataset_of_the_hub_the_configuration_and_both_splits_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def load(source: str, config_name: str, split: str) -> datasets.Dataset:
+        asked.append((source, config_name, split))
+        return datasets.Dataset.from_list([{"prompt": f"{split} {i}", "answer": f"{split}{i}"} for i in range(4)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = RowsTask("one/set", split="part", config_name="main", validation_split="test", num_validation=3)
+    train, held_out = _answers(task)
+    assert train == {f"part{i}" for i in range(4)}
+    assert len(held_out) == 3 and held_out < {f"test{i}" for i in range(4)}
+    assert sorted(asked) == [("one/set", "main", "part"), ("one/set", "main", "test")]
+    wrong = RowsTask("one/set", split="part", validation_split="test", num_validation=1, prompt_column="q")
+    for ask in (wrong.validation_rows, lambda: wrong.train_row(0)):
+        with pytest.raises(UserError, match=r"^test row [0-3]: column 'q' is missing"):
+            ask()
+
+
 def test_a_datasets_object_serves_as_source_and_as_validation_rows() -> None:
     import datasets
 
@@ -181,6 +209,17 @@ def test_columns_patterns_template_and_system_prompt_make_the_prompt() -> None:
         {"role": "user", "content": "What is 1 + 1?\nNumber {only}."},
     ]
     assert row["answer"] == "2" and row["solution"] == "Add one.\n#### 2"
+
+
+def test_a_row_is_made_of_the_dataset_as_it_is_and_changes_nothing_in_it() -> None:
+    """New columns may exchange names, and a row that is asked for again is the same."""
+    source = [{"prompt": "x = #1", "answer": "y = #2"}]
+    task = RowsTask(
+        source, num_validation=0, columns={"prompt": "answer", "answer": "prompt"}, patterns={"answer": r"#(\d)"}
+    )
+    for _ in range(2):
+        assert task.train_row(0) == {"prompt": [{"role": "user", "content": "y = #2"}], "answer": "1"}
+    assert source == [{"prompt": "x = #1", "answer": "y = #2"}]
 
 
 def test_plain_prompts_stay_strings_and_conversations_lose_their_nulls() -> None:
@@ -446,6 +485,24 @@ def test_a_held_out_image_is_left_out_under_any_name(form: Any, tmp_path: Path) 
     task = RowsTask(rows, num_validation=4, template="What?", image_columns=["image"])
     with pytest.warns(UserWarning, match="4 training rows of rows are left out: their prompts are held out"):
         assert task.num_train_rows == 8
+
+
+def test_a_held_out_image_is_left_out_where_its_column_has_another_name(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"columns": {"prompt": "question", "image": "picture"}, "image_columns": ["image"]}
+    paths = [str(path) for path in _images(tmp_path)]
+    rows: list[Any] = [{"question": "What?", "picture": path} for path in paths]
+    task = RowsTask(rows, num_validation=4, **settings)
+    with pytest.warns(UserWarning, match="4 training rows of rows are left out: their prompts are held out"):
+        assert task.num_train_rows == 8
+    image, text = task.train_row(0)["prompt"][0]["content"]
+    assert (image, text) == (
+        {"type": "image", "image": task.train_row(0)["picture"]},
+        {"type": "text", "text": "What?"},
+    )
+    assert image["image"] in paths
+    rows = [{"question": f"q{i}", "picture": None} for i in range(2)]
+    with pytest.raises(UserError, match=r"^rows row [01]: column 'picture' is null \(data\.task\.image_columns\)"):
+        RowsTask(rows, num_validation=1, **settings).train_row(0)
 
 
 def test_a_held_out_image_of_a_message_or_a_folder_is_left_out_under_any_name(tmp_path: Path) -> None:
