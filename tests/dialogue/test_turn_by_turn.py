@@ -124,6 +124,29 @@ def test_dialogues_are_asked_for_together_and_draw_numbers_of_their_own(policy, 
     again = []
     sample_dialogues(whole_turns(policy, again), policy, prompts[::-1], sampling, 1, Environments(Says, 2))
     assert {(p.uid, seed) for _, (p, _, seed) in again} == set(drawn)
+    assert {single.num_generations for _, (_, single, _) in asked} == {1}
+    later = []
+    sample_dialogues(whole_turns(policy, later), policy, prompts, sampling, 2, Environments(Says, 2))
+    assert not {seed for _, (_, _, seed) in later} & {seed for _, seed in drawn}
+
+
+def test_environments_have_the_seeds_that_they_have_where_dialogues_are_drawn_token_by_token(policy, prompts):
+    sampling, of = SamplingParams(3, 9), []
+
+    def noting():
+        of[-1].append(Says())
+        return of[-1][-1]
+
+    for seed in (1, 2):
+        for sample in (
+            lambda seed, own: TransformersEngine(environments=own).generate(policy, prompts, sampling, seed),
+            lambda seed, own: sample_dialogues(whole_turns(policy, []), policy, prompts, sampling, seed, own),
+        ):
+            of.append([])
+            sample(seed, Environments(noting, 1))
+    token, turn, token_later, turn_later = ([environment.seed for environment in made] for made in of)
+    assert turn == token and turn_later == token_later
+    assert len(set(turn)) == 15 and not set(turn) & set(turn_later)
 
 
 def test_a_dialogue_does_not_wait_for_the_turns_of_others(policy):
