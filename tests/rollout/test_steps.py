@@ -93,7 +93,50 @@ def test_steps_of_fixed_shapes_draw_the_same_tokens(penalty, count, kind, prompt
         assert len(rows) > 1 and all(4 * after <= before for before, after in itertools.pairwise(rows))
 
 
-@pytest.mark.parametrize("why", ["hooks", "dynamic rotation", "quantised", "split", "compiled", None])
+def test_a_graph_is_recorded_after_the_first_step_and_again_when_a_quarter_of_its_rows_is_left():
+    class Cache:
+        rows, live, steps = 8, 8, 0
+
+        def hold(self):
+            self.rows = self.live
+
+        def advance(self):
+            self.steps += 1
+
+        def layout(self):
+            return None
+
+    def hidden_states(tokens, positions, layout, past_key_values):
+        return (100 * tokens + positions)[..., None].float()
+
+    cache, recorded = Cache(), []
+    step = GraphSteps(
+        SimpleNamespace(hidden_states=hidden_states), cache, lambda run: recorded.append(cache.rows) or run
+    )
+    seen, given = [], []
+    for number, cache.live in enumerate((8, 8, 3, 2, 2, 1), 1):
+        tokens = torch.arange(cache.live) + number
+        given.append(tokens)
+        hidden = step(tokens, 50 + tokens)
+        assert hidden.tolist() == [[101.0 * token + 50] for token in tokens.tolist()] and cache.steps == number
+        seen.append(list(recorded))
+    assert seen == [[], [8], [8], [8, 2], [8, 2], [8, 2]]
+    assert [tokens[0].item() for tokens in given] == [1, 2, 3, 4, 5, 6]  # a graph has its own place for them
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_flash_attention_is_for_models_that_attend_to_all(known, policy, monkeypatch):
+    monkeypatch.setattr(steps, "can_flash", lambda *_: True)
+    monkeypatch.setattr(steps, "_attends_to_all", lambda _: known)
+    states, prefill = torch.zeros(1, 2, 4, 16), PrefillCache()
+    prefill.update(states, states, 0)
+    assert type(steps.cache_of(policy, prefill, [4], 2, 3)) is (FlashCache if known else BlockCache)
+
+
+REASONS = ["hooks", "pre-hooks", "dynamic rotation", "long rotation", "quantised", "split", "compiled", None]
+
+
+@pytest.mark.parametrize("why", REASONS)
 def test_what_a_graph_cannot_hold_goes_through_the_layers(why, policy, monkeypatch):
     states = torch.zeros(1, 2, 4, 16)
     prefill = PrefillCache()
@@ -102,6 +145,10 @@ def test_what_a_graph_cannot_hold_goes_through_the_layers(why, policy, monkeypat
     policy.base_model.get_input_embeddings().register_forward_hook(lambda *_: None)  # as peft does
     if why == "hooks":
         policy.base_model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+    if why == "pre-hooks":
+        policy.base_model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: None)
+    if why == "long rotation":
+        monkeypatch.setattr(policy.base_model.model.rotary_emb, "rope_type", "longrope")
     if why == "dynamic rotation":
         monkeypatch.setattr(policy.base_model.model.rotary_emb, "rope_type", "dynamic")
     if why == "quantised":
@@ -127,7 +174,7 @@ def test_the_page_of_models_names_those_whose_steps_are_recorded():
     [(None, "LlamaDecoderLayer", True), (5, "LlamaDecoderLayer", False), (None, "SmolLM3DecoderLayer", False)],
 )
 def test_flash_attention_and_graphs_are_for_layers_we_know_without_windows(window, name, all_keys):
-    layers = SimpleNamespace(layers=[type(name, (), {})()])
+    layers = SimpleNamespace(layers=[type(kind, (), {})() for kind in ("LlamaDecoderLayer", name)])
     body = SimpleNamespace(config=SimpleNamespace(sliding_window=window))
     policy = SimpleNamespace(base_model=SimpleNamespace(get_decoder=lambda: layers), body=body)
     assert steps._attends_to_all(policy) is all_keys
