@@ -198,6 +198,88 @@ def test_an_extra_column_has_one_value_per_completion():
         score(short=short)
 
 
+def test_what_functions_log_under_one_name_is_averaged_over_all_of_its_values():
+    def one(completions, log_metric):
+        for value in (0.1, 0.2, 4.0):
+            log_metric("seen", value)
+        log_metric("own", -3.0)
+        return [1.0] * 4
+
+    def two(completions, log_metric):
+        log_metric("seen", 1.5)
+        return [1.0] * 4
+
+    rewards = RewardSet({"one": RewardSpec(one), "two": RewardSpec(two)})
+    for _ in range(2):  # what the first call logged is gone by the second
+        rewards(*batch())
+        found = {name: (total.item(), count.item()) for name, (total, count) in rewards.logged_metrics().items()}
+        assert found == {
+            "reward_log/seen": (pytest.approx(5.8, rel=1e-14), 4.0),
+            "reward_log/own": (-3.0, 1.0),
+        }
+
+
+def test_rewards_and_weights_keep_their_precision():
+    rewards = RewardSet({"f": RewardSpec(lambda completions: [0.1, 0.2, 0.3, 0.7], weight=0.9)})
+    table = rewards(*batch())
+    assert table.flatten().tolist() == [0.1, 0.2, 0.3, 0.7]
+    expected = [0.9 * value for value in (0.1, 0.2, 0.3, 0.7)]
+    for combined in (rewards.combine(table), rewards.weighted_sum(table)):
+        assert combined.flatten().tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_completion_without_an_environment_beside_one_with_has_no_reward_of_one():
+    prompts, completions = batch()
+    played = dialogues()[1][0][1]
+    completions[0][1] = replace(played, dialogue=replace(played.dialogue, reward=0.0))
+    completions[1][0] = played
+    seen = {}
+    functions = {
+        "environment": RewardSpec(
+            lambda environment_reward, completions: seen.update(own=environment_reward) or environment_reward
+        ),
+        "plain": RewardSpec(lambda completions: [2.0] * 4),
+    }
+    table = RewardSet(functions)(prompts, completions).reshape(4, 2)
+    assert seen["own"] == [None, 0.0, 0.5, None]
+    assert table.nan_to_num(-1.0).tolist() == [[-1.0, 2.0], [0.0, 2.0], [0.5, 2.0], [-1.0, 2.0]]
+
+
+def test_a_function_with_a_process_of_its_own_is_started_where_the_set_is_called_and_closed_with_it():
+    """A process that another thread starts ends with that thread."""
+    did = []
+
+    class Own:
+        def start(self):
+            did.append(("start", threading.current_thread()))
+
+        def close(self):
+            did.append(("close", threading.current_thread()))
+
+        def __call__(self, completions, **_):
+            did.append(("call", None))
+            return [1.0] * len(completions)
+
+    here = threading.current_thread()
+    rewards = RewardSet({"own": RewardSpec(Own()), "plain": RewardSpec(lambda completions: [1.0] * 4)})
+    rewards(*batch())
+    rewards.close()
+    assert did == [("start", here), ("call", None), ("close", here)]
+
+
+def test_a_function_that_cannot_run_here_is_refused_by_name_before_the_run():
+    class Needs:
+        def check(self):
+            raise UserError("no sandbox here")
+
+        def __call__(self, completions, **_):
+            return [1.0] * len(completions)
+
+    rewards = RewardSet({"plain": RewardSpec(lambda completions: [1.0] * 4), "own": RewardSpec(Needs())})
+    with pytest.raises(UserError, match="^reward function own: no sandbox here$"):
+        rewards.check()
+
+
 def test_columns_that_functions_need_are_known_before_the_run():
     def needs(completions, answer, scale=1.0, **kwargs):
         return []

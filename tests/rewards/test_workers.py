@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pickle
 import signal
@@ -180,10 +181,17 @@ def test_what_cannot_be_sent_to_a_process_is_refused_at_construction():
         RewardSet({"f": RewardSpec(lambda completions: [], timeout_s=1.0)})
 
 
-@pytest.mark.parametrize("bad", [{"timeout_s": 0.0}, {"weight": float("nan")}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"timeout_s": 0.0}, {"timeout_s": math.nextafter(worker.LONGEST_S, math.inf)}, {"timeout_s": math.nan},
+        {"weight": math.nan}, {"weight": -math.inf},
+    ],
+)  # fmt: skip
 def test_bad_settings_are_refused_by_name(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         RewardSpec(users.pid, **bad)
+    assert RewardSpec(users.pid, timeout_s=worker.LONGEST_S, weight=-1.0).timeout_s == worker.LONGEST_S
 
 
 def test_a_set_survives_pickling_before_it_has_run(reward_set):
