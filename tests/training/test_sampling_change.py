@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -180,7 +182,14 @@ REFUSED = [
     ),
     ({"max_completion_length": 0}, "rollout.max_completion_length=0 must be at least 1"),
     ({"max_completion_length": 12.5}, "rollout.max_completion_length=12.5 must be a whole number"),
+    ({"top_k": 2.5}, "rollout.top_k=2.5 must be a whole number"),
     ({"temperature": "hot"}, "rollout.temperature='hot' must be a number"),
+    ({"min_p": 1.0}, "rollout.min_p=1.0 leaves one token to draw: greedy completions are all equal"),
+    (
+        {"repetition_penalty": 1.2},
+        "rollout.repetition_penalty must be 1.0 in training: it depends on the history, so the policy's "
+        "log-probabilities would not be those of the distribution that was sampled",
+    ),
 ]
 
 
@@ -210,6 +219,41 @@ def test_groups_of_one_may_change_and_be_restored_where_the_estimator_takes_them
     assert (other.sampling.num_generations, other.sampling.temperature) == (1, 0.5)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_setting_that_is_not_taken_over_is_said_by_the_first_rank_and_only_if_one_was_set(
+    number, micro_model_dir, monkeypatch
+):
+    monkeypatch.setattr(sampling_change, "rank", lambda: number)
+    module, other = made(micro_model_dir, Noting()), made(micro_model_dir, Noting(), temperature=0.7)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not restore_sampling(other, sampling_state(module)) and not said
+        module.sampling = replace(module.sampling, temperature=0.5)
+        assert not restore_sampling(other, sampling_state(module))
+        assert len(said) == (1 if number == 0 else 0) and other.sampling.temperature == 0.7
+        sampling_change.say_begins_later(SimpleNamespace(sampling=1, sampled_with=1))
+        assert len(said) == (1 if number == 0 else 0)
+        sampling_change.say_begins_later(SimpleNamespace(sampling=1, sampled_with=2))
+        assert len(said) == (2 if number == 0 else 0)
+
+
+def test_strings_that_end_a_completion_may_be_a_list_and_are_restored(micro_model_dir):
+    module, other = (made(micro_model_dir, Noting()) for _ in range(2))
+    module.sampling = replace(module.sampling, stop=["a", "b"])
+    assert module.sampling.stop == ("a", "b")
+    assert restore_sampling(other, sampling_state(module)) and other.sampling == module.sampling
+
+
+class Around:
+    """An engine that forwards its calls to another."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+
+    def generate(self, policy, prompts, sampling, seed):
+        return self.engine.generate(policy, prompts, sampling, seed)
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_completions_that_the_engine_would_cut_are_refused(staleness, micro_model_dir):
     engine = NotingElsewhere() if staleness else Noting()
@@ -222,6 +266,11 @@ def test_completions_that_the_engine_would_cut_are_refused(staleness, micro_mode
         fit(made(micro_model_dir, engine), callbacks=[Curriculum()])
     with pytest.raises(UserError, match=line):  # and before the first rollout
         fit(made(micro_model_dir, engine, length=12))
+    with pytest.raises(UserError, match=line):
+        fit(made(micro_model_dir, Around(engine), length=12))
+    module = made(micro_model_dir, engine, rollouts=1, length=11)
+    fit(module)
+    assert module.rollouts_done == 1
 
 
 def test_a_rotation_that_would_change_is_refused(micro_model_dir, monkeypatch):
