@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import EngineUnavailableError
+from gspo_lightning.training.part_states import _fingerprint, gathered_states, restore_states, states_of
 from gspo_lightning.types import Rollout
 from tests.scripted import Settings, build_module, scripted_reward, trainer, weights
 from tests.training.test_one_step_off import Data, Elsewhere
@@ -343,7 +346,46 @@ def test_whatever_a_state_may_hold_comes_back(micro_model_dir, tmp_path):
     fit(made(micro_model_dir, rewards={"a": part}), ckpt=tmp_path / "x.ckpt")
     (found,) = loaded
     assert found["a"] == value["a"] and found[1, "k"]["t"].item() == 1.5
-    assert torch.equal(found[1, "k"]["p"], parameter) and found[1, "k"]["p"].untyped_storage().nbytes() == 16
+    assert torch.equal(found[1, "k"]["p"], parameter) and not found[1, "k"]["p"].requires_grad
+    assert found[1, "k"]["p"].untyped_storage().nbytes() == 16
+
+
+def test_states_have_one_print_only_if_they_are_equal_to_the_bit():
+    """Else a checkpoint would hold one of two different states of its ranks, for both."""
+    zeros = torch.zeros
+    different = [
+        None, True, False, 1, 0, 1.0, 0.0, -0.0, 1j, "1", b"1", "", b"", "None", [], (), set(), {}, OrderedDict(),
+        [1, 2], [12], (1, 2), {1, 2}, {1: 2}, {2: 1}, {3: 2}, [[1], [2]], [[1, 2]], [[1], 2], [1, [2]], [1, 2, 1, 2],
+        ["ab", "c"], ["a", "bc"], ["a", "b", "c"], {"a": [1], "b": []}, {"a": [1, "b", []]}, {"a": [1, "b"]},
+        zeros(4), zeros(4, dtype=torch.float64), zeros(4, dtype=torch.int32), zeros(2, 2), zeros(1, 4), zeros(4, 1),
+        zeros(2, 4), zeros(()), zeros(1), zeros(0), zeros(0, 2), torch.tensor([0.0, 0.0, 0.0, -0.0]),
+        torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        torch.tensor([[1.0, 3.0], [2.0, 4.0]]), torch.tensor([True, False]), torch.tensor([False, True]),
+    ]  # fmt: skip
+    prints = [_fingerprint(state) for state in different]
+    assert len(set(prints)) == len(different)
+    one_way, other_way = {0, 8}, {8, 0}  # both in the same slot, so the order is that of coming
+    assert list(one_way) != list(other_way)
+    turned = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T  # the same numbers in another order in memory
+    equal = [
+        (turned, torch.tensor([[1.0, 3.0], [2.0, 4.0]])), (one_way, other_way),
+        (math.nan, math.nan), (torch.tensor([math.nan]), torch.tensor([math.nan])), ("\ud800", "\ud800"),
+        ({"a": [1, (2.5, None)]}, {"a": [1, (2.5, None)]}),
+    ]  # fmt: skip
+    for one, other in equal:
+        assert _fingerprint(one) == _fingerprint(other)
+
+
+def test_what_a_part_does_to_the_state_it_was_given_is_not_done_to_the_checkpoint(micro_model_dir):
+    tired = Tiring()
+    tired.scored["n"] = 5
+    saved = gathered_states(states_of(made(micro_model_dir, rewards={"a": tired})))
+    for _ in range(2):
+        module = made(micro_model_dir, rewards={"a": Tiring()})
+        restore_states(module, saved)
+        part = module.rewards.functions["a"].function
+        assert part.scored == {"n": 5}
+        part.scored["n"] += 1
 
 
 def lines_of_resume(module, path):

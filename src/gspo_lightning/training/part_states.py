@@ -140,7 +140,7 @@ def _fingerprint(value: Any) -> str:
             for part in item:
                 add(part)
         else:
-            text = repr(item).encode("utf-8", "surrogatepass")
+            text = repr(item).encode()
             digest.update(f"{len(text)} ".encode() + text)
 
     add(value)
