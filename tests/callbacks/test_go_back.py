@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,19 @@ def test_a_run_without_a_rollout_left_leaves_its_checkpoints_as_they_are(micro_m
     files = {path.name: path.stat().st_ino for path in (tmp_path / "checkpoints").iterdir()}
     run(micro_model_dir, tmp_path, tmp_path / "checkpoints" / "last.ckpt")
     assert {path.name: path.stat().st_ino for path in (tmp_path / "checkpoints").iterdir()} == files
+
+
+@pytest.mark.parametrize("of", ["run", "other"])
+def test_only_a_checkpoint_of_the_same_run_becomes_its_newest(of, tmp_path):
+    for folder in ("run", "other"):
+        (tmp_path / folder / "checkpoints").mkdir(parents=True)
+        for name in ("last.ckpt", "rollout-000002.ckpt"):
+            (tmp_path / folder / "checkpoints" / name).write_text(f"{folder} {name}")
+    recorder, callback = RunRecorder(tmp_path / "run"), RolloutCheckpoint(tmp_path / "run" / "checkpoints", 2)
+    earlier = tmp_path / of / "checkpoints" / "rollout-000002.ckpt"
+    callback.on_fit_start(SimpleNamespace(callbacks=[recorder, callback], ckpt_path=str(earlier)), None)
+    recorder.before_cut()
+    assert callback.last.read_text() == ("run rollout-000002.ckpt" if of == "run" else "run last.ckpt")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -16,6 +16,7 @@ import torch
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks import checkpoint as checkpoint_module
 from gspo_lightning.callbacks import graceful_stop as graceful_stop_module
+from gspo_lightning.errors import UserError
 from gspo_lightning.program import training_run
 from gspo_lightning.rollout import WeightSyncError
 from tests.conf.test_every_key import run
@@ -87,10 +88,22 @@ def test_what_another_callback_ends_is_saved_before_a_validation_that_is_not_due
     assert checkpoint.last.read_text() == f"rollout {rollout}"
 
 
-def test_behind_the_last_rollout_there_is_a_validation_though_none_is_due(tmp_path):
+def test_a_stop_does_not_save_again_what_is_saved(tmp_path):
+    """The checkpoint before would be lost, and be the same one."""
+    module = SimpleNamespace(rollouts_done=1, max_rollouts=9, device=torch.device("cpu"))
+    trainer, checkpoint = Trainer(module), RolloutCheckpoint(tmp_path, every_n_rollouts=1)
+    for module.rollouts_done in (1, 2):
+        checkpoint.on_train_batch_end(trainer, module, None, None, 0)
+    checkpoint.end(trainer, module)
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert texts == {"last.ckpt": "rollout 2", "previous.ckpt": "rollout 1"}
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_behind_the_last_rollout_there_is_a_validation_though_none_is_due(stopped, tmp_path):
     module = SimpleNamespace(rollouts_done=4, max_rollouts=4, device=torch.device("cpu"))
     trainer = Trainer(module)
-    trainer.should_stop = True  # by the module
+    trainer.should_stop = stopped  # by the module
     checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=50)
     checkpoint.on_train_batch_end(trainer, module, None, None, 0)
     assert checkpoint.last.read_text() == "rollout 4" and trainer.limit_val_batches == 1.0
@@ -202,6 +215,50 @@ def test_a_lost_engine_saves_the_run_unless_one_rank_may_be_alone_with_it(engine
     checkpoint.on_exception(trainer, module, WeightSyncError("other weights"))
     assert waits == (["checkpoint folder", "checkpoint"] if saved else [])
     assert checkpoint.last.exists() is saved
+
+
+@pytest.mark.parametrize(
+    ("done", "saved_at", "fn", "error", "saved"),
+    [
+        (2, None, "fit", WeightSyncError("lost"), True),
+        (2, 1, "fit", WeightSyncError("lost"), True),
+        (2, 2, "fit", WeightSyncError("lost"), False),
+        (0, None, "fit", WeightSyncError("lost"), False),
+        (2, None, "validate", WeightSyncError("lost"), False),
+        (2, None, "fit", ValueError("of a reward function"), False),
+        (2, None, "fit", None, True),
+        (2, 1, "fit", None, True),
+        (2, 2, "fit", None, False),
+        (0, None, "fit", None, False),
+    ],
+)
+def test_what_ends_a_run_saves_whole_rollouts_that_are_not_saved_yet(done, saved_at, fn, error, saved, tmp_path):
+    module = SimpleNamespace(rollouts_done=done, max_rollouts=8, engine=IN_PROCESS)
+    trainer, checkpoint = Trainer(module), RolloutCheckpoint(tmp_path, every_n_rollouts=5)
+    trainer.state, checkpoint.saved_at = SimpleNamespace(fn=fn), saved_at
+    if error is None:
+        checkpoint.on_train_end(trainer, module)
+    else:
+        checkpoint.on_exception(trainer, module, error)
+    assert checkpoint.last.exists() is saved and checkpoint.saved_at == (done if saved else saved_at)
+
+
+@pytest.mark.parametrize(
+    ("every", "changes", "refused"),
+    [
+        (2, {}, True),
+        (2, {"val_check_batch": 2}, False),
+        (2, {"limit_val_batches": 0}, False),
+        (2, {"fast_dev_run": 1}, False),
+        (None, {}, False),
+    ],
+)
+def test_validations_are_waited_for_only_where_the_trainer_runs_them(every, changes, refused, tmp_path):
+    checkpoint = RolloutCheckpoint(tmp_path, every_n_rollouts=2, validate_every_n_rollouts=every)
+    settings = {"limit_val_batches": 1.0, "fast_dev_run": 0, "val_check_batch": 1, "ckpt_path": None, **changes}
+    trainer = SimpleNamespace(callbacks=[checkpoint], **settings)
+    with pytest.raises(UserError, match=r"give it val_check_interval=2") if refused else contextlib.nullcontext():
+        checkpoint.on_train_start(trainer, SimpleNamespace(rollouts_done=0))
 
 
 SENT: list[int] = []

@@ -86,10 +86,24 @@ def test_one_best_stays_beside_the_last_and_is_on_the_disk_once(kind, tmp_path):
     assert len({path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}) == 3
 
 
+@pytest.mark.parametrize("keep_best", [None, "val/accuracy"])
+def test_a_rollout_that_is_due_and_the_best_is_saved_once(keep_best, tmp_path):
+    """A second time would make it the checkpoint before, too."""
+    previous = tmp_path / "previous.ckpt"
+    found = {done: previous.exists() and content(previous) for done in play(tmp_path, "file", keep_best=keep_best)}
+    assert found == {2: False, 4: "2", 6: "4", 8: "6", 10: "8"}
+
+
 def test_without_it_there_is_no_best(tmp_path):
     assert list(play(tmp_path, "file")) == list(VALUES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert RolloutCheckpoint(tmp_path, 1).state_dict() == {}
+
+
+def test_second_names_are_given_by_the_first_rank_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "is_global_zero", False)
+    assert list(play(tmp_path, "file", keep_last=2, keep_best="val/accuracy")) == list(VALUES)
+    assert [path.name for path in tmp_path.iterdir()] == [".last.ckpt.tmp"]  # which the first would rename
 
 
 def test_a_value_that_is_no_number_is_never_the_best(tmp_path):
@@ -225,6 +239,60 @@ def test_a_best_that_is_gone_is_counted_anew_and_the_line_says_so(whole, micro_m
     assert read(tmp_path / "new" / "best.ckpt")["gspo_lightning"]["rollouts_done"] == 6
 
 
+FOUND = {"metric": "val/accuracy", "value": 0.5, "rollout": 4}
+
+
+def stored(path, done=4, **found):
+    torch.save(
+        {"gspo_lightning": {"rollouts_done": done}, "callbacks": {"RolloutCheckpoint": {**FOUND, **found}}}, path
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "taken"),
+    [
+        (stored, True),
+        (lambda path: stored(path, done=5), False),
+        (lambda path: stored(path, value=0.75), False),
+        (lambda path: torch.save({"gspo_lightning": {"rollouts_done": 4}}, path), False),
+        (lambda path: torch.save({"state_dict": {}}, path), False),
+        (lambda path: torch.save({"callbacks": path}, path), False),
+        (lambda path: path.write_bytes(b""), False),
+        (lambda path: path.mkdir(), False),
+        (lambda path: None, False),
+    ],
+    ids=[
+        "it",
+        "of another rollout",
+        "of another run",
+        "of no best",
+        "of another program",
+        "of objects",
+        "empty",
+        "a folder",
+        "none",
+    ],
+)
+@pytest.mark.parametrize("name", ["run/best.ckpt", "before/last.ckpt", "before/best.ckpt"])
+def test_only_the_checkpoint_that_was_the_best_is_taken_for_it(name, write, taken, tmp_path, recwarn):
+    for folder in ("run", "before"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / name)
+    best = Best("val/accuracy", tmp_path / "run" / "best.ckpt", "RolloutCheckpoint")
+    nothing = {"best_metric": "val/accuracy", "best_value": None, "best_rollout": None}
+    assert best.facts() == nothing
+    best.load(FOUND)
+    strategy = SimpleNamespace(broadcast=lambda found: found)
+    runner = SimpleNamespace(is_global_zero=True, strategy=strategy, ckpt_path=str(tmp_path / "before" / "last.ckpt"))
+    best.take_over(runner)
+    lines = [line for line in map(str, (w.message for w in recwarn)) if "starts over" in line]
+    if taken:
+        assert best.found == FOUND and not lines and (tmp_path / "run" / "best.ckpt").samefile(tmp_path / name)
+    else:
+        assert best.facts() == nothing and len(lines) == 1
+    assert best.is_higher({"val/accuracy": 0.5}, 6) is not taken  # the first of equals stays
+
+
 def test_what_another_metric_found_best_does_not_count(whole, micro_model_dir, tmp_path):
     start = read(whole[8].with_name("last.ckpt"))
     start["callbacks"]["RolloutCheckpoint"] = {"metric": "val/reward", "value": 0.5, "rollout": 8}
@@ -251,6 +319,25 @@ def test_what_no_validation_measures_is_refused_at_the_first(micro_model_dir, tm
         "checkpoint.keep_best=val/acuracy: validation does not measure it; it measures val/accuracy"
     )
     assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_a_metric_that_later_validations_lack_is_refused_too_and_others_that_are_no_better_are_not_named(tmp_path):
+    best = Best("val/reward", tmp_path / "best.ckpt", "RolloutCheckpoint")
+    with pytest.raises(UserError, match="does not measure it; it measures val/accuracy, val/pass@4$"):
+        best.is_higher({"val/accuracy": 0.5, "val/mean_tokens": 9.0, "val/pass@4": 1.0}, 2)
+    assert best.found == {}
+
+
+def test_a_validation_before_the_first_rollout_of_a_run_is_looked_at_and_does_not_count(tmp_path):
+    module = SimpleNamespace(rollouts_done=0, max_rollouts=10, last_validation={"val/accuracy": 0.5})
+    runner, checkpoint = Trainer(module, "file"), RolloutCheckpoint(tmp_path, 2, 2, keep_best="val/accuracy")
+    checkpoint.on_validation_end(runner, module)
+    runner.sanity_checking, module.rollouts_done = True, 4  # of a run that goes on
+    checkpoint.on_validation_end(runner, module)
+    assert checkpoint.best.found == {} and not list(tmp_path.iterdir())
+    module.rollouts_done, module.last_validation = 0, {"val/reward": 1.0}
+    with pytest.raises(UserError, match="it measures val/reward$"):
+        checkpoint.on_validation_end(runner, module)
 
 
 def test_a_trainer_that_validates_nothing_is_refused(micro_model_dir, tmp_path):

@@ -75,21 +75,22 @@ def test_where_a_file_cannot_have_two_names_it_is_copied(save, tmp_path, monkeyp
     assert content(tmp_path / "last.ckpt") == "15"
 
 
+@pytest.mark.parametrize("first_rank", [True, False])
 @pytest.mark.parametrize("resumed_from", ["last.ckpt", "previous.ckpt", None])
-def test_a_kill_before_the_second_name_does_not_cost_the_number(save, resumed_from, tmp_path):
+def test_a_kill_before_the_second_name_does_not_cost_the_number(save, resumed_from, first_rank, tmp_path):
     """Rollout 6 is the last one: no later checkpoint would make up for it."""
     for number in (2, 4):
         keep_numbered(save(number), number, keep_last=2)
     save(6)
     callback = RolloutCheckpoint(tmp_path, 2, keep_last=2)
     trainer = SimpleNamespace(
-        callbacks=[callback], limit_val_batches=0, fast_dev_run=False, is_global_zero=True,
+        callbacks=[callback], limit_val_batches=0, fast_dev_run=False, is_global_zero=first_rank,
         ckpt_path=None if resumed_from is None else str(tmp_path / resumed_from),
     )  # fmt: skip
     before = numbered(tmp_path)
     callback.on_train_start(trainer, SimpleNamespace(rollouts_done=6))
     expected = {"rollout-000004.ckpt": "4", "rollout-000006.ckpt": "6"}
-    assert numbered(tmp_path) == (expected if resumed_from == "last.ckpt" else before)
+    assert numbered(tmp_path) == (expected if resumed_from == "last.ckpt" and first_rank else before)
     assert not list(tmp_path.glob(".*"))
 
 
