@@ -323,6 +323,7 @@ REST = (
         ({"a": [1, np.float64(2)]}, f"its state_dict()['a'][1] is of type numpy.float64{REST}"),
         ({"a": {"b": np.zeros(2)}}, f"its state_dict()['a']['b'] is of type numpy.ndarray{REST}"),
         ({1: Tiring()}, f"its state_dict()[1] is of type tests.training.test_part_states.Tiring{REST}"),
+        ({"t": torch.eye(2).to_sparse()}, f"its state_dict()['t'] is of type torch.Tensor{REST}"),
         (KeyError("x"), "state_dict() raised KeyError: 'x'"),
     ],
 )

@@ -217,6 +217,10 @@ def test_groups_of_one_may_change_and_be_restored_where_the_estimator_takes_them
     other.advantages = OfTheBatch()
     assert restore_sampling(other, sampling_state(module))
     assert (other.sampling.num_generations, other.sampling.temperature) == (1, 0.5)
+    drawing = made(micro_model_dir, Noting())
+    drawing.advantages, drawing.max_draws = OfTheBatch(), 2
+    with pytest.raises(UserError, match=r"^dynamic_sampling.max_draws=2: every group of rollout.num_generations=1 has"):
+        drawing.sampling = replace(drawing.sampling, num_generations=1)
 
 
 @pytest.mark.parametrize("number", [0, 1])
