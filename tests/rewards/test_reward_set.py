@@ -198,6 +198,20 @@ def test_an_extra_column_has_one_value_per_completion():
         score(short=short)
 
 
+def test_an_extra_column_is_of_one_function():
+    def one(completions, log_extra):
+        log_extra("text", list("abcd"))
+        return [1.0] * 4
+
+    def two(completions, log_extra):
+        return one(completions, log_extra)
+
+    with pytest.raises(
+        UserError, match=r"^log_extra\('text', ...\) is called by two reward functions; rename one column$"
+    ):
+        score(one=one, two=two)
+
+
 def test_what_functions_log_under_one_name_is_averaged_over_all_of_its_values():
     def one(completions, log_metric):
         for value in (0.1, 0.2, 4.0):

@@ -222,7 +222,7 @@ def _result(name: str, future: Future[Any]) -> Any:
 
 
 def merged_log(logs: list[Log], rows: int) -> Log:
-    """Merges the logs; refuses an extra column without exactly one value per completion."""
+    """Merges the logs; refuses an extra column of two functions, or without exactly one value per completion."""
     merged = Log()
     for log in logs:
         for name, values in log.metrics.items():
@@ -232,6 +232,8 @@ def merged_log(logs: list[Log], rows: int) -> Log:
                 raise UserError(
                     f"log_extra({column!r}, ...) got {counted(len(values), 'value')} for {rows} completions"
                 )
+            if column in merged.columns:
+                raise UserError(f"log_extra({column!r}, ...) is called by two reward functions; rename one column")
             merged.columns[column] = values
     return merged
 
