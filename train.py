@@ -1,5 +1,6 @@
 """`python train.py experiment=... key=value`: trains a policy. See conf/train.yaml for every setting."""
 
+from gspo_lightning.program.imports import objects_that_stay
 from gspo_lightning.program.interrupt import end_at_interrupt
 from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
@@ -8,10 +9,11 @@ if __name__ == "__main__":
 configure_threads()
 keep_freed_memory()
 
-import hydra
-from omegaconf import DictConfig
+with objects_that_stay():
+    import hydra
+    from omegaconf import DictConfig
 
-from gspo_lightning import cli
+    from gspo_lightning import cli
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

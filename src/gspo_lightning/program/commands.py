@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from gspo_lightning.program.imports import objects_that_stay
 from gspo_lightning.program.interrupt import end_at_interrupt
 from gspo_lightning.program.threads import configure_threads, keep_freed_memory
 
@@ -22,6 +23,7 @@ def _program() -> ModuleType:
     end_at_interrupt()
     configure_threads()
     keep_freed_memory()
-    from gspo_lightning import cli  # which imports torch
+    with objects_that_stay():
+        from gspo_lightning import cli  # which imports torch
 
     return cli
