@@ -17,7 +17,7 @@ OTHER = '{"a": 1}'
 def script(name, *options, **environment):
     """(Exit code, the last line of what it says); fails where a traceback is said."""
     command = [sys.executable, f"scripts/{name}.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment or None)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment or None)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr.splitlines()[-1]
 

@@ -110,7 +110,7 @@ def test_a_reward_that_never_returns_ends_the_run_and_is_named_in_the_stacks(tmp
         "reward.functions.letter_share.function.path=my_rewards.f",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stdout + done.stderr
     assert 'my_rewards.py", line 5 in f' in done.stderr
     assert "no rollout or validation has finished for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]

@@ -54,8 +54,8 @@ def test_the_others_end_too_and_the_first_error_is_the_last_line(script, how, ra
     environment = {
         **os.environ, "DIES": rank, "HOW": how, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    # Within a minute, start-up included: nobody waits for the rank that has gone.
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    # Start-up on a busy machine included: nobody waits for the rank that has gone, which gloo does for half an hour.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.stderr.strip().splitlines()[-1].startswith(last), done.stderr

@@ -136,7 +136,7 @@ def test_a_signal_ends_the_sweep_behind_the_job_in_hand(trainer, tmp_path):
         if line.startswith("rollout 2/"):
             process.send_signal(signal.SIGTERM)
             break
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=240)
     assert process.returncode == 130, error
     assert "the jobs after it were not run" in error and "Traceback" not in error
     assert (tmp_path / "0" / "checkpoints" / "last.ckpt").exists() and not (tmp_path / "1").exists()

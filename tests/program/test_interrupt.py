@@ -69,7 +69,7 @@ def test_while_libraries_are_imported(begin):
     for rank, argument, lines in (("0", "a=1", 1), ("1", "a=1", 0), ("0", "traceback=true", 9)):
         done = subprocess.run(
             [sys.executable, "-c", AT_IMPORT + begin, argument], cwd=Path(__file__).parents[2], text=True,
-            capture_output=True, env={**os.environ, "LOCAL_RANK": rank}, timeout=60,
+            capture_output=True, env={**os.environ, "LOCAL_RANK": rank}, timeout=240,
         )  # fmt: skip
         said = done.stderr.splitlines()
         assert done.returncode == 130 and done.stdout == ""
@@ -95,7 +95,7 @@ def test_a_script_that_is_imported_leaves_ctrl_c_alone(script):
     """As a process does that multiprocessing spawns."""
     code = f"{AT_IMPORT}runpy.run_path({script!r}, run_name='__mp_main__')"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], text=True, capture_output=True, timeout=60
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], text=True, capture_output=True, timeout=240
     )
     assert done.returncode == -signal.SIGINT and done.stderr.splitlines()[-1] == "KeyboardInterrupt"
 

@@ -264,7 +264,7 @@ def test_the_line_about_a_damaged_file_is_masked_and_fit_for_a_terminal(tmp_path
 def test_the_module_draws_the_report_of_a_folder_anew_and_refuses_another(tmp_path):
     write_run(tmp_path)
     command = [sys.executable, "-m", "gspo_lightning.report"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "report.html"), done.stderr
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert main([str(tmp_path / "nowhere")]) == 2 and main([]) == 2
