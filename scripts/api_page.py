@@ -103,7 +103,7 @@ def _inline(text: str, whole: bool = True) -> str:
 
 
 def _field_docs(thing: type) -> dict[str, str]:
-    """The strings under annotated fields, those of a base first, which Python itself does not keep."""
+    """The strings under annotated public fields, those of a base first, which Python itself does not keep."""
     found = {}
     for base in thing.__bases__:
         if base.__module__.startswith("gspo_lightning."):
@@ -114,7 +114,7 @@ def _field_docs(thing: type) -> dict[str, str]:
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
             found[field.target.id] = str(after.value.value)  # type: ignore[attr-defined]
-    return found
+    return {field: text for field, text in found.items() if not field.startswith("_")}
 
 
 def _methods(thing: type) -> list[tuple[str, Any]]:

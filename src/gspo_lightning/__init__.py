@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from gspo_lightning.data import (
         make_prompt as make_prompt,
     )
+    from gspo_lightning.dialogue import (
+        Environment as Environment,
+    )
+    from gspo_lightning.dialogue import (
+        Environments as Environments,
+    )
+    from gspo_lightning.dialogue import (
+        Reply as Reply,
+    )
+    from gspo_lightning.dialogue import (
+        Tools as Tools,
+    )
     from gspo_lightning.errors import UserError as UserError
     from gspo_lightning.module import GSPOModule as GSPOModule
     from gspo_lightning.objective import LossInputs as LossInputs
@@ -47,6 +59,9 @@ if TYPE_CHECKING:
     from gspo_lightning.rewards import RewardSpec as RewardSpec
     from gspo_lightning.rollout import RolloutEngine as RolloutEngine
     from gspo_lightning.rollout import TransformersEngine as TransformersEngine
+    from gspo_lightning.rollout import VLLMEngine as VLLMEngine
+    from gspo_lightning.rollout import VLLMServerEngine as VLLMServerEngine
+    from gspo_lightning.rollout import closing_engine as closing_engine
     from gspo_lightning.training.schedule import Schedule as Schedule
     from gspo_lightning.training.update import Minibatch as Minibatch
     from gspo_lightning.training.update import UpdateSettings as UpdateSettings
@@ -78,6 +93,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AdvantageEstimator": "gspo_lightning.advantages",
     "Completion": "gspo_lightning.types",
+    "Environment": "gspo_lightning.dialogue",
+    "Environments": "gspo_lightning.dialogue",
     "GSPOModule": "gspo_lightning.module",
     "LoraSettings": "gspo_lightning.policy.load",
     "LossInputs": "gspo_lightning.objective",
@@ -91,6 +108,7 @@ _PUBLIC = {
     "Prompt": "gspo_lightning.types",
     "PromptBatch": "gspo_lightning.types",
     "PromptDataModule": "gspo_lightning.data",
+    "Reply": "gspo_lightning.dialogue",
     "RewardSet": "gspo_lightning.rewards",
     "RewardSpec": "gspo_lightning.rewards",
     "Rollout": "gspo_lightning.types",
@@ -100,10 +118,14 @@ _PUBLIC = {
     "Schedule": "gspo_lightning.training.schedule",
     "ScoredRollout": "gspo_lightning.types",
     "Task": "gspo_lightning.data",
+    "Tools": "gspo_lightning.dialogue",
     "TransformersEngine": "gspo_lightning.rollout",
     "UpdateSettings": "gspo_lightning.training.update",
     "UserError": "gspo_lightning.errors",
+    "VLLMEngine": "gspo_lightning.rollout",
+    "VLLMServerEngine": "gspo_lightning.rollout",
     "ValidationSettings": "gspo_lightning.training.validation",
+    "closing_engine": "gspo_lightning.rollout",
     "linear_logprobs": "gspo_lightning.packing",
     "make_prompt": "gspo_lightning.data",
     "pack": "gspo_lightning.packing",

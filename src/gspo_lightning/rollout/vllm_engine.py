@@ -157,6 +157,8 @@ class VLLMEngine:
         self, policy: Policy, waiting: dict[str, tuple[int, Request]]
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Takes one step, and from ``waiting`` the requests that it finishes: their numbers and completions."""
+        if waiting and not self._llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError(f"vLLM has lost {len(waiting)} requests")  # else this would wait for them for ever
         outputs = self._llm.llm_engine.step() if waiting else []
         for output in filter(lambda output: output.finished, outputs):
             number, (prompt, _, _) = waiting.pop(output.request_id)
