@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 
 import pytest
 import torch
@@ -274,6 +275,22 @@ class Fails(Says):
         raise ValueError("no answer")
 
 
+class WaitsForTheEngine(Says):
+    """The first answer of all comes when the engine has taken two more steps, which it does only for other dialogues."""
+
+    def __init__(self, steps, begun):
+        super().__init__()
+        self.steps, self.begun = steps, begun
+
+    def step(self, text):
+        self.begun.append(text)
+        goal, end = len(self.steps) + 2 * (len(self.begun) == 1), time.monotonic() + 60
+        while len(self.steps) < goal:
+            assert time.monotonic() < end, "the engine waits for the environment"
+            time.sleep(0.001)
+        return super().step(text)
+
+
 def lengths_of_turns(completion):
     """Tokens of each of the policy's turns."""
     dialogue = completion.dialogue
@@ -293,6 +310,8 @@ def test_greedy_dialogues_equal_those_of_the_transformers_engine(policy, folder,
         monkeypatch.setattr(engine._llm.llm_engine, "step", lambda: (steps.append(1), step())[1])
         theirs = engine.generate(policy, asked, greedy, 3).completions
         taken = len(steps)
+        engine.environments = Environments(functools.partial(WaitsForTheEngine, steps, []), 4, workers=2)
+        waited = engine.generate(policy, asked, greedy, 3).completions
         engine.environments = Environments(Fails, 4)
         with pytest.raises(UserError, match="no answer"):
             engine.generate(policy, asked, greedy, 3)
@@ -303,6 +322,7 @@ def test_greedy_dialogues_equal_those_of_the_transformers_engine(policy, folder,
     in_rounds = sum(map(max, itertools.zip_longest(*map(lengths_of_turns, sum(theirs, [])), fillvalue=0)))
     alone = max(sum(lengths) + len(lengths) for lengths in map(lengths_of_turns, sum(theirs, [])))
     assert taken <= alone < in_rounds
+    assert [c.token_ids.tolist() for c in sum(waited, [])] == [c.token_ids.tolist() for c in sum(theirs, [])]
     ours = TransformersEngine(environments=environments).generate(policy, asked, greedy, 3).completions
     assert max(c.dialogue.num_turns for group in ours for c in group) > 1
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
