@@ -116,13 +116,13 @@ class Environments:
         self, prompts: Sequence[tuple[Prompt, int]], tokenizer: PreTrainedTokenizerBase
     ) -> list[OpenDialogue]:
         """Begins a dialogue about the row of each prompt, with its seed."""
-        dialogues = [self.open(prompt, tokenizer) for prompt, _ in prompts]
+        dialogues = [self.dialogue_of(prompt, tokenizer) for prompt, _ in prompts]
         self.threads.all(
             [partial(dialogue.reset, seed) for dialogue, (_, seed) in zip(dialogues, prompts, strict=True)]
         )
         return dialogues
 
-    def open(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
+    def dialogue_of(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
         """A dialogue about the row of ``prompt`` whose environment has not been reset yet."""
         return OpenDialogue(_asked("environment.make", prompt, self.make), prompt, self, tokenizer)
 

@@ -104,8 +104,8 @@ class Tools(Environments):
         assert self._found is not None
         return self._found[1]
 
-    def open(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
-        """See `Environments.open`.
+    def dialogue_of(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
+        """See `Environments.dialogue_of`.
 
         Raises:
             UserError: the prompt does not name a tool, so that the policy cannot know it; or calls are written in
@@ -118,7 +118,7 @@ class Tools(Environments):
                     f"environment.functions: the prompt does not name the tool {name}; give the prompts the same "
                     f"chat_template_kwargs, tools: ${{environment.functions}} (row {prompt.uid})"
                 )
-        dialogue = super().open(prompt, tokenizer)
+        dialogue = super().dialogue_of(prompt, tokenizer)
         form = self._form(tokenizer)
         cast("ToolDialogue", dialogue.environment).form = form
         dialogue.kept = frozenset(form.tokens)

@@ -23,18 +23,24 @@ THINKS = (
 ROW = {"answer": "6", "secret": 6, "low": 1, "high": 9}
 
 
+def threads_of(environments: Any) -> set[str]:
+    """Names of the threads in which environments run."""
+    return set(environments.threads.all([lambda: threading.current_thread().name] * 9))
+
+
 def played(node: dict[str, Any], folder: Path) -> Any:
     """Six turns with the environment: tokens between them, messages and rewards."""
     tokenizer = load_tokenizer(resolve_model("bundled:smollm2-135m-instruct"))
     tokenizer.chat_template = THINKS
     prompt = Prompt("row", [{"role": "user", "content": "?"}], torch.ones(1, dtype=torch.long), ROW)
-    dialogue = built(node).begin(prompt, 0, tokenizer)
+    environments = built(node)
+    dialogue = environments.begin(prompt, 0, tokenizer)
     between = []
     for text in ("<calc>2*3</calc>", "5", "4", "8", "7", "6"):
         between.append(heard(dialogue, text, (tokenizer.eos_token_id,)))
         if between[-1] is None:
             break
-    return between, dialogue.messages, dialogue.result()
+    return between, dialogue.messages, dialogue.result(), threads_of(environments)
 
 
 def asked(node: dict[str, Any], folder: Path) -> Any:
@@ -48,8 +54,8 @@ def asked(node: dict[str, Any], folder: Path) -> Any:
     call = '<tool_call>{"name": "evaluate", "arguments": {"expression": "2*3"}}</tool_call>'
     between = [heard(dialogue, call, (tokenizer.eos_token_id,)) for _ in range(2)]
     limited = dialogue.environment.limited
-    threads = tools.threads.all([threading.current_thread] * 2)
-    return prompt.input_ids.tolist(), between, dialogue.messages, limited and limited.timeout_s, threads
+    timeout_s = limited and limited.timeout_s
+    return prompt.input_ids.tolist(), between, dialogue.messages, timeout_s, threads_of(tools)
 
 
 def one_turn(node: dict[str, Any], folder: Path) -> Any:
@@ -62,7 +68,7 @@ def one_turn(node: dict[str, Any], folder: Path) -> Any:
 GAME = {"_target_": "gspo_lightning.dialogue.GuessTheNumber", "_partial_": True}
 PROBES = [
     Probe(["environment=calculator"], "environment", played, {
-        "make": GAME, "max_turns": 1, "chat_template_kwargs": {"enable_thinking": True},
+        "make": GAME, "max_turns": 1, "chat_template_kwargs": {"enable_thinking": True}, "workers": 2,
     }),
     Probe(["environment=guess_the_number"], "environment.make", one_turn, {"turn_rewards": True}),
     Probe(
