@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import string
+import subprocess
+import sys
 import threading
-from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -136,29 +138,53 @@ def test_ctrl_c_is_not_kept_for_later():
         Threads(1).submit(interrupted)
 
 
-def test_the_first_error_in_the_order_of_the_dialogues_is_told_and_what_waits_is_not_begun():
-    """Two threads: call 1 fails before call 0 does; the calls after them wait for a thread until both have."""
-    later, called, threads = Future(), [], Threads(2)
+def test_an_error_is_told_while_another_call_hangs_and_what_waits_is_not_begun():
+    """Two threads: call 0 hangs, call 1 fails, and call 2 is the only one that can begin before it is known."""
+    released, called, threads = threading.Event(), [], Threads(2)
 
-    def fails(number):
-        if number == 0:
-            later.result(timeout=30)
-        else:
-            later.set_result(None)
-        raise ValueError(str(number))
-
-    def waits(number):
+    def hangs(number):
         called.append(number)
-        held.wait(30)
+        released.wait(60)
 
-    held = threading.Event()
-    calls = [functools.partial(fails, number) for number in range(2)]
-    calls += [functools.partial(waits, number) for number in range(2, 9)]
-    with pytest.raises(ValueError, match="^0$"):
-        threads.all(calls)
-    held.set()
+    def fails():
+        raise ValueError("1")
+
+    later = [functools.partial(hangs, number) for number in range(2, 9)]
+    with pytest.raises(ValueError, match="^1$"):
+        threads.all([functools.partial(hangs, 0), fails, *later])
+    released.set()
     assert threads.all([lambda: 5]) == [5]
-    assert set(called) <= {2, 3}
+    assert set(called) <= {0, 2}
+
+
+def test_a_program_ends_although_a_call_hangs():
+    code = "import time, sys; from gspo_lightning.dialogue.threads import Threads; t = Threads(2); {}; sys.exit(3)"
+    for count in (1, 5):  # with five, three have not begun
+        calls = code.format("; ".join(["t.submit(lambda: time.sleep(3600))"] * count))
+        assert subprocess.run([sys.executable, "-c", calls], timeout=240).returncode == 3
+
+
+def test_calls_have_the_modes_of_the_callers_thread():
+    def modes():
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), kind
+
+    threads = Threads(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert threads.submit(modes).result() == modes() == (False, False, torch.float16)
+    with torch.inference_mode():
+        assert threads.submit(modes).result() == modes() == (False, True, None)
+    assert threads.submit(modes).result() == modes() == (True, False, None)
+
+
+def test_threads_end_with_the_object():
+    threads = Threads(2)
+    (one,) = threads.all([threading.current_thread])
+    assert one.is_alive() and one.daemon
+    del threads
+    gc.collect()
+    one.join(60)
+    assert not one.is_alive()
 
 
 def test_tools_with_a_limit_run_in_a_process_for_each_thread(tmp_path):
@@ -171,6 +197,7 @@ def test_tools_with_a_limit_run_in_a_process_for_each_thread(tmp_path):
     first, second = made.threads.all(calls)
     assert first[0] == second[0] == "said" and first[1] != second[1]  # numbers of two processes
     assert len(limited.idle) == 2
+    assert len(copy.deepcopy(limited).idle) == 0  # which starts its own
     third = made.threads.all(calls[:1])[0]
     assert third[1] in (first[1], second[1]) and len(limited.idle) == 2  # warm
 

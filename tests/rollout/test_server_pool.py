@@ -134,6 +134,34 @@ def test_jobs_are_done_while_what_follows_others_is_asked_for():
     assert len(threads) == 7 and set(threads) == {threading.current_thread()}
 
 
+def test_what_follows_is_not_asked_for_any_more_once_one_has_failed():
+    waiting = {number: Future() for number in range(1, 4)}
+
+    def next_of(number, result):
+        if number:
+            return waiting[number]
+        failed = Future()
+        failed.set_exception(ValueError("an environment"))
+        return failed
+
+    def work(server, job):
+        if job == 0:
+            assert all_asked.wait(30)
+        return job
+
+    def asked(number, result):
+        left.discard(number)
+        if left == {0}:
+            all_asked.set()
+        return next_of(number, result)
+
+    left, all_asked = {0, 1, 2, 3}, threading.Event()
+    pool = ServerPool(servers(2), lambda server: None, lambda server, value: None, PATIENCE)
+    with pytest.raises(ValueError, match="an environment"):
+        pool.run(range(4), work, asked)
+    assert all(future.cancelled() for future in waiting.values())
+
+
 def test_a_job_that_follows_another_goes_to_a_third_server_only_if_its_own_has_failed():
     asked, failed = [], []
 

@@ -78,7 +78,8 @@ class Environments:
         max_turns: turns of the policy after which a dialogue ends.
         chat_template_kwargs: arguments of the chat template, the same as for the prompts.
         workers: most dialogues whose environments run at the same time. With 1 they run one after another in the
-            trainer's thread; with more, in threads, and calls of one environment come from different ones.
+            trainer's thread; with more, in threads: calls of one environment come from different ones, and what
+            environments share must bear calls at the same time.
     """
 
     make: Callable[[], Environment]
@@ -86,7 +87,7 @@ class Environments:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     threads: Threads = field(init=False, repr=False, compare=False)
-    """They call ``reset``, ``step`` and ``reward``."""
+    """The threads in which environments run."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1:
@@ -123,7 +124,7 @@ class Environments:
         return dialogues
 
     def dialogue_of(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OpenDialogue:
-        """A dialogue about the row of ``prompt`` whose environment has not been reset yet."""
+        """A dialogue about the row of ``prompt`` whose environment has not been reset yet; subclasses extend this."""
         return OpenDialogue(_asked("environment.make", prompt, self.make), prompt, self, tokenizer)
 
 

@@ -41,6 +41,10 @@ class LimitedTools:
         self.idle: deque[Worker] = deque()
         """Processes that run no call; where there is none, one is made: there are never more than calling threads."""
 
+    def __reduce__(self) -> tuple[type[LimitedTools], tuple[Sequence[Callable[..., Any]], float]]:
+        """Copies have processes of their own."""
+        return LimitedTools, (self.tools.tools, self.timeout_s)
+
     def check(self, things: Sequence[Any]) -> None:
         """Refuses objects that cannot be sent to the process.
 

@@ -38,8 +38,8 @@ class Tools(Environments):
         timeout_s: with a limit the tools run in a warm process of their own, which is killed if a call takes longer;
             the policy is told so. An object of a class is sent there and back with each call, so it must be possible to
             pickle it, and a call that is stopped leaves it as it was. Without a limit they run in the trainer.
-        workers: most dialogues whose tools run at the same time (see `Environments`); with a limit, in this many
-            processes. The calls of one turn are made one after another.
+        workers: most dialogues whose tools run at the same time, so a function is called several times at once (see
+            `Environments`); with a limit, in this many processes. The calls of one turn are made one after another.
 
     Raises:
         UserError: a function is misconfigured (see `functions.schemas_of`), or the prompts describe other tools.

@@ -145,6 +145,8 @@ class _Run(Generic[Job, Result]):
                 for future in self._finished():
                     (self._settle if future in self.futures else self._follow)(future)
         finally:
+            for following in self.following:
+                following.cancel()
             # What is still in progress belongs to servers that are not needed (any more).
             for member, _ in self.futures.values():
                 member.server.abort()

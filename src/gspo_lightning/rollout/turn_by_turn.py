@@ -24,8 +24,8 @@ Request = tuple[Prompt, SamplingParams, int]
 """A prompt, how its completions are drawn, and a seed."""
 
 NextOf = Callable[[int, list[Completion]], "Future[Callable[[], Request | None]] | None"]
-"""Asks what follows the request of this number, given its completions, without waiting. Once the future has ended, its
-result is called in the caller's thread and makes the next request. None, both times, if nothing follows."""
+"""Asks what follows the request of this number, given its completions. Once the future has ended, its result is called
+in the caller's thread and makes the next request. None, both times, if nothing follows."""
 
 
 class Complete(Protocol):

@@ -150,7 +150,10 @@ class VLLMEngine:
                     if following is not None:
                         waiting |= self._ask(policy, {number: following})
         finally:
-            self._llm.llm_engine.abort_request(list(waiting))  # of an environment that failed, or after Ctrl-C
+            # An environment has failed, or after Ctrl-C.
+            self._llm.llm_engine.abort_request(list(waiting))
+            for future in answering:
+                future.cancel()
         return done
 
     def _finished(
