@@ -23,9 +23,11 @@ from gspo_lightning.types import Completion, Prompt, SamplingParams
 Request = tuple[Prompt, SamplingParams, int]
 """A prompt, how its completions are drawn, and a seed."""
 
-NextOf = Callable[[int, list[Completion]], "Future[Callable[[], Request | None]] | None"]
-"""Asks what follows the request of this number, given its completions. Once the future has ended, its result is called
-in the caller's thread and makes the next request. None, both times, if nothing follows."""
+Following = Future[Callable[[], Request | None]]
+"""Once it has ended, its result is called in the caller's thread and makes the next request, or None."""
+
+NextOf = Callable[[int, list[Completion]], Following | None]
+"""Asks what follows the request of this number, given its completions; None if nothing follows."""
 
 
 class Complete(Protocol):
@@ -98,7 +100,7 @@ def sample_dialogues(
     begun = begin(policy, everyone, environments, seed)
     dialogues = [_Open(*one, turns) for one, turns in zip(everyone, begun, strict=True)]
 
-    def next_of(number: int, answer: list[Completion]) -> Future[Callable[[], Request | None]] | None:
+    def next_of(number: int, answer: list[Completion]) -> Following | None:
         dialogue, (turn,) = dialogues[number], answer
         dialogue.take(turn)
         if turn.finish_reason != "stop":

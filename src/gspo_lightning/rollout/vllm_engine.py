@@ -12,8 +12,8 @@ import gc
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.adapter_proof import AdapterPart, adapter_parts, refuse_left_out, shaken
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.rollout.fingerprint import DEFAULT_TOLERANCE, PROBE_SAMPLING, Fingerprint, probe_prompt
-from gspo_lightning.rollout.turn_by_turn import NextOf, Request, sample_dialogues
+from gspo_lightning.rollout.turn_by_turn import Following, NextOf, Request, sample_dialogues
 from gspo_lightning.rollout.vllm_requests import (
     completions_of,
     engine_input,
@@ -42,6 +42,7 @@ from gspo_lightning.rollout.vllm_settings import (
     memory_settings,
     refusals_in_one_line,
     refuse_other_gpus,
+    whole_prompts,
 )
 from gspo_lightning.rollout.weights import check_base, checksum, named_weights, save_adapter, trained_parameters
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
@@ -136,7 +137,7 @@ class VLLMEngine:
         """See `Complete`."""
         done: list[list[Completion]] = [[] for _ in requests]
         waiting = self._ask(policy, dict(enumerate(requests)))
-        answering: dict[Future[Callable[[], Request | None]], int] = {}
+        answering: dict[Following, int] = {}
         try:
             while waiting or answering:
                 for number, completions in self._finished(policy, waiting):
@@ -217,7 +218,7 @@ class VLLMEngine:
                 disable_log_stats=True,
                 seed=0,
                 **memory_settings(self.memory_fraction, self.kv_cache_gb),
-                **self._whole_prompts(),
+                **whole_prompts(self.max_model_len),
                 **settings,
             )
         tolerance = DEFAULT_TOLERANCE[self.engine_dtype] if self.tolerance is None else self.tolerance
@@ -228,12 +229,6 @@ class VLLMEngine:
             with shaken(part):
                 self._send(policy)
                 self._prove(policy, part)
-
-    def _whole_prompts(self) -> dict[str, Any]:
-        """Settings against prompts in chunks on a CPU: vLLM 0.32 then rewinds a request's generator, which fails."""
-        if torch.cuda.is_available():
-            return {}
-        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.max_model_len, 4096)}
 
     def _vision(self, policy: Policy) -> dict[str, Any]:
         """Settings for the same images as in training: the processor's own limits, or those of the data."""

@@ -97,3 +97,10 @@ def _reason(error: Exception) -> str:
     else:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return " ".join(said.split()).partition(". ")[0].rstrip(".")
+
+
+def whole_prompts(max_model_len: int) -> dict[str, Any]:
+    """Settings against prompts in chunks on a CPU: vLLM 0.32 then rewinds a request's generator, which fails."""
+    if torch.cuda.is_available():
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 4096)}
