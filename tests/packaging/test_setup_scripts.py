@@ -255,22 +255,30 @@ def test_serve_never_prints_the_key_and_wants_one_for_other_hosts(sandbox: Sandb
 
 
 @pytest.mark.parametrize("outcome", [0, 1, 5])
-def test_ci_runs_the_test_script_in_an_environment_of_its_own(sandbox: Sandbox, outcome: int) -> None:
-    write_program(
-        sandbox.root / "scripts/test.sh",
-        f"""#!/bin/sh
-mkdir -p "$GSPO_VENV/bin"; echo "$GSPO_VENV $GSPO_CACHE $*" >> "$CALLS"
-printf '#!/bin/sh\\necho "$*" >> "$CALLS"\\n' > "$GSPO_VENV/bin/python"; chmod +x "$GSPO_VENV/bin/python"
-exit {outcome}
+def test_ci_runs_the_test_script_in_environments_of_its_own(sandbox: Sandbox, outcome: int) -> None:
+    for name in ("setup", "test"):
+        # The environment with vLLM is made meanwhile. That it fails here is said by the tier with vLLM, which tries again.
+        write_program(
+            sandbox.root / f"scripts/{name}.sh",
+            f"""#!/bin/sh
+echo "{name} $GSPO_VENV $GSPO_VLLM_VENV $GSPO_CACHE $*" >> "$CALLS"
+mkdir -p "$GSPO_VENV/bin"
+printf '#!/bin/sh\necho "$*" >> "$CALLS"\n' > "$GSPO_VENV/bin/python"; chmod +x "$GSPO_VENV/bin/python"
+case "$*" in *--vllm-cpu) sleep 1; mkdir -p "$GSPO_VLLM_VENV"; echo made >> "$CALLS"; exit 7 ;; esac
+[ {name} = setup ] || exit {outcome}
 """,
-    )
-    result = sandbox.run(".ci/run", "--slow", GSPO_VENV="/somewhere", GSPO_CACHE="/else")
+        )
+    result = sandbox.run(".ci/run", "--slow", GSPO_VENV="/somewhere", GSPO_VLLM_VENV="/there", GSPO_CACHE="/else")
     assert result.returncode == outcome
-    venv, cache, argument = sandbox.calls[0].split()
-    assert argument == "--slow"
+    calls = [call.split() for call in sandbox.calls if call.startswith(("setup", "test"))]
+    made = [(name, *arguments) for name, _, _, _, *arguments in calls]
+    assert made[0] == ("setup", "--test")
+    assert sorted(made[1:3]) == [("setup", "--vllm-cpu"), ("test", "--slow")]
+    assert made[3:] == ([("test", "--vllm", "--slow")] if outcome == 0 else [])
     assert (sandbox.calls[-1] == "scripts/benchmark.py --check") == (outcome == 0)
-    assert Path(venv).parent == Path(cache).parent
-    assert not Path(venv).parent.exists(), "the scratch folder must be removed"
+    folders = {Path(folder).parent for call in calls for folder in call[1:4]}
+    assert len(folders) == 1 and sandbox.calls.count("made") == 1
+    assert not folders.pop().exists(), "the scratch folder must be removed"
 
 
 def test_quickstart_trains_with_the_thread_settings_and_the_overrides(sandbox: Sandbox) -> None:
