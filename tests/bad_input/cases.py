@@ -430,6 +430,18 @@ OBJECTIVE = [
         ["objective=sapo", "objective.tau_positive=0"],
         "objective.tau_positive=0 must be above 0",
     ),
+    Case(
+        "objective",
+        "a weight that keeps what the policy has left",
+        ["objective=vespo", "objective.k_negative=0"],
+        "objective.k_negative=0 must be above 0",
+    ),
+    Case(
+        "objective",
+        "a correction per completion for VESPO",
+        ["objective=vespo", "mismatch=sequence_mask"],
+        "objective.mismatch.level=sequence is not defined for loss_type=vespo",
+    ),
     Case("objective", "an unknown scale of advantages", ["advantages.scale_rewards=std"], "advantages.scale_rewards"),
 ]
 

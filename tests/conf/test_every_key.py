@@ -114,6 +114,10 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "objective.max_completion_length": (WEIGHTS, ["objective.max_completion_length=99"], ["objective=dr_grpo", "optimizer.eps=1"]),
     "objective.tau_positive": (WEIGHTS, ["objective.tau_positive=3.0"], ["objective=sapo"]),
     "objective.tau_negative": (WEIGHTS, ["objective.tau_negative=3.0"], ["objective=sapo"]),
+    **{
+        f"objective.{key}": (WEIGHTS, [f"objective.{key}=1.0"], ["objective=vespo"])
+        for key in ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
+    },
     "rollout.num_generations": (COMPLETIONS, ["rollout.num_generations=2"], []),
     "rollout.max_completion_length": (COMPLETIONS, ["rollout.max_completion_length=3"], []),
     "rollout.temperature": (COMPLETIONS, ["rollout.temperature=0.3"], []),

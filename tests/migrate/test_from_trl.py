@@ -120,6 +120,15 @@ CASES = {
     "cispo's cap is epsilon where epsilon_high is not given": (
         {"loss_type": "cispo", "epsilon": 4.0}, {"objective.epsilon": None, "objective.epsilon_high": 4.0},
     ),
+    "vespo": (
+        {"loss_type": "vespo", "epsilon": 0.1, "delta": 2.0, "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 4, "vespo_lambda_neg": 0.5},
+        {"objective.loss_type": "vespo", "objective.epsilon": None, "objective.delta": None, "objective.k_positive": 1.5, "objective.lambda_positive": 2.5,
+         "objective.k_negative": 4, "objective.lambda_negative": 0.5, "objective.importance_sampling_level": "token"},
+    ),
+    "vespo at its defaults": (
+        {"loss_type": "vespo", "importance_sampling_level": "sequence", "gradient_accumulation_steps": 8, "steps_per_generation": 8},
+        {"objective.importance_sampling_level": "token", "update.num_minibatches": 1},
+    ),
     "a reference": (
         {"beta": 0.04}, {"objective.beta": 0.04, "objective.kl_importance_weighted": True},
     ),
@@ -157,7 +166,9 @@ def test_what_a_config_becomes(given, expected):
 
 
 BLOCKED = {
-    "vespo": {"loss_type": "vespo", "epsilon": 0.1},
+    "a loss that TRL does not have": {"loss_type": "gspo", "epsilon": 0.1},
+    "a weight that grows with the ratio": {"vespo_lambda_neg": 0.0, "loss_type": "vespo"},
+    "a weight that keeps what the policy has left": {"vespo_k_pos": 0, "loss_type": "vespo"},
     "an adaptive entropy bonus": {"use_adaptive_entropy": True},
     "float16": {"fp16": True},
     "an unknown optimizer": {"optim": "lion_8bit"},
@@ -196,6 +207,26 @@ def test_what_has_no_effect_in_trl_is_said_to_have_none():
     assert both["warmup_ratio"] == ("same", "warmup_steps overrides it, as in TRL")
     assert notes({"eval_steps": 5})["eval_steps"] == ("same", "no effect without eval_strategy=steps, in TRL as here")
     assert notes({"report_to": "all"})["report_to"][0] == "better default"
+
+
+def test_a_loss_without_a_clip_says_so_and_settings_of_other_losses_ask_for_nothing():
+    def notes(given):
+        return {verdict.key: (verdict.kind, verdict.note) for verdict in convert(given).verdicts}
+
+    found = notes({
+        "loss_type": "vespo", "importance_sampling_level": "sequence", "delta": 2.0, "vespo_k_pos": 2.0, "sapo_temperature_pos": 0.5,
+    })  # fmt: skip
+    assert found == {
+        "loss_type": ("same", "objective.loss_type"),
+        "importance_sampling_level": (
+            "better default", "token: vespo has a ratio of its own, of the whole sequence; TRL warns and ignores it too",
+        ),
+        "delta": ("better default", "vespo has a smooth weight in place of the clip; TRL ignores it silently"),
+        "vespo_k_pos": ("renamed", "objective.k_positive"),
+        "sapo_temperature_pos": ("same", "no effect without loss_type=sapo, in TRL as here"),
+    }  # fmt: skip
+    other = convert({"loss_type": "grpo", "vespo_k_pos": 0.0})
+    assert "objective.k_positive" not in other.settings and not other.blocking
 
 
 def test_the_cap_of_cispo_that_was_not_asked_for_is_named():

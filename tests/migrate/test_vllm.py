@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert
 from tests.migrate.test_from_trl import checked
 
@@ -88,6 +89,21 @@ def test_a_capped_weight_of_tokens_under_a_sequence_ratio_stays_and_is_said():
 def test_one_engine_per_rank_is_what_a_tensor_parallel_size_of_one_asks_for():
     (verdict,) = [v for v in convert({**COLOCATED, "vllm_tensor_parallel_size": 1}).verdicts if "tensor" in v.key]
     assert verdict.kind == "same" and "each rank has its own engine" in verdict.note
+
+
+@pytest.mark.parametrize("mode", [None, "sequence_mask", "sequence_truncate"])
+def test_a_correction_per_completion_is_refused_for_vespo_as_trl_does(mode):
+    given = {**COLOCATED, "loss_type": "vespo"} | ({"vllm_importance_sampling_mode": mode} if mode else {})
+    line = f"vllm_importance_sampling_mode={mode or 'sequence_mask'}: loss_type=vespo takes weights of tokens"
+    with pytest.raises(UserError, match=line):
+        convert(given)
+    assert convert({**given, "vllm_importance_sampling_correction": False}).groups["mismatch"] == "none"
+
+
+@pytest.mark.parametrize("mode", ["token_mask", "token_truncate"])
+def test_a_correction_per_token_goes_into_the_ratio_of_vespo(mode):
+    plain = checked({**SERVER, "loss_type": "vespo", "vllm_importance_sampling_mode": mode})
+    assert plain["objective"]["mismatch"]["level"] == "token" and plain["objective"]["loss_type"] == "vespo"
 
 
 def test_no_correction_is_no_correction():

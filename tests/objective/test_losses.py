@@ -86,6 +86,10 @@ def hand_loss(kind, d, new, a, level, low, high, delta):
         inside = d < high if a > 0 else d > -low
         g = math.exp(clipped.mean())
         return np.full(n, -g * a), np.tile(-g * a * inside / n, (n, 1))
+    if kind == "vespo":
+        whole, (k, decay) = math.prod(np.exp(d)), (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+        weight = whole**k * math.exp(-decay * whole) / math.exp(-decay)
+        return -weight * a * new, np.diag(np.full(n, -weight * a))
     raise NotImplementedError(f"write the loss {kind} here by hand")
 
 
@@ -349,7 +353,10 @@ def test_every_loss_reads_the_settings_that_its_spec_says(kind):
     """What is not in ``reads`` is refused as without effect, and nothing else is."""
     start = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": None}
     before, _ = losses_of_tokens(kind, **start)
-    changed = {"epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6, "tau_positive": 0.9, "tau_negative": 0.9}
+    changed = {
+        "epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6, "tau_positive": 0.9, "tau_negative": 0.9,
+        "k_positive": 0.9, "lambda_positive": 0.9, "k_negative": 0.9, "lambda_negative": 0.9,
+    }  # fmt: skip
     felt = {
         key
         for key, value in changed.items()

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import LOSSES, LossSpec, Objective, check_objective
 from gspo_lightning.objective.losses import SURROGATE_CLIP, clipped_surrogate
+from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.ratios import sequence_mean
 
 
@@ -139,7 +140,8 @@ def test_what_is_neither_a_name_nor_a_loss_is_refused():
     ("changes", "said"),
     [
         ({"aggregation": "mean"}, "aggregation: there is no 'mean'; choose from sequence_mean, sequence_sum, tokens, max_tokens"),
-        ({"reads": ("eps",)}, "reads: there is no 'eps'; choose from epsilon, epsilon_high, delta, tau_positive, tau_negative"),
+        ({"reads": ("eps",)}, "reads: there is no 'eps'; choose from epsilon, epsilon_high, delta, tau_positive, tau_negative, "
+         "k_positive, lambda_positive, k_negative, lambda_negative"),
         ({"levels": ("word",)}, "levels: there is no 'word'; choose from token, sequence, sequence_token"),
     ],
 )  # fmt: skip
@@ -151,6 +153,7 @@ def test_a_spec_names_what_exists(changes, said):
 
 def test_a_function_alone_may_read_every_setting():
     settings = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": 1.5, "tau_positive": 0.9, "tau_negative": 0.8}
+    settings |= {"k_positive": 1.0, "lambda_positive": 1.0, "k_negative": 1.0, "lambda_negative": 1.0}
     assert findings(gated, **settings) == []
     assert findings(gated, num_minibatches=1, **settings) == []  # whether it clips is not known
 
@@ -171,14 +174,14 @@ def test_a_function_without_a_name_goes_by_its_type():
     assert Objective(max_completion_length=5, loss_type=functools.partial(plain)).loss_name == "partial"
 
 
-@pytest.mark.parametrize("kind", ["gmpo", "cispo", "reinforce", "sapo", "grpo"])
+@pytest.mark.parametrize("kind", ["gmpo", "cispo", "reinforce", "sapo", "vespo", "grpo"])
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_a_second_registration_of_a_loss_is_told_what_the_first_is(kind, level, monkeypatch):
     """Nothing is known of a loss by its name."""
     monkeypatch.setitem(LOSSES, "second", LOSSES[kind])
     settings = [
         {}, {"epsilon": 0.2}, {"epsilon_high": 0.3}, {"delta": 1.1}, {"tau_positive": 0.0}, {"tau_negative": 2.0},
-        {"top_entropy_quantile": 0.2}, {"num_minibatches": 1, "epsilon_high": 0.3}, {"staleness": 1},
+        {"k_positive": 0.0}, {"mismatch": MismatchCorrection("sequence", "mask", 2.0)}, {"top_entropy_quantile": 0.2}, {"num_minibatches": 1, "epsilon_high": 0.3}, {"staleness": 1},
     ]  # fmt: skip
     found = [[findings(name, level, **more) for more in settings] for name in (kind, "second")]
     assert any(found[0])

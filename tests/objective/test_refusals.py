@@ -18,6 +18,7 @@ def findings(objective=None, **changes):
     return [(f.kind, f.message) for f in check_objective(objective, **{**facts, **changes})]
 
 
+VESPO = {"loss_type": "vespo", "importance_sampling_level": "token"}
 CASES = {
     "a clip with one optimizer step": ({"epsilon": 0.1}, {"num_minibatches": 1}, "no_effect", "objective.epsilon cannot act"),
     "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
@@ -105,6 +106,31 @@ CASES = {
         {"loss_type": "sapo", "importance_sampling_level": "token", "tau_negative": -1.0}, {}, "contradiction",
         "objective.tau_negative=-1.0 must be above 0",
     ),
+    "an exponent of another loss": (
+        {"k_negative": 2.0}, {}, "no_effect", "objective.k_negative has no effect on loss_type=grpo, which reads objective.epsilon "
+        "and objective.epsilon_high and objective.delta; set it to 3.0",
+    ),
+    "a decay of another loss": (
+        {"loss_type": "sapo", "lambda_positive": 2.0}, {}, "no_effect", "objective.lambda_positive has no effect on loss_type=sapo",
+    ),
+    "a width of a loss without a clip": ({**VESPO, "epsilon": 0.2}, {}, "no_effect", "objective.epsilon has no effect on loss_type=vespo"),
+    "a weight that keeps what the policy has left": ({**VESPO, "k_positive": 0.0}, {}, "contradiction", "objective.k_positive=0.0 must be above 0"),
+    "the same for negative advantages": ({**VESPO, "k_negative": -1.0}, {}, "contradiction", "objective.k_negative=-1.0 must be above 0"),
+    "a weight that grows with the ratio": (
+        {**VESPO, "lambda_positive": 0.0}, {}, "contradiction", "objective.lambda_positive=0.0 must be above 0",
+    ),
+    "a weight that is no number": (
+        {**VESPO, "lambda_negative": float("nan")}, {}, "contradiction", "objective.lambda_negative=nan must be above 0",
+    ),
+    "vespo at sequence level": ({"loss_type": "vespo"}, {}, "contradiction", "use token"),
+    **{
+        f"a correction per {level} inside the ratio of vespo": (
+            {**VESPO, "mismatch": MismatchCorrection(level, "truncate", 2.0)}, {}, "contradiction",
+            f"objective.mismatch.level={level} is not defined for loss_type=vespo, whose own ratio takes in a weight per token; use "
+            "mismatch=token_truncate or token_mask",
+        )
+        for level in ("sequence", "sequence_mean")
+    },
     "a denominator below 0": (
         {"loss_type": "dr_grpo", "max_completion_length": -8}, {}, "contradiction", "objective.max_completion_length=-8 must be at least 1",
     ),
@@ -135,6 +161,8 @@ def test_found_with_its_kind_key_and_fix(settings, changes, kind, text):
         *({"importance_sampling_level": level, "top_entropy_quantile": 0.2} for level in ("token", "sequence_token")),
         {"importance_sampling_level": "sequence_token", "mismatch": MismatchCorrection("token", "mask", 5.0, 0.5)},
         *({"mismatch": MismatchCorrection(level, "mask", 2.0)} for level in ("sequence", "sequence_mean")),
+        VESPO, {**VESPO, "top_entropy_quantile": 0.2, "k_positive": 1.0, "lambda_negative": 0.5},
+        *({**VESPO, "mismatch": MismatchCorrection("token", how, 2.0)} for how in ("truncate", "mask")),
     ],
 )  # fmt: skip
 def test_sound_settings_find_nothing(settings):

@@ -51,6 +51,7 @@ def test_the_card_says_what_the_model_is_and_what_was_measured():
         ("grpo", "token", "grpo", "trained by GRPO\n\nGRPO (`loss_type=grpo`, importance ratio per token) on"),
         ("sapo", "sequence", "sapo", "trained by SAPO\n\nSAPO (`loss_type=sapo`, importance ratio per sequence) on"),
         ("dr_grpo", "token", "dr-grpo", "trained by Dr. GRPO\n\nDr. GRPO (`loss_type=dr_grpo`, importance ratio per token) on"),
+        ("vespo", "token", "vespo", "trained by VESPO\n\nVESPO (`loss_type=vespo`) on"),
         ("reinforce", "token", "reinforce", "trained by REINFORCE\n\nREINFORCE (`loss_type=reinforce`) on"),
         ({"_target_": "hydra.utils.get_method", "path": "mine.gated"}, "token", "gated", "trained by gated\n\ngated (`loss_type=gated`, importance"),
     ],

@@ -28,6 +28,10 @@ class Case:
     delta: float | None = None
     tau_positive: float = 1.0
     tau_negative: float = 1.05
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
     beta: float = 0.0
     beta_end: float | None = None
     kl_estimator: str = "k3"

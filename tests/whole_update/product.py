@@ -305,6 +305,10 @@ def _objective(case: Case) -> Objective:
         mismatch=MismatchCorrection(*case.mismatch) if case.mismatch is not None else None,  # type: ignore[arg-type]
         tau_positive=case.tau_positive,
         tau_negative=case.tau_negative,
+        k_positive=case.k_positive,
+        lambda_positive=case.lambda_positive,
+        k_negative=case.k_negative,
+        lambda_negative=case.lambda_negative,
     )
 
 

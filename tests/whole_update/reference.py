@@ -273,7 +273,7 @@ class Run:
             policy = policy * selected
         if case.off_policy_threshold is not None:
             policy = policy * ~torch.tensor(losses.off_policy(case, x))
-        if case.mismatch is not None:
+        if case.mismatch is not None and case.loss != "vespo":  # whose own ratio takes them in
             policy = policy * torch.tensor(losses.mismatch_weights(case, x)[0], dtype=torch.float64)
         loss = policy
         if rollout.beta:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ LEVELS = {
     "cispo": ("token",),
     "sapo": ("token", "sequence"),
     "gmpo": ("token",),
+    "vespo": ("token",),
     "reinforce": ANY,
 }
 """Ratio levels by loss. To ``reinforce``, which has no ratio, the level is the unit of the metrics alone."""
@@ -103,6 +105,8 @@ def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
         return torch.stack([sapo(case, w[t], x.advantages[t]) for t in range(x.length)])
     if case.loss == "gmpo":
         return gmpo(case, x)
+    if case.loss == "vespo":
+        return vespo(case, x)
     return torch.stack([-x.advantages[t] * x.logprobs[t] for t in range(x.length)])  # REINFORCE, Williams 1992
 
 
@@ -146,6 +150,23 @@ def gmpo(case: Case, x: Terms) -> Tensor:
         else:
             clipped.append(d[t] if d[t] >= -epsilon else d.new_tensor(-epsilon))
     return -x.advantages * (torch.stack(clipped).sum() / x.length).exp()
+
+
+def vespo(case: Case, x: Terms) -> Tensor:
+    """``-sg[phi(W)] A log pi`` with ``phi(W) = W^k e^(-lambda W) e^lambda`` (VESPO, arXiv 2602.10693).
+
+    ``W`` is the ratio of the policy and the sampler over the whole sequence; of these two factors per token,
+    ``pi / pi_old`` and ``pi_old / pi_sampler``, the second is corrected for as the case says.
+    """
+    whole = math.prod(math.exp(d) for d in x.d.tolist())
+    if case.mismatch is not None:
+        whole *= math.prod(mismatch_weights(case, x)[0])
+    losses = []
+    for t in range(x.length):
+        above = bool(x.advantages[t] >= 0)
+        k, decay = (case.k_positive, case.lambda_positive) if above else (case.k_negative, case.lambda_negative)
+        losses.append(-(whole**k) * math.exp(decay - decay * whole) * x.advantages[t] * x.logprobs[t])
+    return torch.stack(losses)
 
 
 def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], list[bool]] | None:

@@ -53,7 +53,19 @@ SEEDS = (
 204, 206 and 236 for what no metric tells: ``delta`` decides, and a reward is the mean of its group but for rounding;
 those above 2,000 for rollouts ahead; and 8516 for a step on an auxiliary term alone."""
 
-OF_NEW_LOSSES: tuple[Case, ...] = ()
+VESPO = Case(
+    loss="vespo", level="token", prompts=4, iterations=2, minibatches=2, lr=0.05, k_positive=1.5, lambda_positive=0.8,
+    k_negative=2.5, lambda_negative=1.2, max_grad_norm=1.0,
+)  # fmt: skip
+
+OF_NEW_LOSSES: tuple[Case, ...] = (
+    replace(VESPO, seed=90_000, k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_negative=2.0),
+    replace(VESPO, seed=90_001, turns="rewarded", mismatch=("token", "truncate", 1.2, 0.0), top_entropy_quantile=0.5),
+    replace(VESPO, seed=90_002, mismatch=("token", "mask", 3.0, 0.3), beta=0.04, off_policy_threshold=0.1),
+    replace(
+        VESPO, seed=90_003, rollouts=2, stale=True, mismatch=("token", "truncate", 2.0, 0.0), optimizer="adamw", lr=1e-3
+    ),
+)
 """A case for each loss that is not among `DRAWN`, such as ``Case(loss=..., level=..., prompts=4, iterations=2)``."""
 
 CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES)
@@ -201,9 +213,9 @@ def test_every_setting_and_every_rare_event_is_among_the_seeds(micro_model_dir):
     assert [name for name, happens in ACTS.items() if not any(itertools.starmap(happens, rollouts))] == []
 
 
-def test_every_setting_of_the_update_varies_among_the_seeds(micro_model_dir):
-    """A new one belongs into `draw.py` and the reference."""
-    modules = [product.build(micro_model_dir, draw(seed)) for seed in SEEDS]
+def test_every_setting_of_the_update_varies_among_the_cases(micro_model_dir):
+    """A new one belongs into `draw.py`, or, of a new loss, into `OF_NEW_LOSSES`; and into the reference."""
+    modules = [product.build(micro_model_dir, case) for case in CASES]
     constant = [
         f"{part}.{setting.name}"
         for part in ("objective", "advantages", "schedule", "update_settings")

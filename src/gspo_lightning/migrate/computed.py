@@ -16,7 +16,16 @@ _OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
-_LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo")
+_LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+_OWN_KEYS = {
+    "sapo": {"sapo_temperature_pos": "tau_positive", "sapo_temperature_neg": "tau_negative"},
+    "vespo": {
+        "vespo_k_pos": "k_positive", "vespo_lambda_pos": "lambda_positive",
+        "vespo_k_neg": "k_negative", "vespo_lambda_neg": "lambda_negative",
+    },
+}  # fmt: skip
+"""Losses with a smooth weight in place of a clip, and the settings of that."""
+_WITHOUT_CLIP = tuple(_OWN_KEYS)
 _LOGGERS = ("tensorboard", "wandb", "mlflow", "none")
 PAPER_MINIBATCHES = 4
 """Optimizer steps per rollout in the GSPO paper."""
@@ -67,7 +76,7 @@ def _batches(config: Config, result: Conversion, notes: Notes, ranks: int) -> in
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"):
         notes[key] = ("renamed", why)
     notes["generation_batch_size"] = ("renamed", why)
-    if steps == 1 and config["loss_type"] != "sapo":
+    if steps == 1 and config["loss_type"] not in _WITHOUT_CLIP:
         _let_the_clip_act(prompts, result)
     longest = config.get("max_prompt_length") or 512
     result.settings["data.max_prompt_length"] = longest
@@ -116,23 +125,20 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
     if loss not in _LOSSES:
         notes["loss_type"] = ("no counterpart", f"losses are {', '.join(_LOSSES)}")
         return
-    result.groups["objective"] = "sapo" if loss == "sapo" else "grpo"
+    result.groups["objective"] = loss if loss in _WITHOUT_CLIP else "grpo"
     notes["loss_type"] = ("same", "objective.loss_type")
     settings = result.settings
     settings["objective.loss_type"] = loss
     for key in ("epsilon", "epsilon_high", "delta"):
-        settings[f"objective.{key}"] = None if loss == "sapo" else config.get(key)
-        no_clip = ("better default", "sapo has a gate in place of the clip; TRL ignores it silently")
-        notes[key] = no_clip if loss == "sapo" else ("same", f"objective.{key}")
+        settings[f"objective.{key}"] = None if loss in _WITHOUT_CLIP else config.get(key)
+        no_clip = ("better default", f"{loss} has a smooth weight in place of the clip; TRL ignores it silently")
+        notes[key] = no_clip if loss in _WITHOUT_CLIP else ("same", f"objective.{key}")
     if loss == "cispo":
         _one_cap(config, given, result, notes)
-    elif level != "token" and "epsilon" not in given and loss != "sapo":
+    elif level != "token" and "epsilon" not in given and loss not in _WITHOUT_CLIP:
         settings["objective.epsilon"] = None
         result.added.append("objective.epsilon=null: the paper's 3e-4 / 4e-4; TRL's default 0.2 never clips a sequence")
-    for key, ours in (("sapo_temperature_pos", "tau_positive"), ("sapo_temperature_neg", "tau_negative")):
-        notes[key] = ("renamed", f"objective.{ours}")
-        if loss == "sapo" and key in given:
-            settings[f"objective.{ours}"] = config[key]
+    _own_keys(config, result, notes)
     notes["use_bias_correction_kl"] = ("renamed", "objective.kl_importance_weighted; matters only with beta")
     if config["beta"]:
         settings["objective.kl_importance_weighted"] = config.get("use_bias_correction_kl", True)
@@ -151,6 +157,26 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
         notes["scale_rewards"] = ("renamed", "batch: TRL scales normalize_then_sum by the batch whatever this says")
         if "scale_rewards" not in given:
             result.added.append("advantages.scale_rewards=batch: what normalize_then_sum does in TRL")
+
+
+def _own_keys(config: Config, result: Conversion, notes: Notes) -> None:
+    """Converts the settings of losses without a clip, and the ratio level, which is no choice for ``vespo``."""
+    loss = config["loss_type"]
+    for of, keys in _OWN_KEYS.items():
+        for key, ours in keys.items():
+            value = config.get(key)
+            if loss != of:
+                notes[key] = ("same", f"no effect without loss_type={of}, in TRL as here")
+            elif value is not None and not value > 0:
+                notes[key] = ("no counterpart", f"objective.{ours} must be above 0; TRL does not check it")
+            else:
+                notes[key] = ("renamed", f"objective.{ours}")
+                if value is not None:
+                    result.settings[f"objective.{ours}"] = value
+    if loss == "vespo" and config["importance_sampling_level"] != "token":
+        result.settings["objective.importance_sampling_level"] = "token"
+        why = "token: vespo has a ratio of its own, of the whole sequence; TRL warns and ignores it too"
+        notes["importance_sampling_level"] = ("better default", why)
 
 
 def _one_cap(config: Config, given: Config, result: Conversion, notes: Notes) -> None:

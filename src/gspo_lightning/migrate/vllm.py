@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gspo_lightning.errors import UserError
+
 if TYPE_CHECKING:
     from gspo_lightning.migrate.convert import Conversion
 
@@ -70,6 +72,11 @@ def _correction(config: dict[str, Any], result: Conversion, notes: Notes) -> Non
     if mode not in _MODES:
         notes[keys[1]] = ("no counterpart", f"modes are {', '.join(_MODES)}")
         return
+    if config["loss_type"] == "vespo" and not mode.startswith("token"):
+        raise UserError(
+            f"{keys[1]}={mode}: loss_type=vespo takes weights of tokens into its own ratio; set {keys[1]} to "
+            "token_truncate or token_mask, as TRL asks for too"
+        )
     result.groups["mismatch"] = mode
     notes.update(dict.fromkeys(keys, ("renamed", f"mismatch={mode}, objective.mismatch.high and low")))
     high = config.get(keys[4]) or config.get(keys[2], 3.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.aggregation import AGGREGATIONS
-from gspo_lightning.objective.ratios import CLIP_WIDTHS, sequence_mean
+from gspo_lightning.objective.ratios import CLIP_WIDTHS, sequence_mean, sequence_sum
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ class LossInputs:
     delta: float | None
     tau_positive: float
     tau_negative: float
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+    correction: Tensor | None = None
+    """Weights of the tokens by a mismatch correction, for a loss whose spec says ``corrects_itself``; None for any
+    other, whose value is multiplied by them afterwards, and without a correction."""
 
 
 LossFunction = Callable[[LossInputs], Tensor]
@@ -80,6 +87,26 @@ def gmpo(x: LossInputs) -> Tensor:
     return -sequence_mean(clipped, x.sequence_index, x.lengths).exp()[x.sequence_index] * x.advantages
 
 
+def vespo(x: LossInputs) -> Tensor:
+    """``-sg[W^k exp(lambda (1 - W))] A log pi, W = exp(sum_t d_t)`` (VESPO, arXiv 2602.10693): a smooth weight by the
+    ratio of the whole sequence, not normalised by its length.
+
+    The weight is 1 at ``W = 1``, largest at ``W = k / lambda``, and falls to 0 on both sides. ``k`` and ``lambda`` are
+    ``k_positive`` and ``lambda_positive`` for advantages of 0 or more, ``k_negative`` and ``lambda_negative`` for the
+    others. The weights of a mismatch correction are factors of ``W``; a token that it masks makes ``W`` 0, and with it
+    the loss of its sequence. (TRL takes 1e-8 for a masked token, and for any smaller ``W``.)
+    """
+    d = x.log_ratio.detach()
+    if x.correction is not None:
+        d = d + x.correction.to(d.dtype).log()
+    log_w = sequence_sum(d, x.sequence_index, x.lengths)[x.sequence_index]
+    positive = x.advantages >= 0
+    k = torch.where(positive, d.new_full((), x.k_positive), d.new_full((), x.k_negative))
+    lambda_ = torch.where(positive, d.new_full((), x.lambda_positive), d.new_full((), x.lambda_negative))
+    # Where W itself is beyond the dtype, its logarithm is not: infinity in the exponent makes the weight 0, as it is.
+    return -(k * log_w - lambda_ * log_w.expm1()).exp() * x.advantages * x.logprobs
+
+
 def reinforce(x: LossInputs) -> Tensor:
     """``-A log pi`` (Williams 1992): no ratio, no clip; meant for one optimizer step per rollout."""
     return -x.advantages * x.logprobs
@@ -118,6 +145,9 @@ GMPO_CLIP = Clip(_gmpo_masks, lambda low, high: (math.exp(-low), math.exp(high))
 
 CLIP_KEYS = ("epsilon", "epsilon_high", "delta")
 TAU_KEYS = ("tau_positive", "tau_negative")
+KERNEL_KEYS = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
+LOSS_KEYS = CLIP_KEYS + TAU_KEYS + KERNEL_KEYS
+"""The settings that some losses read and others do not."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +160,8 @@ class LossSpec:
     clip: Clip | None
     """Where it clips; None if nowhere or unknown: there are no ``clip_frac_*`` metrics then."""
     reads: tuple[str, ...] = CLIP_KEYS
-    """Which of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive`` and ``tau_negative`` it reads; the others
-    are refused."""
+    """Which of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive``, ``tau_negative``, ``k_positive``,
+    ``lambda_positive``, ``k_negative`` and ``lambda_negative`` it reads; the others are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
@@ -139,11 +169,14 @@ class LossSpec:
     shares_one_loss: bool | None = None
     """True if at every level all tokens of a completion get the same loss, whose gradient is that of all of them; False
     if never, for example with a detached ratio. None: True at level ``sequence``, where tokens share their ratio."""
+    corrects_itself: bool = False
+    """True if it reads ``LossInputs.correction``, so that its value is not multiplied by a mismatch correction, of
+    which only those of tokens are accepted then."""
 
     def __post_init__(self) -> None:
         for field, names, known in (
             ("aggregation", (self.aggregation,), tuple(AGGREGATIONS)),
-            ("reads", self.reads, CLIP_KEYS + TAU_KEYS),
+            ("reads", self.reads, LOSS_KEYS),
             ("levels", self.levels, tuple(CLIP_WIDTHS)),
         ):
             for name in names:
@@ -172,6 +205,9 @@ LOSSES: dict[str, LossSpec] = {
         levels=("token",),
         epsilons=(0.4, 0.4),
         shares_one_loss=True,
+    ),
+    "vespo": LossSpec(
+        vespo, "tokens", None, KERNEL_KEYS, levels=("token",), shares_one_loss=False, corrects_itself=True
     ),
     "reinforce": LossSpec(reinforce, "tokens", None, (), levels=()),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
-from gspo_lightning.objective.losses import CLIP_KEYS, LOSSES, TAU_KEYS, LossFunction, LossInputs, LossSpec
+from gspo_lightning.objective.losses import LOSS_KEYS, LOSSES, LossFunction, LossInputs, LossSpec
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.probe import vanishes_without_advantage
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
@@ -61,6 +61,11 @@ class Objective:
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     """Temperatures of ``sapo``."""
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+    """Exponent and decay of the weight of ``vespo``, by the sign of the advantage."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str) and self.loss_type not in LOSSES:
@@ -78,7 +83,7 @@ class Objective:
             return self.loss_type
         if isinstance(self.loss_type, str):
             return LOSSES[self.loss_type]
-        return LossSpec(self.loss_type, "sequence_mean", None, CLIP_KEYS + TAU_KEYS, shares_one_loss=False)
+        return LossSpec(self.loss_type, "sequence_mean", None, LOSS_KEYS, shares_one_loss=False)
 
     @property
     def loss_name(self) -> str:
@@ -171,12 +176,12 @@ class Objective:
             UserError: the loss function did not return a loss per token, or lost the gradient.
         """
         log_ratio = logprobs - old_logprobs
-        ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
-        low, high = self.clip
-        inputs = LossInputs(
-            logprobs, log_ratio, ratio, advantages, sequence_index, lengths,
-            low, high, self.delta, self.tau_positive, self.tau_negative,
-        )  # fmt: skip
+        correction: Tensor | None = None
+        of_correction: Metrics = {}
+        if self.mismatch is not None:
+            assert sampler_logprobs is not None
+            correction, of_correction = self.mismatch(old_logprobs, sampler_logprobs, sequence_index, lengths)
+        inputs = self.inputs(logprobs, log_ratio, advantages, sequence_index, lengths, correction)
         policy = self._loss_of_tokens(inputs)
         metrics = self._metrics(inputs)
         if selected is not None:
@@ -187,10 +192,9 @@ class Objective:
             policy = policy * kept
             masked = (~kept).to(log_ratio.dtype)
             metrics["off_policy_masked_frac"] = _mean(sequence_mean(masked, sequence_index, lengths))
-        if self.mismatch is not None:
-            assert sampler_logprobs is not None
-            correction, more = self.mismatch(old_logprobs, sampler_logprobs, sequence_index, lengths)
-            policy, metrics = policy * correction, metrics | more
+        if correction is not None and not self.spec.corrects_itself:
+            policy = policy * correction
+        metrics |= of_correction
         per_token = policy
         if self.needs_ref:
             assert ref_logprobs is not None
@@ -202,7 +206,26 @@ class Objective:
             metrics["entropy"] = _mean(entropy)
         weights = self.aggregation.token_weight(lengths.to(logprobs.dtype)[sequence_index])
         metrics["loss/policy"] = _mean(policy)
-        return PolicyLoss((weights * per_token).sum(), metrics, self._per_unit(ratio.detach(), inputs))
+        ratios = self._per_unit(inputs.ratio.detach(), inputs)
+        return PolicyLoss((weights * per_token).sum(), metrics, ratios)
+
+    def inputs(
+        self,
+        logprobs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        sequence_index: Tensor,
+        lengths: Tensor,
+        correction: Tensor | None = None,
+    ) -> LossInputs:
+        """What the loss function reads, from tensors as in `__call__` and the ``(L,)`` weights of `mismatch`."""
+        ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
+        return LossInputs(
+            logprobs, log_ratio, ratio, advantages, sequence_index, lengths, *self.clip, self.delta,
+            self.tau_positive, self.tau_negative,
+            self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative,
+            correction if self.spec.corrects_itself else None,
+        )  # fmt: skip
 
     def _loss_of_tokens(self, x: LossInputs) -> Tensor:
         """``(L,)`` values of the loss function; a scalar would be broadcast to all tokens and change the gradient."""

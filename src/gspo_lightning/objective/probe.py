@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gspo_lightning.objective.losses import LossInputs
-from gspo_lightning.objective.ratios import importance_ratio
-
 if TYPE_CHECKING:
+    from gspo_lightning.objective.losses import LossInputs
     from gspo_lightning.objective.objective import Objective
 
 _LOG_RATIOS = (-4.0, 4.0, -1.0, 1.0, 0.3, -0.2, 0.0, 0.7, 0.05, -0.01)
@@ -39,9 +37,4 @@ def _inputs(objective: Objective) -> LossInputs:
     logprobs = (old + old.new_tensor(_LOG_RATIOS)).requires_grad_()
     lengths = torch.tensor(_LENGTHS, device="cpu")
     index = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
-    log_ratio = logprobs - old
-    ratio = importance_ratio(log_ratio, index, lengths, objective.importance_sampling_level)
-    return LossInputs(
-        logprobs, log_ratio, ratio, torch.zeros_like(old), index, lengths, *objective.clip, objective.delta,
-        objective.tau_positive, objective.tau_negative,
-    )  # fmt: skip
+    return objective.inputs(logprobs, logprobs - old, torch.zeros_like(old), index, lengths)

@@ -17,14 +17,17 @@ CLIP_WIDTHS: dict[str, tuple[float, float]] = {
 """Default (epsilon, epsilon_high) of each level, from the GSPO paper's section 5.1. A width belongs to its level."""
 
 
-def sequence_mean(values: Tensor, sequence_index: Tensor, lengths: Tensor) -> Tensor:
-    """``(L,)`` -> ``(S,)``: mean over the tokens of each sequence."""
+def sequence_sum(values: Tensor, sequence_index: Tensor, lengths: Tensor) -> Tensor:
+    """``(L,)`` -> ``(S,)``: sum over the tokens of each sequence."""
     total = torch.zeros(len(lengths), dtype=values.dtype, device=values.device)
     if values.is_cuda:  # there `index_add` adds in no fixed order, and a resumed run would not be bit-identical
-        total = total.index_put((sequence_index,), values, accumulate=True)
-    else:
-        total = total.index_add(0, sequence_index, values)
-    return total / lengths.to(values.dtype)
+        return total.index_put((sequence_index,), values, accumulate=True)
+    return total.index_add(0, sequence_index, values)
+
+
+def sequence_mean(values: Tensor, sequence_index: Tensor, lengths: Tensor) -> Tensor:
+    """``(L,)`` -> ``(S,)``: mean over the tokens of each sequence."""
+    return sequence_sum(values, sequence_index, lengths) / lengths.to(values.dtype)
 
 
 def importance_ratio(log_ratio: Tensor, sequence_index: Tensor, lengths: Tensor, level: Level) -> Tensor:

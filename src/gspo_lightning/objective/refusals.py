@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.objective.losses import CLIP_KEYS, TAU_KEYS
+from gspo_lightning.objective.losses import CLIP_KEYS, KERNEL_KEYS, LOSS_KEYS, TAU_KEYS
 from gspo_lightning.objective.objective import Objective
 
 WIDE_SEQUENCE_CLIP = 0.1
@@ -62,7 +62,7 @@ def check_objective(
 def _unread(objective: Objective) -> Iterator[Finding]:
     reads = objective.spec.reads
     which = f", which reads {' and '.join(f'objective.{name}' for name in reads)}" if reads else ""
-    for key in CLIP_KEYS + TAU_KEYS:
+    for key in LOSS_KEYS:
         default = getattr(Objective, key)
         if key not in reads and getattr(objective, key) != default:
             yield Finding(
@@ -123,6 +123,13 @@ def _loss(objective: Objective, steps: int, staleness: int) -> Iterator[Finding]
             "contradiction",
             f"objective.loss_type={objective.loss_name} is not defined for importance_sampling_level={level}; "
             f"use {' or '.join(objective.spec.levels)}",
+        )
+    correction = objective.mismatch
+    if objective.spec.corrects_itself and correction is not None and correction.level != "token":
+        yield Finding(
+            "contradiction",
+            f"objective.mismatch.level={correction.level} is not defined for loss_type={objective.loss_name}, whose "
+            "own ratio takes in a weight per token; use mismatch=token_truncate or token_mask",
         )
     if not objective.spec.levels and staleness:
         yield Finding(
@@ -227,10 +234,10 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             f"update.keep_zero_advantage=true has no effect with {what}: every completion is forwarded then; set it to "
             "false",
         )
-    for key in TAU_KEYS:
-        tau = getattr(objective, key)
-        if key in objective.spec.reads and not tau > 0:
-            yield Finding("contradiction", f"objective.{key}={tau} must be above 0")
+    for key in TAU_KEYS + KERNEL_KEYS:
+        value = getattr(objective, key)
+        if key in objective.spec.reads and not value > 0:
+            yield Finding("contradiction", f"objective.{key}={value} must be above 0")
 
 
 def refuse_turn_rewards(objective: Objective) -> None:

@@ -90,8 +90,9 @@ def _method(loss: str, level: str) -> str:
 
 
 def _ratio(loss: str, level: str) -> str:
-    has_ratio = loss not in LOSSES or LOSSES[loss].levels
-    return f", importance ratio per {level}" if has_ratio else ""
+    """What the ratio is of, where a loss leaves the choice; that of ``vespo`` is of the sequence at level ``token``."""
+    has_choice = loss not in LOSSES or len(LOSSES[loss].levels) > 1
+    return f", importance ratio per {level}" if has_choice else ""
 
 
 def _number(value: float | None) -> str:
