@@ -236,11 +236,12 @@ def test_the_lock_has_no_address_and_every_line_is_a_pin() -> None:
     ],
 )
 def test_serve_prints_the_plain_vllm_command(
-    options: list[str], expected: list[str], missing: str, sandbox: Sandbox
+    options: list[str], expected: list[str], missing: str, sandbox: Sandbox, micro_model_dir: Path
 ) -> None:
-    command = ["--print", "--model", "bundled:micro", "--dtype", "float32", *options]
-    result = sandbox.run("scripts/serve_rollouts.sh", *command, GSPO_CACHE=str(sandbox.root / "cache"))
+    command = ["--print", "--model", str(micro_model_dir), "--dtype", "float32", *options]
+    result = sandbox.run("scripts/serve_rollouts.sh", *command)
     assert result.returncode == 0, result.stderr
+    assert f"--model {micro_model_dir} " in result.stdout
     assert all(text in result.stdout for text in expected) and missing not in result.stdout
     assert len(result.stdout.splitlines()) == (2 if "--servers" in options else 1)
 
