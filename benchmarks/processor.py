@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx2": "AVX2"}
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
 """Flags of /proc/cpuinfo, the widest first, and the units for products that they stand for."""
 
 

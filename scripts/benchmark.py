@@ -25,7 +25,7 @@ from benchmarks import guard, processor, vlm  # noqa: E402
 from benchmarks.arguments import peers_python, positive, quickstart_model, read_results, results_file  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.results_plot import plot  # noqa: E402
-from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, unique_flops  # noqa: E402
+from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, guard_here, unique_flops  # noqa: E402
 
 WARM_UP_STEPS = 2
 """Not counted on either side: the first step touches every page of memory, the second those of the optimizer."""
@@ -95,8 +95,11 @@ def parse() -> argparse.Namespace:
 def run_guard(model: str, arguments: argparse.Namespace) -> int:
     """The exit code of ``--check`` and ``--write-baseline``."""
 
+    scenario = guard_here()
+    steps = 2 if scenario == GUARD else 1
+
     def measure(side: str) -> Result:
-        return run(side, sys.executable, GUARD.on_this_processor(), model, 2, threads=1)
+        return run(side, sys.executable, scenario, model, steps, threads=1)
 
     if arguments.write_baseline:
         guard.write_baseline(measure, processor.units())

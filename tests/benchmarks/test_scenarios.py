@@ -5,22 +5,25 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import processor
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.scenarios import GUARD, SCENARIOS, guard_here
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision", "bars"),
+    ("flags", "units", "precision", "bars"),
     [
-        ("avx2 avx512_bf16 amx_bf16", "bf16", (6, 3)),
-        ("avx2 avx512_bf16", "bf16", (6, 3)),
-        ("avx2 avx512f", "fp32", None),
-        ("avx2", "fp32", None),
-        ("", "fp32", None),
+        ("avx2 avx512f avx512_bf16 amx_bf16", "AMX", "bf16", (6, 3)),
+        ("avx2 avx512f avx512_bf16", "AVX-512 with bfloat16", "bf16", (6, 3)),
+        ("avx2 avx512f", "AVX-512", "fp32", None),
+        ("avx2", "AVX2", "fp32", None),
+        ("", "a machine", "fp32", None),
     ],
 )
-def test_without_units_for_bfloat16_both_sides_run_in_float32(flags, precision, bars, tmp_path, monkeypatch):
+def test_without_units_for_bfloat16_both_sides_run_in_float32(flags, units, precision, bars, tmp_path, monkeypatch):
+    monkeypatch.setattr(processor.platform, "machine", lambda: "a machine")
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     processor.CPUINFO.write_text(f"model name\t: Some CPU\nflags\t\t: {flags}\n")
     here = SCENARIOS["quickstart"].on_this_processor()
-    assert (here.precision, here.bars, here.prompts) == (precision, bars, 8)
+    assert (processor.units(), here.precision, here.bars, here.prompts) == (units, precision, bars, 8)
     assert SCENARIOS["long_prompt"].on_this_processor() == SCENARIOS["long_prompt"]  # float32 everywhere, with its bars
+    # The guard's work takes about as long: half of it where a product takes several times as long.
+    assert guard_here() == GUARD if precision == "bf16" else (guard_here().prompts, guard_here().precision) == (1, "fp32")
