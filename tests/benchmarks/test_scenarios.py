@@ -26,4 +26,5 @@ def test_without_units_for_bfloat16_both_sides_run_in_float32(flags, units, prec
     assert (processor.units(), here.precision, here.bars, here.prompts) == (units, precision, bars, 8)
     assert SCENARIOS["long_prompt"].on_this_processor() == SCENARIOS["long_prompt"]  # float32 everywhere, with its bars
     # The guard's work takes about as long: half of it where a product takes several times as long.
-    assert guard_here() == GUARD if precision == "bf16" else (guard_here().prompts, guard_here().precision) == (1, "fp32")
+    assert (guard_here() == GUARD) == (precision == "bf16")
+    assert (guard_here().prompts, guard_here().precision) == ((2, "bf16") if precision == "bf16" else (1, "fp32"))
