@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.objective.losses import LOSSES
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import PromptBatch
 from tests.scripted import Settings, build_module, scripted_prompts, trainer, weights
@@ -92,7 +93,8 @@ def main() -> None:
 
 
 def update(a: argparse.Namespace, number: int) -> None:
-    level = a.level or ("token" if a.loss in ("cispo", "gmpo") else "sequence")
+    levels = LOSSES[a.loss].levels or ("sequence",)
+    level = a.level or ("sequence" if "sequence" in levels else levels[0])
     settings = Settings(
         objective={
             "loss_type": a.loss,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
-from gspo_lightning.objective import Objective, check_objective
+from gspo_lightning.errors import UserError
+from gspo_lightning.objective import Finding, Objective, check_objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
+from gspo_lightning.objective.refusals import warn_or_refuse
 
 
 def findings(objective=None, **changes):
@@ -201,3 +205,14 @@ def test_the_denominator_of_dr_grpo_may_be_another_length_than_that_of_the_rollo
 
 def test_completions_without_advantage_can_be_kept_where_they_would_be_left_out():
     assert findings({}, keep_zero_advantage=True) == []
+
+
+def test_a_contradiction_is_refused_and_anything_else_is_said_once_whoever_asks():
+    with pytest.raises(UserError, match="^k1 is none$"):
+        warn_or_refuse(Finding("contradiction", "k1 is none"))
+    findings = [Finding("no_effect", "a cap that is not read"), Finding("warning", "a wide clip")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for finding in findings * 2:
+            warn_or_refuse(finding)
+    assert [str(w.message) for w in caught] == ["a cap that is not read", "a wide clip"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 
 import lightning as L
@@ -16,6 +17,7 @@ from gspo_lightning.callbacks import RolloutCheckpoint, RunRecorder
 from gspo_lightning.data import MicroLetters, PromptDataModule
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.training.schedule import Schedule
 from gspo_lightning.types import PromptBatch
@@ -92,6 +94,54 @@ def test_rollouts_that_teach_nothing_are_refused(sampling, line, micro_model_dir
         module.sampling = replace(module.sampling, **sampling)
     module._sampling = replace(module.sampling, **sampling)  # as the module may have been made
     with pytest.raises(UserError, match=line):
+        fit(module)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampling", "line"),
+    [
+        (
+            {"loss_type": "gmpo", "importance_sampling_level": "sequence"}, {},
+            "objective.loss_type=gmpo is not defined for importance_sampling_level=sequence; use token",
+        ),
+        ({"beta": 0.1, "kl_estimator": "k1"}, {}, "objective.kl_estimator=k1 is not a penalty without"),
+        (
+            {"mismatch": MismatchCorrection("sequence", "mask", 2.0)}, {"top_p": 0.9},
+            "rollout.top_p=0.9 contradicts objective.mismatch",
+        ),
+    ],
+)  # fmt: skip
+def test_an_objective_that_contradicts_itself_or_the_sampling_is_refused(objective, sampling, line, micro_model_dir):
+    module = build_module(micro_model_dir, Settings(objective=objective))
+    with pytest.raises(UserError, match=line):
+        module.sampling = replace(module.sampling, **sampling)
+        fit(module)
+    assert module.rollouts_done == 0
+
+
+def test_settings_of_the_objective_without_effect_are_warned_of_and_others_are_not(micro_model_dir):
+    """With one optimizer step per rollout no clip acts, with two it does."""
+
+    def said(minibatches=1, **objective):
+        update = {"num_minibatches": minibatches}
+        module = build_module(micro_model_dir, Settings(objective=objective, update=update))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(module)
+        return [str(w.message).split(";")[0] for w in caught if str(w.message).startswith(("objective.", "update."))]
+
+    clip = {"epsilon": 3e-4, "epsilon_high": 4e-4}
+    assert said(**clip) == ["objective.epsilon cannot act: with one optimizer step per rollout the ratio is exactly 1"]
+    assert said(minibatches=2, **clip) == said() == []
+    assert said(kl_estimator="k2") == ["objective.kl_estimator has no effect with objective.beta=0"]
+
+
+def test_a_reference_that_cannot_move_is_refused(micro_model_dir):
+    update = {"ref_sync_every_n_rollouts": 1}
+    module = build_module(
+        micro_model_dir, Settings(objective={"beta": 0.1}, update=update, lora=LoraSettings(r=2), dtype="float32")
+    )
+    with pytest.raises(UserError, match="the reference of a LoRA run is the model without its adapter and cannot"):
         fit(module)
 
 

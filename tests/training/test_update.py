@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gspo_lightning.config.hardware import busy_tokens, token_budget
-from gspo_lightning.objective import LOSSES
+from gspo_lightning.objective import LOSSES, Objective
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.training import rollout_update
@@ -138,7 +138,6 @@ def test_with_a_kl_term_no_group_is_dropped(micro_model_dir):
 
 def test_the_ratio_is_bit_equal_to_one_through_a_real_pass_of_old_logprobs(micro_model_dir, monkeypatch):
     """With a learning rate of zero the second minibatch sees old log-probabilities from a pass of its own."""
-    from gspo_lightning.objective import Objective
 
     seen = []
     original = Objective.__call__
@@ -160,7 +159,6 @@ def test_the_ratio_is_bit_equal_to_one_through_a_real_pass_of_old_logprobs(micro
 
 def test_old_logprobs_are_those_of_the_weights_that_sampled(micro_model_dir, monkeypatch):
     """In every minibatch and iteration, however often the weights have moved since."""
-    from gspo_lightning.objective import Objective
 
     seen = {}
     original = Objective.__call__
@@ -188,7 +186,6 @@ def test_old_logprobs_are_those_of_the_weights_that_sampled(micro_model_dir, mon
 
 
 def test_lora_reference_is_the_model_without_its_adapter(micro_model_dir, monkeypatch):
-    from gspo_lightning.objective import Objective
 
     seen = []
     original = Objective.__call__
@@ -267,7 +264,6 @@ def test_a_rollout_without_signal_takes_no_optimizer_step(micro_model_dir, recwa
 
 
 def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while(micro_model_dir, monkeypatch):
-    from gspo_lightning.objective import Objective
 
     original = Objective.__call__
 
@@ -284,7 +280,6 @@ def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a
 
 
 def test_a_run_that_was_cut_gives_up_after_as_many_nonfinite_steps(micro_model_dir, monkeypatch):
-    from gspo_lightning.objective import Objective
 
     _, good = update_of(micro_model_dir, Settings())
     original = Objective.__call__
@@ -303,7 +298,6 @@ def test_a_run_that_was_cut_gives_up_after_as_many_nonfinite_steps(micro_model_d
 
 def test_under_bfloat16_autocast_every_step_sees_the_new_weights(micro_model_dir):
     """training_step is one autocast region; its cached casts must not outlive an optimizer step."""
-    from gspo_lightning.objective import Objective
     from tests.scripted import Batches, build_module
 
     ratios = []
@@ -438,7 +432,6 @@ def test_beta_end_weighs_the_kl_of_each_rollout_by_its_place_in_the_run(micro_mo
 
 
 def test_quantiles_of_the_ratio_are_those_of_all_sequences(micro_model_dir, monkeypatch):
-    from gspo_lightning.objective import Objective
 
     seen = []
     original = Objective.__call__
@@ -477,12 +470,13 @@ def test_any_loss_at_any_level_gives_the_same_update_for_any_plan_and_order(data
     """Loss, level, extra terms, token budget and the order of prompts are drawn; nothing but the first two may matter."""
     loss = data.draw(st.sampled_from(sorted(LOSSES)))
     level = data.draw(st.sampled_from(LEVELS_OF[loss]))
+    one_loss = Objective(8, importance_sampling_level=level, loss_type=loss).shares_one_loss  # no token can be left out
     objective = {
         "loss_type": loss,
         "importance_sampling_level": level,
         "beta": data.draw(st.sampled_from([0.0, 0.1])),
         "entropy_coef": data.draw(st.sampled_from([0.0, 0.05])),
-        "top_entropy_quantile": data.draw(st.sampled_from([1.0, 0.4])),
+        "top_entropy_quantile": 1.0 if one_loss else data.draw(st.sampled_from([1.0, 0.4])),
         "mask_truncated_completions": data.draw(st.booleans()),
     }
     prompts = scripted_prompts(seed=data.draw(st.integers(0, 5)))

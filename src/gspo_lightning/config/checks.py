@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from gspo_lightning.advantages import check_combination, check_group
@@ -15,11 +14,11 @@ from gspo_lightning.config.own_module import check_module
 from gspo_lightning.config.targets import check_targets
 from gspo_lightning.config.types import check_calls
 from gspo_lightning.errors import UserError
-from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards
+from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewards, warn_or_refuse
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
-from gspo_lightning.training.trainer_checks import check_precision, check_sampling
+from gspo_lightning.training.trainer_checks import check_precision, check_sampling, check_support
 from gspo_lightning.training.update import check_minibatches
 
 
@@ -84,16 +83,9 @@ def _check_budget(plain: dict[str, Any]) -> None:
 
 def _check_support(plain: dict[str, Any]) -> None:
     """Weights between two distributions need every token to be possible under both."""
-    if not plain["objective"].get("mismatch"):
-        return
-    rollout = plain["rollout"]
-    for key, everything in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        if rollout.get(key, everything) != everything:
-            raise UserError(
-                f"rollout.{key}={rollout[key]} contradicts objective.mismatch: the sampler excludes tokens, so the "
-                f"weights would compare distributions with different supports; set rollout.{key}={everything}, or "
-                "mismatch=none"
-            )
+    if plain["objective"].get("mismatch"):
+        rollout = plain["rollout"]
+        check_support(rollout.get("top_p", 1.0), rollout.get("top_k", 0), rollout.get("min_p", 0.0))
 
 
 def _check_model_path(plain: dict[str, Any]) -> None:
@@ -199,9 +191,6 @@ def _report(plain: dict[str, Any]) -> None:
         max_completion_length=plain["rollout"]["max_completion_length"],
     )
     for finding in findings:
-        if finding.kind == "no_effect":
+        if finding.kind == "no_effect" and not plain["allow_no_effect"]:
             no_effect(finding.message, plain)
-        elif finding.kind == "warning":
-            warnings.warn(finding.message, stacklevel=2)
-        else:
-            raise UserError(finding.message)
+        warn_or_refuse(finding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -238,6 +239,17 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
         value = getattr(objective, key)
         if key in objective.spec.reads and not value > 0:
             yield Finding("contradiction", f"objective.{key}={value} must be above 0")
+
+
+def warn_or_refuse(finding: Finding) -> None:
+    """Refuses a contradiction, and warns of the rest: once, although a command and its module both ask.
+
+    Raises:
+        UserError: a contradiction.
+    """
+    if finding.kind == "contradiction":
+        raise UserError(finding.message)
+    warnings.warn(finding.message, stacklevel=1)  # Python tells equal warnings of one line apart from others
 
 
 def refuse_turn_rewards(objective: Objective) -> None:

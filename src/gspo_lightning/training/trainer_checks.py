@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method
+from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.types import PromptBatch
@@ -76,12 +78,23 @@ def check_sampling(temperature: float, repetition_penalty: float, top_k: int, mi
         )
 
 
+def check_support(top_p: float, top_k: int, min_p: float) -> None:
+    """Refuses a cut of the distribution where weights of a mismatch correction compare it with the whole one."""
+    for key, value, everything in (("top_p", top_p, 1.0), ("top_k", top_k, 0), ("min_p", min_p, 0.0)):
+        if value != everything:
+            raise UserError(
+                f"rollout.{key}={value} contradicts objective.mismatch: the sampler excludes tokens, so the weights "
+                f"would compare distributions with different supports; set rollout.{key}={everything}, or mismatch=none"
+            )
+
+
 def check_fit(module: GSPOModule) -> None:
     """Refuses, once the Trainer has made its optimizer, wrong settings of a user's own program."""
     trainer: Any = module.trainer  # Lightning does not declare all of its attributes
     assert module.policy is not None
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
     _check_run(trainer)
+    _check_objective(module)
     refuse_uncalled(module)
     _check_optimizers(module)
     # Custom loaders give their first batch in every epoch.
@@ -92,6 +105,25 @@ def check_fit(module: GSPOModule) -> None:
         )
     if module.policy.shards is not None:
         _check_own_parameters(module)
+
+
+def _check_objective(module: GSPOModule) -> None:
+    """Refuses an objective that contradicts itself, and warns of what has no effect, as configs are checked earlier."""
+    assert module.policy is not None
+    update, sampling = module.update_settings, module.sampling
+    for finding in check_objective(
+        module.objective,
+        num_iterations=update.num_iterations,
+        num_minibatches=update.num_minibatches,
+        num_generations=max(2, sampling.num_generations),  # `check_sampling_of` asks about one
+        ref_sync_every_n_rollouts=update.ref_sync_every_n_rollouts,
+        ref_model_mixup_alpha=update.ref_model_mixup_alpha,
+        has_adapter=module.policy.has_adapter,
+        staleness=traits(module.engine).staleness,
+        keep_zero_advantage=update.keep_zero_advantage,
+        max_completion_length=sampling.max_completion_length,
+    ):
+        warn_or_refuse(finding)
 
 
 def _check_run(trainer: Any) -> None:
