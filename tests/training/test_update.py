@@ -186,7 +186,6 @@ def test_old_logprobs_are_those_of_the_weights_that_sampled(micro_model_dir, mon
 
 
 def test_lora_reference_is_the_model_without_its_adapter(micro_model_dir, monkeypatch):
-
     seen = []
     original = Objective.__call__
 
@@ -264,7 +263,6 @@ def test_a_rollout_without_signal_takes_no_optimizer_step(micro_model_dir, recwa
 
 
 def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a_while(micro_model_dir, monkeypatch):
-
     original = Objective.__call__
 
     def poison(self, *args, **kwargs):
@@ -280,7 +278,6 @@ def test_a_nonfinite_gradient_never_reaches_the_weights_and_ends_the_run_after_a
 
 
 def test_a_run_that_was_cut_gives_up_after_as_many_nonfinite_steps(micro_model_dir, monkeypatch):
-
     _, good = update_of(micro_model_dir, Settings())
     original = Objective.__call__
     monkeypatch.setattr(
@@ -432,7 +429,6 @@ def test_beta_end_weighs_the_kl_of_each_rollout_by_its_place_in_the_run(micro_mo
 
 
 def test_quantiles_of_the_ratio_are_those_of_all_sequences(micro_model_dir, monkeypatch):
-
     seen = []
     original = Objective.__call__
 

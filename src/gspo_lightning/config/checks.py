@@ -193,4 +193,4 @@ def _report(plain: dict[str, Any]) -> None:
     for finding in findings:
         if finding.kind == "no_effect" and not plain["allow_no_effect"]:
             no_effect(finding.message, plain)
-        warn_or_refuse(finding)
+        warn_or_refuse(finding)  # by the same line as the module, which asks again: a warning is shown once
