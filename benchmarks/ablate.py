@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,22 +10,28 @@ from typing import Any
 
 import torch
 
-from gspo_lightning.packing import GroupSlice, MicroBatchPlan, logprobs
+from gspo_lightning.packing import GroupSlice, MicroBatchPlan, batch, logprobs
 from gspo_lightning.policy import load, model
 from gspo_lightning.rollout import transformers_engine
-from gspo_lightning.rollout.decoder import Decoder
+from gspo_lightning.rollout.decoder import Decoder, Row
 from gspo_lightning.training import passes, rollout_update, update
 from gspo_lightning.types import Dialogue, ScoredRollout
 
 
 def no_prefix_sharing() -> None:
     """Every completion brings its prompt along, in the update."""
+    no_common_prefix()
     build = update.build_micro_batch
 
     def alone(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> Any:
         return build(scored, tuple(GroupSlice(p.group, (n,)) for p in plan for n in p.completions), device)
 
     passes.build_micro_batch = rollout_update.build_micro_batch = alone  # type: ignore[attr-defined]
+
+
+def no_common_prefix() -> None:
+    """What all prompts begin with is forwarded with each of them, in rollouts too."""
+    batch.LEAST_COMMON = batch.LEAST_COMMON_ON_GPU = sys.maxsize  # type: ignore[misc]
 
 
 def padding() -> None:
@@ -68,14 +75,12 @@ def no_compaction() -> None:
     """Rows that have ended are decoded on until the last one ends."""
 
     class Stubborn(Decoder):
-        def _record(self, tokens: Any, logprobs: Any) -> list[bool]:
-            going = [row.finish_reason != "stop" for row in self.active]
-            rows, self.active = self.active, [row for row, goes in zip(self.active, going, strict=True) if goes]
-            index = torch.tensor([n for n, goes in enumerate(going) if goes], dtype=torch.long)
-            super()._record(tokens[index], logprobs[index])
-            self.active = rows
-            alive = any(row.finish_reason != "stop" for row in rows)
-            return [alive] * len(rows)
+        def _next(self, hidden: torch.Tensor, step: int) -> tuple[torch.Tensor, list[bool]]:
+            tokens, _ = super()._next(hidden, step)
+            return tokens, [any(row.finish_reason != "stop" for row in self.rows)] * len(self.active)
+
+        def record(self, row: Row, token: int, logprob: float) -> bool:
+            return row.finish_reason != "stop" and super().record(row, token, logprob)
 
     transformers_engine.Decoder = Stubborn  # type: ignore[attr-defined, misc]
 
@@ -97,6 +102,7 @@ def plain_weights() -> None:
 
 ABLATIONS: dict[str, Callable[[], None]] = {
     "prefix sharing in the update": no_prefix_sharing,
+    "what all prompts begin with is shared": no_common_prefix,
     "no padding in the update": padding,
     "no old pass for the first minibatch": old_pass_for_all,
     "ended rows leave the decoder": no_compaction,

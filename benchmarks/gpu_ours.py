@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu_models import MODELS, RandomLoader, write_folder
 from benchmarks.gpu_worker import answer
 from benchmarks.scenarios import Scenario
-from benchmarks.worker_ours import TimedModule, make_prompt, parameter_counts, train
+from benchmarks.worker_ours import TimedModule, make_prompt, sizes, train
 from gspo_lightning.config.hardware import busy_tokens
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.policy.model import Policy
@@ -60,14 +60,15 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     on_gpu = case["device"] == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    prompts = prompts_of(case, scenario, loader, steps)
     module = train(
-        scenario, loader, prompts_of(case, scenario, loader, steps), steps, busy_tokens(on_gpu, narrow=True),
+        scenario, loader, prompts, steps, busy_tokens(on_gpu, narrow=True),
         engine=RandomEngine() if case.get("random") else None, accelerator="gpu" if on_gpu else "cpu",
     )  # fmt: skip
     assert module.policy is not None
-    body, head = parameter_counts(module.policy)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    return {"steps": list(TimedModule.clock.steps), "peak_gb": peak, "body_parameters": body, "head_parameters": head}
+    facts = sizes(module.policy, prompts[-scenario.prompts :])
+    return {"steps": list(TimedModule.clock.steps), "peak_gb": peak, **facts}
 
 
 def main() -> None:

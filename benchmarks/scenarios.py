@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 from benchmarks import processor
@@ -130,23 +131,34 @@ def guard_here() -> Scenario:
     return here if here.precision == GUARD.precision else replace(here, prompts=1)
 
 
-def unique_flops(scenario: Scenario, body: int, head: int, completion_tokens: int) -> dict[str, float]:
-    """Operations of one step when every token is computed once.
+def common_tokens(prompts: list[list[int]]) -> int:
+    """Tokens that all prompts begin with."""
+    return len(commonprefix(prompts)) if len(prompts) > 1 else 0
+
+
+def unique_flops(scenario: Scenario, sizes: dict[str, Any], completion_tokens: int) -> dict[str, float]:
+    """Operations of one step when every token is computed once, and in the update once per optimizer step.
 
     A parameter costs 2 operations per token forward and 4 backward. The head is needed where a completion token is
     predicted, the body at every token but the last of a completion. Attention scores are left out on both sides.
 
     Args:
-        body: parameters of all layers without embeddings.
-        head: parameters of the output embedding.
+        sizes: ``body_parameters`` of all layers without embeddings, ``head_parameters`` of the output embedding,
+            ``prompt_tokens`` of a step, and ``common_tokens``, that all of its prompts begin with.
         completion_tokens: sampled in the step.
     """
-    prompt = scenario.prompts * scenario.prompt_tokens
-    sequences = scenario.prompts * scenario.generations
-    live = 1 - scenario.silent_groups / scenario.prompts
-    forwarded = prompt + completion_tokens - sequences
-    rollout = 2 * body * forwarded + 2 * head * completion_tokens
+    names = ("body_parameters", "head_parameters", "prompt_tokens", "common_tokens")
+    body, head, prompt_tokens, common = (sizes[name] for name in names)
+    live = scenario.prompts - scenario.silent_groups
+
+    def forwarded(prompts: int, rows: int) -> float:
+        """Tokens of so many groups, divided among so many rows."""
+        own = prompt_tokens - scenario.prompts * common + completion_tokens - scenario.prompts * scenario.generations
+        return own * prompts / scenario.prompts + rows * common
+
+    rollout = 2 * body * forwarded(scenario.prompts, 1) + 2 * head * completion_tokens
     old = (scenario.minibatches - 1) / scenario.minibatches
     passes = 3 + old + (1 if scenario.beta else 0)
-    update = live * passes * 2 * (body * forwarded + head * completion_tokens)
+    predicted = completion_tokens * live / scenario.prompts
+    update = passes * 2 * (body * forwarded(live, scenario.minibatches) + head * predicted)
     return {"rollout": rollout, "update": update}

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from benchmarks.ablate import ABLATIONS  # noqa: E402
-from benchmarks.scenarios import Scenario, reward, template  # noqa: E402
+from benchmarks.scenarios import Scenario, common_tokens, reward, template  # noqa: E402
 from benchmarks.vlm import image  # noqa: E402
 from benchmarks.worker import Clock, job, report  # noqa: E402
 from gspo_lightning.advantages import AdvantageEstimator  # noqa: E402
@@ -119,6 +119,15 @@ def parameter_counts(policy: Policy) -> tuple[int, int]:
     return sum(p.numel() for n, p in language if "lm_head" not in n), head
 
 
+def sizes(policy: Policy, prompts: list[Prompt]) -> dict[str, int]:
+    """What `unique_flops` reads of a model and of the prompts of a step."""
+    body, head = parameter_counts(policy)
+    ids = [prompt.input_ids.tolist() for prompt in prompts]
+    common = 0 if any(prompt.mm_inputs for prompt in prompts) else common_tokens(ids)
+    prompt_tokens = sum(map(len, ids))
+    return {"body_parameters": body, "head_parameters": head, "prompt_tokens": prompt_tokens, "common_tokens": common}
+
+
 def main() -> None:
     scenario, model, steps = job()
     if scenario.ablate is not None:
@@ -130,8 +139,7 @@ def main() -> None:
     prompts = [make_prompt(i, row, scenario, tokenizer, model) for i, row in enumerate(scenario.rows(tokenizer, steps))]
     module = train(scenario, loader, prompts, steps, busy_tokens(on_gpu=False, narrow=scenario.precision == "bf16"))
     assert module.policy is not None
-    body, head = parameter_counts(module.policy)
-    report(TimedModule.clock, body_parameters=body, head_parameters=head)
+    report(TimedModule.clock, **sizes(module.policy, prompts[-scenario.prompts :]))
 
 
 if __name__ == "__main__":

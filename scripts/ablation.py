@@ -22,10 +22,11 @@ from benchmarks.scenarios import SCENARIOS, Scenario  # noqa: E402
 from scripts.benchmark import run  # noqa: E402
 
 QUICK, PAPER, SILENT = SCENARIOS["quickstart"], SCENARIOS["paper"], SCENARIOS["half_silent"]
-BFLOAT16 = "bfloat16 products"
+COMMON, BFLOAT16 = "what all prompts begin with is shared", "bfloat16 products"
 ROWS: dict[str, tuple[Scenario, Scenario]] = {
     # Saving -> (with it, without it).
     "prefix sharing in the update": (QUICK, replace(QUICK, ablate="prefix sharing in the update")),
+    COMMON: (QUICK, replace(QUICK, ablate=COMMON)),
     "no padding in the update": (QUICK, replace(QUICK, ablate="no padding in the update")),
     "ended rows leave the decoder": (QUICK, replace(QUICK, ablate="ended rows leave the decoder")),
     "silent groups are dropped": (SILENT, replace(SILENT, keep_silent=True)),

@@ -153,7 +153,7 @@ def summarise(scenario: Scenario, rounds: dict[str, list[Result]], rate: float) 
         summary["sides"][side] = medians
     ours = rounds["ours"][0]
     tokens = int(summary["sides"]["ours"]["completion_tokens"])
-    flops = unique_flops(scenario, ours["body_parameters"], ours["head_parameters"], tokens)
+    flops = unique_flops(scenario, ours, tokens)
     for phase, count in flops.items():
         for medians in summary["sides"].values():
             medians[f"{phase}_efficiency"] = count / rate / medians[f"{phase}_wall_s"]

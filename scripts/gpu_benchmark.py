@@ -193,7 +193,7 @@ def update_flops(ours: Case) -> float:
     """Operations that the update of our side's case cannot do without; frozen weights need no gradient of their own."""
     scenario = Scenario(**ours["case"]["scenario"])
     tokens = scenario.prompts * scenario.generations * scenario.completion_tokens
-    flops = unique_flops(scenario, ours["body_parameters"], ours["head_parameters"], tokens)["update"]
+    flops = unique_flops(scenario, ours, tokens)["update"]
     return flops * (2 / 3 if MODELS[ours["case"]["model"]].lora else 1)
 
 

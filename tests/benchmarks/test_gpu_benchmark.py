@@ -34,6 +34,8 @@ def test_operations_are_six_per_weight_and_token_and_four_where_the_weights_are_
         "case": {"scenario": SCENARIO.as_dict(), "model": model},
         "body_parameters": 1000,
         "head_parameters": 100,
+        "prompt_tokens": 20,
+        "common_tokens": 0,
     }
     # 20 prompt tokens and 24 of completions reach the layers (the last of each predicts nothing); 30 are predicted.
     assert gpu_benchmark.update_flops(case) == pytest.approx(share * (6 * 1000 * 44 + 6 * 100 * 30))

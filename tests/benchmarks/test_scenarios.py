@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from benchmarks import processor
-from benchmarks.scenarios import GUARD, SCENARIOS, guard_here
+from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, common_tokens, guard_here, unique_flops
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,24 @@ def test_without_units_for_bfloat16_both_sides_run_in_float32(flags, units, prec
     # The guard's work takes about as long: half of it where a product takes several times as long.
     assert (guard_here() == GUARD) == (precision == "bf16")
     assert (guard_here().prompts, guard_here().precision) == ((2, "bf16") if precision == "bf16" else (1, "fp32"))
+
+
+def test_the_operations_that_a_step_cannot_do_without_by_hand():
+    """Four prompts of 10 tokens, 4 of which they share; 8 completions of 5, of which 4 tokens are inputs."""
+    scenario = Scenario("by hand", prompts=4, generations=2, prompt_tokens=10, completion_tokens=5, precision="bf16")
+    sizes = {"body_parameters": 1000, "head_parameters": 100, "prompt_tokens": 40, "common_tokens": 4}
+    once = 4 + 4 * 6 + 8 * 4
+    rollout = 2 * (1000 * once + 100 * 40)
+    assert unique_flops(scenario, sizes, 40) == {"rollout": rollout, "update": 3 * rollout}
+    # Two steps read the shared tokens once each, and the second one's old pass makes 3.5 passes.
+    twice = dataclasses.replace(scenario, minibatches=2)
+    assert unique_flops(twice, sizes, 40) == {"rollout": rollout, "update": 3.5 * 2 * (1000 * (once + 4) + 100 * 40)}
+    # Of a group without signal nothing is forwarded in the update; the reference is one pass more.
+    silent = dataclasses.replace(scenario, silent_groups=1, beta=0.04)
+    update = 4 * 2 * (1000 * (4 + 3 * 6 + 6 * 4) + 100 * 30)
+    assert unique_flops(silent, sizes, 40) == {"rollout": rollout, "update": update}
+
+
+def test_tokens_in_common_by_hand():
+    assert common_tokens([[1, 2, 3, 4], [1, 2, 3], [1, 2, 5]]) == 2
+    assert common_tokens([[1, 2, 3]]) == 0  # nobody to share them with

@@ -91,7 +91,7 @@ _OWNERS = SharedPrefixLayout.owners
 
 def _owners(self: SharedPrefixLayout) -> tuple[Tensor, Tensor]:
     with unset_fake_temporarily():
-        owner, prompt = _OWNERS(SharedPrefixLayout(self.groups, torch.device("cpu")))
+        owner, prompt = _OWNERS(SharedPrefixLayout(self.groups, torch.device("cpu"), self.common))
     return owner.to(self.device), prompt.to(self.device)
 
 
@@ -125,7 +125,7 @@ def fake_row(groups: Any, prompts: Any = ()) -> PackedBatch:
     with unset_fake_temporarily():
         row = pack(groups, torch.device("cpu"), prompts)
     there = {name: value.to(GPU) for name, value in vars(row).items() if isinstance(value, Tensor)}
-    return replace(row, **there, layout=SharedPrefixLayout(row.layout.groups, GPU))
+    return replace(row, **there, layout=SharedPrefixLayout(row.layout.groups, GPU, row.layout.common))
 
 
 def recorded(function: Callable[[], None]) -> Callable[[], None]:

@@ -24,7 +24,9 @@ LAYOUTS = {
     "ragged": (GroupLayout(6, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))),
     "several blocks": (GroupLayout(200, (150, 3, 40)), GroupLayout(90, (7, 61))),
     "prompts": (GroupLayout(4, ()), GroupLayout(7, ())),
+    "a common prefix": (GroupLayout(180, (50, 3, 40)), GroupLayout(153, (7, 61)), GroupLayout(151, ())),
 }
+COMMON = {"a common prefix": 150}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def test_the_stand_in_notices_what_a_gpu_would():
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["flash", "flex", "flex in float32", "flex with sinks", "blocks", "blocks with sinks"])
 def test_attention_and_its_gradients_are_like_its_inputs(kind, name):
-    layout = SharedPrefixLayout(LAYOUTS[name], GPU)
+    layout = SharedPrefixLayout(LAYOUTS[name], GPU, COMMON.get(name, 0))
     dtype = FP32 if "float32" in kind else BF16
     query, key, value = (there(1, heads, layout.num_tokens, 64, dtype=dtype) for heads in (6, 2, 2))
     sinks = there(6) if "sinks" in kind else None

@@ -108,7 +108,7 @@ def decode(policy, mixed):
     lengths = [5, 9]
     layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), GPU)
     with autocast(mixed), prepacked_weights(policy, 6):
-        prefill = PrefillCache()
+        prefill = PrefillCache(torch.arange(sum(lengths), device=GPU))
         row = torch.zeros(1, sum(lengths), dtype=torch.long, device=GPU)
         policy.hidden_states(row, layout.positions[None], layout, past_key_values=prefill)
         cache = cache_of(policy, prefill, lengths, 3, 8)

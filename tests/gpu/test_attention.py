@@ -19,7 +19,9 @@ LAYOUTS = {
     "several blocks of scores": (GroupLayout(200, (150, 3, 40)), GroupLayout(90, (7, 61))),
     "single tokens": (GroupLayout(1, (1,)), GroupLayout(1, ())),
     "long": (GroupLayout(700, (300, 512, 41)), GroupLayout(64, (64,) * 8)),
+    "a common prefix": (GroupLayout(180, (50, 3, 40)), GroupLayout(153, (7, 61)), GroupLayout(151, ())),
 }
+COMMON = {"a common prefix": 150}
 FORMS = {
     "sdpa": shared_prefix_attention,
     "flex": flex_shared_prefix_attention,
@@ -29,7 +31,7 @@ FORMS = {
 
 def run(form, name, dtype, window, with_sinks, size, head_ratio):
     """Output and gradients, from the same numbers whatever the dtype."""
-    layout = SharedPrefixLayout(LAYOUTS[name], torch.device("cuda"))
+    layout = SharedPrefixLayout(LAYOUTS[name], torch.device("cuda"), COMMON.get(name, 0))
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):

@@ -13,8 +13,8 @@ from tests.support import relative_distance
 CPU = torch.device("cpu")
 
 
-def layout_of(*groups):
-    return SharedPrefixLayout(tuple(GroupLayout(*group) for group in groups), CPU)
+def layout_of(*groups, common=0):
+    return SharedPrefixLayout(tuple(GroupLayout(*group) for group in groups), CPU, common)
 
 
 def drawn(tokens):
@@ -36,7 +36,8 @@ def by_definition(layout, tokens, window=None):
     query, key, value, grad = drawn(tokens)
     numbers, prompts = layout.owners()
     position, real = layout.positions, layout.num_tokens
-    looks = ((numbers[:, None] == numbers) | (prompts[:, None] == numbers)) & (position[:, None] >= position)
+    looks = (numbers[:, None] == numbers) | (prompts[:, None] == numbers) | (torch.arange(real) < layout.common)
+    looks &= position[:, None] >= position
     if window is not None:
         looks &= position[:, None] - position < window
     scores = query[:, :, :real] @ key[:, :, :real].repeat_interleave(3, 1).transpose(2, 3) * 0.3
@@ -55,7 +56,15 @@ def test_the_shapes_of_the_quickstart_by_hand():
     assert [batch.shape for batch in gathered.batches] == [(6, 144, 48), (12, 144, 96), (6, 96, 80)]
 
 
+def test_the_shapes_of_the_quickstart_whose_prompts_have_24_tokens_in_common():
+    gathered = gather_blocks(layout_of((45, (15,) * 8), (45, (15,) * 8), common=24), 306, 9, 3, None, torch.float32)
+    shapes = [(len(batch.bias), *batch.bias.shape[1:]) for batch in gathered.batches]
+    # The common tokens to themselves; the other 21 of each prompt to all 45; completions as without.
+    assert shapes == [(1, 32, 32), (2, 32, 48), (4, 48, 96), (2, 32, 80)]
+
+
 @pytest.mark.parametrize("window", [None, 7], ids=["full", "window"])
+@pytest.mark.parametrize("common", [0, 1, 40, 600])
 @pytest.mark.parametrize("most", [1, 2**20], ids=["one block a batch", "all that are alike"])
 @pytest.mark.parametrize(
     "groups",
@@ -66,9 +75,9 @@ def test_the_shapes_of_the_quickstart_by_hand():
     ],
     ids=["short", "long completions", "long prompt"],
 )
-def test_batches_of_blocks_give_what_the_definition_gives_in_float64(groups, most, window, monkeypatch):
+def test_batches_of_blocks_give_what_the_definition_gives_in_float64(groups, most, common, window, monkeypatch):
     monkeypatch.setattr(blocks, "MOST_SCORES", most)
-    layout = layout_of(*groups)
+    layout = layout_of(*((common + prompt, completions) for prompt, completions in groups), common=common)
     tokens = layout.num_tokens + 6
     found = attention_and_gradients(layout, tokens, window)
     for ours, theirs in zip(found, by_definition(layout, tokens, window), strict=True):

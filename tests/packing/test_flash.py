@@ -1,4 +1,4 @@
-"""The two calls that make up a shared-prefix row: with the kernel replaced by its definition in float64."""
+"""The calls that make up a shared-prefix row: with the kernel replaced by its definition in float64."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ LAYOUTS = {
     "long": (GroupLayout(40, (30, 3)), GroupLayout(9, (7, 61))),
     "prompts": (GroupLayout(4, ()), GroupLayout(7, ())),
 }
+COMMON = {"ragged": (0,), "long": (0, 1, 8), "prompts": (0, 3)}
+"""Tokens in common, fewer than any prompt has."""
 
 
 def by_spans(spans):
@@ -63,11 +65,11 @@ def backward(grad, query, key, value, out, total, spans, scaling):
     return tuple(grads)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_two_calls_give_the_output_and_gradients_of_the_whole_row(name, monkeypatch):
+@pytest.mark.parametrize(("name", "common"), [(name, n) for name, some in COMMON.items() for n in some])
+def test_the_calls_give_the_output_and_gradients_of_the_whole_row(name, common, monkeypatch):
     monkeypatch.setattr(flash, "flash_forward", forward)
     monkeypatch.setattr(flash, "flash_backward", backward)
-    layout = SharedPrefixLayout(LAYOUTS[name], torch.device("cpu"))
+    layout = SharedPrefixLayout(LAYOUTS[name], torch.device("cpu"), common)
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads):
@@ -89,15 +91,30 @@ def test_the_calls_of_a_row_by_hand():
                                            torch.device("cpu")))  # fmt: skip
     assert calls.own.query_ends.tolist() == calls.own.key_ends.tolist() == [0, 2, 3, 6, 10, 11, 13]
     assert calls.own.longest_query == 4 and calls.own.causal
-    assert calls.prompts is not None and not calls.prompts.causal
-    assert calls.prompts.query_ends.tolist() == [0, 4, 6]
-    assert calls.prompts.key_ends.tolist() == [0, 2, 3]
-    assert (calls.prompts.longest_query, calls.prompts.longest_key) == (4, 2)
-    assert calls.completion_tokens.tolist() == [2, 3, 4, 5, 11, 12]
-    assert calls.prompt_tokens.tolist() == [0, 1, 10]
+    (prompts,) = calls.crossings
+    assert not prompts.spans.causal
+    assert prompts.spans.query_ends.tolist() == [0, 4, 6]
+    assert prompts.spans.key_ends.tolist() == [0, 2, 3]
+    assert (prompts.spans.longest_query, prompts.spans.longest_key) == (4, 2)
+    assert prompts.queries.tolist() == [2, 3, 4, 5, 11, 12]
+    assert prompts.keys.tolist() == [0, 1, 10]
     single = flash_calls(SharedPrefixLayout((GroupLayout(1, (1,)),), torch.device("cpu")))
     assert (single.own.longest_query, single.own.longest_key) == (2, 2)  # at 1 another kernel would answer
-    assert flash_calls(SharedPrefixLayout((GroupLayout(3, ()),), torch.device("cpu"))).prompts is None
+    assert flash_calls(SharedPrefixLayout((GroupLayout(3, ()),), torch.device("cpu"))).crossings == ()
+
+
+def test_the_calls_of_a_row_whose_prompts_have_two_tokens_in_common_by_hand():
+    # 0 1 | 2, 3, 4 5 6 | 7 8 | 9, 10 11
+    groups = GroupLayout(3, (1, 3)), GroupLayout(4, ()), GroupLayout(3, (2,))
+    calls = flash_calls(SharedPrefixLayout(groups, torch.device("cpu"), 2))
+    assert calls.own.query_ends.tolist() == calls.own.key_ends.tolist() == [0, 2, 3, 4, 7, 9, 10, 12]
+    prompts, common = calls.crossings
+    assert prompts.queries.tolist() == [3, 4, 5, 6, 10, 11]
+    assert prompts.keys.tolist() == [2, 9]
+    assert (prompts.spans.query_ends.tolist(), prompts.spans.key_ends.tolist()) == ([0, 4, 6], [0, 1, 2])
+    assert common.queries.tolist() == list(range(2, 12)) and common.keys.tolist() == [0, 1]
+    assert (common.spans.query_ends.tolist(), common.spans.key_ends.tolist()) == ([0, 10], [0, 2])
+    assert (common.spans.longest_query, common.spans.longest_key, common.spans.causal) == (10, 2, False)
 
 
 def test_sums_in_one_order_are_asked_for_around_the_kernel_alone():

@@ -15,11 +15,13 @@ from tests.support import micro_policy, random_groups, relative_distance
 LAYOUTS = {
     "ragged": (GroupLayout(6, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,))),
     "several blocks of scores": (GroupLayout(200, (150, 3, 40)), GroupLayout(90, (7, 61))),
+    "a common prefix": (GroupLayout(180, (50, 3, 40)), GroupLayout(153, (7, 61)), GroupLayout(151, ())),
 }
+COMMON = {"a common prefix": 150}
 
 
 def layout_of(name: str) -> SharedPrefixLayout:
-    return SharedPrefixLayout(LAYOUTS[name], torch.device("cpu"))
+    return SharedPrefixLayout(LAYOUTS[name], torch.device("cpu"), COMMON.get(name, 0))
 
 
 @pytest.mark.parametrize("window", [None, 4, 130])
@@ -96,7 +98,8 @@ def test_rows_of_all_lengths_and_windows_share_one_compiled_graph(monkeypatch):
     monkeypatch.setattr("gspo_lightning.packing.flex._plain", captured)
     graphs = []
     for prompt, completions, window in ((11, (4, 8, 1), None), (256, (127,) * 8, 5), (300, (), None), (128, (), 40)):
-        layout = SharedPrefixLayout((GroupLayout(prompt, completions),) * 2, torch.device("cpu"))
+        common = prompt // 2 if window else 0
+        layout = SharedPrefixLayout((GroupLayout(prompt, completions),) * 2, torch.device("cpu"), common)
         query, key, value = (torch.randn(1, heads, layout.num_tokens, 16) for heads in (4, 2, 2))
         flex_shared_prefix_attention(query, key, value, layout, scaling=0.25, window=window)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, pack, shared_prefix_attention
+from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, batch, common_prefix, pack, shared_prefix_attention
 from gspo_lightning.packing import layout as layout_module
+from gspo_lightning.types import Prompt
 from tests.support import flat_gradient, micro_policy, padded_logprobs, random_groups, relative_distance
 
 SHAPES = {
@@ -17,11 +18,16 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("common", [0, 16, 530], ids=lambda n: f"{n} in common")
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
-def test_packed_equals_padded_in_float64(shapes, micro_model_dir):
+def test_packed_equals_padded_in_float64(shapes, common, micro_model_dir):
     policy = micro_policy(micro_model_dir)
     groups = random_groups(shapes, policy.output_weight.shape[0])
+    [(system, _)] = random_groups([(common, [])], policy.output_weight.shape[0], seed=1)
+    groups = [(torch.cat([system, prompt]), completions) for prompt, completions in groups]
     packed = pack(groups, torch.device("cpu"))
+    saved = common * (len(groups) - 1)
+    assert packed.num_tokens == sum(len(p) + sum(len(c) - 1 for c in cs) for p, cs in groups) - saved
     logprobs, entropy = policy(packed, temperature=0.7, with_entropy=True)
     weights = torch.randn(2, len(logprobs), dtype=torch.float64)
     (logprobs @ weights[0] + entropy @ weights[1]).backward()
@@ -59,6 +65,60 @@ def test_the_last_token_of_a_completion_is_never_forwarded():
     assert packed.lengths.tolist() == [3, 1]
 
 
+def test_what_prompts_begin_with_is_in_the_row_once(monkeypatch):
+    monkeypatch.setattr(batch, "LEAST_COMMON", 2)
+    groups = [([5, 6, 7], [[8, 9], [4]]), ([5, 6], [[3, 2, 1]]), ([5, 6, 7, 8], [[6]])]
+    packed = pack([(torch.tensor(p), [torch.tensor(c) for c in cs]) for p, cs in groups], torch.device("cpu"))
+    assert packed.layout.common == 0  # of [5, 6] only the 5 is shared: its 6 predicts its completions
+    groups[1] = ([5, 6, 3], [[3, 2, 1]])
+    packed = pack([(torch.tensor(p), [torch.tensor(c) for c in cs]) for p, cs in groups], torch.device("cpu"))
+    assert packed.layout.common == 2
+    #                                    5  6 |7  8 |3  3  2 |7  8
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 3, 3, 2, 7, 8]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 2, 3]]
+    assert packed.predictor_index.tolist() == [2, 3, 2, 4, 5, 6, 8]
+    assert packed.target_ids.tolist() == [8, 9, 4, 3, 2, 1, 6]
+    assert packed.sequence_index.tolist() == [0, 0, 1, 2, 2, 2, 3]
+    assert packed.layout.starts() == [2, 4, 7]
+    assert [x.tolist() for x in packed.layout.prompt_places()] == [[0, 1, 2], [0, 1, 4], [0, 1, 7, 8]]
+
+
+def test_the_blocks_of_a_row_whose_prompts_have_two_tokens_in_common_by_hand():
+    layout = SharedPrefixLayout((GroupLayout(4, (2,)), GroupLayout(5, ())), torch.device("cpu"), 2)
+    before = (0, 2)
+    found = [(block.query, block.key_spans, block.causal) for block in layout.blocks]
+    # Causal without a mask is only what attends to nothing but itself.
+    assert found == [((0, 2), (before,), True), ((2, 6), (before, (2, 6)), False), ((6, 9), (before, (6, 9)), False)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([list(range(20)), list(range(20))], 19),  # the same prompt twice: all but its last token
+        ([list(range(20)), [*range(18), 0, 0, 0], list(range(30))], 18),
+        ([list(range(16)), list(range(20))], 0),  # 15: too few
+        ([list(range(20))], 0),
+        ([list(range(20)), [1, *range(1, 20)]], 0),
+    ],
+)
+def test_the_common_prefix_by_hand(prompts, expected):
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    assert common_prefix(ids, torch.device("cpu")) == expected
+    # A few more kernels in every layer cost more than so few tokens.
+    assert common_prefix(ids, torch.device("cuda")) == 0
+    longer = [torch.cat([torch.arange(200), x]) for x in ids]
+    assert common_prefix(longer, torch.device("cuda")) == (
+        0 if len(ids) == 1 else common_prefix(longer, torch.device("cpu"))
+    )
+
+
+def test_prompts_with_images_share_nothing():
+    ids = torch.arange(40)
+    prompts = [Prompt(str(n), "", ids, {}, {"pixel_values": torch.zeros(1)} if n else {}) for n in range(2)]
+    assert common_prefix([ids, ids], torch.device("cpu"), prompts) == 0
+    assert common_prefix([ids, ids], torch.device("cpu"), prompts[:1] * 2) == 39
+
+
 def test_eos_stays_a_target_when_pad_is_eos(micro_model_dir):
     policy = micro_policy(micro_model_dir)
     eos = policy.tokenizer.eos_token_id
@@ -73,7 +133,8 @@ def test_eos_stays_a_target_when_pad_is_eos(micro_model_dir):
 
 def reference_attention(query, key, value, layout, scaling, window, sinks):
     """Every token by itself: gather the tokens it may see from the definition, softmax, weigh."""
-    segments = [(g, s) for g, group in enumerate(layout.groups) for s in group.segments()]
+    segments = [(None, 0)] * layout.common
+    segments += [(g, s) for g, group in enumerate(layout.groups) for s in group.segments()[layout.common :]]
     positions = layout.positions.tolist()
     repeats = query.shape[1] // key.shape[1]
     out = torch.zeros_like(query)
@@ -81,7 +142,7 @@ def reference_attention(query, key, value, layout, scaling, window, sinks):
         seen = [
             j
             for j, (group_j, segment_j) in enumerate(segments)
-            if group_i == group_j and segment_j in (0, segment_i) and positions[j] <= positions[i]
+            if group_j in (None, group_i) and segment_j in (0, segment_i) and positions[j] <= positions[i]
             and (window is None or positions[i] - positions[j] < window)
         ]  # fmt: skip
         for head in range(query.shape[1]):
@@ -96,14 +157,14 @@ def reference_attention(query, key, value, layout, scaling, window, sinks):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("limit", [256, 8], ids=["whole groups", "tiles"])
-def test_attention_equals_its_definition_token_by_token(window, with_sinks, limit, monkeypatch):
+@pytest.mark.parametrize("common", [0, 3, 10])
+def test_attention_equals_its_definition_token_by_token(window, with_sinks, limit, common, monkeypatch):
     monkeypatch.setattr(layout_module, "WHOLE_GROUP_TOKENS", limit)
     monkeypatch.setattr(layout_module, "TILE_QUERIES", 5)
     monkeypatch.setattr(layout_module, "WHOLE_PROMPT_TOKENS", limit)
-    layout = SharedPrefixLayout(
-        (GroupLayout(16, (3, 0, 4, 2, 11, 2)), GroupLayout(5, ()), GroupLayout(1, (2,)), GroupLayout(11, ())),
-        torch.device("cpu"),
-    )
+    own = (16, (3, 0, 4, 2, 11, 2)), (5, ()), (1, (2,)), (11, ())
+    groups = tuple(GroupLayout(common + prompt, completions) for prompt, completions in own)
+    layout = SharedPrefixLayout(groups, torch.device("cpu"), common)
     tokens = layout.num_tokens
     query = torch.randn(1, 4, tokens, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(1, 2, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))

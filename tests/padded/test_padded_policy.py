@@ -127,6 +127,17 @@ def test_log_probabilities_and_gradients_are_those_of_every_sequence_alone(llava
     assert entropy.min() > 0
 
 
+def test_prompts_that_begin_alike_are_completed_in_their_padded_rows(llava):
+    generator = torch.Generator().manual_seed(2)
+    begin = torch.randint(20, 900, (18,), generator=generator)
+    prompts = [Prompt(str(n), "", torch.cat([begin, torch.arange(20 + n, 24 + 2 * n)]), {}) for n in range(3)]
+    groups = [(p, [torch.randint(20, 900, (n,), generator=generator) for n in (1, 4)]) for p in prompts]
+    packed = pack([(p.input_ids, c) for p, c in groups], torch.device("cpu"), prompts)
+    assert packed.layout.common == 18
+    with torch.no_grad():
+        assert relative_distance(llava(packed, 0.7)[0], one_by_one(llava.base_model, groups)) < 1e-6
+
+
 def test_images_matter_and_no_part_of_the_tower_trains(llava, llava_dir):
     one, _, _ = prompts_of(llava)
     other = encoded(llava, "one", "what?", Image.linear_gradient("L").resize((30, 30)).convert("RGB"))

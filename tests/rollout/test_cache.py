@@ -56,8 +56,8 @@ def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(
         return (x if kind == "float64" else x.bfloat16()).double()
 
     sinks = random(HEADS) if with_sinks else None
-    prefill = PrefillCache()
     # The row is filled up by three tokens.
+    prefill = PrefillCache(torch.arange(sum(lengths)))
     packed = [[random(1, KV_HEADS, sum(lengths) + 3, SIZE) for _ in range(2)] for _ in range(2)]
     for layer, (key, value) in enumerate(packed):
         prefill.update(key, value, layer)
@@ -107,7 +107,7 @@ def test_prompts_are_dropped_when_half_of_them_have_no_rows():
     generator = torch.Generator().manual_seed(5)
     lengths = [4, 2, 6, 3, 5]
     key, value = (torch.randn(1, KV_HEADS, sum(lengths), SIZE, generator=generator).double() for _ in range(2))
-    prefill = PrefillCache()
+    prefill = PrefillCache(torch.arange(sum(lengths)))
     prefill.update(key, value, 0)
     cache = DecodeCache(prefill, lengths, 2, 4)
     kept = cache.keep(torch.tensor([False, False, False, True, False, False, True, False, False, False]))
@@ -125,7 +125,7 @@ def test_prompts_are_dropped_when_half_of_them_have_no_rows():
 
 
 def test_a_prompt_is_kept_once_whatever_the_number_of_rows():
-    prefill = PrefillCache()
+    prefill = PrefillCache(torch.arange(300))
     prefill.update(torch.zeros(1, KV_HEADS, 300, SIZE), torch.zeros(1, KV_HEADS, 300, SIZE), 0)
     cache = DecodeCache(prefill, [300], 64, 10)
     kept = sum(x.untyped_storage().nbytes() // 4 for x in (*cache.prompts[0], cache.drawn[0]))
@@ -135,7 +135,7 @@ def test_a_prompt_is_kept_once_whatever_the_number_of_rows():
 
 def test_rows_that_are_left_move_together_when_half_of_the_places_are_empty(monkeypatch):
     monkeypatch.setattr(block_cache, "MOST_ROWS", 4)
-    prefill = PrefillCache()
+    prefill = PrefillCache(torch.arange(30))
     prefill.update(torch.zeros(1, KV_HEADS, 30, SIZE), torch.zeros(1, KV_HEADS, 30, SIZE), 0)
     cache = BlockCache(prefill, [10, 9, 11], 4, 5)
     assert cache.states[0].shape == (2, 3, KV_HEADS, 11 + 5 * 4, SIZE)
@@ -154,7 +154,7 @@ def test_short_prompts_beside_long_ones_see_no_padding():
     generator = torch.Generator().manual_seed(7)
     lengths = [1100, 3]
     key, value = (torch.randn(1, KV_HEADS, sum(lengths), SIZE, generator=generator) for _ in range(2))
-    prefill = PrefillCache()
+    prefill = PrefillCache(torch.arange(sum(lengths)))
     prefill.update(key, value, 0)
     cache = BlockCache(prefill, lengths, 1, 2)
     query, own_key, own_value = (torch.randn(2, n, 1, SIZE, generator=generator) for n in (HEADS, KV_HEADS, KV_HEADS))
@@ -173,7 +173,7 @@ def test_a_block_has_few_rows_and_blocks_are_alike(rows, prompt, new, expected):
 
 
 def test_layers_may_differ_in_their_query_heads():
-    prefill = PrefillCache()
+    prefill = PrefillCache(torch.arange(5))
     for layer in range(2):
         prefill.update(torch.zeros(1, KV_HEADS, 5, SIZE), torch.zeros(1, KV_HEADS, 5, SIZE), layer)
     cache = BlockCache(prefill, [5], 3, 4)

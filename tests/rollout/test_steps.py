@@ -128,7 +128,7 @@ def test_a_graph_is_recorded_after_the_first_step_and_again_when_a_quarter_of_it
 def test_flash_attention_is_for_models_that_attend_to_all(known, policy, monkeypatch):
     monkeypatch.setattr(steps, "can_flash", lambda *_: True)
     monkeypatch.setattr(steps, "_attends_to_all", lambda _: known)
-    states, prefill = torch.zeros(1, 2, 4, 16), PrefillCache()
+    states, prefill = torch.zeros(1, 2, 4, 16), PrefillCache(torch.arange(4))
     prefill.update(states, states, 0)
     assert type(steps.cache_of(policy, prefill, [4], 2, 3)) is (FlashCache if known else BlockCache)
 
@@ -139,7 +139,7 @@ REASONS = ["hooks", "pre-hooks", "dynamic rotation", "long rotation", "quantised
 @pytest.mark.parametrize("why", REASONS)
 def test_what_a_graph_cannot_hold_goes_through_the_layers(why, policy, monkeypatch):
     states = torch.zeros(1, 2, 4, 16)
-    prefill = PrefillCache()
+    prefill = PrefillCache(torch.arange(4))
     prefill.update(states, states, 0)
     cache = FlashCache(prefill, [4], 2, 3)
     policy.base_model.get_input_embeddings().register_forward_hook(lambda *_: None)  # as peft does

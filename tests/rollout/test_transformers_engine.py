@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gspo_lightning.packing import pack
-from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.packing import batch, pack
+from gspo_lightning.rollout import TransformersEngine, decoder
 from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
@@ -56,6 +56,36 @@ def test_completions_do_not_depend_on_the_other_prompts_or_their_order(policy, p
         for a, b, c in zip(group, other, third, strict=True):
             assert torch.equal(a.token_ids, b.token_ids)
             assert torch.equal(a.token_ids, c.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("at_a_time", "once", "every_time"), [(8192, [39], [99]), (60, [32, 27], [52, 47])], ids=["one row", "two rows"]
+)
+def test_what_prompts_begin_with_is_forwarded_once_and_changes_no_completion(
+    policy, at_a_time, once, every_time, monkeypatch
+):
+    """20 tokens of 3 + 9 + 1 + 6: of two rows, the first has 23 + 29 and the second 21 + 26."""
+    system = torch.arange(40, 60)
+    prompts = [make_prompt(torch.cat([system, torch.arange(n, 2 * n)]), uid=f"s:{n}") for n in (3, 9, 1, 6)]
+    forwarded: list[int] = []
+    forward = policy.hidden_states
+
+    def counting(ids, *arguments, **keywords):
+        forwarded.append(ids.numel())
+        return forward(ids, *arguments, **keywords)
+
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", at_a_time)
+    monkeypatch.setattr(policy, "hidden_states", counting)
+    shared = TransformersEngine().generate(policy, prompts, SAMPLING, seed=11)
+    assert forwarded[: len(once)] == once
+    monkeypatch.setattr(batch, "LEAST_COMMON", 10_000)
+    forwarded.clear()
+    apart = TransformersEngine().generate(policy, prompts, SAMPLING, seed=11)
+    assert forwarded[: len(once)] == every_time
+    for group, other in zip(shared.completions, apart.completions, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert torch.equal(a.token_ids, b.token_ids)
+            assert torch.allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=1e-6, atol=1e-6)
 
 
 def test_the_same_seed_repeats_and_another_differs(policy, prompts):

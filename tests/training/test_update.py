@@ -20,10 +20,10 @@ from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.training import rollout_update
 from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.training.run_state import restore_run_state, run_state
-from gspo_lightning.training.update import UpdateSettings, minibatch_order, split_minibatches
-from gspo_lightning.types import Completion
+from gspo_lightning.training.update import UpdateSettings, build_micro_batch, minibatch_order, split_minibatches
+from gspo_lightning.types import Completion, ScoredRollout
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of, weights
-from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
+from tests.support import flat_gradient, make_prompt, micro_policy, padded_logprobs, relative_distance
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -367,10 +367,31 @@ def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):
         zero_advantage_is_free=True,
         mask_truncated=False,
         order=[2, 0, 3, 1],
+        device=torch.device("cpu"),
     )
     assert [m.groups for m in minibatches] == [(2, 0), (3, 1)]
     assert {part.group for m in minibatches for plan in m.plan for part in plan} == {0, 2, 3}
     assert [m.num_sequences for m in minibatches] == [6, 6]
+
+
+def test_what_the_prompts_of_a_minibatch_begin_with_counts_once_in_the_budget():
+    """Three groups of 20 + 4 prompt tokens and twice 3 inputs: 20 + 3 x 10 = 50 in one row, of which 20 + 20 fit into 49."""
+    prompts = [make_prompt(torch.cat([torch.arange(20), torch.arange(40 + n, 44 + n)])) for n in range(3)]
+    prompts.append(make_prompt(torch.arange(50, 80)))  # begins with other tokens, but is silent and not forwarded
+    completion = Completion(torch.arange(4), "", torch.zeros(4), "stop")
+    rewards = torch.tensor([[1.0, -1.0]] * 3 + [[0.0, 0.0]], dtype=torch.float64)
+    scored = ScoredRollout(prompts, [[completion] * 2] * 4, (), rewards[..., None], rewards, rewards)
+
+    def tokens_of_rows(budget, device):
+        settings = UpdateSettings(num_minibatches=1, max_tokens_per_microbatch=budget)
+        kinds = {"zero_advantage_is_free": True, "mask_truncated": False}
+        (minibatch,) = split_minibatches(scored, settings, **kinds, order=[0, 1, 2, 3], device=torch.device(device))
+        return sorted(build_micro_batch(scored, plan, torch.device("cpu")).packed.num_tokens for plan in minibatch.plan)
+
+    assert tokens_of_rows(50, "cpu") == [50]
+    assert tokens_of_rows(49, "cpu") == [24 + 6, 20 + 20]
+    # A GPU forwards so few with every prompt, and plans for it: 30 each.
+    assert len(tokens_of_rows(89, "cuda")) == 2
 
 
 @pytest.mark.parametrize("budget", [1, 14, 25])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -60,6 +62,28 @@ def test_packed_equals_padded_in_log_probabilities_and_in_language_and_vision_gr
     for mine, part in zip(ours, (body.visual, body.language_model), strict=True):
         assert relative_distance(mine, flat_gradient(part)) < 1e-6
         assert mine.norm() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_text_alone_that_begin_alike_equal_padded_ones_too(family):
+    policy = vision_policy(family)
+    system, alike = torch.arange(10, 30), prompts()[1]
+    batch = [
+        dataclasses.replace(alike, input_ids=torch.cat([system, torch.arange(31 + n, 32 + 2 * n)])) for n in (1, 4, 2)
+    ]
+    groups = groups_of(batch)
+    row = packed_row(groups)
+    assert row.layout.common == 20
+    assert torch.equal(policy.vision.positions(row.layout, row.prompts)[:, 0], row.layout.positions.expand(4, -1))
+    logprobs, _ = policy(row)
+    weights = torch.randn(len(logprobs), dtype=torch.float64)
+    (logprobs @ weights).backward()
+    ours = flat_gradient(policy.base_model.model.language_model)
+    policy.zero_grad()
+    expected = padded_vision_logprobs(policy, groups)
+    (expected @ weights).backward()
+    assert relative_distance(logprobs, expected) < 1e-6
+    assert relative_distance(ours, flat_gradient(policy.base_model.model.language_model)) < 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

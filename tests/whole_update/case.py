@@ -55,6 +55,8 @@ class Case:
     """One more function, of the length: ``overlong`` or ``target``."""
     # rollout
     prompts: int = 2
+    system: int = 0
+    """Tokens that all prompts begin with, unless they have images."""
     generations: int = 3
     max_length: int = 12
     temperature: float = 1.0

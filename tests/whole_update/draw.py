@@ -33,6 +33,7 @@ def draw(seed: int) -> Case:
     case = _rewards(random, case)
     case = _sizes(random, case)
     case = _optimizer(random, case)
+    case = replace(case, system=Random(f"system {seed}").choice([0, 0, 20]))
     return _program(Random(f"program {seed}"), case)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -287,11 +288,18 @@ class Run:
         return losses.token_weight(case, x.length) * loss.sum()
 
     def _count_forwards(self, rollout: Rollout, members: list[Member]) -> None:
-        """Tokens forwarded if no group is split: each prompt once, and of a completion those that predict another."""
+        """Tokens forwarded if no group is split: each prompt once, and of a completion those that predict another.
+
+        What all prompts begin with is forwarded once, unless it is short or one of them has images.
+        """
         forwarded = [m for m in members if self._is_measured(rollout, m)]
         for b in {b for b, _ in forwarded}:
             own = [len(rollout.groups[b][g].token_ids) - 1 for prompt, g in forwarded if prompt == b]
             self.counts["train_tokens"] += len(rollout.prompts[b].input_ids) + sum(own)
+        prompts = [rollout.prompts[b] for b in {b for b, _ in forwarded}]
+        if len(prompts) > 1 and not any(prompt.mm_inputs for prompt in prompts):
+            shared = len(commonprefix([prompt.input_ids.tolist()[:-1] for prompt in prompts]))
+            self.counts["train_tokens"] -= shared * (len(prompts) - 1) if shared >= 16 else 0
 
     def _move_reference(self) -> None:
         """TR-DPO (arXiv 2404.09656): every so many rollouts ``alpha policy + (1 - alpha) reference``."""

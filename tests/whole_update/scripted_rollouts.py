@@ -31,6 +31,9 @@ def scripted_stream(case: Case, network: Network) -> list[Prompt]:
 def _prompt(case: Case, random: Random, network: Network, number: int) -> Prompt:
     uid, tokens = f"scripted:{number}", torch.tensor(_draw(random, random.choice([1, 1, 3, 7, 12])))
     prompt = seen_prompt(case, uid, number) if network.sees else Prompt(uid, "", tokens, {})
+    if not prompt.mm_inputs:
+        system = torch.tensor(_draw(Random(f"system {case.seed}"), case.system), dtype=torch.long)
+        prompt = replace(prompt, input_ids=torch.cat([system, prompt.input_ids]))
     lengths = [random.choice([1, 1, 2, 5, 8, case.max_length]) for _ in range(case.generations)]
     alike = _draw(random, case.max_length)  # completions that begin alike have ties of entropies
     completions = [_completion(case, random, network, prompt, n, alike) for n in lengths]

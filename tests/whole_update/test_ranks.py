@@ -101,6 +101,11 @@ class Watched(Run):
         )
         super()._step(rollout, prompts, first)
 
+    def _count_forwards(self, rollout: Rollout, members: list[Member]) -> None:
+        share = len(rollout.prompts) // RANKS
+        for rank in range(RANKS):
+            super()._count_forwards(rollout, [(b, g) for b, g in members if b // share == rank])
+
 
 @pytest.fixture(scope="session")
 def folders(micro_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:

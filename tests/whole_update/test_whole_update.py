@@ -113,6 +113,7 @@ AXES: dict[str, Callable[[Case], Any]] = {
     "rollouts": lambda c: c.rollouts,
     "temperature": lambda c: c.temperature,
     "budget": lambda c: c.token_budget,
+    "a system message": lambda c: c.system and (c.token_budget < 4096, c.prompts > c.minibatches),
     "clip of the gradient": lambda c: c.max_grad_norm,
     "optimizer over several rollouts": lambda c: c.rollouts > 1 and (c.optimizer, c.momentum > 0, c.weight_decay > 0),
     "schedule over several rollouts": lambda c: c.rollouts > 1 and (c.schedule, c.warmup_ratio > 0),

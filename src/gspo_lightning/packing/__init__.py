@@ -1,7 +1,7 @@
 """Shared-prefix packing: the layout, its attention, the micro-batch plan, and log-probabilities from hidden states."""
 
 from gspo_lightning.packing.attention import shared_prefix_attention
-from gspo_lightning.packing.batch import PackedBatch, pack
+from gspo_lightning.packing.batch import PackedBatch, common_prefix, pack
 from gspo_lightning.packing.layout import GroupLayout, SharedPrefixLayout
 from gspo_lightning.packing.logprobs import linear_logprobs, logits_logprobs
 from gspo_lightning.packing.plan import GroupSlice, MicroBatchPlan, plan_micro_batches
@@ -12,6 +12,7 @@ __all__ = [
     "MicroBatchPlan",
     "PackedBatch",
     "SharedPrefixLayout",
+    "common_prefix",
     "linear_logprobs",
     "logits_logprobs",
     "pack",

@@ -11,13 +11,20 @@ from torch import Tensor
 from gspo_lightning.packing.layout import GroupLayout, SharedPrefixLayout
 from gspo_lightning.types import Prompt
 
+LEAST_COMMON = 16
+"""Fewer common tokens are forwarded with every prompt: a block of them takes as long as it saves."""
+
+LEAST_COMMON_ON_GPU = 128
+"""The same on a GPU, where they cost a few more kernels in every layer."""
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch without padding."""
 
     input_ids: Tensor
-    """``(1, T)``: every prompt once, then its completions without their last tokens."""
+    """``(1, T)``: what all prompts begin with; then the rest of every prompt, and its completions without their last
+    tokens."""
     position_ids: Tensor
     """``(1, T)``: positions inside each sequence. Models with several position axes derive theirs from the prompts."""
     layout: SharedPrefixLayout
@@ -46,7 +53,7 @@ def pack(
     """Packs groups of ``(prompt ids (P,), [completion ids (C_i,), ...])``.
 
     The last token of a completion is a target but never an input: nothing is predicted from it, so leaving it
-    out changes no log-probability and no gradient.
+    out changes no log-probability and no gradient. What all prompts begin with is in the row once (`common_prefix`).
 
     Args:
         groups: at least one; every prompt and every completion holds at least one token.
@@ -55,18 +62,20 @@ def pack(
         trained: per completion, in the order of the row, ``(C_i,)`` bool: the tokens whose log-probability is needed.
             The others are context. None, or no entry, means all tokens.
     """
-    tokens: list[Tensor] = []
+    common = common_prefix([ids for ids, _ in groups], device, prompts)
+    tokens = [groups[0][0][:common]] if common else []
     predictors: list[Tensor] = []
     targets: list[Tensor] = []
     lengths: list[int] = []
     layouts: list[GroupLayout] = []
-    start = 0
+    start = common
     masks = iter(trained)
     for prompt, completions in groups:
         inputs = [completion[:-1] for completion in completions]
         layouts.append(GroupLayout(len(prompt), tuple(len(x) for x in inputs)))
-        tokens.extend([prompt, *inputs])
-        last_of_prompt, cursor = start + len(prompt) - 1, start + len(prompt)
+        tokens.extend([prompt[common:], *inputs])
+        cursor = start + len(prompt) - common
+        last_of_prompt = cursor - 1
         for completion, forwarded in zip(completions, inputs, strict=True):
             predictor = torch.cat([torch.tensor([last_of_prompt]), torch.arange(cursor, cursor + len(forwarded))])
             kept = next(masks, None)
@@ -75,7 +84,7 @@ def pack(
             lengths.append(len(targets[-1]))
             cursor += len(forwarded)
         start = cursor
-    layout = SharedPrefixLayout(tuple(layouts), device)
+    layout = SharedPrefixLayout(tuple(layouts), device, common)
     counts = torch.tensor(lengths, dtype=torch.long)
     return PackedBatch(
         input_ids=torch.cat([x.cpu() for x in tokens]).unsqueeze(0).to(device),
@@ -87,6 +96,26 @@ def pack(
         lengths=counts.to(device),
         prompts=tuple(prompts),
     )
+
+
+def common_prefix(ids: Sequence[Tensor], device: torch.device, prompts: Sequence[Prompt] = ()) -> int:
+    """How many tokens all prompts begin with, such as a system message; 0 where sharing them would not pay.
+
+    The last token of a prompt is never among them: the log-probabilities of its completions are read there.
+
+    Args:
+        ids: ``(P,)`` each.
+        device: where they are forwarded.
+        prompts: the same prompts; with images they share nothing, as tokens do not tell which image they stand for.
+    """
+    if len(ids) < 2 or any(prompt.mm_inputs for prompt in prompts):
+        return 0
+    first, *others = (x.cpu() for x in ids)
+    common = min(map(len, ids)) - 1
+    for other in others:
+        differs = (first[:common] != other[:common]).nonzero()
+        common = int(differs[0]) if len(differs) else common
+    return common if common >= (LEAST_COMMON if device.type == "cpu" else LEAST_COMMON_ON_GPU) else 0
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:

@@ -1,9 +1,10 @@
-"""Attention over a shared-prefix row by FlashAttention (arXiv 2307.08691), for GPUs: two calls, nothing to compile.
+"""Attention over a shared-prefix row by FlashAttention (arXiv 2307.08691), for GPUs: few calls, nothing to compile.
 
 Every prompt and every completion attends to itself, causally: sequences of varying lengths, which the kernel supports.
-Then the concatenated completions of a group attend to their whole prompt. A softmax over both sets of keys is the mean
-of the two, weighted by the sums of their exponentials (the online softmax, arXiv 1805.02867). Given the combined sums
-and mean in place of its own, the kernel's backward gives the gradients of either part.
+Then the concatenated completions of a group attend to their prompt and, in a third call if all prompts begin with the
+same tokens, everything after those attends to them. A softmax over two sets of keys is the mean of the two, weighted by
+the sums of their exponentials (the online softmax, arXiv 1805.02867). Given the combined sums and mean in place of its
+own, the kernel's backward gives the gradients of each part.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def flash_shared_prefix_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`shared_prefix_attention` in two kernel calls, for what `can_flash` allows; same arguments and result."""
+    """`shared_prefix_attention` in a few kernel calls, for what `can_flash` allows; same arguments and result."""
     assert window is None and sinks is None and query.shape[2] == layout.num_tokens
     if layout.flash_calls is None:
         layout.flash_calls = flash_calls(layout)
@@ -80,30 +81,45 @@ class Spans:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A kernel call of some tokens to what comes before them in their sequences."""
+
+    spans: Spans
+    queries: Tensor
+    """Row positions of the call's queries, each once; likewise ``keys``."""
+    keys: Tensor
+
+
+@dataclass(frozen=True)
 class FlashCalls:
     """The kernel calls that make up a row's attention."""
 
     own: Spans
     """All tokens: every prompt and completion to itself."""
-    prompts: Spans | None
-    """The tokens of completions to those of their prompts; None if there are no completions."""
-    completion_tokens: Tensor
-    """Row positions of the queries of ``prompts``; ``prompt_tokens`` are those of its keys."""
-    prompt_tokens: Tensor
+    crossings: tuple[Crossing, ...]
+    """The tokens of completions to those of their prompts, and all tokens after the common ones to these."""
 
 
 def flash_calls(layout: SharedPrefixLayout) -> FlashCalls:
-    """The two calls for a layout."""
-    starts = list(accumulate((group.num_tokens for group in layout.groups), initial=0))
-    groups = [pair for pair in zip(starts, layout.groups, strict=False) if any(pair[1].completion_lengths)]
-    prompts = [range(start, start + group.prompt_length) for start, group in groups]
-    completions = [range(start + group.prompt_length, start + group.num_tokens) for start, group in groups]
-    lengths = [n for group in layout.groups for n in (group.prompt_length, *group.completion_lengths)]
-    own = _spans(lengths, lengths, layout.device, causal=True)
-    shared = _spans([len(r) for r in completions], [len(r) for r in prompts], layout.device, causal=False)
-    return FlashCalls(
-        own, shared if groups else None, _tokens(completions, layout.device), _tokens(prompts, layout.device)
-    )
+    """The calls for a layout."""
+    common, device = layout.common, layout.device
+    groups = [pair for pair in zip(layout.starts(), layout.groups, strict=True) if any(pair[1].completion_lengths)]
+    ends = [start + group.prompt_length - common for start, group in groups]
+    prompts = [range(start, end) for (start, _), end in zip(groups, ends, strict=True)]
+    completions = [
+        range(end, end + sum(group.completion_lengths)) for (_, group), end in zip(groups, ends, strict=True)
+    ]
+    lengths = [n for group in layout.groups for n in (group.prompt_length - common, *group.completion_lengths)]
+    lengths = [common, *lengths] if common else lengths
+    crossings = [_crossing(completions, prompts, device)] if groups else []
+    if common:
+        crossings.append(_crossing([range(common, layout.num_tokens)], [range(common)], device))
+    return FlashCalls(_spans(lengths, lengths, device, causal=True), tuple(crossings))
+
+
+def _crossing(queries: Sequence[range], keys: Sequence[range], device: torch.device) -> Crossing:
+    spans = _spans([len(r) for r in queries], [len(r) for r in keys], device, causal=False)
+    return Crossing(spans, _tokens(queries, device), _tokens(keys, device))
 
 
 def _spans(queries: Sequence[int], keys: Sequence[int], device: torch.device, *, causal: bool) -> Spans:
@@ -123,9 +139,9 @@ class _SharedPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: FlashCalls, scaling: float) -> Tensor:
         own = flash_forward(query, key, value, calls.own, scaling)
-        if calls.prompts is not None:
-            at, prompt = calls.completion_tokens, calls.prompt_tokens
-            add_part(own, flash_forward(query[at], key[prompt], value[prompt], calls.prompts, scaling), at)
+        for call in calls.crossings:
+            keys, values = key[call.keys], value[call.keys]
+            add_part(own, flash_forward(query[call.queries], keys, values, call.spans, scaling), call.queries)
         out, total = own
         ctx.save_for_backward(query, key, value, out, total)
         ctx.calls, ctx.scaling = calls, scaling
@@ -137,13 +153,12 @@ class _SharedPrefix(torch.autograd.Function):
         query, key, value, out, total = ctx.saved_tensors
         calls, scaling, grad = ctx.calls, ctx.scaling, grad.contiguous()
         grads = flash_backward(grad, query, key, value, out, total, calls.own, scaling)
-        if calls.prompts is not None:
-            at, prompt = calls.completion_tokens, calls.prompt_tokens
+        for call in calls.crossings:
+            at, keys = call.queries, call.keys
             others = flash_backward(
-                grad[at], query[at], key[prompt], value[prompt], out[at], total[:, at].contiguous(),
-                calls.prompts, scaling,
-            )  # fmt: skip
-            for mine, other, place in zip(grads, others, (at, prompt, prompt), strict=True):
+                grad[at], query[at], key[keys], value[keys], out[at], total[:, at].contiguous(), call.spans, scaling
+            )
+            for mine, other, place in zip(grads, others, (at, keys, keys), strict=True):
                 mine[place] += other  # every place once
         return *grads, None, None
 

@@ -87,12 +87,13 @@ def block_mask(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
 
 def _build(layout: SharedPrefixLayout, window: int | None) -> BlockMask:
     (owner, prompt), positions = layout.owners(), layout.positions
-    # A tensor, not a number: numbers are compiled in, and every window would need its own kernel.
+    # Tensors, not numbers: numbers are compiled in, and every window would need its own kernel.
     reach = torch.tensor(NO_WINDOW if window is None else window, device=layout.device)
+    common = torch.tensor(layout.common, device=layout.device)
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether key k precedes query q in q's own sequence (its prompt and its completion), within the window."""
-        mine = (owner[k] == owner[q]) | (owner[k] == prompt[q])
+        mine = (owner[k] == owner[q]) | (owner[k] == prompt[q]) | (k < common)
         distance = positions[q] - positions[k]
         return mine & (distance >= 0) & (distance < reach)
 

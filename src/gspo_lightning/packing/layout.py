@@ -1,7 +1,9 @@
 """The shared-prefix layout: one row that holds each prompt once, followed by its completions.
 
-A micro-batch is the row ``[prompt_1, c_11 ... c_1G, prompt_2, c_21 ...]`` without padding. Everything in a
-transformer but attention works token by token, so only attention has to know the layout:
+A micro-batch is the row ``[prompt_1, c_11 ... c_1G, prompt_2, c_21 ...]`` without padding. The tokens that all its
+prompts begin with, such as a system message, may be in it once too: the row then begins with them, and each prompt
+with what follows them. Everything in a transformer but attention works token by token, so only attention has to know
+the layout:
 
 * prompt tokens attend causally to their own prompt;
 * completion tokens attend to their whole prompt and causally to their own completion.
@@ -81,7 +83,10 @@ class SharedPrefixLayout:
     """The attention blocks of one packed row and, made on first use, their masks."""
 
     groups: tuple[GroupLayout, ...]
+    """Each with its whole prompt."""
     device: torch.device
+    common: int = 0
+    """Tokens that all prompts begin with and that are in the row once, at its beginning; fewer than any prompt has."""
     may_compile: bool = True
     """False for a row that is used once: no kernel is compiled for it unless the model was told to compile one."""
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict, repr=False)
@@ -99,15 +104,30 @@ class SharedPrefixLayout:
 
     @property
     def num_tokens(self) -> int:
-        return sum(group.num_tokens for group in self.groups)
+        return self.common + sum(group.num_tokens - self.common for group in self.groups)
 
     def position_list(self) -> list[int]:
         """`positions` as a list of numbers."""
-        return [position for group in self.groups for position in group.local_positions()]
+        own = (position for group in self.groups for position in group.local_positions()[self.common :])
+        return [*range(self.common), *own]
 
     def segment_list(self) -> list[int]:
         """0 for every token of a prompt, 1..G for the tokens of its group's completions."""
-        return [segment for group in self.groups for segment in group.segments()]
+        own = (segment for group in self.groups for segment in group.segments()[self.common :])
+        return [*[0] * self.common, *own]
+
+    def starts(self) -> list[int]:
+        """Row position of each group's first token after the common ones."""
+        sizes = [group.num_tokens - self.common for group in self.groups]
+        return list(accumulate(sizes, initial=self.common))[:-1]
+
+    def prompt_places(self) -> list[Tensor]:
+        """For each group ``(P,)``: the row positions of its whole prompt."""
+        common, places = torch.arange(self.common), []
+        for start, group in zip(self.starts(), self.groups, strict=True):
+            own = torch.arange(start, start + group.prompt_length - self.common)
+            places.append(torch.cat([common, own]))
+        return places
 
     @property
     def positions(self) -> Tensor:
@@ -115,10 +135,14 @@ class SharedPrefixLayout:
         return self._positions
 
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Two ``(T,)`` tensors: the number of each token's prompt or completion, and the number of its prompt."""
-        lengths = [n for group in self.groups for n in (group.prompt_length, *group.completion_lengths)]
-        sizes = [1 + len(group.completion_lengths) for group in self.groups]
-        prompts = [start for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False) for _ in range(size)]
+        """Two ``(T,)`` tensors: the number of each token's prompt or completion, and the number of its prompt.
+
+        The common tokens count as a prompt of their own, with number 0.
+        """
+        lengths, prompts = [self.common], [0]
+        for group in self.groups:
+            prompts += [len(prompts)] * (1 + len(group.completion_lengths))
+            lengths += [group.prompt_length - self.common, *group.completion_lengths]
         counts = torch.tensor(lengths)
         numbers = torch.arange(len(lengths)).repeat_interleave(counts)
         return numbers.to(self.device), torch.tensor(prompts).repeat_interleave(counts).to(self.device)
@@ -128,26 +152,28 @@ class SharedPrefixLayout:
         return tuple(self._blocks(whole_group=0, tile=FINE_TILE_QUERIES))
 
     def _blocks(self, whole_group: int = WHOLE_GROUP_TOKENS, tile: int = TILE_QUERIES) -> Iterator[AttentionBlock]:
-        start = 0
-        for group in self.groups:
-            end = start + group.num_tokens
-            prompt = (start, start + group.prompt_length)
-            if group.num_tokens == group.prompt_length:
-                yield from self._prompt(prompt)
+        before: tuple[tuple[int, int], ...] = ()
+        if self.common:
+            yield from self._prompt((0, self.common), before)
+            before = ((0, self.common),)
+        for start, group in zip(self.starts(), self.groups, strict=True):
+            end = start + group.num_tokens - self.common
+            prompt = (start, start + group.prompt_length - self.common)
+            if end == prompt[1]:
+                yield from self._prompt(prompt, before)
             elif group.num_tokens <= whole_group:
-                yield AttentionBlock((start, end), ((start, end),), causal=False)
+                yield AttentionBlock((start, end), (*before, (start, end)), causal=False)
             else:
-                yield from self._prompt(prompt)
+                yield from self._prompt(prompt, before)
                 for span in _tiles(prompt[1], group.completion_lengths, tile):
                     for chunk in _chunks(span):
-                        yield AttentionBlock(chunk, (prompt, (span[0], chunk[1])), causal=False)
-            start = end
+                        yield AttentionBlock(chunk, (*before, prompt, (span[0], chunk[1])), causal=False)
 
-    def _prompt(self, span: tuple[int, int]) -> Iterator[AttentionBlock]:
+    def _prompt(self, span: tuple[int, int], before: tuple[tuple[int, int], ...]) -> Iterator[AttentionBlock]:
         # The fused kernels of GPUs skip the masked half by themselves.
         is_long = self.device.type == "cpu" and span[1] - span[0] > WHOLE_PROMPT_TOKENS
         for start, end in _chunks(span) if is_long else [span]:
-            yield AttentionBlock((start, end), ((span[0], end),), causal=start == span[0])
+            yield AttentionBlock((start, end), (*before, (span[0], end)), causal=start == span[0] and not before)
 
     def mask(self, number: int, window: int | None = None) -> Tensor:
         """Boolean ``(queries, keys)`` mask of block ``number``, True where a query may attend to a key.

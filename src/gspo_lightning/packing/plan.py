@@ -24,6 +24,7 @@ def plan_micro_batches(
     prompt_lengths: Sequence[int],
     completion_lengths: Sequence[Sequence[tuple[int, int]]],
     max_tokens: int,
+    common: int = 0,
 ) -> list[MicroBatchPlan]:
     """Distributes groups over few micro-batches of at most ``max_tokens`` forwarded tokens, evenly filled.
 
@@ -39,14 +40,16 @@ def plan_micro_batches(
         completion_lengths: per group, ``(completion number, forwarded tokens)`` of the completions to train on.
             Groups without any are left out.
         max_tokens: budget per micro-batch.
+        common: tokens that all prompts begin with, which each micro-batch forwards once.
     """
+    room = max_tokens - common
     parts: list[_Part] = []
     for group, (prompt, completions) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
-        parts.extend(_split_group(group, prompt, completions, max_tokens))
+        parts.extend(_split_group(group, prompt - common, completions, room))
     parts.sort(key=lambda item: -item[0])
-    bins = _first_fit(parts, max_tokens)
+    bins = _first_fit(parts, room)
     even = _evenly(parts, len(bins))
-    if all(len(filled) == 1 or sum(tokens for tokens, _ in filled) <= max_tokens for filled in even):
+    if all(len(filled) == 1 or sum(tokens for tokens, _ in filled) <= room for filled in even):
         bins = even
     return [tuple(sorted((s for _, s in filled), key=lambda s: (s.group, s.completions))) for filled in bins]
 

@@ -43,13 +43,13 @@ def padded_logprobs(
     Groups differ in their images, and models differ in how they batch images of several prompts; completions of
     one prompt have the same ones.
     """
-    row, start, first = packed.input_ids[0], 0, 0
+    row, first = packed.input_ids[0], 0
     # In an unpacked sequence a completion begins right after its prompt, so its positions are those of the layout.
     predictors = packed.layout.positions[packed.predictor_index]
     outputs = []
-    for number, group in enumerate(packed.layout.groups):
-        lengths = group.completion_lengths
-        prompt, *parts = row[start : start + group.num_tokens].split([group.prompt_length, *lengths])
+    for number, (group, places) in enumerate(zip(packed.layout.groups, packed.layout.prompt_places(), strict=True)):
+        lengths, start = group.completion_lengths, int(places[-1]) + 1
+        prompt, parts = row[places], row[start : start + sum(lengths)].split(lengths)
         owner = packed.prompts[number] if packed.prompts else None
         mine = (packed.sequence_index >= first) & (packed.sequence_index < first + len(lengths))
         logits = padded_logits(model, prompt, parts, owner)
@@ -57,7 +57,7 @@ def padded_logprobs(
         if owner is not None and owner.mm_inputs:
             chosen = without_placeholders(chosen, model)
         outputs.append(logits_logprobs(chosen, packed.target_ids[mine], temperature, with_entropy))
-        start, first = start + group.num_tokens, first + len(lengths)
+        first += len(lengths)
     logprobs, entropy = zip(*outputs, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 

@@ -115,10 +115,10 @@ class Vision:
 
     def positions(self, layout: SharedPrefixLayout, prompts: Sequence[Prompt]) -> Tensor:
         """``(4, 1, T)`` of a packed row: positions in the sequence, then the three axes."""
-        parts = []
+        parts = [torch.arange(layout.common).expand(3, -1)]  # text, as prompts with images have nothing in common
         for group, prompt in zip(layout.groups, prompts, strict=True):
             own = self.prompt_positions(prompt)
-            parts.append(own[:, :-1])
+            parts.append(own[:, layout.common : -1])
             parts.extend(own[:, -1:] + torch.arange(length) for length in group.completion_lengths)
         axes = torch.cat(parts, dim=1).to(layout.device)
         return torch.cat([layout.positions[None], axes])[:, None]
@@ -224,15 +224,13 @@ def _join(
     mask = torch.zeros(layout.num_tokens, dtype=torch.bool)
     tokens: list[Tensor] = []
     deepstack: list[list[Tensor]] = []
-    start = 0
-    for own, group, prompt in zip(features, layout.groups, prompts, strict=True):
+    for own, group, prompt, start in zip(features, layout.groups, prompts, layout.starts(), strict=True):
         if own:
             types = prompt.mm_inputs["mm_token_type_ids"].cpu()
             mask[start : start + group.prompt_length] = types > 0
             tokens.append(_interleave({m: f.tokens for m, f in own.items()}, types))
             levels = zip(*(f.deepstack for f in own.values()), strict=True)
             deepstack.append([_interleave(dict(zip(own, level, strict=True)), types) for level in levels])
-        start += group.num_tokens
     if not tokens:
         return None, mask
     joined = Features(torch.cat(tokens), tuple(torch.cat(level) for level in zip(*deepstack, strict=True)))

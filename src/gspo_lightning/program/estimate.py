@@ -175,11 +175,12 @@ def _largest_micro_batch(prompts: list[Prompt], work: Work) -> tuple[MicroBatch,
     rewards = torch.zeros(len(prompts), work.num_generations, dtype=torch.float64)
     completions = [[one] * work.num_generations for _ in prompts]
     scored = ScoredRollout(prompts, completions, (), rewards[..., None], rewards, rewards)
+    order, cpu = list(range(len(prompts))), torch.device("cpu")
     minibatches = split_minibatches(
-        scored, work.update, zero_advantage_is_free=False, mask_truncated=False, order=list(range(len(prompts)))
+        scored, work.update, zero_advantage_is_free=False, mask_truncated=False, order=order, device=cpu
     )
     plans = [plan for minibatch in minibatches for plan in minibatch.plan]
-    return max((build_micro_batch(scored, plan, torch.device("cpu")) for plan in plans), key=_tokens), len(plans)
+    return max((build_micro_batch(scored, plan, cpu) for plan in plans), key=_tokens), len(plans)
 
 
 def _tokens(micro: MicroBatch) -> int:

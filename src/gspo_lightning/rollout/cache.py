@@ -16,37 +16,33 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class PrefillCache(Cache):
-    """Keeps the keys and values of one packed forward over unique prompts."""
+    """Keeps the keys and values of one packed forward over unique prompts, prompt after prompt.
 
-    def __init__(self) -> None:
+    Args:
+        places: the row positions of each prompt's tokens; those that prompts have in common occur several times.
+    """
+
+    def __init__(self, places: Tensor) -> None:
         super().__init__(layers=[])
+        self.places = places
         self.states: list[KeysValues] = []
 
     @torch.compiler.disable  # slots and rows change with every token
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores ``(1, kv_heads, T, D)`` of layer ``layer_idx``."""
+        """Stores ``(1, kv_heads, T, D)`` of layer ``layer_idx``, without filler."""
         assert layer_idx == len(self.states)
-        # Copies: they may be views of a product that holds the queries too.
-        self.states.append((key_states.clone(), value_states.clone()))
+        self.states.append((key_states.index_select(2, self.places), value_states.index_select(2, self.places)))
         return key_states, value_states
 
 
-def joined(parts: Sequence[PrefillCache], tokens: Sequence[int]) -> PrefillCache:
-    """One cache of the tokens of all parts, in order; the parts are emptied, layer by layer.
-
-    Args:
-        parts: at least one; each may end with filler, which is left out between them.
-        tokens: how many each part has without filler.
-    """
+def joined(parts: Sequence[PrefillCache]) -> PrefillCache:
+    """One cache of the tokens of all parts (at least one), in order; the parts are emptied, layer by layer."""
     whole, *others = parts
     for layer in range(len(whole.states) if others else 0):
         states = [whole.states[layer], *(part.states.pop(0) for part in others)]
-        keys, values = (
-            torch.cat([x[:, :, :count] for x, count in zip(kind, tokens, strict=True)], dim=2)
-            for kind in zip(*states, strict=True)
-        )
+        keys, values = (torch.cat(kind, dim=2) for kind in zip(*states, strict=True))
         whole.states[layer] = (keys, values)
     return whole
 
@@ -235,12 +231,12 @@ def align(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Packed ``(1, kv_heads, T, D)`` -> ``(n, kv_heads, P, D)``, right-aligned, in the dtype of the products.
 
     Args:
-        x: may end with filler: tokens after those of the prompts are left out.
+        x: the prompts' tokens, prompt after prompt.
         lengths: lengths of the prompts.
     """
     x = x.to(product_dtype(x))
     aligned = x.new_zeros(len(lengths), x.shape[1], max(lengths), x.shape[3])
-    for row, part in enumerate(x[0, :, : sum(lengths)].split(list(lengths), dim=1)):
+    for row, part in enumerate(x[0].split(list(lengths), dim=1)):
         aligned[row, :, -part.shape[1] :] = part
     return aligned
 

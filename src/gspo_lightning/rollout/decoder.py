@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gspo_lightning.packing import GroupLayout, SharedPrefixLayout
+from gspo_lightning.packing import pack
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.cache import PrefillCache, joined
 from gspo_lightning.rollout.sampling import row_uniforms, sample
@@ -70,8 +70,7 @@ class Decoder:
         """Forwards the unique prompts; returns last hidden states, cache and positions per row."""
         parts = _in_parts(self.prompts)
         ends, caches = zip(*map(self._forwarded, parts), strict=True)
-        hidden = torch.cat(ends)
-        prefill = joined(caches, [sum(len(prompt.input_ids) for prompt in part) for part in parts])
+        hidden, prefill = torch.cat(ends), joined(caches)
         lengths, count = [len(prompt.input_ids) for prompt in self.prompts], self.sampling.num_generations
         cache = cache_of(self.policy, prefill, lengths, count, self.sampling.max_completion_length)
         positions = self.policy.last_positions(self.prompts)
@@ -79,12 +78,11 @@ class Decoder:
 
     def _forwarded(self, prompts: list[Prompt]) -> tuple[Tensor, PrefillCache]:
         """One packed row of prompts: their last hidden states ``(n, H)``, and keys and values of all tokens."""
-        lengths = [len(prompt.input_ids) for prompt in prompts]
-        layout = SharedPrefixLayout(tuple(GroupLayout(n, ()) for n in lengths), self.policy.device)
-        row = torch.cat([prompt.input_ids for prompt in prompts]).to(self.policy.device)
-        cache = PrefillCache()
-        hidden = self.policy.hidden_states(row[None], layout.positions[None], layout, prompts, past_key_values=cache)
-        return hidden[0, torch.tensor(lengths, device=row.device).cumsum(0) - 1], cache
+        row = pack([(prompt.input_ids, ()) for prompt in prompts], self.policy.device, prompts)
+        places = row.layout.prompt_places()
+        cache = PrefillCache(torch.cat(places).to(self.policy.device))
+        hidden = self.policy.hidden_states(row.input_ids, row.position_ids, row.layout, prompts, past_key_values=cache)
+        return hidden[0, torch.stack([of_prompt[-1] for of_prompt in places]).to(hidden.device)], cache
 
     def _next(self, hidden: Tensor, step: int) -> tuple[Tensor, list[bool]]:
         """The next token ``(R,)`` of each row, and which rows continue."""

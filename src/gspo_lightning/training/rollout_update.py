@@ -257,4 +257,5 @@ def minibatches_of(module: GSPOModule, scored: ScoredRollout, objective: Objecti
         zero_advantage_is_free=objective.zero_advantage_is_free,
         mask_truncated=objective.mask_truncated_completions,
         order=minibatch_order(counts[rank()], settings.num_minibatches, seed, sum(counts[: rank()])),
+        device=module.device,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.packing import MicroBatchPlan, PackedBatch, pack, plan_micro_batches
+from gspo_lightning.packing import MicroBatchPlan, PackedBatch, common_prefix, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
 
@@ -114,8 +114,9 @@ def split_minibatches(
     zero_advantage_is_free: bool,
     mask_truncated: bool,
     order: list[int],
+    device: torch.device,
 ) -> list[Minibatch]:
-    """Cuts the rollout into ``num_minibatches`` sets of whole groups, taken in ``order``, and plans each.
+    """Cuts the rollout into ``num_minibatches`` sets of whole groups, in ``order``, and plans each for ``device``.
 
     Their number divides that of the prompts: `check_minibatches`.
 
@@ -125,13 +126,18 @@ def split_minibatches(
     size = len(order) // settings.num_minibatches
     drop_zero = zero_advantage_is_free and not settings.keep_zero_advantage
     return [
-        _minibatch(scored, tuple(order[start : start + size]), settings, drop_zero, mask_truncated)
+        _minibatch(scored, tuple(order[start : start + size]), settings, drop_zero, mask_truncated, device)
         for start in range(0, size * settings.num_minibatches, size)
     ]
 
 
 def _minibatch(
-    scored: ScoredRollout, groups: tuple[int, ...], settings: UpdateSettings, drop_zero: bool, mask_truncated: bool
+    scored: ScoredRollout,
+    groups: tuple[int, ...],
+    settings: UpdateSettings,
+    drop_zero: bool,
+    mask_truncated: bool,
+    device: torch.device,
 ) -> Minibatch:
     survivors: list[list[tuple[int, int]]] = []
     others: list[list[tuple[int, int]]] = []
@@ -149,7 +155,9 @@ def _minibatch(
     lengths = [len(scored.prompts[group].input_ids) for group in groups]
 
     def planned(members: list[list[tuple[int, int]]]) -> tuple[MicroBatchPlan, ...]:
-        local = plan_micro_batches(lengths, members, settings.max_tokens_per_microbatch)
+        prompts = [scored.prompts[group] for group, some in zip(groups, members, strict=True) if some]
+        common = common_prefix([prompt.input_ids for prompt in prompts], device, prompts)
+        local = plan_micro_batches(lengths, members, settings.max_tokens_per_microbatch, common)
         return tuple(tuple(type(part)(groups[part.group], part.completions) for part in micro) for micro in local)
 
     left_out = planned(others) if settings.log_entropy else ()
