@@ -342,6 +342,12 @@ OBJECTIVE = [
     Case("objective", "a clip that cannot act", ["update.num_minibatches=1"], "objective.epsilon cannot act"),
     Case(
         "objective",
+        "a temperature of SAPO that cannot act",
+        ["objective=sapo", "objective.tau_positive=2", "update.num_minibatches=1"],
+        "objective.tau_positive cannot act: with one optimizer step per rollout the ratio is exactly 1",
+    ),
+    Case(
+        "objective",
         "a lower width for CISPO",
         ["objective=cispo", "objective.epsilon=0.2"],
         "objective.epsilon has no effect on loss_type=cispo",

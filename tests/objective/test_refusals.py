@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Finding, Objective, check_objective
@@ -25,6 +26,12 @@ def findings(objective=None, **changes):
 VESPO = {"loss_type": "vespo", "importance_sampling_level": "token"}
 CASES = {
     "a clip with one optimizer step": ({"epsilon": 0.1}, {"num_minibatches": 1}, "no_effect", "objective.epsilon cannot act"),
+    "a gate with one optimizer step": (
+        {"loss_type": "sapo", "tau_negative": 2.0}, {"num_minibatches": 1}, "no_effect",
+        "objective.tau_negative cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
+        "update.num_minibatches or update.num_iterations, or set it to 1.05",
+    ),
+    "a weight with one optimizer step": ({**VESPO, "k_positive": 3.0}, {"num_minibatches": 1}, "no_effect", "objective.k_positive cannot act"),
     "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
                                      {"num_minibatches": 1}, "no_effect", "has no effect on loss_type=reinforce"),
     "a lower width of a loss with a cap alone": (
@@ -179,11 +186,36 @@ def test_sound_settings_find_nothing(settings):
         {"importance_sampling_level": "token", "epsilon": 0.2, "delta": 2.0},
         {"importance_sampling_level": "token", "loss_type": "cispo", "epsilon_high": 4.0},
         {"off_policy_mask_threshold": 0.5},
+        {"loss_type": "sapo", "tau_positive": 2.0},
+        {**VESPO, "lambda_negative": 1.0},
     ],
 )
 def test_one_step_off_the_ratio_is_not_1_and_a_clip_acts_with_one_optimizer_step(settings):
     assert findings(settings, num_minibatches=1, staleness=1) == []
     assert [kind for kind, _ in findings(settings, num_minibatches=1)] == ["no_effect"]
+
+
+def test_a_weight_that_takes_in_a_correction_acts_with_one_optimizer_step():
+    correction = {"mismatch": MismatchCorrection("token", "truncate", 2.0)}
+    assert findings({**VESPO, **correction, "k_positive": 3.0}, num_minibatches=1) == []
+    sapo = {"loss_type": "sapo", "importance_sampling_level": "token", "tau_positive": 2.0}
+    assert [kind for kind, _ in findings({**sapo, **correction}, num_minibatches=1)] == ["no_effect"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tau_positive": 0.3, "tau_negative": 7.0}, {**VESPO, "k_positive": 5.0, "lambda_negative": 0.1}]
+)
+def test_at_a_ratio_of_1_the_gradient_of_these_losses_is_that_of_the_policy_whatever_their_settings(changes):
+    """So they cannot act there, which is why they are refused: ``-A`` per token, as for ``reinforce``."""
+    own = {"loss_type": "sapo", "importance_sampling_level": "token", **changes}
+    logprobs = torch.linspace(-3, -0.1, 6, dtype=torch.float64).requires_grad_()
+    advantages = torch.tensor([1.0, 1.0, 1.0, -2.0, -2.0, -2.0], dtype=torch.float64)
+    index, lengths = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([3, 3])
+    objective = Objective(max_completion_length=3, **own)
+    found = objective(logprobs, logprobs.detach(), advantages, index, lengths)
+    weights = objective.aggregation.token_weight(torch.full((6,), 3.0, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(found.loss, logprobs)
+    assert torch.allclose(gradient, -advantages * weights, rtol=1e-14)
 
 
 def test_a_clip_that_the_loss_does_not_read_is_not_told_to_take_more_steps():

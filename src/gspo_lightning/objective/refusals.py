@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.objective.losses import CLIP_KEYS, KERNEL_KEYS, LOSS_KEYS, TAU_KEYS
+from gspo_lightning.objective.loss_refusals import Finding, of_loss
 from gspo_lightning.objective.objective import Objective
-
-WIDE_SEQUENCE_CLIP = 0.1
-"""A sequence's mean log-ratio moves by hundredths in one rollout; a wider clip at sequence level hardly ever acts."""
-
-NARROW_TOKEN_CLIP = 0.05
-"""The ratio of a single token moves by tenths in one rollout; a narrower clip at token level acts on most of them."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line for the user; ``contradiction`` refuses, ``no_effect`` refuses unless allowed, ``warning`` warns."""
-
-    kind: Literal["contradiction", "no_effect", "warning"]
-    message: str
 
 
 def check_objective(
@@ -47,116 +31,13 @@ def check_objective(
     steps = num_iterations * num_minibatches
     on_policy = steps == 1 and not staleness
     return [
-        *_unread(objective),
-        *_clip(objective, on_policy),
-        *_widths(objective),
-        *_loss(objective, steps, staleness),
-        *_longest(objective, max_completion_length),
+        *of_loss(objective, steps, staleness, max_completion_length),
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, on_policy, keep_zero_advantage),
         *_tokens(objective),
         *_counts(num_generations),
     ]
-
-
-def _unread(objective: Objective) -> Iterator[Finding]:
-    reads = objective.spec.reads
-    which = f", which reads {' and '.join(f'objective.{name}' for name in reads)}" if reads else ""
-    for key in LOSS_KEYS:
-        default = getattr(Objective, key)
-        if key not in reads and getattr(objective, key) != default:
-            yield Finding(
-                "no_effect",
-                f"objective.{key} has no effect on loss_type={objective.loss_name}{which}; set it to "
-                f"{'null' if default is None else default}",
-            )
-
-
-def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
-    acting = [key for key in CLIP_KEYS if key in objective.spec.reads and getattr(objective, key) is not None]
-    bounds = objective.ratio_bounds
-    if on_policy and acting and bounds is not None and bounds[0] <= 1 <= bounds[1]:
-        yield Finding(
-            "no_effect",
-            f"objective.{acting[0]} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
-            "update.num_minibatches or update.num_iterations, or set it to null",
-        )
-
-
-def _widths(objective: Objective) -> Iterator[Finding]:
-    (low, high), bounds = objective.clip, objective.ratio_bounds
-    chosen = bounds is not None and (objective.epsilon is not None or objective.epsilon_high is not None)
-    if not low >= 0 or not high >= 0:
-        yield Finding("contradiction", f"objective.epsilon={low} and epsilon_high={high} must not be negative")
-    if objective.delta is not None and "delta" in objective.spec.reads and objective.delta < 1 + high:
-        yield Finding(
-            "contradiction",
-            f"objective.delta={objective.delta} is below 1 + epsilon_high = {1 + high}: it would "
-            "undo the upper clip; raise it",
-        )
-    if bounds is not None and bounds[1] == high < 1:
-        yield Finding(
-            "warning",
-            f"objective.epsilon_high={high} is a bound of the ratio itself for loss_type={objective.loss_name}: below "
-            "1 it caps every token that has not moved; raise it above 1",
-        )
-    if objective.importance_sampling_level != "token" and chosen and max(low, high) >= WIDE_SEQUENCE_CLIP:
-        yield Finding(
-            "warning",
-            f"objective.epsilon={low}, epsilon_high={high} will almost never act at importance_sampling_level="
-            f"{objective.importance_sampling_level}: the mean log-ratio of a sequence moves "
-            "by hundredths; the paper uses 3e-4/4e-4",
-        )
-    if objective.importance_sampling_level == "token" and chosen and 0 < low < NARROW_TOKEN_CLIP:
-        yield Finding(
-            "warning",
-            f"objective.epsilon={low}, epsilon_high={high} are widths for the ratio of a sequence; at "
-            "importance_sampling_level=token they clip most tokens: usual values there are 0.2/0.27 "
-            "(objective=grpo, or both null)",
-        )
-
-
-def _loss(objective: Objective, steps: int, staleness: int) -> Iterator[Finding]:
-    level = objective.importance_sampling_level
-    if objective.spec.levels and level not in objective.spec.levels:
-        yield Finding(
-            "contradiction",
-            f"objective.loss_type={objective.loss_name} is not defined for importance_sampling_level={level}; "
-            f"use {' or '.join(objective.spec.levels)}",
-        )
-    correction = objective.mismatch
-    if objective.spec.corrects_itself and correction is not None and correction.level != "token":
-        yield Finding(
-            "contradiction",
-            f"objective.mismatch.level={correction.level} is not defined for loss_type={objective.loss_name}, whose "
-            "own ratio takes in a weight per token; use mismatch=token_truncate or token_mask",
-        )
-    if not objective.spec.levels and staleness:
-        yield Finding(
-            "warning",
-            f"objective.loss_type={objective.loss_name} has no importance ratio, but rollout.engine.staleness="
-            f"{staleness} makes every optimizer step off-policy; set it to 0, or use a loss with a ratio "
-            "(objective=grpo)",
-        )
-    elif not objective.spec.levels and steps > 1:
-        yield Finding(
-            "warning",
-            f"objective.loss_type={objective.loss_name} has no importance ratio, but each rollout gives {steps} "
-            "optimizer steps: all but the first are off-policy; set update.num_minibatches=1",
-        )
-
-
-def _longest(objective: Objective, of_rollouts: int | None) -> Iterator[Finding]:
-    longest = objective.max_completion_length
-    if longest < 1:
-        yield Finding("contradiction", f"objective.max_completion_length={longest} must be at least 1")
-    if objective.spec.aggregation != "max_tokens" and of_rollouts is not None and longest != of_rollouts:
-        yield Finding(
-            "no_effect",
-            f"objective.max_completion_length={longest} has no effect on loss_type={objective.loss_name}, whose "
-            "denominator counts what was sampled; leave it at ${rollout.max_completion_length}",
-        )
 
 
 def _reference(objective: Objective) -> Iterator[Finding]:
@@ -235,10 +116,6 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             f"update.keep_zero_advantage=true has no effect with {what}: every completion is forwarded then; set it to "
             "false",
         )
-    for key in TAU_KEYS + KERNEL_KEYS:
-        value = getattr(objective, key)
-        if key in objective.spec.reads and not value > 0:
-            yield Finding("contradiction", f"objective.{key}={value} must be above 0")
 
 
 def warn_or_refuse(finding: Finding) -> None:
