@@ -19,6 +19,7 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import add_metrics
 from gspo_lightning.lightning_private import current_hook, trainer_of, uncount_batch
 from gspo_lightning.objective import Objective
+from gspo_lightning.objective.entropy_control import EntropyControl
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet
@@ -115,6 +116,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             refuse_draws_ahead(max_draws)
             self.engine = self.ahead
         self.objective, self.advantages = objective, advantages or AdvantageEstimator()
+        self.entropy_control = EntropyControl(objective.entropy_coef)
         # Of the next rollout; as the module was made, for checkpoints; of the rollout in hand.
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length

@@ -339,6 +339,18 @@ OBJECTIVE = [
         ],
         "LossSpec.aggregation: there is no 'mean'",
     ),
+    Case(
+        "objective",
+        "a bound of a constant entropy bonus",
+        ["objective.entropy_coef=0.1", "objective.entropy_coef_max=0.5"],
+        "objective.entropy_coef_max has no effect with objective.entropy_target=null",
+    ),
+    Case(
+        "objective",
+        "an entropy bonus that begins out of its bounds",
+        ["objective.entropy_target=1", "objective.entropy_coef=2"],
+        "objective.entropy_coef=2 must lie between",
+    ),
     Case("objective", "a clip that cannot act", ["update.num_minibatches=1"], "objective.epsilon cannot act"),
     Case(
         "objective",

@@ -108,6 +108,12 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "objective.kl_estimator": (WEIGHTS, ["objective.kl_estimator=k2"], ["objective.beta=0.1"]),
     "objective.kl_importance_weighted": (WEIGHTS, ["objective.kl_importance_weighted=true"], ["objective.beta=0.1"]),
     "objective.entropy_coef": (WEIGHTS, ["objective.entropy_coef=0.1"], []),
+    "objective.entropy_target": (WEIGHTS, ["objective.entropy_target=9"], ["objective.entropy_coef=0.1"]),
+    "objective.entropy_coef_delta": (WEIGHTS, ["objective.entropy_coef_delta=0.1"], ["objective.entropy_target=9"]),
+    "objective.entropy_coef_min": (WEIGHTS, ["objective.entropy_coef_min=0.1"], [
+        "objective.entropy_target=4.1", "objective.entropy_coef=0.2", "objective.entropy_coef_delta=0.2", "max_rollouts=6",
+    ]),
+    "objective.entropy_coef_max": (WEIGHTS, ["objective.entropy_coef_max=0.11"], ["objective.entropy_target=9", "objective.entropy_coef=0.1", "objective.entropy_coef_delta=0.1"]),
     "objective.mask_truncated_completions": (WEIGHTS, ["objective.mask_truncated_completions=true"], []),
     "objective.top_entropy_quantile": (WEIGHTS, ["objective.top_entropy_quantile=0.2"], ["objective.importance_sampling_level=sequence_token"]),
     "objective.off_policy_mask_threshold": (METRICS, ["objective.off_policy_mask_threshold=0.01"], ["optimizer.lr=0.05"]),

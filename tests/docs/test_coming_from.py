@@ -55,7 +55,12 @@ def test_every_name_of_ours_in_the_dictionaries_is_defined_on_the_page_of_metric
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_name_of_ours_in_the_dictionaries_is_written_by_the_program(micro_model_dir):
     settings = Settings(
-        objective={"beta": 0.1, "entropy_coef": 0.01, "mismatch": MismatchCorrection("sequence", "truncate", 2.0)},
+        objective={
+            "beta": 0.1,
+            "entropy_coef": 0.01,
+            "entropy_target": 1.0,
+            "mismatch": MismatchCorrection("sequence", "truncate", 2.0),
+        },
         update={"num_minibatches": 2},
     )
     _, module = update_of(micro_model_dir, settings)

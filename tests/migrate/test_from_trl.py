@@ -111,7 +111,11 @@ CASES = {
         {"importance_sampling_level": "sequence", "epsilon": 3e-4}, {"objective.epsilon": 3e-4},
     ),
     "sapo": (
-        {"loss_type": "sapo", "sapo_temperature_pos": 0.9}, {"objective.loss_type": "sapo", "objective.tau_positive": 0.9, "objective.epsilon": None},
+        {"loss_type": "sapo", "sapo_temperature_pos": 0.9, "num_iterations": 2},
+        {"objective.loss_type": "sapo", "objective.tau_positive": 0.9, "objective.epsilon": None},
+    ),
+    "sapo where the ratio is 1": (
+        {"loss_type": "sapo", "sapo_temperature_pos": 0.9}, {"objective.loss_type": "sapo", "objective.tau_positive": 1.0},
     ),
     "cispo": (
         {"loss_type": "cispo", "epsilon_high": 4.0, "delta": 6.0},
@@ -121,13 +125,28 @@ CASES = {
         {"loss_type": "cispo", "epsilon": 4.0}, {"objective.epsilon": None, "objective.epsilon_high": 4.0},
     ),
     "vespo": (
-        {"loss_type": "vespo", "epsilon": 0.1, "delta": 2.0, "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 4, "vespo_lambda_neg": 0.5},
+        {"loss_type": "vespo", "num_iterations": 2, "epsilon": 0.1, "delta": 2.0, "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 4, "vespo_lambda_neg": 0.5},
         {"objective.loss_type": "vespo", "objective.epsilon": None, "objective.delta": None, "objective.k_positive": 1.5, "objective.lambda_positive": 2.5,
          "objective.k_negative": 4, "objective.lambda_negative": 0.5, "objective.importance_sampling_level": "token"},
+    ),
+    "vespo where the ratio is 1": ({"loss_type": "vespo", "vespo_k_pos": 1.5}, {"objective.k_positive": 2.0}),
+    "vespo whose ratio takes in another sampler": (
+        {"loss_type": "vespo", "vespo_k_pos": 1.5, "use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
+        {"objective.k_positive": 1.5},
     ),
     "vespo at its defaults": (
         {"loss_type": "vespo", "importance_sampling_level": "sequence", "gradient_accumulation_steps": 8, "steps_per_generation": 8},
         {"objective.importance_sampling_level": "token", "update.num_minibatches": 1},
+    ),
+    "an entropy bonus that follows the entropy": (
+        {"use_adaptive_entropy": True, "entropy_target": 0.6, "entropy_coef": 0.01, "entropy_coef_max": 0.1},
+        {"objective.entropy_target": 0.6, "objective.entropy_coef": 0.01, "objective.entropy_coef_delta": 0.005,
+         "objective.entropy_coef_min": 0.0, "objective.entropy_coef_max": 0.1},
+    ),
+    "the same at its defaults": ({"use_adaptive_entropy": True}, {"objective.entropy_target": 0.2, "objective.entropy_coef_max": 1.0}),
+    "settings of one that is off": (
+        {"use_adaptive_entropy": False, "entropy_target": 0.6, "entropy_coef": 0.01},
+        {"objective.entropy_target": None, "objective.entropy_coef": 0.01},
     ),
     "a reference": (
         {"beta": 0.04}, {"objective.beta": 0.04, "objective.kl_importance_weighted": True},
@@ -169,7 +188,6 @@ BLOCKED = {
     "a loss that TRL does not have": {"loss_type": "gspo", "epsilon": 0.1},
     "a weight that grows with the ratio": {"vespo_lambda_neg": 0.0, "loss_type": "vespo"},
     "a weight that keeps what the policy has left": {"vespo_k_pos": 0, "loss_type": "vespo"},
-    "an adaptive entropy bonus": {"use_adaptive_entropy": True},
     "float16": {"fp16": True},
     "an unknown optimizer": {"optim": "lion_8bit"},
     "a schedule": {"lr_scheduler_type": "polynomial", "warmup_ratio": 0.1},
@@ -222,7 +240,7 @@ def test_a_loss_without_a_clip_says_so_and_settings_of_other_losses_ask_for_noth
             "better default", "token: vespo has a ratio of its own, of the whole sequence; TRL warns and ignores it too",
         ),
         "delta": ("better default", "vespo has a smooth weight in place of the clip; TRL ignores it silently"),
-        "vespo_k_pos": ("renamed", "objective.k_positive"),
+        "vespo_k_pos": ("same", "no effect with one optimizer step per rollout: the ratio is 1, in TRL as here"),
         "sapo_temperature_pos": ("same", "no effect without loss_type=sapo, in TRL as here"),
     }  # fmt: skip
     other = convert({"loss_type": "grpo", "vespo_k_pos": 0.0})

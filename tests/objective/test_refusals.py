@@ -32,6 +32,27 @@ CASES = {
         "update.num_minibatches or update.num_iterations, or set it to 1.05",
     ),
     "a weight with one optimizer step": ({**VESPO, "k_positive": 3.0}, {"num_minibatches": 1}, "no_effect", "objective.k_positive cannot act"),
+    "a step of the bonus without a target": (
+        {"entropy_coef_delta": 0.01}, {}, "no_effect",
+        "objective.entropy_coef_delta has no effect with objective.entropy_target=null; set a target, or leave it at 0.005",
+    ),
+    "a bound of the bonus without a target": (
+        {"entropy_coef": 0.1, "entropy_coef_max": 0.5}, {}, "no_effect", "objective.entropy_coef_max has no effect",
+    ),
+    "a target of no entropy": ({"entropy_target": 0.0}, {}, "contradiction", "objective.entropy_target=0.0 must be above 0"),
+    "a bonus that never moves": (
+        {"entropy_target": 1.0, "entropy_coef_delta": 0.0}, {}, "contradiction", "objective.entropy_coef_delta=0.0 must be above 0",
+    ),
+    "bounds that are one": (
+        {"entropy_target": 1.0, "entropy_coef": 0.5, "entropy_coef_min": 0.5, "entropy_coef_max": 0.5}, {}, "contradiction",
+        "objective.entropy_coef_min=0.5 must be at least 0 and below objective.entropy_coef_max=0.5",
+    ),
+    "a bonus that begins out of its bounds": (
+        {"entropy_target": 1.0, "entropy_coef": 2.0}, {}, "contradiction", "objective.entropy_coef=2.0 must lie between",
+    ),
+    "completions kept that the bonus keeps anyway": (
+        {"entropy_target": 1.0}, {"keep_zero_advantage": True}, "no_effect", "update.keep_zero_advantage=true has no effect",
+    ),
     "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
                                      {"num_minibatches": 1}, "no_effect", "has no effect on loss_type=reinforce"),
     "a lower width of a loss with a cap alone": (

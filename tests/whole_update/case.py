@@ -37,6 +37,10 @@ class Case:
     kl_estimator: str = "k3"
     kl_importance_weighted: bool = False
     entropy_coef: float = 0.0
+    entropy_target: float | None = None
+    entropy_coef_delta: float = 0.005
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
     mask_truncated: bool = False
     top_entropy_quantile: float = 1.0
     off_policy_threshold: float | None = None

@@ -299,6 +299,10 @@ def _objective(case: Case) -> Objective:
         kl_estimator=case.kl_estimator,  # type: ignore[arg-type]
         kl_importance_weighted=case.kl_importance_weighted,
         entropy_coef=case.entropy_coef,
+        entropy_target=case.entropy_target,
+        entropy_coef_delta=case.entropy_coef_delta,
+        entropy_coef_min=case.entropy_coef_min,
+        entropy_coef_max=case.entropy_coef_max,
         mask_truncated_completions=case.mask_truncated,
         top_entropy_quantile=case.top_entropy_quantile,
         off_policy_mask_threshold=case.off_policy_threshold,

@@ -72,6 +72,8 @@ class Run:
         """The weights before the first step on the rollout before."""
         self.rollouts_done = 0
         self.steps_seen = 0
+        self.bonus, self.last_entropy = case.entropy_coef, math.inf
+        """Weight of the entropy bonus, where it follows the entropy of the last step."""
         names = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "rollout_tokens", "train_tokens")
         self.counts = dict.fromkeys(names, 0)
 
@@ -198,8 +200,13 @@ class Run:
         case, members = self.case, self._in_denominator(rollout, prompts)
         selected = self._selected(rollout, members)
         weights, total = self.trained.weights(), torch.zeros((), dtype=torch.float64)
+        entropies: list[float] = []
+        bonus = self._bonus()
         for member in members:
-            total = total + self._loss(rollout, member, weights, selected[member], first)
+            total = total + self._loss(rollout, member, weights, selected[member], first, bonus, entropies)
+        if case.entropy_target is not None and entropies:
+            rollout.means.add("entropy_coef", bonus, 1)
+            self._move_bonus(sum(entropies) / len(entropies))
         self._count_forwards(rollout, members)
         if any(self._has_gradient(rollout, m) for m in members) or case.auxiliary or case.balance:
             tokens = sum(len(rollout.advantages[m]) for m in members)
@@ -222,6 +229,20 @@ class Run:
             self.counts["skipped_steps"] += 1
         self.steps_seen += 1
 
+    def _bonus(self) -> float:
+        """Weight of the entropy in a step; with a target, Skywork-OR1's (arXiv 2505.22312)."""
+        target = self.case.entropy_target
+        if target is None:
+            return self.case.entropy_coef
+        return 0.0 if self.last_entropy > target else self.bonus
+
+    def _move_bonus(self, entropy: float) -> None:
+        case = self.case
+        assert case.entropy_target is not None
+        moved = self.bonus + case.entropy_coef_delta * (-1 if entropy > case.entropy_target else 1)
+        self.bonus = sorted((case.entropy_coef_min, moved, case.entropy_coef_max))[1]
+        self.last_entropy = entropy
+
     def _auxiliary(self, prompts: list[Prompt], weights: Weights) -> Tensor:
         """What a subclass adds to the loss of a minibatch."""
         total = torch.zeros((), dtype=torch.float64)
@@ -231,7 +252,8 @@ class Run:
 
     def _has_gradient(self, rollout: Rollout, member: Member) -> bool:
         """Whether the completion can move the weights: by an advantage, or by a term of every completion."""
-        everyone = rollout.beta != 0 or self.case.entropy_coef != 0 or not losses.is_free_of_zeros(self.case)
+        everyone = rollout.beta != 0 or not losses.is_free_of_zeros(self.case)
+        everyone = everyone or self.case.entropy_coef != 0 or self.case.entropy_target is not None
         return everyone or bool((rollout.advantages[member] != 0).any())
 
     def _is_measured(self, rollout: Rollout, member: Member) -> bool:
@@ -255,8 +277,11 @@ class Run:
         threshold = competing[-count] * (1 - 1e-5) if competing else math.inf
         return {m: rollout.entropy[m] >= threshold for m in members}
 
-    def _loss(self, rollout: Rollout, member: Member, weights: Weights, selected: Tensor | None, first: bool) -> Tensor:
-        """The summed loss of one completion: ``sum_t weight (policy_t + beta KL_t - entropy_coef H_t)``."""
+    def _loss(
+        self, rollout: Rollout, member: Member, weights: Weights, selected: Tensor | None, first: bool, bonus: float,
+        entropies: list[float],
+    ) -> Tensor:  # fmt: skip
+        """The summed loss of one completion: ``sum_t weight (policy_t + beta KL_t - bonus H_t)``; adds its ``H_t``."""
         case = self.case
         logprobs, entropy = self._forward(rollout, member, weights)
         x = Terms(
@@ -279,7 +304,8 @@ class Run:
         loss = policy
         if rollout.beta:
             loss = loss + rollout.beta * losses.kl_terms(case, x)
-        loss = loss - case.entropy_coef * entropy
+        loss = loss - bonus * entropy
+        entropies += entropy.tolist()
         if self._is_measured(rollout, member):
             add_loss_metrics(rollout.means, case, x, w, policy)
             rollout.ratios += [value.item() for value in (w if case.level == "token" else w[:1])]

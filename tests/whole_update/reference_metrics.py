@@ -87,7 +87,7 @@ def add_loss_metrics(means: Means, case: Case, x: Terms, w: list[Tensor], policy
     if x.reference is not None:
         q = (x.reference - x.logprobs).detach()
         means.add("kl/ref", (q.exp() - 1 - q).sum().item(), n)
-    if x.entropy is not None and (case.log_entropy or case.entropy_coef):
+    if x.entropy is not None and (case.log_entropy or case.entropy_coef or case.entropy_target is not None):
         means.add("entropy", x.entropy.sum().item(), n)
 
 

@@ -68,7 +68,22 @@ OF_NEW_LOSSES: tuple[Case, ...] = (
 )
 """A case for each loss that is not among `DRAWN`, such as ``Case(loss=..., level=..., prompts=4, iterations=2)``."""
 
-CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES)
+CONTROL = Case(
+    prompts=4, minibatches=4, iterations=2, lr=0.05, max_grad_norm=1.0, entropy_coef_delta=0.3, entropy_coef_max=0.7
+)
+
+CONTROLLED: tuple[Case, ...] = (
+    # 4.27 nats is what this model has: the entropy moves across it.
+    replace(CONTROL, seed=91_000, level="token", epsilon=0.2, entropy_target=4.27, rollouts=2),
+    replace(CONTROL, seed=91_001, loss="dapo", level="token", entropy_coef=0.5, entropy_target=9.0),
+    replace(
+        CONTROL, seed=91_002, loss="dr_grpo", level="sequence_token", entropy_coef=0.9, entropy_coef_min=0.1,
+        entropy_coef_max=1.0, entropy_target=4.3, rollouts=2, mask_truncated=True, token_budget=20,
+    ),
+)  # fmt: skip
+"""Whose weight of the entropy bonus follows the entropy."""
+
+CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES, *CONTROLLED)
 
 MORE_SEEDS = (
     *range(10_000, 10_100),
@@ -191,6 +206,15 @@ def test_ratios_by_token_two_sided_clip_corrections_and_minibatches_act_together
     found = outcome(micro_model_dir, case)
     assert found.differences == [], case
     assert found.metrics[0]["clip_frac_high"] > 0
+
+
+def test_the_bonus_acts_behind_steps_of_low_entropy_and_rests_behind_others(micro_model_dir):
+    """Eight steps a rollout; the first has none before it. 0.7 is the most that a step may have."""
+    first, second = outcome(micro_model_dir, CONTROLLED[0]).metrics
+    assert 0 < first["entropy_coef"] < 7 * 0.7 / 8
+    assert 0 < second["entropy_coef"] < 0.7
+    (always,) = outcome(micro_model_dir, CONTROLLED[1]).metrics  # 0, then 0.7 (0.5 + 0.3 is more) seven times
+    assert always["entropy_coef"] == pytest.approx(7 * 0.7 / 8, rel=1e-12)
 
 
 def test_the_off_policy_mask_decides_by_token_where_turns_have_rewards(micro_model_dir):

@@ -128,7 +128,7 @@ def entropy_collapse(facts: Facts) -> str | None:
         return None
     return (
         f"entropy fell from {entropies[0]:.3g} to {entropies[-1]:.3g} nats: completions of a group become alike; raise "
-        "rollout.temperature, objective.epsilon_high or objective.entropy_coef"
+        "rollout.temperature, objective.epsilon_high or objective.entropy_coef, or set objective.entropy_target"
     )
 
 

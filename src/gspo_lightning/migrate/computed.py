@@ -26,6 +26,8 @@ _OWN_KEYS = {
 }  # fmt: skip
 """Losses with a smooth weight in place of a clip, and the settings of that."""
 _WITHOUT_CLIP = tuple(_OWN_KEYS)
+_ENTROPY = {"entropy_target": 0.2, "entropy_coef_delta": 0.005, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0}
+"""TRL's defaults, which have an effect with ``use_adaptive_entropy`` alone."""
 _LOGGERS = ("tensorboard", "wandb", "mlflow", "none")
 PAPER_MINIBATCHES = 4
 """Optimizer steps per rollout in the GSPO paper."""
@@ -139,6 +141,7 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
         settings["objective.epsilon"] = None
         result.added.append("objective.epsilon=null: the paper's 3e-4 / 4e-4; TRL's default 0.2 never clips a sequence")
     _own_keys(config, result, notes)
+    _entropy(config, result, notes)
     notes["use_bias_correction_kl"] = ("renamed", "objective.kl_importance_weighted; matters only with beta")
     if config["beta"]:
         settings["objective.kl_importance_weighted"] = config.get("use_bias_correction_kl", True)
@@ -157,6 +160,19 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
         notes["scale_rewards"] = ("renamed", "batch: TRL scales normalize_then_sum by the batch whatever this says")
         if "scale_rewards" not in given:
             result.added.append("advantages.scale_rewards=batch: what normalize_then_sum does in TRL")
+
+
+def _entropy(config: Config, result: Conversion, notes: Notes) -> None:
+    """Converts adaptive entropy control, whose settings TRL has whether it is on or off."""
+    if not config.get("use_adaptive_entropy"):
+        notes["use_adaptive_entropy"] = ("same", "off")
+        notes |= dict.fromkeys(_ENTROPY, ("same", "no effect without use_adaptive_entropy, in TRL as here"))
+        return
+    notes["use_adaptive_entropy"] = ("renamed", "objective.entropy_target")
+    for key, default in _ENTROPY.items():
+        value = config.get(key)
+        notes[key] = ("same", f"objective.{key}")
+        result.settings[f"objective.{key}"] = default if value is None else value
 
 
 def _own_keys(config: Config, result: Conversion, notes: Notes) -> None:
@@ -212,6 +228,18 @@ def single_tokens(config: Config, result: Conversion, notes: Notes) -> None:
         result.added.append(
             "note: with a sequence ratio, token_truncate weighs a completion by the mean of its tokens' weights"
         )
+
+
+def smooth_weights(config: Config, result: Conversion, notes: Notes, steps: int) -> None:
+    """Leaves out the settings of a weight that is always 1: with one step per rollout so is the ratio, unless it takes
+    in a correction for another sampler."""
+    loss = config["loss_type"]
+    corrected = loss == "vespo" and result.groups.get("mismatch", "none") != "none"
+    if steps > 1 or corrected or loss not in _WITHOUT_CLIP:
+        return
+    for key, ours in _OWN_KEYS[loss].items():
+        if result.settings.pop(f"objective.{ours}", None) is not None:
+            notes[key] = ("same", "no effect with one optimizer step per rollout: the ratio is 1, in TRL as here")
 
 
 def running(config: Config, result: Conversion, notes: Notes, steps: int) -> None:

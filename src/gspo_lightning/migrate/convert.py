@@ -93,6 +93,7 @@ def convert(given: dict[str, Any], *, ranks: int = 1, adapter: dict[str, Any] | 
     computed.running(config, result, notes, steps)
     vllm.rollout(config, result, notes)
     computed.single_tokens(config, result, notes)
+    computed.smooth_weights(config, result, notes, steps)
     if adapter is not None:
         lora.adapter(adapter, result, notes)
         given = given | {lora.PREFIX + key: value for key, value in adapter.items()}

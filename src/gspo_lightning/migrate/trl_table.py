@@ -46,7 +46,8 @@ COMPUTED = (
     "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
     "scale_rewards", "multi_objective_aggregation", "use_bias_correction_kl", "min_p", "chat_template_kwargs",
     "resume_from_checkpoint", "use_cpu", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
-    "push_to_hub", "hub_model_id", "hub_private_repo", *VLLM,
+    "push_to_hub", "hub_model_id", "hub_private_repo", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta",
+    "entropy_coef_min", "entropy_coef_max", *VLLM,
 )  # fmt: skip
 """Keys whose translation depends on the value or on other keys."""
 
@@ -117,11 +118,6 @@ NONE: dict[str, tuple[Any, str]] = {
     "router_aux_loss_coef": (None, "a product of batch means depends on the micro-batch, so it is left out"),
     "generation_kwargs": (None, "each sampling setting has its own key under rollout; others would bias the ratio"),
     "reward_weights": (None, "a weight is set at its function: reward.functions.<name>.weight"),
-    "use_adaptive_entropy": (False, "the entropy bonus is constant: objective.entropy_coef"),
-    "entropy_coef_min": (0.0, "the entropy bonus is constant"),
-    "entropy_coef_max": (1.0, "the entropy bonus is constant"),
-    "entropy_coef_delta": (0.005, "the entropy bonus is constant"),
-    "entropy_target": (0.2, "the entropy bonus is constant"),
     "max_tool_calling_iterations": (None, "a GRPOConfig has no tools: environments are set up on our side"),
     "vllm_structured_outputs_regex": (None, "a grammar changes the distribution that is sampled, and so the ratio"),
     "log_completions_hub_repo": (None, "nothing is uploaded; completions.jsonl is a file to upload"),
@@ -208,6 +204,7 @@ KINDS: dict[str, tuple[type, ...]] = {
             "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
             "sapo_temperature_neg", "sapo_temperature_pos",
             "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+            "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
         ),
         (int, float),
     ),

@@ -47,7 +47,14 @@ class Objective:
     """Weigh each KL term by its token ratio. With ``k1`` and ``k3`` the gradient is then that of ``KL(pi || pi_ref)``,
     even when the policy has moved away from the sampler; with ``k2`` it is not."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus; with ``entropy_target`` that of its beginning."""
+    entropy_target: float | None = None
+    """Entropy in nats per token below which the bonus acts, with a weight that rises there and falls above it
+    (`entropy_control.EntropyControl`); None keeps the weight."""
+    entropy_coef_delta: float = 0.005
+    """By how much that weight changes with an optimizer step, between ``entropy_coef_min`` and ``entropy_coef_max``."""
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of loss and denominator."""
     top_entropy_quantile: float = 1.0
@@ -124,7 +131,7 @@ class Objective:
     @property
     def needs_entropy(self) -> bool:
         """Whether entropies are needed."""
-        return self.entropy_coef != 0.0
+        return self.entropy_coef != 0.0 or self.entropy_target is not None
 
     @property
     def selects_tokens(self) -> bool:

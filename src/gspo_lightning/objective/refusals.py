@@ -35,6 +35,7 @@ def check_objective(
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, on_policy, keep_zero_advantage),
+        *_entropy(objective),
         *_tokens(objective),
         *_counts(num_generations),
     ]
@@ -115,6 +116,34 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             "no_effect",
             f"update.keep_zero_advantage=true has no effect with {what}: every completion is forwarded then; set it to "
             "false",
+        )
+
+
+def _entropy(objective: Objective) -> Iterator[Finding]:
+    low, high = objective.entropy_coef_min, objective.entropy_coef_max
+    if objective.entropy_target is None:
+        for key in ("entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"):
+            default = getattr(Objective, key)
+            if getattr(objective, key) != default:
+                yield Finding(
+                    "no_effect",
+                    f"objective.{key} has no effect with objective.entropy_target=null; set a target, or leave it at "
+                    f"{default}",
+                )
+        return
+    for key in ("entropy_target", "entropy_coef_delta"):
+        if not getattr(objective, key) > 0:
+            yield Finding("contradiction", f"objective.{key}={getattr(objective, key)} must be above 0")
+    if not 0 <= low < high:
+        yield Finding(
+            "contradiction",
+            f"objective.entropy_coef_min={low} must be at least 0 and below objective.entropy_coef_max={high}",
+        )
+    elif not low <= objective.entropy_coef <= high:
+        yield Finding(
+            "contradiction",
+            f"objective.entropy_coef={objective.entropy_coef} must lie between objective.entropy_coef_min={low} and "
+            f"entropy_coef_max={high}",
         )
 
 

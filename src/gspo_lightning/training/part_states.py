@@ -36,7 +36,9 @@ def parts_with_state(module: GSPOModule) -> dict[str, Any]:
     Raises:
         UserError: a part has only one of ``state_dict`` and ``load_state_dict``.
     """
-    parts = {"advantages": module.advantages}
+    parts: dict[str, Any] = {"advantages": module.advantages}
+    if module.objective.entropy_target is not None:
+        parts["objective.entropy_target"] = module.entropy_control
     parts |= {f"reward function {name}": object_of(spec.function) for name, spec in module.rewards.functions.items()}
     # Of a `PromptDataModule`; a module outside of a Trainer has no data.
     parts |= getattr(getattr(trainer_of(module), "datamodule", None), "tasks_by_key", {})

@@ -127,6 +127,7 @@ class RolloutUpdate:
         counts = torch.tensor(
             [minibatch.num_sequences, minibatch.num_tokens], dtype=torch.float64, device=module.device
         )
+        self.passes = replace(self.passes, objective=module.entropy_control.at_this_step(self.passes.objective))
         denominator = self.passes.objective.denominator(*(int(x) for x in global_sum(counts).tolist()))
         while True:
             attempt = Attempt(fresh, denominator)
@@ -140,6 +141,7 @@ class RolloutUpdate:
             minibatch, fixed = self._cut(minibatch, fixed, len(attempt.seen))
         self._ratios.extend(attempt.ratios)
         add_metrics(self.metrics, attempt.metrics)
+        self._control_entropy(attempt.metrics)
         self.forwarded_tokens += attempt.tokens
         if rounds and self._has_gradient(minibatch):
             self._take_step()
@@ -153,6 +155,18 @@ class RolloutUpdate:
                 warnings.filterwarnings("ignore", message=".*call of `lr_scheduler.step\\(\\)` before.*")
                 cast(LRScheduler, scheduler).step()
         return minibatch, replace(fixed, old=attempt.seen if fixed.old is None else fixed.old)
+
+    def _control_entropy(self, of_step: Metrics) -> None:
+        """Lets the weight of the entropy bonus follow the entropy of a step, over all ranks."""
+        objective = self.passes.objective
+        if objective.entropy_target is None:
+            return
+        mine = of_step.get("entropy", (torch.zeros(()), torch.zeros(())))
+        total, count = global_sum(torch.stack([x.double().to(self.module.device) for x in mine])).tolist()
+        if count:
+            weight = torch.tensor(objective.entropy_coef, dtype=torch.float64)
+            add_metrics(self.metrics, {"entropy_coef": (weight, torch.ones(()))})
+            self.module.entropy_control.observe(objective, total / count)
 
     def _has_gradient(self, minibatch: Minibatch) -> bool:
         """Whether anything forwarded on any rank can have a gradient. If not, the step is skipped: with momentum a zero
