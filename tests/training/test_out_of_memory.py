@@ -22,12 +22,12 @@ from gspo_lightning.packing import GroupSlice
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.program.training_run import TrainingRun
 from gspo_lightning.rollout import RolloutError
-from gspo_lightning.training.out_of_memory import OutOfMemoryError, cut, halved, memory_for
+from gspo_lightning.training.out_of_memory import OutOfMemoryError, cut, halved, memory_for, tokens_of
 from gspo_lightning.training.passes import Passes
-from gspo_lightning.training.update import Minibatch
-from gspo_lightning.types import SamplingParams
+from gspo_lightning.training.update import Minibatch, build_micro_batch
+from gspo_lightning.types import Completion, SamplingParams, ScoredRollout
 from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
-from tests.support import relative_distance
+from tests.support import make_prompt, relative_distance
 
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory"),
@@ -350,7 +350,18 @@ def test_what_belongs_to_tokens_is_cut_where_the_sequences_are(micro_model_dir):
     size = sum(lengths[0]) + lengths[2][1]
     row = torch.arange(float(size))
     minibatch = Minibatch((0, 2), (plan,), 4, size)
-    finer, (old, none) = cut(minibatch, [[row], None], 0, scored)
+    finer, (old, none) = cut(minibatch, [[row], None], 0, scored, torch.device("cpu"))
     assert finer.plan == ((GroupSlice(0, (0, 1, 2)),), (GroupSlice(2, (1,)),)) and none is None
     assert [len(x) for x in old] == [sum(lengths[0]), lengths[2][1]] and torch.equal(torch.cat(old), row)
     assert halved((GroupSlice(0, (0, 1, 2)),), scored) == ((GroupSlice(0, (0,)),), (GroupSlice(0, (1, 2)),))
+
+
+def test_the_tokens_that_are_named_are_those_that_were_forwarded():
+    """Two prompts of 20 + 3 tokens: as many as the row has, which is what the setting to lower counts."""
+    prompts = [make_prompt(torch.cat([torch.arange(20), torch.arange(40 + n, 43 + n)])) for n in range(2)]
+    completion = Completion(torch.arange(5), "", torch.zeros(5), "stop")
+    rewards = torch.zeros(2, 1, dtype=torch.float64)
+    scored = ScoredRollout(prompts, [[completion]] * 2, (), rewards[..., None], rewards, rewards)
+    plan, cpu = (GroupSlice(0, (0,)), GroupSlice(1, (0,))), torch.device("cpu")
+    assert tokens_of(plan, scored, cpu) == 20 + 2 * (3 + 4) == build_micro_batch(scored, plan, cpu).packed.num_tokens
+    assert tokens_of(plan, scored, torch.device("cuda")) == 2 * (23 + 4)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError, is_out_of_memory
-from gspo_lightning.packing import GroupSlice, MicroBatchPlan
+from gspo_lightning.packing import GroupSlice, MicroBatchPlan, common_prefix
 from gspo_lightning.rollout import RolloutError
 from gspo_lightning.training.update import Minibatch
 from gspo_lightning.types import ScoredRollout
@@ -51,12 +51,13 @@ def memory_for(doing: str, fix: str) -> Iterator[None]:
         raise OutOfMemoryError(f"out of memory {doing}; {fix}") from error
 
 
-def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool) -> None:
+def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, device: torch.device, *, repeatable: bool) -> None:
     """Refuses a micro-batch that cannot be repeated; a single sequence is left to `halved` to refuse.
 
     Args:
         plan: what did not fit.
         scored: the rollout of the plan.
+        device: where it did not fit.
         repeatable: False if a failed attempt leaves state behind: DDP has counted the gradients that arrived,
             FSDP2 has gathered weights and releases them only at the end of a backward.
 
@@ -67,7 +68,8 @@ def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable:
     if (repeatable and not several) or _is_single(plan):
         return
     where = " on one of the ranks" if several else ""
-    raise OutOfMemoryError(f"out of memory in a micro-batch of {tokens_of(plan, scored)} tokens{where}; {_LOWER}")
+    tokens = tokens_of(plan, scored, device)
+    raise OutOfMemoryError(f"out of memory in a micro-batch of {tokens} tokens{where}; {_LOWER}")
 
 
 def refuse_untrained(has_auxiliary_loss: bool) -> NoReturn:
@@ -98,19 +100,22 @@ def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan,
         return plan[:middle], plan[middle:]
     group, members = plan[0].group, plan[0].completions
     if _is_single(plan):
-        uid = scored.prompts[group].uid
+        prompt, completion = scored.prompts[group], scored.completions[group][members[0]]
+        tokens = len(prompt.input_ids) + len(completion.token_ids) - 1
         raise OutOfMemoryError(
-            f"out of memory: one sequence of {tokens_of(plan, scored)} tokens (row {uid}) does not fit; {_SHORTER}"
+            f"out of memory: one sequence of {tokens} tokens (row {prompt.uid}) does not fit; {_SHORTER}"
         )
     middle = len(members) // 2
     return (GroupSlice(group, members[:middle]),), (GroupSlice(group, members[middle:]),)
 
 
-def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
-    """Forwarded tokens of a micro-batch."""
-    prompts = sum(len(scored.prompts[part.group].input_ids) for part in plan)
+def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout, device: torch.device) -> int:
+    """Forwarded tokens of a micro-batch on a device."""
+    prompts = [scored.prompts[part.group] for part in plan]
     members = (scored.completions[part.group][n] for part in plan for n in part.completions)
-    return prompts + sum(len(completion.token_ids) - 1 for completion in members)
+    common = common_prefix([prompt.input_ids for prompt in prompts], device, prompts)
+    own = sum(len(prompt.input_ids) - common for prompt in prompts)
+    return common + own + sum(len(completion.token_ids) - 1 for completion in members)
 
 
 def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
@@ -119,7 +124,7 @@ def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
 
 
 def cut(
-    minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout
+    minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout, device: torch.device
 ) -> tuple[Minibatch, list[list[Tensor] | None]]:
     """Cuts micro-batch ``index`` in two, and the tensors of its tokens accordingly.
 
@@ -128,10 +133,11 @@ def cut(
         tensors: each None, or ``(L,)`` for every micro-batch of the plan.
         index: the micro-batch that did not fit.
         scored: the rollout of the plan.
+        device: where it did not fit.
     """
     plan = minibatch.plan
     first, second = halved(plan[index], scored)
-    tokens = tokens_of(plan[index], scored)
+    tokens = tokens_of(plan[index], scored, device)
     say(f"out of memory in a micro-batch of {tokens} tokens: split in two, the gradient stays the same")
     at = completion_tokens(first, scored)
     finer = replace(minibatch, plan=(*plan[:index], first, second, *plan[index + 1 :]))
@@ -139,7 +145,12 @@ def cut(
 
 
 def in_parts(
-    forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout, *, repeatable: bool
+    forward: Callable[[MicroBatchPlan], Tensor],
+    plan: MicroBatchPlan,
+    scored: ScoredRollout,
+    device: torch.device,
+    *,
+    repeatable: bool,
 ) -> Tensor:
     """``forward(plan)`` ``(..., L)``, in parts if the whole does not fit; for forwards without gradient.
 
@@ -152,9 +163,10 @@ def in_parts(
         if not is_out_of_memory(error):
             raise
     # Outside of the handler, which would keep the tensors of the failed forward alive.
-    check_repeatable(plan, scored, repeatable=repeatable)
+    check_repeatable(plan, scored, device, repeatable=repeatable)
     free()
-    return torch.cat([in_parts(forward, part, scored, repeatable=repeatable) for part in halved(plan, scored)], dim=-1)
+    parts = halved(plan, scored)
+    return torch.cat([in_parts(forward, part, scored, device, repeatable=repeatable) for part in parts], dim=-1)
 
 
 def free() -> None:

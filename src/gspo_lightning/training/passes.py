@@ -186,7 +186,7 @@ class Passes:
     def _in_parts(
         self, forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout
     ) -> Tensor:
-        return in_parts(forward, plan, scored, repeatable=self.policy.shards is None)
+        return in_parts(forward, plan, scored, self.policy.device, repeatable=self.policy.shards is None)
 
     def _policy(self, micro: MicroBatch) -> Tensor:
         return self.policy(micro.packed, self.temperature)[0]

@@ -210,11 +210,12 @@ class RolloutUpdate:
         if index >= len(minibatch.plan):
             refuse_untrained(self.module.has_auxiliary_loss)
         alone = not shares_gradients(self.module.trainer.strategy)
-        check_repeatable(minibatch.plan[index], self.scored, repeatable=alone)
+        device = self.module.device
+        check_repeatable(minibatch.plan[index], self.scored, device, repeatable=alone)
         cast(LightningOptimizer, self.module.optimizers()).zero_grad()
         free()
         self.module.counts["oom_splits"] += 1
-        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored)
+        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored, device)
         return minibatch, Fixed(*tensors)
 
     def _stepped_parameters(self) -> list[nn.Parameter]:
