@@ -14,7 +14,7 @@ from gspo_lightning.packing import GroupSlice, MicroBatchPlan, batch, logprobs
 from gspo_lightning.policy import load, model
 from gspo_lightning.rollout import transformers_engine
 from gspo_lightning.rollout.decoder import Decoder, Row
-from gspo_lightning.training import passes, rollout_update, update
+from gspo_lightning.training import passes, update
 from gspo_lightning.types import Dialogue, ScoredRollout
 
 
@@ -23,10 +23,10 @@ def no_prefix_sharing() -> None:
     no_common_prefix()
     build = update.build_micro_batch
 
-    def alone(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> Any:
-        return build(scored, tuple(GroupSlice(p.group, (n,)) for p in plan for n in p.completions), device)
+    def alone(scored: ScoredRollout, plan: MicroBatchPlan, *where: Any) -> Any:
+        return build(scored, tuple(GroupSlice(p.group, (n,)) for p in plan for n in p.completions), *where)
 
-    passes.build_micro_batch = rollout_update.build_micro_batch = alone  # type: ignore[attr-defined]
+    passes.build_micro_batch = alone  # type: ignore[attr-defined]
 
 
 def no_common_prefix() -> None:
@@ -38,12 +38,12 @@ def padding() -> None:
     """Completions of a rollout are filled up to the longest, as context, in the update."""
     build = update.build_micro_batch
 
-    def filled(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> Any:
+    def filled(scored: ScoredRollout, plan: MicroBatchPlan, *where: Any) -> Any:
         longest = max(len(c.token_ids) for group in scored.completions for c in group)
         groups = [[_filled(c, longest) for c in group] for group in scored.completions]
-        return build(replace(scored, completions=groups), plan, device)
+        return build(replace(scored, completions=groups), plan, *where)
 
-    passes.build_micro_batch = rollout_update.build_micro_batch = filled  # type: ignore[attr-defined]
+    passes.build_micro_batch = filled  # type: ignore[attr-defined]
 
 
 def _filled(completion: Any, length: int) -> Any:

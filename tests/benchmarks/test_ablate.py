@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.ablate import ABLATIONS
-from gspo_lightning.packing import batch, logprobs
+from gspo_lightning.packing import batch, least_common_on, logprobs
 from gspo_lightning.policy import load, model
 from gspo_lightning.rollout import TransformersEngine, transformers_engine
-from gspo_lightning.training import passes, rollout_update, update
+from gspo_lightning.training import passes, update
 from gspo_lightning.training.update import UpdateSettings, split_minibatches
 from gspo_lightning.types import Completion, SamplingParams, ScoredRollout
 from tests.support import make_prompt, micro_policy
@@ -17,7 +17,7 @@ from tests.support import make_prompt, micro_policy
 CPU = torch.device("cpu")
 TOUCHED = [
     (batch, "LEAST_COMMON"), (batch, "LEAST_COMMON_ON_GPU"), (load, "lighten"), (model, "rows_missing"),
-    (logprobs, "rows_missing"), (passes, "build_micro_batch"), (rollout_update, "build_micro_batch"),
+    (logprobs, "rows_missing"), (passes, "build_micro_batch"),
     (passes.Passes, "before_update"), (transformers_engine, "Decoder"), (transformers_engine, "prepacked_weights"),
 ]  # fmt: skip
 SYSTEM = 20
@@ -43,9 +43,10 @@ def forwarded_in_the_update():
     completions = [[completion(2), completion(5)] for _ in range(3)]
     scored = ScoredRollout(prompts(), completions, (), rewards[..., None], rewards, rewards)
     settings = UpdateSettings(num_minibatches=1)
-    kinds = {"zero_advantage_is_free": True, "mask_truncated": False}
-    minibatches = split_minibatches(scored, settings, **kinds, order=[0, 1, 2], device=CPU)
-    rows = [passes.build_micro_batch(scored, plan, CPU).packed for plan in minibatches[0].plan]
+    least = least_common_on(CPU)
+    kinds = {"zero_advantage_is_free": True, "mask_truncated": False, "least_common": least}
+    minibatches = split_minibatches(scored, settings, **kinds, order=[0, 1, 2])
+    rows = [passes.build_micro_batch(scored, plan, CPU, least).packed for plan in minibatches[0].plan]
     return sum(row.num_tokens for row in rows)
 
 

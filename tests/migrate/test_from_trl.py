@@ -247,6 +247,14 @@ def test_a_loss_without_a_clip_says_so_and_settings_of_other_losses_ask_for_noth
     assert "objective.k_positive" not in other.settings and not other.blocking
 
 
+def test_tokens_of_the_entropy_bonus_that_trl_leaves_out_are_named():
+    quantile = {"top_entropy_quantile": 0.2}
+    assert [n for n in convert({**quantile, "entropy_coef": 0.1}).added if n.startswith("note: the entropy bonus")]
+    assert [n for n in convert({**quantile, "use_adaptive_entropy": True}).added if "are of all tokens" in n]
+    assert not [n for n in convert({"entropy_coef": 0.1}).added if "all tokens" in n]
+    assert not [n for n in convert(quantile).added if "all tokens" in n]
+
+
 def test_the_cap_of_cispo_that_was_not_asked_for_is_named():
     (line,) = [line for line in convert({"loss_type": "cispo"}).added if "epsilon_high" in line]
     assert line.startswith("objective.epsilon_high=null: 5")

@@ -1,4 +1,4 @@
-"""The weight of the entropy bonus, step by step: by hand, and as TRL's trainer moves its own."""
+"""The weight of the entropy bonus, step by step, by hand."""
 
 from __future__ import annotations
 
@@ -63,6 +63,14 @@ def test_a_control_that_is_loaded_goes_on_where_it_was():
     second, _ = weights(objective(), entropies[3:], loaded)
     assert first + second == whole
     assert len(set(whole)) > 2
+
+
+def test_a_weight_from_a_checkpoint_is_brought_within_the_bounds_of_this_run():
+    loaded = EntropyControl(0.875, entropy=0.5)
+    narrower = objective(entropy_coef_max=0.25, entropy_coef=0.25)
+    assert loaded.at_this_step(narrower).entropy_coef == 0.25
+    loaded.observe(narrower, 2.0)
+    assert loaded.coefficient == 0.25
 
 
 def test_all_completions_are_forwarded_whatever_the_weight_is_now():

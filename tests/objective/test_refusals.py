@@ -51,7 +51,7 @@ CASES = {
         {"entropy_target": 1.0, "entropy_coef": 2.0}, {}, "contradiction", "objective.entropy_coef=2.0 must lie between",
     ),
     "completions kept that the bonus keeps anyway": (
-        {"entropy_target": 1.0}, {"keep_zero_advantage": True}, "no_effect", "update.keep_zero_advantage=true has no effect",
+        {"entropy_target": 1.0}, {"keep_zero_advantage": True}, "no_effect", "objective.entropy_coef, objective.entropy_target): every completion",
     ),
     "a clip on a loss without one": ({"loss_type": "reinforce", "epsilon": 0.1, "importance_sampling_level": "token"},
                                      {"num_minibatches": 1}, "no_effect", "has no effect on loss_type=reinforce"),

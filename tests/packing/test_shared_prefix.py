@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, batch, common_prefix, pack, shared_prefix_attention
+from gspo_lightning.packing import (
+    GroupLayout,
+    SharedPrefixLayout,
+    batch,
+    common_prefix,
+    least_common_on,
+    pack,
+    shared_prefix_attention,
+)
 from gspo_lightning.packing import layout as layout_module
 from gspo_lightning.types import Prompt
 from tests.support import flat_gradient, micro_policy, padded_logprobs, random_groups, relative_distance
@@ -103,20 +111,22 @@ def test_the_blocks_of_a_row_whose_prompts_have_two_tokens_in_common_by_hand():
 )
 def test_the_common_prefix_by_hand(prompts, expected):
     ids = [torch.tensor(prompt) for prompt in prompts]
-    assert common_prefix(ids, torch.device("cpu")) == expected
-    # A few more kernels in every layer cost more than so few tokens.
-    assert common_prefix(ids, torch.device("cuda")) == 0
-    longer = [torch.cat([torch.arange(200), x]) for x in ids]
-    assert common_prefix(longer, torch.device("cuda")) == (
-        0 if len(ids) == 1 else common_prefix(longer, torch.device("cpu"))
-    )
+    assert common_prefix(ids, 16) == expected
+    assert common_prefix(ids, 20) == 0
+
+
+def test_a_gpu_shares_only_what_is_worth_a_few_more_kernels_in_every_layer():
+    assert (least_common_on(torch.device("cpu")), least_common_on(torch.device("cuda"))) == (16, 128)
+    groups = [(torch.arange(n), [torch.tensor([1])]) for n in (20, 21)]
+    layouts = [pack(groups, torch.device("cpu"), least_common=least).layout for least in (None, 19, 20)]
+    assert [layout.common for layout in layouts] == [19, 19, 0]
 
 
 def test_prompts_with_images_share_nothing():
     ids = torch.arange(40)
     prompts = [Prompt(str(n), "", ids, {}, {"pixel_values": torch.zeros(1)} if n else {}) for n in range(2)]
-    assert common_prefix([ids, ids], torch.device("cpu"), prompts) == 0
-    assert common_prefix([ids, ids], torch.device("cpu"), prompts[:1] * 2) == 39
+    assert common_prefix([ids, ids], 16, prompts) == 0
+    assert common_prefix([ids, ids], 16, prompts[:1] * 2) == 39
 
 
 def test_eos_stays_a_target_when_pad_is_eos(micro_model_dir):

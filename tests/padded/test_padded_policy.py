@@ -136,6 +136,10 @@ def test_prompts_that_begin_alike_are_completed_in_their_padded_rows(llava):
     assert packed.layout.common == 18
     with torch.no_grad():
         assert relative_distance(llava(packed, 0.7)[0], one_by_one(llava.base_model, groups)) < 1e-6
+    # They are forwarded whole: the planner must not count on anything that they share.
+    assert llava.is_padded and llava.least_common == sys.maxsize
+    alone = pack([(p.input_ids, c) for p, c in groups], torch.device("cpu"), prompts, least_common=llava.least_common)
+    assert alone.layout.common == 0
 
 
 def test_images_matter_and_no_part_of_the_tower_trains(llava, llava_dir):

@@ -89,6 +89,14 @@ def test_activations_are_what_autograd_keeps_of_the_largest_micro_batch(model, d
     assert found.parts[ACTIVATIONS] == pytest.approx(real, rel=0.001)
 
 
+@pytest.mark.parametrize(("on_gpu", "tokens"), [(True, 96), (False, 76)])
+def test_what_prompts_begin_with_is_in_the_row_as_often_as_it_will_be(on_gpu, tokens):
+    """20 tokens before each of those prompts: 25 + 29 and 3 x 7 x 2, of which a CPU forwards 20 less."""
+    prompts = [make_prompt(torch.cat([torch.arange(50, 70), torch.arange(n, 2 * n)])) for n in (5, 9, 7, 6)]
+    found = estimate(PolicyLoader("bundled:micro"), prompts, Work(**{**USUAL, "on_gpu": on_gpu}))
+    assert found.pace["forwarded at a time"].startswith(f"{tokens} tokens")
+
+
 def test_under_fsdp_a_process_holds_its_share_and_what_is_gathered(micro_model_dir):
     """By hand: a quarter of everything; embeddings and two layers whole, twice the gradients of the larger unit or its
     weights; and all weights once more while it samples.

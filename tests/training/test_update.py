@@ -112,6 +112,25 @@ def test_a_minibatch_without_signal_takes_no_step_whether_or_not_it_is_forwarded
     assert full.last_metrics["grad_norm"] == pytest.approx(lean.last_metrics["grad_norm"], rel=1e-9)
 
 
+def test_a_step_without_signal_in_which_the_entropy_bonus_rests_moves_nothing(micro_model_dir):
+    """Adaptive entropy control forwards all completions, whose gradient is zero where its bonus does not act."""
+    prompts = scripted_prompts()
+    adam = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+    for prompt in prompts[2:]:
+        prompt.sample["scripted"] = [(i, 0.3) for i, _ in prompt.sample["scripted"]]
+
+    def after(**objective):
+        update = {"num_minibatches": 2, "num_iterations": 2}
+        return update_of(micro_model_dir, Settings(optimizer=adam, update=update, objective=objective), prompts)
+
+    (plain, lean), (resting, full) = after(), after(entropy_target=1e-6, entropy_coef=0.5)
+    steps = [(m.counts["optimizer_steps"], m.counts["skipped_steps"]) for m in (lean, full)]
+    assert steps == [(2, 2), (2, 2)]
+    assert relative_distance(resting, plain) < 1e-7
+    _, acting = after(entropy_target=9.0, entropy_coef=0.5)  # in all steps but the first
+    assert acting.counts["optimizer_steps"] >= 3
+
+
 def squared(x):
     return -x.ratio * x.advantages + x.log_ratio.square()
 
@@ -367,7 +386,7 @@ def test_minibatches_partition_the_prompts_in_the_given_order(micro_model_dir):
         zero_advantage_is_free=True,
         mask_truncated=False,
         order=[2, 0, 3, 1],
-        device=torch.device("cpu"),
+        least_common=16,
     )
     assert [m.groups for m in minibatches] == [(2, 0), (3, 1)]
     assert {part.group for m in minibatches for plan in m.plan for part in plan} == {0, 2, 3}
@@ -382,16 +401,17 @@ def test_what_the_prompts_of_a_minibatch_begin_with_counts_once_in_the_budget():
     rewards = torch.tensor([[1.0, -1.0]] * 3 + [[0.0, 0.0]], dtype=torch.float64)
     scored = ScoredRollout(prompts, [[completion] * 2] * 4, (), rewards[..., None], rewards, rewards)
 
-    def tokens_of_rows(budget, device):
+    def tokens_of_rows(budget, least):
         settings = UpdateSettings(num_minibatches=1, max_tokens_per_microbatch=budget)
-        kinds = {"zero_advantage_is_free": True, "mask_truncated": False}
-        (minibatch,) = split_minibatches(scored, settings, **kinds, order=[0, 1, 2, 3], device=torch.device(device))
-        return sorted(build_micro_batch(scored, plan, torch.device("cpu")).packed.num_tokens for plan in minibatch.plan)
+        kinds = {"zero_advantage_is_free": True, "mask_truncated": False, "least_common": least}
+        (minibatch,) = split_minibatches(scored, settings, **kinds, order=[0, 1, 2, 3])
+        rows = [build_micro_batch(scored, plan, torch.device("cpu"), least).packed for plan in minibatch.plan]
+        return sorted(row.num_tokens for row in rows)
 
-    assert tokens_of_rows(50, "cpu") == [50]
-    assert tokens_of_rows(49, "cpu") == [24 + 6, 20 + 20]
-    # A GPU forwards so few with every prompt, and plans for it: 30 each.
-    assert len(tokens_of_rows(89, "cuda")) == 2
+    assert tokens_of_rows(50, 20) == [50]
+    assert tokens_of_rows(49, 20) == [24 + 6, 20 + 20]
+    # Where so few are forwarded with every prompt, as on a GPU, they are planned so: 30 each.
+    assert tokens_of_rows(89, 21) == [30, 60]
 
 
 @pytest.mark.parametrize("budget", [1, 14, 25])

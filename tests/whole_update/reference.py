@@ -208,7 +208,7 @@ class Run:
             rollout.means.add("entropy_coef", bonus, 1)
             self._move_bonus(sum(entropies) / len(entropies))
         self._count_forwards(rollout, members)
-        if any(self._has_gradient(rollout, m) for m in members) or case.auxiliary or case.balance:
+        if any(self._has_gradient(rollout, m, bonus) for m in members) or case.auxiliary or case.balance:
             tokens = sum(len(rollout.advantages[m]) for m in members)
             # Of no completions at all the sum is 0, whatever it is divided by.
             loss = total / (
@@ -250,15 +250,16 @@ class Run:
             total = total + self.case.auxiliary * sum((t * t).sum() for t in self.trained.tensors.values())
         return total + self.case.balance * self.network.balance(weights, prompts) if self.case.balance else total
 
-    def _has_gradient(self, rollout: Rollout, member: Member) -> bool:
+    def _has_gradient(self, rollout: Rollout, member: Member, bonus: float) -> bool:
         """Whether the completion can move the weights: by an advantage, or by a term of every completion."""
-        everyone = rollout.beta != 0 or not losses.is_free_of_zeros(self.case)
-        everyone = everyone or self.case.entropy_coef != 0 or self.case.entropy_target is not None
+        everyone = rollout.beta != 0 or bonus != 0 or not losses.is_free_of_zeros(self.case)
         return everyone or bool((rollout.advantages[member] != 0).any())
 
     def _is_measured(self, rollout: Rollout, member: Member) -> bool:
         """Whether metrics of the loss count the completion: docs/metrics.md leaves out those without a gradient."""
-        return self.case.keep_zero_advantage or self._has_gradient(rollout, member)
+        case = self.case
+        everyone = case.keep_zero_advantage or case.entropy_target is not None
+        return everyone or self._has_gradient(rollout, member, case.entropy_coef)
 
     def _selected(self, rollout: Rollout, members: list[Member]) -> dict[Member, Tensor | None]:
         """The tokens of highest entropy (arXiv 2506.01939, section 5) among those of a minibatch with an advantage.

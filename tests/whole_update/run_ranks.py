@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from gspo_lightning.distributed.sharding import FSDP2Strategy
 from tests.whole_update import product
 from tests.whole_update.case import Case
+from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.draw import draw
 from tests.whole_update.draw_models import draw_model, draw_padded
 from tests.whole_update.float64 import float64_layers
@@ -24,7 +25,12 @@ from tests.whole_update.scripted_rollouts import scripted_stream
 
 RANKS = 2
 
-DRAWN = {"text": draw, "model": draw_model, "padded": draw_padded}
+DRAWN = {
+    "text": draw,
+    "model": draw_model,
+    "padded": draw_padded,
+    "control": {case.seed: case for case in CONTROLLED}.__getitem__,
+}
 
 
 def on_ranks(name: str) -> Case:

@@ -54,8 +54,9 @@ OCCURS = {
     "mismatch": lambda c: c.mismatch is not None,
 }
 
-MODELS = ("ddp-model-23", "fsdp-model-26", "fsdp-model-18", "ddp-padded-19")
-"""Of images and of experts, what takes seconds. In 18 ranks have different numbers of micro-batches and a reference."""
+MODELS = ("ddp-model-23", "fsdp-model-26", "fsdp-model-18", "ddp-padded-19", "ddp-control-91000")
+"""Of images and of experts, what takes seconds. In 18 ranks have different numbers of micro-batches and a reference; in
+the last the entropy bonus follows the entropy, which must be that of both ranks."""
 
 MORE_MODELS = (
     *(f"ddp-model-{seed}" for seed in (12, 26, 33, 34, 36, 39, 58, 76, 93)),

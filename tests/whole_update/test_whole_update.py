@@ -31,6 +31,7 @@ from gspo_lightning.objective import LOSSES
 from gspo_lightning.rollout.seeds import rollout_seed
 from tests.whole_update import pairs, product
 from tests.whole_update.case import Case
+from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.draw import draw
 from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
@@ -67,21 +68,6 @@ OF_NEW_LOSSES: tuple[Case, ...] = (
     ),
 )
 """A case for each loss that is not among `DRAWN`, such as ``Case(loss=..., level=..., prompts=4, iterations=2)``."""
-
-CONTROL = Case(
-    prompts=4, minibatches=4, iterations=2, lr=0.05, max_grad_norm=1.0, entropy_coef_delta=0.3, entropy_coef_max=0.7
-)
-
-CONTROLLED: tuple[Case, ...] = (
-    # 4.27 nats is what this model has: the entropy moves across it.
-    replace(CONTROL, seed=91_000, level="token", epsilon=0.2, entropy_target=4.27, rollouts=2),
-    replace(CONTROL, seed=91_001, loss="dapo", level="token", entropy_coef=0.5, entropy_target=9.0),
-    replace(
-        CONTROL, seed=91_002, loss="dr_grpo", level="sequence_token", entropy_coef=0.9, entropy_coef_min=0.1,
-        entropy_coef_max=1.0, entropy_target=4.3, rollouts=2, mask_truncated=True, token_budget=20,
-    ),
-)  # fmt: skip
-"""Whose weight of the entropy bonus follows the entropy."""
 
 CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES, *CONTROLLED)
 

@@ -164,6 +164,12 @@ def objective(config: Config, given: Config, result: Conversion, notes: Notes) -
 
 def _entropy(config: Config, result: Conversion, notes: Notes) -> None:
     """Converts adaptive entropy control, whose settings TRL has whether it is on or off."""
+    if (config.get("top_entropy_quantile") or 1) < 1 and (
+        config.get("entropy_coef") or config.get("use_adaptive_entropy")
+    ):
+        result.added.append(
+            "note: the entropy bonus and its target are of all tokens; in TRL of those that top_entropy_quantile keeps"
+        )
     if not config.get("use_adaptive_entropy"):
         notes["use_adaptive_entropy"] = ("same", "off")
         notes |= dict.fromkeys(_ENTROPY, ("same", "no effect without use_adaptive_entropy, in TRL as here"))

@@ -14,30 +14,30 @@ class EntropyControl:
 
     The bonus acts in a step if the entropy of the step before was at most ``objective.entropy_target``. Every step
     whose entropy is at most that raises the weight by ``entropy_coef_delta``, and every other lowers it, within
-    ``entropy_coef_min`` and ``entropy_coef_max``. The first step has no step before it, and no bonus.
+    ``entropy_coef_min`` and ``entropy_coef_max``. The first step has no step before it, and no bonus. A resumed run
+    goes on with the weight that it had, whatever ``entropy_coef`` is.
     """
 
     coefficient: float
     """Begins as ``objective.entropy_coef``."""
     entropy: float = math.inf
-    """Of the last step, in nats per token."""
+    """Of the last step, in nats per token; infinite before the first."""
 
     def at_this_step(self, objective: Objective) -> Objective:
         """The objective with the weight of the next step; the same without a target."""
         if objective.entropy_target is None:
             return objective
         acts = self.entropy <= objective.entropy_target
-        return replace(objective, entropy_coef=self.coefficient if acts else 0.0)
+        return replace(objective, entropy_coef=_bounded(objective, self.coefficient) if acts else 0.0)
 
     def observe(self, objective: Objective, entropy: float) -> None:
         """Takes in the mean entropy of a step, over all ranks, in nats per token; one that is not finite is ignored."""
         if objective.entropy_target is None or not math.isfinite(entropy):
             return
         self.entropy = entropy
-        if entropy <= objective.entropy_target:
-            self.coefficient = min(self.coefficient + objective.entropy_coef_delta, objective.entropy_coef_max)
-        else:
-            self.coefficient = max(self.coefficient - objective.entropy_coef_delta, objective.entropy_coef_min)
+        delta = objective.entropy_coef_delta
+        moved = self.coefficient + (delta if entropy <= objective.entropy_target else -delta)
+        self.coefficient = _bounded(objective, moved)
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -46,3 +46,7 @@ class EntropyControl:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes in the result of `state_dict`."""
         self.coefficient, self.entropy = state["coefficient"], state["entropy"]
+
+
+def _bounded(objective: Objective, coefficient: float) -> float:
+    return min(max(coefficient, objective.entropy_coef_min), objective.entropy_coef_max)

@@ -49,7 +49,7 @@ class Objective:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; with ``entropy_target`` that of its beginning."""
     entropy_target: float | None = None
-    """Entropy in nats per token below which the bonus acts, with a weight that rises there and falls above it
+    """Entropy in nats per token up to which the bonus acts, with a weight that rises there and falls above it
     (`entropy_control.EntropyControl`); None keeps the weight."""
     entropy_coef_delta: float = 0.005
     """By how much that weight changes with an optimizer step, between ``entropy_coef_min`` and ``entropy_coef_max``."""

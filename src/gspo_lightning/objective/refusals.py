@@ -108,7 +108,7 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
         )
     if keep_zero_advantage and not objective.zero_advantage_is_free:
         what = (
-            "a KL term or an entropy bonus (objective.beta, objective.entropy_coef)"
+            "a KL term or an entropy bonus (objective.beta, objective.entropy_coef, objective.entropy_target)"
             if objective.needs_ref or objective.needs_entropy
             else f"loss_type={objective.loss_name}, which has a gradient where the advantage is 0"
         )

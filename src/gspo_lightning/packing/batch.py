@@ -49,6 +49,7 @@ def pack(
     device: torch.device,
     prompts: Sequence[Prompt] = (),
     trained: Sequence[Tensor | None] = (),
+    least_common: int | None = None,
 ) -> PackedBatch:
     """Packs groups of ``(prompt ids (P,), [completion ids (C_i,), ...])``.
 
@@ -61,8 +62,10 @@ def pack(
         prompts: one per group, in the same order, for models that read vision inputs.
         trained: per completion, in the order of the row, ``(C_i,)`` bool: the tokens whose log-probability is needed.
             The others are context. None, or no entry, means all tokens.
+        least_common: as in `common_prefix`; None takes that of the device.
     """
-    common = common_prefix([ids for ids, _ in groups], device, prompts)
+    least = least_common_on(device) if least_common is None else least_common
+    common = common_prefix([ids for ids, _ in groups], least, prompts)
     tokens = [groups[0][0][:common]] if common else []
     predictors: list[Tensor] = []
     targets: list[Tensor] = []
@@ -98,15 +101,20 @@ def pack(
     )
 
 
-def common_prefix(ids: Sequence[Tensor], device: torch.device, prompts: Sequence[Prompt] = ()) -> int:
-    """How many tokens all prompts begin with, such as a system message; 0 where sharing them would not pay.
+def least_common_on(device: torch.device) -> int:
+    """The fewest common tokens that are worth sharing on a device."""
+    return LEAST_COMMON if device.type == "cpu" else LEAST_COMMON_ON_GPU
+
+
+def common_prefix(ids: Sequence[Tensor], least: int, prompts: Sequence[Prompt] = ()) -> int:
+    """How many tokens all prompts begin with, such as a system message; 0 for fewer than ``least``.
 
     The last token of a prompt is never among them: the log-probabilities of its completions are read there.
 
     Args:
         ids: ``(P,)`` each.
-        device: where they are forwarded.
-        prompts: the same prompts; with images they share nothing, as tokens do not tell which image they stand for.
+        least: the fewest that are shared.
+        prompts: the same prompts; if any has images none is shared, as tokens do not tell which image they stand for.
     """
     if len(ids) < 2 or any(prompt.mm_inputs for prompt in prompts):
         return 0
@@ -115,7 +123,7 @@ def common_prefix(ids: Sequence[Tensor], device: torch.device, prompts: Sequence
     for other in others:
         differs = (first[:common] != other[:common]).nonzero()
         common = int(differs[0]) if len(differs) else common
-    return common if common >= (LEAST_COMMON if device.type == "cpu" else LEAST_COMMON_ON_GPU) else 0
+    return common if common >= least else 0
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, linear_logprobs
+from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, least_common_on, linear_logprobs
 from gspo_lightning.packing.products import product_dtype, rows_missing
 from gspo_lightning.policy.attention import layout_mask
 from gspo_lightning.policy.padded import padded_logprobs
@@ -79,6 +80,11 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.output_weight.device
+
+    @property
+    def least_common(self) -> int:
+        """The fewest tokens in common that prompts of a row share; padded rows share none."""
+        return sys.maxsize if self.is_padded else least_common_on(self.device)
 
     @property
     def output_weight(self) -> Tensor:

@@ -18,6 +18,7 @@ from gspo_lightning.config import hardware
 from gspo_lightning.config.devices import is_sharded
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.packing import least_common_on
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.fake import fake_policy, saved_bytes
 from gspo_lightning.policy.load import PolicyLoader
@@ -176,11 +177,12 @@ def _largest_micro_batch(prompts: list[Prompt], work: Work) -> tuple[MicroBatch,
     completions = [[one] * work.num_generations for _ in prompts]
     scored = ScoredRollout(prompts, completions, (), rewards[..., None], rewards, rewards)
     order, cpu = list(range(len(prompts))), torch.device("cpu")
+    least = least_common_on(torch.device("cuda") if work.on_gpu else cpu)
     minibatches = split_minibatches(
-        scored, work.update, zero_advantage_is_free=False, mask_truncated=False, order=order, device=cpu
+        scored, work.update, zero_advantage_is_free=False, mask_truncated=False, order=order, least_common=least
     )
     plans = [plan for minibatch in minibatches for plan in minibatch.plan]
-    return max((build_micro_batch(scored, plan, cpu) for plan in plans), key=_tokens), len(plans)
+    return max((build_micro_batch(scored, plan, cpu, least) for plan in plans), key=_tokens), len(plans)
 
 
 def _tokens(micro: MicroBatch) -> int:

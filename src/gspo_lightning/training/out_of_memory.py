@@ -51,13 +51,13 @@ def memory_for(doing: str, fix: str) -> Iterator[None]:
         raise OutOfMemoryError(f"out of memory {doing}; {fix}") from error
 
 
-def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, device: torch.device, *, repeatable: bool) -> None:
+def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, least_common: int, *, repeatable: bool) -> None:
     """Refuses a micro-batch that cannot be repeated; a single sequence is left to `halved` to refuse.
 
     Args:
         plan: what did not fit.
         scored: the rollout of the plan.
-        device: where it did not fit.
+        least_common: as in `tokens_of`.
         repeatable: False if a failed attempt leaves state behind: DDP has counted the gradients that arrived,
             FSDP2 has gathered weights and releases them only at the end of a backward.
 
@@ -68,7 +68,7 @@ def check_repeatable(plan: MicroBatchPlan, scored: ScoredRollout, device: torch.
     if (repeatable and not several) or _is_single(plan):
         return
     where = " on one of the ranks" if several else ""
-    tokens = tokens_of(plan, scored, device)
+    tokens = tokens_of(plan, scored, least_common)
     raise OutOfMemoryError(f"out of memory in a micro-batch of {tokens} tokens{where}; {_LOWER}")
 
 
@@ -109,11 +109,11 @@ def halved(plan: MicroBatchPlan, scored: ScoredRollout) -> tuple[MicroBatchPlan,
     return (GroupSlice(group, members[:middle]),), (GroupSlice(group, members[middle:]),)
 
 
-def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout, device: torch.device) -> int:
-    """Forwarded tokens of a micro-batch on a device."""
+def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout, least_common: int) -> int:
+    """Forwarded tokens of a micro-batch; ``least_common`` as in `gspo_lightning.packing.common_prefix`."""
     prompts = [scored.prompts[part.group] for part in plan]
     members = (scored.completions[part.group][n] for part in plan for n in part.completions)
-    common = common_prefix([prompt.input_ids for prompt in prompts], device, prompts)
+    common = common_prefix([prompt.input_ids for prompt in prompts], least_common, prompts)
     own = sum(len(prompt.input_ids) - common for prompt in prompts)
     return common + own + sum(len(completion.token_ids) - 1 for completion in members)
 
@@ -124,7 +124,7 @@ def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
 
 
 def cut(
-    minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout, device: torch.device
+    minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout, least_common: int
 ) -> tuple[Minibatch, list[list[Tensor] | None]]:
     """Cuts micro-batch ``index`` in two, and the tensors of its tokens accordingly.
 
@@ -133,11 +133,11 @@ def cut(
         tensors: each None, or ``(L,)`` for every micro-batch of the plan.
         index: the micro-batch that did not fit.
         scored: the rollout of the plan.
-        device: where it did not fit.
+        least_common: as in `tokens_of`.
     """
     plan = minibatch.plan
     first, second = halved(plan[index], scored)
-    tokens = tokens_of(plan[index], scored, device)
+    tokens = tokens_of(plan[index], scored, least_common)
     say(f"out of memory in a micro-batch of {tokens} tokens: split in two, the gradient stays the same")
     at = completion_tokens(first, scored)
     finer = replace(minibatch, plan=(*plan[:index], first, second, *plan[index + 1 :]))
@@ -148,7 +148,7 @@ def in_parts(
     forward: Callable[[MicroBatchPlan], Tensor],
     plan: MicroBatchPlan,
     scored: ScoredRollout,
-    device: torch.device,
+    least_common: int,
     *,
     repeatable: bool,
 ) -> Tensor:
@@ -163,10 +163,10 @@ def in_parts(
         if not is_out_of_memory(error):
             raise
     # Outside of the handler, which would keep the tensors of the failed forward alive.
-    check_repeatable(plan, scored, device, repeatable=repeatable)
+    check_repeatable(plan, scored, least_common, repeatable=repeatable)
     free()
     parts = halved(plan, scored)
-    return torch.cat([in_parts(forward, part, scored, device, repeatable=repeatable) for part in parts], dim=-1)
+    return torch.cat([in_parts(forward, part, scored, least_common, repeatable=repeatable) for part in parts], dim=-1)
 
 
 def free() -> None:

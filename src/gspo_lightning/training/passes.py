@@ -117,7 +117,7 @@ class Passes:
         """``(N,)`` entropies at the tokens of completions without a loss; empty unless ``log_entropy`` is set."""
 
         def forward(plan: MicroBatchPlan) -> Tensor:
-            micro = build_micro_batch(scored, plan, self.policy.device)
+            micro = self.micro_batch(scored, plan)
             return self.policy(micro.packed, self.temperature, True)[1]
 
         if not self.log_entropy:
@@ -125,6 +125,10 @@ class Passes:
         with in_step(self.policy):
             plans = [plan for minibatch in minibatches for plan in minibatch.left_out]
             return torch.cat([torch.zeros(0), *(self._in_parts(forward, plan, scored).cpu() for plan in plans)])
+
+    def micro_batch(self, scored: ScoredRollout, plan: MicroBatchPlan) -> MicroBatch:
+        """Packs the completions of a micro-batch for the policy."""
+        return build_micro_batch(scored, plan, self.policy.device, self.policy.least_common)
 
     def loss(self, micro: MicroBatch, fixed: Fixed, index: int, attempt: Attempt) -> tuple[Tensor, Tensor]:
         """Loss sum and log-probabilities, with gradient, of the micro-batch ``index`` of a minibatch."""
@@ -148,14 +152,14 @@ class Passes:
 
     def empty_loss(self, scored: ScoredRollout) -> Tensor:
         """A zero attached to the graph, so that every rank runs the same number of forwards and backwards."""
-        micro = build_micro_batch(scored, (GroupSlice(0, (0,)),), self.policy.device)
+        micro = self.micro_batch(scored, (GroupSlice(0, (0,)),))
         return self._policy(micro).sum() * 0.0
 
     def _entropies(self, scored: ScoredRollout, minibatch: Minibatch) -> list[Tensor]:
         """Per micro-batch ``(3, L)``: old log-probabilities, entropies, and 1 where the advantage is not zero."""
 
         def forward(plan: MicroBatchPlan) -> Tensor:
-            micro = build_micro_batch(scored, plan, self.policy.device)
+            micro = self.micro_batch(scored, plan)
             old_policy = self.behaviour or self.policy
             logprobs, entropy = old_policy(micro.packed, self.temperature, True)
             return torch.stack([logprobs, entropy.to(logprobs.dtype), (micro.advantages != 0).to(logprobs.dtype)])
@@ -179,14 +183,14 @@ class Passes:
         self, forward: Callable[[MicroBatch], Tensor], scored: ScoredRollout, minibatch: Minibatch
     ) -> Logprobs:
         def logprobs(plan: MicroBatchPlan) -> Tensor:
-            return forward(build_micro_batch(scored, plan, self.policy.device))
+            return forward(self.micro_batch(scored, plan))
 
         return [self._in_parts(logprobs, plan, scored) for plan in minibatch.plan]
 
     def _in_parts(
         self, forward: Callable[[MicroBatchPlan], Tensor], plan: MicroBatchPlan, scored: ScoredRollout
     ) -> Tensor:
-        return in_parts(forward, plan, scored, self.policy.device, repeatable=self.policy.shards is None)
+        return in_parts(forward, plan, scored, self.policy.least_common, repeatable=self.policy.shards is None)
 
     def _policy(self, micro: MicroBatch) -> Tensor:
         return self.policy(micro.packed, self.temperature)[0]

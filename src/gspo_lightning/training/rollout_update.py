@@ -35,7 +35,6 @@ from gspo_lightning.training.passes import Attempt, Fixed, Passes
 from gspo_lightning.training.trainer_checks import check_auxiliary_loss
 from gspo_lightning.training.update import (
     Minibatch,
-    build_micro_batch,
     check_minibatches,
     minibatch_order,
     sampler_mismatch,
@@ -110,7 +109,7 @@ class RolloutUpdate:
             return
         for minibatch, given in zip(self._minibatches, fixed, strict=True):
             for plan, old in zip(minibatch.plan, given.old or [], strict=True):
-                micro = build_micro_batch(self.scored, plan, self.module.device)
+                micro = self.passes.micro_batch(self.scored, plan)
                 add_metrics(self.metrics, sampler_mismatch(old, micro))
 
     def ratios(self) -> Tensor:
@@ -171,13 +170,15 @@ class RolloutUpdate:
     def _has_gradient(self, minibatch: Minibatch) -> bool:
         """Whether anything forwarded on any rank can have a gradient. If not, the step is skipped: with momentum a zero
         gradient moves the weights too."""
-        module = self.module
-        if not module.update_settings.keep_zero_advantage:
+        module, objective = self.module, self.passes.objective
+        # Adaptive entropy control forwards all completions, whether its bonus acts in this step or not.
+        rests = objective.entropy_target is not None and not objective.entropy_coef
+        if not module.update_settings.keep_zero_advantage and not rests:
             return True  # completions that cannot have one are left out
         members = ((part.group, number) for plan in minibatch.plan for part in plan for number in part.completions)
         signal = not all(self.scored.has_zero_advantage(group, number) for group, number in members)
         # No reason to return at once: of a loss that draws at random ranks may find different things, and all must ask.
-        signal = signal or not self.passes.objective.zero_advantage_is_free
+        signal = signal or not (replace(objective, entropy_target=None) if rests else objective).zero_advantage_is_free
         return bool(global_max(int(signal or module.has_auxiliary_loss), module.device))
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
@@ -187,7 +188,7 @@ class RolloutUpdate:
         for index in range(rounds):
             with gradient_sync(module.trainer.strategy, last=index + 1 == rounds):
                 if index < len(minibatch.plan):
-                    micro = build_micro_batch(self.scored, minibatch.plan[index], module.device)
+                    micro = self.passes.micro_batch(self.scored, minibatch.plan[index])
                     loss, logprobs = self.passes.loss(micro, fixed, index, attempt)
                     # Under top-p, top-k or min-p the sampler's distribution has another support.
                     if attempt.fresh and module.sampled_with.full_support:
@@ -210,12 +211,12 @@ class RolloutUpdate:
         if index >= len(minibatch.plan):
             refuse_untrained(self.module.has_auxiliary_loss)
         alone = not shares_gradients(self.module.trainer.strategy)
-        device = self.module.device
-        check_repeatable(minibatch.plan[index], self.scored, device, repeatable=alone)
+        least = self.passes.policy.least_common
+        check_repeatable(minibatch.plan[index], self.scored, least, repeatable=alone)
         cast(LightningOptimizer, self.module.optimizers()).zero_grad()
         free()
         self.module.counts["oom_splits"] += 1
-        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored, device)
+        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored, least)
         return minibatch, Fixed(*tensors)
 
     def _stepped_parameters(self) -> list[nn.Parameter]:
@@ -261,6 +262,7 @@ def _passes(module: GSPOModule) -> Passes:
 
 def minibatches_of(module: GSPOModule, scored: ScoredRollout, objective: Objective) -> list[Minibatch]:
     """This rank's part of each minibatch of a rollout."""
+    assert module.policy is not None
     settings = module.update_settings
     counts = gather_values(torch.tensor([len(scored.prompts)])).tolist()
     for count in counts:
@@ -272,5 +274,5 @@ def minibatches_of(module: GSPOModule, scored: ScoredRollout, objective: Objecti
         zero_advantage_is_free=objective.zero_advantage_is_free,
         mask_truncated=objective.mask_truncated_completions,
         order=minibatch_order(counts[rank()], settings.num_minibatches, seed, sum(counts[: rank()])),
-        device=module.device,
+        least_common=module.policy.least_common,
     )

@@ -114,11 +114,11 @@ def split_minibatches(
     zero_advantage_is_free: bool,
     mask_truncated: bool,
     order: list[int],
-    device: torch.device,
+    least_common: int,
 ) -> list[Minibatch]:
-    """Cuts the rollout into ``num_minibatches`` sets of whole groups, in ``order``, and plans each for ``device``.
+    """Cuts the rollout into ``num_minibatches`` sets of whole groups, taken in ``order``, and plans each.
 
-    Their number divides that of the prompts: `check_minibatches`.
+    Their number divides that of the prompts: `check_minibatches`; ``least_common`` is that of `common_prefix`.
 
     A completion is left out of the forward if it cannot change the gradient: it is masked as truncated, or its
     advantage is zero under an objective without another term. Only the former leave the denominator too.
@@ -126,7 +126,7 @@ def split_minibatches(
     size = len(order) // settings.num_minibatches
     drop_zero = zero_advantage_is_free and not settings.keep_zero_advantage
     return [
-        _minibatch(scored, tuple(order[start : start + size]), settings, drop_zero, mask_truncated, device)
+        _minibatch(scored, tuple(order[start : start + size]), settings, drop_zero, mask_truncated, least_common)
         for start in range(0, size * settings.num_minibatches, size)
     ]
 
@@ -137,7 +137,7 @@ def _minibatch(
     settings: UpdateSettings,
     drop_zero: bool,
     mask_truncated: bool,
-    device: torch.device,
+    least_common: int,
 ) -> Minibatch:
     survivors: list[list[tuple[int, int]]] = []
     others: list[list[tuple[int, int]]] = []
@@ -156,7 +156,7 @@ def _minibatch(
 
     def planned(members: list[list[tuple[int, int]]]) -> tuple[MicroBatchPlan, ...]:
         prompts = [scored.prompts[group] for group, some in zip(groups, members, strict=True) if some]
-        common = common_prefix([prompt.input_ids for prompt in prompts], device, prompts)
+        common = common_prefix([prompt.input_ids for prompt in prompts], least_common, prompts)
         local = plan_micro_batches(lengths, members, settings.max_tokens_per_microbatch, common)
         return tuple(tuple(type(part)(groups[part.group], part.completions) for part in micro) for micro in local)
 
@@ -164,8 +164,10 @@ def _minibatch(
     return Minibatch(groups, planned(survivors), num_sequences, num_tokens, left_out)
 
 
-def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device) -> MicroBatch:
-    """Packs the completions of one micro-batch."""
+def build_micro_batch(
+    scored: ScoredRollout, plan: MicroBatchPlan, device: torch.device, least_common: int
+) -> MicroBatch:
+    """Packs the completions of one micro-batch; ``least_common`` as in `gspo_lightning.packing.common_prefix`."""
     members = [(part.group, number) for part in plan for number in part.completions]
     rows = [scored.completions[group][number] for group, number in members]
     groups = [
@@ -173,7 +175,7 @@ def build_micro_batch(scored: ScoredRollout, plan: MicroBatchPlan, device: torch
         for part in plan
     ]
     trained = [row.dialogue.trained if row.dialogue is not None else None for row in rows]
-    packed = pack(groups, device, [scored.prompts[part.group] for part in plan], trained)
+    packed = pack(groups, device, [scored.prompts[part.group] for part in plan], trained, least_common)
     advantages = torch.cat([scored.token_advantages(group, number) for group, number in members])
     drawn = zip((row.sampler_logprobs for row in rows), trained, strict=True)
     sampler = torch.cat([logprobs if kept is None else logprobs[kept] for logprobs, kept in drawn])
