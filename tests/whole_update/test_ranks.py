@@ -180,7 +180,7 @@ def test_two_ranks_give_the_weights_and_metrics_of_the_equations(name, on_two, f
 def test_what_ranks_exchange_is_among_the_seeds():
     cases = [on_ranks(name) for name in TEXT]
     assert [name for name, of in OCCURS.items() if not any(map(of, cases))] == []
-    cases = [on_ranks(name) for name in (*MODELS, *MORE_MODELS)]
+    cases = [on_ranks(name) for name in (*MODELS, *MORE_MODELS) if "control" not in name]
     assert {case.model for case in cases} == set(KINDS + PADDED)
     assert {(case.vision, case.lora) for case in cases if case.model in SEEING} == {
         *((half, adapted) for half in ("frozen", "trained") for adapted in (False, True)), ("alone", False)
