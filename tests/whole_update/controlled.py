@@ -25,7 +25,7 @@ CONTROLLED: tuple[Case, ...] = (
         CONTROL, seed=91_004, beta=0.04, lora=True, level="token", top_entropy_quantile=0.5, auxiliary=0.01, system=20,
         mismatch=("token", "truncate", 1.2, 0.0), rollouts=2,
     ),
-    replace(CONTROL, seed=91_005, loss="sapo", level="token", turns="rewarded", padded=True, system=20, fits=2),
+    replace(CONTROL, seed=91_005, loss="sapo", level="token", turns="rewarded", padded=True, system=20, minibatches=2),
     replace(CONTROL, seed=91_006, stale=True, rollouts=3, minibatches=2, optimizer="adamw", lr=1e-3),
     replace(CONTROL, seed=91_007, max_draws=2, rewards="binary", rollouts=2, off_policy_threshold=0.1, level="token"),
 )  # fmt: skip

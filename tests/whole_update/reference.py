@@ -317,14 +317,15 @@ class Run:
     def _count_forwards(self, rollout: Rollout, members: list[Member]) -> None:
         """Tokens forwarded if no group is split: each prompt once, and of a completion those that predict another.
 
-        What all prompts begin with is forwarded once, unless it is short or one of them has images.
+        What all prompts begin with is forwarded once, unless it is short, one of them has images, or rows are padded.
         """
         forwarded = [m for m in members if self._is_measured(rollout, m)]
         for b in {b for b, _ in forwarded}:
             own = [len(rollout.groups[b][g].token_ids) - 1 for prompt, g in forwarded if prompt == b]
             self.counts["train_tokens"] += len(rollout.prompts[b].input_ids) + sum(own)
         prompts = [rollout.prompts[b] for b in {b for b, _ in forwarded}]
-        if len(prompts) > 1 and not any(prompt.mm_inputs for prompt in prompts):
+        shares = not self.case.padded and not any(prompt.mm_inputs for prompt in prompts)
+        if len(prompts) > 1 and shares:
             shared = len(commonprefix([prompt.input_ids.tolist()[:-1] for prompt in prompts]))
             self.counts["train_tokens"] -= shared * (len(prompts) - 1) if shared >= 16 else 0
 

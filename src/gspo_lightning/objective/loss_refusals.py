@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,13 @@ class Finding:
 
     kind: Literal["contradiction", "no_effect", "warning"]
     message: str
+
+
+def not_above_zero(objective: Objective, keys: Iterable[str]) -> Iterator[Finding]:
+    """A contradiction for each of the settings that is not above 0."""
+    for key in keys:
+        if not getattr(objective, key) > 0:
+            yield Finding("contradiction", f"objective.{key}={getattr(objective, key)} must be above 0")
 
 
 def of_loss(objective: Objective, steps: int, staleness: int, longest: int | None) -> Iterator[Finding]:
@@ -60,11 +67,8 @@ def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
 
 
 def _weight(objective: Objective, on_policy: bool) -> Iterator[Finding]:
-    """Settings of smooth weights. Those of ``sapo`` and ``vespo`` are 1 at a ratio of 1, whatever their settings."""
-    for key in TAU_KEYS + KERNEL_KEYS:
-        value = getattr(objective, key)
-        if key in objective.spec.reads and not value > 0:
-            yield Finding("contradiction", f"objective.{key}={value} must be above 0")
+    """Settings of smooth weights. At a ratio of 1 the weights of ``sapo`` and ``vespo`` are 1, whatever these are."""
+    yield from not_above_zero(objective, [key for key in TAU_KEYS + KERNEL_KEYS if key in objective.spec.reads])
     ratio_moves = not on_policy or (objective.spec.corrects_itself and objective.mismatch is not None)
     if ratio_moves or objective.loss_type not in ("sapo", "vespo"):
         return

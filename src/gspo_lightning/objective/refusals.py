@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.objective.loss_refusals import Finding, of_loss
+from gspo_lightning.objective.loss_refusals import Finding, not_above_zero, of_loss
 from gspo_lightning.objective.objective import Objective
 
 
@@ -98,8 +98,8 @@ def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool)
             f"objective.top_entropy_quantile={objective.top_entropy_quantile} must be above 0 and at most 1",
         )
     threshold = objective.off_policy_mask_threshold
-    if threshold is not None and not threshold > 0:
-        yield Finding("contradiction", f"objective.off_policy_mask_threshold={threshold} must be above 0")
+    if threshold is not None:
+        yield from not_above_zero(objective, ("off_policy_mask_threshold",))
     if threshold is not None and on_policy:
         yield Finding(
             "no_effect",
@@ -131,9 +131,7 @@ def _entropy(objective: Objective) -> Iterator[Finding]:
                     f"{default}",
                 )
         return
-    for key in ("entropy_target", "entropy_coef_delta"):
-        if not getattr(objective, key) > 0:
-            yield Finding("contradiction", f"objective.{key}={getattr(objective, key)} must be above 0")
+    yield from not_above_zero(objective, ("entropy_target", "entropy_coef_delta"))
     if not 0 <= low < high:
         yield Finding(
             "contradiction",
