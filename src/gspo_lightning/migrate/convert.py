@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.migrate import computed, lora, vllm
+from gspo_lightning.migrate import computed, lora, losses, vllm
 from gspo_lightning.migrate.trl_table import (
     BETTER,
     COMPUTED,
@@ -89,11 +89,11 @@ def convert(given: dict[str, Any], *, ranks: int = 1, adapter: dict[str, Any] | 
             result.settings[RENAMED[key]] = config[key]
         notes[key] = ("same" if RENAMED[key].split(".")[-1] == key else "renamed", RENAMED[key])
     steps = computed.optimization(config, result, notes, ranks)
-    computed.objective(config, given, result, notes)
+    losses.objective(config, given, result, notes)
     computed.running(config, result, notes, steps)
     vllm.rollout(config, result, notes)
-    computed.single_tokens(config, result, notes)
-    computed.smooth_weights(config, result, notes, steps)
+    losses.single_tokens(config, result, notes)
+    losses.smooth_weights(config, result, notes, steps)
     if adapter is not None:
         lora.adapter(adapter, result, notes)
         given = given | {lora.PREFIX + key: value for key, value in adapter.items()}
