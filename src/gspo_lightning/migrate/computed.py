@@ -1,4 +1,4 @@
-"""The keys of a GRPOConfig whose translation depends on their value or on other keys; those of the loss: `losses.py`."""
+"""The keys of a GRPOConfig whose translation depends on their value or on other keys; the loss is in `losses.py`."""
 
 from __future__ import annotations
 
