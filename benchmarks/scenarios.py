@@ -125,6 +125,12 @@ SCENARIOS = {
 GUARD = Scenario("guard", 2, 8, 45, 16, "bf16")
 
 
+def quick_here() -> Scenario:
+    """What `scripts/benchmark.py --quick` runs here: half of `quickstart` where that is in float32."""
+    here = SCENARIOS["quickstart"].on_this_processor()
+    return replace(here, name="half_quickstart", prompts=4) if here.precision == "fp32" else here
+
+
 def guard_here() -> Scenario:
     """What `scripts/benchmark.py --check` runs here: where that is in float32, half of `GUARD`, which takes as long."""
     here = GUARD.on_this_processor()

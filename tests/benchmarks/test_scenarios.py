@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from benchmarks import processor
-from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, common_tokens, guard_here, unique_flops
+from benchmarks.scenarios import GUARD, SCENARIOS, Scenario, common_tokens, guard_here, quick_here, unique_flops
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_without_units_for_bfloat16_both_sides_run_in_float32(flags, units, prec
     # The guard's work takes about as long: half of it where a product takes several times as long.
     assert (guard_here() == GUARD) == (precision == "bf16")
     assert (guard_here().prompts, guard_here().precision) == ((2, "bf16") if precision == "bf16" else (1, "fp32"))
+    quick = quick_here()
+    assert (quick.name, quick.prompts) == (("quickstart", 8) if precision == "bf16" else ("half_quickstart", 4))
 
 
 def test_the_operations_that_a_step_cannot_do_without_by_hand():

@@ -23,7 +23,7 @@ def make(lengths=LENGTHS, advantages=ADVANTAGES, scale=0.3, seed=0):
     """Ragged sequences whose ratios fall on both sides of every clip edge."""
     rng = np.random.default_rng(seed)
     old = [-rng.uniform(0.1, 3.0, n) for n in lengths]
-    new = [o + rng.normal(0, scale, len(o)) for o in old]
+    new = [np.minimum(o + rng.normal(0, scale, len(o)), -1e-3) for o in old]  # of probabilities below 1
     return old, new, list(advantages)
 
 
@@ -90,6 +90,12 @@ def hand_loss(kind, d, new, a, level, low, high, delta):
         whole, (k, decay) = math.prod(np.exp(d)), (2.0, 3.0) if a >= 0 else (3.0, 2.0)
         weight = whole**k * math.exp(-decay * whole) / math.exp(-decay)
         return -weight * a * new, np.diag(np.full(n, -weight * a))
+    if kind in ("dppo_tv", "dppo_kl"):
+        old, p, q = new - d, np.exp(new), np.exp(new - d)
+        moved = np.abs(p - q) if kind == "dppo_tv" else q * (old - new) + (1 - q) * np.log((1 - q) / (1 - p))
+        kept = ~((a > 0) & (p > q) & (moved > high)) & ~((a < 0) & (p < q) & (moved > low))
+        weight = (w if delta is None else np.minimum(w, delta)) * kept
+        return -weight * a * new, np.diag(-weight * a)
     raise NotImplementedError(f"write the loss {kind} here by hand")
 
 
@@ -110,13 +116,14 @@ def hand(kind, old, new, advantages, level, low, high, delta=None):
     return value, np.concatenate(gradients)
 
 
+WIDTHS = {"cispo": (0.0, 1.1), "gmpo": (0.2, 0.15), "dppo_tv": (0.05, 0.04), "dppo_kl": (0.02, 0.01)}
 CASES = [(kind, level) for kind, spec in LOSSES.items() for level in spec.levels or ("token",)]
 
 
 @pytest.mark.parametrize(("kind", "level"), CASES)
 @pytest.mark.parametrize("delta", [None, 1.5])
 def test_value_and_gradient_equal_the_form_written_by_hand(kind, level, delta):
-    low, high = {"cispo": (0.0, 1.1), "gmpo": (0.2, 0.15)}.get(kind, (0.12, 0.15))
+    low, high = WIDTHS.get(kind, (0.12, 0.15))
     old, new, advantages = make()
     objective = Objective(
         max_completion_length=MAX_TOKENS, importance_sampling_level=level, loss_type=kind,
@@ -284,6 +291,12 @@ CLIPPED = {
     "cispo at 1.5": ("cispo", {"epsilon_high": 1.5}, 0, 4),  # 1.649 and 7.389 of either sign
     "gmpo at 0.4": ("gmpo", {}, 1, 2),  # 0.607 below 0.670; 1.649, 7.389 above 1.492
     "gmpo at 0.2 / 0.6": ("gmpo", {"epsilon": 0.2, "epsilon_high": 0.6}, 2, 1),
+    # p_old = 0.0498: p is 0.0302, 0.0369, 0.0672, 0.0821, 0.3679; their KL 0.0055, 0.0021, 0.0026, 0.0080, 0.2877.
+    "dppo_tv at 0.15": ("dppo_tv", {}, 0, 1),
+    "dppo_tv at 0.015 / 0.02": ("dppo_tv", {"epsilon": 0.015, "epsilon_high": 0.02}, 1, 2),
+    "dppo_tv with a cap": ("dppo_tv", {"delta": 1.5}, 0, 4),  # 1.649 and 7.389 of either sign, not that of advantage 0
+    "dppo_kl at 0.05": ("dppo_kl", {}, 0, 1),
+    "dppo_kl at 0.001 / 0.005": ("dppo_kl", {"epsilon": 0.001, "epsilon_high": 0.005}, 2, 2),
 }
 
 
@@ -315,13 +328,31 @@ def test_the_ratios_that_are_never_clipped():
     assert bounds(loss_type=lambda x: x.ratio) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_that_are_or_were_certain_have_a_divergence_and_a_gradient(dtype):
+    """KL to 0.94 of a certain token: -log 0.94 = 0.062; to 0.96: 0.041; of any other token to certainty: infinite."""
+    old = torch.tensor([1.0, 1.0, 0.5, 1.0, 1 - 2**-20, 0.2], dtype=dtype).log()
+    new = torch.tensor([0.94, 0.96, 1.0, 1.0, 1 - 2**-10, 1e-30], dtype=dtype).log().requires_grad_()
+    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, 1.0], dtype=dtype)
+    objective = Objective(max_completion_length=1, importance_sampling_level="token", loss_type="dppo_kl")
+    result = objective(new, old, advantages, torch.arange(6), torch.ones(6, dtype=torch.long))
+    assert (result.metrics["clip_frac_low"], result.metrics["clip_frac_high"]) == ((1, 6), (1, 6))
+    (gradient,) = torch.autograd.grad(result.loss, new)
+    expected = [0.0, 0.96, 0.0, -1.0, (1 - 2**-10) / (1 - 2**-20), -5e-30]
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-5, abs=0)
+
+
 NO_CLIP = {"epsilon": 1e9, "epsilon_high": 1e9, "delta": None}
 
 
 def losses_of_tokens(kind, **settings):
-    """(loss of each token, inputs) for 400 completions of one token, at ratios from 0.1 to 10."""
+    """(loss of each token, inputs) for 400 completions of one token, at ratios from 0.1 to 10; with probabilities of 2
+    to 98 % for a loss that clips by these."""
     rng = np.random.default_rng(3)
     old, d = torch.tensor(rng.uniform(-6, -4, 400)), torch.tensor(rng.uniform(-2.3, 2.3, 400))
+    if kind.startswith("dppo"):
+        old, new = torch.tensor(rng.uniform(0.02, 0.98, (2, 400))).log()
+        d = new - old
     inputs = LossInputs(
         old + d, d, d.exp(), torch.tensor(rng.normal(size=400)), torch.arange(400), torch.ones(400),
         **{"tau_positive": 1.0, "tau_negative": 1.05} | settings,
@@ -343,6 +374,9 @@ def test_the_masks_of_every_loss_are_the_tokens_whose_loss_the_clip_changes(kind
     assert torch.equal(low | high, clipped != free)
     assert 50 < (low | high).sum() < 390
     # No ratio inside the bounds is clipped, and of those outside on either side that exist, some are.
+    if clip.bounds is None:
+        assert low.any() and not (low | high)[(inputs.ratio - 1).abs() < 1e-3].any()
+        return
     smallest, largest = clip.bounds(0.3, 0.4)
     assert inputs.ratio[low].max() < smallest if low.any() else smallest == 0
     assert largest < inputs.ratio[high].min() < largest * 1.1

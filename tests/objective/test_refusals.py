@@ -83,6 +83,14 @@ CASES = {
     "a wide clip at sequence level": ({"epsilon": 0.2}, {}, "warning", "will almost never act"),
     "a sequence's width at token level": ({"importance_sampling_level": "token", "epsilon": 0.03}, {}, "warning", "widths for the ratio of a sequence"),
     "a negative width": ({"epsilon": -0.1}, {}, "contradiction", "must not be negative"),
+    "a cap that would act on all tokens of a trust region": (
+        {"loss_type": "dppo_tv", "importance_sampling_level": "token", "delta": 0.9}, {}, "contradiction",
+        "objective.delta=0.9 is below 1: it would cap every token that has not moved; raise it",
+    ),
+    "a trust region on policy": (
+        {"loss_type": "dppo_kl", "importance_sampling_level": "token", "epsilon": 0.1}, {"num_minibatches": 1}, "no_effect",
+        "objective.epsilon cannot act: with one optimizer step per rollout",
+    ),
     "delta below the upper clip": ({"importance_sampling_level": "token", "delta": 1.2}, {}, "contradiction", "objective.delta=1.2 is below"),
     "cispo at sequence level": ({"loss_type": "cispo"}, {}, "contradiction", "use token"),
     "gmpo at sequence level": ({"loss_type": "gmpo"}, {}, "contradiction", "use token"),
@@ -193,6 +201,7 @@ def test_found_with_its_kind_key_and_fix(settings, changes, kind, text):
         *({"importance_sampling_level": level, "top_entropy_quantile": 0.2} for level in ("token", "sequence_token")),
         {"importance_sampling_level": "sequence_token", "mismatch": MismatchCorrection("token", "mask", 5.0, 0.5)},
         *({"mismatch": MismatchCorrection(level, "mask", 2.0)} for level in ("sequence", "sequence_mean")),
+        {"loss_type": "dppo_kl", "importance_sampling_level": "token", "epsilon": 0.01, "delta": 1.0},
         VESPO, {**VESPO, "top_entropy_quantile": 0.2, "k_positive": 1.0, "lambda_negative": 0.5},
         *({**VESPO, "mismatch": MismatchCorrection("token", how, 2.0)} for how in ("truncate", "mask")),
     ],

@@ -28,15 +28,23 @@ LEVELS = {
     "sapo": ("token", "sequence"),
     "gmpo": ("token",),
     "vespo": ("token",),
+    "dppo_tv": ("token",),
+    "dppo_kl": ("token",),
     "reinforce": ANY,
 }
 """Ratio levels by loss. To ``reinforce``, which has no ratio, the level is the unit of the metrics alone."""
+
+DPPO = ("dppo_tv", "dppo_kl")
+"""One mask of a token, two divergences."""
 
 SURROGATES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
 """One loss of a token, five averages."""
 
 DEFAULT_WIDTHS = {"token": (0.2, 0.27), "sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4)}
 """(epsilon, epsilon_high); those of sequences are of GSPO, arXiv 2507.18071, section 5.1."""
+
+WIDTHS_OF_LOSSES = {"cispo": (0.0, 5.0), "gmpo": (0.4, 0.4), "dppo_tv": (0.15, 0.15), "dppo_kl": (0.05, 0.05)}
+"""Those that are no matter of the level (docs/objectives)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Terms:
 def clip_widths(case: Case) -> tuple[float, float]:
     """(epsilon, epsilon_high) in effect: ``epsilon`` alone is meant for both sides (docs/objectives/README.md)."""
     brought = OWN[case.loss].widths if case.loss in OWN else None
-    own = brought or {"cispo": (0.0, 5.0), "gmpo": (0.4, 0.4)}.get(case.loss)
+    own = brought or WIDTHS_OF_LOSSES.get(case.loss)
     low, high = own or DEFAULT_WIDTHS[case.level]
     if case.epsilon is not None:
         low = high = case.epsilon
@@ -107,6 +115,8 @@ def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
         return gmpo(case, x)
     if case.loss == "vespo":
         return vespo(case, x)
+    if case.loss in DPPO:
+        return dppo(case, x, w)
     return torch.stack([-x.advantages[t] * x.logprobs[t] for t in range(x.length)])  # REINFORCE, Williams 1992
 
 
@@ -169,6 +179,32 @@ def vespo(case: Case, x: Terms) -> Tensor:
     return torch.stack(losses)
 
 
+def has_left(case: Case, x: Terms, t: int) -> str:
+    """Where token t has left the trust region to, ``low`` or ``high``, if its advantage drives it further; else empty.
+
+    DPPO (arXiv 2602.04879): the divergence of two coins, "this token" against "any other".
+    """
+    epsilon, epsilon_high = clip_widths(case)
+    now, before = math.exp(x.logprobs[t].item()), math.exp(x.old[t].item())
+    if case.loss == "dppo_tv":
+        divergence = (abs(now - before) + abs((1 - now) - (1 - before))) / 2
+    else:
+        sides = ((before, now), (1 - before, 1 - now))
+        divergence = sum(a and (a * math.log(a / b) if b else math.inf) for a, b in sides)
+    if x.advantages[t] > 0 and now > before and divergence > epsilon_high:
+        return "high"
+    return "low" if x.advantages[t] < 0 and now < before and divergence > epsilon else ""
+
+
+def dppo(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+    """``-M sg[w] A log pi`` (DPPO, arXiv 2602.04879); ``delta`` bounds the weight."""
+    losses = []
+    for t in range(x.length):
+        weight = 0.0 if has_left(case, x, t) else min(w[t].item(), case.delta or math.inf)
+        losses.append(-weight * x.advantages[t] * x.logprobs[t])
+    return torch.stack(losses)
+
+
 def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], list[bool]] | None:
     """Which tokens are clipped (from below, from above), for `clip_frac_*`; None for a loss that clips nothing."""
     epsilon, epsilon_high = clip_widths(case)
@@ -179,6 +215,10 @@ def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], l
         return low, [(r > 1 + epsilon_high and a > 0) or (r > cap and a < 0) for r, _, a in pairs]
     if case.loss == "cispo":
         return [False] * x.length, [r > epsilon_high and a != 0 for r, _, a in pairs]
+    if case.loss in DPPO:
+        left, cap = [has_left(case, x, t) for t in range(x.length)], case.delta or math.inf
+        capped = [r > cap and a != 0 for r, _, a in pairs]
+        return [side == "low" for side in left], [side == "high" or c for side, c in zip(left, capped, strict=True)]
     if case.loss == "gmpo":
         return [d < -epsilon and a < 0 for _, d, a in pairs], [d > epsilon_high and a > 0 for _, d, a in pairs]
     return None
@@ -236,4 +276,4 @@ def denominator(case: Case, sequences: int, tokens: int, longest: int) -> float:
     """The same column, before the sums: over the minibatch, whatever is left out of the forward."""
     if averaged_as(case) in ("grpo", "sapo", "gmpo", "luspo"):
         return sequences
-    return sequences * longest if averaged_as(case) == "dr_grpo" else tokens
+    return sequences * longest if averaged_as(case) in ("dr_grpo", *DPPO) else tokens

@@ -35,7 +35,7 @@ from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.draw import draw
 from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
-from tests.whole_update.reference_losses import SURROGATES
+from tests.whole_update.reference_losses import DPPO, SURROGATES
 from tests.whole_update.reference_model import Network, Weights
 from tests.whole_update.scripted_rollouts import scripted_stream
 
@@ -59,6 +59,8 @@ VESPO = Case(
     k_negative=2.5, lambda_negative=1.2, max_grad_norm=1.0,
 )  # fmt: skip
 
+REGION = Case(loss="dppo_tv", level="token", prompts=4, iterations=2, minibatches=2, lr=0.05, temperature=0.5)
+
 OF_NEW_LOSSES: tuple[Case, ...] = (
     replace(VESPO, seed=90_000, k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_negative=2.0),
     replace(VESPO, seed=90_001, turns="rewarded", mismatch=("token", "truncate", 1.2, 0.0), top_entropy_quantile=0.5),
@@ -66,6 +68,10 @@ OF_NEW_LOSSES: tuple[Case, ...] = (
     replace(
         VESPO, seed=90_003, rollouts=2, stale=True, mismatch=("token", "truncate", 2.0, 0.0), optimizer="adamw", lr=1e-3
     ),
+    replace(REGION, seed=92_000),
+    replace(REGION, seed=92_001, epsilon=0.02, epsilon_high=0.01, delta=1.01, turns="rewarded"),
+    replace(REGION, seed=92_002, loss="dppo_kl", mismatch=("token", "mask", 3.0, 0.3), beta=0.04),
+    replace(REGION, seed=92_003, loss="dppo_kl", epsilon=2e-3, epsilon_high=1e-3, top_entropy_quantile=0.5),
 )
 """A case for each loss that is not among `DRAWN`, such as ``Case(loss=..., level=..., prompts=4, iterations=2)``."""
 
@@ -201,6 +207,11 @@ def test_the_bonus_acts_behind_steps_of_low_entropy_and_rests_behind_others(micr
     assert 0 < second["entropy_coef"] < 0.7
     (always,) = outcome(micro_model_dir, CONTROLLED[1]).metrics  # 0, then 0.7 (0.5 + 0.3 is more) seven times
     assert always["entropy_coef"] == pytest.approx(7 * 0.7 / 8, rel=1e-12)
+
+
+def test_the_trust_regions_of_dppo_leave_out_tokens_on_both_sides(micro_model_dir):
+    left = [clipped(outcome(micro_model_dir, case).metrics[0]) for case in OF_NEW_LOSSES if case.loss in DPPO]
+    assert len(left) == 4 and all(0 < low < 0.3 and 0 < high < 0.5 for low, high in left), left
 
 
 def test_the_off_policy_mask_decides_by_token_where_turns_have_rewards(micro_model_dir):

@@ -57,8 +57,8 @@ def _unread(objective: Objective) -> Iterator[Finding]:
 
 def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
     acting = [key for key in CLIP_KEYS if key in objective.spec.reads and getattr(objective, key) is not None]
-    bounds = objective.ratio_bounds
-    if on_policy and acting and bounds is not None and bounds[0] <= 1 <= bounds[1]:
+    low, high = objective.ratio_bounds or (1.0, 1.0)
+    if on_policy and acting and objective.spec.clip is not None and low <= 1 <= high:
         yield Finding(
             "no_effect",
             f"objective.{acting[0]} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
@@ -87,12 +87,8 @@ def _widths(objective: Objective) -> Iterator[Finding]:
     chosen = bounds is not None and (objective.epsilon is not None or objective.epsilon_high is not None)
     if not low >= 0 or not high >= 0:
         yield Finding("contradiction", f"objective.epsilon={low} and epsilon_high={high} must not be negative")
-    if objective.delta is not None and "delta" in objective.spec.reads and objective.delta < 1 + high:
-        yield Finding(
-            "contradiction",
-            f"objective.delta={objective.delta} is below 1 + epsilon_high = {1 + high}: it would "
-            "undo the upper clip; raise it",
-        )
+    if objective.delta is not None and "delta" in objective.spec.reads:
+        yield from _cap(objective, objective.delta)
     if bounds is not None and bounds[1] == high < 1:
         yield Finding(
             "warning",
@@ -113,6 +109,15 @@ def _widths(objective: Objective) -> Iterator[Finding]:
             "importance_sampling_level=token they clip most tokens: usual values there are 0.2/0.27 "
             "(objective=grpo, or both null)",
         )
+
+
+def _cap(objective: Objective, delta: float) -> Iterator[Finding]:
+    least, clip = 1 + objective.clip[1], objective.spec.clip
+    which = f"1 + epsilon_high = {least}: it would undo the upper clip"
+    if clip is not None and clip.bounds is None:
+        least, which = 1.0, "1: it would cap every token that has not moved"
+    if delta < least:
+        yield Finding("contradiction", f"objective.delta={delta} is below {which}; raise it")
 
 
 def _loss(objective: Objective, steps: int, staleness: int) -> Iterator[Finding]:

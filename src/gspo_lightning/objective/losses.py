@@ -112,14 +112,65 @@ def reinforce(x: LossInputs) -> Tensor:
     return -x.advantages * x.logprobs
 
 
+def dppo_tv(x: LossInputs) -> Tensor:
+    """``-sg[w] A log pi, 0 where A (p - p_old) > 0 and |p - p_old| > eps`` (DPPO, arXiv 2602.04879): a trust region of
+    probabilities, not of their ratio.
+
+    A token is left out once its probability has moved further than ``eps_high`` upwards (A > 0) or ``eps`` downwards
+    (A < 0): the total variation between two distributions over "this token" and "any other". ``delta`` caps ``w``.
+    """
+    return _within(x, _left_by_tv(x))
+
+
+def dppo_kl(x: LossInputs) -> Tensor:
+    """``-sg[w] A log pi, 0 where A (p - p_old) > 0 and KL(p_old, p) > eps`` (DPPO, arXiv 2602.04879): as
+    `dppo_tv`, by ``p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))`` of those two distributions.
+    """
+    return _within(x, _left_by_kl(x))
+
+
+def _within(x: LossInputs, left: tuple[Tensor, Tensor]) -> Tensor:
+    weight = x.ratio.detach() if x.delta is None else x.ratio.detach().clamp(max=x.delta)
+    return -weight.masked_fill(left[0] | left[1], 0.0) * x.advantages * x.logprobs
+
+
+def _left_by_tv(x: LossInputs) -> tuple[Tensor, Tensor]:
+    """Tokens that have left the trust region (downwards, upwards) in the direction of their advantage."""
+    new, old = _logprobs(x)
+    rise = new.exp() - old.exp()
+    return (-rise > x.epsilon) & (x.advantages < 0), (rise > x.epsilon_high) & (x.advantages > 0)
+
+
+def _left_by_kl(x: LossInputs) -> tuple[Tensor, Tensor]:
+    new, old = _logprobs(x)
+    others = -torch.expm1(old)
+    # Where the token was certain, "any other" adds nothing, however likely it has become.
+    of_others = torch.where(others > 0, others * (_log1mexp(old) - _log1mexp(new)), 0.0)
+    divergence = old.exp() * (old - new) + of_others
+    low = (divergence > x.epsilon) & (new < old) & (x.advantages < 0)
+    return low, (divergence > x.epsilon_high) & (new > old) & (x.advantages > 0)
+
+
+def _logprobs(x: LossInputs) -> tuple[Tensor, Tensor]:
+    """New and old log-probabilities; at most 0, which rounding may exceed."""
+    new = x.logprobs.detach()
+    return new.clamp(max=0.0), (new - x.log_ratio.detach()).clamp(max=0.0)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` of ``x <= 0``, without cancellation near 0."""
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
 @dataclass(frozen=True)
 class Clip:
     """Where a loss clips, for metrics and messages; the loss itself does not read it."""
 
     masks: Callable[[LossInputs], tuple[Tensor, Tensor]]
     """(clipped from below, clipped from above), each ``(L,)`` bool: tokens whose loss would change with the widths."""
-    bounds: Callable[[float, float], tuple[float, float]]
-    """(epsilon, epsilon_high) -> smallest and largest ratio that is never clipped."""
+    bounds: Callable[[float, float], tuple[float, float]] | None
+    """(epsilon, epsilon_high) -> smallest and largest ratio that is never clipped; None if it clips by something else
+    than the ratio, that is 0 where the policy has not moved."""
 
 
 def _surrogate_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
@@ -139,9 +190,22 @@ def _gmpo_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
     return low, (x.log_ratio > x.epsilon_high) & (x.advantages > 0)
 
 
+def _tv_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
+    return _with_capped(x, *_left_by_tv(x))
+
+
+def _kl_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
+    return _with_capped(x, *_left_by_kl(x))
+
+
+def _with_capped(x: LossInputs, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    return low, high if x.delta is None else high | ((x.ratio > x.delta) & (x.advantages != 0))
+
+
 SURROGATE_CLIP = Clip(_surrogate_masks, lambda low, high: (1 - low, 1 + high))
 CISPO_CLIP = Clip(_cispo_masks, lambda low, high: (0.0, high))
 GMPO_CLIP = Clip(_gmpo_masks, lambda low, high: (math.exp(-low), math.exp(high)))
+TV_CLIP, KL_CLIP = Clip(_tv_masks, None), Clip(_kl_masks, None)
 
 CLIP_KEYS = ("epsilon", "epsilon_high", "delta")
 TAU_KEYS = ("tau_positive", "tau_negative")
@@ -208,6 +272,12 @@ LOSSES: dict[str, LossSpec] = {
     ),
     "vespo": LossSpec(
         vespo, "tokens", None, KERNEL_KEYS, levels=("token",), shares_one_loss=False, corrects_itself=True
+    ),
+    "dppo_tv": LossSpec(
+        dppo_tv, "max_tokens", TV_CLIP, levels=("token",), epsilons=(0.15, 0.15), shares_one_loss=False
+    ),
+    "dppo_kl": LossSpec(
+        dppo_kl, "max_tokens", KL_CLIP, levels=("token",), epsilons=(0.05, 0.05), shares_one_loss=False
     ),
     "reinforce": LossSpec(reinforce, "tokens", None, (), levels=()),
 }

@@ -112,8 +112,10 @@ class Objective:
 
     @property
     def ratio_bounds(self) -> tuple[float, float] | None:
-        """Smallest and largest ratio that is never clipped; None if there is no clip or it is unknown."""
-        return None if self.spec.clip is None else self.spec.clip.bounds(*self.clip)
+        """Smallest and largest ratio that is never clipped; None if there is no clip, or not one of the ratio, or it is
+        unknown."""
+        bounds = None if self.spec.clip is None else self.spec.clip.bounds
+        return None if bounds is None else bounds(*self.clip)
 
     @property
     def shares_one_loss(self) -> bool:
