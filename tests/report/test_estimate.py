@@ -168,6 +168,10 @@ def test_a_rollout_holds_its_weights_once_more_and_on_a_cpu_a_prompt_for_every_b
     # On a GPU weights are copied where autocast would narrow them for every token.
     plain = gpu - (copy if item == 2 else 0)
     assert cpu == plain + copy
+    # In float32 they lie where the gradients of the last update were, unless sampling and updates overlap.
+    on_cpu = of(micro_model_dir, precision=precision, on_gpu=False)
+    ahead = of(micro_model_dir, precision=precision, on_gpu=False, samples_ahead=True)
+    assert (on_cpu.reused, ahead.reused) == (copy if item == 4 else 0, 0)
     monkeypatch.setattr("gspo_lightning.rollout.block_cache.MOST_ROWS", 2)
     blocks = of(micro_model_dir, precision=precision, on_gpu=False)
     # Two blocks of two places for three rows: four prompts more, and four places.
@@ -181,7 +185,7 @@ def test_the_peak_of_a_gpu_is_that_of_the_phase_that_needs_more(micro_model_dir)
     assert found.total == fixed + max(found.parts[ACTIVATIONS], found.rollout)
     program = process.parts["program and libraries"]
     assert 0.1 * GIB < program < 4 * GIB
-    assert process.total == fixed + found.parts[ACTIVATIONS] + process.rollout + program
+    assert process.total == fixed + found.parts[ACTIVATIONS] + process.rollout + program - process.reused
 
 
 def test_a_quantised_base_takes_a_fraction_of_its_linear_layers(micro_model_dir):
@@ -195,14 +199,21 @@ def test_a_quantised_base_takes_a_fraction_of_its_linear_layers(micro_model_dir)
 def test_the_command_counts_the_copy_that_samples_ahead_and_the_validation_of_one_prompt():
     command = [sys.executable, "train.py", "experiment=micro", "dry_run=true"]
     ahead = ["rollout=vllm_server", "rollout.engine.staleness=1"]
-    few = ["rollout.engine.max_concurrent=1", "rollout.num_generations=4", "validation.num_generations=9"]
+    one = ["rollout.engine.max_concurrent=1", "rollout.num_generations=4", "validation.num_generations=9"]
+    few = [
+        "data.task.num_validation=7",
+        "rollout.num_generations=2",
+        "data.prompts_per_rollout=4",
+        "validation.num_generations=3",
+    ]
     done = [
         subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        for more in (ahead, few)
+        for more in (ahead, one, few)
     ]
-    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert "copy that samples ahead" in done[0].stdout and "copy that samples ahead" not in done[1].stdout
+    assert [run.returncode for run in done] == [0, 0, 0], "".join(run.stderr for run in done)
+    assert ["copy that samples ahead" in run.stdout for run in done] == [True, False, False]
     assert "9 completions" in done[1].stdout
+    assert "21 completions" in done[2].stdout  # of seven held-out prompts: there are no more
 
 
 def test_the_command_prints_the_table_of_one_of_its_processes_and_leaves_nothing(tmp_path):

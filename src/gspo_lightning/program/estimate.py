@@ -7,6 +7,7 @@ for an architecture is needed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,15 @@ from gspo_lightning.packing import least_common_on
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.fake import fake_policy, saved_bytes
 from gspo_lightning.policy.load import PolicyLoader
-from gspo_lightning.program.memory_parts import GATHERED, Ranks, Work, cache_slots, model_parts, rollout_bytes
+from gspo_lightning.program.memory_parts import (
+    GATHERED,
+    Ranks,
+    Work,
+    cache_slots,
+    model_parts,
+    reused_bytes,
+    rollout_bytes,
+)
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.screen import counted
 from gspo_lightning.training.timing import rss_gb
@@ -48,14 +57,17 @@ class Estimate:
     pace: dict[str, str]
     """Settings that decide how long a rollout takes, by name."""
     on_gpu: bool
+    reused: float = 0.0
+    """Bytes of ``rollout`` that lie where the gradients of the last update were."""
 
     @property
     def total(self) -> float:
-        """Bytes at the peak. A GPU's allocator reuses the memory of the rollout; a process on a CPU keeps it."""
+        """Bytes at the peak. A GPU's allocator reuses the memory of the rollout; a process on a CPU keeps it, and
+        reuses that of gradients for copies of the weights in the same dtype."""
         passing = (ACTIVATIONS, GATHERED)
         kept = sum(value for name, value in self.parts.items() if name not in passing)
         needed = (sum(self.parts.get(name, 0.0) for name in passing), self.rollout + self.whole)
-        return kept + (max(needed) if self.on_gpu else sum(needed))
+        return kept + (max(needed) if self.on_gpu else sum(needed) - self.reused)
 
     def table(self) -> Table:
         """The estimate as a table for the screen."""
@@ -86,11 +98,12 @@ def estimate_run(plain: dict[str, Any], datamodule: PromptDataModule, module: GS
     """
     prompts, ranks = datamodule.batch_at(0).prompts, _ranks(plain)
     size = len(prompts) // ranks.count
+    held_out = min(datamodule.validation_batch_size, math.ceil(datamodule.num_held_out / ranks.count))
     shares = [prompts[start : start + size] for start in range(0, size * ranks.count, size)]
     work = Work(
         num_generations=module.sampling.num_generations,
         max_completion_length=module.sampling.max_completion_length,
-        validation_rows=datamodule.validation_batch_size * module.validator.sampled.num_generations,
+        validation_rows=held_out * module.validator.sampled.num_generations,
         max_concurrent=traits(module.engine).max_concurrent,
         update=module.update_settings,
         optimizer=plain["optimizer"]["_target_"].rpartition(".")[2],
@@ -131,6 +144,7 @@ def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimat
         activations = saved_bytes(policy, micro.packed, work.precision)
         parts = model_parts(policy, loader, work, several=micro_batches > work.update.num_minibatches)
         rollout = rollout_bytes(policy, loader, work, max(training, held_out), slots)
+        reused = min(reused_bytes(policy, loader, work), parts["gradients"])
         everything = (*policy.parameters(), *work.own)
         count = sum(p.numel() for p in everything)
         trained = sum(p.numel() for p in everything if p.requires_grad)
@@ -147,7 +161,7 @@ def estimate(loader: PolicyLoader, prompts: list[Prompt], work: Work) -> Estimat
     )
     if work.not_counted:
         pace["not counted"] = work.not_counted
-    return Estimate(count, trained, parts, rollout, whole, pace, work.on_gpu)
+    return Estimate(count, trained, parts, rollout, whole, pace, work.on_gpu, reused)
 
 
 def own_parts(module: GSPOModule) -> str:

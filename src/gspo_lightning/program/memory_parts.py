@@ -134,8 +134,13 @@ def rollout_bytes(policy: Policy, loader: PolicyLoader, work: Work, rows: int, s
     item = _product_bytes(policy, work.precision)
     cache = 2 * text.num_hidden_layers * slots * text.num_key_value_heads * size * item
     logits = LOGITS_COPIES * rows * policy.output_weight.shape[0] * 4
-    packs = work.max_concurrent and loader.quantization is None and not loader.compile and not work.ranks.sharded
-    return float(cache + logits) + (_packed_bytes(policy, work.precision, work.on_gpu) if packs else 0.0)
+    return float(cache + logits) + _packed_bytes(policy, loader, work)
+
+
+def reused_bytes(policy: Policy, loader: PolicyLoader, work: Work) -> float:
+    """Bytes of the packed weights that fit where gradients were: of the same dtype, and not while an update runs."""
+    narrowed = _product_bytes(policy, work.precision) < policy.output_weight.element_size()
+    return 0.0 if work.on_gpu or narrowed or work.samples_ahead else _packed_bytes(policy, loader, work)
 
 
 def _product_bytes(policy: Policy, precision: str) -> int:
@@ -143,13 +148,15 @@ def _product_bytes(policy: Policy, precision: str) -> int:
     return 2 if narrow else policy.output_weight.element_size()
 
 
-def _packed_bytes(policy: Policy, precision: str, on_gpu: bool) -> float:
+def _packed_bytes(policy: Policy, loader: PolicyLoader, work: Work) -> float:
     """Bytes of the copy of the weights that `gspo_lightning.rollout.prepacked` holds during a rollout."""
-    is_narrowed = precision.endswith("-mixed") and policy.output_weight.dtype == torch.float32
-    if policy.output_weight.dtype == torch.float64 or (on_gpu and not is_narrowed):
+    if not work.max_concurrent or loader.quantization is not None or loader.compile or work.ranks.sharded:
+        return 0.0
+    is_narrowed = work.precision.endswith("-mixed") and policy.output_weight.dtype == torch.float32
+    if policy.output_weight.dtype == torch.float64 or (work.on_gpu and not is_narrowed):
         return 0.0
     count = sum(m.weight.numel() for m in policy.body.modules() if type(m) is nn.Linear) + policy.output_weight.numel()
-    return float(count * _product_bytes(policy, precision))
+    return float(count * _product_bytes(policy, work.precision))
 
 
 def _quantised_share(loader: PolicyLoader, policy: Policy) -> float:
