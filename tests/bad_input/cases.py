@@ -425,6 +425,27 @@ OBJECTIVE = [
     ),
     Case(
         "objective",
+        "a ratio to a sampler with another support",
+        ["update.old_logprobs=sampler", "rollout.top_p=0.9"],
+        "rollout.top_p=0.9 contradicts update.old_logprobs=sampler",
+    ),
+    Case(
+        "objective",
+        "a correction of a ratio to the sampler",
+        ["update.old_logprobs=sampler", "mismatch=sequence_mask"],
+        "update.old_logprobs=sampler contradicts objective.mismatch",
+    ),
+    Case(
+        "objective",
+        "a ratio to the sampler for a loss without a ratio",
+        ["update.old_logprobs=sampler", "objective=reinforce", "update.num_minibatches=1"],
+        "update.old_logprobs=sampler has no effect on loss_type=reinforce",
+    ),
+    Case(
+        "objective", "old log-probabilities of nobody", ["update.old_logprobs=rollout"], "update.old_logprobs='rollout'"
+    ),
+    Case(
+        "objective",
         "a synchronised reference without a KL term",
         ["update.ref_sync_every_n_rollouts=2"],
         "update.ref_sync_every_n_rollouts",

@@ -137,6 +137,7 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "update.max_tokens_per_microbatch": (None, [], []),
     "update.max_grad_norm": (WEIGHTS, ["update.max_grad_norm=0.001"], ["optimizer.eps=1"]),
     "update.keep_zero_advantage": (METRICS, ["update.keep_zero_advantage=true"], ["data=micro_digit", "reward=last_integer"]),
+    "update.old_logprobs": (WEIGHTS, ["update.old_logprobs=sampler"], []),
     "update.log_entropy": (METRICS, ["update.log_entropy=true"], []),
     "update.ref_sync_every_n_rollouts": (WEIGHTS, ["update.ref_sync_every_n_rollouts=1"], ["objective.beta=0.5", "max_rollouts=4"]),
     "update.ref_model_mixup_alpha": (WEIGHTS, ["update.ref_model_mixup_alpha=0.1"],

@@ -87,6 +87,14 @@ CASES = {
         {"loss_type": "dppo_tv", "importance_sampling_level": "token", "delta": 0.9}, {}, "contradiction",
         "objective.delta=0.9 is below 1: it would cap every token that has not moved; raise it",
     ),
+    "a correction of a ratio to the sampler": (
+        {"mismatch": MismatchCorrection("sequence", "mask", 2.0)}, {"old_logprobs": "sampler"}, "contradiction",
+        "update.old_logprobs=sampler contradicts objective.mismatch",
+    ),
+    "a ratio to the sampler that nothing reads": (
+        {"loss_type": "reinforce", "beta": 0.1}, {"old_logprobs": "sampler", "num_minibatches": 1}, "no_effect",
+        "update.old_logprobs=sampler has no effect on loss_type=reinforce",
+    ),
     "a trust region on policy": (
         {"loss_type": "dppo_kl", "importance_sampling_level": "token", "epsilon": 0.1}, {"num_minibatches": 1}, "no_effect",
         "objective.epsilon cannot act: with one optimizer step per rollout",
@@ -222,6 +230,9 @@ def test_sound_settings_find_nothing(settings):
 )
 def test_one_step_off_the_ratio_is_not_1_and_a_clip_acts_with_one_optimizer_step(settings):
     assert findings(settings, num_minibatches=1, staleness=1) == []
+    assert (
+        findings(settings, num_minibatches=1, old_logprobs="sampler") == []
+    )  # whose numbers are not quite the policy's
     assert [kind for kind, _ in findings(settings, num_minibatches=1)] == ["no_effect"]
 
 
@@ -246,6 +257,11 @@ def test_at_a_ratio_of_1_the_gradient_of_these_losses_is_that_of_the_policy_what
     weights = objective.aggregation.token_weight(torch.full((6,), 3.0, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(found.loss, logprobs)
     assert torch.allclose(gradient, -advantages * weights, rtol=1e-14)
+
+
+@pytest.mark.parametrize("reads", [{"off_policy_mask_threshold": 0.5}, {"beta": 0.1, "kl_importance_weighted": True}])
+def test_a_loss_without_a_ratio_may_have_a_term_that_reads_the_old_log_probabilities(reads):
+    assert findings({"loss_type": "reinforce", **reads}, num_minibatches=1, old_logprobs="sampler") == []
 
 
 def test_a_clip_that_the_loss_does_not_read_is_not_told_to_take_more_steps():

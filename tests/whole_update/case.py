@@ -78,6 +78,8 @@ class Case:
     minibatches: int = 1
     token_budget: int = 4096
     max_grad_norm: float = math.inf
+    old: str = "policy"
+    """Whose log-probabilities are the denominator of the ratio: ``policy`` or ``sampler``."""
     keep_zero_advantage: bool = False
     log_entropy: bool = False
     ref_sync_every: int = 0

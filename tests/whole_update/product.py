@@ -262,6 +262,7 @@ def build(folder: Any, case: Case) -> GSPOModule:
             num_minibatches=case.minibatches,
             max_tokens_per_microbatch=case.token_budget,
             max_grad_norm=case.max_grad_norm,
+            old_logprobs=case.old,  # type: ignore[arg-type]
             keep_zero_advantage=case.keep_zero_advantage,
             ref_sync_every_n_rollouts=case.ref_sync_every,
             ref_model_mixup_alpha=case.ref_mixup_alpha,

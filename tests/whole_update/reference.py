@@ -171,8 +171,10 @@ class Run:
             rollout.entropy_before[member] = self._forward(rollout, member, weights)[1]
             if rollout.beta:
                 rollout.reference[member], _ = self._forward(rollout, member, self.reference)
-        # Of one sampled ahead, all old log-probabilities are computed; else those of the first minibatch are measured.
-        compared = range(len(rollout.groups)) if rollout.stale else minibatches[0]
+        # Of one sampled ahead, all old log-probabilities are computed, or none; else those of the first minibatch are
+        # measured.
+        everything = range(len(rollout.groups)) if self.case.old == "policy" else ()
+        compared = everything if rollout.stale else minibatches[0]
         for member in self._in_denominator(rollout, list(compared)):
             if self._is_measured(rollout, member) and self.case.full_support:
                 add_sampler_metrics(rollout.means, rollout.old[member], sampler_logprobs(rollout, member))
@@ -285,11 +287,13 @@ class Run:
         """The summed loss of one completion: ``sum_t weight (policy_t + beta KL_t - bonus H_t)``; adds its ``H_t``."""
         case = self.case
         logprobs, entropy = self._forward(rollout, member, weights)
+        sampler = sampler_logprobs(rollout, member)
+        old = logprobs.detach() if first else rollout.old[member]  # the same numbers; exactly so for the ratio 1
         x = Terms(
             logprobs,
-            logprobs.detach() if first else rollout.old[member],  # the same numbers; exactly so for the ratio 1
+            sampler if case.old == "sampler" else old,
             rollout.advantages[member],
-            sampler_logprobs(rollout, member),
+            sampler,
             rollout.reference.get(member),
             entropy,
             selected,

@@ -75,7 +75,19 @@ OF_NEW_LOSSES: tuple[Case, ...] = (
 )
 """A case for each loss that is not among `DRAWN`, such as ``Case(loss=..., level=..., prompts=4, iterations=2)``."""
 
-CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES, *CONTROLLED)
+TO_THE_SAMPLER = Case(old="sampler", level="token", prompts=4, iterations=2, minibatches=2, lr=0.05, max_grad_norm=1.0)
+
+OF_THE_SAMPLER: tuple[Case, ...] = (
+    replace(TO_THE_SAMPLER, seed=93_000, iterations=1, minibatches=1),  # whose ratios are not 1
+    replace(TO_THE_SAMPLER, seed=93_001, level="sequence", epsilon=0.02, rollouts=2, beta=0.04, token_budget=20),
+    replace(TO_THE_SAMPLER, seed=93_002, loss="dppo_tv", top_entropy_quantile=0.5, turns="rewarded", epsilon=0.01),
+    replace(TO_THE_SAMPLER, seed=93_003, loss="cispo", stale=True, rollouts=3, off_policy_threshold=0.1),
+    replace(TO_THE_SAMPLER, seed=93_004, loss="gmpo", stale=True, rollouts=2, fits=3, log_entropy=True, lora=True),
+    replace(TO_THE_SAMPLER, seed=93_005, loss="vespo", padded=True, optimizer="adamw", lr=1e-3, system=20),
+)
+"""Runs whose ratios are to what the sampler reported."""
+
+CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES, *OF_THE_SAMPLER, *CONTROLLED)
 
 MORE_SEEDS = (
     *range(10_000, 10_100),

@@ -270,5 +270,6 @@ def _clip(module: GSPOModule) -> tuple[float, float] | None:
     bounds = module.objective.ratio_bounds
     if bounds is None or module.ahead is not None:
         return bounds
-    steps = module.update_settings.num_iterations * module.update_settings.num_minibatches
-    return None if steps == 1 else bounds
+    settings = module.update_settings
+    is_one = settings.num_iterations * settings.num_minibatches == 1 and settings.old_logprobs == "policy"
+    return None if is_one else bounds

@@ -18,7 +18,7 @@ from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewar
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
-from gspo_lightning.training.trainer_checks import check_precision, check_sampling, check_support
+from gspo_lightning.training.trainer_checks import check_precision, check_sampling, check_support, compared_by
 from gspo_lightning.training.update import check_minibatches
 
 
@@ -83,9 +83,9 @@ def _check_budget(plain: dict[str, Any]) -> None:
 
 def _check_support(plain: dict[str, Any]) -> None:
     """Weights between two distributions need every token to be possible under both."""
-    if plain["objective"].get("mismatch"):
-        rollout = plain["rollout"]
-        check_support(rollout.get("top_p", 1.0), rollout.get("top_k", 0), rollout.get("min_p", 0.0))
+    rollout, old = plain["rollout"], plain["update"].get("old_logprobs", "policy")
+    if (by := compared_by(bool(plain["objective"].get("mismatch")), old)) is not None:
+        check_support(rollout.get("top_p", 1.0), rollout.get("top_k", 0), rollout.get("min_p", 0.0), by)
 
 
 def _check_model_path(plain: dict[str, Any]) -> None:
@@ -188,6 +188,7 @@ def _report(plain: dict[str, Any]) -> None:
         has_adapter=bool(plain["model"].get("lora")),
         staleness=(plain["rollout"]["engine"] or {}).get("staleness", 0),
         keep_zero_advantage=plain["update"]["keep_zero_advantage"],
+        old_logprobs=plain["update"].get("old_logprobs", "policy"),
         max_completion_length=plain["rollout"]["max_completion_length"],
     )
     for finding in findings:

@@ -31,9 +31,11 @@ def not_above_zero(objective: Objective, keys: Iterable[str]) -> Iterator[Findin
             yield Finding("contradiction", f"objective.{key}={getattr(objective, key)} must be above 0")
 
 
-def of_loss(objective: Objective, steps: int, staleness: int, longest: int | None) -> Iterator[Finding]:
-    """Findings in a fixed order; arguments as in `refusals.check_objective`, ``steps`` per rollout."""
-    on_policy = steps == 1 and not staleness
+def of_loss(
+    objective: Objective, steps: int, staleness: int, longest: int | None, *, on_policy: bool
+) -> Iterator[Finding]:
+    """Findings in a fixed order; arguments as in `refusals.check_objective`, ``steps`` per rollout; ``on_policy`` if
+    every ratio is exactly 1."""
     yield from _unread(objective)
     yield from _clip(objective, on_policy)
     yield from _weight(objective, on_policy)

@@ -21,17 +21,19 @@ def check_objective(
     has_adapter: bool = False,
     staleness: int = 0,
     keep_zero_advantage: bool = False,
+    old_logprobs: str = "policy",
     max_completion_length: int | None = None,
 ) -> list[Finding]:
     """All findings, in a fixed order. Each names the key and the fix.
 
     ``staleness`` is the number of rollouts by which the sampling weights lag behind: above 0 no ratio is exactly 1.
-    ``max_completion_length`` is that of the rollouts; None if unknown.
+    Nor is one with ``old_logprobs`` of the sampler. ``max_completion_length`` is that of the rollouts; None if unknown.
     """
     steps = num_iterations * num_minibatches
-    on_policy = steps == 1 and not staleness
+    on_policy = steps == 1 and not staleness and old_logprobs == "policy"
     return [
-        *of_loss(objective, steps, staleness, max_completion_length),
+        *of_loss(objective, steps, staleness, max_completion_length, on_policy=on_policy),
+        *(_sampler_as_old(objective) if old_logprobs == "sampler" else ()),
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, on_policy, keep_zero_advantage),
@@ -89,6 +91,22 @@ def _reference_sync(objective: Objective, every: int, alpha: float, has_adapter:
         )
     if not 0 < alpha <= 1:
         yield Finding("contradiction", f"update.ref_model_mixup_alpha={alpha} must be above 0 and at most 1")
+
+
+def _sampler_as_old(objective: Objective) -> Iterator[Finding]:
+    if objective.mismatch is not None:
+        yield Finding(
+            "contradiction",
+            "update.old_logprobs=sampler contradicts objective.mismatch: the ratio is one to the sampler already, and "
+            "the correction would be 1; set mismatch=none, or update.old_logprobs=policy",
+        )
+    weighted = objective.needs_ref and objective.kl_importance_weighted
+    if not objective.spec.levels and objective.off_policy_mask_threshold is None and not weighted:
+        yield Finding(
+            "no_effect",
+            f"update.old_logprobs=sampler has no effect on loss_type={objective.loss_name}, which has no importance "
+            "ratio; set it to policy",
+        )
 
 
 def _selection(objective: Objective, on_policy: bool, keep_zero_advantage: bool) -> Iterator[Finding]:

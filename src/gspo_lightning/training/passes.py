@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,19 +81,27 @@ class Passes:
     log_entropy: bool
     behaviour: Policy | None = None
     """The weights that sampled, if those are not the policy's (`gspo_lightning.training.one_step_off`)."""
+    old_is_sampler: bool = False
+    """Whether the old log-probabilities are those that the sampler reported."""
 
     @torch.no_grad()
     def before_update(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> list[Fixed]:
         """Old log-probabilities of all minibatches but the first, and the selection of tokens if there is one.
 
         The first is updated from the very weights that sampled it, so its old log-probabilities are the new ones. If
-        the rollout was generated ahead, all minibatches get old log-probabilities, those of ``behaviour``.
+        the rollout was generated ahead, all minibatches get old log-probabilities, those of ``behaviour``. Those of the
+        sampler are known for all.
         """
         if self.objective.selects_tokens:
             with in_step(self.policy):
                 outputs = [self._entropies(scored, minibatch) for minibatch in minibatches]
             # Ranks exchange thresholds only after all forwards: under FSDP2 forwards communicate too.
-            return [self._select(of_minibatch) for of_minibatch in outputs]
+            selected = [self._select(of_minibatch) for of_minibatch in outputs]
+            if not self.old_is_sampler:
+                return selected
+            return [replace(f, old=self._of_sampler(scored, m)) for f, m in zip(selected, minibatches, strict=True)]
+        if self.old_is_sampler:
+            return [Fixed(self._of_sampler(scored, minibatch)) for minibatch in minibatches]
         with in_step(self.policy):
             first = 0 if self.behaviour is not None else 1
             return [
@@ -154,6 +162,9 @@ class Passes:
         """A zero attached to the graph, so that every rank runs the same number of forwards and backwards."""
         micro = self.micro_batch(scored, (GroupSlice(0, (0,)),))
         return self._policy(micro).sum() * 0.0
+
+    def _of_sampler(self, scored: ScoredRollout, minibatch: Minibatch) -> Logprobs:
+        return [self.micro_batch(scored, plan).sampler_logprobs for plan in minibatch.plan]
 
     def _entropies(self, scored: ScoredRollout, minibatch: Minibatch) -> list[Tensor]:
         """Per micro-batch ``(3, L)``: old log-probabilities, entropies, and 1 where the advantage is not zero."""

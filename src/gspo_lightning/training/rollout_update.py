@@ -78,7 +78,7 @@ class RolloutUpdate:
         with module.stopwatch("old_logprobs"):
             fixed = self.passes.before_update(self.scored, minibatches)
             self._add_entropy(self.passes.entropy_left_out(self.scored, minibatches))
-        if self.passes.behaviour is not None:
+        if self.passes.behaviour is not None and not self.passes.old_is_sampler:
             self._compare_with_sampler(fixed)
         with module.stopwatch("ref_logprobs"):
             reference = self.passes.reference(self.scored, minibatches)
@@ -256,8 +256,9 @@ def _passes(module: GSPOModule) -> Passes:
     frozen = module.references[0] if module.references else None
     behaviour = module.ahead.behaviour if module.ahead is not None and module.ahead.is_stale else None
     objective = module.current_objective.at(module.rollouts_done / max(1, module.max_rollouts - 1))
-    log_entropy = module.update_settings.log_entropy
-    return Passes(module.policy, frozen, objective, module.sampled_with.temperature, log_entropy, behaviour)
+    settings, temperature = module.update_settings, module.sampled_with.temperature
+    is_sampler = settings.old_logprobs == "sampler"
+    return Passes(module.policy, frozen, objective, temperature, settings.log_entropy, behaviour, is_sampler)
 
 
 def minibatches_of(module: GSPOModule, scored: ScoredRollout, objective: Objective) -> list[Minibatch]:

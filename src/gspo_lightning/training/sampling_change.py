@@ -16,7 +16,7 @@ from gspo_lightning.lightning_private import trainer_of
 from gspo_lightning.objective import Objective
 from gspo_lightning.rollout.engine import within
 from gspo_lightning.training.prompt_source import prompt_source
-from gspo_lightning.training.trainer_checks import check_rotation, check_sampling, check_support
+from gspo_lightning.training.trainer_checks import check_rotation, check_sampling, check_support, compared_by
 from gspo_lightning.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def check_sampling_of(module: GSPOModule, sampling: SamplingParams) -> None:
         if (value := getattr(sampling, name)) < 1:
             raise UserError(f"rollout.{name}={value} must be at least 1")
     check_group(module.advantages, sampling.num_generations, module.max_draws)
-    if module.objective.mismatch is not None:
-        check_support(sampling.top_p, sampling.top_k, sampling.min_p)
+    by = compared_by(module.objective.mismatch is not None, module.update_settings.old_logprobs)
+    if by is not None:
+        check_support(sampling.top_p, sampling.top_k, sampling.min_p, by)
     _check_lengths(module, sampling)
 
 

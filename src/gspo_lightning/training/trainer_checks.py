@@ -78,14 +78,29 @@ def check_sampling(temperature: float, repetition_penalty: float, top_k: int, mi
         )
 
 
-def check_support(top_p: float, top_k: int, min_p: float) -> None:
-    """Refuses a cut of the distribution where weights of a mismatch correction compare it with the whole one."""
+def check_support(top_p: float, top_k: int, min_p: float, compared_by: tuple[str, str]) -> None:
+    """Refuses a cut of the distribution where ratios compare it with the whole one.
+
+    Args:
+        top_p: as the other two, of the sampling.
+        top_k: likewise.
+        min_p: likewise.
+        compared_by: the setting that compares them, and one that does not.
+    """
     for key, value, everything in (("top_p", top_p, 1.0), ("top_k", top_k, 0), ("min_p", min_p, 0.0)):
         if value != everything:
             raise UserError(
-                f"rollout.{key}={value} contradicts objective.mismatch: the sampler excludes tokens, so the weights "
-                f"would compare distributions with different supports; set rollout.{key}={everything}, or mismatch=none"
+                f"rollout.{key}={value} contradicts {compared_by[0]}: the sampler excludes tokens, so the weights "
+                f"would compare distributions with different supports; set rollout.{key}={everything}, or "
+                f"{compared_by[1]}"
             )
+
+
+def compared_by(has_mismatch: bool, old_logprobs: str) -> tuple[str, str] | None:
+    """The setting that compares the sampler's log-probabilities with the policy's, and one that does not."""
+    if has_mismatch:
+        return "objective.mismatch", "mismatch=none"
+    return ("update.old_logprobs=sampler", "update.old_logprobs=policy") if old_logprobs == "sampler" else None
 
 
 def check_fit(module: GSPOModule) -> None:
@@ -121,6 +136,7 @@ def _check_objective(module: GSPOModule) -> None:
         has_adapter=module.policy.has_adapter,
         staleness=traits(module.engine).staleness,
         keep_zero_advantage=update.keep_zero_advantage,
+        old_logprobs=update.old_logprobs,
         max_completion_length=sampling.max_completion_length,
     ):
         warn_or_refuse(finding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class UpdateSettings:
     """Stop after this many steps in a row with a non-finite gradient; each of them is skipped."""
     keep_zero_advantage: bool = False
     """Forward sequences even if they cannot change the gradient (for debugging)."""
+    old_logprobs: Literal["policy", "sampler"] = "policy"
+    """Denominator of the importance ratio: log-probabilities that the policy computes of what was sampled, before the
+    update, or those that the sampler reported, which takes no forward and measures the ratio from what really drew."""
     ref_sync_every_n_rollouts: int = 0
     """Rollouts between updates of the reference towards the policy; 0 never updates it."""
     ref_model_mixup_alpha: float = 0.6
@@ -37,6 +41,8 @@ class UpdateSettings:
     forward of the completions that are otherwise left out."""
 
     def __post_init__(self) -> None:
+        if self.old_logprobs not in ("policy", "sampler"):
+            raise UserError(f"update.old_logprobs={self.old_logprobs}: choose policy or sampler")
         if not self.max_grad_norm > 0:  # below 0 a gradient's sign would flip
             raise UserError(f"update.max_grad_norm={self.max_grad_norm} must be above 0 (inf: no clip)")
         if self.max_nonfinite_steps < 1:
