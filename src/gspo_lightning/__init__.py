@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from gspo_lightning.packing import (
         plan_micro_batches as plan_micro_batches,
     )
+    from gspo_lightning.pass_at_k import PassAtK as PassAtK
     from gspo_lightning.policy.load import LoraSettings as LoraSettings
     from gspo_lightning.policy.load import PolicyLoader as PolicyLoader
     from gspo_lightning.policy.model import Policy as Policy
@@ -102,6 +103,7 @@ _PUBLIC = {
     "Minibatch": "gspo_lightning.training.update",
     "Objective": "gspo_lightning.objective",
     "PackedBatch": "gspo_lightning.packing",
+    "PassAtK": "gspo_lightning.pass_at_k",
     "Policy": "gspo_lightning.policy.model",
     "PolicyLoader": "gspo_lightning.policy.load",
     "PolicyLoss": "gspo_lightning.types",

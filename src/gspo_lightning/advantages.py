@@ -32,6 +32,9 @@ class AdvantageEstimator:
     baseline: Literal["mean", "rloo"] = "mean"
     """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
 
+    def check_generations(self, num_generations: int) -> None:
+        """Raises UserError if groups of so many completions cannot be compared, for a reason of a subclass's own."""
+
     def __call__(self, rewards: Tensor, everyone: Tensor | None = None) -> Tensor:
         """Turns rewards into advantages.
 
@@ -67,6 +70,8 @@ def check_group(advantages: object, num_generations: int, max_draws: int = 0) ->
     Raises:
         UserError: there is nothing to compare a completion with, or every group would be drawn anew.
     """
+    if isinstance(advantages, AdvantageEstimator):
+        advantages.check_generations(num_generations)
     if num_generations >= 2:
         return
     if isinstance(advantages, AdvantageEstimator) and type(advantages).__call__ is AdvantageEstimator.__call__:

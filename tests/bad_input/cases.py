@@ -481,6 +481,15 @@ OBJECTIVE = [
         ["objective=vespo", "mismatch=sequence_mask"],
         "objective.mismatch.level=sequence is not defined for loss_type=vespo",
     ),
+    Case(
+        "objective",
+        "the best of as many as there are",
+        ["advantages=pass_at_k", "advantages.k=8"],
+        "advantages.k=8 with rollout.num_generations=8",
+    ),
+    Case(
+        "objective", "the best of one", ["advantages=pass_at_k", "advantages.k=1"], "advantages.k=1 must be at least 2"
+    ),
     Case("objective", "an unknown scale of advantages", ["advantages.scale_rewards=std"], "advantages.scale_rewards"),
 ]
 

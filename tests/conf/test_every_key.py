@@ -93,6 +93,7 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "dynamic_sampling.max_draws": (METRICS, ["dynamic_sampling.max_draws=1"], []),
     "advantages.scale_rewards": (WEIGHTS, ["advantages.scale_rewards=none"], []),
     "advantages.baseline": (WEIGHTS, ["advantages.baseline=rloo"], ["advantages.scale_rewards=none", "optimizer.eps=1"]),
+    "advantages.k": (WEIGHTS, ["advantages.k=3"], ["advantages=pass_at_k", "advantages.k=2", "optimizer.eps=1"]),
     "data.task.letters": (COMPLETIONS, ["data.task.letters=xyz"], []),
     "data.task.num_validation": (METRICS, ["data.task.num_validation=4"], []),
     "data.prompts_per_rollout": (METRICS, ["data.prompts_per_rollout=8"], []),

@@ -11,8 +11,9 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.dialogue.turns import turn_advantages
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
+from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.types import Completion, Dialogue
-from tests.scripted import Settings, scripted_prompts, update_of
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 from tests.support import flat_gradient, micro_policy, padded_logprobs, relative_distance
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -118,6 +119,13 @@ def test_a_turn_that_no_other_dialogue_reached_has_the_advantage_of_the_first():
     assert found[0][0][1] == found[0][0][0] > 0
     whole = [Completion(torch.arange(1), "", torch.zeros(1), "stop", talk("m"))] * 2
     assert turn_advantages([whole], torch.zeros(1, 2), AdvantageEstimator()) is None
+
+
+def test_rewards_of_turns_are_refused_where_whole_completions_are_compared(micro_model_dir):
+    module = build_module(micro_model_dir, Settings(objective={"importance_sampling_level": "token"}))
+    module.advantages = PassAtK(k=2)
+    with pytest.raises(UserError, match="the environment rewards turns, .* but advantages=pass_at_k compares whole"):
+        trainer().fit(module, Batches(dialogues(turn_rewards=True), 1).loader())
 
 
 @pytest.mark.parametrize("level", ["token", "sequence_token"])

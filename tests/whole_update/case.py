@@ -49,6 +49,8 @@ class Case:
     # advantages and rewards
     scale: str = "group"
     baseline: str = "mean"
+    pass_at_k: int = 0
+    """Completions of which the best one counts; 0: each by itself."""
     reward_weights: tuple[float, ...] = (1.0,)
     combine: str = "weighted_sum"
     rewards: str = "random"

@@ -21,6 +21,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Finding, Objective, check_objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.packing import PackedBatch
+from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet, RewardSpec
@@ -251,7 +252,7 @@ def build(folder: Any, case: Case) -> GSPOModule:
         engine=Ahead() if case.stale else ScriptedEngine(),
         rewards=rewards(case),
         objective=_objective(case),
-        advantages=AdvantageEstimator(case.scale, case.baseline),  # type: ignore[arg-type]
+        advantages=_advantages(case),
         sampling=SamplingParams(
             case.generations, case.max_length, case.temperature, case.top_p, case.top_k, case.min_p
         ),
@@ -285,6 +286,12 @@ def rewards(case: Case) -> RewardSet:
     if of_length is not None:
         functions[f"f{len(functions)}"] = RewardSpec(of_length, weight=case.weights[-1])
     return RewardSet(functions, combine=case.combine)  # type: ignore[arg-type]
+
+
+def _advantages(case: Case) -> AdvantageEstimator:
+    if case.pass_at_k:
+        return PassAtK(case.scale, k=case.pass_at_k)  # type: ignore[arg-type]
+    return AdvantageEstimator(case.scale, case.baseline)  # type: ignore[arg-type]
 
 
 def _objective(case: Case) -> Objective:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 from gspo_lightning.types import Completion
 from tests.whole_update.case import Case
@@ -79,6 +80,19 @@ def normalized(by_function: list[Numbers]) -> list[Numbers]:
                 centred = row[k] - centre
                 row[k] = 0.0 if abs(centred) <= ROUNDING * abs(centre) else centred / (spread + SPREAD_FLOOR)
     return rows
+
+
+def of_the_best(rewards: Numbers, k: int, scale: str) -> Numbers:
+    """Pass@k Training (arXiv 2508.10751): the mean of the best of k with a completion, less that of the best of any k."""
+    choices = list(combinations(range(len(rewards)), k))
+    best = {chosen: max(rewards[i] for i in chosen) for chosen in choices}
+    centre = mean(list(best.values()))
+    divisor = math.sqrt(mean([(b - centre) ** 2 for b in best.values()])) + SPREAD_FLOOR if scale == "group" else 1.0
+    advantages = []
+    for i in range(len(rewards)):
+        centred = mean([b for chosen, b in best.items() if i in chosen]) - centre
+        advantages.append(0.0 if abs(centred) <= ROUNDING * max(map(abs, rewards)) else centred / divisor)
+    return advantages
 
 
 def group_advantages(rewards: Numbers, scale: str, baseline: str, everyone: Numbers) -> Numbers:
@@ -162,6 +176,8 @@ def rollout_advantages(groups: list[list[Completion]], rewards: list[Numbers], c
     if any(c.dialogue is not None and c.dialogue.turn_rewards for group in groups for c in group):
         return [turn_advantages(group, own, case) for group, own in zip(groups, rewards, strict=True)]
     everyone = [x for own in rewards for x in own]
+    if case.pass_at_k:
+        return [[[a] for a in of_the_best(own, case.pass_at_k, case.scale)] for own in rewards]
     return [[[a] for a in group_advantages(own, case.scale, case.baseline, everyone)] for own in rewards]
 
 

@@ -87,7 +87,13 @@ OF_THE_SAMPLER: tuple[Case, ...] = (
 )
 """Runs whose ratios are to what the sampler reported."""
 
-CASES = (*map(draw, SEEDS), *OF_NEW_LOSSES, *OF_THE_SAMPLER, *CONTROLLED)
+OF_THE_BEST: tuple[Case, ...] = (
+    replace(TO_THE_SAMPLER, old="policy", seed=94_000, rewards="binary", generations=6, pass_at_k=3),
+    replace(TO_THE_SAMPLER, old="policy", seed=94_001, generations=5, pass_at_k=2, scale="none", system=20, beta=0.04),
+)
+"""Runs whose advantages are those of the best of k."""
+
+CASES = (*map(draw, SEEDS), *OF_THE_BEST, *OF_NEW_LOSSES, *OF_THE_SAMPLER, *CONTROLLED)
 
 MORE_SEEDS = (
     *range(10_000, 10_100),

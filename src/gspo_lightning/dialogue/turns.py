@@ -24,9 +24,14 @@ def turn_advantages(
         rewards: ``(B, G)`` float64.
         estimator: compares within a group.
     """
-    if not any(c.dialogue is not None and c.dialogue.turn_rewards for group in completions for c in group):
+    if not has_turn_rewards(completions):
         return None
     return [_of_group(group, rewards[number], estimator) for number, group in enumerate(completions)]
+
+
+def has_turn_rewards(completions: list[list[Completion]]) -> bool:
+    """Whether an environment has rewarded turns."""
+    return any(c.dialogue is not None and c.dialogue.turn_rewards for group in completions for c in group)
 
 
 def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:

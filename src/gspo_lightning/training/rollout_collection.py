@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from gspo_lightning.advantages import AdvantageEstimator
-from gspo_lightning.dialogue.turns import turn_advantages
+from gspo_lightning.dialogue.turns import has_turn_rewards, turn_advantages
 from gspo_lightning.distributed.ranks import gather_values
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
+from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
@@ -134,9 +135,14 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
     """Gives each completion of a rollout its advantage. All ranks call it together: ``batch`` scaling spans ranks.
 
     Raises:
-        UserError: an environment rewards turns, and rewards are to be scaled by the batch; or a custom estimator
-            returns another shape.
+        UserError: an environment rewards turns, and rewards are to be scaled by the batch or those of the best of k; or
+            a custom estimator returns another shape.
     """
+    if isinstance(advantages, PassAtK) and has_turn_rewards(rollout.completions):
+        raise UserError(
+            "the environment rewards turns, which are compared one by one, but advantages=pass_at_k compares whole "
+            "completions; set advantages=group"
+        )
     turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
     if turns is not None and advantages.scale_rewards == "batch":
         raise UserError(
