@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import ROUNDING, STD_EPSILON, AdvantageEstimator, silent_groups
+from gspo_lightning.advantages import ROUNDING, STD_EPSILON, AdvantageEstimator
 from gspo_lightning.errors import UserError
 
 
@@ -67,8 +67,7 @@ class PassAtK(AdvantageEstimator):
         if self.scale_rewards == "group":
             spread = ((ordered - mean).square() * is_best).sum(dim=1, keepdim=True).sqrt()
             centred = centred / (spread + STD_EPSILON)
-        advantages = torch.empty_like(centred).scatter(1, order, centred)
-        return advantages.masked_fill(silent_groups(rewards)[:, None], 0.0)
+        return torch.empty_like(centred).scatter(1, order, centred)
 
 
 def _weights(count: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

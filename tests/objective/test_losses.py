@@ -330,16 +330,32 @@ def test_the_ratios_that_are_never_clipped():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tokens_that_are_or_were_certain_have_a_divergence_and_a_gradient(dtype):
-    """KL to 0.94 of a certain token: -log 0.94 = 0.062; to 0.96: 0.041; of any other token to certainty: infinite."""
-    old = torch.tensor([1.0, 1.0, 0.5, 1.0, 1 - 2**-20, 0.2], dtype=dtype).log()
-    new = torch.tensor([0.94, 0.96, 1.0, 1.0, 1 - 2**-10, 1e-30], dtype=dtype).log().requires_grad_()
-    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, 1.0], dtype=dtype)
+    """KL to 0.94 of a certain token: -log 0.94 = 0.062; to 0.96: 0.041; of any other token to certainty: infinite. The
+    last two are as good as certain, and by rounding more than that.
+    """
+    old = torch.tensor([1.0, 1.0, 0.5, 1.0, 1 - 2**-20, 0.2, 1.0, 0.5], dtype=dtype).log()
+    new = torch.tensor([0.94, 0.96, 1.0, 1.0, 1 - 2**-10, 1e-30, 0.9, 1.0], dtype=dtype).log()
+    old[6], new[7] = -torch.finfo(dtype).eps / 8, 1e-7
+    new.requires_grad_()
+    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0], dtype=dtype)
     objective = Objective(max_completion_length=1, importance_sampling_level="token", loss_type="dppo_kl")
-    result = objective(new, old, advantages, torch.arange(6), torch.ones(6, dtype=torch.long))
-    assert (result.metrics["clip_frac_low"], result.metrics["clip_frac_high"]) == ((1, 6), (1, 6))
+    result = objective(new, old, advantages, torch.arange(8), torch.ones(8, dtype=torch.long))
+    assert (result.metrics["clip_frac_low"], result.metrics["clip_frac_high"]) == ((2, 8), (2, 8))
     (gradient,) = torch.autograd.grad(result.loss, new)
-    expected = [0.0, 0.96, 0.0, -1.0, (1 - 2**-10) / (1 - 2**-20), -5e-30]
+    expected = [0.0, 0.96, 0.0, -1.0, (1 - 2**-10) / (1 - 2**-20), -5e-30, 0.0, 0.0]
     assert gradient.tolist() == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("kind", ["dppo_tv", "dppo_kl"])
+def test_a_token_outside_has_no_gradient_even_if_its_ratio_is_infinite(kind):
+    new = torch.tensor([-0.1, -0.1], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-1000.0, -0.1], dtype=torch.float64)
+    objective = Objective(max_completion_length=1, importance_sampling_level="token", loss_type=kind)
+    loss = objective(
+        new, old, torch.ones(2, dtype=torch.float64), torch.arange(2), torch.ones(2, dtype=torch.long)
+    ).loss
+    assert loss.item() == pytest.approx(0.1)
+    assert torch.autograd.grad(loss, new)[0].tolist() == [0.0, -1.0]
 
 
 NO_CLIP = {"epsilon": 1e9, "epsilon_high": 1e9, "delta": None}

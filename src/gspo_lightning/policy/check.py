@@ -49,9 +49,10 @@ SLOW = (
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> float:
-    """Compares one small group of random tokens, packed and padded; returns the relative distance.
+    """Compares two small groups of random tokens, packed and padded; returns the relative distance.
 
-    This checks the layout, not a kernel: a GPU that trains float32 weights with bfloat16 products uses another kernel.
+    Their prompts begin alike, which the packed row holds once; for a model that reads images it is one group, with an
+    image. This checks the layout, not a kernel: a GPU that trains float32 weights with bfloat16 products uses another.
 
     Raises:
         PackingMismatchError: the distance exceeds the bound of the model's dtype.
@@ -63,17 +64,25 @@ def check_packing(policy: Policy) -> float:
     vision = None if policy.vision is None else policy.vision.probe(prompt, generator)
     if vision is not None:
         prompt = vision.input_ids
-    row = pack([(prompt, completions)], policy.device, [] if vision is None else [vision])
+    groups = [(prompt, completions)]
+    if vision is None:
+        own = torch.randint(3, vocabulary, (3,), generator=generator)
+        groups.append((torch.cat([prompt[: -len(own)], own]), completions[:1]))
+    row = pack(groups, policy.device, [] if vision is None else [vision], least_common=1)
     row.layout.may_compile = False
     packed, _ = policy(row)
-    plain = reference_logprobs(policy, prompt, completions, vision)
+
+    def padded() -> Tensor:
+        return torch.cat([reference_logprobs(policy, *group, vision) for group in groups])
+
+    plain = padded()
     dtype = _coarsest_dtype(policy)
     bound, size = TOLERANCE.get(dtype), plain.norm()
     if bound is None:
         # Log-probabilities of random tokens are far from 0 and near to each other.
         size = (plain - plain.mean()).norm()
         with rounded_embeddings(policy, dtype):
-            rounded = reference_logprobs(policy, prompt, completions, vision)
+            rounded = padded()
         bound = NARROW_FACTOR * ((rounded - plain).norm() / size).item()
     distance = ((packed - plain).norm() / size).item()
     if not distance <= bound:
