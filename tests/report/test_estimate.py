@@ -172,6 +172,8 @@ def test_a_rollout_holds_its_weights_once_more_and_on_a_cpu_a_prompt_for_every_b
     on_cpu = of(micro_model_dir, precision=precision, on_gpu=False)
     ahead = of(micro_model_dir, precision=precision, on_gpu=False, samples_ahead=True)
     assert (on_cpu.reused, ahead.reused) == (copy if item == 4 else 0, 0)
+    adapter = of(loader=PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=2)), precision=precision, on_gpu=False)
+    assert adapter.reused == (adapter.parts["gradients"] if item == 4 else 0)
     monkeypatch.setattr("gspo_lightning.rollout.block_cache.MOST_ROWS", 2)
     blocks = of(micro_model_dir, precision=precision, on_gpu=False)
     # Two blocks of two places for three rows: four prompts more, and four places.
