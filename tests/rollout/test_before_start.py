@@ -14,7 +14,7 @@ import torch
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout import VLLMEngine, VLLMServerEngine, vllm_engine, vllm_settings
-from gspo_lightning.rollout.vllm_settings import refusals_in_one_line
+from gspo_lightning.rollout.vllm_settings import refusals_in_one_line, unsupported_in_one_line
 from gspo_lightning.rollout.weights import check_base
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
@@ -239,3 +239,27 @@ def test_with_a_size_for_its_cache_the_engine_starts_beside_a_trainer(gpu, fract
 def test_memory_that_ran_out_keeps_its_own_advice():
     with pytest.raises(torch.OutOfMemoryError), refusals_in_one_line(72):
         raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_model_that_vllm_has_no_kernel_for_is_refused_in_one_line_and_later_errors_are_not(
+    micro_model_dir, monkeypatch
+):
+    """As vLLM does on processors with AVX2 alone for heads of 16, of the micro model."""
+
+    def step(*_):
+        raise RuntimeError("Unsupported CPU attention configuration: head_dim=16 isa=2\nmore")
+
+    engine = vllm_in_process(None, monkeypatch)
+    monkeypatch.setattr(engine, "_sample", step)
+    policy, line = (
+        micro_policy(micro_model_dir, torch.float32),
+        "Unsupported CPU attention configuration: head_dim=16 isa=2",
+    )
+    engine.syncs = 1
+    with pytest.raises(UserError, match=f"^vLLM cannot run this model here: {line}; use rollout=transformers$"):
+        engine._prove(policy)
+    engine.syncs = 2
+    with pytest.raises(RuntimeError, match=line):
+        engine._prove(policy)
+    with pytest.raises(torch.OutOfMemoryError), unsupported_in_one_line(is_first=True):
+        raise torch.OutOfMemoryError("CUDA out of memory")

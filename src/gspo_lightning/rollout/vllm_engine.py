@@ -42,6 +42,7 @@ from gspo_lightning.rollout.vllm_settings import (
     memory_settings,
     refusals_in_one_line,
     refuse_other_gpus,
+    unsupported_in_one_line,
     whole_prompts,
 )
 from gspo_lightning.rollout.weights import check_base, checksum, named_weights, save_adapter, trained_parameters
@@ -294,7 +295,8 @@ class VLLMEngine:
     def _prove(self, policy: Policy, part: AdapterPart | None = None) -> None:
         probe = probe_prompt(policy, self.max_model_len, self.limits)
         try:
-            (completions,) = self._sample(policy, [(probe, PROBE_SAMPLING, 0)])
+            with unsupported_in_one_line(is_first=self.syncs == 1):
+                (completions,) = self._sample(policy, [(probe, PROBE_SAMPLING, 0)])
         except ValueError as error:
             raise WeightSyncError(f"the vLLM engine does not run the policy's weights: it answered {error}") from error
         if part is not None:

@@ -87,6 +87,19 @@ def refusals_in_one_line(max_model_len: int) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def unsupported_in_one_line(is_first: bool) -> Iterator[None]:
+    """Turns the failure of vLLM's first forward into one line: a kernel may not have the shapes of the model."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not is_first:
+            raise
+        raise UserError(f"vLLM cannot run this model here: {_reason(error)}; use rollout=transformers") from error
+
+
 def _reason(error: Exception) -> str:
     """The error's first sentence: what follows is advice about settings under vLLM's own names."""
     details = getattr(error, "errors", None)  # a pydantic error, whose text repeats all of its input
