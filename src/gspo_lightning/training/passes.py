@@ -18,7 +18,7 @@ from gspo_lightning.packing import GroupSlice, MicroBatchPlan
 from gspo_lightning.packing.products import onednn_float32
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.training.out_of_memory import in_parts
-from gspo_lightning.training.update import MicroBatch, Minibatch, build_micro_batch
+from gspo_lightning.training.update import MicroBatch, Minibatch, build_micro_batch, sampler_logprobs
 from gspo_lightning.types import Metrics, ScoredRollout
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Passes:
         return self._policy(micro).sum() * 0.0
 
     def _of_sampler(self, scored: ScoredRollout, minibatch: Minibatch) -> Logprobs:
-        return [self.micro_batch(scored, plan).sampler_logprobs for plan in minibatch.plan]
+        return [sampler_logprobs(scored, plan).to(self.policy.device) for plan in minibatch.plan]
 
     def _entropies(self, scored: ScoredRollout, minibatch: Minibatch) -> list[Tensor]:
         """Per micro-batch ``(3, L)``: old log-probabilities, entropies, and 1 where the advantage is not zero."""

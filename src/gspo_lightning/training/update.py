@@ -183,9 +183,15 @@ def build_micro_batch(
     trained = [row.dialogue.trained if row.dialogue is not None else None for row in rows]
     packed = pack(groups, device, [scored.prompts[part.group] for part in plan], trained, least_common)
     advantages = torch.cat([scored.token_advantages(group, number) for group, number in members])
-    drawn = zip((row.sampler_logprobs for row in rows), trained, strict=True)
-    sampler = torch.cat([logprobs if kept is None else logprobs[kept] for logprobs, kept in drawn])
-    return MicroBatch(packed, advantages.to(device), sampler.to(device))
+    return MicroBatch(packed, advantages.to(device), sampler_logprobs(scored, plan).to(device))
+
+
+def sampler_logprobs(scored: ScoredRollout, plan: MicroBatchPlan) -> Tensor:
+    """``(L,)`` float32 log-probabilities that the sampler reported of the trained tokens of one micro-batch."""
+    rows = [scored.completions[part.group][number] for part in plan for number in part.completions]
+    return torch.cat(
+        [r.sampler_logprobs if r.dialogue is None else r.sampler_logprobs[r.dialogue.trained] for r in rows]
+    )
 
 
 def sampler_mismatch(logprobs: Tensor, micro: MicroBatch) -> dict[str, tuple[Tensor, Tensor]]:
