@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import shutil
 import threading
 import warnings
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
@@ -249,6 +251,108 @@ def test_a_resumed_run_goes_on_bit_identically_with_the_pending_rollout(lost, lo
     assert len(engine.calls) == (2 if lost else 1)
 
 
+@pytest.fixture(scope="module")
+def granite_dir(micro_model_dir, tmp_path_factory):
+    """A model that runs padded, which is found out after a checkpoint is loaded: its head divides the logits."""
+    folder = tmp_path_factory.mktemp("granite")
+    shutil.copytree(micro_model_dir, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attention_multiplier=0.25, logits_scaling=2.0, pad_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    model = GraniteForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=2 * parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*falling back to padded forwards")
+@pytest.mark.parametrize("lost", [False, True], ids=["pending", "pending rollout lost"])
+def test_a_resumed_run_of_a_model_that_runs_padded_goes_on_bit_identically(lost, granite_dir, tmp_path):
+    module_of = functools.partial(module_with, granite_dir, rollouts=4, lr=0.5)
+    whole = module_of(Elsewhere())
+    fit(whole)
+    assert whole.policy.is_padded
+    cut = module_of(Elsewhere(fail_at=2 if lost else None))
+    runner = trainer(max_steps=4)
+    runner.fit(cut, datamodule=Data())
+    assert cut.rollouts_done == 2
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = module_of(Elsewhere())
+    trainer().fit(resumed, datamodule=Data(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert resumed.rollouts_done == 4
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_the_weights_that_sampled_are_restored_where_the_policy_is_by_then(micro_model_dir):
+    """Lightning loads a checkpoint before it moves the module to its device."""
+    policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
+    before = OneStepOff(Elsewhere())
+    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    ahead = OneStepOff(Elsewhere())
+    ahead.load_state_dict(before.state_dict())
+    policy.to("meta")
+    policy.base_model.tie_weights()  # only from there torch unties them
+    assert ahead.generate(policy, PROMPTS, sampling, 3).completions and ahead.is_stale
+    assert ahead.behaviour.device.type == "meta"
+
+
+def test_a_lost_rollout_that_cannot_be_had_again_is_recorded_again(micro_model_dir):
+    """Saved before it is asked for, as after a failed validation, and after a failed second attempt."""
+    policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
+    before = OneStepOff(Elsewhere(fail_at=0))
+    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    saved = before.state_dict()
+    began_with = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    ahead = OneStepOff(Elsewhere(fail_at=0))
+    ahead.load_state_dict(saved)
+    for attempt in range(2):
+        if attempt:
+            with pytest.raises(EngineUnavailableError, match="nobody is left"):
+                ahead.generate(policy, PROMPTS, sampling, 3)
+        again = ahead.state_dict()
+        assert (again["key"], again["completions"]) == (saved["key"], None)
+        assert torch.equal(torch.cat([value.flatten() for value in again["behaviour"]]), began_with)
+    third = OneStepOff(Elsewhere())
+    third.load_state_dict(again)
+    rollout = third.generate(policy, PROMPTS, sampling, 3)
+    assert [len(group) for group in rollout.completions] == [2, 2] and third.is_stale
+
+
+def test_a_rollout_of_an_earlier_run_is_waited_for_and_forgotten(micro_model_dir):
+    """A program of one's own that catches an error and goes back to a checkpoint without a pending rollout."""
+    policy, sampling, release, engine = (
+        micro_policy(micro_model_dir),
+        SamplingParams(2, 6),
+        threading.Event(),
+        Elsewhere(),
+    )
+    sample, ended = engine.generate, []
+
+    def slowly(*arguments: Any) -> Rollout:
+        assert release.wait(30)
+        try:
+            return sample(*arguments)
+        finally:
+            ended.append(True)
+
+    engine.generate = slowly  # type: ignore[method-assign]
+    ahead = OneStepOff(engine)
+    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    threading.Timer(0.2, release.set).start()
+    ahead.load_state_dict({})
+    assert ended == [True]
+    ahead.generate(policy, PROMPTS, sampling, 3)
+    assert not ahead.is_stale and [seed for seed, _, _ in engine.calls] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [({}, True), ({"seed": 7}, False), ({"temperature": 0.5}, False), ({"num_generations": 3}, False)],
@@ -262,7 +366,7 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
     buffer.seek(0)
     engine = Elsewhere()
     ahead = OneStepOff(engine)
-    ahead.load_state_dict(torch.load(buffer, weights_only=True), policy)
+    ahead.load_state_dict(torch.load(buffer, weights_only=True))
     asked = replace(sampling, **{name: value for name, value in changes.items() if name != "seed"})
     rollout = ahead.generate(policy, PROMPTS, asked, seed)
     assert [len(group) for group in rollout.completions] == [asked.num_generations] * len(PROMPTS)
@@ -303,7 +407,7 @@ def test_a_pending_rollout_took_as_long_as_the_checkpoint_says(micro_model_dir):
     state = before.state_dict()
     assert state["seconds"] > 0.001
     ahead = OneStepOff(Elsewhere())
-    ahead.load_state_dict(state, policy)
+    ahead.load_state_dict(state)
     ahead.generate(policy, PROMPTS, sampling, 3)
     assert ahead.is_stale and ahead.seconds == pytest.approx(state["seconds"], rel=1e-12)
 
@@ -321,7 +425,7 @@ def test_a_lost_rollout_takes_as_long_as_the_second_attempt(micro_model_dir):
 
     engine.generate = slowly  # type: ignore[method-assign]
     ahead = OneStepOff(engine)
-    ahead.load_state_dict(state, policy)
+    ahead.load_state_dict(state)
     ahead.generate(policy, PROMPTS, sampling, 3)
     assert ahead.is_stale and 0.05 <= ahead.seconds < 30
 

@@ -50,6 +50,9 @@ class OneStepOff:
         self.seconds = 0.0
         """How long the engine took for the rollout handed out last, if that was generated ahead; NaN if unknown."""
         self._pending: _Pending | None = None
+        self._restored: list[Tensor] | None = None
+        """The trained weights of ``behaviour`` from a checkpoint, until `generate` is given a policy to copy. The one
+        that they are loaded with may still move to its device, and be told to run padded."""
 
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`; waits for a rollout under way.
@@ -59,13 +62,15 @@ class OneStepOff:
         """
         pending = self._pending
         if pending is not None and pending.key == _key(prompts, sampling, seed):
-            completions = pending.result()  # if it raises, it stays pending: a checkpoint saved now must record it
-            self._pending, self.is_stale, self.seconds = None, True, pending.seconds
+            # Whatever raises here leaves it pending: a checkpoint saved then must record it.
+            completions, seconds = pending.result(), pending.seconds
+            self._restore_behaviour(policy)
             if completions is None:  # lost with the process that generated it: generate it again
                 assert self.behaviour is not None
                 start = time.perf_counter()
                 completions = self.engine.generate(self.behaviour, prompts, sampling, seed).completions
-                self.seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - start
+            self._pending, self.is_stale, self.seconds = None, True, seconds
             return Rollout(prompts, completions)
         if pending is not None:
             pending.join()  # the engine does one thing at a time, such as a validation
@@ -113,6 +118,7 @@ class OneStepOff:
                 stacklevel=2,
             )
         self._copy(policy)
+        self._restored = None
         behaviour = self.behaviour
         assert behaviour is not None
 
@@ -138,31 +144,45 @@ class OneStepOff:
             if current.requires_grad:
                 mine.copy_(current)
 
+    @torch.no_grad()
+    def _restore_behaviour(self, policy: Policy) -> None:
+        """Gives the copy the weights of a checkpoint, if there are any that it does not have yet."""
+        if self._restored is None:
+            return
+        self._copy(policy)
+        assert self.behaviour is not None
+        trained = (parameter for parameter in self.behaviour.parameters() if parameter.requires_grad)
+        for parameter, value in zip(trained, self._restored, strict=True):
+            parameter.copy_(value)
+        self._restored = None
+
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The pending rollout, which this waits for, and the weights that sampled it; empty if none is pending."""
-        if self._pending is None or self.behaviour is None:
+        if self._pending is None:
             return {}
         self._pending.join()
+        groups, weights = self._pending.value, self._restored
+        if weights is None:
+            assert self.behaviour is not None
+            weights = [p.detach().cpu().clone() for p in self.behaviour.parameters() if p.requires_grad]
         return {
             "key": list(self._pending.key),
             "sampling": None if self._pending.sampling is None else asdict(self._pending.sampling),
-            "completions": None if self._pending.error else [[_pack(c) for c in g] for g in self._pending.value or []],
+            "completions": None if groups is None else [[_pack(c) for c in group] for group in groups],
             "seconds": self._pending.seconds,
-            "behaviour": [p.detach().cpu().clone() for p in self.behaviour.parameters() if p.requires_grad],
+            "behaviour": weights,
         }
 
-    def load_state_dict(self, state: dict[str, Any], policy: Policy) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the pending rollout of a checkpoint. A failed one is generated again, by the same weights."""
+        if self._pending is not None:
+            self._pending.join()  # of an earlier run of this module: the engine does one thing at a time
+        self._pending = self._restored = None
         if not state:
             return
-        self._copy(policy)
-        assert self.behaviour is not None
-        trained = (p for p in self.behaviour.parameters() if p.requires_grad)
-        with torch.no_grad():
-            for parameter, value in zip(trained, state["behaviour"], strict=True):
-                parameter.copy_(value)
+        self._restored = state["behaviour"]
         groups = state["completions"]
         sampling = SamplingParams(**state["sampling"]) if state["sampling"] else None
         self._pending = _Pending(tuple(state["key"]), sampling, state["seconds"])

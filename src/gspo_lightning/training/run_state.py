@@ -109,8 +109,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
     restore_states(module, state["parts"])
     same_settings = restore_sampling(module, state["sampling"])
-    if module.ahead is not None and module.policy is not None:
-        module.ahead.load_state_dict(state.get("ahead", {}), module.policy)
+    if module.ahead is not None:
+        module.ahead.load_state_dict(state.get("ahead", {}))
         if not same_settings:
             module.ahead.forget_sampling()
     for policy, weights in zip(module.references, state.get("reference", ()), strict=False):
