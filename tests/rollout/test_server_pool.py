@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
 import threading
 import time
 from concurrent.futures import Future, wait
@@ -222,6 +224,42 @@ def test_an_exchange_that_is_still_connecting_ends_with_the_others(monkeypatch):
     with pytest.raises(ServerError, match="not needed any more"):
         server.post("/x", {}, 30.0)
     assert not sent
+
+
+def drips(headers, after_ten=lambda: None):
+    """Address of a server whose answer comes a byte at a time, for two seconds."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with listener, listener.accept()[0] as connection, contextlib.suppress(OSError):
+            while not connection.recv(1 << 16).endswith(b"{}"):
+                pass
+            connection.sendall(headers)
+            for number in range(100):
+                connection.sendall(b" ")
+                time.sleep(0.02)
+                if number == 10:
+                    after_ten()
+            connection.sendall(b"{}")
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+ANSWERS = {
+    "keeps the connection": b"HTTP/1.1 200 OK\r\nContent-Length: 102\r\n\r\n",
+    "ends it": b"HTTP/1.1 200 OK\r\nContent-Length: 102\r\nConnection: close\r\n\r\n",
+    "ends it, and so the answer": b"HTTP/1.0 200 OK\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("headers", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_comes_a_byte_at_a_time_is_bounded_and_can_be_aborted(headers):
+    with pytest.raises(ServerError, match=r"/x: no answer within 0.5 s"):
+        Server(drips(headers)).post("/x", {}, 0.5)
+    server = Server(drips(headers, lambda: server.abort()))
+    with pytest.raises(ServerError):
+        server.post("/x", {}, 30.0)
 
 
 def test_one_line_says_which_server_cannot_be_used_while_another_works(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -42,7 +43,9 @@ class Server:
             )
         self.url = url.rstrip("/")
         self._parts, self._api_key = parts, api_key
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: dict[http.client.HTTPConnection, socket.socket | None] = {}
+        """Exchanges in progress and, once connected, their sockets: after the headers of an answer that ends the
+        connection, the connection itself no longer has one."""
         self._lock = threading.Lock()
         self._aborted = False
 
@@ -56,11 +59,19 @@ class Server:
             self._aborted = True
             connections = list(self._open)
         for connection in connections:
-            _cut(connection)
+            self._cut(connection)
 
     def revive(self) -> None:
         """Allows exchanges again; call it when the threads of an aborted round have ended."""
         self._aborted = False
+
+    def _cut(self, connection: http.client.HTTPConnection) -> None:
+        """Ends an exchange, whatever it waits for."""
+        with self._lock:
+            connected = self._open.get(connection)
+        if connected is not None:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                connected.shutdown(socket.SHUT_RDWR)
 
     def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float, is_json: bool = True) -> Any:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
@@ -68,9 +79,9 @@ class Server:
         with self._lock:
             if self._aborted:
                 raise ServerError(f"{self.url}: not needed any more")
-            self._open.add(connection)
+            self._open[connection] = None
         # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on the total.
-        alarm = threading.Timer(timeout_s, _cut, [connection])
+        alarm = threading.Timer(timeout_s, self._cut, [connection])
         alarm.daemon = True
         alarm.start()
         start = time.monotonic()
@@ -79,8 +90,11 @@ class Server:
             with self._lock:  # an abort during the connect had no socket to cut
                 if self._aborted:
                     raise ServerError(f"{self.url}: not needed any more")
+                self._open[connection] = connection.sock
             connection.sock.settimeout(timeout_s)
             status, answer = self._send(connection, method, path, body)
+            if time.monotonic() - start >= timeout_s:  # a body without its end looks like a shorter one
+                raise TimeoutError
         except (OSError, http.client.HTTPException) as error:
             late = time.monotonic() - start >= timeout_s
             why = f"no answer within {timeout_s:g} s" if late else visible(f"{type(error).__name__}: {error}")
@@ -88,7 +102,7 @@ class Server:
         finally:
             alarm.cancel()
             with self._lock:
-                self._open.discard(connection)
+                del self._open[connection]
             connection.close()
         return self._decode(path, status, answer, is_json)
 
@@ -116,11 +130,3 @@ class Server:
             return json.loads(answer)
         except ValueError as error:
             raise ServerError(f"{self.url}{path} answered something that is not JSON: {excerpt}") from error
-
-
-def _cut(connection: http.client.HTTPConnection) -> None:
-    if connection.sock is not None:
-        try:
-            connection.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended by itself
