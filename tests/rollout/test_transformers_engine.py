@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from gspo_lightning.packing import batch, pack
 from gspo_lightning.rollout import TransformersEngine, decoder
@@ -159,6 +162,29 @@ def test_a_stop_string_is_looked_for_at_the_end_of_a_row_alone(policy, prompts, 
     )
     assert decoder._has_stop_string([9] * 500 + [5, 6, 7]) and not decoder._has_stop_string([9] * 500 + [5, 6])
     assert [len(ids) for ids in decoded] == [3 + 8] * 2  # three bytes, and as many tokens as may bring none
+
+
+def bytes_tokenizer():
+    """As Llama 2's and Mistral's: characters that the vocabulary lacks are bytes, as is the line feed."""
+    pieces = ["<unk>", "</s>", *(f"<0x{number:02X}>" for number in range(256)), "▁", "a", "b"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("stop", ["\n", "b\n", "鑫é", "\n😀a"])
+def test_a_stop_string_is_found_among_bytes_wherever_the_decoded_end_of_the_row_begins(stop):
+    tokenizer, generator = bytes_tokenizer(), random.Random(0)
+    policy = SimpleNamespace(device=torch.device("cpu"), eos_token_ids=(), tokenizer=tokenizer)
+    decoder = Decoder(policy, [make_prompt([5])], SamplingParams(1, 9, stop=(stop,)), 0)
+    for _ in range(200):
+        text = "".join(generator.choices("鑫é😀ab", k=generator.randrange(30))) + stop
+        row = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ends = [end for end in range(1, len(row) + 1) if stop in tokenizer.decode(row[:end])]
+        found = [end for end in range(1, len(row) + 1) if decoder._has_stop_string(row[:end])]
+        assert found[:1] == ends[:1] and found[-1:] == [len(row)], text
 
 
 @pytest.fixture()

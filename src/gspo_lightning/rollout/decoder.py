@@ -18,6 +18,12 @@ from gspo_lightning.types import Completion, FinishReason, Prompt, SamplingParam
 SPARE_TOKENS = 8
 """Tokens decoded in addition to those that a stop string can span: decoding may drop the first space of a text."""
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 4
+"""Bytes. Where the first of the decoded tokens is a byte within a character, tokenizers that fall back to bytes lose
+all bytes up to the next whole token, line feeds among them; so a row is decoded from a token earlier, until it is not.
+"""
+
 PREFILL_TOKENS = 8192
 """Prompt tokens forwarded at a time, unless one prompt is longer: more need more memory and are no faster."""
 
@@ -101,9 +107,14 @@ class Decoder:
     def _has_stop_string(self, tokens: list[int]) -> bool:
         if not self.sampling.stop:
             return False
-        # Special tokens too: a stop string may contain them, and vLLM keeps them for this as well.
-        text = self.policy.tokenizer.decode(tokens[-self.stop_window :], skip_special_tokens=False)
-        return any(stop in text for stop in self.sampling.stop)
+        for more in range(LONGEST_CHARACTER):
+            # Special tokens too: a stop string may contain them, and vLLM keeps them for this as well.
+            text = self.policy.tokenizer.decode(tokens[-self.stop_window - more :], skip_special_tokens=False)
+            if any(stop in text for stop in self.sampling.stop):
+                return True
+            if REPLACEMENT not in text:
+                break
+        return False
 
     def _keep(self, kept: Tensor) -> None:
         self.active = [self.active[index] for index in kept.tolist()]
