@@ -100,6 +100,23 @@ def test_turns_are_counted_by_tokens_whatever_became_of_the_messages():
     assert rollout.token_advantages(0, 0).tolist() == [1.0, 1.0]
 
 
+def test_in_groups_of_one_an_own_estimator_gets_every_turn():
+    class Above(AdvantageEstimator):
+        def __call__(self, rewards, everyone=None):
+            return rewards - 0.5
+
+    rollout = RewardedRollout(
+        [Prompt(f"t:{number}", "", torch.tensor([1]), {}) for number in range(2)],
+        [[dialogue(0.25, 1.0)], [dialogue(0.75)]],
+        ("environment",),
+        torch.tensor([[[2.0]], [[0.0]]], dtype=torch.float64),
+        torch.tensor([[2.0], [0.0]], dtype=torch.float64),
+    )
+    scored = compare(rollout, Above())
+    assert scored.turn_advantages == [[(2.75, 2.5)], [(0.25,)]]
+    assert scored.token_advantages(0, 0).tolist() == [2.75, 2.5]
+
+
 class Played:
     """Dialogues of two turns whose rewards of the whole are 0."""
 

@@ -17,7 +17,8 @@ def turn_advantages(
 
     The return of turn t is the sum of the turn rewards from t on, plus the reward of the whole dialogue (``rewards``,
     from the reward functions). It is compared among the dialogues of the group that have a turn t; a turn that no
-    other dialogue reached has the advantage of its dialogue's first turn.
+    other dialogue reached has the advantage of its dialogue's first turn. Groups of one are for estimators that need no
+    others (`check_group`): these get every turn.
 
     Args:
         completions: B lists of G.
@@ -89,7 +90,7 @@ def whole_returns(completions: list[list[Completion]], rewards: torch.Tensor) ->
 def _of_group(group: list[Completion], rewards: torch.Tensor, estimator: AdvantageEstimator) -> list[tuple[float, ...]]:
     advantages: list[list[float]] = [[] for _ in group]
     for members, values in _by_turn(group, rewards):
-        alone = len(members) == 1
+        alone = len(members) == 1 and len(group) > 1
         of_turn = [advantages[number][0] for number in members] if alone else estimator(values)[0].tolist()
         for number, value in zip(members, of_turn, strict=True):
             advantages[number].append(value)
