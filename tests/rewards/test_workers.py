@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import os
@@ -44,6 +45,19 @@ def reward_set():
     yield make
     for rewards in made:
         rewards.close()
+
+
+def test_a_copy_of_rewards_that_have_been_called_has_processes_of_its_own(reward_set):
+    """Callbacks that average weights copy the whole module, after a validation."""
+    rewards = reward_set(one=users.pid)
+    (own,) = {*rewards(*batch()).flatten().tolist()}
+    copied = copy.deepcopy(rewards)
+    try:
+        (others,) = {*copied(*batch()).flatten().tolist()}
+    finally:
+        copied.close()
+    assert others not in (own, os.getpid())
+    assert {*rewards(*batch()).flatten().tolist()} == {own}
 
 
 @pytest.mark.parametrize(("used", "current", "told"), [(True, 1, 1.0), (True, 0, -1.0), (False, 1, -1.0)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
+import threading
 import types
 import warnings
 from dataclasses import replace
@@ -46,6 +48,13 @@ def vllm_in_process(folder, monkeypatch):
 
 def vllm_of_servers(folder, monkeypatch):
     return VLLMServerEngine(["http://127.0.0.1:9"], 64, 8, sync_dir=str(folder), lora_sync="merged")
+
+
+def test_a_copied_module_shares_the_vllm_of_this_process(tmp_path, monkeypatch):
+    """Callbacks that average weights copy the whole module, after a validation has started it."""
+    engine = vllm_in_process(tmp_path, monkeypatch)
+    engine._llm = threading.Lock()  # like vLLM, nothing that can be copied
+    assert copy.deepcopy({"engine": engine})["engine"] is engine
 
 
 @pytest.mark.parametrize("make", [vllm_in_process, vllm_of_servers])

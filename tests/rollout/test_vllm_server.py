@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 
@@ -98,6 +99,22 @@ def test_a_closed_engine_leaves_no_weights_and_can_sample_again(policy, start, t
     engine.close()
     assert list((tmp_path / "sync").iterdir()) == []
     assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=5)) == tokens(first)
+
+
+def test_a_copied_module_shares_the_engine_and_its_servers(policy, start):
+    """As `EMAWeightAveraging` copies it, before a run or after a validation."""
+    engine, (server,) = start(None)
+    module = torch.nn.Module()
+    module.policy, module.engine = policy, engine
+    averaged = copy.deepcopy(module)
+    first = engine.generate(policy, PROMPTS, SAMPLING, seed=5)
+    again = copy.deepcopy(averaged)
+    move(again.policy)
+    other = again.engine.generate(again.policy, PROMPTS, SAMPLING, seed=5)
+    assert_whole_and_on_policy(again.policy, other)
+    assert tokens(other) != tokens(first)
+    assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=5)) == tokens(first)
+    assert server.count("gspo_load_folder") == engine.syncs == 3
 
 
 def test_weights_travel_when_they_changed_and_only_then(policy, start, tmp_path):

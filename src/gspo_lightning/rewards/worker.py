@@ -59,6 +59,10 @@ class Worker:
         self._connection: Connection | None = None
         self._kill: Callable[[], object] = lambda: None
 
+    def __reduce__(self) -> tuple[type[Worker], tuple[Callable[..., Any]]]:
+        """Copies have processes of their own: callbacks that average weights copy the whole module."""
+        return Worker, (self.function,)
+
     def start(self) -> None:
         """Starts the process without waiting for it; it ends with the calling thread, which must outlive its use."""
         if self._process is not None and self._process.poll() is None:

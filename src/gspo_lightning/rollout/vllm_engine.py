@@ -117,6 +117,10 @@ class VLLMEngine:
         self._lora: Any = None
         self._synced: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> VLLMEngine:
+        """The same: callbacks that average weights copy the whole module, and vLLM is in this process once."""
+        return self
+
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`."""
         refuse_sampling(sampling)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.ranks import world_size
@@ -123,6 +123,10 @@ class VLLMServerEngine:
 
     def _complete(self, requests: Sequence[Request], next_of: NextOf | None = None) -> list[list[Completion]]:
         return self.pool.run(requests, self._work, next_of)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VLLMServerEngine:
+        """The same: callbacks that average weights copy the whole module, and servers and folder are there once."""
+        return self
 
     def __copy__(self) -> VLLMServerEngine:
         """An engine of its own, whose pool calls it and not this one; for one that has sampled nothing yet."""
