@@ -176,6 +176,7 @@ def test_functions_run_on_the_gpu_of_their_rank(monkeypatch):
         (lambda completions: [1.0], "reward function f must return a list of 4 numbers or None, not 1 value"),
         (lambda completions: 1.0, "not float"),
         (lambda completions: "good", "not 4 values"),
+        (lambda completions: torch.tensor(1.0), "must return a list of 4 numbers or None, not Tensor"),
         (lambda completions: [1.0, float("nan"), 1.0, 1.0], "reward function f returned nan for row t:0"),
         (lambda completions: [1.0, 1.0, 1.0, float("inf")], "reward function f returned inf for row t:1"),
         (lambda completions: [1.0, 1.0, "1", 1.0], "reward function f returned '1' for row t:1"),
