@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from gspo_lightning.packing import batch, pack
 from gspo_lightning.rollout import TransformersEngine, decoder
 from gspo_lightning.rollout.decoder import Decoder
+from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
 
@@ -98,6 +99,20 @@ def test_the_same_seed_repeats_and_another_differs(policy, prompts):
     assert texts[0] != texts[2]
     for a, b in zip(first.completions[0], again.completions[0], strict=True):
         assert torch.equal(a.sampler_logprobs, b.sampler_logprobs)
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_logits_that_are_not_finite_are_said(is_padded, value, temperature, micro_model_dir, prompts):
+    policy = micro_policy(micro_model_dir)
+    if is_padded:
+        policy.fall_back()
+    with torch.no_grad():
+        policy.base_model.model.norm.weight.fill_(value)
+    sampling = SamplingParams(num_generations=2, max_completion_length=3, temperature=temperature)
+    with pytest.raises(NonFiniteGradientError, match="the policy's logits are NaN or infinite"):
+        TransformersEngine().generate(policy, prompts, sampling, seed=0)
 
 
 def test_each_of_several_eos_ids_ends_a_completion_and_belongs_to_it(policy, prompts):

@@ -37,7 +37,7 @@ def sample(
 
     Returns:
         ``(R,)`` token ids, and ``(R,)`` float32 log-probabilities under the warped distribution (greedy: under the
-        unwarped distribution at temperature 1).
+        unwarped distribution at temperature 1). Where logits are NaN or infinity, any token and NaN.
     """
     scores = logits.float()
     if params.repetition_penalty != 1.0:
@@ -97,7 +97,7 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     # The block sum and the scan inside it round differently: keep the goal inside the block, on a token with mass.
     inside = (goal - before).clamp(max=cdf[:, -1:] * (1 - 1e-15))
     offset = torch.searchsorted(cdf, inside, right=True).clamp_(max=width - 1)
-    return (block * width + offset).squeeze(1)
+    return (block * width + offset).squeeze(1).clamp_(max=size - 1)  # NaN has no place, and would be outside
 
 
 def _running_sum(values: Tensor) -> Tensor:

@@ -21,7 +21,12 @@ from gspo_lightning.rollout.dialogue_decoder import DialogueDecoder
 from gspo_lightning.rollout.padded_decoder import PaddedDecoder
 from gspo_lightning.rollout.prepacked import prepacked_weights
 from gspo_lightning.rollout.turns import refuse_padded
+from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
+
+
+class NonFiniteLogitsError(NonFiniteGradientError):
+    """The policy's finite weights give logits that are not: the run has diverged, and its weights are not saved."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class TransformersEngine:
             for start in range(0, len(prompts), at_once):
                 batch = (policy, prompts[start : start + at_once], sampling, seed)
                 completions += self._decoder(*batch).run()
+                _refuse_unlikely(completions[start:])
         return Rollout(prompts=prompts, completions=completions)
 
     def _decoder(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Decoder:
@@ -57,3 +63,16 @@ class TransformersEngine:
             return (PaddedDecoder if policy.is_padded else Decoder)(policy, prompts, sampling, seed)
         refuse_padded(policy)
         return DialogueDecoder(policy, prompts, sampling, seed, self.environments)
+
+
+def _refuse_unlikely(completions: list[list[Completion]]) -> None:
+    """Refuses completions without a likelihood.
+
+    Raises:
+        NonFiniteLogitsError: they were drawn from logits that are not finite.
+    """
+    if not all(bool(completion.sampler_logprobs.isfinite().all()) for group in completions for completion in group):
+        raise NonFiniteLogitsError(
+            "the policy's logits are NaN or infinite, so there is nothing to draw from; debug=detect_anomaly names the "
+            "layer. Lower optimizer.lr, or check the model's weights"
+        )
