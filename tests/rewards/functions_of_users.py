@@ -42,6 +42,12 @@ def dies(completions, **_):
     os._exit(7)
 
 
+def closes_what_it_inherited(completions, **_):
+    """As a program that makes itself a daemon does."""
+    os.closerange(3, 256)
+    time.sleep(20)
+
+
 def not_sent_back(completions, **_):
     return lambda: None
 

@@ -145,6 +145,12 @@ def test_a_process_that_dies_is_told(reward_set):
         reward_set(f=users.dies)(*batch())
 
 
+def test_a_process_that_can_no_longer_answer_is_ended_and_not_waited_for(reward_set):
+    rewards = reward_set(f=users.closes_what_it_inherited)
+    with pytest.raises(UserError, match="reward function f raised its process ended with exit code -9"):
+        rewards(*batch())
+
+
 def test_tensors_go_to_a_process_and_back(reward_set):
     rewards = reward_set(f=users.tensor)(*batch(given=torch.tensor([0.0, 0.5, 1.0, 1.5])))
     assert rewards.flatten().tolist() == [1.0, 1.5, 2.0, 2.5]

@@ -102,6 +102,7 @@ class Worker:
             return self._receive(timeout_s)
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             assert self._process is not None
+            self.kill()  # it may live on without its end of the connection; one that ends keeps its code
             code = self._process.wait()
             self.close()
             raise WorkerError(f"its process ended with exit code {code}") from error
