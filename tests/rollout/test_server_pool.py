@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.rollout import server_pool
 from gspo_lightning.rollout.engine import EngineUnavailableError, WeightSyncError
 from gspo_lightning.rollout.http_client import Server, ServerError
@@ -224,6 +225,17 @@ def test_an_exchange_that_is_still_connecting_ends_with_the_others(monkeypatch):
     with pytest.raises(ServerError, match="not needed any more"):
         server.post("/x", {}, 30.0)
     assert not sent
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://host", "http://", "http://host:abc", "http://host:80000", "http://host:0", "http://[::1",
+     "http://host?x=1", "http://me:hidden@host:abc"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_at_once_and_without_a_password(url):
+    with pytest.raises(UserError, match=r"urls: '.*' is not an address such as") as caught:
+        Server(url)
+    assert "hidden" not in str(caught.value)
 
 
 def drips(headers, after_ten=lambda: None):

@@ -33,9 +33,14 @@ class Server:
     """One server. Its methods may be called from several threads; `abort` ends the exchanges of all of them."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise UserError(f"rollout.engine.urls: {url!r} is not an address such as http://127.0.0.1:8000")
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is no number up to 65535, or brackets of half an IPv6 address
+            is_address = False
+        if not is_address or parts.query or parts.fragment:
+            shown = url if "@" not in url else f"***@{url.rpartition('@')[2]}"  # without a name and password
+            raise UserError(f"rollout.engine.urls: {shown!r} is not an address such as http://127.0.0.1:8000")
         if "@" in parts.netloc:
             raise UserError(
                 f"rollout.engine.urls: the name and password of {parts.scheme}://***@{parts.hostname} are not sent; "
