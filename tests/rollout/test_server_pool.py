@@ -274,6 +274,21 @@ def test_an_answer_that_comes_a_byte_at_a_time_is_bounded_and_can_be_aborted(hea
         server.post("/x", {}, 30.0)
 
 
+def test_a_connection_that_comes_too_late_is_not_used(monkeypatch):
+    """Nothing would bound the exchange any more."""
+    sent, connect = [], http.client.HTTPConnection.connect
+
+    def slowly(connection):
+        connect(connection)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", slowly)
+    monkeypatch.setattr(http.client.HTTPConnection, "request", lambda *a, **k: sent.append(a))
+    with pytest.raises(ServerError, match="/x: no answer within 0.1 s"):
+        Server(drips(b"")).post("/x", {}, 0.1)
+    assert not sent
+
+
 def test_one_line_says_which_server_cannot_be_used_while_another_works(capsys):
     fine, bad = servers(2)
     down, bad_attempts = [True], []

@@ -86,16 +86,18 @@ class Server:
                 raise ServerError(f"{self.url}: not needed any more")
             self._open[connection] = None
         # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on the total.
+        start = time.monotonic()
         alarm = threading.Timer(timeout_s, self._cut, [connection])
         alarm.daemon = True
         alarm.start()
-        start = time.monotonic()
         try:
             connection.connect()
-            with self._lock:  # an abort during the connect had no socket to cut
+            with self._lock:  # an abort or the alarm during the connect had no socket to cut
                 if self._aborted:
                     raise ServerError(f"{self.url}: not needed any more")
                 self._open[connection] = connection.sock
+            if time.monotonic() - start >= timeout_s:
+                raise TimeoutError
             connection.sock.settimeout(timeout_s)
             status, answer = self._send(connection, method, path, body)
             if time.monotonic() - start >= timeout_s:  # a body without its end looks like a shorter one
