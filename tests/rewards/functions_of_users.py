@@ -67,6 +67,19 @@ def unreadable(completions, **_):
     return Unreadable()
 
 
+class SlowToSend:
+    """Takes a second to be pickled, like the columns of a large rollout."""
+
+    def __reduce__(self):
+        time.sleep(1)
+        return int, ("1",)
+
+
+def notes_its_call(completions, file, slow, **_):
+    open(file[0], "w").close()
+    return [1.0] * len(completions)
+
+
 class Placed:
     """Says to another process where it is at the moment."""
 

@@ -145,6 +145,22 @@ def test_a_process_that_dies_is_told(reward_set):
         reward_set(f=users.dies)(*batch())
 
 
+def test_a_call_that_has_not_begun_when_another_function_fails_is_not_made(tmp_path):
+    """It would be waited for, up to its limit, before the error is shown."""
+    failing, other = RewardSpec(users.raises_on_y), RewardSpec(users.notes_its_call, timeout_s=20.0)
+    rewards = RewardSet({"a": failing, "b": other})
+    columns = {"file": str(tmp_path / "called"), "slow": users.SlowToSend()}
+    try:
+        with pytest.raises(UserError, match="reward function a raised ZeroDivisionError"):
+            rewards(*batch(**columns))
+        assert not (tmp_path / "called").exists()
+        rewards.functions["a"] = RewardSpec(users.pid)  # mended, as in a notebook
+        assert rewards(*batch(**columns))[..., 1].flatten().tolist() == [1.0] * 4
+        assert (tmp_path / "called").exists()
+    finally:
+        rewards.close()
+
+
 def test_a_process_that_can_no_longer_answer_is_ended_and_not_waited_for(reward_set):
     rewards = reward_set(f=users.closes_what_it_inherited)
     with pytest.raises(UserError, match="reward function f raised its process ended with exit code -9"):

@@ -55,6 +55,8 @@ class Worker:
         if module == "__main__":
             raise UserError("it is defined in the script that was started; move it into a separate module")
         self._ready, self._idle = False, True
+        self._is_over = False
+        """Whether `kill` ended it: what has not begun in another thread by then must not start it anew."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._kill: Callable[[], object] = lambda: None
@@ -65,6 +67,7 @@ class Worker:
 
     def start(self) -> None:
         """Starts the process without waiting for it; it ends with the calling thread, which must outlive its use."""
+        self._is_over = False
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
@@ -93,6 +96,8 @@ class Worker:
             pickled = pickle.dumps(arguments)
         except Exception as error:  # whatever pickling a user's object raises
             raise UserError(f"what it is given cannot be sent to another process ({error}); {_HERE}") from error
+        if self._is_over:
+            raise WorkerError("its process was ended before it began")
         self.start()
         try:
             if not self._ready:
@@ -102,7 +107,7 @@ class Worker:
             return self._receive(timeout_s)
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             assert self._process is not None
-            self.kill()  # it may live on without its end of the connection; one that ends keeps its code
+            self._end_group()  # it may live on without its end of the connection; one that ends keeps its code
             code = self._process.wait()
             self.close()
             raise WorkerError(f"its process ended with exit code {code}") from error
@@ -138,10 +143,18 @@ class Worker:
         return answer
 
     def kill(self) -> None:
-        """Ends the process; a call that waits for it in another thread raises `WorkerError`."""
-        if self._process is not None:
+        """Ends the process; a call that waits for it in another thread, or is about to, raises `WorkerError`.
+
+        After that only `start` starts it.
+        """
+        self._is_over = True
+        self._end_group()
+
+    def _end_group(self) -> None:
+        process = self._process  # which another thread may set to None
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kills the process, if it runs, and its children."""
