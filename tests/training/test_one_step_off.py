@@ -471,6 +471,22 @@ def test_a_rollout_ahead_that_failed_is_said_to_whoever_asks_next_and_stays(micr
     assert ahead.state_dict()["completions"] is None
 
 
+def test_a_program_that_goes_on_after_a_failed_rollout_has_it_by_the_weights_that_would_have_sampled_it(
+    micro_model_dir,
+):
+    """In the same process, as in a notebook, once the servers are back."""
+    whole = module_with(micro_model_dir, Elsewhere(), rollouts=4, lr=0.5)
+    fit(whole)
+    engine, data = Elsewhere(fail_at=2), Data()
+    module = module_with(micro_model_dir, engine, rollouts=4, lr=0.5)
+    with pytest.raises(EngineUnavailableError, match="nobody is left"):
+        fit(module, data)
+    assert module.rollouts_done == 2
+    fit(module, data)
+    assert module.rollouts_done == 4 and torch.equal(weights(module), weights(whole))
+    assert [seed for seed, _, _ in engine.calls] == [0, 1, 2, 2, 3]
+
+
 def test_only_what_is_trained_is_copied(micro_model_dir):
     from gspo_lightning.training.one_step_off import _share_frozen
 

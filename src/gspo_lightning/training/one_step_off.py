@@ -74,8 +74,7 @@ class OneStepOff:
             return Rollout(prompts, completions)
         if pending is not None:
             pending.join()  # the engine does one thing at a time, such as a validation
-            if pending.error is not None:
-                raise pending.error
+            pending.raise_error()
         self.is_stale = False
         return self.engine.generate(policy, prompts, sampling, seed)
 
@@ -216,10 +215,16 @@ class _Pending:
             self._thread.join()
 
     def result(self) -> list[list[Completion]] | None:
+        """The completions; None if they are lost. Raises what the rollout failed with, see `raise_error`."""
         self.join()
-        if self.error is not None:
-            raise self.error
+        self.raise_error()
         return self.value
+
+    def raise_error(self) -> None:
+        """Raises what the rollout failed with, once: whoever asks again wants another attempt."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
 
 
 def _key(prompts: list[Prompt], sampling: SamplingParams, seed: int) -> tuple[Any, ...]:
