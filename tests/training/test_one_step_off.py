@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import shutil
@@ -43,6 +44,10 @@ class Elsewhere:
     """Seed, checksum of the weights, and whether the call came from the trainer's thread."""
     fail_at: int | None = None
     started: threading.Event = field(default_factory=threading.Event)
+
+    def __deepcopy__(self, memo: Any) -> Elsewhere:
+        """The same, as `VLLMServerEngine`."""
+        return self
 
     def generate(self, policy: Any, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         self.started.set()
@@ -485,6 +490,18 @@ def test_a_program_that_goes_on_after_a_failed_rollout_has_it_by_the_weights_tha
     fit(module, data)
     assert module.rollouts_done == 4 and torch.equal(weights(module), weights(whole))
     assert [seed for seed, _, _ in engine.calls] == [0, 1, 2, 2, 3]
+
+
+def test_a_copy_has_the_pending_rollout_and_its_weights(micro_model_dir):
+    """As `EMAWeightAveraging` copies a module whose run was stopped and goes on in the same process."""
+    policy, sampling, engine = micro_policy(micro_model_dir), SamplingParams(2, 6), Elsewhere()
+    ahead = OneStepOff(engine)
+    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    copied = copy.deepcopy(ahead)
+    ours, theirs = (one.generate(policy, PROMPTS, sampling, 3).completions for one in (ahead, copied))
+    assert [[c.token_ids.tolist() for c in g] for g in ours] == [[c.token_ids.tolist() for c in g] for g in theirs]
+    assert len(engine.calls) == 1 and copied.is_stale and copied.behaviour is not ahead.behaviour
+    assert checksum(trained_parameters(copied.behaviour)) == checksum(trained_parameters(policy))
 
 
 def test_only_what_is_trained_is_copied(micro_model_dir):

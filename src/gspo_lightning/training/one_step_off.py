@@ -197,6 +197,13 @@ class _Pending:
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Pending:
+        """The rollout once it has ended, without the thread: callbacks that average weights copy the whole module."""
+        self.join()
+        made = _Pending(self.key, self.sampling, self.seconds)
+        made.value, made.error = self.value, self.error
+        return made
+
     def start(self, generate: Callable[[], list[list[Completion]]]) -> None:
         def run() -> None:
             start = time.perf_counter()
