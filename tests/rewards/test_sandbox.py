@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import CodeTests, Limits, sandbox, sandbox_checks, sandbox_runner
 from gspo_lightning.rewards.sandbox import SandboxError, session
+from tests.rewards.test_workers import gone, wait_until
 
 try:
     sandbox_checks.require("bubblewrap")
@@ -256,6 +258,26 @@ def fresh_check():
     sandbox_checks.require.cache_clear()
     yield
     sandbox_checks.require.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process learns that its parent has died")
+def test_unsafe_code_ends_with_a_trainer_that_is_killed(tmp_path):
+    """As with that of a reward with timeout_s whose process is."""
+    script = f"""
+from gspo_lightning.rewards.sandbox import Limits, session
+code = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+with session(code, "program", Limits(wall_s=600), "unsafe") as process:
+    process.run("")
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        trainer.kill()
+        trainer.wait(20)
+        wait_until(lambda: gone((tmp_path / "pid").read_text()))
+    finally:
+        trainer.kill()
+        subprocess.run(["kill", "-9", (tmp_path / "pid").read_text()], stderr=subprocess.DEVNULL, check=False)
 
 
 @pytest.mark.parametrize("isolation", ["unsafe", pytest.param("bubblewrap", marks=needs_isolation)])

@@ -177,7 +177,8 @@ def session(
     }
     # A separate user id: the kernel counts processes by user, and it can kill no other process.
     uid = random.SystemRandom().randrange(1 << 30, (1 << 31) - 2) if as_root else None
-    order = {"code": code, "mode": mode, "limits": allowed, "uid": uid}
+    parent = os.getpid() if isolation == "unsafe" else None
+    order = {"code": code, "mode": mode, "limits": allowed, "uid": uid, "parent": parent}
     with tempfile.TemporaryDirectory(prefix="gspo-code-", ignore_cleanup_errors=True) as folder:
         process = _start(isolation, limits, folder, as_root)
         try:

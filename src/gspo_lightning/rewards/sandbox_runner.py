@@ -72,6 +72,15 @@ def limit(limits: dict, uid: int | None) -> None:
         os.setresuid(uid, uid, uid)
 
 
+def die_with(parent: int) -> None:
+    """Makes Linux kill this process when the thread that started it ends, which bubblewrap does by itself."""
+    if sys.platform == "linux":
+        signal_number, zero = ctypes.c_ulong(9), ctypes.c_ulong(0)  # SIGKILL
+        ctypes.CDLL(None).prctl(1, signal_number, zero, zero, zero)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def foreign_imports(tree: ast.AST) -> list[str]:
     """Modules outside the standard library that the code imports by statement; ``.`` for a relative import."""
     names = set()
@@ -95,6 +104,8 @@ def main() -> None:
     """Limits itself, inspects the code, runs it, and answers calls until the input ends."""
     order = receive(0)
     assert order is not None
+    if order["parent"] is not None:
+        die_with(order["parent"])
     limit(order["limits"], order["uid"])
     program = order["mode"] == "program"
     module = types.ModuleType("__main__" if program else "candidate")
