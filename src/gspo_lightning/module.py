@@ -31,7 +31,7 @@ from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
 from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies, move_reference
 from gspo_lightning.training.one_step_off import OneStepOff
-from gspo_lightning.training.part_states import check_states, states_of
+from gspo_lightning.training.part_states import check_states, put_back, states_of
 from gspo_lightning.training.passes import float32_by_onednn
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.training.rollout_collection import RolloutCollection, sample_ahead
@@ -225,6 +225,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             uncount_batch(self.trainer)
             self.trainer.should_stop = True
             return -1
+        put_back(self)
         self.states_before = states_of(self)
         check_batch(batch, self)
         check_ranks_agree(self.sampling)

@@ -253,6 +253,41 @@ def test_a_rollout_that_broke_off_leaves_no_trace_in_the_states(micro_model_dir,
     assert torch.equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("draws", [0, 3])
+def test_a_second_fit_after_a_rollout_that_broke_off_is_the_unbroken_run(draws, micro_model_dir):
+    """As in a notebook, where the cell that fits is run again: the same objects go on, and weights had not moved."""
+
+    class Break(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if module.rollouts_done == 2:
+                raise ValueError("stopped by hand")
+
+    whole, cut = (made(micro_model_dir, max_draws=draws, rewards={"odd": Odd()}) for _ in range(2))
+    fit(whole, lessons(micro_model_dir), callbacks=[Raise()])
+    data = lessons(micro_model_dir)
+    with pytest.raises(ValueError, match="stopped by hand"):
+        fit(cut, data, callbacks=[Raise(), Break()])
+    assert cut.advantages.count == 3 * 12
+    fit(cut, data, callbacks=[Raise()])
+    assert torch.equal(weights(cut), weights(whole)) and cut.rollouts_done == 4
+    assert cut.advantages.count == whole.advantages.count == 4 * 12
+    assert data.task.rows["made"] == data.cursor
+
+
+def test_a_part_that_was_replaced_after_a_rollout_that_broke_off_begins_afresh(micro_model_dir):
+    class Break(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            raise ValueError("stopped by hand")
+
+    module = made(micro_model_dir)
+    module.advantages.count = 5
+    with pytest.raises(ValueError, match="stopped by hand"):
+        fit(module, callbacks=[Break()])
+    module.advantages = RunningMean()
+    fit(module)
+    assert module.advantages.count == 4 * 12
+
+
 def test_rows_made_ahead_of_their_time_are_refused(micro_model_dir):
     line = (
         r"^rollout.engine.staleness=1: data.task has a state, but its rows would be made a rollout before their time, "

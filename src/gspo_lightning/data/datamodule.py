@@ -159,6 +159,10 @@ class PromptDataModule(L.LightningDataModule):
         self.cursor, self.dropped_prompts = state_dict["cursor"], state_dict["dropped_prompts"]
         self._made = None
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Forgets the rows of a rollout that broke off: a task with a state makes them again in the next `fit`."""
+        self._made = None
+
     def train_dataloader(self) -> DataLoader[PromptBatch]:
         """An endless loader of rollout batches, beginning at ``cursor``."""
         if self.prompts_per_rollout % world_size():

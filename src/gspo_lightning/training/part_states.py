@@ -46,7 +46,7 @@ def parts_with_state(module: GSPOModule) -> dict[str, Any]:
 
 
 def states_of(module: GSPOModule) -> dict[str, dict[str, Any]]:
-    """This rank's states by part: the name of its class, and a copy of its state.
+    """This rank's states by part: the part, the name of its class, and a copy of its state.
 
     Raises:
         UserError: a ``state_dict`` raised, or holds something that a checkpoint cannot.
@@ -74,7 +74,18 @@ def _taken(part: Any, name: str) -> dict[str, Any]:
         state = part.state_dict()
     except RAISED as error:
         raise UserError(f"{where}: state_dict() raised {type(error).__name__}: {error}") from error
-    return {"class": type(part).__qualname__, "state": _copied(state, where, "")}
+    return {"part": part, "class": type(part).__qualname__, "state": _copied(state, where, "")}
+
+
+def put_back(module: GSPOModule) -> None:
+    """Undoes what a rollout that broke off did to the states, where the same module is trained on.
+
+    A part that was replaced in the meantime keeps its state.
+    """
+    parts = parts_with_state(module)
+    for name, before in (module.states_before or {}).items():
+        if parts.get(name) is before["part"]:
+            _load(before["part"], name, [before["state"]])
 
 
 def _named(part: Any, name: str) -> str:

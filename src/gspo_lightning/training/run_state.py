@@ -108,6 +108,7 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
     module.guarded_step.nonfinite_in_a_row = state["nonfinite_in_a_row"]
     restore_states(module, state["parts"])
+    module.states_before = None
     same_settings = restore_sampling(module, state["sampling"])
     if module.ahead is not None:
         module.ahead.load_state_dict(state.get("ahead", {}))
