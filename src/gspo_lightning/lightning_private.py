@@ -25,6 +25,21 @@ def start_method(trainer: Any) -> str | None:
     return getattr(trainer.strategy.launcher, "_start_method", None)
 
 
+def looks_at_epoch_end(early_stopping: Any) -> bool:
+    """Whether `EarlyStopping` looks at its metric at the end of an epoch, and not after a validation."""
+    return bool(early_stopping._check_on_train_epoch_end)
+
+
+def saves_at_epoch_end(checkpoint: Any, trainer: Any) -> bool:
+    """Whether `ModelCheckpoint` with ``every_n_epochs`` saves at the end of an epoch, and not after a validation."""
+    return bool(checkpoint._should_save_on_train_epoch_end(trainer))
+
+
+def is_by_time(checkpoint: Any) -> bool:
+    """Whether `ModelCheckpoint` was asked to save by the clock, which it does under automatic optimization alone."""
+    return checkpoint._train_time_interval is not None
+
+
 def forget(trainer: Any, names: Set[str]) -> None:
     """Makes the Trainer forget metrics of ``training_step``: it logs the last value of every name that it has seen.
 

@@ -26,6 +26,7 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
+from gspo_lightning.training.callback_checks import check_moments
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
@@ -208,12 +209,13 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def on_train_start(self) -> None:
         """Brings what was loaded in line with this run: paged optimizer states, the schedule's position.
 
-        Prints a line if all rollouts were already done.
+        Refuses callbacks that would wait in vain; prints a line if all rollouts were already done.
         """
         for optimizer in self.trainer.optimizers:
             page_again(optimizer)
         for config in self.trainer.lr_scheduler_configs:
             move_to(config.scheduler, self._steps_of(self.rollouts_done))
+        check_moments(self.trainer)
         say_nothing_is_left(self)
 
     # ---------------------------------------------------------------- collect

@@ -13,6 +13,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method
 from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
 from gspo_lightning.rollout.engine import traits
+from gspo_lightning.training.callback_checks import check_callbacks
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.types import PromptBatch
@@ -159,23 +160,7 @@ def _check_run(trainer: Any) -> None:
             f"trainer.min_steps={trainer.min_steps}: max_rollouts ends the run, and Lightning would wait for steps "
             "that never come; leave min_steps out"
         )
-    for callback in trainer.callbacks:
-        _check_averaging(callback)
-
-
-def _check_averaging(callback: Any) -> None:
-    """Refuses callbacks that would replace the trained weights by the first ones, or average none."""
-    name = type(callback).__name__
-    if name == "StochasticWeightAveraging":
-        raise UserError(
-            "callbacks: StochasticWeightAveraging averages once per epoch, but a run is one epoch, and it replaces the "
-            "learning-rate schedule; use EMAWeightAveraging"
-        )
-    if (every := getattr(callback, "update_every_n_steps", 1)) != 1 and name == "EMAWeightAveraging":
-        raise UserError(
-            f"callbacks: EMAWeightAveraging(update_every_n_steps={every}) is asked once per rollout, whose number of "
-            "optimizer steps it may never hit, and would put the first weights back; leave update_every_n_steps at 1"
-        )
+    check_callbacks(trainer)
 
 
 def _check_optimizers(module: GSPOModule) -> None:

@@ -1,0 +1,88 @@
+"""Lightning's callbacks that would do something else here than they say, or nothing, without a word: refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.lightning_private import is_by_time, looks_at_epoch_end, saves_at_epoch_end
+from gspo_lightning.training.prompt_source import prompt_source
+
+_IN_THE_TRAINER = "set val_check_interval=<rollouts> and check_val_every_n_epoch=None in the Trainer"
+
+
+def check_callbacks(trainer: Any) -> None:
+    """Refuses callbacks that would replace the trained weights by the first ones, or average none."""
+    for callback in trainer.callbacks:
+        name = type(callback).__name__
+        if name == "StochasticWeightAveraging":
+            raise UserError(
+                "callbacks: StochasticWeightAveraging averages once per epoch, but a run is one epoch, and it replaces "
+                "the learning-rate schedule; use EMAWeightAveraging"
+            )
+        if (every := getattr(callback, "update_every_n_steps", 1)) != 1 and name == "EMAWeightAveraging":
+            raise UserError(
+                f"callbacks: EMAWeightAveraging(update_every_n_steps={every}) is asked once per rollout, whose number "
+                "of optimizer steps it may never hit, and would put the first weights back; leave update_every_n_steps "
+                "at 1"
+            )
+
+
+def check_moments(trainer: Any) -> None:
+    """Refuses what waits for the end of an epoch, or for an hour, that does not come within the run.
+
+    To be called once the loaders are made. The only epoch of a stream of prompts ends with the run; other loaders
+    without a length may end before.
+    """
+    is_endless = trainer.num_training_batches == math.inf and prompt_source(trainer) is not None
+    every = trainer.check_val_every_n_epoch
+    if is_endless and trainer.enable_validation and every not in (None, 1):
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every}: endless prompts are one epoch, so no validation would come; "
+            f"{_IN_THE_TRAINER}"
+        )
+    validates = trainer.enable_validation and not (is_endless and trainer.val_check_batch == math.inf)
+    for callback in trainer.callbacks:
+        if type(callback).__name__ == "EarlyStopping":
+            _check_stopping(callback, is_endless=is_endless, validates=validates)
+        if type(callback).__name__ == "ModelCheckpoint":
+            _check_saving(callback, trainer, is_endless=is_endless, validates=validates)
+
+
+def _check_stopping(callback: Any, *, is_endless: bool, validates: bool) -> None:
+    """Refuses to stop early at the end of the run, or never."""
+    if is_endless and looks_at_epoch_end(callback):
+        raise UserError(
+            f"callbacks: EarlyStopping looks at {callback.monitor} at the end of an epoch, which with endless prompts "
+            f"is the end of the run; {_IN_THE_TRAINER}, and leave check_on_train_epoch_end out"
+        )
+    if not looks_at_epoch_end(callback) and not validates:
+        raise UserError(
+            f"callbacks: EarlyStopping looks at {callback.monitor} after each validation, and none falls inside the "
+            f"run; give the Trainer held-out prompts and {_IN_THE_TRAINER}"
+        )
+
+
+def _check_saving(callback: Any, trainer: Any, *, is_endless: bool, validates: bool) -> None:
+    """Refuses to save never, or the last rollout where the best was asked for."""
+    ours = "gspo_lightning.callbacks.checkpoint.RolloutCheckpoint"
+    if is_by_time(callback):
+        raise UserError(
+            "callbacks: ModelCheckpoint(train_time_interval) saves nothing where optimization is manual; leave it out, "
+            f"or use {ours}"
+        )
+    every = callback.every_n_epochs
+    if is_endless and every > 1:
+        raise UserError(
+            f"callbacks: ModelCheckpoint(every_n_epochs={every}) saves nothing: endless prompts are one epoch; use "
+            f"every_n_train_steps, or {ours}"
+        )
+    at_end = is_endless and saves_at_epoch_end(callback, trainer)
+    never = not validates and not saves_at_epoch_end(callback, trainer)
+    if every and callback.monitor is not None and callback.save_top_k and (at_end or never):
+        found = "nothing: no validation falls inside the run" if never else "the last rollout and not the best"
+        raise UserError(
+            f"callbacks: ModelCheckpoint(monitor={callback.monitor}) would save {found}; {_IN_THE_TRAINER}, and leave "
+            f"save_on_train_epoch_end out; or use every_n_train_steps, or {ours} with keep_best"
+        )
