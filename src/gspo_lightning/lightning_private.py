@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Set
 from typing import Any
 
+import torch
+
 
 def trainer_of(module: Any) -> Any:
     """The Trainer of a LightningModule; None before it has one, where the public ``module.trainer`` raises."""
@@ -38,6 +40,32 @@ def saves_at_epoch_end(checkpoint: Any, trainer: Any) -> bool:
 def is_by_time(checkpoint: Any) -> bool:
     """Whether `ModelCheckpoint` was asked to save by the clock, which it does under automatic optimization alone."""
     return checkpoint._train_time_interval is not None
+
+
+def begin_averages(trainer: Any) -> None:
+    """Lets `WeightAveraging` count the steps of this Trainer: it would wait for as many as an earlier one had taken."""
+    for callback in _averaging(trainer):
+        callback._latest_update_step = min(callback._latest_update_step, trainer.global_step)
+        callback._latest_update_epoch = min(callback._latest_update_epoch, trainer.current_epoch - 1)
+
+
+@torch.no_grad()
+def let_averages_follow(trainer: Any, module: Any) -> None:
+    """Lets the weights of a `WeightAveraging` that has not begun be the trained ones.
+
+    It validates with them, and puts them in place when training ends. They are those that it was made with, and the
+    first ones that it averages take their place in any case.
+    """
+    for callback in _averaging(trainer):
+        if callback._average_model.n_averaged:
+            continue
+        theirs = (*callback._average_model.module.parameters(), *callback._average_model.module.buffers())
+        for average, trained in zip(theirs, (*module.parameters(), *module.buffers()), strict=True):
+            average.copy_(trained)
+
+
+def _averaging(trainer: Any) -> list[Any]:
+    return [callback for callback in trainer.callbacks if getattr(callback, "_average_model", None) is not None]
 
 
 def forget(trainer: Any, names: Set[str]) -> None:

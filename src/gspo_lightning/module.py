@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import add_metrics
-from gspo_lightning.lightning_private import current_hook, trainer_of, uncount_batch
+from gspo_lightning.lightning_private import (
+    begin_averages,
+    current_hook,
+    let_averages_follow,
+    trainer_of,
+    uncount_batch,
+)
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.entropy_control import EntropyControl
 from gspo_lightning.policy.load import PolicyLoader
@@ -216,6 +222,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             move_to(config.scheduler, self._steps_of(self.rollouts_done))
         check_moments(self.trainer)
+        begin_averages(self.trainer)
         say_nothing_is_left(self)
 
     # ---------------------------------------------------------------- collect
@@ -260,6 +267,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         if (source := prompt_source(self.trainer)) is not None:
             source.finish(self.batch_in_hand)
         self.states_before = None
+        let_averages_follow(self.trainer, self)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
 

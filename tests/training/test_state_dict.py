@@ -9,7 +9,7 @@ import io
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 
 from gspo_lightning.policy.load import LoraSettings
@@ -101,6 +101,56 @@ def test_weights_are_averaged_once_per_rollout_and_not_once_per_step(micro_model
     assert kept.steps == 6 and not torch.equal(first, third)
     expected = (first + second) / 4 + third / 2
     assert torch.allclose(weights(module), expected, rtol=0, atol=1e-14)
+
+
+class Never(WeightAveraging):
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return False
+
+
+class Validated(L.Callback):
+    """The weights in each validation of the run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        self.seen.append(weights(pl_module))
+
+
+class Loaders(L.LightningDataModule):
+    def train_dataloader(self):
+        return Batches(scripted_prompts(), 4).loader()
+
+    def val_dataloader(self):
+        return Batches(scripted_prompts(generations=1)).loader()
+
+
+AFTER_EACH = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+
+
+@pytest.mark.parametrize(
+    ("make", "begins"), [(lambda: EMAWeightAveraging(decay=0.5, update_starting_at_step=4), 3), (Never, 5)]
+)
+def test_before_weights_are_averaged_the_trained_ones_are_validated_and_stay(make, begins, micro_model_dir):
+    """Rollouts of two steps: the average begins with the weights after the third, if at all."""
+    module = build_module(micro_model_dir, Settings(rollouts=4, update={"num_minibatches": 2}))
+    kept, validated = Kept(), Validated()
+    trainer(callbacks=[kept, make(), validated], **AFTER_EACH).fit(module, datamodule=Loaders())
+    expected = kept.after[:3] + [(kept.after[2] + kept.after[3]) / 2 if begins == 3 else kept.after[3]]
+    assert len(validated.seen) == 4 and not torch.equal(kept.after[2], kept.after[3])
+    for seen, of in zip([*validated.seen, weights(module)], [*expected, expected[-1]], strict=True):
+        assert torch.allclose(seen, of, rtol=0, atol=1e-14)
+
+
+def test_a_callback_that_averaged_before_averages_in_a_second_fit(micro_model_dir):
+    """It begins anew, with as few steps as the new Trainer has taken."""
+    module, average = build_module(micro_model_dir, Settings(rollouts=2)), EMAWeightAveraging(decay=0.5)
+    trainer(callbacks=[average]).fit(module, Batches(scripted_prompts(), 2).loader())
+    module.max_rollouts, kept = 4, Kept()
+    trainer(callbacks=[kept, average]).fit(module, Batches(scripted_prompts(), 2).loader())
+    assert not torch.equal(*kept.after)
+    assert torch.allclose(weights(module), sum(kept.after) / 2, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("settings", [Settings(), ADAPTED], ids=["whole", "adapter"])

@@ -13,7 +13,7 @@ _IN_THE_TRAINER = "set val_check_interval=<rollouts> and check_val_every_n_epoch
 
 
 def check_callbacks(trainer: Any) -> None:
-    """Refuses callbacks that would replace the trained weights by the first ones, or average none."""
+    """Refuses callbacks that would average by epochs, of which a run has one, or not at all."""
     for callback in trainer.callbacks:
         name = type(callback).__name__
         if name == "StochasticWeightAveraging":
@@ -24,8 +24,7 @@ def check_callbacks(trainer: Any) -> None:
         if (every := getattr(callback, "update_every_n_steps", 1)) != 1 and name == "EMAWeightAveraging":
             raise UserError(
                 f"callbacks: EMAWeightAveraging(update_every_n_steps={every}) is asked once per rollout, whose number "
-                "of optimizer steps it may never hit, and would put the first weights back; leave update_every_n_steps "
-                "at 1"
+                "of optimizer steps it may never hit; leave update_every_n_steps at 1"
             )
 
 
