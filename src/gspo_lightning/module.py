@@ -32,7 +32,7 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.training.callback_checks import check_moments
+from gspo_lightning.training.callback_checks import check_moments, refuse_tuners
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
@@ -63,6 +63,7 @@ from gspo_lightning.training.timing import Stopwatch
 from gspo_lightning.training.trainer_checks import (
     check_advantages,
     check_batch,
+    check_caller,
     check_fit,
     check_prompts,
     refuse_draws_ahead,
@@ -179,6 +180,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""
+        refuse_tuners(trainer_of(self))
         if self.policy is None:
             load_policies(self)
 
@@ -205,6 +207,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         check_states(self)
         check_sampling_of(self, self.sampling)
         choose_forwards(self)
+        if (trainer := trainer_of(self)).fast_dev_run:
+            trainer.fit_loop.epoch_loop.max_steps = -1  # so many batches, whose number of optimizer steps is another
 
     def on_validation_start(self) -> None:
         """Chooses the forward, if nothing is trained or validation comes first; tells rewards how far the run is."""
@@ -229,6 +233,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> int | None:
         """Samples completions for the prompts and scores them; ends a resumed run whose rollouts are all done."""
+        check_caller(self)
         assert self.policy is not None
         if self.rollouts_done >= self.max_rollouts:
             uncount_batch(self.trainer)
@@ -249,6 +254,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Takes all optimizer steps on the current rollout."""
+        check_caller(self)
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight))

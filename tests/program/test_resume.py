@@ -334,7 +334,10 @@ def test_states_that_were_paged_are_paged_again_once_they_are_loaded(is_paged, m
     second.is_paged = is_paged
     alone = [state["state1"] for state in second.state.values()][1]
     module = build_module(micro_model_dir, Settings())
-    module._trainer = SimpleNamespace(optimizers=[second], lr_scheduler_configs=[], should_stop=False)
+    module._trainer = SimpleNamespace(
+        optimizers=[second], lr_scheduler_configs=[], should_stop=False, callbacks=[], num_training_batches=1,
+        check_val_every_n_epoch=None, enable_validation=False,
+    )  # fmt: skip
     module.on_train_start()
     assert paged(second) == before
     for ours, theirs in zip(second.state.values(), first.state.values(), strict=True):

@@ -27,7 +27,8 @@ def test_the_policy_is_split_before_its_reference_is_loaded(micro_model_dir, mon
     monkeypatch.setattr(loading, "shard_policy", lambda policy, mesh, **_: events.append(("split", policy)))
     module = build_module(micro_model_dir, Settings(objective={"beta": 0.1}))
     module._device_mesh = object()
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(gather_for_rollouts=True))
+    strategy, state = SimpleNamespace(gather_for_rollouts=True), SimpleNamespace(fn="fit")
+    module._trainer = SimpleNamespace(strategy=strategy, state=state, callbacks=[])
     module.configure_model()
     policy, reference = module.policy, module.references[0]
     assert events == ["load_model", "choose_forward", ("split", policy), "load_model", ("split", reference)]

@@ -12,6 +12,23 @@ from gspo_lightning.training.prompt_source import prompt_source
 _IN_THE_TRAINER = "set val_check_interval=<rollouts> and check_val_every_n_epoch=None in the Trainer"
 
 
+def refuse_tuners(trainer: Any) -> None:
+    """Refuses Lightning's tuners, which run before the hooks of a fit: they find nothing, or leave nothing to train."""
+    if trainer is None or trainer.state.fn != "fit":
+        return
+    for callback in trainer.callbacks:
+        if type(callback).__name__ == "LearningRateFinder":
+            raise UserError(
+                "callbacks: LearningRateFinder looks at the loss that training_step returns, and a rollout has none; "
+                "compare rates by the rewards that they lead to (docs/sweeps.md)"
+            )
+        if type(callback).__name__ == "BatchSizeFinder":
+            raise UserError(
+                "callbacks: BatchSizeFinder would use up max_rollouts in its trials; leave it out, since micro-batches "
+                "are cut by themselves where memory runs out"
+            )
+
+
 def check_callbacks(trainer: Any) -> None:
     """Refuses callbacks that would average by epochs, of which a run has one, or not at all."""
     for callback in trainer.callbacks:

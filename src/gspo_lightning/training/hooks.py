@@ -94,13 +94,13 @@ def _demanding(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
     def demanding(self: Any, *args: Any, **kwargs: Any) -> Any:
         _noted(self).discard(name)
         result = hook(self, *args, **kwargs)
+        if name == "training_step":
+            _check_result(result, hook.__qualname__)
         nothing_to_do = name == "configure_model" and self.policy is not None
         nothing_to_do |= name == "validation_step" and not isinstance(args[0] if args else None, PromptBatch)
         if name in _noted(self) or nothing_to_do or (name == "on_train_batch_start" and result == -1):
             return result
-        line = (
-            f"{hook.__qualname__.rpartition('<locals>.')[2]}: it did not call super().{name}(), which {AT_WORK[name]}"
-        )
+        line = f"{_plain(hook.__qualname__)}: it did not call super().{name}(), which {AT_WORK[name]}"
         if name != "on_save_checkpoint":
             raise UserError(f"{line}; call it")
         warnings.warn(f"{line}; it was called after it", stacklevel=2)
@@ -110,6 +110,21 @@ def _demanding(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
 
     demanding._watches_super = True  # type: ignore[attr-defined]
     return demanding
+
+
+def _check_result(result: Any, name: str) -> None:
+    """Refuses a loss that ``training_step`` returns: under manual optimization Lightning has no use for it."""
+    loss = result.get("loss") if isinstance(result, dict) else result
+    if getattr(loss, "requires_grad", False):
+        raise UserError(
+            f"{_plain(name)}: the loss that it returns is not trained on, because optimization is manual; return it "
+            "from auxiliary_loss"
+        )
+
+
+def _plain(name: str) -> str:
+    """The name of a class or function without where it is defined."""
+    return name.rpartition("<locals>.")[2]
 
 
 def refuse_uncalled(module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
     """Counters, sampling, states of parts, the rollout generated ahead, a moved reference. All ranks must call it."""
     from gspo_lightning import __version__
 
+    _say_if_cut(module)
     state = {
         "version": __version__,
         "rollouts_done": module.rollouts_done,
@@ -70,6 +72,18 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
     if module.reference_moves:
         state["reference"] = [_whole_state(policy) for policy in module.references]
     return state
+
+
+def _say_if_cut(module: GSPOModule) -> None:
+    """Warns of a checkpoint within a rollout, such as Lightning's on an exception, whose weights are between two."""
+    steps = module.counts["optimizer_steps"] - int(module.last_metrics.get("count/optimizer_steps", 0))
+    if module.states_before is not None and steps and rank() == 0:
+        warnings.warn(
+            f"checkpoint: its weights have taken {counted(steps, 'optimizer step')} of rollout "
+            f"{module.rollouts_done + 1}, which a run that resumes from it begins anew; "
+            "gspo_lightning.callbacks.checkpoint.RolloutCheckpoint saves whole rollouts",
+            stacklevel=2,
+        )
 
 
 def _whole_state(policy: Policy) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
-from gspo_lightning.lightning_private import start_method
+from gspo_lightning.lightning_private import start_method, trainer_of
 from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.training.callback_checks import check_callbacks
@@ -102,6 +102,21 @@ def compared_by(has_mismatch: bool, old_logprobs: str) -> tuple[str, str] | None
     if has_mismatch:
         return "objective.mismatch", "mismatch=none"
     return ("update.old_logprobs=sampler", "update.old_logprobs=policy") if old_logprobs == "sampler" else None
+
+
+def check_caller(module: GSPOModule) -> None:
+    """Refuses to be run by anything but a Trainer that calls all hooks of this module."""
+    trainer, name = trainer_of(module), type(module).__name__
+    if trainer is None:
+        raise UserError(
+            f"{name} is trained by a Trainer alone; with Fabric or in a loop of your own use gspo_lightning.objective "
+            "and gspo_lightning.packing, as examples/bare_loop.py does"
+        )
+    if trainer.lightning_module is not module:
+        raise UserError(
+            f"{name} is a part of {type(trainer.lightning_module).__name__}, whose hooks alone Lightning calls; let "
+            f"that be a subclass of {name}, which holds the other parts"
+        )
 
 
 def check_fit(module: GSPOModule) -> None:

@@ -1,0 +1,215 @@
+"""In programs of others: what Lightning offers and this module cannot be is refused, and the rest counts in rollouts."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, OnExceptionCheckpoint
+from lightning.pytorch.tuner import Tuner
+
+from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Data(L.LightningDataModule):
+    """The same prompts again and again."""
+
+    batch_size = 4
+
+    def train_dataloader(self):
+        return Batches(scripted_prompts(), 8).loader()
+
+    def val_dataloader(self):
+        return Batches(scripted_prompts(generations=1)).loader()
+
+
+def made(folder, cls=GSPOModule, **settings):
+    module = build_module(folder, Settings(update={"num_minibatches": 2}, **settings))
+    module.__class__ = cls
+    return module
+
+
+def refused(line):
+    return pytest.raises(UserError, match=f"^{re.escape(line)}$")
+
+
+# ---------------------------------------------------------------- who calls
+
+
+class Parent(L.LightningModule):
+    def __init__(self, child, collects):
+        super().__init__()
+        self.child, self.collects, self.automatic_optimization = child, collects, False
+
+    def configure_model(self):
+        self.child.configure_model()
+
+    def configure_optimizers(self):
+        return self.child.configure_optimizers()
+
+    def training_step(self, batch, batch_idx):
+        if self.collects:
+            self.child.on_train_batch_start(batch, batch_idx)
+        self.child.training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_a_part_of_another_module_is_refused(collects, micro_model_dir):
+    parent = Parent(made(micro_model_dir), collects)
+    line = (
+        "GSPOModule is a part of Parent, whose hooks alone Lightning calls; let that be a subclass of GSPOModule, which "
+        "holds the other parts"
+    )
+    with refused(line):
+        trainer().fit(parent, datamodule=Data())
+
+
+def test_without_a_trainer_the_line_names_the_pieces_for_a_loop_of_ones_own(micro_model_dir):
+    line = (
+        "GSPOModule is trained by a Trainer alone; with Fabric or in a loop of your own use gspo_lightning.objective and "
+        "gspo_lightning.packing, as examples/bare_loop.py does"
+    )
+    module, (batch,) = made(micro_model_dir), Batches(scripted_prompts()).loader()
+    module.configure_model()
+    with refused(line):
+        module.on_train_batch_start(batch, 0)
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    wrapped, _ = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    with refused(line):
+        wrapped.training_step(batch, 0)
+
+
+# ---------------------------------------------------------------- what a step returns
+
+
+class Lossy(GSPOModule):
+    as_dict = False
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        loss = sum(parameter.square().sum() for parameter in self.parameters())
+        return {"loss": loss, "rollout": self.rollouts_done} if self.as_dict else loss
+
+
+class LossyDict(Lossy):
+    as_dict = True
+
+
+class Telling(GSPOModule):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        return {"loss": torch.tensor(1.0), "rollout": self.rollouts_done}
+
+
+@pytest.mark.parametrize("cls", [Lossy, LossyDict])
+def test_a_loss_that_nobody_would_train_on_is_refused(cls, micro_model_dir):
+    line = (
+        "Lossy.training_step: the loss that it returns is not trained on, because optimization is manual; return it "
+        "from auxiliary_loss"
+    )
+    with refused(line):
+        trainer().fit(made(micro_model_dir, cls), datamodule=Data())
+
+
+def test_what_a_step_tells_callbacks_reaches_them(micro_model_dir):
+    told = []
+
+    class Listener(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            told.append(outputs["rollout"])
+
+    trainer(callbacks=[Listener()]).fit(made(micro_model_dir, Telling, rollouts=2), datamodule=Data())
+    assert told == [1, 2]
+
+
+# ---------------------------------------------------------------- tuners, trials
+
+
+RATES = (
+    "callbacks: LearningRateFinder looks at the loss that training_step returns, and a rollout has none; compare rates "
+    "by the rewards that they lead to (docs/sweeps.md)"
+)
+SIZES = (
+    "callbacks: BatchSizeFinder would use up max_rollouts in its trials; leave it out, since micro-batches are cut by "
+    "themselves where memory runs out"
+)
+
+
+@pytest.mark.parametrize(
+    ("tune", "line"),
+    [
+        (lambda module: Tuner(trainer()).lr_find(module, datamodule=Data()), RATES),
+        (lambda module: trainer(callbacks=[LearningRateFinder()]).fit(module, datamodule=Data()), RATES),
+        (lambda module: Tuner(trainer()).scale_batch_size(module, datamodule=Data()), SIZES),
+        (lambda module: trainer(callbacks=[BatchSizeFinder()]).fit(module, datamodule=Data()), SIZES),
+    ],
+)
+def test_tuners_that_would_find_nothing_are_refused(tune, line, micro_model_dir):
+    module = made(micro_model_dir, rollouts=2)
+    module.lr = 0.1
+    with refused(line):
+        tune(module)
+    assert module.rollouts_done == 0 and module.policy is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_trial_of_n_batches_is_n_rollouts_and_a_validation(count, micro_model_dir):
+    """Each of two optimizer steps."""
+    module, seen = made(micro_model_dir, rollouts=5), []
+
+    class Seen(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append(pl_module.rollouts_done)
+
+    trainer(callbacks=[Seen()], fast_dev_run=count, limit_val_batches=1).fit(module, datamodule=Data())
+    assert module.rollouts_done == count and seen == [count]
+
+
+# ---------------------------------------------------------------- checkpoints within a rollout
+
+
+class Break(L.Callback):
+    """Ends the run before or after the first of the optimizer steps of the second rollout."""
+
+    def __init__(self, after_step):
+        self.after_step = after_step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if pl_module.rollouts_done == 1 and not self.after_step:
+            raise ValueError("stopped by hand")
+
+    def on_after_backward(self, trainer, pl_module):
+        if pl_module.counts["optimizer_steps"] == 3:
+            raise ValueError("stopped by hand")
+
+
+def warned(folder, path, after_step):
+    """The lines about a checkpoint that Lightning saves when a run breaks off, and the module that resumes from it."""
+    module = made(folder, rollouts=2)
+    saving = OnExceptionCheckpoint(path, "broken")
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match="stopped by hand"):
+        warnings.simplefilter("always")
+        trainer(callbacks=[Break(after_step), saving], enable_checkpointing=True).fit(module, datamodule=Data())
+    again = made(folder, rollouts=2)
+    trainer().fit(again, datamodule=Data(), ckpt_path=path / "broken.ckpt", weights_only=True)
+    return [str(w.message) for w in caught if str(w.message).startswith("checkpoint:")], again
+
+
+def test_a_checkpoint_within_a_rollout_says_so_if_weights_have_moved(micro_model_dir, tmp_path):
+    whole = made(micro_model_dir, rollouts=2)
+    trainer().fit(whole, datamodule=Data())
+    lines, again = warned(micro_model_dir, tmp_path / "before", after_step=False)
+    assert lines == [] and torch.equal(weights(again), weights(whole))
+    lines, again = warned(micro_model_dir, tmp_path / "after", after_step=True)
+    assert lines == [
+        "checkpoint: its weights have taken 1 optimizer step of rollout 2, which a run that resumes from it begins anew; "
+        "gspo_lightning.callbacks.checkpoint.RolloutCheckpoint saves whole rollouts"
+    ]
+    assert not torch.equal(weights(again), weights(whole))
