@@ -22,6 +22,17 @@ def current_hook(module: Any) -> str:
     return str(module._current_fx_name)
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether a Trainer was given the module within `torch.compile`, which then compiles its steps."""
+    return module._compiler_ctx is not None
+
+
+def batch_in_hand(module: Any) -> Any:
+    """The batch of the loop that is running; None outside of loops."""
+    results = getattr(module._trainer, "_results", None)
+    return getattr(results, "batch", None)
+
+
 def start_method(trainer: Any) -> str | None:
     """How the launcher starts the other ranks by multiprocessing; None for torchrun and scripts, which start none."""
     return getattr(trainer.strategy.launcher, "_start_method", None)

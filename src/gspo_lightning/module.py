@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import add_metrics
 from gspo_lightning.lightning_private import (
+    batch_in_hand,
     begin_averages,
     current_hook,
     let_averages_follow,
@@ -32,7 +33,7 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.training.callback_checks import check_moments, refuse_tuners
+from gspo_lightning.training.callback_checks import check_before_loading, check_moments
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
@@ -72,6 +73,9 @@ from gspo_lightning.training.trainer_checks import (
 from gspo_lightning.training.update import Minibatch, UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import PromptBatch, SamplingParams, ScoredRollout
+
+_BEFORE_BATCH_SIZE = 9
+"""Arguments of `LightningModule.log` between the value and ``batch_size``."""
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
@@ -180,7 +184,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""
-        refuse_tuners(trainer_of(self))
+        check_before_loading(self)
         if self.policy is None:
             load_policies(self)
 
@@ -299,7 +303,13 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     # ---------------------------------------------------------------- metrics and validation
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Like Lightning's, which callbacks and `log_dict` call too; notes name and hook for `RunRecorder`."""
+        """Like Lightning's, which callbacks and `log_dict` call too; notes name and hook for `RunRecorder`.
+
+        Means over an epoch weigh batches by their prompts; Lightning finds no size in a `PromptBatch`.
+        """
+        batch = batch_in_hand(self)
+        if isinstance(batch, PromptBatch) and len(args) <= _BEFORE_BATCH_SIZE:
+            kwargs["batch_size"] = kwargs.get("batch_size") or len(batch)
         super().log(name, value, *args, **kwargs)
         self.logged_names[name] = current_hook(self)
 

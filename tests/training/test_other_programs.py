@@ -10,9 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, OnExceptionCheckpoint
 from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
 
+from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.types import PromptBatch
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -213,3 +217,84 @@ def test_a_checkpoint_within_a_rollout_says_so_if_weights_have_moved(micro_model
         "gspo_lightning.callbacks.checkpoint.RolloutCheckpoint saves whole rollouts"
     ]
     assert not torch.equal(weights(again), weights(whole))
+
+
+# ---------------------------------------------------------------- conversions
+
+
+def test_a_module_that_was_compiled_as_a_whole_is_refused(micro_model_dir):
+    line = (
+        "torch.compile: GSPOModule is compiled as a whole, reward functions included; give the Trainer the module "
+        "itself, and PolicyLoader compile=True"
+    )
+    with refused(line):
+        trainer().fit(torch.compile(made(micro_model_dir), backend="eager"), datamodule=Data())
+    with refused(line):
+        trainer(limit_val_batches=1).validate(torch.compile(made(micro_model_dir), backend="eager"), datamodule=Data())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["whole", "adapter"])
+def test_weights_that_were_narrowed_behind_the_loader_are_refused(lora, dtype, micro_model_dir):
+    module = made(micro_model_dir, dtype="float32", lora=lora)
+    module.configure_model()
+    module.to(dtype)
+    with pytest.raises(
+        UserError, match=rf"^model\.\S* is trained, but in {dtype}, where .*; do not convert the module"
+    ):
+        trainer().fit(module, datamodule=Data())
+    assert module.rollouts_done == 0
+
+
+# ---------------------------------------------------------------- values of one's own
+
+
+class Logging(GSPOModule):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.log("own/mean", float(self.rollouts_done), on_epoch=True, on_step=False)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("own/prompts", float(len(batch)))
+        self.log("own/given", float(len(batch)), batch_size=1)
+        super().validation_step(batch, batch_idx)
+
+
+def test_values_that_a_step_logs_are_means_over_prompts(micro_model_dir):
+    """Rollouts of 4 and 2 prompts, validations of 1 and 4: (1*4 + 2*2) / 6, and (1*1 + 4*4) / 5."""
+
+    class Uneven(Data):
+        def train_dataloader(self):
+            return DataLoader([PromptBatch(scripted_prompts(count=n)) for n in (4, 2)], batch_size=None)
+
+        def val_dataloader(self):
+            return DataLoader([PromptBatch(scripted_prompts(count=n, generations=1)) for n in (1, 4)], batch_size=None)
+
+    runner = trainer(limit_val_batches=1.0)
+    runner.fit(made(micro_model_dir, Logging, rollouts=2), datamodule=Uneven())
+    found = [runner.callback_metrics[f"own/{name}"].item() for name in ("mean", "prompts", "given")]
+    assert found == pytest.approx([8 / 6, 17 / 5, 5 / 2], rel=1e-6)
+
+
+# ---------------------------------------------------------------- a fit after one that was stopped
+
+
+def test_a_trainer_that_was_stopped_validates_in_the_next_fit(micro_model_dir, tmp_path):
+    class Stop(L.Callback):
+        seen = ()
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            trainer.should_stop = trainer.should_stop or pl_module.rollouts_done == 1
+
+        def on_validation_end(self, trainer, pl_module):
+            self.seen = (*self.seen, pl_module.rollouts_done)
+
+    stop, module = Stop(), made(micro_model_dir, rollouts=4)
+    runner = trainer(
+        callbacks=[stop, RolloutCheckpoint(tmp_path, 1)], limit_val_batches=1.0, val_check_interval=3,
+        check_val_every_n_epoch=None,
+    )  # fmt: skip
+    runner.fit(module, datamodule=Data())
+    assert (module.rollouts_done, stop.seen, runner.limit_val_batches) == (1, (), 1.0)
+    runner.fit(module, datamodule=Data())
+    assert (module.rollouts_done, stop.seen) == (4, (3, 4))

@@ -56,6 +56,7 @@ class RolloutCheckpoint(L.Callback):
         self.best = None if keep_best is None else Best(keep_best, self.folder / "best.ckpt", self.state_key)
         self.wanted = False
         self.saved_at: int | None = None
+        self._limit: int | float | None = None  # the Trainer's limit_val_batches, while `end` has set it to 0
 
     @property
     def last(self) -> Path:
@@ -143,6 +144,7 @@ class RolloutCheckpoint(L.Callback):
         """Saves what a stop from elsewhere, such as a callback after this one, would lose."""
         if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
             self._write(trainer, pl_module)
+        self._put_limit_back(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Saves a run that has lost its rollout engine: its weights are those of the last whole rollout.
@@ -153,6 +155,7 @@ class RolloutCheckpoint(L.Callback):
         is_unsaved = pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done
         if lost and is_unsaved and fails_on_all_ranks(pl_module.engine):
             self._write(trainer, pl_module)
+        self._put_limit_back(trainer)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Saves now, or after the validation that is due; not twice for a rollout."""
@@ -166,8 +169,14 @@ class RolloutCheckpoint(L.Callback):
         """Saves and ends the run here, or after the validation that is due."""
         trainer.should_stop = True
         self.save(trainer, pl_module)
-        if not self.wanted and pl_module.rollouts_done < pl_module.max_rollouts:
+        if not self.wanted and pl_module.rollouts_done < pl_module.max_rollouts and self._limit is None:
+            self._limit = trainer.limit_val_batches
             trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
+
+    def _put_limit_back(self, trainer: L.Trainer) -> None:
+        """Lets the Trainer validate in a later fit."""
+        if self._limit is not None:
+            trainer.limit_val_batches, self._limit = self._limit, None
 
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         atomic_checkpoint(trainer, self.last, self._previous)

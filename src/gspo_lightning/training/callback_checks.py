@@ -6,14 +6,20 @@ import math
 from typing import Any
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.lightning_private import is_by_time, looks_at_epoch_end, saves_at_epoch_end
+from gspo_lightning.lightning_private import is_by_time, is_compiled, looks_at_epoch_end, saves_at_epoch_end, trainer_of
 from gspo_lightning.training.prompt_source import prompt_source
 
 _IN_THE_TRAINER = "set val_check_interval=<rollouts> and check_val_every_n_epoch=None in the Trainer"
 
 
-def refuse_tuners(trainer: Any) -> None:
-    """Refuses Lightning's tuners, which run before the hooks of a fit: they find nothing, or leave nothing to train."""
+def check_before_loading(module: Any) -> None:
+    """Refuses Lightning's tuners, which run before the hooks of a fit, and a module that is compiled as a whole."""
+    if is_compiled(module):
+        raise UserError(
+            f"torch.compile: {type(module).__name__} is compiled as a whole, reward functions included; give the "
+            "Trainer the module itself, and PolicyLoader compile=True"
+        )
+    trainer = trainer_of(module)
     if trainer is None or trainer.state.fn != "fit":
         return
     for callback in trainer.callbacks:

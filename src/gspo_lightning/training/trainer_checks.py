@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -124,6 +125,7 @@ def check_fit(module: GSPOModule) -> None:
     trainer: Any = module.trainer  # Lightning does not declare all of its attributes
     assert module.policy is not None
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
+    _check_dtypes(module)
     _check_run(trainer)
     _check_objective(module)
     refuse_uncalled(module)
@@ -136,6 +138,17 @@ def check_fit(module: GSPOModule) -> None:
         )
     if module.policy.shards is not None:
         _check_own_parameters(module)
+
+
+def _check_dtypes(module: GSPOModule) -> None:
+    """Refuses weights that were narrowed behind the loader, as by ``module.half()``."""
+    assert module.policy is not None
+    for name, parameter in module.policy.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise UserError(
+                f"{name} is trained, but in {parameter.dtype}, where most updates are rounded away; do not convert the "
+                "module, and choose the precision of forwards by trainer.precision"
+            )
 
 
 def _check_objective(module: GSPOModule) -> None:
