@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gspo_lightning.data import LargestOfFour, MicroLetters, Mixture, PromptDataModule, RowsTask
 from gspo_lightning.data import datamodule as datamodule_module
@@ -55,6 +56,15 @@ def test_a_batch_carries_row_ids_text_and_the_position_behind_it(tokenizer_dir: 
     assert (second.uid, second.prompt) == ("micro_letters:train:1", "1b:")
     # The vocabulary is three special tokens, newline, then ASCII from the space on: "0" is 4 + 48 - 32.
     assert first.input_ids.tolist() == [4 + ord(c) - 32 for c in "0a:"] and first.input_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_of_a_loader_take_the_rollouts_in_turn(workers: int, tokenizer_dir: str) -> None:
+    data = _data(MicroLetters(num_validation=5), tokenizer_dir, prompts=2, validation_batch_size=2)
+    for loader, count in ((data.train_dataloader(), 7), (data.val_dataloader(), 3)):
+        again = DataLoader(loader.dataset, batch_size=None, num_workers=workers)
+        assert _uids(list(islice(again, count))) == _uids(list(islice(loader, count)))
+    assert len(list(again)) == 3
 
 
 def test_no_prompt_comes_twice_in_a_rollout_and_epochs_roll_on(tokenizer_dir: str) -> None:

@@ -267,6 +267,18 @@ def test_settings_of_the_optimizer_hold_from_where_a_run_goes_on(micro_model_dir
     assert {int(state["step"]) for state in second.optimizers[0].state.values()} == {6}  # the moments went on
 
 
+def test_a_group_that_was_added_later_keeps_the_settings_that_it_was_saved_with():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD(parameters[:1], lr=0.5)
+    keep_settings(optimizer, functools.partial(torch.optim.SGD, lr=0.5))
+    optimizer.add_param_group({"params": parameters[1:], "lr": 0.01})
+    saved = optimizer.state_dict()
+    for group, rate in zip(saved["param_groups"], (0.25, 0.03125), strict=True):
+        group["lr"] = rate
+    optimizer.load_state_dict(saved)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.03125]
+
+
 def test_another_rate_stands_where_the_schedule_does():
     """Linear from 0.25 over 8 steps, 4 of them done: 0.125. With 0.5 from there on: 0.25, and 0 at the end."""
     linear = Schedule("linear")

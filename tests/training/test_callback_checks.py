@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from datetime import timedelta
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from gspo_lightning.data import MicroLetters, PromptDataModule
@@ -134,6 +135,28 @@ def test_what_acts_where_epochs_end_is_left_alone(micro_model_dir, tmp_path):
     saved = ModelCheckpoint(tmp_path, monitor="val/reward", every_n_epochs=2, save_top_k=-1)
     fit(micro_model_dir, [saved], Own(), check_val_every_n_epoch=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=1-step=2.ckpt", "epoch=3-step=4.ckpt"]
+
+
+class Thawing(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        pl_module.configure_model()
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        pass
+
+
+def test_a_layer_that_waits_for_an_epoch_that_does_not_come_is_warned_of(micro_model_dir):
+    def said(**changes):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(micro_model_dir, [Thawing()], rollouts=1, **changes)
+        return [str(w.message) for w in caught if str(w.message).startswith("callbacks: ")]
+
+    assert said() == [
+        "callbacks: Thawing unfreezes by epochs, and a stream of prompts is one epoch; limit_train_batches=<rollouts> "
+        "in the Trainer ends epochs"
+    ]
+    assert said(limit_train_batches=1) == []
 
 
 def test_a_checkpoint_without_a_metric_is_that_of_the_last_rollout(micro_model_dir, tmp_path):

@@ -8,6 +8,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 
 from gspo_lightning.training.schedule import Schedule
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
@@ -33,6 +34,52 @@ def test_factors_of_five_steps(schedule, expected):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([2.0 * factor for factor in expected])
+
+
+def test_a_group_that_is_added_during_the_run_follows_the_schedule_from_its_own_rate():
+    """Linear over 4 steps: behind step k each group has 1 - k/4 of its own rate."""
+    first, second = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+    optimizer = torch.optim.SGD([first], lr=2.0)
+    scheduler = Schedule("linear").build(optimizer, 4)
+    rates = []
+    for step in range(4):
+        if step == 1:
+            optimizer.add_param_group({"params": [second], "lr": 0.8})
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr())
+    assert [of for pair in rates for of in pair] == pytest.approx([1.5, 1.0, 0.4, 0.5, 0.2, 0.0, 0.0])
+    scheduler.move_to(2)
+    assert scheduler.get_last_lr() == pytest.approx([1.0, 0.4])
+
+
+class Thawing(BaseFinetuning):
+    """The first layer is trained from the second epoch on, which a limit of two rollouts begins."""
+
+    def freeze_before_training(self, pl_module):
+        pl_module.configure_model()
+        self.freeze(pl_module.policy.base_model.model.layers[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.policy.base_model.model.layers[0], optimizer, lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_layer_that_is_frozen_at_first_is_trained_from_its_epoch_on(micro_model_dir):
+    layers, rates = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            layers.append(module.policy.base_model.model.layers[0].mlp.up_proj.weight.detach().clone())
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    module = build_module(micro_model_dir, Settings(optimizer=functools.partial(torch.optim.SGD, lr=0.1), rollouts=4))
+    module.schedule = Schedule("linear")
+    loader = Batches(scripted_prompts(), 4).loader()
+    trainer(callbacks=[Thawing(), Watch()], limit_train_batches=2).fit(module, loader)
+    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[1], layers[2])
+    assert rates[2] == pytest.approx([0.025, 0.025, 0.0025]) and rates[3] == [0.0] * 3
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

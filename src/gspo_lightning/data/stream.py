@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.types import PromptBatch
@@ -40,13 +41,18 @@ class PromptStream:
 
 
 class Batches(IterableDataset[PromptBatch]):
-    """An iterable dataset of the batches that ``begin()`` yields, from the beginning on each pass."""
+    """An iterable dataset of the batches that ``begin()`` yields, from the beginning on each pass.
+
+    Several workers of a `DataLoader` take them in turn, which is the order in which it asks the workers.
+    """
 
     def __init__(self, begin: Callable[[], Iterator[PromptBatch]]) -> None:
         self._begin = begin
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        return self._begin()
+        if (worker := get_worker_info()) is None:
+            return self._begin()
+        return islice(self._begin(), worker.id, None, worker.num_workers)
 
 
 def spaced_rows(task: Task, most: int) -> Iterator[tuple[str, Row]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from gspo_lightning.errors import UserError
@@ -68,6 +69,13 @@ def check_moments(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if type(callback).__name__ == "EarlyStopping":
             _check_stopping(callback, is_endless=is_endless, validates=validates)
+        unfreezes = "BaseFinetuning" in (base.__name__ for base in type(callback).__mro__)
+        if is_endless and unfreezes and trainer.is_global_zero:
+            warnings.warn(
+                f"callbacks: {type(callback).__name__} unfreezes by epochs, and a stream of prompts is one epoch; "
+                "limit_train_batches=<rollouts> in the Trainer ends epochs",
+                stacklevel=2,
+            )
         if type(callback).__name__ == "ModelCheckpoint":
             _check_saving(callback, trainer, is_endless=is_endless, validates=validates)
 

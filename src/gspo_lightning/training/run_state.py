@@ -148,7 +148,7 @@ def keep_settings(optimizer: Optimizer, factory: Any) -> None:
     own = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
     def put_back(loaded: Optimizer) -> None:
-        for group, settings in zip(loaded.param_groups, own, strict=True):
+        for group, settings in zip(loaded.param_groups, own, strict=False):  # groups added since keep their own
             rate, before = settings["lr"], group.get("initial_lr", group["lr"])
             # Scaled to the schedule's current factor; equal rates are left alone, to the last bit.
             now = group["lr"] if rate == before else rate * (group["lr"] / before if before else 1.0)

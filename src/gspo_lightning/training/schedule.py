@@ -44,7 +44,20 @@ class Schedule:
 
 
 class _OwnRates(LambdaLR):
-    """A `LambdaLR` that resumes a checkpoint's position with the base learning rates of this run."""
+    """A `LambdaLR` that resumes a checkpoint's position with the base learning rates of this run.
+
+    Groups that are added to the optimizer during the run, as `BaseFinetuning` does, follow the same schedule.
+    """
+
+    def get_lr(self) -> list[Any]:
+        """The rates at the current position."""
+        self._follow_groups()
+        return super().get_lr()
+
+    def _follow_groups(self) -> None:
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+            self.lr_lambdas.append(self.lr_lambdas[0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads everything but the base learning rates."""
@@ -54,6 +67,7 @@ class _OwnRates(LambdaLR):
 
     def move_to(self, step: int) -> None:
         """Sets the position and the rates that belong to it; where both are right already, no bit changes."""
+        self._follow_groups()
         self.last_epoch = step
         self._last_lr = []
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
