@@ -217,6 +217,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def on_validation_start(self) -> None:
         """Chooses the forward, if nothing is trained or validation comes first; tells rewards how far the run is."""
         choose_forwards(self)
+        self.validator.set_rewards(self.rewards)  # a program may have given the module others since it was made
         # As after the last rollout, also where a resumed run begins with a validation.
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts or 0)
 

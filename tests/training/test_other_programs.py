@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import lightning as L
 import pytest
@@ -16,6 +19,7 @@ from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.types import PromptBatch
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
 
@@ -298,3 +302,66 @@ def test_a_trainer_that_was_stopped_validates_in_the_next_fit(micro_model_dir, t
     assert (module.rollouts_done, stop.seen, runner.limit_val_batches) == (1, (), 1.0)
     runner.fit(module, datamodule=Data())
     assert (module.rollouts_done, stop.seen) == (4, (3, 4))
+
+
+# ---------------------------------------------------------------- settings that are replaced between two fits
+
+
+def test_a_second_fit_measures_the_rewards_that_the_module_was_given_since(micro_model_dir):
+    module = made(micro_model_dir, rollouts=1)
+    runner = trainer(limit_val_batches=1)
+    runner.fit(module, datamodule=Data())
+    before = module.last_validation["val/reward"]
+    module.rewards, module.max_rollouts = (
+        RewardSet({"two": RewardSpec(lambda completions, **_: [2.0] * len(completions))}),
+        2,
+    )
+    runner.fit(module, datamodule=Data())
+    assert before < 1.0 and module.last_validation["val/reward"] == module.last_metrics["reward/mean"] == 2.0
+    assert module.last_validation["val/accuracy"] == 1.0
+
+
+def test_a_second_fit_clips_as_its_settings_say(micro_model_dir):
+    """A step of SGD at rate 1 is then as long as the norm allows; the gradient is longer."""
+    module = build_module(micro_model_dir, Settings(rollouts=1))
+    trainer().fit(module, datamodule=Data())
+    before, module.max_rollouts = weights(module), 2
+    module.update_settings = replace(module.update_settings, max_grad_norm=1e-3)
+    trainer().fit(module, datamodule=Data())
+    assert module.last_metrics["grad_norm"] > 1e-2
+    assert (weights(module) - before).norm().item() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_a_reference_that_moves_from_a_second_fit_on_is_saved(micro_model_dir, tmp_path):
+    slow = partial(torch.optim.SGD, lr=0.01)
+    module = made(micro_model_dir, rollouts=1, objective={"beta": 0.1}, optimizer=slow)
+    runner = trainer()
+    runner.fit(module, datamodule=Data())
+    module.update_settings = replace(module.update_settings, ref_sync_every_n_rollouts=1, ref_model_mixup_alpha=0.5)
+    module.max_rollouts = 2
+    runner.fit(module, datamodule=Data())
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    again = made(micro_model_dir, rollouts=2, objective={"beta": 0.1}, optimizer=slow)
+    trainer().fit(again, datamodule=Data(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    of = [torch.cat([p.flatten() for p in m.references[0].parameters()]) for m in (module, again)]
+    assert torch.equal(*of) and not torch.equal(of[0], weights(module))
+
+
+def test_a_reference_that_was_not_loaded_is_missed_before_the_first_rollout(micro_model_dir):
+    module = made(micro_model_dir)
+    module.configure_model()
+    module.objective = replace(module.objective, beta=0.1)
+    line = (
+        "objective.beta: the reference is loaded with the policy, which was loaded for an objective without one; make "
+        "the module with this objective"
+    )
+    with refused(line):
+        trainer().fit(module, datamodule=Data())
+
+
+def test_what_has_been_fitted_can_be_pickled(micro_model_dir):
+    """With its Trainer, which a data module refers to."""
+    module, data = made(micro_model_dir), Data()
+    trainer(plugins=[]).fit(module, datamodule=data)
+    again, of = pickle.loads(pickle.dumps((module, data)))
+    assert torch.equal(weights(again), weights(module)) and of.trainer.optimizers

@@ -70,6 +70,7 @@ def move_reference(module: GSPOModule) -> None:
     assert module.policy is not None
     for theirs, ours in zip(module.references[0].parameters(), module.policy.parameters(), strict=True):
         theirs.lerp_(ours.to(theirs), settings.ref_model_mixup_alpha)
+    module.reference_moves = True  # from now on no model folder holds it
 
 
 def keeping_dtypes(module: GSPOModule, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

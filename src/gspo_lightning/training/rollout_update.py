@@ -235,8 +235,10 @@ class RolloutUpdate:
                 "module, and the rest would not change; do not replace parameters after configure_optimizers, and let "
                 "a failed backward end the run"
             )
+        settings, step = module.update_settings, module.guarded_step  # the former may be other ones than at first
+        step.max_grad_norm, step.max_nonfinite_steps = settings.max_grad_norm, settings.max_nonfinite_steps
         with memory_for("in the optimizer step", _SMALLER_OPTIMIZER):
-            norm = module.guarded_step(optimizer, parameters, module.rollouts_done + 1, self._before_zero_grad)
+            norm = step(optimizer, parameters, module.rollouts_done + 1, self._before_zero_grad)
         module.counts["optimizer_steps" if norm is not None else "nonfinite_steps"] += 1
         if norm is not None:
             add_metrics(self.metrics, {"grad_norm": (norm, torch.ones(()))})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -40,7 +41,7 @@ class Schedule:
         """The torch scheduler over ``total`` optimizer steps, of which ``done`` were taken by another optimizer."""
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # torch requires it if a schedule does not begin at step 0
-        return _OwnRates(optimizer, lambda step: self.factor(step, total), last_epoch=done - 1)
+        return _OwnRates(optimizer, partial(self.factor, total=total), last_epoch=done - 1)
 
 
 class _OwnRates(LambdaLR):

@@ -154,6 +154,11 @@ def _check_dtypes(module: GSPOModule) -> None:
 def _check_objective(module: GSPOModule) -> None:
     """Refuses an objective that contradicts itself, and warns of what has no effect, as configs are checked earlier."""
     assert module.policy is not None
+    if module.objective.needs_ref and not module.policy.has_adapter and not module.references:
+        raise UserError(
+            "objective.beta: the reference is loaded with the policy, which was loaded for an objective without one; "
+            "make the module with this objective"
+        )
     update, sampling = module.update_settings, module.sampling
     for finding in check_objective(
         module.objective,

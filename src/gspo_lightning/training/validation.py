@@ -45,10 +45,8 @@ class Validator:
     """
 
     def __init__(self, settings: ValidationSettings, rewards: RewardSet, sampling: SamplingParams, seed: int) -> None:
-        self.settings, self.rewards = settings, rewards
-        if settings.reward is not None and settings.reward not in rewards.names:
-            raise UserError(f"validation.reward={settings.reward} must be one of {', '.join(rewards.names)}")
-        self.judge = rewards.names.index(settings.reward) if settings.reward else 0
+        self.settings = settings
+        self.set_rewards(rewards)
         self.set_sampling(sampling)
         self.seed = seed
         self.log: Callable[[list[dict[str, Any]]], None] | None = None
@@ -61,6 +59,17 @@ class Validator:
             "val/mean_tokens",
         )
         self.reset()
+
+    def set_rewards(self, rewards: RewardSet) -> None:
+        """Measures these rewards from now on.
+
+        Raises:
+            UserError: the one that decides what is right is not among them.
+        """
+        wanted = self.settings.reward
+        if wanted is not None and wanted not in rewards.names:
+            raise UserError(f"validation.reward={wanted} must be one of {', '.join(rewards.names)}")
+        self.rewards, self.judge = rewards, rewards.names.index(wanted) if wanted else 0
 
     def set_sampling(self, sampling: SamplingParams) -> None:
         """Samples as training does from now on, but greedily or with its own number of completions."""
