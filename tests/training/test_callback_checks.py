@@ -22,6 +22,12 @@ OURS = "gspo_lightning.callbacks.checkpoint.RolloutCheckpoint"
 AFTER_TWO = {"val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Lightning's `ModelCheckpoint` saves where a program was started."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Letters(PromptDataModule):
     """The stream of its base, with prompts whose completions are written."""
 
