@@ -23,9 +23,9 @@ AFTER_TWO = {"val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
+def _own_folder(tmp_path_factory, monkeypatch):
     """Lightning's `ModelCheckpoint` saves where a program was started."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path_factory.mktemp("started"))
 
 
 class Letters(PromptDataModule):
