@@ -15,7 +15,7 @@ from gspo_lightning.policy.fake import fake_policy
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.weights import check_base
-from gspo_lightning.training.trainer_checks import check_rotation
+from gspo_lightning.training.sampling_checks import check_rotation
 from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, make_prompt, padded_logprobs, random_groups, relative_distance
 

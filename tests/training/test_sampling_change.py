@@ -278,7 +278,7 @@ def test_completions_that_the_engine_would_cut_are_refused(staleness, micro_mode
 
 
 def test_a_rotation_that_would_change_is_refused(micro_model_dir, monkeypatch):
-    monkeypatch.setattr("gspo_lightning.training.trainer_checks._rotation_limit", lambda config: 19)
+    monkeypatch.setattr("gspo_lightning.training.sampling_checks._rotation_limit", lambda config: 19)
     with pytest.raises(UserError, match=r"prompts of 8 and completions of 12 tokens exceed 19, beyond which"):
         fit(made(micro_model_dir, Noting()), callbacks=[Curriculum()])
 

@@ -18,7 +18,8 @@ from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewar
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
-from gspo_lightning.training.trainer_checks import check_precision, check_sampling, check_support, compared_by
+from gspo_lightning.training.sampling_checks import check_sampling, check_support, compared_by
+from gspo_lightning.training.trainer_checks import check_precision
 from gspo_lightning.training.update import check_minibatches
 
 

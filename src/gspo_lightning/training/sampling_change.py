@@ -16,7 +16,7 @@ from gspo_lightning.lightning_private import trainer_of
 from gspo_lightning.objective import Objective
 from gspo_lightning.rollout.engine import within
 from gspo_lightning.training.prompt_source import prompt_source
-from gspo_lightning.training.trainer_checks import check_rotation, check_sampling, check_support, compared_by
+from gspo_lightning.training.sampling_checks import check_rotation, check_sampling, check_support, compared_by
 from gspo_lightning.types import SamplingParams
 
 if TYPE_CHECKING:
