@@ -71,6 +71,13 @@ def test_where_any_k_have_a_right_one_and_where_all_are_equal_nothing_is_left_to
     assert (AdvantageEstimator()(rewards)[0] != 0).all()
 
 
+@given(st.lists(st.sampled_from([0.0, 1.0, 0.1, 0.1 + 1e-16]), min_size=3, max_size=6), st.integers(2, 5))
+@settings(max_examples=200, deadline=None)
+def test_groups_without_signal_are_those_whose_advantages_are_all_zero(rewards, k):
+    estimator = PassAtK(k=min(k, len(rewards) - 1))
+    assert estimator.silent(tensor([rewards])).tolist() == [not estimator(tensor([rewards])).any()]
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [

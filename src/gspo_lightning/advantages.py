@@ -32,6 +32,10 @@ class AdvantageEstimator:
     baseline: Literal["mean", "rloo"] = "mean"
     """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
 
+    def silent(self, rewards: Tensor) -> Tensor:
+        """Mask ``(B,)`` of the groups whose rewards ``(B, G)`` give nothing to learn: by default, equal ones."""
+        return silent_groups(rewards)
+
     def check_generations(self, num_generations: int) -> None:
         """Raises UserError if groups of so many completions cannot be compared, for a reason of a subclass's own."""
 

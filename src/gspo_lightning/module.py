@@ -262,7 +262,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         check_caller(self)
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
-        update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight))
+        update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight, self.advantages))
         add_metrics(update.metrics, self._drawn.metrics(self.rewards.weighted_sum))
         with float32_by_onednn(self):
             update.prepare()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import ROUNDING, STD_EPSILON, AdvantageEstimator
+from gspo_lightning.advantages import ROUNDING, STD_EPSILON, AdvantageEstimator, silent_groups
 from gspo_lightning.errors import UserError
 
 
@@ -38,6 +38,10 @@ class PassAtK(AdvantageEstimator):
                 f"advantages.scale_rewards={self.scale_rewards} is not defined for the best of k; set it to group or "
                 "none"
             )
+
+    def silent(self, rewards: Tensor) -> Tensor:
+        """Mask ``(B,)`` of the groups in which the best of any k is the same."""
+        return silent_groups(rewards.sort(dim=1).values[:, self.k - 1 :])
 
     def check_generations(self, num_generations: int) -> None:
         """Refuses groups that are no larger than k: all would be chosen, and every advantage would be 0."""

@@ -154,7 +154,10 @@ def returns_by_turn(group: list[Completion], rewards: Numbers) -> list[tuple[lis
     return found
 
 
-def is_silent(group: list[Completion], rewards: Numbers) -> bool:
+def is_silent(group: list[Completion], rewards: Numbers, pass_at_k: int = 0) -> bool:
+    """Whether every completion is worth the same: whichever of its turns, or whichever k are chosen."""
+    if pass_at_k:
+        return len({max(chosen) for chosen in combinations(rewards, pass_at_k)}) == 1
     return all(all_equal(values) for _, values in returns_by_turn(group, rewards))
 
 

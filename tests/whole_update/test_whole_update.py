@@ -89,6 +89,9 @@ OF_THE_SAMPLER: tuple[Case, ...] = (
 
 OF_THE_BEST: tuple[Case, ...] = (
     replace(TO_THE_SAMPLER, old="policy", seed=94_000, rewards="binary", generations=6, pass_at_k=3),
+    replace(
+        TO_THE_SAMPLER, old="policy", seed=94_002, rewards="binary", generations=4, pass_at_k=2, max_draws=3, rollouts=2
+    ),
     replace(TO_THE_SAMPLER, old="policy", seed=94_001, generations=5, pass_at_k=2, scale="none", system=20, beta=0.04),
 )
 """Runs whose advantages are those of the best of k."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, silent_groups, without_rounding
+from gspo_lightning.advantages import AdvantageEstimator, without_rounding
 from gspo_lightning.types import Completion
 
 
@@ -35,13 +35,17 @@ def has_turn_rewards(completions: list[list[Completion]]) -> bool:
     return any(c.dialogue is not None and c.dialogue.turn_rewards for group in completions for c in group)
 
 
-def silent_rollout(completions: list[list[Completion]], rewards: torch.Tensor) -> torch.Tensor:
+def silent_rollout(
+    completions: list[list[Completion]], rewards: torch.Tensor, estimator: AdvantageEstimator | None = None
+) -> torch.Tensor:
     """Groups without signal, ``(B,)`` bool: those whose `returns` are equal in every turn, so advantages are zero.
 
     Args:
         completions: B lists of G.
         rewards: ``(B, G)``.
+        estimator: says what gives no signal; None for equal returns alone.
     """
+    silent_groups = (estimator or AdvantageEstimator()).silent
     silent = [
         all(silent_groups(of_turn).item() for _, of_turn in _by_turn(group, rewards[number]))
         for number, group in enumerate(completions)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.distributed.ranks import add_metrics, gather_values, rank, world_size
 from gspo_lightning.training.prompt_source import PromptSource
@@ -58,9 +59,10 @@ def draw_until_signal(
     collect: Callable[[list[Prompt]], RewardedRollout],
     max_draws: int,
     run_along: Callable[[], object] = lambda: None,
+    estimator: AdvantageEstimator | None = None,
 ) -> tuple[RewardedRollout, PromptBatch, Drawn]:
-    """Collects a rollout and replaces groups without signal (`silent_rollout`), at most ``max_draws`` times
-    and as long as there are fresh prompts.
+    """Collects a rollout and replaces groups without signal (`silent_rollout` by ``estimator``), at most ``max_draws``
+    times and as long as there are fresh prompts.
 
     If other ranks draw and this one does not, it calls ``run_along``: engines may need all ranks at once.
     Groups that are still silent after that stay: the rollout keeps its size, and they add nothing to the gradient.
@@ -69,7 +71,7 @@ def draw_until_signal(
     rollout = collect(batch.prompts)
     drawn = Drawn(enabled=True, by_function=(rollout.rewards_by_function,))
     for _ in range(max_draws):
-        silent = silent_rollout(rollout.completions, rollout.rewards).nonzero().flatten().tolist()
+        silent = silent_rollout(rollout.completions, rollout.rewards, estimator).nonzero().flatten().tolist()
         counts = [int(n) for n in gather_values(torch.tensor([len(silent)]))]
         if not sum(counts):
             break
@@ -88,7 +90,7 @@ def draw_until_signal(
             fresh = collect(more.prompts)
             drawn = replace(drawn, by_function=(*drawn.by_function, fresh.rewards_by_function))
             rollout = _replace(rollout, silent, fresh)
-    silent_left = int(silent_rollout(rollout.completions, rollout.rewards).sum())
+    silent_left = int(silent_rollout(rollout.completions, rollout.rewards, estimator).sum())
     return rollout, batch, replace(drawn, silent_left=silent_left)
 
 

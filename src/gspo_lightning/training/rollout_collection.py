@@ -61,7 +61,7 @@ class RolloutCollection:
     def _draw(self) -> RewardedRollout:
         source = needed_source(self.module.trainer, "dynamic_sampling.max_draws")
         rollout, self.batch, self.drawn = draw_until_signal(
-            source, self._collect, self.module.max_draws, self._run_along
+            source, self._collect, self.module.max_draws, self._run_along, self.module.advantages
         )
         return rollout
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.dialogue.turns import silent_rollout, whole_returns
 from gspo_lightning.distributed.ranks import global_means, global_sum
 from gspo_lightning.lightning_private import forget
@@ -58,12 +59,15 @@ def rollout_values(
     return values
 
 
-def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) -> Metrics:
+def rollout_metrics(
+    scored: ScoredRollout, rewards: torch.Tensor | None = None, estimator: AdvantageEstimator | None = None
+) -> Metrics:
     """Rewards, lengths and signal of a rollout, as (sum, count).
 
     Args:
         scored: the rollout.
         rewards: ``(B, G)`` on a scale that is the same in all rollouts; None takes the combined rewards.
+        estimator: says which groups are silent; None for those of equal rewards alone.
     """
     rewards = scored.rewards if rewards is None else rewards
     lengths = torch.tensor([[c.num_trained for c in group] for group in scored.completions], dtype=torch.float64)
@@ -77,7 +81,7 @@ def rollout_metrics(scored: ScoredRollout, rewards: torch.Tensor | None = None) 
     if rewards.shape[1] > 1:  # a group of one has no spread
         metrics |= {
             "reward/std": (rewards.std(dim=1).sum(), groups),
-            "silent_frac": (silent_rollout(scored.completions, scored.rewards).double().sum(), groups),
+            "silent_frac": (silent_rollout(scored.completions, scored.rewards, estimator).double().sum(), groups),
             "advantage_std": (_advantage_stds(scored).sum(), groups),
         }
     metrics |= _dialogue_metrics(scored, rewards)
