@@ -306,11 +306,12 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Like Lightning's, which callbacks and `log_dict` call too; notes name and hook for `RunRecorder`.
 
-        Means over an epoch weigh batches by their prompts; Lightning finds no size in a `PromptBatch`.
+        Means over an epoch weigh batches by their prompts; Lightning finds no size in a `PromptBatch`. One whose rows
+        are not made yet, as callbacks see it at its start, counts as one prompt.
         """
         batch = batch_in_hand(self)
         if isinstance(batch, PromptBatch) and len(args) <= _BEFORE_BATCH_SIZE:
-            kwargs["batch_size"] = kwargs.get("batch_size") or len(batch)
+            kwargs["batch_size"] = kwargs.get("batch_size") or (len(batch) if getattr(batch, "is_made", True) else 1)
         super().log(name, value, *args, **kwargs)
         self.logged_names[name] = current_hook(self)
 

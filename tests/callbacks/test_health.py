@@ -12,6 +12,7 @@ import torch
 from gspo_lightning.callbacks import health as health_module
 from gspo_lightning.callbacks.health import CHECKS, METRICS, Facts, Health
 from gspo_lightning.errors import UserError
+from gspo_lightning.training.update import UpdateSettings
 
 GOOD = {
     "reward/mean": 0.5, "silent_frac": 0.2, "clip_frac_low": 0.05, "clip_frac_high": 0.05, "ratio/p1": 0.98,
@@ -122,7 +123,7 @@ def test_a_run_without_a_ratio_that_moves_is_not_told_that_nothing_is_clipped(ca
     said = {}
     for steps in [(1, 1), (2, 1), (1, 2)]:
         for ahead in (None, "an engine"):
-            update = SimpleNamespace(num_iterations=steps[0], num_minibatches=steps[1])
+            update = UpdateSettings(*steps)
             module = SimpleNamespace(objective=objective, last_metrics=row, update_settings=update, ahead=ahead)
             Health(patience=1).on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
             said[steps, ahead] = "no ratio was clipped in 1 rollout:" in capsys.readouterr().out
@@ -157,7 +158,7 @@ def test_a_state_that_comes_and_goes_is_said_three_times_and_no_more(capsys):
         module = SimpleNamespace(objective=objective, last_metrics=metrics)
         health.on_train_batch_end(SimpleNamespace(is_global_zero=True, should_stop=False), module)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and all("no group had two different rewards" in line for line in said)
+    assert len(said) == 3 and all("no group had two different rewards, or bests of k, in" in line for line in said)
     assert [line.endswith("(this keeps coming back and will not be reported again)") for line in said] == [
         False,
         False,
@@ -173,7 +174,7 @@ def played(rows, capsys, folder, cut_at=(), stop_on=()):
     """(rollout, line) of what is printed and the rollouts at which the run is told to end; resumed behind ``cut_at``."""
     health, said, stops = Health(3, list(stop_on)), [], []
     objective = SimpleNamespace(ratio_bounds=(0.97, 1.04), importance_sampling_level="sequence")
-    update = SimpleNamespace(num_iterations=1, num_minibatches=2)
+    update = UpdateSettings(1, 2)
     for rollout, row in enumerate(rows, start=1):
         trainer = SimpleNamespace(is_global_zero=True, should_stop=False)
         module = SimpleNamespace(objective=objective, last_metrics=row, update_settings=update, ahead=None)

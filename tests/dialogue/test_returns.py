@@ -13,6 +13,7 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.callbacks.recorder import completion_entries
 from gspo_lightning.callbacks.strict_json import to_json
 from gspo_lightning.dialogue.turns import silent_rollout
+from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
 from gspo_lightning.training.rollout_collection import compare
 from gspo_lightning.training.rollout_log import rollout_metrics
@@ -78,6 +79,15 @@ def test_rewards_of_the_whole_and_of_turns_that_cancel_leave_a_group_without_sig
     # A reward at the end of the first turn is not to come behind it: 1 and 1 at first, then 1 and 0.
     later = [[dialogue(0.0, 0.0), dialogue(1.0, 0.0)]]
     assert silent_rollout(later, torch.tensor([[1.0, 0.0]], dtype=torch.float64)).tolist() == [False]
+
+
+def test_dialogues_without_rewards_of_turns_are_compared_as_wholes_by_the_best_of_k():
+    """A turn that fewer than k dialogues reach is no matter."""
+    estimator, turns = PassAtK(k=2), (1, 2, 1, 1)
+    group = [dialogue(turns=n) for n in turns]
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4], dtype=torch.float64)
+    assert silent_rollout([group] * 3, rewards, estimator).tolist() == [True, False, True]
+    assert silent_rollout([group] * 3, rewards).tolist() == [False, False, True]
 
 
 def test_returns_that_differ_by_rounding_alone_leave_a_group_without_signal():

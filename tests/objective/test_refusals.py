@@ -95,6 +95,18 @@ CASES = {
         {"loss_type": "reinforce", "beta": 0.1}, {"old_logprobs": "sampler", "num_minibatches": 1}, "no_effect",
         "update.old_logprobs=sampler has no effect on loss_type=reinforce",
     ),
+    "a trust region that nothing leaves": (
+        {"loss_type": "dppo_tv", "importance_sampling_level": "token", "epsilon_high": 1.0}, {}, "no_effect",
+        "objective.epsilon_high=1.0 cannot act: no probability moves by 1",
+    ),
+    "a trust region of the width of a sequence's clip": (
+        {"loss_type": "dppo_kl", "importance_sampling_level": "token", "epsilon": 3e-4}, {}, "warning",
+        "objective.epsilon=0.0003 leaves out nearly every token that has moved: for loss_type=dppo_kl it is a distance of "
+        "probabilities, 0.05 unless set",
+    ),
+    "ratios of sequences to a sampler one step ahead": (
+        {}, {"old_logprobs": "sampler", "staleness": 1}, "warning", "nothing measures how far rounding moves the ratio",
+    ),
     "a trust region on policy": (
         {"loss_type": "dppo_kl", "importance_sampling_level": "token", "epsilon": 0.1}, {"num_minibatches": 1}, "no_effect",
         "objective.epsilon cannot act: with one optimizer step per rollout",

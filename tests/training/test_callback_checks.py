@@ -97,7 +97,7 @@ LAST = "the last rollout and not the best"
         (lambda: ModelCheckpoint(monitor="val/reward", save_on_train_epoch_end=True), AFTER_TWO, best_of(LAST)),
         (
             lambda: ModelCheckpoint(monitor="val/reward"), {**AFTER_TWO, "limit_val_batches": 0},
-            best_of("nothing: no validation falls inside the run"),
+            best_of("nothing, or the last: no validation falls inside the run"),
         ),
         (
             L.Callback, {"check_val_every_n_epoch": 2},

@@ -220,6 +220,19 @@ def test_a_task_with_a_state_makes_the_rows_of_an_unbroken_run(task, draws, micr
     assert draws or saved["PromptDataModule"]["cursor"] == 8
 
 
+def test_what_a_callback_logs_before_a_rollout_makes_no_rows(micro_model_dir):
+    data, made_before, made_after = lessons(micro_model_dir), [], []
+
+    class Log(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            made_before.append(data.task.rows["made"])
+            module.log("level", float(data.task.level))
+            made_after.append(data.task.rows["made"])
+
+    fit(made(micro_model_dir), data, callbacks=[Log()])
+    assert made_after == made_before == [0, 4, 8, 12]
+
+
 class Failing(TransformersEngine):
     """Fails once, in the call of that number."""
 

@@ -82,6 +82,25 @@ def test_a_layer_that_is_frozen_at_first_is_trained_from_its_epoch_on(micro_mode
     assert rates[2] == pytest.approx([0.025, 0.025, 0.0025]) and rates[3] == [0.0] * 3
 
 
+def test_a_position_with_a_group_that_was_added_is_loaded_by_a_run_that_has_not_added_it_yet():
+    def made():
+        parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        optimizer = torch.optim.SGD(parameters[:1], lr=1.0)
+        return optimizer, Schedule("linear").build(optimizer, 4), parameters[1]
+
+    optimizer, before, added = made()
+    optimizer.add_param_group({"params": [added], "lr": 0.4})
+    optimizer.step()
+    before.step()
+    assert before.get_last_lr() == pytest.approx([0.75, 0.3])
+    resumed, after, added = made()
+    after.load_state_dict(before.state_dict())
+    resumed.add_param_group({"params": [added], "lr": 0.4})
+    resumed.step()
+    after.step()
+    assert after.get_last_lr() == pytest.approx([0.5, 0.2])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_rate_falls_once_per_optimizer_step_and_is_zero_behind_the_last(micro_model_dir):
     """Two rollouts of two iterations over two minibatches: 8 steps, half of the rate behind the first four."""

@@ -88,14 +88,14 @@ def clip_takes_most(facts: Facts) -> str | None:
 
 
 def no_signal(facts: Facts) -> str | None:
-    """Warns if all rewards of every group are equal."""
+    """Warns if no group gives a signal."""
     silent = facts.recent("silent_frac")
     if silent is None or min(silent) < 1.0:
         return None
     name = _reward_name(facts)
     return (
-        f"no group had two different rewards in {counted(facts.patience, 'rollout')} ({name}={facts.last(name):.3g}): "
-        "nothing is learnt; "
+        f"no group had two different rewards, or bests of k, in {counted(facts.patience, 'rollout')} "
+        f"({name}={facts.last(name):.3g}): nothing is learnt; "
         "the task is too hard or too easy, or the reward cannot tell completions apart"
     )
 
@@ -150,7 +150,8 @@ def mismatch(facts: Facts) -> str | None:
         return None
     return (
         f"sampler_mismatch/abs_mean={value:.3g} nats per token: sampler and trainer disagree about the same weights; "
-        "use the same precision in both, or a correction (mismatch=sequence_mask, mismatch=token_truncate)"
+        "use the same precision in both, or (with update.old_logprobs=policy) a correction (mismatch=sequence_mask, "
+        "mismatch=token_truncate)"
     )
 
 

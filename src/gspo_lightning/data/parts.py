@@ -36,6 +36,11 @@ class BatchWhenRead(PromptBatch):
     def __init__(self, make: Callable[[], PromptBatch]) -> None:
         self._make = make
 
+    @property
+    def is_made(self) -> bool:
+        """Whether somebody has read it."""
+        return "_made" in vars(self)
+
     @cached_property
     def _made(self) -> PromptBatch:
         return self._make()

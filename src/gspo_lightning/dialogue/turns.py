@@ -46,6 +46,8 @@ def silent_rollout(
         estimator: says what gives no signal; None for equal returns alone.
     """
     silent_groups = (estimator or AdvantageEstimator()).silent
+    if not has_turn_rewards(completions):
+        return silent_groups(rewards)
     silent = [
         all(silent_groups(of_turn).item() for _, of_turn in _by_turn(group, rewards[number]))
         for number, group in enumerate(completions)

@@ -15,6 +15,9 @@ WIDE_SEQUENCE_CLIP = 0.1
 NARROW_TOKEN_CLIP = 0.05
 """The ratio of a single token moves by tenths in one rollout; a narrower clip at token level acts on most of them."""
 
+NARROW_REGION = 0.05
+"""Of the usual width of a trust region: narrower ones are widths of another loss."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -91,6 +94,7 @@ def _widths(objective: Objective) -> Iterator[Finding]:
         yield Finding("contradiction", f"objective.epsilon={low} and epsilon_high={high} must not be negative")
     if objective.delta is not None and "delta" in objective.spec.reads:
         yield from _cap(objective, objective.delta)
+    yield from _region(objective)
     if bounds is not None and bounds[1] == high < 1:
         yield Finding(
             "warning",
@@ -111,6 +115,23 @@ def _widths(objective: Objective) -> Iterator[Finding]:
             "importance_sampling_level=token they clip most tokens: usual values there are 0.2/0.27 "
             "(objective=grpo, or both null)",
         )
+
+
+def _region(objective: Objective) -> Iterator[Finding]:
+    """Widths of a trust region of probabilities: one that nothing leaves, or nearly everything."""
+    clip, usual = objective.spec.clip, objective.spec.epsilons
+    if clip is None or clip.bounds is not None or usual is None:
+        return
+    for key, own in zip(("epsilon", "epsilon_high"), usual, strict=True):
+        width = getattr(objective, key)
+        if width is not None and width >= 1 and objective.loss_type == "dppo_tv":
+            yield Finding("no_effect", f"objective.{key}={width} cannot act: no probability moves by 1; lower it")
+        if width is not None and 0 < width < NARROW_REGION * own:
+            yield Finding(
+                "warning",
+                f"objective.{key}={width} leaves out nearly every token that has moved: for loss_type="
+                f"{objective.loss_name} it is a distance of probabilities, {own} unless set",
+            )
 
 
 def _cap(objective: Objective, delta: float) -> Iterator[Finding]:

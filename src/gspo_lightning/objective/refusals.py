@@ -33,7 +33,7 @@ def check_objective(
     on_policy = steps == 1 and not staleness and old_logprobs == "policy"
     return [
         *of_loss(objective, steps, staleness, max_completion_length, on_policy=on_policy),
-        *(_sampler_as_old(objective) if old_logprobs == "sampler" else ()),
+        *(_sampler_as_old(objective, staleness) if old_logprobs == "sampler" else ()),
         *_reference(objective),
         *_reference_sync(objective, ref_sync_every_n_rollouts, ref_model_mixup_alpha, has_adapter),
         *_selection(objective, on_policy, keep_zero_advantage),
@@ -93,7 +93,14 @@ def _reference_sync(objective: Objective, every: int, alpha: float, has_adapter:
         yield Finding("contradiction", f"update.ref_model_mixup_alpha={alpha} must be above 0 and at most 1")
 
 
-def _sampler_as_old(objective: Objective) -> Iterator[Finding]:
+def _sampler_as_old(objective: Objective, staleness: int) -> Iterator[Finding]:
+    if staleness and objective.importance_sampling_level != "token" and objective.spec.levels:
+        yield Finding(
+            "warning",
+            f"update.old_logprobs=sampler with rollout.engine.staleness={staleness}: nothing measures how far rounding "
+            "moves the ratio of a sequence (gspo/ratio_noise_floor), which the clip must exceed; use a ratio per "
+            "token, or update.old_logprobs=policy",
+        )
     if objective.mismatch is not None:
         yield Finding(
             "contradiction",

@@ -55,7 +55,7 @@ class TransformersEngine:
             for start in range(0, len(prompts), at_once):
                 batch = (policy, prompts[start : start + at_once], sampling, seed)
                 completions += self._decoder(*batch).run()
-                _refuse_unlikely(completions[start:])
+                _refuse_without_likelihood(completions[start:])
         return Rollout(prompts=prompts, completions=completions)
 
     def _decoder(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Decoder:
@@ -65,7 +65,7 @@ class TransformersEngine:
         return DialogueDecoder(policy, prompts, sampling, seed, self.environments)
 
 
-def _refuse_unlikely(completions: list[list[Completion]]) -> None:
+def _refuse_without_likelihood(completions: list[list[Completion]]) -> None:
     """Refuses completions without a likelihood.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gspo_lightning.distributed.ranks import world_size
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, is_out_of_memory
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.weights import adapter_rank
 
@@ -92,10 +92,8 @@ def unsupported_in_one_line(is_first: bool) -> Iterator[None]:
     """Turns the failure of vLLM's first forward into one line: a kernel may not have the shapes of the model."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if not is_first:
+        if not is_first or is_out_of_memory(error):
             raise
         raise UserError(f"vLLM cannot run this model here: {_reason(error)}; use rollout=transformers") from error
 

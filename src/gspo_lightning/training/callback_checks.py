@@ -111,7 +111,11 @@ def _check_saving(callback: Any, trainer: Any, *, is_endless: bool, validates: b
     at_end = is_endless and saves_at_epoch_end(callback, trainer)
     never = not validates and not saves_at_epoch_end(callback, trainer)
     if every and callback.monitor is not None and callback.save_top_k and (at_end or never):
-        found = "nothing: no validation falls inside the run" if never else "the last rollout and not the best"
+        found = (
+            "the last rollout and not the best"
+            if at_end
+            else "nothing, or the last: no validation falls inside the run"
+        )
         raise UserError(
             f"callbacks: ModelCheckpoint(monitor={callback.monitor}) would save {found}; {_IN_THE_TRAINER}, and leave "
             f"save_on_train_epoch_end out; or use every_n_train_steps, or {ours} with keep_best"

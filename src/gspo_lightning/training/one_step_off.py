@@ -112,8 +112,8 @@ class OneStepOff:
         """
         if self._pending is not None:
             warnings.warn(
-                "rollout.engine.staleness=1: the rollout that the checkpoint had sampled ahead is dropped: its seed, "
-                "prompts or sampling settings are not those of this run; this rollout was sampled again",
+                "rollout.engine.staleness=1: a rollout that was sampled ahead, by the run of the checkpoint or in an "
+                "earlier fit, is dropped: it is not of the seed, prompts and sampling settings that came next",
                 stacklevel=2,
             )
         self._copy(policy)

@@ -85,7 +85,7 @@ def put_back(module: GSPOModule) -> None:
     parts = parts_with_state(module)
     for name, before in (module.states_before or {}).items():
         if parts.get(name) is before["part"]:
-            _load(before["part"], name, [before["state"]])
+            _restore(before["part"], before["state"], f"{_named(before['part'], name)} does not take back its state")
 
 
 def _named(part: Any, name: str) -> str:
@@ -190,13 +190,15 @@ def _load(part: Any, name: str, states: list[Any]) -> None:
             f"ckpt_path: {where} had another state on each of {len(states)} ranks; resume with {len(states)} ranks, "
             f"not {ranks}"
         )
+    state = states[rank() if len(states) > 1 else 0]
+    _restore(part, state, f"ckpt_path: {where} does not take its state in the checkpoint")
+
+
+def _restore(part: Any, state: Any, refused: str) -> None:
     try:
-        part.load_state_dict(_copied(states[rank() if len(states) > 1 else 0], where, ""))
+        part.load_state_dict(_copied(state, refused, ""))
     except RAISED as error:
-        raise UserError(
-            f"ckpt_path: {where} does not take its state in the checkpoint: load_state_dict() raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{refused}: load_state_dict() raised {type(error).__name__}: {error}") from error
 
 
 def _warn(line: str) -> None:

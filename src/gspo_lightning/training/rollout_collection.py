@@ -72,6 +72,7 @@ class RolloutCollection:
         with module.stopwatch("rollout"):
             rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
         _check_counts(rollout, len(prompts), sampling.num_generations)
+        _check_turns(rollout, module.advantages)
         with module.stopwatch("reward"):
             by_function = module.rewards(rollout.prompts, rollout.completions)
         return RewardedRollout(
@@ -131,18 +132,22 @@ def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
         )
 
 
-def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredRollout:
-    """Gives each completion of a rollout its advantage. All ranks call it together: ``batch`` scaling spans ranks.
-
-    Raises:
-        UserError: an environment rewards turns, and rewards are to be scaled by the batch or those of the best of k; or
-            a custom estimator returns another shape.
-    """
+def _check_turns(rollout: Rollout, advantages: AdvantageEstimator) -> None:
+    """Refuses turns with rewards, which only some dialogues of a group have, where the best of k is compared."""
     if isinstance(advantages, PassAtK) and has_turn_rewards(rollout.completions):
         raise UserError(
             "the environment rewards turns, which are compared one by one, but advantages=pass_at_k compares whole "
             "completions; set advantages=group"
         )
+
+
+def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredRollout:
+    """Gives each completion of a rollout its advantage. All ranks call it together: ``batch`` scaling spans ranks.
+
+    Raises:
+        UserError: an environment rewards turns, and rewards are to be scaled by the batch; or a custom estimator
+            returns another shape.
+    """
     turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
     if turns is not None and advantages.scale_rewards == "batch":
         raise UserError(

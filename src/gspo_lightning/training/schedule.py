@@ -63,7 +63,8 @@ class _OwnRates(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads everything but the base learning rates."""
         own = self.base_lrs
-        super().load_state_dict(state_dict)
+        # Nor factors: those of groups that had been added belong to no group of this run yet.
+        super().load_state_dict({**state_dict, "lr_lambdas": []})
         self.base_lrs = own
 
     def move_to(self, step: int) -> None:

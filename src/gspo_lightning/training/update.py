@@ -29,9 +29,6 @@ class UpdateSettings:
     """Stop after this many steps in a row with a non-finite gradient; each of them is skipped."""
     keep_zero_advantage: bool = False
     """Forward sequences even if they cannot change the gradient (for debugging)."""
-    old_logprobs: Literal["policy", "sampler"] = "policy"
-    """Denominator of the importance ratio: log-probabilities that the policy computes of what was sampled, before the
-    update, or those that the sampler reported, which takes no forward and measures the ratio from what really drew."""
     ref_sync_every_n_rollouts: int = 0
     """Rollouts between updates of the reference towards the policy; 0 never updates it."""
     ref_model_mixup_alpha: float = 0.6
@@ -39,6 +36,10 @@ class UpdateSettings:
     log_entropy: bool = False
     """Measure the exact entropy even if the objective does not need it: two more passes over the logits, and one
     forward of the completions that are otherwise left out."""
+    old_logprobs: Literal["policy", "sampler"] = "policy"
+    """Denominator of the importance ratio: log-probabilities that the policy computes of what was sampled, before the
+    update, or those that the sampler reported, which measures the ratio from what really drew, and takes no forward
+    (where tokens are chosen by their entropy, one is taken for that)."""
 
     def __post_init__(self) -> None:
         if self.old_logprobs not in ("policy", "sampler"):
