@@ -85,7 +85,12 @@ def test_the_handler_of_a_launcher_is_called_behind_the_end_of_the_run(whole, tm
 
 
 @pytest.mark.parametrize(
-    ("after", "ckpt_path", "grace_s", "called"), [(3, "null", 60, False), (8, "auto", 60, False), (3, "auto", 0, True)]
+    ("after", "ckpt_path", "grace_s", "called"),
+    [
+        (3, "null", 60, False),
+        pytest.param(8, "auto", 60, False, marks=pytest.mark.slow),
+        (3, "auto", 0, True),
+    ],
 )
 def test_a_launcher_requeues_what_would_go_on(after, ckpt_path, grace_s, called, tmp_path):
     """And not what would begin anew, or has ended; also where the rollout in hand does not fit the grace period."""

@@ -141,6 +141,7 @@ def test_on_two_ranks_a_dead_server_ends_both_with_one_line_and_a_checkpoint(mic
     assert line.endswith(f"saved, resume with ckpt_path={last}") and last.exists()
 
 
+@pytest.mark.slow
 def test_sampling_ahead_is_refused_on_two_ranks(micro_model_dir, tmp_path):
     server = FakeServer(micro_model_dir)
     try:
