@@ -61,6 +61,10 @@ def fit(module, prompts, **changes):
     return module
 
 
+CHECKED = 31
+"""Tokens of the row by which packing is checked at the start, which must fit."""
+
+
 class Limit:
     """Forwards, or the backward of forwards, of more than so many tokens fail."""
 
@@ -105,7 +109,7 @@ def test_the_update_is_that_of_enough_memory(where, error, kind, micro_model_dir
     settings = Settings(objective=KINDS[kind], update={"num_minibatches": 2, "num_iterations": 2})
     prompts = scripted_prompts(count=8)
     enough = fit(build_module(micro_model_dir, settings), prompts)
-    limit = Limit(monkeypatch, 24, where, ERRORS[error])
+    limit = Limit(monkeypatch, CHECKED, where, ERRORS[error])
     short = fit(build_module(micro_model_dir, settings), prompts)
     assert limit.failed > 0
     assert relative_distance(weights(short), weights(enough)) < 1e-12
@@ -150,7 +154,7 @@ def test_one_sequence_that_does_not_fit_is_named_with_the_keys_to_lower(micro_mo
 
 def test_one_of_several_ranks_cannot_cut_alone(micro_model_dir, monkeypatch):
     """The others would wait for a forward that does not come."""
-    Limit(monkeypatch, 24, "forward", ERRORS["cuda"])
+    Limit(monkeypatch, CHECKED, "forward", ERRORS["cuda"])
     monkeypatch.setattr("gspo_lightning.training.out_of_memory.world_size", lambda: 2)
     with pytest.raises(UserError, match=r"of \d+ tokens on one of the ranks; lower update.max_tokens_per_microbatch"):
         fit(build_module(micro_model_dir, Settings()), scripted_prompts(count=8))
@@ -171,7 +175,7 @@ def _one_process_of_several():
 @pytest.mark.parametrize("strategy", [DDPStrategy, FSDP2Strategy])
 def test_a_strategy_of_several_processes_takes_no_gradient_again(strategy, micro_model_dir, monkeypatch):
     """Of a backward that broke off DDP keeps marks, and FSDP2 gathered weights, which the optimizer does not know."""
-    Limit(monkeypatch, 24, "backward", ERRORS["cuda"])
+    Limit(monkeypatch, CHECKED, "backward", ERRORS["cuda"])
     module = build_module(micro_model_dir, Settings())
     with pytest.raises(
         OutOfMemoryError,
@@ -184,7 +188,7 @@ def test_a_strategy_of_several_processes_takes_no_gradient_again(strategy, micro
 @pytest.mark.usefixtures("_one_process_of_several")
 def test_gathered_weights_are_not_taken_again_without_gradient_either(micro_model_dir, monkeypatch):
     settings = Settings(update={"num_minibatches": 2})  # the second has old log-probabilities
-    Limit(monkeypatch, 24, "old", ERRORS["cuda"])
+    Limit(monkeypatch, CHECKED, "old", ERRORS["cuda"])
     with pytest.raises(OutOfMemoryError, match=r"of \d+ tokens; lower update.max_tokens_per_microbatch$"):
         fit(build_module(micro_model_dir, settings), scripted_prompts(count=8), strategy=FSDP2Strategy())
 
