@@ -379,7 +379,7 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
     with warnings.catch_warnings(record=True) as lines:
         warnings.simplefilter("always")
         ahead.launch(policy, PROMPTS, asked, seed + 1, contextlib.nullcontext)
-    said = [str(line.message) for line in lines if "sampled ahead is dropped" in str(line.message)]
+    said = [str(line.message) for line in lines if "was sampled ahead, by the run" in str(line.message)]
     assert len(said) == (0 if kept else 1) and all(
         line.endswith(
             "its seed, prompts or sampling settings are not those of this run; this rollout was sampled again"
