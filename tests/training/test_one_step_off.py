@@ -381,9 +381,7 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
         ahead.launch(policy, PROMPTS, asked, seed + 1, contextlib.nullcontext)
     said = [str(line.message) for line in lines if "was sampled ahead, by the run" in str(line.message)]
     assert len(said) == (0 if kept else 1) and all(
-        line.endswith(
-            "its seed, prompts or sampling settings are not those of this run; this rollout was sampled again"
-        )
+        line.endswith("is dropped: it is not of the seed, prompts and sampling settings that came next")
         for line in said
     )
     assert ahead.generate(policy, PROMPTS, asked, seed + 1).completions and ahead.is_stale
