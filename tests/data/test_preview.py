@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from importlib.resources import files
 from pathlib import Path
+from runpy import run_module
 
 import pytest
 from rich.console import Console
@@ -103,3 +105,21 @@ def test_gsm8k_takes_the_answer_behind_the_hashes(tokenizer_dir: str, tmp_path: 
     row = data.task.train_row(0)
     assert row["answer"] == "1,200"
     assert row["prompt"][0]["content"].startswith("How many?\nWork it out")
+
+
+@pytest.mark.filterwarnings("ignore:.*gspo_lightning.data.preview.*found in sys.modules:RuntimeWarning")
+def test_the_command_takes_its_flags_between_overrides_and_a_mistake_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["preview", *words])
+        run_module("gspo_lightning.data.preview", run_name="__main__")
+        return capsys.readouterr().out
+
+    text = shown("data=micro_letters", "--num", "2", "model=micro", "--validation", "data.task.num_validation=5")
+    assert "micro_letters:validation:1" in text and "validation:2" not in text and "held-out rows: 5" in text
+    for mistake, line in (("letters", "'letters' cannot be read as key=value"), ("data=none", "In 'train': Could not")):
+        with pytest.raises(SystemExit, match="^2$"):
+            shown(mistake, "--num", "1")
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {line}") and said.count("\n") == 1

@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from gspo_lightning.config.groups import check_overrides
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.errors import UserError
 from gspo_lightning.screen import counted, visible
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     parser.add_argument("--validation", action="store_true", help="held-out prompts instead of training prompts")
     parser.add_argument("--config-dir", "-cd", help="a folder with your own configs, as for train.py")
     parser.add_argument("overrides", nargs="*", help="as for train.py, such as data=largest_of_four model=micro")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may stand before and after a flag, as for train.py
+    check_overrides(options.overrides)
     show(build_datamodule(options.overrides, options.config_dir), options.num, options.validation, console or Console())
 
 
@@ -116,4 +118,4 @@ def _short(value: Any) -> str:
 if __name__ == "__main__":
     from gspo_lightning.program.ending import run
 
-    run(main)
+    run(main, of_hydra=False)

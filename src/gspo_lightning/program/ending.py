@@ -39,17 +39,20 @@ EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaC
 _OF_SWEEPS = re.compile(r"Could not (?:find|load) '(hydra/(?:launcher/(?:joblib|submitit_\w+)|sweeper/optuna))'")
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Runs a Hydra main: a mistake of the user prints one line and exits with code 2, without a traceback."""
+def run(main: Callable[[], Any], *, of_hydra: bool = True) -> None:
+    """Runs a program: a mistake of the user prints one line and exits with code 2, without a traceback.
+
+    Args:
+        main: the program.
+        of_hydra: whether its flags are those of Hydra; if not, it reads the command line itself.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own lines
     if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
         sys.path.append(os.getcwd())
     try:
         raise_at_interrupt()
-        line = command_line.read(sys.argv[1:])
-        sys.argv[1:] = line.arguments
-        logging.getLogger("hydra").setLevel(logging.NOTSET if line.info else logging.CRITICAL)  # --info is logged
-        check_overrides(line.overrides)
+        if of_hydra:
+            _read_command_line()
         with masked_stderr():  # Hydra repeats the command line of a job that failed
             main()
     except EXPECTED as error:
@@ -65,6 +68,13 @@ def run(main: Callable[[], Any]) -> None:
         if key is None:
             raise
         _exit_with_line(no_run_dir(error.filename, error, key), wants_traceback())
+
+
+def _read_command_line() -> None:
+    line = command_line.read(sys.argv[1:])
+    sys.argv[1:] = line.arguments
+    logging.getLogger("hydra").setLevel(logging.NOTSET if line.info else logging.CRITICAL)  # --info is logged
+    check_overrides(line.overrides)
 
 
 def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
