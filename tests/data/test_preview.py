@@ -123,3 +123,27 @@ def test_the_command_takes_its_flags_between_overrides_and_a_mistake_is_one_line
             shown(mistake, "--num", "1")
         said = capsys.readouterr().err
         assert said.startswith(f"error: {line}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.task.num_validation=0.5", "data.task.num_validation=0.5 has the wrong type; expected int | None"),
+        ("data.task.num_validation=-1", "data.task.num_validation=-1 must be at least 0"),
+        ("data.overlong_prompts=cut", "data.overlong_prompts='cut' has the wrong type; expected one of error, drop"),
+        ("data.prompts_per_rollout=0", "data.prompts_per_rollout=0 must be at least 1"),
+        ("data.max_prompt_length=null", "data.max_prompt_length=None must be a whole number"),
+        ("~data.max_prompt_length", "data.max_prompt_length: is missing; give it a value"),
+        ("+data.task.typo=1", "data.task.typo: gspo_lightning.data.RowsTask has no such setting; it has columns,"),
+        ("data.task.source=???", "data.task.source: is missing; give it a value"),
+        ("+data.task.patterns={prompt: a}", "data.task.patterns.prompt='a': put parentheses around the part to keep"),
+    ],
+)
+def test_what_a_run_would_refuse_of_the_data_is_refused_in_the_same_line(
+    override: str, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(20)))
+    rows = ["data=rows", f"data.task.source={tmp_path}/rows.jsonl", "data.task.num_validation=2"]
+    with pytest.raises(UserError) as refused:
+        _preview(*rows, "model=micro", override)
+    assert str(refused.value).removeprefix(f"{tmp_path}/rows.jsonl row 0: ").startswith(line)

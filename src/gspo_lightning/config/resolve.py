@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gspo_lightning.config.hardware import choose_precision, choose_token_budget
-from gspo_lightning.config.sections import check_sections
+from gspo_lightning.config.sections import check_data, check_sections
+from gspo_lightning.config.targets import check_targets
+from gspo_lightning.config.types import check_calls
 from gspo_lightning.errors import UserError
 
 DEFAULT_ROLLOUTS = 30
@@ -36,6 +38,21 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     if plain["update"]["max_tokens_per_microbatch"] == "auto":
         plain["update"]["max_tokens_per_microbatch"] = choose_token_budget(plain)
     return plain
+
+
+def resolve_data(cfg: DictConfig) -> dict[str, Any]:
+    """The section ``data`` alone, for a program that reads no other: resolved, and checked as it is for a run.
+
+    Raises:
+        UserError: what cannot be resolved, a ``_target_`` that a config may not call, or names, types and counts.
+    """
+    for key in _missing(OmegaConf.to_container(cfg.data, resolve=False), "data"):
+        raise UserError(f"{key}: is missing; give it a value")
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
+    check_data(data)
+    check_targets(data, "data")
+    check_calls(data, "data")
+    return data
 
 
 def _missing(node: Any, key: str = "") -> Iterator[str]:

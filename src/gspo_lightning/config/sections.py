@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
@@ -98,7 +98,7 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
         _check_there(name, plain[name], needed)
     _check_engine(plain["rollout"]["engine"])
     _check_objects(plain)
-    _check_counts(plain)
+    _check_counts(plain, _LEAST)
     _check_held_out(plain["data"])
     _check_finite(plain)
     if plain["max_rollouts"] is None and plain["num_epochs"] is None:
@@ -108,6 +108,13 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
         check_values(plain[name] if name else plain, name, hints | _TYPES.get(name, {}))
     for name, owner, _ in (_SAMPLING, _VALIDATION):
         check_values(plain[name], name, hints_of(owner))
+
+
+def check_data(data: Any) -> None:
+    """The same for the section ``data`` alone."""
+    _check_there("data", data, _NEEDED["data"])
+    _check_counts({"data": data}, {key: least for key, least in _LEAST.items() if key.startswith("data.")})
+    _check_held_out(data)
 
 
 def choices_of(group: str) -> list[str]:
@@ -235,8 +242,8 @@ def _check_finite(plain: dict[str, Any]) -> None:
             raise UserError(f"rollout.engine.{name}={value} must be a number")
 
 
-def _check_counts(plain: dict[str, Any]) -> None:
-    for key, least in _LEAST.items():
+def _check_counts(plain: dict[str, Any], counts: Mapping[str, int]) -> None:
+    for key, least in counts.items():
         value: Any = plain
         *sections, name = key.split(".")
         for section in sections:

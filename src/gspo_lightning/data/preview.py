@@ -41,13 +41,12 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
     """The data module of the training config under these overrides, with custom configs in ``config_dir``.
 
     Raises:
-        UserError: a ``_target_`` that a config may not call (docs/safety.md), or ``config_dir`` is no folder.
+        UserError: what a run would refuse of its section ``data``, or ``config_dir`` is no folder.
     """
     from hydra import compose, initialize_config_module
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    from gspo_lightning.config.targets import check_targets
+    from gspo_lightning.config.build import build
+    from gspo_lightning.config.resolve import resolve_data
 
     own = []
     if config_dir is not None:
@@ -56,10 +55,8 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
         own = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
     with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
         cfg = compose("train", overrides=[*own, *overrides])
-    # Resolved in place: the data group refers to keys of its siblings, such as model.path.
-    OmegaConf.resolve(cfg.data)
-    check_targets(OmegaConf.to_container(cfg.data), "data")
-    return instantiate(cfg.data, _convert_="all")
+    datamodule: PromptDataModule = build(resolve_data(cfg))
+    return datamodule
 
 
 def show(datamodule: PromptDataModule, num: int, validation: bool, console: Console) -> None:

@@ -51,6 +51,7 @@ def run(main: Callable[[], Any], *, of_hydra: bool = True) -> None:
         sys.path.append(os.getcwd())
     try:
         raise_at_interrupt()
+        logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs of a mistake is in our line
         if of_hydra:
             _read_command_line()
         with masked_stderr():  # Hydra repeats the command line of a job that failed
@@ -73,7 +74,8 @@ def run(main: Callable[[], Any], *, of_hydra: bool = True) -> None:
 def _read_command_line() -> None:
     line = command_line.read(sys.argv[1:])
     sys.argv[1:] = line.arguments
-    logging.getLogger("hydra").setLevel(logging.NOTSET if line.info else logging.CRITICAL)  # --info is logged
+    if line.info:  # which is logged
+        logging.getLogger("hydra").setLevel(logging.NOTSET)
     check_overrides(line.overrides)
 
 
