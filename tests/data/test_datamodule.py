@@ -149,6 +149,17 @@ def test_dropped_prompts_are_replaced_and_counted_when_their_rollout_is_finished
     assert data.dropped_prompts == second.cursor - 6 and data.cursor == second.cursor
 
 
+def test_a_row_that_is_dropped_counts_as_seen_in_an_epoch(tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _data(_finite([1, 9] * 11), tokenizer_dir, prompts=2, longest=5, overlong_prompts="drop")
+    data.check()
+    assert data.rollouts_per_epoch == 11 // 2
+    taken = _uids(list(islice(data.train_dataloader(), data.rollouts_per_epoch)))
+    assert len(set(taken)) == len(taken) == 10  # each row once; one more rollout would begin another epoch
+    monkeypatch.setattr(datamodule_module, "ROWS_CHECKED", 4)  # rows 0, 6, 12 and 18 of 22, all short
+    data.check()
+    assert data.rollouts_per_epoch == 22 // 2
+
+
 def test_dropping_everything_is_an_error_and_not_an_endless_loop(tokenizer_dir: str) -> None:
     with pytest.raises(UserError, match=r"data\.max_prompt_length=5: \d+ prompts are longer; too few remain for"):
         _data(_finite([1, 9, 9, 9]), tokenizer_dir, prompts=2, longest=5, overlong_prompts="drop").check()

@@ -78,6 +78,8 @@ class PromptDataModule(L.LightningDataModule):
         self.seed, self.stream = seed, PromptStream(task, seed or 0)
         self.cursor = 0
         self.dropped_prompts = 0
+        self._kept = 1.0
+        """Share of the training rows that are not too long, as far as `check` has looked at them."""
         self._held_out: list[Row] | None = None
         self._taken: set[str] = set()
         self.has_state = bool([key for key, part in self.tasks_by_key.items() if keeps_state(part, key)])
@@ -95,9 +97,12 @@ class PromptDataModule(L.LightningDataModule):
 
     @property
     def rollouts_per_epoch(self) -> int | None:
-        """Rollouts in one pass over a finite task, if no prompt is dropped; None for an endless one."""
+        """Rollouts in one pass over a finite task; None for an endless one.
+
+        Of prompts that are dropped, `check` has found the share in the rows that it looked at.
+        """
         size = self.task.num_train_rows
-        return None if size is None else size // self.prompts_per_rollout
+        return None if size is None else round(size * self._kept) // self.prompts_per_rollout
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -146,9 +151,13 @@ class PromptDataModule(L.LightningDataModule):
         yield from self._rollout(0).prompts
         for number in range(len(self._validation_rows())):
             yield self._validation_prompt(number)
+        rows = kept = 0
         for uid, row in spaced_rows(self.task, ROWS_CHECKED):
+            rows += 1
             if (prompt := self._prompt(uid, row)) is not None:
+                kept += 1
                 yield prompt
+        self._kept = kept / rows if rows else 1.0
 
     def state_dict(self) -> dict[str, int]:
         """The state of the data in a checkpoint: cursor and dropped prompts."""
