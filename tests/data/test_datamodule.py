@@ -293,3 +293,25 @@ def test_a_run_resumed_in_lightning_sees_the_prompts_an_unbroken_one_sees(tokeni
     tail, resumed = _fit(tokenizer_dir, 14, str(tmp_path / "last.ckpt"))
     assert head + tail == unbroken and len(unbroken) == 24
     assert resumed.datamodule.dropped_prompts > trainer.datamodule.dropped_prompts > 0
+
+
+def test_a_run_that_is_resumed_with_other_held_out_prompts_is_told_so(tokenizer_dir: str) -> None:
+    def data(rows: int, **settings: Any) -> PromptDataModule:
+        task = RowsTask([{"prompt": f"{i}", "answer": i} for i in range(rows)], num_validation=3, **settings)
+        return _data(task, tokenizer_dir, longest=99)
+
+    first = data(20)
+    unread = first.state_dict()  # before a validation
+    assert set(unread) == {"cursor", "dropped_prompts"}
+    first.val_dataloader()
+    state = first.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (data(20), data(20, columns={"solution": "answer"})):
+            same.load_state_dict(state)
+            assert same.state_dict() == state
+        data(30).load_state_dict(unread)
+    for other in (data(30), data(20, system_prompt="Be brief."), _data(MicroLetters(), tokenizer_dir)):
+        with pytest.warns(UserWarning, match="^the held-out prompts are not those of the run that is resumed"):
+            other.load_state_dict(state)
+        assert other.state_dict()["held_out"] != state["held_out"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -159,14 +161,27 @@ class PromptDataModule(L.LightningDataModule):
                 yield prompt
         self._kept = kept / rows if rows else 1.0
 
-    def state_dict(self) -> dict[str, int]:
-        """The state of the data in a checkpoint: cursor and dropped prompts."""
-        return {"cursor": self.cursor, "dropped_prompts": self.dropped_prompts}
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the data in a checkpoint: cursor, dropped prompts, and which prompts are held out."""
+        state = {"cursor": self.cursor, "dropped_prompts": self.dropped_prompts}
+        return state if self._held_out is None else {**state, "held_out": self._held_out_prompts()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues at the position of the checkpoint."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues at the position of the checkpoint; warns if other prompts are held out than before it."""
         self.cursor, self.dropped_prompts = state_dict["cursor"], state_dict["dropped_prompts"]
         self._made = None
+        if state_dict.get("held_out") not in (None, self._held_out_prompts()):
+            rank_zero_warn(
+                "the held-out prompts are not those of the run that is resumed, as where its data, template or "
+                "num_validation was changed: accuracies before and after are of different prompts, and some of these "
+                "may have been trained on; to keep them, give them a file of their own (data.task.validation_split)"
+            )
+
+    def _held_out_prompts(self) -> str:
+        """A hash of the held-out prompts; of an image its kind alone."""
+        prompts = [as_mapping(row, "held-out row").get("prompt") for row in self._validation_rows()]
+        text = json.dumps(prompts, default=lambda value: type(value).__name__)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def on_exception(self, exception: BaseException) -> None:
         """Forgets the rows of a rollout that broke off: a task with a state makes them again in the next `fit`."""
