@@ -101,3 +101,67 @@ def test_a_number_of_hundreds_of_digits_is_one_line(key, tmp_path, capsys):
     lora = f"GRPOConfig(beta=0.0)\nLoraConfig(r={'9' * 400})\n"
     with pytest.raises(UserError, match=r"^r: a whole number of 1329 bits is too large"):
         convert(parse_config(lora), adapter=parse_lora(lora))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("lr = 1e-6\nargs = GRPOConfig(beta=lr)\nlr = 5.0", 1e-6),
+        ("lr: float = 1e-6\nargs = GRPOConfig(beta=lr)", 1e-6),
+        ("lr = 1e-6\nlr = float(os.environ['LR'])\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nlr *= 2\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nif fast:\n    lr = 1e-5\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nlr, b = 1, 2\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nif fast:\n    lr = 1e-5\n    args = GRPOConfig(beta=lr)", 1e-5),
+        ("lr = 1e-6\nfor seed in seeds:\n    args = GRPOConfig(beta=lr)\n    lr = 1", None),
+        ("lr = 1e-6\nfor lr in rates:\n    args = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nwith open('x') as lr:\n    args = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nfrom settings import lr\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\ndef main():\n    n = 2\n    args = GRPOConfig(beta=lr * n)", 2e-6),
+        ("lr = 1e-6\ndef main(lr=1e-5):\n    args = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\ndef main():\n    args = GRPOConfig(beta=lr)\nlr = 1e-5\nmain()", None),
+    ],
+)
+def test_a_name_has_the_value_that_it_has_where_the_call_is_made_or_none(text, value):
+    if value is not None:
+        assert parse_config(text) == {"beta": value}
+        return
+    with pytest.raises(UserError, match="^beta=lr: lr is not assigned a literal above, or may be changed after that"):
+        parse_config(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "args = GRPOConfig(beta=0.1)\nargs.beta = 0.2",
+            "line 2: args.beta is set after the call of GRPOConfig; make it",
+        ),
+        (
+            "!pip install trl\na = GRPOConfig(beta=0.1)\nif x:\n    a.seed += 1",
+            "line 4: a.seed is set after the call of",
+        ),
+        (
+            "if fast:\n    a = GRPOConfig(beta=0.1)\nelse:\n    a = GRPOConfig(beta=0.2)",
+            "GRPOConfig is called in lines 2 and 4; leave one of the calls in the text",
+        ),
+        (
+            "from trl import GRPOConfig, TrlParser\nlora = LoraConfig(r=8)\nargs = TrlParser(GRPOConfig).parse_args()",
+            "there is no call of GRPOConfig with keyword arguments in the Python text; give the file,",
+        ),
+    ],
+)
+def test_settings_that_stand_elsewhere_than_in_one_call_are_refused(text, line):
+    with pytest.raises(UserError) as refused:
+        parse_config(text)
+    assert str(refused.value).startswith(line)
+
+
+def test_an_adapter_without_a_lora_config_is_refused_rather_than_left_out():
+    made = "args = GRPOConfig(beta=0.1)\nmodel = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=64)\n"
+    with pytest.raises(UserError, match=r"^line 2: FastLanguageModel.get_peft_model adds an adapter, without which"):
+        parse_lora(made)
+    assert parse_lora(f"{made}lora = LoraConfig(r=32)") == {"r": 32}
+    assert parse_lora("args = GRPOConfig(beta=0.1)\nmodel = get_peft_model(model, lora)") is None
+    with pytest.raises(UserError, match=r"^LoraConfig is called in lines 1 and 2; leave one of the calls in the text"):
+        parse_lora("a = LoraConfig(r=8)\nb = LoraConfig(r=16)\nargs = GRPOConfig(beta=0.1)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import operator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -11,11 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.migrate.names import names_at, value_of
 
-_OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
-}  # fmt: skip
+_OF_OTHERS = ("LoraConfig", "BitsAndBytesConfig", "ModelConfig")
+"""Configs that stand in scripts beside that of the trainer."""
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -25,7 +23,8 @@ def parse_config(text: str) -> dict[str, Any]:
     arguments alone. Values are literals, names assigned before, and arithmetic on these.
 
     Raises:
-        UserError: the text has none of the three forms, or a value is not a literal; names the line or the key.
+        UserError: the text has none of the three forms, a value is not a literal, several calls are there to choose
+            from, or settings are changed after the call; names the line or the key.
     """
     try:
         return _parsed(text)
@@ -36,7 +35,13 @@ def parse_config(text: str) -> dict[str, Any]:
 def _parsed(text: str) -> dict[str, Any]:
     tree = _python(text)
     if tree is not None and (call := _call(tree)) is not None:
+        _refuse_changes(tree, call)
         return _keywords(tree, call)
+    if _is_program(text):
+        raise UserError(
+            "there is no call of GRPOConfig with keyword arguments in the Python text; give the file, or the command "
+            "line as `key: value` lines, that its settings are read from"
+        )
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last for a number alone
@@ -51,17 +56,25 @@ def parse_lora(text: str) -> dict[str, Any] | None:
     """The keys and values of the ``LoraConfig`` of a Python snippet; None if there is none.
 
     Raises:
-        UserError: a value is not a literal; names the key.
+        UserError: a value is not a literal, there are several, or the adapter is made without one; names key or line.
     """
-    tree = _python(text)
-    calls = [] if tree is None else [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    named = [call for call in calls if ast.unparse(call.func).split(".")[-1] == "LoraConfig"]
-    return _keywords(tree, named[0]) if tree is not None and named else None
+    if (tree := _python(text)) is None:
+        return None
+    if (call := _only([call for call in _named(tree, "LoraConfig") if _name(call) == "LoraConfig"])) is not None:
+        _refuse_changes(tree, call)
+        return _keywords(tree, call)
+    for made in _named(tree, "get_peft_model"):  # of Unsloth
+        if made.keywords:
+            raise UserError(
+                f"line {made.lineno}: {ast.unparse(made.func)} adds an adapter, without which all weights would be "
+                "trained; write LoraConfig(r=..., ...) with its settings beside the GRPOConfig"
+            )
+    return None
 
 
 def _python(text: str) -> ast.Module | None:
     """The syntax tree if the text calls a ``...Config`` or is a list of keyword arguments."""
-    body = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("!", "%")))
+    body = _without_magic(text)
     for candidate in (body, f"GRPOConfig(\n{body}\n)"):
         try:
             tree = ast.parse(candidate)
@@ -72,49 +85,64 @@ def _python(text: str) -> ast.Module | None:
     return None
 
 
+def _without_magic(text: str) -> str:
+    """The text without the commands of a notebook."""
+    return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in text.splitlines())
+
+
 def _call(tree: ast.Module) -> ast.Call | None:
     """The call of ``GRPOConfig``; if there is none, that of another config, such as a subclass."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    for ending in ("GRPOConfig", "Config"):
-        named = [call for call in calls if ast.unparse(call.func).split(".")[-1].endswith(ending)]
-        if named:
-            return next((call for call in named if call.keywords), None)
-    return None
+    if named := _named(tree, "GRPOConfig"):
+        return _only([call for call in named if call.keywords])
+    return _only([call for call in _named(tree, "Config") if call.keywords and _name(call) not in _OF_OTHERS])
+
+
+def _named(tree: ast.Module, ending: str) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node).endswith(ending)]
+
+
+def _name(call: ast.Call) -> str:
+    return ast.unparse(call.func).split(".")[-1]
+
+
+def _only(calls: list[ast.Call]) -> ast.Call | None:
+    if len(calls) > 1:
+        lines = " and ".join(str(line) for line in sorted(call.lineno for call in calls))
+        raise UserError(f"{_name(calls[0])} is called in lines {lines}; leave one of the calls in the text")
+    return calls[0] if calls else None
+
+
+def _is_program(text: str) -> bool:
+    try:
+        return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(_without_magic(text)).body)
+    except (SyntaxError, ValueError):
+        return False
+
+
+def _refuse_changes(tree: ast.Module, call: ast.Call) -> None:
+    """Refuses settings that are given to the config after its call, such as ``args.max_steps = 100``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is call:
+            names |= set(map(ast.unparse, node.targets if isinstance(node, ast.Assign) else [node.target]))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Load):
+            continue
+        if ast.unparse(node.value) in names:
+            raise UserError(
+                f"line {node.lineno}: {ast.unparse(node)} is set after the call of {_name(call)}; make it a keyword "
+                "argument of that"
+            )
 
 
 def _keywords(tree: ast.Module, call: ast.Call) -> dict[str, Any]:
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise UserError(f"line {call.lineno}: write every setting as a keyword argument, without * and **")
-    names: dict[str, Any] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            try:
-                names[node.targets[0].id] = _value(node.value, names)
-            except ValueError:  # not a setting: the model, the tokenizer, the call itself
-                continue
+    names = names_at(tree, call)
     values = {}
     for keyword in call.keywords:
         try:
-            values[str(keyword.arg)] = _value(keyword.value, names)
+            values[str(keyword.arg)] = value_of(keyword.value, names)
         except ValueError as error:
             raise UserError(f"{keyword.arg}={ast.unparse(keyword.value)}: {error}; write its value") from error
     return values
-
-
-def _value(node: ast.expr, names: dict[str, Any]) -> Any:
-    if isinstance(node, ast.Name):
-        if node.id not in names:
-            raise ValueError(f"{node.id} is not assigned a literal above")
-        return names[node.id]
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = _value(node.left, names), _value(node.right, names)
-        if not all(isinstance(side, int | float) for side in (left, right)):
-            raise ValueError("is arithmetic on what is not a number")
-        try:
-            return _OPERATORS[type(node.op)](left, right)
-        except (ZeroDivisionError, OverflowError) as error:
-            raise ValueError(str(error)) from error
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError("is not a literal") from None
