@@ -62,6 +62,12 @@ def test_what_is_missing_or_no_section_is_named_with_what_there_is(override, lin
     assert refusal(override) == line
 
 
+@pytest.mark.parametrize("group", ["experiment", "debug", "hparams_search"])
+def test_a_file_without_the_line_that_makes_its_settings_those_of_the_root_is_told_of_it(group):
+    line = f"{group}: the file that is chosen must begin with the line `# @package _global_`"
+    assert refusal(f"+{group}.max_rollouts=2") == line
+
+
 def test_a_group_of_the_users_own_that_leaves_a_default_out_is_accepted():
     checks.check(resolved(*MICRO, "~rollout.top_p", "~rollout.min_p", "~update.log_entropy"))
 

@@ -80,3 +80,43 @@ def test_info_is_shown(monkeypatch, capsys):
     ending.run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(print))
     GlobalHydra.instance().clear()
     assert "\nseed: 77\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            "data:\n\tseed: 1\n",
+            "FILE: line 2: found character '\\t' that cannot start any token; correct this config file",
+        ),
+        ("seed: [\n", "FILE: line 2: expected the node content, but found '<stream end>'; correct this config file"),
+        ("seed: 1\nseed: 2\n", "FILE: line 2: found duplicate key seed; correct this config file"),
+        ("seed: '\xff'\n", "FILE: not UTF-8 text (invalid start byte at byte 7); correct this config file"),
+        ("# @package\n", "FILE: Expected header format: KEY VALUE, got '@package'; correct this config file"),
+        (
+            "defaults: micro\n",
+            "experiment/mine: Invalid defaults list in 'experiment/mine', defaults must be a list (got str); correct "
+            "this config file",
+        ),
+        ("# @package _global_\nseed: ${nope\n", "no viable alternative at input '${nope' full_key: seed"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line_that_names_it(content, line, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_bytes(content.encode("latin-1"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", str(tmp_path), "experiment=mine"])
+    with pytest.raises(SystemExit) as ended:
+        ending.run(hydra.main(version_base="1.3", config_path="pkg://gspo_lightning.conf", config_name="train")(print))
+    GlobalHydra.instance().clear()
+    told = f"error: {line}\n".replace("FILE", str(file.resolve()))
+    assert (ended.value.code, capsys.readouterr()) == (2, ("", told))
+
+
+def test_a_value_that_is_wrong_elsewhere_keeps_its_traceback(monkeypatch):
+    def load_config(config_path):
+        raise ValueError(f"{config_path} is of the user's own program")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(ValueError, match="own program"):
+        ending.run(lambda: load_config("mine.yaml"))

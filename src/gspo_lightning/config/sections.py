@@ -16,6 +16,8 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import SamplingParams
 
+_OF_THE_ROOT = ("experiment", "debug", "hparams_search")
+"""Groups whose files hold settings of other sections; without that line, they would be a section of their own."""
 _NEEDED = {
     "module": ("_target_",),
     "model": ("_target_", "path", "dtype"),
@@ -86,6 +88,9 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
         used: names at the root that interpolations refer to, such as a user's own variable.
     """
     root, elsewhere = _root()
+    for name in _OF_THE_ROOT:
+        if name in plain:
+            raise UserError(f"{name}: the file that is chosen must begin with the line `# @package _global_`")
     _check_names("", {name: value for name, value in plain.items() if name not in used}, root, elsewhere)
     _check_there("", plain, root)
     sections = {name: node for name, node in root.items() if isinstance(node, dict) and "_target_" not in node}

@@ -17,6 +17,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from gspo_lightning.config.groups import check_overrides
 from gspo_lightning.distributed import first_error, rank_watch
@@ -64,9 +65,10 @@ def run(main: Callable[[], Any], *, of_hydra: bool = True) -> None:
         if first_error.is_first_rank() and is_first_started():
             print(f"error: {stopped if isinstance(stopped, Interrupted) else STOPPED}", file=sys.stderr, flush=True)
         sys.exit(130)
-    except OSError as error:
-        key = _key_of_folder(error)
-        if key is None:
+    except (OSError, ValueError, YAMLError) as error:
+        if (file := _config_read(error)) is not None:
+            _exit_with_line(UserError(f"{file}: {_reason(error)}; correct this config file"), wants_traceback())
+        if not isinstance(error, OSError) or (key := _key_of_folder(error)) is None:
             raise
         _exit_with_line(no_run_dir(error.filename, error, key), wants_traceback())
 
@@ -122,11 +124,30 @@ def _key_of_folder(error: OSError) -> str | None:
     return "hydra.sweep.dir" if any(frame.name == "multirun" for frame in frames) else "hydra.run.dir"
 
 
+def _config_read(error: Exception) -> str | None:
+    """The config file at which Hydra failed; None for an error of anything else."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    of_hydra = [frame for frame in frames if str(frame.f_globals["__name__"]).startswith("hydra.")]
+    calls = [frame.f_locals for frame in of_hydra if frame.f_code.co_name == "load_config"]
+    return next((str(call[name]) for name in ("full_path", "config_path") for call in calls if name in call), None)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a config file, and where in it."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text ({error.reason} at byte {error.start})"
+    return " ".join(str(error).split())
+
+
 def _exit_with_line(error: Exception, with_traceback: bool, *, is_news: bool = True) -> NoReturn:
     if with_traceback:
         traceback.print_exc()
     # Hydra appends its search path, OmegaConf its types.
-    line = " ".join(str(error).split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
+    # Of some mistakes only the cause has words.
+    text = str(error) or str(error.__cause__ or type(error).__name__)
+    line = " ".join(text.split()).split(" Config search path:")[0].removesuffix(" object_type=dict")
     if isinstance(error, ConfigCompositionException) and line.startswith("Error merging") and error.__cause__:
         line = f"{line}: {str(error.__cause__).splitlines()[0]}"
     if (extra := _OF_SWEEPS.search(line)) is not None:
