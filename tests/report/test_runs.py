@@ -68,6 +68,18 @@ def test_a_setting_that_repeats_another_is_named_once_and_one_that_only_differs_
     assert differing_settings(find_runs([tmp_path])[0]) == ["level", "data.model_path"]
 
 
+def test_what_a_run_writes_and_prints_does_not_tell_runs_apart(tmp_path):
+    table = {"_target_": "Table", "every_n_rollouts": 10}
+    write_run(
+        tmp_path / "0", [1.0], 0, logger={}, print_config=True, record_tokens=False, callbacks={"progress": table}
+    )
+    more = {"progress": None, "completions": table}
+    write_run(tmp_path / "1", [1.0], 1, logger=None, print_config=False, record_tokens=True, callbacks=more)
+    write_run(tmp_path / "2", [1.0], 2, logger={"csv": {"name": "csv"}}, ckpt_path="x", callbacks=more)
+    (group,) = group_runs(find_runs([tmp_path])[0])
+    assert not group.settings and len(group.runs) == 3
+
+
 def test_a_run_counts_once_however_many_of_the_folders_hold_it(tmp_path):
     for number, after in ((0, 1.0), (1, 2.0), (2, 6.0)):
         write_run(tmp_path / "D" / str(number), [after], seed=number)

@@ -14,7 +14,10 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.report.config_tree import looked_up
 from gspo_lightning.report.files import Series, config_of, read_json, read_metrics
 
-_PLACES = ("logger.", "ckpt_path", "traceback", "checkpoint.", "export.")
+_PLACES = (
+    "logger.", "ckpt_path.", "traceback.", "print_config.", "record_tokens.", "checkpoint.", "export.",
+    "callbacks.progress.", "callbacks.completions.",
+)  # fmt: skip
 """Settings of what a run reads, writes and prints, not of how it trains."""
 
 _T95 = (
@@ -122,7 +125,7 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     for key in every:
         values = [run.settings.get(key) for run in runs]
         column = repr(values)
-        if key.startswith(_PLACES) or column in seen or values == seeds:
+        if f"{key}.".startswith(_PLACES) or column in seen or values == seeds:
             continue
         if any(repr(value) != repr(values[0]) for value in values):
             seen.add(column)
