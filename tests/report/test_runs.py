@@ -68,6 +68,14 @@ def test_a_setting_that_repeats_another_is_named_once_and_one_that_only_differs_
     assert differing_settings(find_runs([tmp_path])[0]) == ["level", "data.model_path"]
 
 
+@pytest.mark.parametrize("values", [(1, 2), (True, 2)])
+def test_a_setting_that_happens_to_equal_the_seed_is_not_hidden(values, tmp_path):
+    for seed, value in enumerate(values, start=1):
+        write_run(tmp_path / str(seed), [1.0], seed, update={"num_iterations": value})
+    groups = group_runs(find_runs([tmp_path])[0])
+    assert [group.settings for group in groups] == [{"update.num_iterations": value} for value in values]
+
+
 def test_what_a_run_writes_and_prints_does_not_tell_runs_apart(tmp_path):
     table = {"_target_": "Table", "every_n_rollouts": 10}
     write_run(

@@ -114,7 +114,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """Keys whose values differ between runs, except the seed, keys that follow from it, and places of files.
+    """Keys whose values differ between runs, except the seed, other seeds that are equal to it, and places of files.
 
     Of keys with equal values in every run (one interpolates the other) only the shortest is named.
     """
@@ -125,7 +125,8 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     for key in every:
         values = [run.settings.get(key) for run in runs]
         column = repr(values)
-        if f"{key}.".startswith(_PLACES) or column in seen or values == seeds:
+        is_seed = "seed" in key.rsplit(".", 1)[-1] and values == seeds  # of another setting it would be by chance
+        if f"{key}.".startswith(_PLACES) or column in seen or is_seed:
             continue
         if any(repr(value) != repr(values[0]) for value in values):
             seen.add(column)
