@@ -9,6 +9,7 @@ from pathlib import Path
 from runpy import run_module
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from gspo_lightning.data import PromptDataModule
@@ -59,6 +60,14 @@ def test_a_data_config_of_another_project_is_previewed(tokenizer_dir: str, tmp_p
     assert "held-out rows: 3" in text
     with pytest.raises(UserError, match="--config-dir=nowhere: there is no such folder"):
         _preview("--config-dir", "nowhere", "data=mine")
+
+
+def test_a_folder_that_hydra_knows_is_known_to_the_preview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(20)))
+    monkeypatch.chdir(tmp_path)
+    rows = ["data=rows", "data.task.source='${hydra:runtime.cwd}/rows.jsonl'", "data.task.num_validation=2"]
+    assert "training rows: 18; held-out rows: 2" in " ".join(_preview(*rows, "model=micro").split())
+    assert not HydraConfig.initialized()
 
 
 def test_a_preview_of_nothing_is_refused(tokenizer_dir: str) -> None:

@@ -44,6 +44,7 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
         UserError: what a run would refuse of its section ``data``, or ``config_dir`` is no folder.
     """
     from hydra import compose, initialize_config_module
+    from hydra.core.hydra_config import HydraConfig
 
     from gspo_lightning.config.build import build
     from gspo_lightning.config.resolve import resolve_data
@@ -54,8 +55,15 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
             raise UserError(f"--config-dir={config_dir}: there is no such folder")
         own = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
     with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
-        cfg = compose("train", overrides=[*own, *overrides])
-    datamodule: PromptDataModule = build(resolve_data(cfg))
+        cfg = compose("train", overrides=[*own, *overrides], return_hydra_config=True)
+    of_hydra: Any = HydraConfig.instance()
+    earlier = of_hydra.cfg
+    try:
+        of_hydra.cfg = cfg  # for settings such as ${hydra:runtime.cwd}/my.jsonl
+        data = resolve_data(cfg)
+    finally:
+        of_hydra.cfg = earlier
+    datamodule: PromptDataModule = build(data)
     return datamodule
 
 
