@@ -12,8 +12,11 @@ import torch
 from rich.console import Console
 
 from gspo_lightning.data.preview import _panel
+from gspo_lightning.program import ending
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.report import print_evaluation
+from gspo_lightning.report.__main__ import main as report
+from gspo_lightning.report.compare import main as compare
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.rollout.http_client import Server, ServerError
 from gspo_lightning.rollout.server_pool import _say
@@ -103,3 +106,34 @@ def test_what_is_no_http_at_all(monkeypatch):
 def test_the_lines_about_servers(capsys):
     _say(f"failed: {TITLE}\n {CLEAR}")
     assert capsys.readouterr().err == "failed: ␛]0;pwned␇ \\x9b2J\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "text", "printed"),
+    [
+        ("ascii", "strict", "é", b"\\xe9\n"),
+        ("latin-1", "strict", "é数", b"\xe9\\u6570\n"),
+        ("utf-8", "strict", "\ud800é", "\\ud800é\n".encode()),
+        ("utf-8", "surrogateescape", "\ud800é", "\\ud800é\n".encode()),
+        ("ascii", "replace", "é", b"?\n"),
+    ],
+)
+def test_what_a_screen_cannot_show_is_escaped_and_ends_no_program(encoding, errors, text, printed, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, newline="\n")
+    monkeypatch.setattr(sys, "stdout", screen)
+    ending.run(lambda: print(text, flush=True), of_hydra=False)
+    assert screen.buffer.getvalue() == printed
+
+
+def test_a_comparison_and_a_report_are_told_on_any_screen(tmp_path, monkeypatch):
+    for name in ("é", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+        (tmp_path / name / "metrics.csv").write_text("step,reward/mean\n1,0.5\n")
+        (tmp_path / name / "summary.json").write_text('{"wall_s": 2.0}')
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert compare([str(tmp_path)]) == report([str(tmp_path / "é")]) == 0
+    screen.flush()
+    text = screen.buffer.getvalue().decode("ascii")
+    assert "Mean \\xb1 half-width" in text and f"{tmp_path}/\\xe9/report.html" in text

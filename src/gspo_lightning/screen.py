@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 _SIGNS = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: "\u2421",
@@ -16,6 +19,17 @@ def visible(text: str) -> str:
     model, a server or somebody else's config passes through here on its way to the screen.
     """
     return text.translate(_SIGNS)
+
+
+def escape_what_no_screen_shows() -> None:
+    """Lets standard output show an escape for what its encoding lacks (``\\xb1``), as standard error does.
+
+    Else a letter of a dataset, a model or a path ends a program where the locale is not UTF-8, and half a character
+    does anywhere.
+    """
+    # surrogateescape: of Python itself in the locales C and POSIX, as in a container
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def counted(count: int, one: str, several: str = "") -> str:

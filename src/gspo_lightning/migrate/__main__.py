@@ -18,7 +18,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.convert import Conversion, convert
 from gspo_lightning.migrate.parse import parse_config, parse_lora
 from gspo_lightning.program.redact import masked, redacted
-from gspo_lightning.screen import visible
+from gspo_lightning.screen import escape_what_no_screen_shows, visible
 
 NOT_IN_TRL = {
     "model": ("path", "model.path"),
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     parser.add_argument("--reward", default="last_integer", help="a choice of the group reward")
     parser.add_argument("--output", type=Path, help="write the YAML there, such as conf/experiment/mine.yaml")
     options = parser.parse_args(arguments)
+    escape_what_no_screen_shows()
     console = console or Console()
     try:
         text = _read(options.config)

@@ -34,6 +34,7 @@ from gspo_lightning.program.interrupt import (
 )
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.program.sweep_job import CODES, SweepStopped
+from gspo_lightning.screen import escape_what_no_screen_shows
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
 """Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
@@ -50,6 +51,7 @@ def run(main: Callable[[], Any], *, of_hydra: bool = True) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own lines
     if os.getcwd() not in sys.path:  # the user's own modules; after the libraries, which they must not shadow
         sys.path.append(os.getcwd())
+    escape_what_no_screen_shows()
     try:
         raise_at_interrupt()
         logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs of a mistake is in our line

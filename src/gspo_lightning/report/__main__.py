@@ -8,6 +8,7 @@ from pathlib import Path
 from gspo_lightning.errors import UserError
 from gspo_lightning.program.redact import masked
 from gspo_lightning.report import render_report
+from gspo_lightning.screen import escape_what_no_screen_shows
 
 
 def main(arguments: list[str]) -> int:
@@ -15,6 +16,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or not (Path(arguments[0]) / "metrics.csv").exists():
         print("usage: python -m gspo_lightning.report RUN_DIR   (a folder with metrics.csv)", file=sys.stderr)
         return 2
+    escape_what_no_screen_shows()
     try:
         print(render_report(Path(arguments[0])))
     except UserError as error:

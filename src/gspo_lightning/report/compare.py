@@ -23,7 +23,7 @@ from gspo_lightning.report.page import html_page
 from gspo_lightning.report.runs import RunGroup, find_runs, group_runs, mean_and_halfwidth
 from gspo_lightning.report.sections import CHARTS
 from gspo_lightning.report.svg import Band, format_number, line_chart
-from gspo_lightning.screen import visible
+from gspo_lightning.screen import escape_what_no_screen_shows, visible
 
 COLUMNS = {
     "sampled, before": "val_sampled_before",
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     parser.add_argument("folders", nargs="+", type=Path, help="a sweep's folder, or folders of runs")
     parser.add_argument("--output", type=Path, help="where to write (default: comparison.html in the first folder)")
     options = parser.parse_args(arguments)
+    escape_what_no_screen_shows()
     console = console or Console()
     try:
         runs, without = find_runs(options.folders)
