@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from gspo_lightning.data import RowsTask
+from gspo_lightning.data import rows as rows_module
 from gspo_lightning.data.columns import check_columns
 from gspo_lightning.data.images import load_image
 from gspo_lightning.errors import UserError
@@ -39,8 +40,9 @@ def test_every_row_is_either_trained_on_or_held_out() -> None:
 def test_a_training_row_with_a_held_out_prompt_is_left_out_and_said() -> None:
     doubled = [*_rows(20), *_rows(20)]
     task = RowsTask(doubled, num_validation=4)
-    with pytest.warns(UserWarning, match=r"4 training rows of rows are left out"):
+    with pytest.warns(UserWarning, match=r"4 training rows of rows are left out") as said:
         train, held_out = _answers(task)
+    assert said[0].filename == rows_module.__file__  # of functools, it would be shown with a line of its code
     assert len(held_out) == 4 and not train & held_out and task.num_train_rows == 2 * 16
 
 

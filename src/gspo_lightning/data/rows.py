@@ -148,7 +148,7 @@ class RowsTask:
         if len(train) < len(rest):
             warnings.warn(
                 f"{len(rest) - len(train)} training rows of {self._label} are left out: their prompts are held out",
-                stacklevel=2,
+                stacklevel=3,  # not of functools, whose warnings are shown with a line of its code
             )
         return train
 
