@@ -68,6 +68,21 @@ def test_a_file_without_the_line_that_makes_its_settings_those_of_the_root_is_to
     assert refusal(f"+{group}.max_rollouts=2") == line
 
 
+def test_early_stopping_by_what_no_validation_measures_is_refused_before_the_run():
+    def stopping(metric):
+        node = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: {metric}}}"
+        return [f"+callbacks.es={node}", "validation.every_n_rollouts=1"]
+
+    measured = "val/accuracy, val/sampled_accuracy, val/pass@2, val/reward, val/mean_tokens"
+    line = f"callbacks.es.monitor=val/rewardd: validation does not measure it; it measures {measured}"
+    assert refusal(*stopping("val/rewardd")) == line
+    for metric in ("val/mean_tokens", "val/accuracy/sums", "reward/mean"):
+        checks.check(resolved(*MICRO, *stopping(metric)))
+    plain = resolved(*MICRO, *stopping("val/rewardd"))
+    plain["callbacks"]["mine"] = {"_target_": "mine.Callback"}  # which may log what it likes
+    checks._check_callbacks(plain)
+
+
 def test_a_group_of_the_users_own_that_leaves_a_default_out_is_accepted():
     checks.check(resolved(*MICRO, "~rollout.top_p", "~rollout.min_p", "~update.log_entropy"))
 

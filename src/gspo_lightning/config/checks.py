@@ -7,7 +7,7 @@ from typing import Any
 from gspo_lightning.advantages import check_combination, check_group
 from gspo_lightning.config.build import build, check_trainer, time_limits
 from gspo_lightning.config.devices import check_devices, check_sharding, is_sharded
-from gspo_lightning.config.effects import check_best, check_training, no_effect
+from gspo_lightning.config.effects import check_best, check_training, no_effect, validation_metrics
 from gspo_lightning.config.hardware import on_gpu, ranks, warn_of_slow_products
 from gspo_lightning.config.optimizer import check_optimizer, check_schedule
 from gspo_lightning.config.own_module import check_module
@@ -119,10 +119,23 @@ def _check_callbacks(plain: dict[str, Any]) -> None:
                 f"callbacks.{name}: EarlyStopping looks at its metric after each validation, and none falls inside "
                 "the run; set validation.every_n_rollouts"
             )
+        if kind == "EarlyStopping":
+            _check_monitor(f"callbacks.{name}.monitor", str(node.get("monitor")), plain)
         if kind == "LearningRateMonitor" and not any((plain["logger"] or {}).values()):
             raise UserError(f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger=")
         if kind == "ModelCheckpoint":
             raise UserError(f"callbacks.{name}: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best")
+
+
+def _check_monitor(key: str, metric: str, plain: dict[str, Any]) -> None:
+    """A metric of validations that none measures would end the run at the first one within it."""
+    nodes = [plain["module"], *filter(None, plain["callbacks"].values())]
+    is_ours = all(str(node["_target_"]).startswith(("gspo_lightning.", "lightning.")) for node in nodes)
+    if not metric.startswith("val/") or not is_ours:  # what a class of the user's own logs is not known here
+        return
+    names = validation_metrics(plain)
+    if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
+        raise UserError(f"{key}={metric}: validation does not measure it; it measures {', '.join(names)}")
 
 
 def _check_environment(plain: dict[str, Any]) -> None:

@@ -49,12 +49,17 @@ def check_best(plain: dict[str, Any]) -> None:
         )
     if plain["trainer"].get("limit_val_batches") == 0:
         raise UserError(f"checkpoint.keep_best={metric} has no effect with trainer.limit_val_batches=0; remove one")
-    names = metrics_of(validation.get("num_generations", ValidationSettings.num_generations))
-    names += ["val/return"] if plain["environment"] else []
+    names = [name for name in validation_metrics(plain) if name != "val/mean_tokens"]
     if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
         raise UserError(
             f"checkpoint.keep_best={metric} must be a validation metric for which higher is better: {', '.join(names)}"
         )
+
+
+def validation_metrics(plain: dict[str, Any]) -> list[str]:
+    """Names of what a validation of this config measures, but for those of the tasks of a mixture."""
+    names = metrics_of(plain["validation"].get("num_generations", ValidationSettings.num_generations))
+    return [*names, *(["val/return"] if plain["environment"] else []), "val/mean_tokens"]
 
 
 def check_held_out(plain: dict[str, Any], rows: int, *, training: bool) -> None:
