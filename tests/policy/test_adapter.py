@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo_lightning.errors import UserError
@@ -26,7 +27,7 @@ from gspo_lightning.rollout.weights import (
     trained_parameters,
 )
 from tests.command_line import metrics, run
-from tests.support import random_groups, relative_distance
+from tests.support import padded_logprobs, random_groups, relative_distance
 
 MICRO = "bundled:micro"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -208,6 +209,44 @@ def test_an_adapter_of_other_settings_or_another_model_is_refused(exported, micr
         load(adapter=str(tmp_path))
     with pytest.warns(UserWarning, match=f"was trained on .*, and is put on {micro_model_dir}"):
         load(str(micro_model_dir))
+
+
+def of_peft(folder, **settings):
+    """The folder of an adapter that peft alone has made and trained, in float32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(MICRO), dtype=torch.float32)
+    named = {"target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"} | settings
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **named))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"init_lora_weights": "pissa"}, "began with init_lora_weights=pissa, which changed the base too; merge it"),
+        ({"init_lora_weights": "olora"}, "began with init_lora_weights=olora, which changed the base too; merge it"),
+        ({"alora_invocation_tokens": [5, 6]}, r"with alora_invocation_tokens=\[5, 6\] is refused"),
+    ],
+)
+def test_an_adapter_that_would_be_another_function_here_than_in_peft_is_refused(settings, line, tmp_path):
+    lora = LoraSettings(r=4, alpha=8, target_modules=["q_proj", "o_proj"], adapter=str(of_peft(tmp_path, **settings)))
+    with pytest.raises(UserError, match=line):
+        PolicyLoader(MICRO, lora=lora).load()
+
+
+@pytest.mark.parametrize("first", [True, False, "gaussian", "orthogonal", "mica"])
+def test_an_adapter_of_peft_that_leaves_the_base_alone_is_what_it_is_in_peft(first, tmp_path):
+    folder = of_peft(tmp_path, init_lora_weights=first)
+    lora = LoraSettings(r=4, alpha=8, target_modules=["q_proj", "o_proj"], adapter=str(folder))
+    found = logprobs(PolicyLoader(MICRO, lora=lora).load())
+    with torch.no_grad():
+        expected, _ = padded_logprobs(AutoPeftModelForCausalLM.from_pretrained(folder), GROUPS)
+    assert relative_distance(found, expected) < 1e-6
 
 
 def test_the_folder_of_an_adapter_as_a_model_names_both_ways(exported):

@@ -19,6 +19,7 @@ from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.merge import main, merge_adapter
 from gspo_lightning.report.model_card import whole_card
 from tests.command_line import ROOT, run
+from tests.policy.test_adapter import of_peft
 from tests.policy.test_families import config_of
 from tests.support import relative_distance
 
@@ -185,6 +186,40 @@ def test_what_cannot_be_merged_is_refused_in_one_line(own, micro_model_dir, tmp_
     (own / "adapter_config.json").write_text("{")
     refused(own, out, "adapter_config.json cannot be read")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "line"),
+    [
+        ({"alora_invocation_tokens": [5]}, r"with alora_invocation_tokens=\[5\] cannot be merged; keep the adapter"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "with layer_replication=.* cannot be merged; keep the adapter"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights=pissa_niter_4, .* cannot be repeated; merge it where",
+        ),
+        ({"init_lora_weights": "corda"}, "init_lora_weights=corda, which changed the base in a way that cannot be"),
+    ],
+)
+def test_an_adapter_that_is_no_change_of_known_weights_is_refused(entries, line, own, tmp_path):
+    set_config(own, **entries)
+    refused(own, tmp_path / "out", line)
+
+
+@pytest.mark.parametrize("first", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_merged_into_that_base(first, tmp_path):
+    folder = of_peft(tmp_path / "adapter", init_lora_weights=first)
+    merge_adapter(folder, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    apart = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert relative_distance(merged(input_ids=ids).logits, apart(input_ids=ids).logits) < 2e-6
+
+
+@pytest.mark.parametrize("names", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_on_one_of_two_tied_embeddings_is_not_added_to_both(names, tmp_path):
+    folder = of_peft(tmp_path / "adapter", target_modules=names)
+    refused(folder, tmp_path / "out", r"whose two embeddings are one matrix \(tied\), so that it cannot be merged")
 
 
 def test_the_command_prints_one_line_and_exits_with_2(adapter, tmp_path, capsys):

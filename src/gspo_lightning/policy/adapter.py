@@ -23,8 +23,14 @@ _SAME = {"r": "r", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 """Name in an adapter's config -> name in `LoraSettings`, of what says how its weights are to be scaled."""
 _BY_DEFAULT = {"r": 8, "lora_alpha": 8, "use_rslora": False}
 """What peft takes for those that an adapter's config lacks."""
-_OTHERS = ("use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+_OTHERS = (
+    "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
 """What else makes an adapter another function of its weights."""
+KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations of peft that leave the base as it is. The others, such as PiSSA, subtract B A from its weights, and
+peft does so again whenever it loads the adapter."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,11 @@ def check_adapter(wrapped: nn.Module, settings: LoraSettings) -> dict[str, Any]:
     for name in _OTHERS:
         if (stored.get(name) or None) != (getattr(own, name) or None):
             raise UserError(f"model.lora.adapter={folder}: an adapter with {name}={stored.get(name)} is refused")
+    if (first := stored.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+        raise UserError(
+            f"model.lora.adapter={folder} began with init_lora_weights={first}, which changed the base too; merge it "
+            f"into its base (python scripts/merge_adapter.py {folder} OUT) and train on that"
+        )
     return stored
 
 

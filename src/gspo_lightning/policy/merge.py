@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.policy.adapter import adapter_config, fill
+from gspo_lightning.policy.adapter import KEEP_THE_BASE, adapter_config, fill
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import Dtype, PolicyLoader
@@ -44,6 +44,7 @@ def merge_adapter(adapter: Path, target: Path, base: str | None = None, dtype: D
     """
     adapter, target = adapter.expanduser(), target.expanduser()
     stored, run = adapter_config(adapter), _settings_of_run(adapter)
+    _refuse_unmergeable(adapter, stored)
     if target.exists():
         raise UserError(f"{target} is there already; name a folder that is not")
     loader = PolicyLoader(
@@ -116,6 +117,31 @@ def _refuse_quantised(base: str) -> None:
         )
 
 
+def _refuse_unmergeable(adapter: Path, stored: dict[str, Any]) -> None:
+    """Refuses an adapter that is no change of its base's weights, or began at a base that cannot be made again."""
+    for name in ("alora_invocation_tokens", "layer_replication", "arrow_config"):
+        if stored.get(name):
+            raise UserError(f"{adapter}: an adapter with {name}={stored[name]} cannot be merged; keep the adapter")
+    first = stored.get("init_lora_weights", True)
+    if first not in (*KEEP_THE_BASE, "pissa", "olora"):
+        raise UserError(
+            f"{adapter} began with init_lora_weights={first}, which changed the base in a way that cannot be repeated; "
+            "merge it where it was trained"
+        )
+
+
+def _refuse_tied(wrapped: nn.Module, adapter: Path) -> None:
+    """Refuses an adapter on embeddings that are one matrix, to which peft would add what belongs to one of them."""
+    model: Any = wrapped.get_base_model()  # type: ignore[operator]
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    matrices = {id(getattr(end, "base_layer", end).weight) for end in ends}
+    if len(matrices) < len(ends) and any(hasattr(end, "base_layer") for end in ends):
+        raise UserError(
+            f"{adapter} has an adapter on an embedding of {model.name_or_path}, whose two embeddings are one matrix "
+            "(tied), so that it cannot be merged; keep the adapter"
+        )
+
+
 def _merged(loader: PolicyLoader, adapter: Path) -> nn.Module:
     """The base in memory with the adapter added to its weights: there is no other use for it here."""
     from peft import PeftConfig, get_peft_model
@@ -126,6 +152,7 @@ def _merged(loader: PolicyLoader, adapter: Path) -> nn.Module:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:160]
         raise UserError(f"adapter {adapter} does not fit {loader.path} ({cause}); --base names another") from error
+    _refuse_tied(wrapped, adapter)
     fill(wrapped, adapter, "name the model that it was trained on with --base")
     merged: nn.Module = wrapped.merge_and_unload()
     return merged
