@@ -14,6 +14,7 @@ from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.fake import fake_policy
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.rollout.check import choose_decoding
 from gspo_lightning.rollout.weights import check_base
 from gspo_lightning.training.sampling_checks import check_rotation
 from gspo_lightning.types import SamplingParams
@@ -57,6 +58,14 @@ PACKED = {
     "seed_oss": {**WIDE_HEADS, "residual_dropout": 0.0, "attention_dropout": 0.0},
     "gpt_oss": {**WIDE_HEADS, **SLIDING, **LOCAL},
 }
+# They change keys and values after the cache, so that their own `generate` samples.
+GENERATED = {
+    "diffllama": {},
+    "glm4_moe_lite": {  # GLM-4.7-Flash: values as wide as queries
+        **LATENT, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "mlp_layer_types": ["dense", "sparse"],
+    },
+    "jetmoe": {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
 PADDED = {
     "deepseek_v3": LATENT,  # values smaller than queries
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},  # the head scales its logits
@@ -73,7 +82,7 @@ OWN_NAMES = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}}
 def config_of(name, **more):
     kind = name.partition(":")[0]
     usual = {"num_key_value_heads": 2, **WIDTH, "max_position_embeddings": 256}
-    settings = OWN_NAMES.get(kind, usual) | (PACKED | PADDED)[name] | more
+    settings = OWN_NAMES.get(kind, usual) | (PACKED | GENERATED | PADDED)[name] | more
     return AutoConfig.for_model(kind, **settings)
 
 
@@ -103,11 +112,13 @@ def saved(micro_model_dir, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*falling back to padded forwards")
-@pytest.mark.parametrize("name", [*PACKED, *PADDED])
+@pytest.mark.filterwarnings("ignore:.*sampling by the model's own generate")
+@pytest.mark.parametrize("name", [*PACKED, *GENERATED, *PADDED])
 def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
     policy = PolicyLoader(saved(config_of(name)), dtype="float64").load()
     choose_forward(policy)
-    assert policy.is_padded == (name in PADDED)
+    choose_decoding(policy)
+    assert (policy.is_padded, policy.samples_padded) == (name in PADDED, name in GENERATED)
     # Blocks of one shape in one batch, and others.
     groups = random_groups([(7, [3, 5, 2]), (9, [4, 4]), (7, [3, 5, 2])], policy.output_weight.shape[0])
     logprobs, _ = policy(pack(groups, torch.device("cpu")), 0.7)

@@ -59,7 +59,7 @@ def check_packing(policy: Policy) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
-    lengths = (_prompt_length(policy), 5, 9, 2)
+    lengths = (prompt_length(policy), 5, 9, 2)
     prompt, *completions = (torch.randint(3, vocabulary, (n,), generator=generator) for n in lengths)
     vision = None if policy.vision is None else policy.vision.probe(prompt, generator)
     if vision is not None:
@@ -76,7 +76,7 @@ def check_packing(policy: Policy) -> float:
         return torch.cat([reference_logprobs(policy, *group, vision) for group in groups])
 
     plain = padded()
-    dtype = _coarsest_dtype(policy)
+    dtype = coarsest_dtype(policy)
     bound, size = TOLERANCE.get(dtype), plain.norm()
     if bound is None:
         # Log-probabilities of random tokens are far from 0 and near to each other.
@@ -94,7 +94,7 @@ def check_packing(policy: Policy) -> float:
     return distance
 
 
-def _coarsest_dtype(policy: Policy) -> torch.dtype:
+def coarsest_dtype(policy: Policy) -> torch.dtype:
     """Dtype that a forward rounds to: a quantised base multiplies in a narrow dtype, whatever the rest is in."""
     return torch.bfloat16 if getattr(policy.base_model, "is_quantized", False) else policy.output_weight.dtype
 
@@ -116,7 +116,7 @@ def rounded_embeddings(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
         hook.remove()
 
 
-def _prompt_length(policy: Policy) -> int:
+def prompt_length(policy: Policy) -> int:
     """Prompt length at which a sliding window, if there is one up to `LONGEST_WINDOW`, hides the prompt's beginning."""
     window = getattr(policy.config.get_text_config(), "sliding_window", None)
     return 11 if not isinstance(window, int) or window > LONGEST_WINDOW else window + 3

@@ -52,6 +52,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.has_adapter = has_adapter
         self.is_padded = is_padded
+        self.samples_padded = False  # our caches are not exact for it: see `gspo_lightning.rollout.check`
         self.shards: Any = None  # `gspo_lightning.distributed.sharding.Shards` once the weights are split over ranks
         self.processor = processor
         # Searched once: a rollout needs them at every token.

@@ -31,7 +31,8 @@ NEVER = -1e4
 IMAGES_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
 """Relative L2 distance of logits; 0.1 in narrower dtypes. A prompt that saw its completion was off by 0.25 or more."""
 
-_CAUSES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+CAUSES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+"""What a model raises at inputs that it does not know."""
 _checked: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -121,7 +122,7 @@ def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
             )
     except torch.OutOfMemoryError:
         raise
-    except _CAUSES as error:
+    except CAUSES as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"row {prompt.uid}: models of type {kind} cannot be trained on images ({cause})") from error
     distance = ((padded - alone).norm(dim=1) / (alone - alone.mean()).norm()).max().item()
