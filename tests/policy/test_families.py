@@ -152,6 +152,21 @@ def test_what_runs_padded_says_so_and_is_not_estimated(saved):
         PolicyLoader(loader.path, compile=True).load()
 
 
+def test_routers_that_draw_at_random_in_training_are_refused(saved):
+    path = saved(config_of("mixtral", router_jitter_noise=0.1))
+    with pytest.raises(UserError, match=r"'\+model.overrides=\{router_jitter_noise: 0.0\}' to the command line"):
+        PolicyLoader(path).load()
+    PolicyLoader(path, overrides={"router_jitter_noise": 0.0}).load()
+    with pytest.raises(UserError, match="models of type phimoe draw the experts of a token at random in training"):
+        PolicyLoader(saved(AutoConfig.for_model("phimoe", **WIDTH, **LOCAL, num_key_value_heads=2))).load()
+
+
+def test_recomputed_activations_are_refused_where_the_model_keeps_them_all(saved):
+    path = saved(config_of("jetmoe"))
+    with pytest.raises(UserError, match="gradient_checkpointing=true: JetMoeForCausalLM does not support it; set it"):
+        PolicyLoader(path, gradient_checkpointing=True).load()
+
+
 def trained_names(policy):
     return {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
 

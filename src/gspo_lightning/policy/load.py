@@ -72,6 +72,10 @@ class PolicyLoader:
         model = self.load_model()
         _refuse_dropout(model)
         if self.gradient_checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise UserError(
+                    f"model.gradient_checkpointing=true: {type(model).__name__} does not support it; set it to false"
+                )
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         wrapped: nn.Module = model
         if self.lora is not None:
@@ -228,11 +232,17 @@ def _refuse_random_weights(path: str, found: dict[str, Any]) -> None:
 
 
 def _refuse_dropout(model: nn.Module) -> None:
+    """Refuses what a layer draws at random in training: dropout, and the noise of routers of experts."""
+    if model.config.model_type == "phimoe":  # type: ignore[union-attr]
+        raise UserError(
+            "models of type phimoe draw the experts of a token at random in training, with which the ratio would "
+            "compare noise; use another model"
+        )
     active = _dropouts(model.config.to_dict())  # type: ignore[union-attr, operator]
     if active:
         wanted = _flow(_dropouts(model.config.to_dict(), instead=0.0))  # type: ignore[union-attr, operator]
         raise UserError(
-            f"the model's config has dropout ({active}), with which the ratio would compare noise; add "
+            f"the model's config has dropout or noise ({active}), with which the ratio would compare noise; add "
             f"'+model.overrides={wanted}' to the command line"
         )
 
@@ -244,7 +254,9 @@ def _dropouts(config: dict[str, Any], instead: float | None = None) -> dict[str,
         if isinstance(value, dict):
             if inner := _dropouts(value, instead):
                 found[key] = inner
-        elif isinstance(value, float) and value > 0 and re.search(r"drop(out)?(_rate|_prob)?$", key):
+        elif (
+            isinstance(value, float) and value > 0 and re.search(r"(drop(out)?(_rate|_prob)?|jitter_(noise|eps))$", key)
+        ):
             found[key] = value if instead is None else instead
     return found
 
