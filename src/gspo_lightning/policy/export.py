@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.model import Policy
@@ -34,7 +36,7 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size:
             )
         with torch.no_grad():
             model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-    model.save_pretrained(folder)  # type: ignore[operator]
+    _save(model, folder)
     if not policy.has_adapter or merge_lora:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / name).unlink(missing_ok=True)
@@ -45,3 +47,23 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size:
             processor.image_processor.size = image_size
         processor.save_pretrained(folder)
     return folder
+
+
+def _save(model: Any, folder: Path) -> None:
+    """``model.save_pretrained``, also with settings of ``generate`` that transformers loads and refuses to save.
+
+    Such as a temperature without ``do_sample``, which many models were published with: they are written as they are.
+    """
+    own: Any = model.generation_config if isinstance(model, PreTrainedModel) else None  # an adapter has none
+    try:
+        if own is not None:
+            own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = own
+        own.to_json_file(folder / "generation_config.json")
+    else:
+        model.save_pretrained(folder)

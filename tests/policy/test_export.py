@@ -1,0 +1,40 @@
+"""An export is what plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gspo_lightning.policy.export import export_policy
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from tests.support import relative_distance
+
+
+@pytest.mark.parametrize("kind", ["all weights", "merged", "adapter"])
+def test_settings_of_generate_that_transformers_refuses_to_save_are_exported_as_they_were(
+    kind, micro_model_dir, tmp_path
+):
+    """A temperature without ``do_sample``: transformers loads such models, of which there are many."""
+    folder = shutil.copytree(micro_model_dir, tmp_path / "model")
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    policy = PolicyLoader(str(folder), lora=None if kind == "all weights" else LoraSettings(r=2)).load()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    out = export_policy(policy, tmp_path / "out", merge_lora=kind == "merged")
+    assert (out / "generation_config.json").exists() == (kind != "adapter")
+    assert policy.base_model.generation_config.temperature == 0.6
+    if kind != "adapter":
+        assert settings.items() <= json.loads((out / "generation_config.json").read_text()).items()
+        ids = torch.arange(5, 30)[None]
+        with torch.no_grad():
+            found, expected = (
+                m(input_ids=ids).logits for m in (AutoModelForCausalLM.from_pretrained(out), policy.model)
+            )
+        assert relative_distance(found, expected) < 1e-5
