@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.packing import batch, pack
 from gspo_lightning.rollout import TransformersEngine, decoder
 from gspo_lightning.rollout.decoder import Decoder
@@ -234,3 +235,14 @@ def test_many_prompt_tokens_are_forwarded_in_parts(dtype, tolerance, micro_model
     for a, b in zip(sum(whole.completions, []), sum(in_parts.completions, []), strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         assert torch.allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=0, atol=tolerance)
+
+
+def test_tokens_that_were_added_to_the_tokenizer_alone_are_named_with_their_row(micro_model_dir):
+    policy = micro_policy(micro_model_dir)
+    size = len(policy.output_weight)
+    policy.tokenizer.add_tokens([f"<new{n}>" for n in range(size)])
+    TransformersEngine().generate(policy, [make_prompt([5, size - 1])], SamplingParams(1, 2), 0)
+    with pytest.raises(
+        UserError, match=rf"row task:7: the model has embeddings for {size} tokens, .* token {size} \('<new"
+    ):
+        TransformersEngine().generate(policy, [make_prompt([5, size], uid="task:7")], SamplingParams(1, 2), 0)

@@ -48,6 +48,7 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Rollout:
         """See `RolloutEngine.generate`; with ``environments`` every completion is a dialogue."""
+        _refuse_unknown_tokens(policy, prompts)
         at_once = max(1, self.max_concurrent // sampling.num_generations)
         completions: list[list[Completion]] = []
         rows = min(at_once, len(prompts)) * sampling.num_generations
@@ -65,6 +66,22 @@ class TransformersEngine:
             )
         refuse_padded(policy)
         return DialogueDecoder(policy, prompts, sampling, seed, self.environments)
+
+
+def _refuse_unknown_tokens(policy: Policy, prompts: list[Prompt]) -> None:
+    """Refuses prompts with tokens that were added to the tokenizer alone: a GPU would fail far from here.
+
+    Raises:
+        UserError: names the row and the token.
+    """
+    size = policy.base_model.get_input_embeddings().weight.shape[0]
+    for prompt in prompts:
+        if (token := int(prompt.input_ids.max())) >= size:
+            raise UserError(
+                f"row {prompt.uid}: the model has embeddings for {size} tokens, and the prompt has token {token} "
+                f"({policy.tokenizer.convert_ids_to_tokens(token)!r}); enlarge the model (resize_token_embeddings of "
+                "transformers), or take its own tokenizer"
+            )
 
 
 def _refuse_without_likelihood(completions: list[list[Completion]]) -> None:
