@@ -46,3 +46,16 @@ def test_a_head_that_scales_its_logits_is_refused(dtype, micro_model_dir):
     policy.base_model.lm_head.forward = lambda hidden: 1.1 * original(hidden)
     with pytest.raises(PackingMismatchError):
         check_packing(policy)
+
+
+def test_logits_with_a_soft_cap_are_refused_also_where_they_are_too_small_to_show_it(micro_model_dir):
+    policy = micro_policy(micro_model_dir, torch.float32)
+    head = policy.base_model.lm_head
+    original = head.forward
+    with torch.no_grad():
+        head.weight.mul_(0.1)
+    head.forward = lambda hidden: 30 * torch.tanh(original(hidden) / 30)
+    assert check_packing(policy) < TOLERANCE[torch.float32]
+    policy.base_model.config.final_logit_softcapping = 30.0
+    with pytest.raises(PackingMismatchError, match="LlamaForCausalLM: its logits are soft-capped, which packing does"):
+        check_packing(policy)

@@ -73,6 +73,7 @@ PADDED = {
     "stablelm": {"partial_rotary_factor": 0.5, "hidden_size": 64, "qk_layernorm": True, "use_parallel_residual": True},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0},
     "gpt_neox": {"classifier_dropout": 0.0},
+    "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},  # a bias of the head, which begins with zeros and is trained
     "falcon": {},  # a table of attentions of its own
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
@@ -159,6 +160,30 @@ def test_routers_that_draw_at_random_in_training_are_refused(saved):
     PolicyLoader(path, overrides={"router_jitter_noise": 0.0}).load()
     with pytest.raises(UserError, match="models of type phimoe draw the experts of a token at random in training"):
         PolicyLoader(saved(AutoConfig.for_model("phimoe", **WIDTH, **LOCAL, num_key_value_heads=2))).load()
+
+
+def test_a_model_that_takes_no_other_attention_runs_padded(saved):
+    """XGLM; in float32, as its own attention has no float64."""
+    small = {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+    path = saved(AutoConfig.for_model("xglm", **small, dropout=0.0, attention_dropout=0.0))
+    with pytest.warns(
+        UserWarning, match="model type xglm names its layers in a way that packing does not know; falling"
+    ):
+        policy = PolicyLoader(path).load()
+    choose_forward(policy)
+    alone = AutoModelForCausalLM.from_pretrained(path)
+    groups = random_groups([(7, [3, 5, 2]), (9, [4, 4])], policy.output_weight.shape[0])
+    with torch.no_grad():
+        found, expected = policy(pack(groups, torch.device("cpu")))[0], padded_logprobs(alone, groups)[0]
+    assert relative_distance(found, expected) < 1e-6
+
+
+def test_a_window_that_attention_is_not_told_of_runs_padded_however_wide_it_is(saved):
+    wide = {"use_sliding_window": True, "sliding_window": 2000, "max_window_layers": 2}
+    policy = PolicyLoader(saved(config_of("qwen2_moe", **wide))).load()
+    with pytest.warns(UserWarning, match="Qwen2MoeForCausalLM: its attention is not told of the sliding window, which"):
+        choose_forward(policy)
+    assert policy.is_padded
 
 
 def test_recomputed_activations_are_refused_where_the_model_keeps_them_all(saved):

@@ -57,6 +57,7 @@ def check_packing(policy: Policy) -> float:
     Raises:
         PackingMismatchError: the distance exceeds the bound of the model's dtype.
     """
+    _refuse_unseen(policy)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
     lengths = (prompt_length(policy), 5, 9, 2)
@@ -92,6 +93,21 @@ def check_packing(policy: Policy) -> float:
             "packing does not support"
         )
     return distance
+
+
+def _refuse_unseen(policy: Policy) -> None:
+    """Refuses what a comparison cannot show: a bias of zeros is trained, small logits grow into a soft cap, and a wide
+    window is not reached."""
+    config = policy.config.get_text_config()
+    why = None
+    if getattr(policy.base_model.get_output_embeddings(), "bias", None) is not None:
+        why = "its output embedding has a bias"
+    elif getattr(config, "final_logit_softcapping", None):
+        why = "its logits are soft-capped"
+    elif config.model_type == "qwen2_moe" and "sliding_attention" in config.layer_types:
+        why = "its attention is not told of the sliding window"
+    if why is not None:
+        raise PackingMismatchError(f"{type(policy.base_model).__name__}: {why}, which packing does not support")
 
 
 def coarsest_dtype(policy: Policy) -> torch.dtype:

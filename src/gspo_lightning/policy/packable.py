@@ -10,11 +10,14 @@ from gspo_lightning.policy.vision import has_vision, packs_images
 
 
 def may_pack(config: Any) -> bool:
-    """Whether the class for a config calls its body ``model``; checked before loading, to choose the attention."""
+    """Whether the class for a config calls its body ``model`` and takes our attention; checked before loading."""
     if has_vision(config):
         return packs_images(config)
     mapping: Any = AutoModelForCausalLM._model_mapping
-    return type(config) not in mapping or bool(mapping[type(config)].base_model_prefix == "model")
+    if type(config) not in mapping:
+        return True
+    kind = mapping[type(config)]
+    return bool(kind.base_model_prefix == "model" and kind._can_set_attn_implementation())
 
 
 def can_pack(model: PreTrainedModel) -> bool:
