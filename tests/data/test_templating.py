@@ -35,6 +35,16 @@ def test_a_plain_string_is_itself(tokenizer: Any) -> None:
     assert len(encode_prompt("3a:", tokenizer)) == 3
 
 
+def test_a_plain_string_has_no_end_token_that_the_tokenizer_puts_after_every_text(tokenizer: Any) -> None:
+    alone = tokenizer("3a:")["input_ids"]
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("3a:")["input_ids"] == [*alone, tokenizer.eos_token_id]
+    assert encode_prompt("3a:", tokenizer).tolist() == alone
+
+
 def test_options_reach_the_template(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% if enable_thinking %}think {% endif %}{{ messages[0]['content'] }}"
     assert tokenizer.decode(encode_prompt(TALK, tokenizer, {"enable_thinking": True})) == "think hi"

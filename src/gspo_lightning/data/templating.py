@@ -29,8 +29,9 @@ def encode_prompt(
     """``(P,)`` int64 token ids of a prompt.
 
     Messages go through the chat template, up to where the assistant's turn begins; a plain string is
-    tokenised with the special tokens the tokenizer itself adds, unless it begins with BOS. Whatever the template adds,
-    such as a default system prompt, stays. Text in parts is joined if the template reads no parts.
+    tokenised with the special tokens the tokenizer itself adds, unless it begins with BOS, but without an EOS at
+    its end. Whatever the template adds, such as a default system prompt, stays. Text in parts is joined if the
+    template reads no parts.
 
     Raises:
         UserError: there is no chat template, it refuses the messages, or the text has a lone surrogate; the message
@@ -41,7 +42,12 @@ def encode_prompt(
         # A text in a template's marks begins with its BOS; the tokenizer of Llama 3 would add a second one.
         bos = tokenizer.bos_token
         has_bos = bos is not None and prompt.startswith(bos)
-        return torch.tensor(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"], dtype=torch.long)
+        ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+        # A tokenizer of supervised training may put EOS after every text (add_eos_token): nothing continues that.
+        eos = tokenizer.eos_token
+        if len(ids) > 1 and eos is not None and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(eos):
+            ids = ids[:-1]
+        return torch.tensor(ids, dtype=torch.long)
     if not tokenizer.chat_template:
         raise UserError(
             f"{where}: the prompt is a conversation, but the tokenizer has no chat template; use plain "
