@@ -57,7 +57,6 @@ def check_packing(policy: Policy) -> float:
     Raises:
         PackingMismatchError: the distance exceeds the bound of the model's dtype.
     """
-    _refuse_unseen(policy)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
     lengths = (prompt_length(policy), 5, 9, 2)
@@ -72,6 +71,7 @@ def check_packing(policy: Policy) -> float:
     row = pack(groups, policy.device, [] if vision is None else [vision], least_common=1)
     row.layout.may_compile = False
     packed, _ = policy(row)
+    _refuse_unseen(policy)
 
     def padded() -> Tensor:
         return torch.cat([reference_logprobs(policy, *group, vision) for group in groups])
