@@ -15,11 +15,17 @@ from gspo_lightning.rollout.turns import refuse_padded
 from gspo_lightning.training.loading import choose_forwards
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy, padded_logprobs
+from tests.vision.models import vision_policy
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 def test_a_known_architecture_passes(dtype, bound, micro_model_dir):
     assert check_decoding(micro_policy(micro_model_dir, dtype)) < bound
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_prompt_with_an_image_passes(family):
+    assert check_decoding(vision_policy(family)) < 1e-6
 
 
 def test_a_model_that_changes_its_values_after_the_cache_samples_by_itself(micro_model_dir, monkeypatch):

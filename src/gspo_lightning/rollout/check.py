@@ -6,10 +6,12 @@ attention expands them, others repeat or rearrange them), which a forward withou
 
 from __future__ import annotations
 
+import warnings
+
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from gspo_lightning.distributed.ranks import rank
 from gspo_lightning.packing import linear_logprobs, pack
 from gspo_lightning.policy.check import TOLERANCE, PackingMismatchError, coarsest_dtype, prompt_length
 from gspo_lightning.policy.model import Policy
@@ -35,10 +37,12 @@ def choose_decoding(policy: Policy) -> None:
         raise
     except (PackingMismatchError, *CAUSES) as error:
         cause = " ".join(str(error).split())[:160]
-        rank_zero_warn(
-            f"{type(policy.base_model).__name__}: its attention does something after the cache that decoding does not "
-            f"support ({cause}); sampling by the model's own generate: exact, but several times slower"
-        )
+        if rank() == 0:
+            warnings.warn(
+                f"{type(policy.base_model).__name__}: its attention does something after the cache that decoding does "
+                f"not support ({cause}); sampling by the model's own generate: exact, but several times slower",
+                stacklevel=2,
+            )
         if policy.vision is not None:
             policy.fall_back()
         policy.samples_padded = True
