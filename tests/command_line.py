@@ -3,25 +3,69 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import tempfile
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+from tests.forked import ROOT, Script, can_fork
+
 MICRO = ["experiment=micro", "checkpoint.every_n_rollouts=1"]
 SHORT = [*MICRO, "max_rollouts=8", "validation.every_n_rollouts=3"]
 
 
-def run(*arguments, script="train.py", expect=0, **popen):
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, **popen
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
+def run(*arguments, script="train.py", expect=0, cwd=ROOT, timeout=300, env=os.environ):
+    """Runs a script to its end; returns its exit status and what it wrote. Fails if the status is not ``expect``.
+
+    Args:
+        *arguments: of the script.
+        script: its path from the root of the project.
+        expect: exit status; None accepts any.
+        cwd: working directory.
+        timeout: seconds.
+        env: environment.
+    """
+    command = [script if cwd == ROOT else str(ROOT / script), *map(str, arguments)]
+    if can_fork(env):
+        done = _run_forked(command, cwd, timeout, env)
+    else:
+        command = [sys.executable, *command]
+        streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=cwd, timeout=timeout, env=env, **streams)
+    assert expect is None or done.returncode == expect, done.stdout + done.stderr
     return done
+
+
+def _run_forked(command, cwd, timeout, env):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = Script(command, cwd, out.fileno(), err.fileno(), env)
+        try:
+            code = started.wait(timeout)
+        except BaseException:
+            started.send_signal(signal.SIGKILL)
+            raise
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
+
+
+def start(*arguments, script="train.py"):
+    """Starts a script; returns it, and a file with the lines that it writes."""
+    command = [script, *map(str, arguments)]
+    if not can_fork():
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return process, process.stdout
+    read, write = os.pipe()
+    process = Script(command, ROOT, write, write)
+    os.close(write)
+    return process, os.fdopen(read)
 
 
 def rows(folder):
@@ -34,16 +78,16 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows(folder)]
 
 
-def run_and_stop(folder, after, how, *arguments, start=("train.py",)):
+def run_and_stop(folder, after, how, *arguments, script="train.py"):
     """Starts a run and sends a signal, or several, to its first process once it has reported rollout ``after``."""
-    command = [sys.executable, *start, *SHORT, f"hydra.run.dir={folder}", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process, written = start(*SHORT, f"hydra.run.dir={folder}", *arguments, script=script)
     output = []
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith(f"rollout {after}/"):
-            for number in how if isinstance(how, tuple) else (how,):
-                process.send_signal(number)
+    with written:
+        for line in written:
+            output.append(line)
+            if line.startswith(f"rollout {after}/"):
+                for number in how if isinstance(how, tuple) else (how,):
+                    process.send_signal(number)
     return process.wait(60), "".join(output)
 
 

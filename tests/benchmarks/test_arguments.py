@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import pytest
 
 from benchmarks import arguments
+from tests.command_line import run
 
-ROOT = Path(__file__).parents[2]
 OTHER = '{"a": 1}'
 
 
 def script(name, *options, **environment):
     """(Exit code, the last line of what it says); fails where a traceback is said."""
-    command = [sys.executable, f"scripts/{name}.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment or None)
+    done = run(*options, script=f"scripts/{name}.py", expect=None, env=environment or os.environ)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr.splitlines()[-1]
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from gspo_lightning.callbacks import RolloutCheckpoint, Watchdog, watchdog
 from gspo_lightning.errors import UserError
+from tests.command_line import run
 
 TRAINER, MODULE = SimpleNamespace(callbacks=[]), SimpleNamespace(rollouts_done=4)
 
@@ -103,15 +100,11 @@ f.calls = 0
 
 def test_a_reward_that_never_returns_ends_the_run_and_is_named_in_the_stacks(tmp_path):
     (tmp_path / "my_rewards.py").write_text(HANGS)
-    root = Path(__file__).parents[2]
-    command = [
-        sys.executable, str(root / "train.py"), "experiment=micro", "print_config=false", "hydra.run.dir=run",
-        "validation.num_generations=1", "data.task.num_validation=0", "callbacks.watchdog.end_s=1",
-        "reward.functions.letter_share.function.path=my_rewards.f",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1, done.stdout + done.stderr
+    done = run(
+        "experiment=micro", "print_config=false", "hydra.run.dir=run", "validation.num_generations=1",
+        "data.task.num_validation=0", "callbacks.watchdog.end_s=1",
+        "reward.functions.letter_share.function.path=my_rewards.f", cwd=tmp_path, expect=1,
+    )  # fmt: skip
     assert 'my_rewards.py", line 5 in f' in done.stderr
     assert "no rollout or validation has finished for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
 

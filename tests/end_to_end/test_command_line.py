@@ -66,18 +66,10 @@ def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, 
     assert_same_run(tmp_path / "run", whole)
 
 
-AS_SUBMITIT = """
-import runpy, signal, sys
-signal.signal(signal.SIGUSR2, lambda *_: (print("the launcher requeues the job"), sys.exit(144)))
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
 def test_the_handler_of_a_launcher_is_called_behind_the_end_of_the_run(whole, tmp_path):
     """submitit announces the end of a job by SIGUSR2; its own handler would end the process in mid-rollout."""
     how = (signal.SIGTERM, signal.SIGUSR2)  # of a preempted job
-    code, output = run_and_stop(tmp_path, 3, how, "ckpt_path=auto", start=["-c", AS_SUBMITIT])
+    code, output = run_and_stop(tmp_path, 3, how, "ckpt_path=auto", script="tests/end_to_end/as_submitit.py")
     assert code == 144 and output.endswith("the launcher requeues the job\n"), output
     assert output.index("saved in") < output.index("the launcher requeues")
     run(*SHORT, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
@@ -95,7 +87,7 @@ def test_the_handler_of_a_launcher_is_called_behind_the_end_of_the_run(whole, tm
 def test_a_launcher_requeues_what_would_go_on(after, ckpt_path, grace_s, called, tmp_path):
     """And not what would begin anew, or has ended; also where the rollout in hand does not fit the grace period."""
     settings = [f"ckpt_path={ckpt_path}", f"checkpoint.grace_s={grace_s}"]
-    code, output = run_and_stop(tmp_path, after, signal.SIGUSR2, *settings, start=["-c", AS_SUBMITIT])
+    code, output = run_and_stop(tmp_path, after, signal.SIGUSR2, *settings, script="tests/end_to_end/as_submitit.py")
     assert (code == 144) == ("the launcher requeues" in output) == called, output
     assert called or code == 0
     assert ("not requeued: without ckpt_path=auto" in output) == (ckpt_path == "null")

@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.program import training_run
 from gspo_lightning.program.resume import is_whole
-from tests.command_line import ROOT, SHORT, metrics, run
+from tests.command_line import SHORT, metrics, run
 from tests.conf import test_every_key as in_process
 
 
@@ -193,9 +192,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_room_lets_it_go_on_bit_iden
     size = (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
     resize(small_disk, f"{int(2.5 * size) // 1024 + 64}k")
     place = small_disk / "run"
-    command = [sys.executable, "train.py", *SHORT, *options, f"hydra.run.dir={place}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    done = run(*SHORT, *options, f"hydra.run.dir={place}", expect=2)
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
     assert "cannot write" in line and f"resume with ckpt_path={place}/checkpoints/last.ckpt" in line
     assert is_whole(place / "checkpoints" / "last.ckpt")

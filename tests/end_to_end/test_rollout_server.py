@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gspo_lightning.rollout.vllm_server import VLLMServerEngine
+from tests.command_line import run
 from tests.rollout.fake_server import FakeServer
 from tests.support import relative_distance
 
-ROOT = Path(__file__).parents[2]
 GAME = [
     "data=secret_number", "data.max_prompt_length=256", "reward=environment", "environment=guess_the_number",
     "environment.make.turn_rewards=true", "rollout.max_completion_length=40",
@@ -27,12 +24,12 @@ GAME = [
 
 
 def train(server, folder, *arguments):
-    command = [
-        sys.executable, "train.py", "experiment=micro", "rollout=vllm_server", "rollout.max_completion_length=12",
+    return run(
+        "experiment=micro", "rollout=vllm_server", "rollout.max_completion_length=12",
         "max_rollouts=4", "validation.every_n_rollouts=null", f"rollout.engine.urls=[{server.url}]",
         "rollout.engine.give_up_after_s=0.5", "rollout.engine.pause_s=0.05", f"hydra.run.dir={folder}", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        expect=None, timeout=120,
+    )  # fmt: skip
 
 
 def records(folder):

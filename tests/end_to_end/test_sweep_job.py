@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +13,8 @@ from gspo_lightning.distributed import rendezvous
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import sweep_job
 from gspo_lightning.program.sweep_job import begins_ranks, command
+from tests.command_line import run
 
-ROOT = Path(__file__).parents[2]
 REWARDS = """
 import os
 import sys
@@ -36,19 +33,16 @@ def fails(completions, **_):
 def test_a_job_that_fails_on_one_rank_ends_and_the_next_one_trains_on_both(tmp_path):
     (tmp_path / "own_rewards.py").write_text(REWARDS)
     function = "reward.functions.letter_share.function.path=own_rewards.fails,own_rewards.fine"
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "train.py"), "-m", "experiment=micro", "export.enabled=false", "trainer=ddp",
-            "trainer.accelerator=cpu", "trainer.devices=2", "max_rollouts=2", "print_config=false", function,
-            "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job ${hydra.job.num}",
-        ],
-        cwd=tmp_path, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    done = run(
+        "-m", "experiment=micro", "export.enabled=false", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2",
+        "max_rollouts=2", "print_config=false", function, "hydra.sweep.dir=sweep",
+        "hydra.sweep.subdir=job ${hydra.job.num}", cwd=tmp_path, expect=2,
     )  # fmt: skip
-    said = done.stderr.decode()
+    said = done.stderr
     reason = "rank 1: reward function letter_share raised ZeroDivisionError: division by zero"
     failed = [line for line in said.splitlines() if line.startswith("failed: job ")]
     errors = [line for line in said.splitlines() if line.startswith("error: job 0 ")]
-    assert done.returncode == 2 and "Traceback" not in said
+    assert "Traceback" not in said
     assert "\r1/2\r2/2" in said, "a progress bar goes back to the beginning of its line"
     assert len(failed) == len(errors) == 1 and failed[0].startswith("failed: job 0 (")
     assert reason in failed[0] and reason in errors[0]

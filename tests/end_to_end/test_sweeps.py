@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from gspo_lightning.program import ending
 from gspo_lightning.report.compare import main as compare
 from gspo_lightning.report.runs import find_runs
 from gspo_lightning.rollout import EngineUnavailableError
+from tests.command_line import run, start
 from tests.support import has_module
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +30,7 @@ MICRO = ["experiment=micro", "export.enabled=false"]
 
 
 def sweep(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "-m", *MICRO, *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    return run("-m", *MICRO, *arguments, cwd=cwd, expect=None, timeout=200)
 
 
 def test_a_failing_job_has_its_line_and_the_others_run_and_can_be_compared(tmp_path, capsys):
@@ -130,15 +127,15 @@ def test_what_the_extra_for_sweeps_brings_is_said_to_be_in_it(said, told, capsys
 @pytest.mark.parametrize("trainer", [[], ["trainer=ddp", "trainer.devices=1"]], ids=["here", "in a program of its own"])
 def test_a_signal_ends_the_sweep_behind_the_job_in_hand(trainer, tmp_path):
     settings = [*MICRO, *trainer, "trainer.accelerator=cpu", "max_rollouts=1000", "seed=1,2"]
-    command = [sys.executable, "train.py", "-m", *settings, f"hydra.sweep.dir={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("rollout 2/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    out, error = process.communicate(timeout=240)
-    assert process.returncode == 130, error
-    assert "the jobs after it were not run" in error and "Traceback" not in error
+    process, written = start("-m", *settings, f"hydra.sweep.dir={tmp_path}")
+    with written:
+        for line in written:
+            if line.startswith("rollout 2/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        told = written.read()
+    assert process.wait(240) == 130, told
+    assert "the jobs after it were not run" in told and "Traceback" not in told
     assert (tmp_path / "0" / "checkpoints" / "last.ckpt").exists() and not (tmp_path / "1").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.program.redact import masked, names_a_secret, redacted
 from gspo_lightning.rollout import VLLMServerEngine
 from gspo_lightning.rollout.http_client import Server
+from tests.command_line import run
 from tests.conf.test_groups import given
 
 
@@ -191,7 +191,6 @@ def test_no_file_of_a_run_and_nothing_on_the_screen_holds_a_secret(tmp_path, mon
 
 def test_hydra_masks_the_command_line_of_a_job_that_fails(tmp_path):
     command = ["experiment=micro", "update.num_minibatches=3", "+my_token=hunter2secret", f"hydra.sweep.dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "train.py", "-m", *command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    done = run("-m", *command, expect=2)
     assert "Error executing job with overrides" in done.stderr and "+my_token=***" in done.stderr
     assert "hunter2secret" not in done.stdout + done.stderr

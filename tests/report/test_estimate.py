@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from tests.command_line import rows, run
 from tests.conf.test_groups import resolved
 from tests.support import make_prompt, micro_policy
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [make_prompt(torch.arange(3, 3 + n), uid=str(n)) for n in (5, 9, 7, 6)]
 USUAL = {
     "num_generations": 3, "max_completion_length": 8, "validation_rows": 0, "max_concurrent": 256,
@@ -199,7 +195,6 @@ def test_a_quantised_base_takes_a_fraction_of_its_linear_layers(micro_model_dir)
 
 
 def test_the_command_counts_the_copy_that_samples_ahead_and_the_validation_of_one_prompt():
-    command = [sys.executable, "train.py", "experiment=micro", "dry_run=true"]
     ahead = ["rollout=vllm_server", "rollout.engine.staleness=1"]
     one = ["rollout.engine.max_concurrent=1", "rollout.num_generations=4", "validation.num_generations=9"]
     few = [
@@ -208,23 +203,18 @@ def test_the_command_counts_the_copy_that_samples_ahead_and_the_validation_of_on
         "data.prompts_per_rollout=4",
         "validation.num_generations=3",
     ]
-    done = [
-        subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        for more in (ahead, one, few)
-    ]
-    assert [run.returncode for run in done] == [0, 0, 0], "".join(run.stderr for run in done)
-    assert ["copy that samples ahead" in run.stdout for run in done] == [True, False, False]
-    assert "9 completions" in done[1].stdout
-    assert "21 completions" in done[2].stdout  # of seven held-out prompts: there are no more
+    printed = [run("experiment=micro", "dry_run=true", *more).stdout for more in (ahead, one, few)]
+    assert ["copy that samples ahead" in text for text in printed] == [True, False, False]
+    assert "9 completions" in printed[1]
+    assert "21 completions" in printed[2]  # of seven held-out prompts: there are no more
 
 
 def test_the_command_prints_the_table_of_one_of_its_processes_and_leaves_nothing(tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", "experiment=micro", "dry_run=true", f"hydra.run.dir={folder}"]
-    command += ["trainer=fsdp", "trainer.devices=2", "trainer.num_nodes=2", "trainer.accelerator=cpu"]
-    command += ["data.prompts_per_rollout=16"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run(
+        "experiment=micro", "dry_run=true", f"hydra.run.dir={folder}", "trainer=fsdp", "trainer.devices=2",
+        "trainer.num_nodes=2", "trainer.accelerator=cpu", "data.prompts_per_rollout=16",
+    )  # fmt: skip
     assert "no weights were loaded" in done.stdout and "peak of the process" in done.stdout
     assert "per rollout on each process" in done.stdout and "4 prompts x" in done.stdout
     assert "layers gathered" in done.stdout
@@ -250,9 +240,7 @@ def test_the_quickstart_needs_what_was_estimated_within_15_percent(tmp_path):
     arguments = ["max_rollouts=3", "data.task.num_validation=8", "export.enabled=false"]
     run(*arguments, f"hydra.run.dir={tmp_path}")
     measured = max(float(row["perf/peak_rss_gb"]) for row in rows(tmp_path) if row["perf/peak_rss_gb"])
-    table = subprocess.run(
-        [sys.executable, "train.py", *arguments, "dry_run=true"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    table = run(*arguments, "dry_run=true").stdout
     estimated = float(table.partition("peak of the process")[2].split()[1])
     assert abs(estimated / measured - 1) < 0.15
 
