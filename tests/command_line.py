@@ -35,14 +35,14 @@ def run(*arguments, script="train.py", expect=0, cwd=ROOT, timeout=300, env=os.e
         done = _run_forked(command, cwd, timeout, env)
     else:
         command = [sys.executable, *command]
-        streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-        done = subprocess.run(command, cwd=cwd, timeout=timeout, env=env, **streams)
+        done = subprocess.run(command, cwd=cwd, timeout=timeout, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     assert expect is None or done.returncode == expect, done.stdout + done.stderr
     return done
 
 
 def _run_forked(command, cwd, timeout, env):
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = Script(command, cwd, out.fileno(), err.fileno(), env)
         try:
             code = started.wait(timeout)
@@ -51,7 +51,12 @@ def _run_forked(command, cwd, timeout, env):
             raise
         for file in (out, err):
             file.seek(0)
-        return subprocess.CompletedProcess(command, code, out.read(), err.read())
+        return subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
+
+
+def of_no_rank():
+    """This process's environment, without what an earlier test as a rank may have left in it."""
+    return {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "LOCAL_RANK")}
 
 
 def start(*arguments, script="train.py"):

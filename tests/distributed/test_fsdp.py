@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +14,15 @@ import torch
 from gspo_lightning.distributed.sharded_checkpoint import is_whole_folder, read_index
 from gspo_lightning.errors import UserError
 from gspo_lightning.program.resume import find_checkpoint
+from tests import command_line
+from tests.command_line import ROOT
 from tests.support import relative_distance
 
 HERE = Path(__file__).parent
 
 
-def run(script, *arguments, cwd=None):
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    # One of these processes once ended by SIGABRT: should it come again, it says where.
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run(script, *arguments, cwd=ROOT):
+    command_line.run(*arguments, script=HERE / script, cwd=cwd, env=command_line.of_no_rank())
 
 
 HALF = ["--stop-after", "2"]

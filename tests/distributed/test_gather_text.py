@@ -20,4 +20,4 @@ def gather(rank: int, folder: str) -> None:
 
 
 def test_texts_of_any_length_arrive_whole_in_the_order_of_ranks(tmp_path):
-    mp.spawn(gather, (str(tmp_path),), nprocs=len(TEXTS))
+    mp.start_processes(gather, (str(tmp_path),), nprocs=len(TEXTS), start_method="fork")

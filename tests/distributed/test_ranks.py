@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from gspo_lightning.objective.losses import LOSSES
+from tests import command_line
 from tests.support import relative_distance
 
 SCRIPT = Path(__file__).parent / "run_update.py"
@@ -80,13 +78,11 @@ CASES = {
 
 def run(cases, models, out, devices, *arguments):
     """Weights and facts of one update per case, all in one process per rank, each from its model's own weights."""
-    command = [sys.executable, str(SCRIPT), json.dumps({k: str(v) for k, v in models.items()}), str(out)]
-    command += ["--devices", str(devices), "--runs", json.dumps(list(cases.values())), *arguments]
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command_line.run(
+        json.dumps({k: str(v) for k, v in models.items()}), out, "--devices", devices,
+        "--runs", json.dumps(list(cases.values())), *arguments,
+        script=SCRIPT, timeout=600, env=command_line.of_no_rank(),
+    )  # fmt: skip
     outs = [out.with_name(f"{out.stem}-{number}.pt") for number in range(len(cases))]
     found = [(torch.load(o, weights_only=True), json.loads(o.with_suffix(".json").read_text())) for o in outs]
     return dict(zip(cases, found, strict=True))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 from gspo_lightning.rollout.seeds import rollout_seed
+from tests import command_line
 from tests.whole_update import models, product
 from tests.whole_update.case import Case
 from tests.whole_update.float64 import float64_layers
@@ -130,12 +128,7 @@ def on_two(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def started(names: tuple[str, ...]) -> dict[str, Any]:
         out, kinds = tmp_path_factory.mktemp("ranks"), {on_ranks(name).model for name in names}
         script, of_kinds = Path(__file__).with_name("run_ranks.py"), json.dumps({kind: folders(kind) for kind in kinds})
-        environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
-        command = [sys.executable, str(script), of_kinds, str(out), *names]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        command_line.run(of_kinds, out, *names, script=script, timeout=600, env=command_line.of_no_rank())
         return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in names}
 
     return started
