@@ -119,7 +119,11 @@ def _is_alive(process: int) -> bool:
         return True
     except ProcessLookupError:
         return False
-    return True
+    # A dead one keeps its id until its parent asks for its exit status, as a sweep does after the last rank has ended.
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # no Linux, or gone by now
+        return True
 
 
 def _hold_back_lightning(patience: Callable[[], float]) -> None:
