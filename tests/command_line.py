@@ -59,16 +59,16 @@ def of_no_rank():
     return {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "LOCAL_RANK")}
 
 
-def start(*arguments, script="train.py"):
-    """Starts a script; returns it, and a file with the lines that it writes."""
+def start(*arguments, script="train.py", stderr=None):
+    """Starts a script; returns it, and a file with the lines that it writes, without errors if ``stderr`` is a file."""
     command = [script, *map(str, arguments)]
     if not can_fork():
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr or subprocess.STDOUT, text=True
         )
         return process, process.stdout
     read, write = os.pipe()
-    process = Script(command, ROOT, write, write)
+    process = Script(command, ROOT, write, write if stderr is None else stderr.fileno())
     os.close(write)
     return process, os.fdopen(read)
 

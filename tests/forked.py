@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import itertools
 import json
 import multiprocessing.process
@@ -152,6 +153,11 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
     torch, numpy = sys.modules["torch"], sys.modules["numpy"]
     torch.seed()
     numpy.random.seed()
+    for number, name in ((1, "stdout"), (2, "stderr")):  # made for other files: only some can seek, as pipes cannot
+        old, file = getattr(sys, name), io.BufferedWriter(io.FileIO(number, "w", closefd=False))
+        stream = io.TextIOWrapper(file, old.encoding, old.errors, line_buffering=name == "stderr")
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.argv = arguments
     sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
     main = sys.modules["__main__"] = types.ModuleType("__main__")

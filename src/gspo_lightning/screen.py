@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import select
 import sys
 
 _SIGNS = {
@@ -30,6 +32,25 @@ def escape_what_no_screen_shows() -> None:
     # surrogateescape: of Python itself in the locales C and POSIX, as in a container
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def has_no_reader() -> bool:
+    """Whether standard output is a pipe whose reader has gone, as after ``| head``; then what is printed goes nowhere.
+
+    Else Python would complain once more at its end, when it writes what is left.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, such as a notebook's
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 def counted(count: int, one: str, several: str = "") -> str:

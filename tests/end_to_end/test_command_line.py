@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.command_line import MICRO, SHORT, assert_same_run, metrics, rows, run, run_and_stop
+from tests.command_line import MICRO, SHORT, assert_same_run, metrics, rows, run, run_and_stop, start
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,22 @@ def test_a_preempted_slurm_job_is_saved_requeued_and_goes_on(array, job, whole, 
     code, output = run_and_stop(tmp_path / "run", 3, signal.SIGUSR1, "ckpt_path=auto")
     assert code == 0 and f"Slurm job {job} was requeued" in output, output
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
+    run(*SHORT, f"hydra.run.dir={tmp_path / 'run'}", "ckpt_path=auto")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_whose_reader_leaves_ends_with_one_line_and_goes_on_bit_identically(whole, tmp_path):
+    """As of `| head`, or where the terminal of `| tee` was closed."""
+    with (tmp_path / "errors").open("w+") as errors:
+        process, written = start(*SHORT, f"hydra.run.dir={tmp_path / 'run'}", stderr=errors)
+        with written:
+            assert any(line.startswith("rollout 3/") for line in written)
+        assert process.wait(60) == 2
+        errors.seek(0)
+        told = errors.read()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert told.splitlines()[-1] == f"error: standard output has no reader any more; resume with ckpt_path={last}"
+    assert "Traceback" not in told and "BrokenPipe" not in told, told
     run(*SHORT, f"hydra.run.dir={tmp_path / 'run'}", "ckpt_path=auto")
     assert_same_run(tmp_path / "run", whole)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from gspo_lightning.program.interrupt import (
 )
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.program.sweep_job import CODES, SweepStopped
-from gspo_lightning.screen import escape_what_no_screen_shows
+from gspo_lightning.screen import escape_what_no_screen_shows, has_no_reader
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
 """Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
@@ -67,6 +68,10 @@ def run(main: Callable[[], Any], *, of_hydra: bool = True) -> None:
         if first_error.is_first_rank() and is_first_started():
             print(f"error: {stopped if isinstance(stopped, Interrupted) else STOPPED}", file=sys.stderr, flush=True)
         sys.exit(130)
+    except BrokenPipeError:
+        if not has_no_reader():
+            raise
+        sys.exit(128 + signal.SIGPIPE)  # as a program ends that does not catch the signal
     except (OSError, ValueError, YAMLError) as error:
         if (file := _config_read(error)) is not None:
             _exit_with_line(UserError(f"{file}: {_reason(error)}; correct this config file"), wants_traceback())

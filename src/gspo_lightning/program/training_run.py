@@ -34,6 +34,7 @@ from gspo_lightning.program.run_lock import RunLock
 from gspo_lightning.report import print_result_table, render_report, write_summary
 from gspo_lightning.report.model_card import model_card
 from gspo_lightning.rollout import RolloutError
+from gspo_lightning.screen import has_no_reader
 from gspo_lightning.training.out_of_memory import OutOfMemoryError, memory_for
 from gspo_lightning.training.timing import peak_rss_gb
 
@@ -120,6 +121,10 @@ class TrainingRun:
             raise Interrupted(f"SIGINT: stopped; {resume_line(self.checkpoint.last)}") from end
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; {resume_line(self.checkpoint.last)}") from error
+        except BrokenPipeError as error:
+            if not has_no_reader():
+                raise
+            raise UserError(f"standard output has no reader any more; {resume_line(self.checkpoint.last)}") from error
         except _WRITE_ERRORS as error:
             if (line := disk_error(self.run_dir, error)) is None:
                 raise
