@@ -120,6 +120,38 @@ def test_a_number_of_hundreds_of_digits_is_one_line(key, tmp_path, capsys):
         ("lr = 1e-6\ndef main():\n    n = 2\n    args = GRPOConfig(beta=lr * n)", 2e-6),
         ("lr = 1e-6\ndef main(lr=1e-5):\n    args = GRPOConfig(beta=lr)", None),
         ("lr = 1e-6\ndef main():\n    args = GRPOConfig(beta=lr)\nlr = 1e-5\nmain()", None),
+        ("lr = 1e-6\ndef reward(c):\n    lr = 3\n    for lr in c: pass\nargs = GRPOConfig(beta=lr)", 1e-6),
+        ("lr = 1e-6\nrows = [lr for lr in open('x')]\nargs = GRPOConfig(beta=lr)", 1e-6),
+        ("lr = 1e-6\nclass A:\n    lr = 3\n    def lr(self): pass\nargs = GRPOConfig(beta=lr)", 1e-6),
+        ("lr = 1e-6\ndef main():\n    args = GRPOConfig(beta=lr)\ndef other(lr):\n    lr = 3\nmain()", 1e-6),
+        ("lr = 1e-6\nclass A:\n    def main(self):\n        args = GRPOConfig(beta=lr)\ndef b():\n    lr = 3", 1e-6),
+        ("lr = 1e-6\ndef main():\n    lr = 1e-5\n    args = GRPOConfig(beta=lr)\nlr = 2", 1e-5),
+        ("def main():\n    global lr\n    lr = 1e-5\n    args = GRPOConfig(beta=lr)", 1e-5),
+        ("lr = 1e-6\nargs = GRPOConfig(beta=lr)\ndef main():\n    global lr\n    lr = 1e-5", 1e-6),
+        ("lr = 1e-6\ndef main():\n    global lr\n    lr = 1e-5\nmain()\nargs = GRPOConfig(beta=lr)", None),
+        ("def main():\n    global lr\n    lr = 1e-5\nlr = 1e-6\nmain()\nargs = GRPOConfig(beta=lr)", None),
+        (
+            "lr = 1e-6\ndef main():\n    args = GRPOConfig(beta=lr)\ndef b():\n    global lr\n    lr = 3\nb()\nmain()",
+            None,
+        ),
+        (
+            "def main():\n    lr = 1e-6\n    def b():\n        nonlocal lr\n        lr = 3\n    b()\n"
+            "    args = GRPOConfig(beta=lr)",
+            None,
+        ),
+        ("lr = 1e-6\nclass A:\n    lr = 3\n    def main(self):\n        args = GRPOConfig(beta=lr)\n    lr = 4", None),
+        ("lr = 1e-6\ndef lr(): pass\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nrows = [lr := row for row in open('x')]\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nargs = [GRPOConfig(beta=lr) for lr in rates]", None),
+        ("lr = 1e-6\nmake = lambda lr: GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nmake = lambda: GRPOConfig(beta=lr)\nlr = 1e-5\nargs = make()", None),
+        ("lr = 1e-6\nfrom settings import *\nargs = GRPOConfig(beta=lr)", None),
+        ("from settings import *\nlr = 1e-6\ndef main():\n    args = GRPOConfig(beta=lr)", 1e-6),
+        ("lr = 1e-6\ndef main():\n    args = GRPOConfig(beta=lr)\nfrom settings import *\nmain()", None),
+        ("lr = 1e-6\ntry:\n    import peft\nexcept ImportError as lr:\n    pass\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nmatch x:\n    case [lr]:\n        pass\nargs = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nmatch x:\n    case [1, *lr]:\n        args = GRPOConfig(beta=lr)", None),
+        ("lr = 1e-6\nmatch x:\n    case {'a': 1, **lr}:\n        args = GRPOConfig(beta=lr)", None),
     ],
 )
 def test_a_name_has_the_value_that_it_has_where_the_call_is_made_or_none(text, value):
@@ -128,6 +160,54 @@ def test_a_name_has_the_value_that_it_has_where_the_call_is_made_or_none(text, v
         return
     with pytest.raises(UserError, match="^beta=lr: lr is not assigned a literal above, or may be changed after that"):
         parse_config(text)
+
+
+@pytest.mark.parametrize(
+    ("before", "known"),
+    [
+        ("print('modules', t, len(t), f'{t}')\nif 'k' in t:\n    x = 1\n", True),
+        ("u = ['k']\nu.append('v')\n", True),
+        ("rows = [t for t in open('x')]\ndef f(t):\n    t.append('v')\n", True),
+        ("def build():\n    t = []\n    def add():\n        t.append('v')\n", True),
+        ("t.append('v')\n", False),
+        ("t[0] = 'v'\n", False),
+        ("t[:] = ['v']\n", False),
+        ("del t[0]\n", False),
+        ("add(t)\n", False),
+        ("if wide:\n    t.append('v')\n", False),
+        ("print(t.pop())\n", False),
+        ("u = t\nu.append('v')\n", False),
+        ("u = t\nu += ['v']\n", False),
+        ("u = [t]\nu[0].append('v')\n", False),
+        ("def f():\n    t.append('v')\nf()\n", False),
+        ("class A:\n    t.append('v')\n    t = 3\n", False),
+        ("class A:\n    t = []\n    def f(self):\n        t.append('v')\nA().f()\n", False),
+    ],
+)
+def test_a_list_that_may_have_been_changed_before_the_call_is_not_read_as_it_was(before, known):
+    texts = [f"t = ['q']\n{before}args = GRPOConfig(reward_weights=t)\nt.append('o')"]
+    texts.append(f"t = ['q']\n{before}for i in x:\n    args = GRPOConfig(reward_weights=t)")
+    texts.append(f"t = ['q']\n{before}def main():\n    args = GRPOConfig(reward_weights=t)\nmain()")
+    texts.append(f"t = ['q']\ndef main():\n    args = GRPOConfig(reward_weights=t)\n{before}main()")
+    for text in texts:
+        if known:
+            assert parse_config(text) == {"reward_weights": ["q"]}
+            continue
+        with pytest.raises(UserError, match=r"^reward_weights=t: t is not assigned a literal above, or may be changed"):
+            parse_config(text)
+
+
+def test_a_list_changed_by_a_function_above_it_or_in_a_loop_is_not_read_as_it_was():
+    for text in (
+        "def f():\n    t.append('v')\nt = ['q']\nf()\nargs = GRPOConfig(reward_weights=t)",
+        "t = ['q']\nfor i in x:\n    args = GRPOConfig(reward_weights=t)\n    t.append('v')",
+        "t = {'a': 1}\nwhile t.pop('a'):\n    args = GRPOConfig(reward_weights=t)",
+        "t = (['q'],)\nt[0].append('v')\nargs = GRPOConfig(reward_weights=t)",
+    ):
+        with pytest.raises(UserError, match=r"^reward_weights=t: t is not assigned a literal above, or may be changed"):
+            parse_config(text)
+    assert parse_config("t = ['q']\nu = t\nargs = GRPOConfig(reward_weights=u)") == {"reward_weights": ["q"]}
+    assert parse_config("t = 8\nf(t)\nargs = GRPOConfig(seed=t)") == {"seed": 8}
 
 
 @pytest.mark.parametrize(
