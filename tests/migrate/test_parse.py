@@ -211,6 +211,21 @@ def test_a_list_changed_by_a_function_above_it_or_in_a_loop_is_not_read_as_it_wa
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "args = Namespace()\nargs.x = 3\nargs = GRPOConfig(seed=5)",
+        "def load():\n    args = AutoConfig.from_pretrained('m')\n    args.x = 3\nargs = GRPOConfig(seed=5)",
+        "args = GRPOConfig(seed=5)\ndef load():\n    args = AutoConfig.from_pretrained('m')\n    args.x = 3",
+        "def main():\n    args = GRPOConfig(seed=5)\nargs = AutoConfig.from_pretrained('m')\nargs.x = 3",
+        "args = GRPOConfig(seed=5)\ndef load(args):\n    args.x = 3",
+        "args = GRPOConfig(seed=5)\nclass A:\n    args = B()\n    args.x = 3",
+    ],
+)
+def test_another_object_of_the_same_name_is_no_change_of_the_config(text):
+    assert parse_config(text) == {"seed": 5}
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [
         (
@@ -220,6 +235,17 @@ def test_a_list_changed_by_a_function_above_it_or_in_a_loop_is_not_read_as_it_wa
         (
             "!pip install trl\na = GRPOConfig(beta=0.1)\nif x:\n    a.seed += 1",
             "line 4: a.seed is set after the call of",
+        ),
+        ("a = GRPOConfig(beta=0.1); a.seed = 1", "line 1: a.seed is set after the call of"),
+        ("a = GRPOConfig(beta=0.1)\ndef main():\n    a.seed = 1", "line 3: a.seed is set after the call of"),
+        ("def f():\n    a.seed = 1\na = GRPOConfig(beta=0.1)\nf()", "line 2: a.seed is set after the call of"),
+        (
+            "def main():\n    global a\n    a = GRPOConfig(beta=0.1)\nmain()\na.seed = 1",
+            "line 5: a.seed is set after the call of",
+        ),
+        (
+            "class A:\n    def g(self):\n        self.a.seed = 1\n    def f(self):\n        self.a = GRPOConfig(beta=0.1)",
+            "line 3: self.a.seed is set after the call of",
         ),
         (
             "if fast:\n    a = GRPOConfig(beta=0.1)\nelse:\n    a = GRPOConfig(beta=0.2)",

@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.names import names_at, value_of
+from gspo_lightning.migrate.scopes import home_of, scopes_around
 
 _OF_OTHERS = ("LoraConfig", "BitsAndBytesConfig", "ModelConfig")
 """Configs that stand in scripts beside that of the trainer."""
@@ -121,18 +122,33 @@ def _is_program(text: str) -> bool:
 
 def _refuse_changes(tree: ast.Module, call: ast.Call) -> None:
     """Refuses settings that are given to the config after its call, such as ``args.max_steps = 100``."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is call:
-            names |= set(map(ast.unparse, node.targets if isinstance(node, ast.Assign) else [node.target]))
+    around = scopes_around(tree, call)
+    names = [
+        target
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is call
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Load):
             continue
-        if ast.unparse(node.value) in names:
+        if any(_is_later(tree, node, name, call, around) for name in names):
             raise UserError(
                 f"line {node.lineno}: {ast.unparse(node)} is set after the call of {_name(call)}; make it a keyword "
                 "argument of that"
             )
+
+
+def _is_later(tree: ast.Module, node: ast.Attribute, name: ast.expr, call: ast.Call, around: list[ast.AST]) -> bool:
+    """Whether ``node`` is an attribute of what ``name`` is from ``call`` on: not before it, nor of another variable."""
+    if ast.unparse(node.value) != ast.unparse(name):
+        return False
+    scopes = scopes_around(tree, node)
+    if isinstance(name, ast.Name) and home_of(name.id, scopes) is not home_of(name.id, around):
+        return False
+    if scopes[-1] is not around[-1]:  # a function above the call may run after it
+        return True
+    return (node.lineno, node.col_offset) > (call.end_lineno or 0, call.end_col_offset or 0)
 
 
 def _keywords(tree: ast.Module, call: ast.Call) -> dict[str, Any]:
