@@ -225,6 +225,23 @@ def test_another_object_of_the_same_name_is_no_change_of_the_config(text):
     assert parse_config(text) == {"seed": 5}
 
 
+def test_a_config_is_found_among_those_of_other_libraries_and_two_of_unknown_kind_are_both_named():
+    others = (
+        "GenerationConfig(temperature=5)",
+        "SFTConfig(max_steps=9)",
+        "AutoConfig(hidden_size=8)",
+        "PPOConfig(seed=1)",
+    )
+    for other in (*others, "GPTQConfig(bits=4)", "AdaLoraConfig(r=8)", "TorchAoConfig(quant_type='int4')"):
+        assert parse_config(f"args = MyConfig(seed=5)\ng = {other}") == {"seed": 5}
+    with pytest.raises(
+        UserError, match=r"^MyConfig is called in line 2 and YourConfig in line 3; leave one of the calls"
+    ):
+        parse_config("import x\na = MyConfig(seed=5)\nb = x.YourConfig(temperature=5)")
+    with pytest.raises(UserError, match=r"^MyConfig is called in lines 1 and 2; leave one of the calls in the text$"):
+        parse_config("a = MyConfig(seed=5)\nb = MyConfig(seed=6)")
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

@@ -13,8 +13,18 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.names import names_at, value_of
 from gspo_lightning.migrate.scopes import home_of, scopes_around
 
-_OF_OTHERS = ("LoraConfig", "BitsAndBytesConfig", "ModelConfig")
-"""Configs that stand in scripts beside that of the trainer."""
+_OF_OTHERS = (
+    "AdaLoraConfig", "BOFTConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoftQConfig", "LoraConfig",
+    "LoraRuntimeConfig", "OFTConfig", "PeftConfig", "PrefixTuningConfig", "PromptEncoderConfig", "PromptTuningConfig",
+    "VeraConfig", "XLoraConfig",
+    "AqlmConfig", "AutoRoundConfig", "AwqConfig", "BitsAndBytesConfig", "CompressedTensorsConfig", "EetqConfig",
+    "FbgemmFp8Config", "FineGrainedFP8Config", "GPTQConfig", "HqqConfig", "Mxfp4Config", "QuantoConfig",
+    "TorchAoConfig",
+    "AutoConfig", "CompileConfig", "GenerationConfig", "PretrainedConfig", "PreTrainedConfig",
+    "BCOConfig", "CPOConfig", "DPOConfig", "GKDConfig", "KTOConfig", "ModelConfig", "NashMDConfig", "ORPOConfig",
+    "OnlineDPOConfig", "PPOConfig", "PRMConfig", "RLOOConfig", "RewardConfig", "SFTConfig", "XPOConfig",
+)  # fmt: skip
+"""Configs of peft, Transformers and TRL that stand in scripts beside that of the trainer."""
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -107,10 +117,17 @@ def _name(call: ast.Call) -> str:
 
 
 def _only(calls: list[ast.Call]) -> ast.Call | None:
-    if len(calls) > 1:
-        lines = " and ".join(str(line) for line in sorted(call.lineno for call in calls))
-        raise UserError(f"{_name(calls[0])} is called in lines {lines}; leave one of the calls in the text")
-    return calls[0] if calls else None
+    if len(calls) <= 1:
+        return calls[0] if calls else None
+    places = sorted((call.lineno, _name(call)) for call in calls)
+    if len({name for _, name in places}) == 1:
+        where = f"{places[0][1]} is called in lines {' and '.join(str(line) for line, _ in places)}"
+    else:
+        (first, name), *others = places
+        where = " and ".join(
+            [f"{name} is called in line {first}", *(f"{name} in line {line}" for line, name in others)]
+        )
+    raise UserError(f"{where}; leave one of the calls in the text")
 
 
 def _is_program(text: str) -> bool:
