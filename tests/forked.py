@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 _AT_FIRST = dict(os.environ)
 _TURNS = itertools.count()
 READ_BY_IMPORTS = (
-    "ACCELERATE", "ATEN", "BNB", "CUDA", "DNNL", "GOMP", "HF", "KMP", "LANG", "LC_", "LD_", "MALLOC", "MKL", "NCCL",
+    "ACCELERATE", "ATEN", "BNB", "CUDA", "GSPO_ALLOWED", "DNNL", "GOMP", "HF", "KMP", "LANG", "LC_", "LD_", "MALLOC", "MKL", "NCCL",
     "OMP", "ONEDNN", "OPENBLAS", "PYTHON", "TMP", "TEMP", "TOKENIZERS", "TORCH", "TRANSFORMERS", "XDG", "HOME",
 )  # fmt: skip
 """What the names of such variables begin with."""
@@ -66,7 +66,8 @@ class Script:
         self.pid = int(self._answers.recv(100))
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
@@ -88,7 +89,8 @@ def _server(number: int) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, __file__, str(theirs.fileno())]
-        subprocess.Popen(command, cwd=ROOT, env=_AT_FIRST, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        environment = {name: value for name, value in _AT_FIRST.items() if name != "PYTHONHASHSEED"}
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     return ours
 
 

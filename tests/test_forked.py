@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 
 from tests import forked
 from tests.command_line import run, start
+
+if not hasattr(os, "pidfd_open"):
+    pytest.skip("needs os.pidfd_open, which is Linux's", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def forks(monkeypatch):
+    monkeypatch.delenv("GSPO_TEST_FORK", raising=False)
+
 
 TELLS = """
 import __main__, atexit, multiprocessing, os, pickle, sys, threading, time

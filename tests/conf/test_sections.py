@@ -10,6 +10,7 @@ from multiprocessing import Pipe
 
 import pytest
 import torch
+from omegaconf import open_dict
 
 from gspo_lightning import cli
 from gspo_lightning.callbacks.time_limit import TimeLimit
@@ -17,13 +18,14 @@ from gspo_lightning.config import checks
 from gspo_lightning.config.build import build_trainer
 from gspo_lightning.config.groups import check_overrides
 from gspo_lightning.config.optimizer import check_optimizer
+from gspo_lightning.config.resolve import resolve
 from gspo_lightning.config.sections import choices_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSpec
 from gspo_lightning.rewards.mathematics import MathVerify
 from gspo_lightning.rewards.worker import LONGEST_S
 from gspo_lightning.training.update import UpdateSettings
-from tests.conf.test_groups import resolved
+from tests.conf.test_groups import given, resolved
 
 MICRO = ["experiment=micro", "logger=none"]
 
@@ -66,6 +68,10 @@ def test_what_is_missing_or_no_section_is_named_with_what_there_is(override, lin
 def test_a_file_without_the_line_that_makes_its_settings_those_of_the_root_is_told_of_it(group):
     line = f"{group}: the file that is chosen must begin with the line `# @package _global_`"
     assert refusal(f"+{group}.max_rollouts=2") == line
+    own = given(*MICRO)
+    with open_dict(own):  # a variable of the user's own, as a file with that line may have
+        own[group], own.checkpoint.keep_best = "val/reward", f"${{{group}}}"
+    assert resolve(own)["checkpoint"]["keep_best"] == "val/reward"
 
 
 def test_early_stopping_by_what_no_validation_measures_is_refused_before_the_run():
@@ -76,7 +82,7 @@ def test_early_stopping_by_what_no_validation_measures_is_refused_before_the_run
     measured = "val/accuracy, val/sampled_accuracy, val/pass@2, val/reward, val/mean_tokens"
     line = f"callbacks.es.monitor=val/rewardd: validation does not measure it; it measures {measured}"
     assert refusal(*stopping("val/rewardd")) == line
-    for metric in ("val/mean_tokens", "val/accuracy/sums", "reward/mean"):
+    for metric in ("val/mean_tokens", "val/accuracy/sums", "reward/mean", "val/rewardd, strict: false"):
         checks.check(resolved(*MICRO, *stopping(metric)))
     plain = resolved(*MICRO, *stopping("val/rewardd"))
     plain["callbacks"]["mine"] = {"_target_": "mine.Callback"}  # which may log what it likes

@@ -315,3 +315,29 @@ def test_a_run_that_is_resumed_with_other_held_out_prompts_is_told_so(tokenizer_
         with pytest.warns(UserWarning, match="^the held-out prompts are not those of the run that is resumed"):
             other.load_state_dict(state)
         assert other.state_dict()["held_out"] != state["held_out"]
+
+
+def test_held_out_prompts_are_the_same_wherever_their_images_are(tokenizer_dir: str) -> None:
+    def data(folder: str, text: str = "How many?") -> PromptDataModule:
+        def prompt(number: int) -> list[Any]:
+            image = {"type": "image", "image": f"{folder}/{number}.png"}
+            return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+        return _data(RowsTask([{"prompt": prompt(i)} for i in range(9)], num_validation=3), tokenizer_dir)
+
+    first = data("/here")
+    first._validation_rows()
+    state = first.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data("/there").load_state_dict(state)
+    with pytest.warns(UserWarning, match="^the held-out prompts are not those"):
+        data("/here", "How few?").load_state_dict(state)
+
+
+def test_an_old_checkpoint_reads_no_held_out_rows(tokenizer_dir: str) -> None:
+    class Gone(MicroLetters):
+        def validation_rows(self) -> list[Any]:
+            raise FileNotFoundError("held_out.jsonl")
+
+    _data(Gone(), tokenizer_dir).load_state_dict({"cursor": 3, "dropped_prompts": 0})

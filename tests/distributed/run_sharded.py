@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import json
 import sys
@@ -47,6 +48,8 @@ class Prompts(torch.utils.data.IterableDataset):
 
 
 def main() -> None:
+    # One of these processes once ended by SIGABRT: should it come again, it says where.
+    faulthandler.enable()
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("folder", type=Path, help="what a run leaves goes by its name there")

@@ -229,7 +229,8 @@ def of_peft(folder, **settings):
     ("settings", "line"),
     [
         ({"init_lora_weights": "pissa"}, "began with init_lora_weights=pissa, which changed the base too; merge it"),
-        ({"init_lora_weights": "olora"}, "began with init_lora_weights=olora, which changed the base too; merge it"),
+        ({"init_lora_weights": "olora"}, r"=olora, which changed the base too; merge it .* \(python scripts/merge_"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"=pissa_niter_4, which .*; merge it into its base \(where it was"),
         ({"alora_invocation_tokens": [5, 6]}, r"with alora_invocation_tokens=\[5, 6\] is refused"),
     ],
 )

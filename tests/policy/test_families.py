@@ -144,7 +144,7 @@ def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
 def test_what_runs_padded_says_so_and_is_not_estimated(saved):
     loader = PolicyLoader(saved(config_of("gpt2")))
     with pytest.warns(
-        UserWarning, match="model type gpt2 names its layers in a way that packing does not know; falling"
+        UserWarning, match="model type gpt2 names its layers or attends in a way that packing does not know; falling"
     ):
         loader.load()
     with pytest.raises(UserError, match="dry_run=true: models of type gpt2 run padded, which cannot be estimated"):
@@ -167,7 +167,7 @@ def test_a_model_that_takes_no_other_attention_runs_padded(saved):
     small = {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
     path = saved(AutoConfig.for_model("xglm", **small, dropout=0.0, attention_dropout=0.0))
     with pytest.warns(
-        UserWarning, match="model type xglm names its layers in a way that packing does not know; falling"
+        UserWarning, match="model type xglm names its layers or attends in a way that packing does not know; falling"
     ):
         policy = PolicyLoader(path).load()
     choose_forward(policy)

@@ -31,3 +31,10 @@ def test_another_pipe_that_breaks_is_a_mistake_of_the_program(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(BrokenPipeError, match="of a worker"):
         ending.run(main)
+
+
+def test_an_error_from_code_that_python_was_given_as_text_stays_that_error(monkeypatch):
+    """Its globals have no name, as those of attrs and sympy have none."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(ValueError, match="of the user"):
+        ending.run(lambda: exec("raise ValueError('of the user')", {}))

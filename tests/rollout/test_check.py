@@ -10,11 +10,12 @@ import torch
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout import TransformersEngine, VLLMServerEngine
 from gspo_lightning.rollout.block_cache import BlockCache
-from gspo_lightning.rollout.check import check_decoding
+from gspo_lightning.rollout.check import check_decoding, choose_decoding
 from gspo_lightning.rollout.turns import refuse_padded
 from gspo_lightning.training.loading import choose_forwards
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy, padded_logprobs
+from tests.training.test_one_step_off import Elsewhere
 from tests.vision.models import vision_policy
 
 
@@ -39,6 +40,7 @@ def test_a_model_that_changes_its_values_after_the_cache_samples_by_itself(micro
         return policy.is_padded, policy.samples_padded
 
     assert chosen(VLLMServerEngine(["http://127.0.0.1:9"], 8, 8)) == (False, False)
+    assert chosen(Elsewhere()) == (False, False), "an engine that does not say that it decodes here"
     with pytest.warns(
         UserWarning, match=r"decoded log-probabilities are .* away, .*sampling by the model's own generate"
     ):
@@ -50,3 +52,14 @@ def test_a_model_that_changes_its_values_after_the_cache_samples_by_itself(micro
     assert (torch.cat([c.sampler_logprobs for c in group]) - expected).abs().max() < 1e-5
     with pytest.raises(UserError, match="cannot continue where a turn ends"):
         refuse_padded(policy)
+
+
+def test_memory_that_runs_out_is_no_reason_to_sample_otherwise(micro_model_dir, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(BlockCache, "attend", full)
+    policy = micro_policy(micro_model_dir)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        choose_decoding(policy)
+    assert not policy.samples_padded

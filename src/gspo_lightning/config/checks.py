@@ -119,7 +119,7 @@ def _check_callbacks(plain: dict[str, Any]) -> None:
                 f"callbacks.{name}: EarlyStopping looks at its metric after each validation, and none falls inside "
                 "the run; set validation.every_n_rollouts"
             )
-        if kind == "EarlyStopping":
+        if kind == "EarlyStopping" and node.get("strict", True):
             _check_monitor(f"callbacks.{name}.monitor", str(node.get("monitor")), plain)
         if kind == "LearningRateMonitor" and not any((plain["logger"] or {}).values()):
             raise UserError(f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger=")

@@ -89,7 +89,7 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
     """
     root, elsewhere = _root()
     for name in _OF_THE_ROOT:
-        if name in plain:
+        if isinstance(plain.get(name), dict):
             raise UserError(f"{name}: the file that is chosen must begin with the line `# @package _global_`")
     _check_names("", {name: value for name, value in plain.items() if name not in used}, root, elsewhere)
     _check_there("", plain, root)

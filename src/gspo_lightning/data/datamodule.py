@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from gspo_lightning.data.columns import Needed, as_mapping, checked_prompt
 from gspo_lightning.data.encoding import Encoder
 from gspo_lightning.data.mixture import TASK_COLUMN
 from gspo_lightning.data.parts import BatchWhenRead, tasks_within
+from gspo_lightning.data.prompt_keys import text_key
 from gspo_lightning.data.stream import Batches, PromptStream, spaced_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import with_schemas
@@ -83,6 +82,7 @@ class PromptDataModule(L.LightningDataModule):
         self._kept = 1.0
         """Share of the training rows that are not too long, as far as `check` has looked at them."""
         self._held_out: list[Row] | None = None
+        self._held_out_key = ""
         self._taken: set[str] = set()
         self.has_state = bool([key for key, part in self.tasks_by_key.items() if keeps_state(part, key)])
         self._made: tuple[int, PromptBatch] | None = None
@@ -164,24 +164,21 @@ class PromptDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The state of the data in a checkpoint: cursor, dropped prompts, and which prompts are held out."""
         state = {"cursor": self.cursor, "dropped_prompts": self.dropped_prompts}
-        return state if self._held_out is None else {**state, "held_out": self._held_out_prompts()}
+        return state if self._held_out is None else {**state, "held_out": self._held_out_key}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues at the position of the checkpoint; warns if other prompts are held out than before it."""
         self.cursor, self.dropped_prompts = state_dict["cursor"], state_dict["dropped_prompts"]
         self._made = None
-        if state_dict.get("held_out") not in (None, self._held_out_prompts()):
+        if "held_out" not in state_dict:
+            return
+        self._validation_rows()
+        if state_dict["held_out"] != self._held_out_key:
             rank_zero_warn(
                 "the held-out prompts are not those of the run that is resumed, as where its data, template or "
                 "num_validation was changed: accuracies before and after are of different prompts, and some of these "
                 "may have been trained on; to keep them, give them a file of their own (data.task.validation_split)"
             )
-
-    def _held_out_prompts(self) -> str:
-        """A hash of the held-out prompts; of an image its kind alone."""
-        prompts = [as_mapping(row, "held-out row").get("prompt") for row in self._validation_rows()]
-        text = json.dumps(prompts, default=lambda value: type(value).__name__)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def on_exception(self, exception: BaseException) -> None:
         """Forgets the rows of a rollout that broke off: a task with a state makes them again in the next `fit`."""
@@ -315,6 +312,7 @@ class PromptDataModule(L.LightningDataModule):
     def _validation_rows(self) -> list[Row]:
         if self._held_out is None:
             self._held_out = self.task.validation_rows()
+            self._held_out_key = text_key(self._held_out)
         return self._held_out
 
     def _validation_prompt(self, number: int) -> Prompt:

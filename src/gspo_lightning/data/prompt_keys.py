@@ -17,6 +17,22 @@ _NAMES = ("image", "bytes", "path", "url")
 """Keys of an image part that hold the image."""
 
 
+def text_key(rows: Sequence[Any]) -> str:
+    """A hash of the prompts of rows, equal on every machine: of images, videos and objects only the kind counts."""
+    prompts = [row.get("prompt") if isinstance(row, Mapping) else row for row in rows]
+    return hashlib.sha256(repr([_text(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kind = value.get("type")
+        is_text = kind in (None, "text") or not isinstance(kind, str)
+        return sorted((str(name), _text(item)) for name, item in value.items()) if is_text else kind
+    if isinstance(value, (list, tuple)):
+        return [_text(item) for item in value]
+    return value if isinstance(value, str | int | float) else type(value).__name__
+
+
 class PromptKeys:
     """Keys of rows, equal for equal prompts.
 

@@ -121,7 +121,7 @@ def _is_alive(process: int) -> bool:
         return False
     # A dead one keeps its id until its parent asks for its exit status, as a sweep does after the last rank has ended.
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
     except OSError:  # no Linux, or gone by now
         return True
 

@@ -112,8 +112,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, gather_for_rollouts: bool 
         )
     if policy.is_padded or policy.samples_padded:
         raise UserError(
-            f"trainer=fsdp: {type(policy.base_model).__name__} runs padded, by its own forwards, which FSDP2 cannot "
-            "count; use trainer=ddp"
+            f"trainer=fsdp: {type(policy.base_model).__name__} runs padded, or samples, by its own forwards, which "
+            "FSDP2 cannot count; use trainer=ddp"
         )
     if getattr(policy.base_model, "is_quantized", False):
         raise UserError("trainer=fsdp cannot split quantised weights; use trainer=ddp, or model.quantization=null")

@@ -31,6 +31,8 @@ _OTHERS = (
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations of peft that leave the base as it is. The others, such as PiSSA, subtract B A from its weights, and
 peft does so again whenever it loads the adapter."""
+REPEATABLE = ("pissa", "olora")
+"""Those whose change of the base is the same each time."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,10 @@ def check_adapter(wrapped: nn.Module, settings: LoraSettings) -> dict[str, Any]:
         if (stored.get(name) or None) != (getattr(own, name) or None):
             raise UserError(f"model.lora.adapter={folder}: an adapter with {name}={stored.get(name)} is refused")
     if (first := stored.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+        how = f"python scripts/merge_adapter.py {folder} OUT" if first in REPEATABLE else "where it was trained"
         raise UserError(
             f"model.lora.adapter={folder} began with init_lora_weights={first}, which changed the base too; merge it "
-            f"into its base (python scripts/merge_adapter.py {folder} OUT) and train on that"
+            f"into its base ({how}) and train on that"
         )
     return stored
 

@@ -158,7 +158,7 @@ class PolicyLoader:
         """Loads the weights, with the quantization and attention that were asked for."""
         attention = attention_implementation(self.attention, packs_images(config))
         if not may_pack(config):
-            what = "reads images" if has_vision(config) else "names its layers"
+            what = "reads images" if has_vision(config) else "names its layers or attends"
             rank_zero_warn(f"model type {config.model_type} {what} in a way that packing does not know; {SLOW}")
             attention = "eager"
         kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM

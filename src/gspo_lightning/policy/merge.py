@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.policy.adapter import KEEP_THE_BASE, adapter_config, fill
+from gspo_lightning.policy.adapter import KEEP_THE_BASE, REPEATABLE, adapter_config, fill
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import Dtype, PolicyLoader
@@ -123,7 +123,7 @@ def _refuse_unmergeable(adapter: Path, stored: dict[str, Any]) -> None:
         if stored.get(name):
             raise UserError(f"{adapter}: an adapter with {name}={stored[name]} cannot be merged; keep the adapter")
     first = stored.get("init_lora_weights", True)
-    if first not in (*KEEP_THE_BASE, "pissa", "olora"):
+    if first not in (*KEEP_THE_BASE, *REPEATABLE):
         raise UserError(
             f"{adapter} began with init_lora_weights={first}, which changed the base in a way that cannot be repeated; "
             "merge it where it was trained"

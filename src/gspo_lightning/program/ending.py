@@ -134,7 +134,7 @@ def _key_of_folder(error: OSError) -> str | None:
 def _config_read(error: Exception) -> str | None:
     """The config file at which Hydra failed; None for an error of anything else."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    of_hydra = [frame for frame in frames if str(frame.f_globals["__name__"]).startswith("hydra.")]
+    of_hydra = [frame for frame in frames if str(frame.f_globals.get("__name__")).startswith("hydra.")]
     calls = [frame.f_locals for frame in of_hydra if frame.f_code.co_name == "load_config"]
     return next((str(call[name]) for name in ("full_path", "config_path") for call in calls if name in call), None)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.distributed.ranks import rank
+from gspo_lightning.errors import is_out_of_memory
 from gspo_lightning.packing import linear_logprobs, pack
 from gspo_lightning.policy.check import TOLERANCE, PackingMismatchError, coarsest_dtype, prompt_length
 from gspo_lightning.policy.model import Policy
@@ -33,9 +34,9 @@ def choose_decoding(policy: Policy) -> None:
         return
     try:
         check_decoding(policy)
-    except torch.OutOfMemoryError:
-        raise
     except (PackingMismatchError, *CAUSES) as error:
+        if is_out_of_memory(error):
+            raise
         cause = " ".join(str(error).split())[:160]
         if rank() == 0:
             warnings.warn(
@@ -77,6 +78,8 @@ def check_decoding(policy: Policy) -> float:
 
 class _Forced(Decoder):
     """Takes given tokens ``(R, C)`` instead of drawing any, one row of them per completion."""
+
+    may_compile = False
 
     def __init__(self, policy: Policy, prompt: Prompt, tokens: Tensor) -> None:
         super().__init__(policy, [prompt], SamplingParams(*tokens.shape), seed=0)

@@ -42,6 +42,9 @@ class Row:
 class Decoder:
     """One batch of prompts from prefill to the last finished row."""
 
+    may_compile = True
+    """Whether a kernel may be compiled for its prompts; see `SharedPrefixLayout`."""
+
     def __init__(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> None:
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
         count, budget = sampling.num_generations, sampling.max_completion_length
@@ -85,6 +88,7 @@ class Decoder:
     def _forwarded(self, prompts: list[Prompt]) -> tuple[Tensor, PrefillCache]:
         """One packed row of prompts: their last hidden states ``(n, H)``, and keys and values of all tokens."""
         row = pack([(prompt.input_ids, ()) for prompt in prompts], self.policy.device, prompts)
+        row.layout.may_compile = self.may_compile
         places = row.layout.prompt_places()
         cache = PrefillCache(torch.cat(places).to(self.policy.device))
         hidden = self.policy.hidden_states(row.input_ids, row.position_ids, row.layout, prompts, past_key_values=cache)

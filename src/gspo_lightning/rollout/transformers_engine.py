@@ -76,6 +76,8 @@ def _refuse_unknown_tokens(policy: Policy, prompts: list[Prompt]) -> None:
     """
     size = policy.base_model.get_input_embeddings().weight.shape[0]
     for prompt in prompts:
+        if prompt.mm_inputs:  # an image's placeholder may lie beyond: PaliGemma and Gemma 3 never look it up
+            continue
         if (token := int(prompt.input_ids.max())) >= size:
             raise UserError(
                 f"row {prompt.uid}: the model has embeddings for {size} tokens, and the prompt has token {token} "

@@ -12,9 +12,8 @@ from gspo_lightning.distributed.sharding import shard_policy
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.check import choose_forward
 from gspo_lightning.policy.model import Policy
-from gspo_lightning.rollout import VLLMEngine, VLLMServerEngine
 from gspo_lightning.rollout.check import choose_decoding
-from gspo_lightning.rollout.engine import within
+from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.gathered import gathered
 
 if TYPE_CHECKING:
@@ -52,14 +51,14 @@ def _shard(module: GSPOModule, policy: Policy) -> None:
 def choose_forwards(module: GSPOModule) -> None:
     """Chooses packed or padded forwards, once: see `choose_forward`. A reference follows the policy.
 
-    And how to decode, unless vLLM does: see `choose_decoding`.
+    And how to decode, if the engine says that it does so in this process: see `choose_decoding`.
     """
     assert module.policy is not None
     if module.forward_chosen:
         return
     module.forward_chosen = True
     choose_forward(module.policy)
-    if not any(isinstance(engine, VLLMEngine | VLLMServerEngine) for engine in within(module.engine)):
+    if traits(module.engine).max_concurrent:
         choose_decoding(module.policy)
     for reference in module.references:
         if module.policy.is_padded and not reference.is_padded:
