@@ -66,8 +66,9 @@ def test_a_folder_that_hydra_knows_is_known_to_the_preview(tmp_path: Path, monke
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(20)))
     monkeypatch.chdir(tmp_path)
     rows = ["data=rows", "data.task.source='${hydra:runtime.cwd}/rows.jsonl'", "data.task.num_validation=2"]
+    before = HydraConfig.instance().cfg  # what another test has left there
     assert "training rows: 18; held-out rows: 2" in " ".join(_preview(*rows, "model=micro").split())
-    assert not HydraConfig.initialized()
+    assert HydraConfig.instance().cfg is before
 
 
 def test_a_preview_of_nothing_is_refused(tokenizer_dir: str) -> None:

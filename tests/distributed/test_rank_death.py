@@ -40,7 +40,7 @@ RAISED = "reward function letter_share raised ZeroDivisionError: on purpose (row
         ("evaluate.py", "raise", "0", 2, f"error: rank 0: {RAISED}"),
         pytest.param("train.py", "kill", "1", -9, "[rank: 1] Child process with PID", marks=pytest.mark.slow),
         pytest.param("train.py", "raise, wait", "0", 2, f"error: rank 0: {RAISED}", marks=pytest.mark.slow),
-        ("train.py", "raise, wait", "1", 2, f"error: rank 1: {RAISED}"),
+        pytest.param("train.py", "raise, wait", "1", 2, f"error: rank 1: {RAISED}", marks=pytest.mark.slow),
         ("train.py", "kill, wait", "0", -9, f"error: {first_error.DIED}; no checkpoint has been written yet"),
     ],
 )
