@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 _AT_FIRST = dict(os.environ)
 _TURNS = itertools.count()
 READ_BY_IMPORTS = (
-    "ACCELERATE", "ATEN", "BNB", "CUDA", "GSPO_ALLOWED", "DNNL", "GOMP", "HF", "KMP", "LANG", "LC_", "LD_", "MALLOC", "MKL", "NCCL",
-    "OMP", "ONEDNN", "OPENBLAS", "PYTHON", "TMP", "TEMP", "TOKENIZERS", "TORCH", "TRANSFORMERS", "XDG", "HOME",
+    "ACCELERATE", "ATEN", "BNB", "CUDA", "DNNL", "GOMP", "GSPO_ALLOWED", "HF", "HOME", "KMP", "LANG", "LC_", "LD_", "MALLOC",
+    "MKL", "NCCL", "OMP", "ONEDNN", "OPENBLAS", "PYTHON", "TEMP", "TMP", "TOKENIZERS", "TORCH", "TRANSFORMERS", "XDG",
 )  # fmt: skip
 """What the names of such variables begin with."""
 SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR",)
@@ -120,7 +120,7 @@ def _serve(control: socket.socket) -> tuple[list[str], str, dict[str, str]]:
                 _answer(answers, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 answers.close()
                 continue
-            request, files, _, _ = socket.recv_fds(control, 1 << 16, 3)
+            request, files, _, _ = socket.recv_fds(control, 1 << 20, 3)
             if not request:
                 sys.exit()
             answers = socket.socket(fileno=files.pop())
