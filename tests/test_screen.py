@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import os
 import socket
 import sys
 
@@ -20,7 +21,7 @@ from gspo_lightning.report.compare import main as compare
 from gspo_lightning.report.config_tree import config_tree
 from gspo_lightning.rollout.http_client import Server, ServerError
 from gspo_lightning.rollout.server_pool import _say
-from gspo_lightning.screen import counted, visible
+from gspo_lightning.screen import counted, say, visible
 from gspo_lightning.types import Prompt
 
 TITLE = "\x1b]0;pwned\x07"
@@ -137,3 +138,26 @@ def test_a_comparison_and_a_report_are_told_on_any_screen(tmp_path, monkeypatch)
     screen.flush()
     text = screen.buffer.getvalue().decode("ascii")
     assert "Mean \\xb1 half-width" in text and f"{tmp_path}/\\xe9/report.html" in text
+
+
+def test_a_signal_in_the_middle_of_a_print_is_told_past_it(monkeypatch):
+    """As where the warning of a launcher comes while a rollout is reported."""
+    read, write = os.pipe()
+
+    class Interrupted(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def fileno(self):
+            return write
+
+        def write(self, data):
+            say("SIGUSR1: finishing")  # its handler, which Python calls within the print
+            return os.write(write, data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    print("rollout 3/8", flush=True)
+    monkeypatch.undo()
+    os.close(write)
+    with os.fdopen(read) as written:
+        assert written.read() == "SIGUSR1: finishing\nrollout 3/8\n"

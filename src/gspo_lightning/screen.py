@@ -34,6 +34,17 @@ def escape_what_no_screen_shows() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def say(text: str) -> None:
+    """Prints a line in the handler of a signal, which may have come in the middle of another print.
+
+    Python lets no print into the buffer of one that it has interrupted; the line goes past it then.
+    """
+    try:
+        print(text, flush=True)
+    except RuntimeError:
+        os.write(sys.stdout.fileno(), f"{text}\n".encode(errors="backslashreplace"))
+
+
 def has_no_reader() -> bool:
     """Whether standard output is a pipe whose reader has gone, as after ``| head``; then what is printed goes nowhere.
 

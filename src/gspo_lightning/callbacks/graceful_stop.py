@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -16,6 +17,7 @@ from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.callbacks.requeue import requeue
 from gspo_lightning.distributed.ranks import global_max
 from gspo_lightning.how_to_resume import resume_line
+from gspo_lightning.screen import say
 
 _BEGINS_ANEW = "not requeued: without ckpt_path=auto it would not resume from here"
 
@@ -122,14 +124,14 @@ class GracefulStop(L.Callback):
         if self._requeued or not self.is_first_rank or max(self.stopping, self._wanted) < 2:
             return
         self._requeued = True
-        print(requeue() if self.goes_on else _BEGINS_ANEW, flush=True)
+        say(requeue() if self.goes_on else _BEGINS_ANEW)
 
     def hand_over(self) -> None:
         """Calls the launcher's handler of SIGUSR2, if that is what stopped the run; it may end the process."""
         if self._launcher is None or signal.SIGUSR2 not in self.received:
             return
         if not self.goes_on:
-            print(_BEGINS_ANEW, flush=True)
+            say(_BEGINS_ANEW)
         else:
             self._launcher(signal.SIGUSR2, None)
 
@@ -167,7 +169,7 @@ class GracefulStop(L.Callback):
     def _on_late_warning(self, number: int, frame: FrameType | None) -> None:
         if self.is_first_rank:
             resume = resume_line(self.checkpoint.last)
-            print(f"SIGUSR1: all rollouts are done; finishing the export. If that is cut short, {resume}", flush=True)
+            say(f"SIGUSR1: all rollouts are done; finishing the export. If that is cut short, {resume}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self.received:
@@ -177,14 +179,14 @@ class GracefulStop(L.Callback):
             self._give_up()
         if len(self.received) > 1:
             return
-        print(f"{signal.Signals(number).name}: finishing the current rollout (at most {self.grace_s:g} s)", flush=True)
+        say(f"{signal.Signals(number).name}: finishing the current rollout (at most {self.grace_s:g} s)")
         self._timer = threading.Timer(self.grace_s, self._give_up)
         self._timer.daemon = True
         self._timer.start()
 
     def _give_up(self) -> None:
         where = "before a rollout" if self._begins else "without the current rollout"
-        print(f"Stopped {where}; {resume_line(self.checkpoint.last)}", flush=True)
+        say(f"Stopped {where}; {resume_line(self.checkpoint.last)}")
         code: Any = 128 + (self.received or [signal.SIGTERM])[0]
         try:
             self._requeue()
@@ -192,6 +194,8 @@ class GracefulStop(L.Callback):
         except SystemExit as wish:
             code = wish.code if isinstance(wish.code, int) else 1
         finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()  # what the launcher's handler has printed
             # The main thread may be inside a matrix product or a hung reward; its work is no longer needed.
             os._exit(code % 256)
 
