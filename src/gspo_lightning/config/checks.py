@@ -7,7 +7,7 @@ from typing import Any
 from gspo_lightning.advantages import check_combination, check_group
 from gspo_lightning.config.build import build, check_trainer, time_limits
 from gspo_lightning.config.devices import check_devices, check_sharding, is_sharded
-from gspo_lightning.config.effects import check_best, check_training, no_effect, validation_metrics
+from gspo_lightning.config.effects import check_best, check_training, is_among, no_effect, validation_metrics
 from gspo_lightning.config.hardware import on_gpu, ranks, warn_of_slow_products
 from gspo_lightning.config.optimizer import check_optimizer, check_schedule
 from gspo_lightning.config.own_module import check_module
@@ -134,7 +134,7 @@ def _check_monitor(key: str, metric: str, plain: dict[str, Any]) -> None:
     if not metric.startswith("val/") or not is_ours:  # what a class of the user's own logs is not known here
         return
     names = validation_metrics(plain)
-    if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
+    if not is_among(metric, names):
         raise UserError(f"{key}={metric}: validation does not measure it; it measures {', '.join(names)}")
 
 

@@ -50,10 +50,15 @@ def check_best(plain: dict[str, Any]) -> None:
     if plain["trainer"].get("limit_val_batches") == 0:
         raise UserError(f"checkpoint.keep_best={metric} has no effect with trainer.limit_val_batches=0; remove one")
     names = [name for name in validation_metrics(plain) if name != "val/mean_tokens"]
-    if metric not in names and not metric.startswith(tuple(f"{name}/" for name in names[:2])):
+    if not is_among(metric, names):
         raise UserError(
             f"checkpoint.keep_best={metric} must be a validation metric for which higher is better: {', '.join(names)}"
         )
+
+
+def is_among(metric: str, names: list[str]) -> bool:
+    """Whether it is one of these metrics of validations, or that of one task of a mixture."""
+    return metric in names or metric.startswith(tuple(f"{name}/" for name in names[:2]))
 
 
 def validation_metrics(plain: dict[str, Any]) -> list[str]:

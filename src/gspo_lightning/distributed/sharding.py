@@ -110,7 +110,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, gather_for_rollouts: bool 
             "trainer.strategy: tensor parallelism is not supported; use trainer=fsdp, or "
             "gspo_lightning.distributed.sharding.FSDP2Strategy()"
         )
-    if policy.is_padded or policy.samples_padded:
+    if policy.samples_padded:
         raise UserError(
             f"trainer=fsdp: {type(policy.base_model).__name__} runs padded, or samples, by its own forwards, which "
             "FSDP2 cannot count; use trainer=ddp"

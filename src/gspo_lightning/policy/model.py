@@ -52,7 +52,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.has_adapter = has_adapter
         self.is_padded = is_padded
-        self.samples_padded = False  # our caches are not exact for it: see `gspo_lightning.rollout.check`
+        self.caches_are_exact = True  # `gspo_lightning.rollout.check` looks
         self.shards: Any = None  # `gspo_lightning.distributed.sharding.Shards` once the weights are split over ranks
         self.processor = processor
         # Searched once: a rollout needs them at every token.
@@ -184,6 +184,11 @@ class Policy(nn.Module):
             temperature=temperature,
             with_entropy=with_entropy,
         )
+
+    @property
+    def samples_padded(self) -> bool:
+        """Whether the model's own ``generate`` samples: it runs padded, or our caches are not exact for it."""
+        return self.is_padded or not self.caches_are_exact
 
     def fall_back(self) -> None:
         """Runs padded from now on, with an attention that knows everything the architecture does."""

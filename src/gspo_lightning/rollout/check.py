@@ -30,7 +30,7 @@ def choose_decoding(policy: Policy) -> None:
 
     A model that reads images then runs padded altogether: only so has ``generate`` the distribution that is trained.
     """
-    if policy.is_padded or policy.samples_padded:
+    if policy.samples_padded:
         return
     try:
         check_decoding(policy)
@@ -46,7 +46,7 @@ def choose_decoding(policy: Policy) -> None:
             )
         if policy.vision is not None:
             policy.fall_back()
-        policy.samples_padded = True
+        policy.caches_are_exact = False
 
 
 @torch.no_grad()

@@ -61,9 +61,7 @@ class TransformersEngine:
 
     def _decoder(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> Decoder:
         if self.environments is None:
-            return (PaddedDecoder if policy.is_padded or policy.samples_padded else Decoder)(
-                policy, prompts, sampling, seed
-            )
+            return (PaddedDecoder if policy.samples_padded else Decoder)(policy, prompts, sampling, seed)
         refuse_padded(policy)
         return DialogueDecoder(policy, prompts, sampling, seed, self.environments)
 

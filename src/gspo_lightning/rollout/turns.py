@@ -120,7 +120,7 @@ def finish(dialogues: Sequence[Turns], environments: Environments) -> list[Compl
 
 def refuse_padded(policy: Policy) -> None:
     """Refuses a model whose rows are padded: nothing continues them where a turn ends."""
-    if policy.is_padded or policy.samples_padded:
+    if policy.samples_padded:
         raise UserError(
             f"environment: {type(policy.base_model).__name__} runs padded and cannot continue where a turn ends; "
             "use a model that packs, or environment=none"
