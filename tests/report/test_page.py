@@ -240,6 +240,22 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves(tmp_path):
         ("summary.json", "{", "summary.json: is not JSON"),
         ("validation_after.json", "[]", "validation_after.json: holds no JSON object"),
         ("metrics.csv", "step,a\n1,x\n", "metrics.csv:2: column a is 'x', not a number"),
+        ("summary.json", '{"wall_s": "12"}', "summary.json: wall_s='12' is neither a number nor null; correct it"),
+        (
+            "summary.json",
+            '{"val_sampled_after": NaN}',
+            "summary.json: val_sampled_after=nan is neither a number nor null",
+        ),
+        (
+            "validation_after.json",
+            '{"samples": null}',
+            "validation_after.json: its samples are not those of a validation",
+        ),
+        (
+            "validation_before.json",
+            '{"samples": [{"prompt": "p", "reward": 1}]}',
+            "validation_before.json: its samples are",
+        ),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(name, content, words, tmp_path, capsys):
@@ -249,6 +265,13 @@ def test_a_damaged_file_is_named_in_one_line(name, content, words, tmp_path, cap
         render_report(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_named_in_one_line(tmp_path, capsys):
+    write_run(tmp_path)
+    (tmp_path / "report.html").mkdir()
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/report.html: cannot write there (Is a directory)\n"
 
 
 def test_the_line_about_a_damaged_file_is_masked_and_fit_for_a_terminal(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from gspo_lightning.screen import escape_what_no_screen_shows
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the path of the report; returns 2, after one line on stderr, if there is nothing to draw."""
+    """Prints the path of the report; returns 2, after one line on stderr, if it cannot be drawn."""
     if len(arguments) != 1 or not (Path(arguments[0]) / "metrics.csv").exists():
         print("usage: python -m gspo_lightning.report RUN_DIR   (a folder with metrics.csv)", file=sys.stderr)
         return 2
@@ -21,6 +21,9 @@ def main(arguments: list[str]) -> int:
         print(render_report(Path(arguments[0])))
     except UserError as error:
         print(f"error: {masked(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: cannot write there ({error.strerror})", file=sys.stderr)
         return 2
     return 0
 

@@ -86,6 +86,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+_NUMBERS = (
+    "steps", "wall_s", "tokens_per_s", "peak_rss_gb", "peak_gpu_gb",
+    *(f"val_{what}_{when}" for what in ("accuracy", "sampled", "reward") for when in ("before", "after")),
+)  # fmt: skip
+"""Keys of ``summary.json`` that are computed with."""
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """The content of ``summary.json``, empty if there is none.
+
+    Raises:
+        UserError: it is not a JSON object, or was changed by hand so that a number is none.
+    """
+    path = run_dir / "summary.json"
+    summary = read_json(path)
+    for key in _NUMBERS:
+        if not _is_number(summary.get(key)):
+            raise UserError(f"{path}: {key}={summary[key]!r} is neither a number nor null; correct it")
+    return summary
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The completions in the file of a validation, empty if there is none.
+
+    Raises:
+        UserError: it is not a JSON object, or holds something else.
+    """
+    samples = read_json(path).get("samples", [])
+    if not (isinstance(samples, list) and all(map(_is_sample, samples))):
+        raise UserError(f"{path}: its samples are not those of a validation; restore it, or move it away")
+    return samples
+
+
+def _is_sample(sample: Any) -> bool:
+    return (
+        isinstance(sample, dict)
+        and {"prompt", "completion", "reward"} <= sample.keys()
+        and _is_number(sample["reward"])
+        and isinstance(sample.get("images", []), list)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, or null for one that was not measured."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and math.isfinite(value))
+
+
 def _number(cell: str, where: str) -> float:
     try:
         return float(cell)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from gspo_lightning.report import sections
-from gspo_lightning.report.files import read_json, read_metrics
+from gspo_lightning.report.files import read_metrics, read_samples, read_summary
 from gspo_lightning.report.style import STYLE
 
 
@@ -19,14 +19,14 @@ def render_report(run_dir: Path) -> Path:
     Raises:
         UserError: a file is damaged; names it.
     """
-    metrics, summary, config = read_metrics(run_dir), read_json(run_dir / "summary.json"), run_dir / "config.yaml"
+    metrics, summary, config = read_metrics(run_dir), read_summary(run_dir), run_dir / "config.yaml"
     body = "".join(
         [
             sections.head(summary),
             sections.curves(metrics),
             sections.completions(
-                read_json(run_dir / "validation_before.json"),
-                read_json(run_dir / "validation_after.json"),
+                read_samples(run_dir / "validation_before.json"),
+                read_samples(run_dir / "validation_after.json"),
             ),
             sections.phases(metrics),
             sections.settings(config, summary),

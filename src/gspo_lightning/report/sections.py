@@ -149,13 +149,12 @@ def phases(metrics: dict[str, Series]) -> str:
     return f'<h2>Where the time went</h2><div class="phases">{rows}</div>'
 
 
-def completions(before: dict[str, Any], after: dict[str, Any]) -> str:
+def completions(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     """Greedy completions of the same held-out prompts before and after training, in pairs; marks right ones."""
-    old, new = before.get("samples", []), after.get("samples", [])
-    if not old and not new:
+    if not before and not after:
         return ""
     pairs = []
-    for first, second in zip_longest(old, new):
+    for first, second in zip_longest(before, after):
         if first and second and any(first.get(key) != second.get(key) for key in ("prompt", "images")):
             pairs += [_pair(first, None), _pair(None, second)]
         else:
