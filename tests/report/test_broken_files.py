@@ -25,6 +25,7 @@ BROKEN = {
     "summary.json": {
         "latin": (LATIN, "summary.json: cannot be read (it is not UTF-8)"),
         "folder": (None, "summary.json: cannot be read (Is a directory)"),
+        "word": (b'{"val_sampled_after": "0.9"}', "summary.json: val_sampled_after='0.9' is neither a number nor null"),
     },
 }
 CASES = [(name, kind) for name, kinds in BROKEN.items() for kind in kinds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,28 @@ def test_jobs_of_a_sweep_without_a_record_are_named_and_jobs_come_in_numerical_o
     runs, without = find_runs([tmp_path])
     assert [run.folder.name for run in runs] == ["2", "10"]
     assert without == [tmp_path / "3"]
+
+
+def test_a_failed_job_is_named_whatever_its_folder_is_called(tmp_path):
+    write_run(tmp_path / "lr=0.1" / "seed=1", [1.0])
+    for failed in ("lr=0.1/seed=2", "lr=0.2/seed=1", "lr=0.2/seed=2"):
+        (tmp_path / failed).mkdir(parents=True)
+    (tmp_path / "lr=0.2" / "seed=2" / "config.yaml").write_text("seed: 2\n")
+    for other in (".submitit/1", "plots", "lr=0.1/seed=1/checkpoints"):
+        (tmp_path / other).mkdir(parents=True)
+    (tmp_path / "plots" / "mine.png").touch()
+    (tmp_path / "multirun.yaml").touch()
+    assert [str(p.relative_to(tmp_path)) for p in find_runs([tmp_path])[1]] == [
+        "lr=0.1/seed=2", "lr=0.2/seed=1", "lr=0.2/seed=2"
+    ]  # fmt: skip
+
+
+def test_a_copy_of_a_run_is_not_another_run(tmp_path):
+    """Its interval would be narrower by nothing that was measured."""
+    folder = write_run(tmp_path / "a", [1.0, 2.0], seed=1)
+    shutil.copytree(folder, tmp_path / "a (copy)")
+    write_run(tmp_path / "b", [1.0, 2.0], seed=2)
+    assert sorted(run.folder.name for run in find_runs([tmp_path])[0]) == ["a", "b"]
 
 
 def test_the_table_of_lightnings_own_csv_logger_is_not_a_run(tmp_path):

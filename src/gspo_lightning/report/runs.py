@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.report.config_tree import looked_up
-from gspo_lightning.report.files import Series, config_of, read_json, read_metrics
+from gspo_lightning.report.files import Series, config_of, read_metrics, read_summary
 
 _PLACES = (
     "logger.", "ckpt_path.", "traceback.", "print_config.", "record_tokens.", "checkpoint.", "export.",
@@ -81,7 +81,8 @@ def mean_and_halfwidth(values: Sequence[float]) -> tuple[float, float]:
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     """Runs at any depth below ``folders``, and the folders of a sweep in which no run was recorded.
 
-    A run counts once, however many of the folders hold it: counted twice, it would make an interval narrower.
+    A run counts once, however many of the folders hold it, or a copy of it: counted twice, it would make an interval
+    narrower.
 
     Raises:
         UserError: a folder is missing, or there is no run in any of them.
@@ -93,15 +94,39 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             raise UserError(f"{folder}: there is no such folder")
         found = sorted({path.parent for path in folder.rglob("metrics.csv")} - _logger_folders(folder), key=_natural)
         for path in found:
-            if path.resolve() not in runs:
-                runs[path.resolve()] = _read_run(path)
+            if path.resolve() in runs:
+                continue
+            run = _read_run(path)
+            if not any(_is_copy(run, other) for other in runs.values()):
+                runs[path.resolve()] = run
         if (folder / "multirun.yaml").exists():
-            jobs = (path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
-            for job in sorted((j for j in jobs if not any(j in (p, *p.parents) for p in found)), key=_natural):
+            for job in _jobs_without(folder, found):
                 without.setdefault(job.resolve(), job)
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: contains no run (a folder with metrics.csv and config.yaml)")
     return list(runs.values()), list(without.values())
+
+
+def _is_copy(run: Run, other: Run) -> bool:
+    """Whether a folder was copied: two runs never take the same times, whatever else repeats."""
+    return bool(run.metrics) and run.metrics == other.metrics and run.settings == other.settings
+
+
+def _jobs_without(folder: Path, found: Sequence[Path]) -> Iterator[Path]:
+    """Folders below a sweep's, or a part of its, whose job recorded nothing, in order.
+
+    Numbered ones, and of other names (``hydra.sweep.subdir``) those that are empty or hold settings, as jobs that fail
+    leave them.
+    """
+    for path in sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural):
+        if path in found:
+            continue
+        left = {inner.name for inner in path.iterdir() if not inner.name.startswith(".")}
+        holds_runs = any(path in run.parents for run in found)
+        if not holds_runs and (path.name.isdigit() or not left or "config.yaml" in left):
+            yield path
+        else:
+            yield from _jobs_without(path, found)
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
@@ -152,7 +177,7 @@ def _read_run(folder: Path) -> Run:
         folder,
         flatten(OmegaConf.to_container(config_of(path))),
         read_metrics(folder),
-        read_json(folder / "summary.json"),
+        read_summary(folder),
     )
 
 
