@@ -103,6 +103,13 @@ def test_the_page_goes_where_it_is_told(sweep, tmp_path):
     assert code == 0 and (tmp_path / "page.html").exists()
 
 
+def test_brackets_in_its_path_are_shown(sweep):
+    folder = sweep / "reward=[math,brief]" / "[/x]"
+    folder.mkdir(parents=True)
+    code, text = compare(sweep, "--output", folder / "page.html")
+    assert code == 0 and str(folder / "page.html") in text.replace("\n", "")
+
+
 def test_the_band_of_a_share_ends_where_shares_end(tmp_path):
     for seed, value in ((1, 0.0), (2, 1.0)):
         folder = write_run(tmp_path / str(seed), [1.0], seed)

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     for folder in without:
         line = visible(f"{folder}: recorded nothing; the job failed or was not run")
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{page}", highlight=False, soft_wrap=True)
+    console.print(visible(str(page)), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
