@@ -24,11 +24,13 @@ from gspo_lightning.config.effects import check_environment_reward, check_held_o
 from gspo_lightning.config.resolve import resolve
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
 from gspo_lightning.program.ending import no_run_dir, one_job, run
 from gspo_lightning.program.estimate import estimate_run
 from gspo_lightning.program.evaluation import HeldOutLog, write_evaluation
 from gspo_lightning.program.redact import redacted
 from gspo_lightning.program.resume import find_checkpoint
+from gspo_lightning.program.run_lock import lock_run
 from gspo_lightning.program.sweep_job import SweepStopped, begins_ranks, run_apart
 from gspo_lightning.program.threads import share_threads
 from gspo_lightning.program.training_run import TrainingRun
@@ -122,9 +124,25 @@ def _evaluate(cfg: DictConfig) -> None:
     check_held_out(plain, datamodule.num_held_out, training=False)
     folder = _make_run_dir(Path(HydraConfig.get().runtime.output_dir))
     trainer = build_trainer(plain, [], folder)
-    module.validator.log = log = HeldOutLog(folder, trainer.global_rank, trainer.world_size)
+    lock = lock_run(folder, trainer)
+
+    def leave() -> None:
+        if lock is not None:
+            lock.release()
+        first_error.leave_nothing(folder)
+
     first_error.join(folder, trainer.global_rank, trainer.world_size)
-    rank_watch.begin(folder, lambda: first_error.leave_nothing(folder))
+    rank_watch.begin(folder, leave)
+    try:
+        _measure(plain, trainer, module, datamodule, folder)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _measure(plain: dict[str, Any], trainer: L.Trainer, module: GSPOModule, datamodule: Any, folder: Path) -> None:
+    """Validates, and writes and shows what was measured."""
+    module.validator.log = log = HeldOutLog(folder, trainer.global_rank, trainer.world_size)
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         trainer.validate(module, datamodule=datamodule, verbose=False)
         rank_watch.stop()

@@ -13,6 +13,7 @@ import pytest
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import run_lock
 from gspo_lightning.program.run_lock import RunLock
+from tests.command_line import run as command
 from tests.conf.test_every_key import run
 
 
@@ -51,6 +52,21 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
         )
         assert {path.name for path in tmp_path.iterdir()} == before
         assert (tmp_path / "metrics.csv").read_text() == "of the first"
+
+
+def test_a_second_evaluation_is_refused_and_leaves_the_files_of_the_first(tmp_path):
+    """Two that start in the same second have one folder by default."""
+    with held_by_another_process(tmp_path):
+        (tmp_path / "held_out.jsonl").write_text("of the first")
+        done = command("experiment=micro", f"hydra.run.dir={tmp_path}", script="evaluate.py", expect=2)
+        assert done.stderr == (
+            f"error: hydra.run.dir={tmp_path}: another run is writing there; wait until it ends or choose another folder\n"
+        )
+        assert (tmp_path / "held_out.jsonl").read_text() == "of the first" and not (
+            tmp_path / "evaluation.json"
+        ).exists()
+    command("experiment=micro", f"hydra.run.dir={tmp_path}", script="evaluate.py")
+    assert {path.name for path in tmp_path.iterdir()} == {"held_out.jsonl", "evaluation.json"}
 
 
 def test_a_killed_run_can_be_resumed_at_once_though_a_child_of_it_lives_on(tmp_path):

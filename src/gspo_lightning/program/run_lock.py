@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from gspo_lightning.errors import UserError
 
@@ -15,6 +18,23 @@ except ImportError:  # a platform without it
 NAME = ".lock"
 _TRIES = 10
 """More would not help: then it is the file system that gives a file two numbers."""
+
+
+def lock_run(folder: Path, trainer: Any) -> RunLock | None:
+    """The lock of a run, which rank 0 holds; None on the other ranks, and where srun has started several.
+
+    There those without the lock would wait for the one that was refused.
+
+    Args:
+        folder: of the run; exists.
+        trainer: of the run.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    by_srun = trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
+    return RunLock(folder) if trainer.is_global_zero and not by_srun else None
 
 
 class RunLock:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError
@@ -30,7 +29,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.program.interrupt import Interrupted, is_interrupt
 from gspo_lightning.program.redact import redacted
 from gspo_lightning.program.resume import goes_on, run_folder
-from gspo_lightning.program.run_lock import RunLock
+from gspo_lightning.program.run_lock import lock_run
 from gspo_lightning.report import print_result_table, render_report, write_summary
 from gspo_lightning.report.model_card import model_card
 from gspo_lightning.rollout import RolloutError
@@ -93,10 +92,7 @@ class TrainingRun:
         )
         callbacks = [*build_callbacks(plain), self.recorder, self.checkpoint, self.stop]
         self.trainer = build_trainer(plain, callbacks, run_dir)
-        # If srun started the ranks, those without the lock would wait for the one that was refused.
-        environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        by_srun = self.trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
-        self.lock = RunLock(run_dir) if self.trainer.is_global_zero and not by_srun else None
+        self.lock = lock_run(run_dir, self.trainer)
         first_error.join(run_dir, self.trainer.global_rank, self.trainer.world_size, self.checkpoint.last)
         rank_watch.begin(run_dir, self._leave)
 
