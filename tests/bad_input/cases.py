@@ -1181,6 +1181,7 @@ RUNS = [
     Case("config", "a clipping algorithm of Lightning", ["+trainer.gradient_clip_algorithm=value"], "trainer.gradient_clip_algorithm is not a setting here: set update.max_grad_norm"),
     Case("config", "batches of a test", ["+trainer.limit_test_batches=3"], "trainer.limit_test_batches is not a setting here"),
     Case("config", "early stopping without validations", ["+callbacks.es={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: reward/mean}"], "callbacks.es: EarlyStopping looks at its metric after each validation"),
+    Case("config", "early stopping where the best would rise", ["validation.every_n_rollouts=1", "+callbacks.es={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/accuracy}"], "callbacks.es: EarlyStopping with mode=min, its default, ends the run when val/accuracy no longer falls; set callbacks.es.mode=max"),
     Case("config", "a rate monitor without a logger", ["logger=none", "+callbacks.rate={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"], "callbacks.rate: LearningRateMonitor needs a logger"),
     Case("config", "Lightning's checkpoints", ["+callbacks.mine={_target_: lightning.pytorch.callbacks.ModelCheckpoint}"], "callbacks.mine: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best"),
     Case("config", "a module that is none", ["module._target_=gspo_lightning.Objective"], "module._target_=gspo_lightning.Objective is no subclass of gspo_lightning.GSPOModule; name one"),

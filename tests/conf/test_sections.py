@@ -76,7 +76,7 @@ def test_a_file_without_the_line_that_makes_its_settings_those_of_the_root_is_to
 
 def test_early_stopping_by_what_no_validation_measures_is_refused_before_the_run():
     def stopping(metric):
-        node = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: {metric}}}"
+        node = f"{{_target_: lightning.pytorch.callbacks.EarlyStopping, mode: max, monitor: {metric}}}"
         return [f"+callbacks.es={node}", "validation.every_n_rollouts=1"]
 
     measured = "val/accuracy, val/sampled_accuracy, val/pass@2, val/reward, val/mean_tokens"

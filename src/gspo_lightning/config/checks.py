@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gspo_lightning.advantages import check_combination, check_group
+from gspo_lightning.callbacks.best import NO_BETTER
 from gspo_lightning.config.build import build, check_trainer, time_limits
 from gspo_lightning.config.devices import check_devices, check_sharding, is_sharded
 from gspo_lightning.config.effects import check_best, check_training, is_among, no_effect, validation_metrics
@@ -121,6 +122,8 @@ def _check_callbacks(plain: dict[str, Any]) -> None:
             )
         if kind == "EarlyStopping" and node.get("strict", True):
             _check_monitor(f"callbacks.{name}.monitor", str(node.get("monitor")), plain)
+        if kind == "EarlyStopping" and node.get("mode", "min") == "min":
+            _check_direction(f"callbacks.{name}", str(node.get("monitor")), plain)
         if kind == "LearningRateMonitor" and not any((plain["logger"] or {}).values()):
             raise UserError(f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger=")
         if kind == "ModelCheckpoint":
@@ -136,6 +139,16 @@ def _check_monitor(key: str, metric: str, plain: dict[str, Any]) -> None:
     names = validation_metrics(plain)
     if not is_among(metric, names):
         raise UserError(f"{key}={metric}: validation does not measure it; it measures {', '.join(names)}")
+
+
+def _check_direction(key: str, metric: str, plain: dict[str, Any]) -> None:
+    """Lightning's default is for losses, which a run does not have: it would end one that gets better."""
+    better = [name for name in validation_metrics(plain) if name != NO_BETTER]
+    if metric == "reward/mean" or is_among(metric, better):
+        raise UserError(
+            f"{key}: EarlyStopping with mode=min, its default, ends the run when {metric} no longer falls; set "
+            f"{key}.mode=max"
+        )
 
 
 def _check_environment(plain: dict[str, Any]) -> None:
