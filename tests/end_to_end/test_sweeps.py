@@ -70,6 +70,18 @@ def test_a_sweep_that_cannot_write_says_so_in_one_line(tmp_path):
     )
 
 
+def test_a_job_does_not_take_the_place_of_another_of_its_sweep(tmp_path):
+    done = sweep(
+        "max_rollouts=1", "seed=1,2,3", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${objective.loss_type}"
+    )  # fmt: skip
+    assert done.returncode == 2
+    line = "hydra.sweep.subdir=grpo: job 0 of this sweep has that folder already; give each job its own, such as the default "
+    failed = [text for text in done.stderr.splitlines() if text.startswith("failed: job ")]
+    assert len(failed) == 2 and all(line in text for text in failed) and "Traceback" not in done.stderr
+    (left,), _ = find_runs([tmp_path])
+    assert left.settings["seed"] == 1 and left.summary and not list(tmp_path.rglob("*.old"))
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -81,8 +93,10 @@ def test_a_sweep_that_cannot_write_says_so_in_one_line(tmp_path):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
 def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, monkeypatch, capsys):
-    job = SimpleNamespace(num=1, override_dirname="seed=2")
-    monkeypatch.setattr(ending.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, job=job))
+    job, runtime = SimpleNamespace(num=1, override_dirname="seed=2"), SimpleNamespace(output_dir="1")
+    given = SimpleNamespace(mode=RunMode.MULTIRUN, job=job, runtime=runtime)
+    monkeypatch.setattr(ending.HydraConfig, "get", lambda: given)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(ending.first_error, "_rank", None)  # whatever an earlier test of this process was
 
     def work(cfg):
@@ -115,7 +129,9 @@ INSTALL = (
         ("In 'train': Could not find 'hydra/sweeper/other'", "error: In 'train': Could not find 'hydra/sweeper/other'"),
     ],
 )
-def test_what_the_extra_for_sweeps_brings_is_said_to_be_in_it(said, told, capsys):
+def test_what_the_extra_for_sweeps_brings_is_said_to_be_in_it(said, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
     def main():
         raise HydraException(said)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
+import shlex
 import sys
 
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from gspo_lightning.config.groups import check_mode
+from gspo_lightning.errors import UserError
 from gspo_lightning.program import command_line, ending
+from tests.command_line import run
 
 
 @pytest.mark.parametrize(
@@ -120,3 +125,43 @@ def test_a_value_that_is_wrong_elsewhere_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ValueError, match="own program"):
         ending.run(lambda: load_config("mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "mistake"),
+    [
+        ("hydra.sweep.dir=out seed=1", "hydra.sweep.dir=out has no effect on a single run"),
+        ("+hydra.sweeper.params.seed=1", "+hydra.sweeper.params.seed=1 has no effect on a single run"),
+        ("hydra/launcher=two_processes", "hydra/launcher=two_processes has no effect on a single run"),
+        ("hparams_search=clip_optuna", "hparams_search=clip_optuna has no effect on a single run"),
+        (
+            "-m seed=1,2 hydra.run.dir=out",
+            "hydra.run.dir has no effect on a sweep (-m), whose folder is hydra.sweep.dir",
+        ),
+        ("hydra.run.dir=out hparams_search=null", None),
+        ("-m hydra.sweep.dir=out hparams_search=clip_optuna", None),
+        ("-m hydra.run.dir=out 'hydra.sweep.dir=${hydra.run.dir}'", None),
+        ("hydra.sweep.dir=out hydra.run.dir=out/3 hydra.job.num=3", None),  # a job in a program of its own
+    ],
+)
+def test_what_hydra_reads_for_sweeps_alone_or_for_single_runs_alone_is_refused_elsewhere(line, mistake):
+    read = command_line.read(shlex.split(line))
+    if mistake is None:
+        check_mode(read.overrides, is_sweep=read.multirun)
+        return
+    with pytest.raises(UserError, match=re.escape(mistake)):
+        check_mode(read.overrides, is_sweep=read.multirun)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["hydra.sweep.dir=SWEEP"], "hydra.sweep.dir=SWEEP has no effect on a single run; add -m for a sweep, or leave it out"),
+        (["-m", "hydra.run.dir=SWEEP"], "hydra.run.dir has no effect on a sweep (-m), whose folder is hydra.sweep.dir; set "),
+    ],
+)  # fmt: skip
+def test_the_commands_refuse_it_and_leave_nothing(arguments, line, tmp_path):
+    arguments = [argument.replace("SWEEP", str(tmp_path / "sweep")) for argument in arguments]
+    done = run("experiment=micro", "dry_run=true", *arguments, cwd=tmp_path, expect=2)
+    assert done.stderr.startswith(f"error: {line.replace('SWEEP', str(tmp_path / 'sweep'))}")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.rglob("*.*"))

@@ -12,6 +12,10 @@ from gspo_lightning.config.sections import choices_of
 from gspo_lightning.errors import UserError
 
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+_OF_SWEEPS = (
+    "hydra/launcher", "hydra/sweeper", "hydra.launcher.", "hydra.sweeper.", "hydra.sweep.", "hparams_search",
+)  # fmt: skip
+"""Keys, or what they begin with, that Hydra reads for sweeps alone."""
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -36,6 +40,32 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if not override.key_or_group:
             raise UserError(f"{text!r} names no key; settings are written key=value")
         _check(text, override)
+
+
+def check_mode(overrides: Sequence[str], *, is_sweep: bool) -> None:
+    """Refuses what Hydra reads for a sweep alone where there is none, and the folder of a single run in a sweep.
+
+    Args:
+        overrides: the command line without Hydra's flags; each can be parsed.
+        is_sweep: whether the command makes several runs.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    parser = OverridesParser.create()
+    given = [o for o in map(parser.parse_override, overrides) if not o.is_delete() and o.value() is not None]
+    keys = {override.key_or_group for override in given}
+    if is_sweep and "hydra.run.dir" in keys and "hydra.sweep.dir" not in keys:  # which may refer to the former
+        raise UserError(
+            "hydra.run.dir has no effect on a sweep (-m), whose folder is hydra.sweep.dir; set that, and leave "
+            "hydra.run.dir out"
+        )
+    # A job of a sweep that is a program of its own has its number (`sweep_job.command`).
+    if is_sweep or "hydra.job.num" in keys:
+        return
+    for override in given:
+        if override.key_or_group.startswith(_OF_SWEEPS):
+            raise UserError(f"{override.input_line} has no effect on a single run; add -m for a sweep, or leave it out")
 
 
 def _check(text: str, override: Override) -> None:

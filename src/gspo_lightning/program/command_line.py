@@ -23,6 +23,8 @@ class CommandLine:
     """Flags of Hydra and their values."""
     info: bool
     """Whether they ask for ``--info``."""
+    multirun: bool
+    """Whether they ask for a sweep."""
 
     @property
     def arguments(self) -> list[str]:
@@ -54,7 +56,7 @@ def read(arguments: Sequence[str]) -> CommandLine:
     for override in overrides:
         flags.remove(override)
     # The help about Hydra is made of another config, which has none of our keys.
-    return CommandLine([] if known.hydra_help else overrides, flags, known.info is not None)
+    return CommandLine([] if known.hydra_help else overrides, flags, known.info is not None, known.multirun)
 
 
 def _refuse(message: str) -> NoReturn:

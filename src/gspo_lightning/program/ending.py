@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from gspo_lightning.config.groups import check_overrides
+from gspo_lightning.config.groups import check_mode, check_overrides
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
@@ -86,6 +86,28 @@ def _read_command_line() -> None:
     if line.info:  # which is logged
         logging.getLogger("hydra").setLevel(logging.NOTSET)
     check_overrides(line.overrides)
+    if line.multirun:
+        check_mode(line.overrides, is_sweep=True)
+
+
+_JOB_OF: dict[str, int] = {}
+"""Folder -> number of the job that has it, of the sweep in this process."""
+
+
+def _check_job() -> None:
+    """Refuses what has no effect on a single run, and a job in the folder of an earlier one of the sweep.
+
+    That job's records would be set aside, and those of the one before it removed; with ``ckpt_path=auto`` it would be
+    resumed.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.RUN:  # known here alone: a config can set it too
+        check_mode([*hydra.overrides.hydra, *hydra.overrides.task], is_sweep=False)
+    elif (first := _JOB_OF.setdefault(hydra.runtime.output_dir, hydra.job.num)) != hydra.job.num:
+        raise UserError(
+            f"hydra.sweep.subdir={hydra.sweep.subdir}: job {first} of this sweep has that folder already; give each "
+            "job its own, such as the default ${hydra.job.num}"
+        )
 
 
 def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
@@ -94,6 +116,7 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     A sweep runs all of its jobs and then ends with the first failure and its exit code; each failure prints a line.
     """
     try:
+        _check_job()
         return work(cfg)
     except EXPECTED as error:
         rank_watch.stop()
