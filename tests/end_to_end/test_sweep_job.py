@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from gspo_lightning.distributed import rendezvous
 from gspo_lightning.errors import UserError
@@ -57,8 +58,11 @@ def job(tmp_path, mode=RunMode.MULTIRUN, launcher="hydra._internal.core_plugins.
         mode=mode,
         launcher={"_target_": launcher},
         job=SimpleNamespace(num=3, config_name="mine"),
-        overrides=SimpleNamespace(
-            hydra=["hydra.sweep.dir=out", "hydra.mode=MULTIRUN", "hydra.job.env_set.A=1"], task=["seed=1", "+a='b c'"]
+        overrides=OmegaConf.create(
+            {
+                "hydra": ["hydra.sweep.dir=out", "hydra.mode=MULTIRUN", "hydra.job.env_set.A=1"],
+                "task": ["seed=${max_rollouts}", "+a='b c'"],
+            }
         ),
         runtime=SimpleNamespace(
             cwd="/where/it/began",
@@ -79,7 +83,7 @@ def test_the_command_of_a_job_is_that_of_a_single_run_with_its_settings(tmp_path
     assert command(job(tmp_path)) == [
         sys.executable, "/where/it/began/my/train.py",
         "--config-name", "mine", "--config-path", "pkg://gspo_lightning.conf", "--config-dir", "/my/conf",
-        "seed=1", "+a='b c'", "hydra.sweep.dir=out", "hydra.job.env_set.A=1",
+        "seed=${max_rollouts}", "+a='b c'", "hydra.sweep.dir=out", "hydra.job.env_set.A=1",
         f"hydra.run.dir='{tmp_path}/o\\'ut'", "hydra.job.num=3",
     ]  # fmt: skip
 

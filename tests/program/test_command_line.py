@@ -165,3 +165,8 @@ def test_the_commands_refuse_it_and_leave_nothing(arguments, line, tmp_path):
     done = run("experiment=micro", "dry_run=true", *arguments, cwd=tmp_path, expect=2)
     assert done.stderr.startswith(f"error: {line.replace('SWEEP', str(tmp_path / 'sweep'))}")
     assert done.stderr.count("\n") == 1 and not list(tmp_path.rglob("*.*"))
+
+
+def test_an_override_that_refers_to_nothing_has_the_line_of_resolving_it(tmp_path):
+    done = run("experiment=micro", "max_rollouts=${nothing}", cwd=tmp_path, expect=2)
+    assert done.stderr == "error: config: Interpolation key 'nothing' not found full_key: max_rollouts\n"

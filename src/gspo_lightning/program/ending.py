@@ -34,7 +34,7 @@ from gspo_lightning.program.interrupt import (
     wants_traceback,
 )
 from gspo_lightning.program.redact import masked, masked_stderr
-from gspo_lightning.program.sweep_job import CODES, SweepStopped
+from gspo_lightning.program.sweep_job import CODES, SweepStopped, overrides_of
 from gspo_lightning.screen import escape_what_no_screen_shows, has_no_reader
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
@@ -102,7 +102,8 @@ def _check_job() -> None:
     """
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.RUN:  # known here alone: a config can set it too
-        check_mode([*hydra.overrides.hydra, *hydra.overrides.task], is_sweep=False)
+        of_hydra, task = overrides_of(hydra)
+        check_mode([*of_hydra, *task], is_sweep=False)
     elif (first := _JOB_OF.setdefault(hydra.runtime.output_dir, hydra.job.num)) != hydra.job.num:
         raise UserError(
             f"hydra.sweep.subdir={hydra.sweep.subdir}: job {first} of this sweep has that folder already; give each "

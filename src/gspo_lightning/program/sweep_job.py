@@ -22,6 +22,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from omegaconf import OmegaConf
 
 from gspo_lightning.distributed.rendezvous import CLUSTERS
 from gspo_lightning.errors import UserError
@@ -108,17 +109,27 @@ def run_apart() -> float | None:
 
 def command(hydra: Any) -> list[str]:
     """The command line of a single run with the settings and the folder of a sweep's job."""
-    overrides = [text for text in hydra.overrides.hydra if not text.startswith("hydra.mode=")]
+    of_hydra, task = overrides_of(hydra)
+    overrides = [text for text in of_hydra if not text.startswith("hydra.mode=")]
     folder = str(hydra.runtime.output_dir).replace("'", "\\'")
     return [
         sys.executable,
         os.path.join(hydra.runtime.cwd, sys.argv[0]),  # the job may have another working folder
         *_config_flags(hydra),
-        *hydra.overrides.task,
+        *task,
         *overrides,
         f"hydra.run.dir='{folder}'",
         f"hydra.job.num={hydra.job.num}",
     ]
+
+
+def overrides_of(hydra: Any) -> tuple[list[str], list[str]]:
+    """The overrides of Hydra's own keys and all others, as they were typed.
+
+    Read from the config one by one they would have values for each ``${key}``: of none, or of text that no longer parses.
+    """
+    given: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    return given["hydra"], given["task"]
 
 
 def _config_flags(hydra: Any) -> list[str]:
