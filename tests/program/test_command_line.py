@@ -40,6 +40,9 @@ def test_overrides_come_first_and_flags_keep_their_values(line, arranged):
     ("line", "mistake"),
     [
         ("a=1 --seed=1 b=2", "there is no flag --seed=1"),
+        ("--experiment=micro a=1", "there is no flag --experiment=micro"),
+        ("--experiment micro a=1", "there is no flag --experiment"),
+        ("--experimental-rerun nowhere.pickle", "--experimental-rerun: there is no file nowhere.pickle"),
         ("a=1 -cn", "argument --config-name/-cn: expected one argument"),
         ("--resolve a=1", "--resolve goes only with --cfg or --help"),
         ("-m a=1 --cfg job", "--multirun and --cfg do not go together"),

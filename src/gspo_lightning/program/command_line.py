@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -48,6 +49,11 @@ def read(arguments: Sequence[str]) -> CommandLine:
     known, unknown = parser.parse_known_intermixed_args(flags)
     if unknown:  # the first, as overrides after it are among them
         _refuse(f"there is no flag {unknown[0]}")
+    rerun = known.experimental_rerun
+    if rerun is not None and not Path(rerun).is_file():  # flags may be cut short: --experiment=micro is read as it
+        given = next(flag for flag in flags if flag.startswith("--e"))
+        named = given.partition("=")[0] == "--experimental-rerun"
+        _refuse(f"--experimental-rerun: there is no file {rerun}" if named else f"there is no flag {given}")
     if len(several := [flag for name, flag in _MODES.items() if getattr(known, name)]) > 1:
         _refuse(f"{' and '.join(several)} do not go together")
     if known.resolve and not (known.cfg or known.help):

@@ -126,7 +126,7 @@ def command(hydra: Any) -> list[str]:
 def overrides_of(hydra: Any) -> tuple[list[str], list[str]]:
     """The overrides of Hydra's own keys and all others, as they were typed.
 
-    Read from the config one by one they would have values for each ``${key}``: of none, or of text that no longer parses.
+    Read from the config one by one they would hold the value of each ``${key}``, which may be none, or no longer parse.
     """
     given: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
     return given["hydra"], given["task"]
