@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from gspo_lightning.config.groups import check_mode
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import command_line, ending
-from tests.command_line import run
+from tests.command_line import ROOT, run
 
 
 @pytest.mark.parametrize(
@@ -173,3 +173,24 @@ def test_the_commands_refuse_it_and_leave_nothing(arguments, line, tmp_path):
 def test_an_override_that_refers_to_nothing_has_the_line_of_resolving_it(tmp_path):
     done = run("experiment=micro", "max_rollouts=${nothing}", cwd=tmp_path, expect=2)
     assert done.stderr == "error: config: Interpolation key 'nothing' not found full_key: max_rollouts\n"
+
+
+def test_a_file_of_ones_own_that_hydra_passes_over_is_refused_where_it_is_chosen(tmp_path):
+    for group, name, content in (
+        ("reward", "letters", "combine: weighted_sum\n"),
+        ("model", "micro", (ROOT / "conf" / "model" / "micro.yaml").read_text()),  # a copy, and so the same
+        (".", "train", "seed: 1\n"),
+    ):
+        (tmp_path / "conf" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / group / f"{name}.yaml").write_text(content)
+    arguments = ["--config-dir", "conf", "experiment=micro", "dry_run=true"]
+    done = run(*arguments, cwd=tmp_path, expect=2)
+    assert done.stderr == (
+        f"error: {tmp_path}/conf/reward/letters.yaml is not read: reward/letters.yaml is a name of ours, which goes "
+        "first; give it another name, and choose that\n"
+    )
+    done = run(*arguments, "reward=exact_match", "data=micro_digit", cwd=tmp_path)
+    assert f"{tmp_path}/conf/train.yaml is not read: train.yaml is a name of ours, which goes first; put" in done.stderr
+    (tmp_path / "conf" / "train.yaml").unlink()
+    (tmp_path / "conf" / "reward" / "letters.yaml").rename(tmp_path / "conf" / "reward" / "mine.yaml")
+    assert not run(*arguments, cwd=tmp_path).stderr

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -66,6 +70,43 @@ def check_mode(overrides: Sequence[str], *, is_sweep: bool) -> None:
     for override in given:
         if override.key_or_group.startswith(_OF_SWEEPS):
             raise UserError(f"{override.input_line} has no effect on a single run; add -m for a sweep, or leave it out")
+
+
+def check_own_files(sources: Iterable[Any], choices: Mapping[str, Any], config_name: str) -> None:
+    """Refuses a choice of a group that names two files, one of them in ``--config-dir``: Hydra reads the other one.
+
+    Warns where that holds for the first config, which may be that of another program.
+
+    Args:
+        sources: where Hydra has looked for configs, in order.
+        choices: group -> its choice, or several.
+        config_name: of the first config.
+
+    Raises:
+        UserError: names the file that is not read.
+    """
+    chosen = {group.partition("@")[0]: [name] if isinstance(name, str) else name for group, name in choices.items()}
+    names = [f"{group}/{name}.yaml" for group, several in chosen.items() for name in several or ()]
+    for file in [*names, f"{config_name}.yaml"]:
+        first: bytes | None = None
+        for source in sources:
+            content = _content(source, file)
+            if source.provider == "command-line" and None not in (first, content) and first != content:
+                line = f"{Path(source.path, file)} is not read: {file} is a name of ours, which goes first"
+                if file in names:
+                    raise UserError(f"{line}; give it another name, and choose that")
+                warnings.warn(f"{line}; put settings into an experiment, or choose it with --config-path", stacklevel=2)
+            first = content if first is None else first
+
+
+def _content(source: Any, file: str) -> bytes | None:
+    """What a source of configs has under a name; None if nothing, or if it is no folder and no package."""
+    if source.schema == "file" and Path(source.path, file).is_file():
+        return Path(source.path, file).read_bytes()
+    if source.schema == "pkg" and source.path:
+        found = files(source.path).joinpath(file)
+        return found.read_bytes() if found.is_file() else None
+    return None
 
 
 def _check(text: str, override: Override) -> None:

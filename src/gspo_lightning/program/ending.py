@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from gspo_lightning.config.groups import check_mode, check_overrides
+from gspo_lightning.config.groups import check_mode, check_overrides, check_own_files
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
@@ -95,12 +95,13 @@ _JOB_OF: dict[str, int] = {}
 
 
 def _check_job() -> None:
-    """Refuses what has no effect on a single run, and a job in the folder of an earlier one of the sweep.
+    """Refuses what would have no effect without a word, and a job in the folder of an earlier one of its sweep.
 
-    That job's records would be set aside, and those of the one before it removed; with ``ckpt_path=auto`` it would be
-    resumed.
+    The records of that one would be set aside, and those of the one before it removed; with ``ckpt_path=auto`` it would
+    be resumed.
     """
     hydra = HydraConfig.get()
+    check_own_files(hydra.runtime.config_sources, hydra.runtime.choices, str(hydra.job.config_name))
     if hydra.mode == RunMode.RUN:  # known here alone: a config can set it too
         of_hydra, task = overrides_of(hydra)
         check_mode([*of_hydra, *task], is_sweep=False)
