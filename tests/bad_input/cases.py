@@ -1188,7 +1188,13 @@ RUNS = [
     Case("config", "an argument of the module that another section sets", ["+module.max_draws=2"], "module.max_draws: dynamic_sampling.max_draws sets this argument of every module; change that instead"),
     Case("config", "an argument that the module does not have", ["+module.anchor=2"], "module.anchor: gspo_lightning.GSPOModule has no such setting; a subclass has those that its __init__ names"),
     Case("config", "a module from anywhere", ["module._target_=numpy.ndarray"], "module._target_=numpy.ndarray is not on the list of what a config may call"),
-    Case("config", "an average over epochs", ["+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01, swa_epoch_start: 1}"], "callbacks: StochasticWeightAveraging averages once per epoch"),
+    Case("config", "an average over epochs", ["+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01}"], "callbacks.swa: StochasticWeightAveraging averages once per epoch"),
+    Case("config", "a search for the rate", ["+callbacks.rate={_target_: lightning.pytorch.callbacks.LearningRateFinder}"], "callbacks.rate: LearningRateFinder looks at the loss that training_step returns"),
+    Case("config", "a search for the size of batches", ["+callbacks.size={_target_: lightning.pytorch.callbacks.BatchSizeFinder}"], "callbacks.size: BatchSizeFinder would use up max_rollouts in its trials"),
+    Case("config", "batches that a callback adds up", ["+callbacks.sums={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2} }"], "callbacks.sums: GradientAccumulationScheduler adds up the gradients of batches"),
+    Case("config", "a bar of Lightning's", ["+callbacks.bar={_target_: lightning.pytorch.callbacks.RichProgressBar}"], "callbacks.bar: RichProgressBar is replaced by callbacks.progress"),
+    Case("config", "weights that are pruned at the end", ["+callbacks.prune={_target_: lightning.pytorch.callbacks.ModelPruning, pruning_fn: l1_unstructured}"], "callbacks.prune: ModelPruning prunes once per epoch"),
+    Case("config", "a monitor that asks for a logger when the run begins", ["logger=none", "+callbacks.stats={_target_: lightning.pytorch.callbacks.DeviceStatsMonitor}"], "callbacks, logger or trainer: Cannot use `DeviceStatsMonitor` callback with `Trainer(logger=False)`."),
     Case("config", "an average at every other step", ["+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, update_every_n_steps: 2}"], "callbacks: EMAWeightAveraging(update_every_n_steps=2) is asked once per rollout"),
 ]  # fmt: skip
 

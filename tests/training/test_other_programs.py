@@ -11,7 +11,12 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
@@ -148,6 +153,10 @@ SIZES = (
     "callbacks: BatchSizeFinder would use up max_rollouts in its trials; leave it out, since micro-batches are cut by "
     "themselves where memory runs out"
 )
+AVERAGES = (
+    "callbacks: StochasticWeightAveraging averages once per epoch, but a run is one epoch, and it replaces the "
+    "learning-rate schedule; use EMAWeightAveraging"
+)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +166,10 @@ SIZES = (
         (lambda module: trainer(callbacks=[LearningRateFinder()]).fit(module, datamodule=Data()), RATES),
         (lambda module: Tuner(trainer()).scale_batch_size(module, datamodule=Data()), SIZES),
         (lambda module: trainer(callbacks=[BatchSizeFinder()]).fit(module, datamodule=Data()), SIZES),
+        (lambda module: trainer(callbacks=[StochasticWeightAveraging(0.01)]).fit(module, datamodule=Data()), AVERAGES),
     ],
 )
-def test_tuners_that_would_find_nothing_are_refused(tune, line, micro_model_dir):
+def test_callbacks_that_would_find_nothing_are_refused(tune, line, micro_model_dir):
     module = made(micro_model_dir, rollouts=2)
     module.lr = 0.1
     with refused(line):

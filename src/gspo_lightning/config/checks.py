@@ -19,6 +19,7 @@ from gspo_lightning.objective.refusals import check_objective, refuse_turn_rewar
 from gspo_lightning.policy.hub import check_push
 from gspo_lightning.policy.quantization import check_quantization
 from gspo_lightning.rollout.weights import refuse_merging
+from gspo_lightning.training.callback_checks import NEVER_HERE
 from gspo_lightning.training.sampling_checks import check_sampling, check_support, compared_by
 from gspo_lightning.training.trainer_checks import check_precision
 from gspo_lightning.training.update import check_minibatches
@@ -126,8 +127,17 @@ def _check_callbacks(plain: dict[str, Any]) -> None:
             _check_direction(f"callbacks.{name}", str(node.get("monitor")), plain)
         if kind == "LearningRateMonitor" and not any((plain["logger"] or {}).values()):
             raise UserError(f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger=")
-        if kind == "ModelCheckpoint":
-            raise UserError(f"callbacks.{name}: ModelCheckpoint is replaced by checkpoint.keep_last and keep_best")
+        if (reason := (NEVER_HERE | _REPLACED).get(kind)) is not None:
+            raise UserError(f"callbacks.{name}: {kind} {reason}")
+
+
+_REPLACED = {
+    "ModelCheckpoint": "is replaced by checkpoint.keep_last and keep_best",
+    "OnExceptionCheckpoint": "is replaced by checkpoint.every_n_rollouts: the last one of whole rollouts stays",
+    **dict.fromkeys(("TQDMProgressBar", "RichProgressBar"), "is replaced by callbacks.progress"),
+    "ModelPruning": "prunes once per epoch, which is after the last validation of a run; prune the exported model",
+}
+"""Callbacks of Lightning in place of which the commands have their own, or none."""
 
 
 def _check_monitor(key: str, metric: str, plain: dict[str, Any]) -> None:

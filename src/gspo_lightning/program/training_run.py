@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import SafetensorError
@@ -117,6 +118,8 @@ class TrainingRun:
             raise Interrupted(f"SIGINT: stopped; {resume_line(self.checkpoint.last)}") from end
         except OutOfMemoryError as error:
             raise OutOfMemoryError(f"{error}; {resume_line(self.checkpoint.last)}") from error
+        except MisconfigurationException as error:  # by callbacks and loggers of Lightning, once they are asked
+            raise UserError(f"callbacks, logger or trainer: {' '.join(str(error).split())}") from error
         except BrokenPipeError as error:
             if not has_no_reader():
                 raise

@@ -13,8 +13,29 @@ from gspo_lightning.training.prompt_source import prompt_source
 _IN_THE_TRAINER = "set val_check_interval=<rollouts> and check_val_every_n_epoch=None in the Trainer"
 
 
+NEVER_HERE = {
+    "LearningRateFinder": (
+        "looks at the loss that training_step returns, and a rollout has none; compare rates by the rewards that they "
+        "lead to (docs/sweeps.md)"
+    ),
+    "BatchSizeFinder": (
+        "would use up max_rollouts in its trials; leave it out, since micro-batches are cut by themselves where memory "
+        "runs out"
+    ),
+    "StochasticWeightAveraging": (
+        "averages once per epoch, but a run is one epoch, and it replaces the learning-rate schedule; use "
+        "EMAWeightAveraging"
+    ),
+    "GradientAccumulationScheduler": (
+        "adds up the gradients of batches, and a batch is a rollout here; leave it out: "
+        "update.max_tokens_per_microbatch bounds memory and never changes the gradient"
+    ),
+}
+"""Callbacks of Lightning that no run can have, with the reason."""
+
+
 def check_before_loading(module: Any) -> None:
-    """Refuses Lightning's tuners, which run before the hooks of a fit, and a module that is compiled as a whole."""
+    """Refuses what Lightning itself would meet before the checks of a fit, and a module that is compiled as a whole."""
     if is_compiled(module):
         raise UserError(
             f"torch.compile: {type(module).__name__} is compiled as a whole, reward functions included; give the "
@@ -24,28 +45,15 @@ def check_before_loading(module: Any) -> None:
     if trainer is None or trainer.state.fn != "fit":
         return
     for callback in trainer.callbacks:
-        if type(callback).__name__ == "LearningRateFinder":
-            raise UserError(
-                "callbacks: LearningRateFinder looks at the loss that training_step returns, and a rollout has none; "
-                "compare rates by the rewards that they lead to (docs/sweeps.md)"
-            )
-        if type(callback).__name__ == "BatchSizeFinder":
-            raise UserError(
-                "callbacks: BatchSizeFinder would use up max_rollouts in its trials; leave it out, since micro-batches "
-                "are cut by themselves where memory runs out"
-            )
+        if (name := type(callback).__name__) in NEVER_HERE:
+            raise UserError(f"callbacks: {name} {NEVER_HERE[name]}")
 
 
 def check_callbacks(trainer: Any) -> None:
-    """Refuses callbacks that would average by epochs, of which a run has one, or not at all."""
+    """Refuses averages that would never be taken."""
     for callback in trainer.callbacks:
-        name = type(callback).__name__
-        if name == "StochasticWeightAveraging":
-            raise UserError(
-                "callbacks: StochasticWeightAveraging averages once per epoch, but a run is one epoch, and it replaces "
-                "the learning-rate schedule; use EMAWeightAveraging"
-            )
-        if (every := getattr(callback, "update_every_n_steps", 1)) != 1 and name == "EMAWeightAveraging":
+        name, every = type(callback).__name__, getattr(callback, "update_every_n_steps", 1)
+        if every != 1 and name == "EMAWeightAveraging":
             raise UserError(
                 f"callbacks: EMAWeightAveraging(update_every_n_steps={every}) is asked once per rollout, whose number "
                 "of optimizer steps it may never hit; leave update_every_n_steps at 1"
