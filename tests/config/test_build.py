@@ -60,3 +60,11 @@ def test_so_it_is_for_the_optimizer_the_trainer_and_an_import(tmp_path, monkeypa
         check_calls({"_target_": "asserts_when_imported.Thing"}, "callbacks.mine")
     assert str(refused.value) == ("callbacks.mine._target_: cannot import asserts_when_imported.Thing (AssertionError)")
     sys.modules.pop("asserts_when_imported", None)
+
+
+def test_tasks_that_slurm_was_asked_for_in_another_way_are_one_line(monkeypatch):
+    for name, value in (("SLURM_JOB_NAME", "train"), ("SLURM_NTASKS", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    with pytest.raises(UserError, match=r"^Slurm: You set `--ntasks=2` .* Use `--ntasks-per-node=2` instead\.$"):
+        build_trainer(resolved("experiment=micro"), [])

@@ -242,10 +242,14 @@ def _plugins(num_nodes: int) -> list[Any]:
     On Slurm by a plugin that leaves signals to us: Lightning would save elsewhere.
     """
     on_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [
-        StreamingCheckpointIO(),
-        *([SLURMEnvironment(auto_requeue=False)] if on_slurm else own_environment(num_nodes)),
-    ]
+    return [StreamingCheckpointIO(), *([_slurm()] if on_slurm else own_environment(num_nodes))]
+
+
+def _slurm() -> SLURMEnvironment:
+    try:
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:  # --ntasks in place of --ntasks-per-node
+        raise UserError(f"Slurm: {' '.join(str(error).split())}") from error
 
 
 def _logger(name: str, node: dict[str, Any]) -> Any:
