@@ -138,6 +138,7 @@ def test_a_full_disk_is_told_by_way_of_the_temporary_files(ranks, monkeypatch):
 def test_what_all_ranks_are_refused_for_is_said_once_and_leaves_no_folder(order, ranks, monkeypatch, capsys):
     hydra = SimpleNamespace(mode=RunMode.RUN, runtime=SimpleNamespace(output_dir=str(ranks.run)))
     monkeypatch.setattr(ending.HydraConfig, "get", lambda: hydra)
+    monkeypatch.setattr(ending, "_check_job", lambda: None)
 
     def refuse(cfg):
         raise UserError("optimizer.lr=-1\nmust be above 0")
