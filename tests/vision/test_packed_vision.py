@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from gspo_lightning.packing import pack
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
+from gspo_lightning.training.loading import move_reference
+from gspo_lightning.training.update import UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import SamplingParams
 from tests.support import flat_gradient, relative_distance
@@ -138,6 +141,21 @@ def test_features_are_forgotten_with_their_prompts():
     assert len(policy.vision._features) == 2
     del batch
     assert len(policy.vision._features) == 0
+
+
+def test_a_reference_that_has_moved_sees_the_images_of_prompts_that_come_again_anew():
+    """Its tower is frozen, and yet another one after it has followed a tower that trains."""
+    policy, reference = vision_policy("qwen2_5_vl"), vision_policy("qwen2_5_vl").requires_grad_(False)
+    row = packed_row(groups_of(prompts()))
+    with torch.no_grad():
+        for parameter in policy.base_model.model.visual.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        before, wanted = reference(row)[0], policy(row)[0]
+        settings = UpdateSettings(ref_sync_every_n_rollouts=1, ref_model_mixup_alpha=1.0)
+        move_reference(
+            SimpleNamespace(update_settings=settings, rollouts_done=0, references=[reference], policy=policy)
+        )
+        assert relative_distance(reference(row)[0], wanted) < 1e-9 < 1e-4 < relative_distance(before, wanted)
 
 
 def test_features_of_held_out_prompts_are_forgotten_when_their_validation_is_done():

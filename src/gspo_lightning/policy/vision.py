@@ -156,9 +156,9 @@ class Vision:
             inputs |= {"visual_pos_masks": mask[None], "deepstack_visual_embeds": list(joined.deepstack)}
         return inputs
 
-    def forget(self, prompts: Sequence[Prompt]) -> None:
-        """Frees the memory of these prompts' features; they are computed again if needed."""
-        for prompt in prompts:
+    def forget(self, prompts: Sequence[Prompt] | None = None) -> None:
+        """Frees the memory of these prompts' features, None for all; they are computed again if needed."""
+        for prompt in list(self._features) if prompts is None else prompts:
             self._features.pop(prompt, None)
 
     def _features_of(self, prompts: Sequence[Prompt]) -> list[dict[str, Features]]:

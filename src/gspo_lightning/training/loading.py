@@ -77,6 +77,8 @@ def move_reference(module: GSPOModule) -> None:
     assert module.policy is not None
     for theirs, ours in zip(module.references[0].parameters(), module.policy.parameters(), strict=True):
         theirs.lerp_(ours.to(theirs), settings.ref_model_mixup_alpha)
+    if (vision := module.references[0].vision) is not None:
+        vision.forget()  # of prompts that come again, as from a loader of the user's own: the tower may have moved
     module.reference_moves = True  # from now on no model folder holds it
 
 
