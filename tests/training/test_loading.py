@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 from gspo_lightning.policy.load import PolicyLoader
@@ -32,3 +34,21 @@ def test_the_policy_is_split_before_its_reference_is_loaded(micro_model_dir, mon
     module.configure_model()
     policy, reference = module.policy, module.references[0]
     assert events == ["load_model", "choose_forward", ("split", policy), "load_model", ("split", reference)]
+
+
+def test_a_model_whose_completions_nothing_ends_is_warned_of_once(micro_model_dir):
+    def said(**sampling):
+        module = build_module(micro_model_dir, Settings())
+        module.configure_model()
+        module.policy.base_model.generation_config.eos_token_id = None
+        module.policy.tokenizer.eos_token = None
+        module.sampling = replace(module.sampling, **sampling)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loading.choose_forwards(module)
+            loading.choose_forwards(module)
+        return [str(w.message) for w in caught if "end-of-sequence" in str(w.message)]
+
+    (line,) = said()
+    assert line.startswith("the model has no end-of-sequence token") and line.endswith("or set rollout.stop")
+    assert said(stop=("\n",)) == []

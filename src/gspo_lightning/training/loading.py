@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.distributed.ranks import rank
 from gspo_lightning.distributed.sharding import shard_policy
 from gspo_lightning.errors import UserError
 from gspo_lightning.policy.check import choose_forward
@@ -57,12 +59,24 @@ def choose_forwards(module: GSPOModule) -> None:
     if module.forward_chosen:
         return
     module.forward_chosen = True
+    _say_if_endless(module)
     choose_forward(module.policy)
     if traits(module.engine).max_concurrent:
         choose_decoding(module.policy)
     for reference in module.references:
         if module.policy.is_padded and not reference.is_padded:
             reference.fall_back()
+
+
+def _say_if_endless(module: GSPOModule) -> None:
+    """Warns if no token and no text ends a completion: each would have the greatest length, and count as cut."""
+    assert module.policy is not None
+    if not module.policy.eos_token_ids and not module.sampling.stop and rank() == 0:
+        warnings.warn(
+            "the model has no end-of-sequence token, in its generation_config.json or its tokenizer: every completion "
+            "goes on to rollout.max_completion_length; add eos_token_id there, or set rollout.stop",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()
