@@ -71,6 +71,10 @@ def test_a_folder_is_not_named_as_a_model_of_the_hub(path, tmp_path, monkeypatch
                                                                              "gspo_lightning"]}  # fmt: skip
 
 
+class ConnectTimeoutError(Exception):
+    """As those of the client that the hub's library calls: neither its own nor an OSError, and without a message."""
+
+
 class Api:
     """A hub that remembers; it refuses what is called refused."""
 
@@ -79,6 +83,8 @@ class Api:
     def create_repo(self, repository, **options):
         if "refused" in repository:
             raise HfHubHTTPError("403 Forbidden\nmore", response=mock.Mock(headers={}))
+        if "unreachable" in repository:
+            raise ConnectTimeoutError
         self.calls.append((repository, options))
         return f"https://hub/{repository}"
 
@@ -116,6 +122,8 @@ def test_a_run_uploads_its_export_with_the_card(api, tmp_path):
 def test_a_refused_upload_is_one_line_that_says_where_the_model_lies(api, tmp_path):
     with pytest.raises(UserError, match=r"push_to_hub=me/refused: 403 Forbidden; the model is in /tmp/model$"):
         hub.push(tmp_path.__class__("/tmp/model"), "me/refused", private=True)
+    with pytest.raises(UserError, match=r"=me/unreachable: ConnectTimeoutError; the model is in /tmp/model$"):
+        hub.push(tmp_path.__class__("/tmp/model"), "me/unreachable", private=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from gspo_lightning.errors import UserError
@@ -42,7 +42,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     try:
         address = str(api.create_repo(repository, private=private, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained with gspo_lightning")
-    except (HfHubHTTPError, OSError) as error:
-        why = str(error).strip().splitlines()[0]
+    except Exception as error:  # each library below that of the hub has errors of its own
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"export.push_to_hub={repository}: {why}; the model is in {folder}") from error
     return address
