@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -232,12 +234,27 @@ def of_peft(folder, **settings):
         ({"init_lora_weights": "olora"}, r"=olora, which changed the base too; merge it .* \(python scripts/merge_"),
         ({"init_lora_weights": "pissa_niter_4"}, r"=pissa_niter_4, which .*; merge it into its base \(where it was"),
         ({"alora_invocation_tokens": [5, 6]}, r"with alora_invocation_tokens=\[5, 6\] is refused"),
+        ({"trainable_token_indices": [5]}, r"with trainable_token_indices=\[5\] is refused"),
     ],
 )
 def test_an_adapter_that_would_be_another_function_here_than_in_peft_is_refused(settings, line, tmp_path):
     lora = LoraSettings(r=4, alpha=8, target_modules=["q_proj", "o_proj"], adapter=str(of_peft(tmp_path, **settings)))
     with pytest.raises(UserError, match=line):
         PolicyLoader(MICRO, lora=lora).load()
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_an_adapter_on_some_layers_is_taken_as_its_refusal_says(layers, tmp_path):
+    folder = of_peft(tmp_path, layers_to_transform=layers)
+    lora = LoraSettings(r=4, alpha=8, target_modules=["q_proj", "o_proj"], adapter=str(folder))
+    with pytest.raises(UserError, match=r"on some layers alone \(layers_to_transform\); set ") as refused:
+        PolicyLoader(MICRO, lora=lora).load()
+    (override,) = re.findall(r'"(model\.lora\.target_modules=.*)"$', str(refused.value))
+    (pattern,) = OverridesParser.create().parse_overrides([override])
+    found = logprobs(PolicyLoader(MICRO, lora=_with(lora, target_modules=pattern.value())).load())
+    with torch.no_grad():
+        expected, _ = padded_logprobs(AutoPeftModelForCausalLM.from_pretrained(folder), GROUPS)
+    assert relative_distance(found, expected) < 1e-6
 
 
 @pytest.mark.parametrize("first", [True, False, "gaussian", "orthogonal", "mica"])

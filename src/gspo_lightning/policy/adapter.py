@@ -26,6 +26,7 @@ _BY_DEFAULT = {"r": 8, "lora_alpha": 8, "use_rslora": False}
 _OTHERS = (
     "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens",
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+    "trainable_token_indices", "layer_replication",
 )  # fmt: skip
 """What else makes an adapter another function of its weights."""
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -197,6 +198,19 @@ def check_adapter(wrapped: nn.Module, settings: LoraSettings) -> dict[str, Any]:
     return stored
 
 
+def _which_modules(stored: dict[str, Any]) -> str:
+    """What to do where the modules of an adapter are others than those of the new one."""
+    layers = stored.get("layers_to_transform")
+    if layers is None:
+        return "set model.lora.target_modules and model.train_vision as they were in its run"
+    numbers = "|".join(map(str, [layers] if isinstance(layers, int) else layers))
+    names = "|".join(sorted(stored.get("target_modules") or []))
+    return (
+        "it is on some layers alone (layers_to_transform); set "
+        f"\"model.lora.target_modules='.*[.]({numbers})[.].*({names})'\""
+    )
+
+
 def load_adapter(wrapped: nn.Module, settings: LoraSettings) -> str:
     """Gives a new adapter the weights of ``settings.adapter``, which must be of the same settings.
 
@@ -211,7 +225,7 @@ def load_adapter(wrapped: nn.Module, settings: LoraSettings) -> str:
         UserError: it is another kind of adapter, or for other modules.
     """
     stored, folder = check_adapter(wrapped, settings), Path(str(settings.adapter)).expanduser()
-    fill(wrapped, folder, "set model.lora.target_modules and model.train_vision as they were in its run")
+    fill(wrapped, folder, _which_modules(stored))
     return str(stored.get("base_model_name_or_path"))
 
 
