@@ -128,7 +128,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             refuse_draws_ahead(max_draws)
             self.engine = self.ahead
         self.objective, self.advantages = objective, advantages or AdvantageEstimator()
-        self.entropy_control = EntropyControl(objective.entropy_coef)
+        self.entropy_control = EntropyControl()
         # Of the next rollout; as the module was made, for checkpoints; of the rollout in hand.
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length

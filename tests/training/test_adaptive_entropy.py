@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,3 +52,13 @@ def test_the_entropy_stays_near_its_target_where_it_would_fall(micro_model_dir):
     assert left_alone.last_metrics["entropy"] < TARGET - 1
     assert abs(held.last_metrics["entropy"] - TARGET) < 0.3
     assert "entropy_coef" not in left_alone.last_metrics
+
+
+def test_a_target_that_a_second_fit_brings_begins_with_the_weight_beside_it(micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    trainer().fit(module, Batches(scripted_prompts()).loader())
+    module.objective = replace(module.objective, **CONTROL)
+    module.max_rollouts = 2
+    trainer().fit(module, Batches(scripted_prompts()).loader())
+    moved = module.entropy_control.coefficient - CONTROL["entropy_coef"]
+    assert abs(moved) == pytest.approx(CONTROL["entropy_coef_delta"])

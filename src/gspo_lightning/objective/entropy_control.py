@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gspo_lightning.objective.objective import Objective
 
@@ -18,8 +19,8 @@ class EntropyControl:
     goes on with the weight that it had, whatever ``entropy_coef`` is.
     """
 
-    coefficient: float
-    """Begins as ``objective.entropy_coef``."""
+    coefficient: float | None = None
+    """None before the first step with a target, which begins with ``objective.entropy_coef``."""
     entropy: float = math.inf
     """Of the last step, in nats per token; infinite before the first."""
 
@@ -27,6 +28,8 @@ class EntropyControl:
         """The objective with the weight of the next step; the same without a target."""
         if objective.entropy_target is None:
             return objective
+        if self.coefficient is None:
+            self.coefficient = objective.entropy_coef
         acts = self.entropy <= objective.entropy_target
         return replace(objective, entropy_coef=_bounded(objective, self.coefficient) if acts else 0.0)
 
@@ -36,14 +39,15 @@ class EntropyControl:
             return
         self.entropy = entropy
         delta = objective.entropy_coef_delta
-        moved = self.coefficient + (delta if entropy <= objective.entropy_target else -delta)
+        before = objective.entropy_coef if self.coefficient is None else self.coefficient
+        moved = before + (delta if entropy <= objective.entropy_target else -delta)
         self.coefficient = _bounded(objective, moved)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         """What a checkpoint keeps."""
         return {"coefficient": self.coefficient, "entropy": self.entropy}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes in the result of `state_dict`."""
         self.coefficient, self.entropy = state["coefficient"], state["entropy"]
 
