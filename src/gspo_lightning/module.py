@@ -292,14 +292,16 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             minibatch: the prompts of the step and which of their completions are forwarded.
 
         Returns:
-            A scalar with gradient, already a mean; ranks are averaged. None adds nothing.
+            A scalar with gradient, already a mean; ranks are averaged. None adds nothing: without a completion the step
+            is skipped then.
         """
         return None
 
     @property
     def has_auxiliary_loss(self) -> bool:
-        """Whether a subclass adds a term: then every minibatch has a backward, with or without completions."""
-        return type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
+        """Whether a subclass adds a term, or a function assigned to the object: then every minibatch has a backward,
+        with or without completions."""
+        return "auxiliary_loss" in vars(self) or type(self).auxiliary_loss is not GSPOModule.auxiliary_loss
 
     # ---------------------------------------------------------------- metrics and validation
 

@@ -102,6 +102,38 @@ def test_a_minibatch_without_signal_is_stepped_on_the_auxiliary_loss_alone(micro
     assert not step.any() and module.counts["skipped_steps"] == 1
 
 
+class Resting(GSPOModule):
+    def auxiliary_loss(self, minibatch):
+        return None
+
+
+class Constant(GSPOModule):
+    def auxiliary_loss(self, minibatch):
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("update", [{}, {"keep_zero_advantage": True}], ids=["left out", "kept"])
+@pytest.mark.parametrize("cls", [Resting, Constant])
+def test_without_a_term_and_without_signal_no_step_is_taken(cls, update, micro_model_dir):
+    """One with a gradient of zero would move weights that decay or have momentum."""
+    step, module = step_of(cls, micro_model_dir, scripted_prompts()[1:2] * 2, **update)
+    assert not step.any()
+    assert (module.counts["optimizer_steps"], module.counts["skipped_steps"]) == (0, 1)
+    plain, _ = update_of(micro_model_dir, Settings(update=update), scripted_prompts())
+    step, module = step_of(cls, micro_model_dir, scripted_prompts(), **update)
+    assert torch.equal(step, plain) and module.counts["optimizer_steps"] == 1
+
+
+def test_a_term_that_is_assigned_to_the_object_is_that_of_a_subclass(micro_model_dir):
+    prompts = scripted_prompts()[1:2] * 2
+    module = build_module(micro_model_dir, Settings(), generations=3)
+    module.auxiliary_loss = lambda minibatch: 0.3 * module.policy.output_weight.square().mean()
+    module.configure_model()
+    before = weights(module)
+    trainer().fit(module, DataLoader([PromptBatch(prompts)], batch_size=None))
+    assert relative_distance(before - weights(module), auxiliary_gradient(micro_model_dir)) < 1e-6
+
+
 # ---------------------------------------------------------------- LightningCLI
 
 CHECKS = """

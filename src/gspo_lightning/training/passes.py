@@ -59,6 +59,8 @@ class Attempt:
     metrics: Metrics = field(default_factory=dict)
     tokens: int = 0
     """Forwarded tokens."""
+    has_term: bool = False
+    """Whether an auxiliary loss with a gradient was added."""
 
     def finish(self, logprobs: Tensor, micro: MicroBatch) -> None:
         """Records a micro-batch whose backward is done."""

@@ -142,7 +142,7 @@ class RolloutUpdate:
         add_metrics(self.metrics, attempt.metrics)
         self._control_entropy(attempt.metrics)
         self.forwarded_tokens += attempt.tokens
-        if rounds and self._has_gradient(minibatch):
+        if rounds and self._has_gradient(minibatch, attempt):
             self._take_step()
         else:
             cast(LightningOptimizer, module.optimizers()).zero_grad()
@@ -167,19 +167,21 @@ class RolloutUpdate:
             add_metrics(self.metrics, {"entropy_coef": (weight, torch.ones(()))})
             self.module.entropy_control.observe(objective, total / count)
 
-    def _has_gradient(self, minibatch: Minibatch) -> bool:
+    def _has_gradient(self, minibatch: Minibatch, attempt: Attempt) -> bool:
         """Whether anything forwarded on any rank can have a gradient. If not, the step is skipped: with momentum a zero
         gradient moves the weights too."""
         module, objective = self.module, self.passes.objective
         # Adaptive entropy control forwards all completions, whether its bonus acts in this step or not.
         rests = objective.entropy_target is not None and not objective.entropy_coef
-        if not module.update_settings.keep_zero_advantage and not rests:
+        keeps = module.update_settings.keep_zero_advantage or rests
+        if not keeps and not module.has_auxiliary_loss:
             return True  # completions that cannot have one are left out
-        members = ((part.group, number) for plan in minibatch.plan for part in plan for number in part.completions)
-        signal = not all(self.scored.has_zero_advantage(group, number) for group, number in members)
+        members = [(part.group, number) for plan in minibatch.plan for part in plan for number in part.completions]
+        signal = bool(members)
+        if keeps and all(self.scored.has_zero_advantage(group, number) for group, number in members):
+            signal &= not (replace(objective, entropy_target=None) if rests else objective).zero_advantage_is_free
         # No reason to return at once: of a loss that draws at random ranks may find different things, and all must ask.
-        signal = signal or not (replace(objective, entropy_target=None) if rests else objective).zero_advantage_is_free
-        return bool(global_max(int(signal or module.has_auxiliary_loss), module.device))
+        return bool(global_max(int(signal or attempt.has_term), module.device))
 
     def _accumulate(self, minibatch: Minibatch, fixed: Fixed, attempt: Attempt) -> int:
         """Accumulates the gradient of one minibatch; returns the number of backwards, the same on every rank."""
@@ -199,6 +201,7 @@ class RolloutUpdate:
                 loss = loss * (world_size() / attempt.denominator)
                 if index + 1 == rounds and (extra := module.auxiliary_loss(minibatch)) is not None:
                     check_auxiliary_loss(extra, module)
+                    attempt.has_term = extra.requires_grad
                     add_metrics(attempt.metrics, {"loss/auxiliary": (extra.detach().double(), torch.ones(()))})
                     loss = loss + extra
                 module.manual_backward(loss)
