@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from gspo_lightning.types import Rollout
 from tests.conf.test_groups import resolved
 from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
 from tests.support import padded_logprobs
+
+TWO = {"num_minibatches": 2, "num_iterations": 2}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -156,6 +159,36 @@ def test_an_engine_that_returns_other_groups_is_refused(engine, found, micro_mod
     refused(module, f"{line}; return as many")
 
 
+class Empty(ScriptedEngine):
+    """As one that asks a server which leaves the end token out."""
+
+    def change(self, completion):
+        return replace(completion, token_ids=completion.token_ids[:0], sampler_logprobs=torch.zeros(0))
+
+    def generate(self, policy, prompts, sampling, seed):
+        rollout = super().generate(policy, prompts, sampling, seed)
+        first, *others = rollout.completions
+        return Rollout(prompts, [[*first[:-1], self.change(first[-1])], *others])
+
+
+class Unlikely(Empty):
+    """As one that does not report log-probabilities."""
+
+    def change(self, completion):
+        return replace(completion, token_ids=torch.tensor([5, 2]), sampler_logprobs=torch.zeros(0))
+
+
+@pytest.mark.parametrize(("engine", "found"), [(Empty, "0 tokens"), (Unlikely, "2 tokens")])
+def test_completions_of_an_engine_that_cannot_be_trained_on_are_refused(engine, found, micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.engine = engine()
+    refused(
+        module,
+        f"rollout.engine: generate() returned a completion of {found} with 0 log-probabilities for row scripted:0; "
+        "return at least the token that ended it, and a log-probability of each",
+    )
+
+
 class Flat(AdvantageEstimator):
     def __call__(self, rewards, everyone=None):
         return rewards.flatten()
@@ -166,12 +199,17 @@ class Listed(AdvantageEstimator):
         return rewards.tolist()
 
 
+class OfNumPy(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return rewards.numpy() - rewards.numpy().mean(axis=1, keepdims=True)
+
+
 class Centred(AdvantageEstimator):
     def __call__(self, rewards, everyone=None):
         return rewards - rewards.mean(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize(("estimator", "found"), [(Flat, "(12,)"), (Listed, "list")])
+@pytest.mark.parametrize(("estimator", "found"), [(Flat, "(12,)"), (Listed, "list"), (OfNumPy, "ndarray")])
 def test_advantages_of_another_shape_are_refused(estimator, found, micro_model_dir):
     module = build_module(micro_model_dir, Settings())
     module.advantages = estimator()
@@ -186,6 +224,23 @@ def test_an_estimator_of_ones_own_is_asked(micro_model_dir):
     fit(own)
     fit(none)
     assert torch.allclose(weights(own), weights(none), rtol=0, atol=1e-12)
+
+
+class Learnt(AdvantageEstimator):
+    """With a graph, as where a baseline is a network of its own, and in float32."""
+
+    def __call__(self, rewards, everyone=None):
+        baseline = torch.nn.Parameter(rewards.float().mean(dim=1, keepdim=True))
+        return rewards.float() - baseline
+
+
+def test_the_graph_of_a_learnt_baseline_is_not_trained_through(micro_model_dir):
+    own, none = (build_module(micro_model_dir, Settings(advantages="none", update=TWO)) for _ in range(2))
+    own.advantages = Learnt()
+    fit(own)
+    fit(none)
+    assert own.last_scored.advantages.dtype == torch.float64
+    assert torch.allclose(weights(own), weights(none), rtol=0, atol=1e-6)
 
 
 class OfTheBatch(AdvantageEstimator):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.dialogue.turns import has_turn_rewards, turn_advantages
 from gspo_lightning.distributed.ranks import gather_values
@@ -15,6 +18,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.seeds import rollout_seed
+from gspo_lightning.screen import counted
 from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
 from gspo_lightning.training.out_of_memory import memory_for
 from gspo_lightning.training.prompt_source import needed_source
@@ -123,13 +127,23 @@ def sample(
 
 
 def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
-    """Refuses a wrong number of completions, as a custom engine may return: reward tensors are ``(B, G)``."""
+    """Refuses what a custom engine may return: another number of completions than asked for, since reward tensors are
+    ``(B, G)``; a completion without tokens, or with another number of log-probabilities."""
     found = [len(group) for group in rollout.completions]
     if len(rollout.prompts) != prompts or found != [generations] * prompts:
         raise UserError(
             f"rollout.engine: generate() returned {len(rollout.prompts)} prompts with {found} completions, but was "
             f"asked for {prompts} prompts with {generations} each; return as many"
         )
+    for prompt, group in zip(rollout.prompts, rollout.completions, strict=True):
+        for completion in group:
+            tokens, logprobs = len(completion.token_ids), len(completion.sampler_logprobs)
+            if not tokens or tokens != logprobs:
+                raise UserError(
+                    f"rollout.engine: generate() returned a completion of {counted(tokens, 'token')} with "
+                    f"{counted(logprobs, 'log-probability', 'log-probabilities')} for row {prompt.uid}; return at "
+                    "least the token that ended it, and a log-probability of each"
+                )
 
 
 def _check_turns(rollout: Rollout, advantages: AdvantageEstimator) -> None:
@@ -156,15 +170,15 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
         )
     everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
     values = advantages(rollout.rewards, *everyone)
-    if (shape := getattr(values, "shape", None)) != rollout.rewards.shape:
-        found = type(values).__name__ if shape is None else tuple(shape)
+    if not isinstance(values, Tensor) or values.shape != rollout.rewards.shape:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UserError(
             f"advantages: {type(advantages).__name__} returned {found} for rewards of {tuple(rollout.rewards.shape)}; "
             "return a tensor of that shape"
         )
     return ScoredRollout(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
-        advantages=values,
+        advantages=values.detach().to("cpu", torch.float64),  # one that learns a baseline may leave its graph on
         turn_advantages=turns,
     )
 
