@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_choice
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation, as TRL does, so that recipes carry over."""
@@ -31,6 +31,11 @@ class AdvantageEstimator:
     """Divide by the unbiased standard deviation of the group, of the batch on all ranks, or not at all (Dr. GRPO)."""
     baseline: Literal["mean", "rloo"] = "mean"
     """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
+
+    def __post_init__(self) -> None:
+        if type(self).__call__ is AdvantageEstimator.__call__:  # one of a user's own may have choices of its own
+            check_choice("advantages.scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+            check_choice("advantages.baseline", self.baseline, ("mean", "rloo"))
 
     def silent(self, rewards: Tensor) -> Tensor:
         """Mask ``(B,)`` of the groups whose rewards ``(B, G)`` give nothing to learn: by default, equal ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _WORDS = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -41,3 +43,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch  # late: the process of a reward function has no need of it
 
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _WORDS)
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Refuses, in a program without a config, a word that would be taken for another one.
+
+    Args:
+        key: the setting.
+        value: what it is set to.
+        choices: what it may be.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if value not in choices:
+        raise UserError(f"{key}={value!r}: there is no such choice; choose {', '.join(choices)}")

@@ -15,6 +15,12 @@ from torch.utils.data import DataLoader
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.config import checks
 from gspo_lightning.errors import UserError
+from gspo_lightning.objective import Objective
+from gspo_lightning.objective.mismatch import MismatchCorrection
+from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.training.schedule import Schedule
+from gspo_lightning.training.update import UpdateSettings
+from gspo_lightning.training.validation import ValidationSettings
 from gspo_lightning.types import Rollout
 from tests.conf.test_groups import resolved
 from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
@@ -298,3 +304,24 @@ def test_a_term_that_cannot_be_added_to_a_loss_is_refused(term, found, micro_mod
     module.__class__ = type("Own", (type(module),), {"auxiliary_loss": lambda self, minibatch: term})
     line = f"Own.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None if there is no term"
     refused(module, line)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: AdvantageEstimator(True), "advantages.scale_rewards=True: there is no such choice; choose group, batch, none"),
+        (lambda: AdvantageEstimator(baseline="loo"), "advantages.baseline='loo': there is no such choice; choose mean, rloo"),
+        (lambda: Schedule("warmup"), "scheduler.name='warmup': there is no such choice; choose cosine, linear, constant"),
+        (lambda: Objective(8, "seq"), "objective.importance_sampling_level='seq': there is no such choice; choose token, "),
+        (lambda: Objective(8, beta=0.1, kl_estimator="k4"), "objective.kl_estimator='k4': there is no such choice; choose k1"),
+        (lambda: MismatchCorrection("tokens", "mask", 2.0), "objective.mismatch.level='tokens': there is no such choice"),
+        (lambda: MismatchCorrection("token", "clip", 2.0), "objective.mismatch.how='clip': there is no such choice"),
+        (lambda: RewardSet({"a": RewardSpec(len)}, "gdpo"), "reward.combine='gdpo': there is no such choice; choose weigh"),
+        (lambda: UpdateSettings(num_iterations=0), "update.num_iterations=0 must be at least 1"),
+        (lambda: UpdateSettings(num_minibatches=0), "update.num_minibatches=0 must be at least 1"),
+        (lambda: ValidationSettings(0), "validation.num_generations=0 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_a_word_that_would_be_taken_for_another_is_refused_where_no_config_is(make, line):
+    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        make()

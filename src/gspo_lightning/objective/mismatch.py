@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.objective.ratios import sequence_mean
 from gspo_lightning.types import Metrics
 
@@ -37,6 +37,8 @@ class MismatchCorrection:
     """The smallest weight that counts (``mask``)."""
 
     def __post_init__(self) -> None:
+        check_choice("objective.mismatch.level", self.level, ("token", "sequence", "sequence_mean"))
+        check_choice("objective.mismatch.how", self.how, ("truncate", "mask"))
         if not self.high >= 1.0 or not 0.0 <= self.low <= 1.0:
             raise UserError(f"objective.mismatch: low={self.low} <= 1 <= high={self.high} must hold, low at least 0")
         if self.how == "truncate" and self.low:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
 from gspo_lightning.objective.losses import LOSS_KEYS, LOSSES, LossFunction, LossInputs, LossSpec
@@ -75,6 +75,8 @@ class Objective:
     """Exponent and decay of the weight of ``vespo``, by the sign of the advantage."""
 
     def __post_init__(self) -> None:
+        check_choice("objective.importance_sampling_level", self.importance_sampling_level, tuple(CLIP_WIDTHS))
+        check_choice("objective.kl_estimator", self.kl_estimator, get_args(Estimator))
         if isinstance(self.loss_type, str) and self.loss_type not in LOSSES:
             raise UserError(f"objective.loss_type={self.loss_type}: there is no such loss; choose {', '.join(LOSSES)}")
         if not isinstance(self.loss_type, str | LossSpec) and not callable(self.loss_type):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.rewards.by_task import ForTasks, object_of
 from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
 from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
@@ -60,6 +60,7 @@ class RewardSet:
     ) -> None:
         if not functions:
             raise UserError("reward.functions is empty; give at least one reward function")
+        check_choice("reward.combine", combine, ("weighted_sum", "normalize_then_sum"))
         self.functions = functions
         self.how = combine
         self.names = tuple(functions)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Schedule:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choice("scheduler.name", self.name, ("cosine", "linear", "constant"))
         for key in ("warmup_ratio", "min_ratio"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"scheduler.{key}={getattr(self, key)} must be between 0 and 1")

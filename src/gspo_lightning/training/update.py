@@ -44,6 +44,9 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         if self.old_logprobs not in ("policy", "sampler"):
             raise UserError(f"update.old_logprobs={self.old_logprobs}: choose policy or sampler")
+        for key in ("num_iterations", "num_minibatches"):
+            if getattr(self, key) < 1:
+                raise UserError(f"update.{key}={getattr(self, key)} must be at least 1")
         if not self.max_grad_norm > 0:  # below 0 a gradient's sign would flip
             raise UserError(f"update.max_grad_norm={self.max_grad_norm} must be above 0 (inf: no clip)")
         if self.max_nonfinite_steps < 1:

@@ -36,6 +36,10 @@ class ValidationSettings:
     num_samples: int = 10
     """Greedy completions kept for the report."""
 
+    def __post_init__(self) -> None:
+        if self.num_generations < 1:
+            raise UserError(f"validation.num_generations={self.num_generations} must be at least 1")
+
 
 class Validator:
     """Accumulates validation over batches and ranks with torchmetrics.
