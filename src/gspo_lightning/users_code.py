@@ -15,6 +15,8 @@ from gspo_lightning.errors import UserError
 
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
 """Exceptions that users' code may raise and an error line must name; Ctrl-C is not among them."""
+LARGEST = 1e100
+"""Largest reward: the squares of larger ones, of which the spread of a group is made, may be no numbers."""
 
 
 def copied(value: Any) -> Any:

@@ -204,6 +204,13 @@ def test_what_is_no_number_is_no_reward(reward):
         played(functools.partial(Once, Reply(None), reward))[0].result()
 
 
+def test_a_reward_whose_square_is_no_number_is_refused():
+    with pytest.raises(
+        UserError, match=r"^environment Once: a reward must not be beyond 1e\+100, but is 1e\+300 \(row"
+    ):
+        played(functools.partial(Once, Reply(None), 1e300))[0].result()
+
+
 SYSTEM = {"role": "system", "content": "Rules."}
 REFUSES = "{% if messages[0].role != 'system' %}{{ raise_exception('begin with a system message') }}{% endif %}"
 REPEATS = (

@@ -76,6 +76,13 @@ def test_numbers_of_numpy_are_rewards_and_one_too_large_for_a_float_is_refused()
         score(f=lambda completions: [10**400] * 4)
 
 
+def test_a_reward_whose_square_is_no_number_is_refused():
+    """Divided by an infinite spread, all advantages of its group would be 0."""
+    assert score(f=lambda completions: [1e100] * 4).flatten().tolist() == [1e100] * 4
+    with pytest.raises(UserError, match=r"reward function f returned -1e\+300 for row t:0, beyond 1e\+100: the spread"):
+        score(f=lambda completions: [-1e300] * 4)
+
+
 def dialogues():
     """Of five tokens, two of which an environment said; the prompts have a list in their rows."""
     trained = torch.tensor([True, False, False, True, True])

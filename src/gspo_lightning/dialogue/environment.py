@@ -15,7 +15,7 @@ from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.dialogue.threads import Threads
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt, ToolCounts
-from gspo_lightning.users_code import RAISED, copied, finite_number
+from gspo_lightning.users_code import LARGEST, RAISED, copied, finite_number
 
 _LONGEST_TOKEN = 64
 """Characters; a few tokens of some vocabularies are longer, all of a text hardly ever."""
@@ -220,6 +220,8 @@ class OpenDialogue:
         number = finite_number(reward)
         if number is None:
             raise UserError(f"{self._name}: a reward must be a finite number, not {reward!r} ({self._where})")
+        if abs(number) > LARGEST:
+            raise UserError(f"{self._name}: a reward must not be beyond {LARGEST:g}, but is {reward!r} ({self._where})")
         return number
 
     def ask(self, method: str, *arguments: Any) -> Any:

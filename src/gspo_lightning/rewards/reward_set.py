@@ -25,7 +25,7 @@ from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, Tra
 from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.screen import counted
 from gspo_lightning.types import Completion, Metrics, Prompt
-from gspo_lightning.users_code import finite_number, keeps_state
+from gspo_lightning.users_code import LARGEST, finite_number, keeps_state
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -250,5 +250,10 @@ def checked(name: str, values: Any, uids: list[str]) -> list[float]:
         number = math.nan if value is None else finite_number(value)
         if number is None:
             raise UserError(f"reward function {name} returned {value!r} for row {uid}; return a finite number or None")
+        if abs(number) > LARGEST:
+            raise UserError(
+                f"reward function {name} returned {value!r} for row {uid}, beyond {LARGEST:g}: the spread of a group "
+                "overflows there; return smaller numbers"
+            )
         numbers.append(number)
     return numbers
