@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import LOSSES, LossInputs, Objective
 from gspo_lightning.objective.losses import LossSpec
+from gspo_lightning.objective.mismatch import MismatchCorrection
 
 LENGTHS = [3, 1, 5, 2, 4, 2]
 ADVANTAGES = [1.5, -0.7, -1.2, 0.9, 0.4, -0.3]
@@ -233,6 +234,24 @@ def test_entropy_bonus_is_subtracted_per_token():
     value, _, metrics = call(bonus, old, new, advantages, entropy=entropy)
     assert value == pytest.approx(call(plain, old, new, advantages)[0] - 0.01 * 1.25, rel=1e-10)
     assert metrics["entropy"][0].item() / metrics["entropy"][1].item() == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"beta": 0.1}, "objective.beta: the objective was called without ref_logprobs"),
+        ({"entropy_coef": 0.1}, "objective.entropy_coef: the objective was called without entropy"),
+        ({"top_entropy_quantile": 0.5}, "objective.top_entropy_quantile: the objective was called without selected"),
+        (
+            {"mismatch": MismatchCorrection("token", "mask", 2.0)},
+            "objective.mismatch: the objective was called without sampler_logprobs",
+        ),
+    ],
+    ids=str,
+)
+def test_a_term_is_not_left_out_where_what_it_needs_is_missing(changes, line):
+    with pytest.raises(UserError, match=f"^{line}; give it$"):
+        call(Objective(MAX_TOKENS, "token", **changes), *make())
 
 
 @settings(deadline=None, max_examples=60)

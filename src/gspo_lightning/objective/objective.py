@@ -180,12 +180,16 @@ class Objective:
             lengths: ``(S,)`` tokens per sequence.
             ref_logprobs: ``(L,)``; required if ``needs_ref``.
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
-            selected: ``(L,)`` bool, the tokens that the policy term is computed on; None for all.
+            selected: ``(L,)`` bool, the tokens that the policy term is computed on; required if ``selects_tokens``.
             sampler_logprobs: ``(L,)``; required with ``mismatch``.
 
         Raises:
-            UserError: the loss function did not return a loss per token, or lost the gradient.
+            UserError: one of these is not given but required, or the loss function did not return a loss per token, or
+                lost the gradient.
         """
+        self._check_given(
+            ref_logprobs=ref_logprobs, entropy=entropy, selected=selected, sampler_logprobs=sampler_logprobs
+        )
         log_ratio = logprobs - old_logprobs
         correction: Tensor | None = None
         of_correction: Metrics = {}
@@ -237,6 +241,17 @@ class Objective:
             self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative,
             correction if self.spec.corrects_itself else None,
         )  # fmt: skip
+
+    def _check_given(self, **given: Tensor | None) -> None:
+        """Refuses a program's own call without what a setting needs: its term would be missing without a word."""
+        for setting, needed, name in (
+            ("beta", self.needs_ref, "ref_logprobs"),
+            ("entropy_coef", self.needs_entropy, "entropy"),
+            ("top_entropy_quantile", self.selects_tokens, "selected"),
+            ("mismatch", self.mismatch is not None, "sampler_logprobs"),
+        ):
+            if needed and given[name] is None:
+                raise UserError(f"objective.{setting}: the objective was called without {name}; give it")
 
     def _loss_of_tokens(self, x: LossInputs) -> Tensor:
         """``(L,)`` values of the loss function; a scalar would be broadcast to all tokens and change the gradient."""
