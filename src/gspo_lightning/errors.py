@@ -1,4 +1,4 @@
-"""The exception for mistakes a user can fix, and what exceptions of other code mean."""
+"""Exceptions that end a run by more than one part of it, and what exceptions of other code mean."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class UserError(Exception):
     The message is one line that names the key, row or file and the fix. The command line prints it
     without a traceback and exits with code 2.
     """
+
+
+class NonFiniteGradientError(RuntimeError):
+    """Raised after too many consecutive non-finite gradients; none of them reached the weights."""
 
 
 def reason(error: BaseException) -> str:

@@ -10,11 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import NonFiniteGradientError, UserError
 from gspo_lightning.packing import batch, pack
 from gspo_lightning.rollout import TransformersEngine, decoder
 from gspo_lightning.rollout.decoder import Decoder
-from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
 

@@ -14,11 +14,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gspo_lightning.config.hardware import busy_tokens, token_budget
+from gspo_lightning.errors import NonFiniteGradientError
 from gspo_lightning.objective import LOSSES, Objective
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.training import rollout_update
-from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.training.run_state import restore_run_state, run_state
 from gspo_lightning.training.update import UpdateSettings, build_micro_batch, minibatch_order, split_minibatches
 from gspo_lightning.types import Completion, ScoredRollout

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gspo_lightning.training.guarded_step import NonFiniteGradientError
+from gspo_lightning.errors import NonFiniteGradientError
 
 
 class NonFiniteLayerError(NonFiniteGradientError):

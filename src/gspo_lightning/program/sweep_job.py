@@ -25,12 +25,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import OmegaConf
 
 from gspo_lightning.distributed.rendezvous import CLUSTERS
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import NonFiniteGradientError, UserError
 from gspo_lightning.program.interrupt import Interrupted
 from gspo_lightning.report.files import read_json
 from gspo_lightning.rewards.serve import die_with
 from gspo_lightning.rollout import RolloutError
-from gspo_lightning.training.guarded_step import NonFiniteGradientError
 
 ERROR = "error: "
 CODES: dict[int, type[Exception]] = {2: UserError, 3: NonFiniteGradientError, 4: RolloutError}

@@ -14,14 +14,13 @@ import torch
 
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.sharding import in_step
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import NonFiniteGradientError, UserError
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.decoder import Decoder
 from gspo_lightning.rollout.dialogue_decoder import DialogueDecoder
 from gspo_lightning.rollout.padded_decoder import PaddedDecoder
 from gspo_lightning.rollout.prepacked import prepacked_weights
 from gspo_lightning.rollout.turns import refuse_padded
-from gspo_lightning.training.guarded_step import NonFiniteGradientError
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
 
 

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gspo_lightning.distributed.ranks import whole
+from gspo_lightning.errors import NonFiniteGradientError
 from gspo_lightning.screen import counted
-
-
-class NonFiniteGradientError(RuntimeError):
-    """Raised after too many consecutive non-finite gradients; none of them reached the weights."""
 
 
 class Steppable(Protocol):
