@@ -36,7 +36,7 @@ TILE_QUERIES = 64
 FINE_TILE_QUERIES = 32
 """The same for blocks that are gathered into batches: fewer wasted scores, more copies of a prompt's keys."""
 
-WHOLE_PROMPT_TOKENS = 512
+WHOLE_PROMPT_TOKENS = 192
 """On CPUs longer prompts are cut into chunks: half of a whole prompt's scores are wasted."""
 
 
