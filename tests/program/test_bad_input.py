@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from gspo_lightning import cli
 from scripts import errors_page
 from tests.bad_input.cases import CASES, QUICK
+from tests.command_line import run
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors.md"
@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "errors.md"
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore")
 def test_a_mistake_gets_one_line_and_exit_code_two(case, tmp_path, monkeypatch, capfd):
-    run = tmp_path / "run"
+    folder = tmp_path / "run"
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("my_rewards", None)
     monkeypatch.setattr(sys, "argv", ["train.py", *case.arguments(tmp_path)])
@@ -36,7 +36,7 @@ def test_a_mistake_gets_one_line_and_exit_code_two(case, tmp_path, monkeypatch, 
     assert case.says in errors[0]
     assert errors_page.shown(errors[0], tmp_path) in PAGE.read_text(), "run scripts/errors_page.py"
     assert "Traceback" not in out + err and "the payload ran" not in out + err
-    left = {path.name for path in run.rglob("*")} if run.exists() else set()
+    left = {path.name for path in folder.rglob("*")} if folder.exists() else set()
     assert not left & {"model", "report.html", "summary.json"} and not any(name.endswith(".tmp") for name in left)
 
 
@@ -55,16 +55,12 @@ IN_A_PROCESS = [
 @pytest.mark.parametrize("overrides", IN_A_PROCESS, ids=lambda overrides: overrides[0])
 def test_the_same_in_a_process_of_its_own(overrides, tmp_path):
     (tmp_path / "my_rewards.py").write_text("import sys\ndef leaves(completions, **_): sys.exit(0)\n")
-    command = [sys.executable, str(ROOT / "train.py"), *QUICK, f"hydra.run.dir={tmp_path}/run", *overrides]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    done = run(*QUICK, f"hydra.run.dir={tmp_path}/run", *overrides, expect=2, cwd=tmp_path)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists(), "a run that was refused left a folder"
 
 
 def test_a_secret_in_what_is_wrong_is_masked(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "model.path=/models/${oc.env:MY_API_KEY}/x"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MY_API_KEY": "do-not-tell-7f"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 2 and "/models/***/x" in done.stderr and "do-not-tell-7f" not in done.stdout + done.stderr
+    environment = {**os.environ, "MY_API_KEY": "do-not-tell-7f"}
+    done = run(*QUICK, "model.path=/models/${oc.env:MY_API_KEY}/x", expect=2, cwd=tmp_path, env=environment)
+    assert "/models/***/x" in done.stderr and "do-not-tell-7f" not in done.stdout + done.stderr
