@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -90,3 +91,26 @@ class Placed:
 
     def __call__(self):
         return self.place
+
+
+class Judge:
+    """Keeps a connection from call to call, as clients of a judge's server do; a connection belongs to an event loop."""
+
+    def __init__(self):
+        self.connection = None
+
+    async def __call__(self, completions, **_):
+        if self.connection is None:
+            self.server = await asyncio.start_server(echo, "127.0.0.1", 0)
+            self.connection = await asyncio.open_connection(*self.server.sockets[0].getsockname())
+        reader, writer = self.connection
+        rewards = []
+        for completion in completions:
+            writer.write(f"{len(completion)}\n".encode())
+            rewards.append(float(await asyncio.wait_for(reader.readline(), 10)))
+        return rewards
+
+
+async def echo(reader, writer):
+    while line := await reader.readline():
+        writer.write(line)

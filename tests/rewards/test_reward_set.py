@@ -325,6 +325,19 @@ def test_columns_that_functions_of_some_tasks_need_are_needed_in_their_rows():
     assert everywhere == {"answer": by_task, "unit": "reward function z", "task": y}
 
 
+def test_a_function_of_some_tasks_may_be_asynchronous():
+    async def later(completions, answer):
+        await asyncio.sleep(0)
+        return [float(a == "y") + len(completions) for a in answer]
+
+    prompts, completions = batch()
+    for prompt, task in zip(prompts, ("a", "b"), strict=True):
+        prompt.sample["task"] = task
+    functions = {"b": RewardSpec(ForTasks(later, ["b"])), "plain": RewardSpec(lambda completions: [0.0] * 4)}
+    values = RewardSet(functions)(prompts, completions)[..., 0].flatten().nan_to_num(-1.0)
+    assert values.tolist() == [-1.0, -1.0, 3.0, 3.0]
+
+
 def test_a_row_to_which_no_function_applies_is_named():
     functions = {"f": lambda completions: [1, 1, 1, None], "g": lambda completions: [None] * 4}
     with pytest.raises(UserError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import importlib
 import math
@@ -200,6 +201,29 @@ def test_arguments_of_trl_and_what_it_logs_work_in_both_places(timeout_s, reward
     assert rewards.log.columns == {"text": ["c00", "c01", "c10", "c11"]}
     (total, count) = rewards.logged_metrics()["reward_log/mean_length"]
     assert (total.item(), count.item()) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+def test_an_asynchronous_function_may_keep_a_connection_from_call_to_call(timeout_s, reward_set):
+    """Calls of one event loop, as in TRL: in another one a connection, and a lock that somebody waits for, fail."""
+    rewards = reward_set(timeout_s=timeout_s, f=users.Judge())
+    for _ in range(3):
+        assert rewards(*batch()).flatten().tolist() == [3.0] * 4
+    copied = copy.deepcopy(RewardSet({"f": RewardSpec(users.asynchronous)}))
+    for _ in range(2):  # closed, it begins afresh
+        assert copied(*batch()).flatten().tolist() == [0.0] * 4
+        copied.close()
+
+
+def test_rewards_are_closed_where_an_event_loop_runs_as_in_a_notebook():
+    rewards = RewardSet({"f": RewardSpec(users.asynchronous)})
+
+    async def cell():
+        rewards(*batch())
+        copy.deepcopy(rewards).close()
+        rewards.close()
+
+    asyncio.run(cell())
 
 
 def test_a_process_gets_the_function_as_it_is_when_it_starts(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from gspo_lightning.errors import UserError
@@ -26,8 +26,7 @@ def object_of(function: Callable[..., Any]) -> Any:
 class ForTasks:
     """Calls ``function`` only for the completions of the named tasks; for all others it does not apply (None).
 
-    The function gets shorter lists, as if the other tasks did not exist; it must not be asynchronous,
-    nor use ``log_extra``.
+    The function gets shorter lists, as if the other tasks did not exist; it must not use ``log_extra``.
 
     Args:
         function: with the signature of every reward function.
@@ -48,12 +47,13 @@ class ForTasks:
             return getattr(self.function, name)
         raise AttributeError(name)
 
-    def __call__(self, task: list[str | None], **columns: Any) -> list[float | None]:
-        """One reward per completion; None for those of other tasks."""
+    def __call__(
+        self, task: list[str | None], **columns: Any
+    ) -> list[float | None] | Coroutine[Any, Any, list[float | None]]:
+        """One reward per completion, None for those of other tasks; to be awaited if the function's are."""
         mine = [number for number, name in enumerate(task) if name in self.tasks]
-        result: list[float | None] = [None] * len(task)
         if not mine:
-            return result
+            return [None] * len(task)
         columns["task"] = task
         accepted = columns.keys() if self._accepted is None else self._accepted & columns.keys()
         values = self.function(
@@ -62,8 +62,20 @@ class ForTasks:
                 for name in accepted
             }
         )
-        if len(values) != len(mine):
-            raise ValueError(f"returned {counted(len(values), 'value')} for {counted(len(mine), 'completion')}")
-        for number, value in zip(mine, values, strict=True):
-            result[number] = value
-        return result
+        if inspect.isawaitable(values):
+            return _awaited(values, mine, len(task))
+        return _placed(values, mine, len(task))
+
+
+async def _awaited(values: Awaitable[Sequence[float | None]], places: list[int], size: int) -> list[float | None]:
+    return _placed(await values, places, size)
+
+
+def _placed(values: Sequence[float | None], places: list[int], size: int) -> list[float | None]:
+    """``size`` values: these at their places, and None elsewhere."""
+    if len(values) != len(places):
+        raise ValueError(f"returned {counted(len(values), 'value')} for {counted(len(places), 'completion')}")
+    result: list[float | None] = [None] * size
+    for place, value in zip(places, values, strict=True):
+        result[place] = value
+    return result

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,11 +68,43 @@ def required_parameters(function: Callable[..., Any]) -> list[str]:
     ]
 
 
+class EventLoop:
+    """The event loop of all calls of a function: a client, a connection or a lock that it keeps belongs to one loop.
+
+    It is made by the first call that needs it, and may be used from one thread after another.
+    """
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def __reduce__(self) -> tuple[type[EventLoop], tuple[()]]:
+        """Copies, and worker processes, have loops of their own."""
+        return EventLoop, ()
+
+    def __del__(self) -> None:
+        if self._runner is not None:
+            with contextlib.suppress(Exception):
+                self._runner.get_loop().close()
+
+    def run(self, result: Awaitable[Any]) -> Any:
+        """What the awaitable gives."""
+        self._runner = self._runner or asyncio.Runner()
+        return self._runner.run(_awaited(result))
+
+    def close(self) -> None:
+        """Cancels what still runs and closes the loop; a later call makes a new one."""
+        runner, self._runner = self._runner, None
+        if runner is not None:  # in another thread: that of a notebook has a running loop
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(runner.close).result()
+
+
 @dataclass(frozen=True)
 class Caller:
     """A reward function in the form in which it is called, here or in a worker process."""
 
     function: Callable[..., Any]
+    loop: EventLoop = field(default_factory=EventLoop)
 
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the function takes."""
@@ -98,7 +132,7 @@ class Caller:
         given = {"trainer_state": state, "log_metric": log.log_metric, "log_extra": log.log_extra}
         # Copies: functions run in parallel on one rollout, and one must not change the lists of the others.
         result = self.function(**copied(self.accepted({**arguments, **given})))
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return self.loop.run(result) if inspect.isawaitable(result) else result
 
     def _row(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> str:
         start = time.monotonic()

@@ -21,7 +21,14 @@ from torch import Tensor
 from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.rewards.by_task import ForTasks, object_of
-from gspo_lightning.rewards.calling import Caller, Log, RewardFunctionError, TrainerState, required_parameters
+from gspo_lightning.rewards.calling import (
+    Caller,
+    EventLoop,
+    Log,
+    RewardFunctionError,
+    TrainerState,
+    required_parameters,
+)
 from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.screen import counted
 from gspo_lightning.types import Completion, Metrics, Prompt
@@ -69,6 +76,7 @@ class RewardSet:
         self.log = Log()
         """The values that the functions logged in the last call."""
         self._workers: dict[str, Worker] = {}
+        self._loops = {name: EventLoop() for name in functions}
         for name, spec in functions.items():
             has_state = keeps_state(object_of(spec.function), f"reward function {name}")
             if has_state and spec.timeout_s is not None:
@@ -122,7 +130,7 @@ class RewardSet:
 
     def _call(self, name: str, arguments: dict[str, list[Any]], uids: list[str]) -> tuple[Any, Log]:
         spec = self.functions[name]
-        caller = Caller(spec.function)
+        caller = Caller(spec.function, self._loops[name])
         if name not in self._workers:
             return caller(arguments, uids, self.trainer_state)
         accepted = caller.accepted(arguments)
@@ -147,9 +155,11 @@ class RewardSet:
                     raise UserError(f"reward function {name}: {error}") from error
 
     def close(self) -> None:
-        """Ends all processes; a later call starts them again."""
+        """Ends all processes and event loops; a later call starts them again."""
         for worker in self._workers.values():
             worker.close()
+        for loop in self._loops.values():
+            loop.close()
         for spec in self.functions.values():
             if hasattr(spec.function, "close"):
                 spec.function.close()
