@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import math
 import threading
 from dataclasses import replace
@@ -267,10 +268,7 @@ def test_a_completion_without_an_environment_beside_one_with_has_no_reward_of_on
     assert table.nan_to_num(-1.0).tolist() == [[-1.0, 2.0], [0.0, 2.0], [0.5, 2.0], [-1.0, 2.0]]
 
 
-def test_a_function_with_a_process_of_its_own_is_started_where_the_set_is_called_and_closed_with_it():
-    """A process that another thread starts ends with that thread."""
-    did = []
-
+def own_process(did):
     class Own:
         def start(self):
             did.append(("start", threading.current_thread()))
@@ -278,13 +276,36 @@ def test_a_function_with_a_process_of_its_own_is_started_where_the_set_is_called
         def close(self):
             did.append(("close", threading.current_thread()))
 
+        def check(self):
+            raise UserError("no sandbox here")
+
         def __call__(self, completions, **_):
             did.append(("call", None))
             return [1.0] * len(completions)
 
+    return Own()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda own: own,
+        functools.partial,
+        lambda own: ForTasks(functools.partial(functools.partial(own), scale=2), ["a"]),
+    ],
+    ids=["itself", "partial", "of tasks"],
+)
+def test_a_function_with_a_process_of_its_own_is_started_where_the_set_is_called_and_closed_with_it(wrapped):
+    """A process that another thread starts ends with that thread."""
+    did, (prompts, completions) = [], batch()
+    prompts = [replace(prompt, sample={"task": "a"}) for prompt in prompts]
     here = threading.current_thread()
-    rewards = RewardSet({"own": RewardSpec(Own()), "plain": RewardSpec(lambda completions: [1.0] * 4)})
-    rewards(*batch())
+    rewards = RewardSet(
+        {"own": RewardSpec(wrapped(own_process(did))), "plain": RewardSpec(lambda completions: [1.0] * 4)}
+    )
+    with pytest.raises(UserError, match="^reward function own: no sandbox here$"):
+        rewards.check()
+    rewards(prompts, completions)
     rewards.close()
     assert did == [("start", here), ("call", None), ("close", here)]
 

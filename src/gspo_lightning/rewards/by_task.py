@@ -23,6 +23,13 @@ def object_of(function: Callable[..., Any]) -> Any:
             return function.__self__ if inspect.ismethod(function) else function
 
 
+def unwrapped(function: Callable[..., Any]) -> Any:
+    """The function without its `functools.partial`: what has methods ``check``, ``start`` and ``close`` if any has."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 class ForTasks:
     """Calls ``function`` only for the completions of the named tasks; for all others it does not apply (None).
 
@@ -44,7 +51,7 @@ class ForTasks:
     def __getattr__(self, name: str) -> Any:
         # These methods are the function's; when unpickling, attributes are requested before __init__ has run.
         if name in ("check", "start", "close") and "function" in self.__dict__:
-            return getattr(self.function, name)
+            return getattr(unwrapped(self.function), name)
         raise AttributeError(name)
 
     def __call__(

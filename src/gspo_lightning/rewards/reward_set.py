@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError, check_choice
-from gspo_lightning.rewards.by_task import ForTasks, object_of
+from gspo_lightning.rewards.by_task import ForTasks, object_of, unwrapped
 from gspo_lightning.rewards.calling import (
     Caller,
     EventLoop,
@@ -125,8 +125,8 @@ class RewardSet:
         for name, spec in self.functions.items():
             if name in self._workers:
                 self._workers[name].start()
-            elif hasattr(spec.function, "start"):
-                spec.function.start()
+            elif hasattr(own := unwrapped(spec.function), "start"):
+                own.start()
 
     def _call(self, name: str, arguments: dict[str, list[Any]], uids: list[str]) -> tuple[Any, Log]:
         spec = self.functions[name]
@@ -148,9 +148,9 @@ class RewardSet:
     def check(self) -> None:
         """Refuses, before anything is loaded, functions that cannot run on this machine."""
         for name, spec in self.functions.items():
-            if hasattr(spec.function, "check"):
+            if hasattr(own := unwrapped(spec.function), "check"):
                 try:
-                    spec.function.check()
+                    own.check()
                 except UserError as error:
                     raise UserError(f"reward function {name}: {error}") from error
 
@@ -161,8 +161,8 @@ class RewardSet:
         for loop in self._loops.values():
             loop.close()
         for spec in self.functions.values():
-            if hasattr(spec.function, "close"):
-                spec.function.close()
+            if hasattr(own := unwrapped(spec.function), "close"):
+                own.close()
 
     def required_columns(self) -> dict[str, str | dict[str, str]]:
         """Columns a row must have -> what needs them: parameters without a default of the reward functions.
