@@ -346,6 +346,15 @@ def test_a_server_that_rests_is_tried_again_while_another_one_is_busy():
     assert pool.run([0, 1], work) == [0, 1] and failed == [1]
 
 
+def test_a_server_may_fail_as_often_as_it_likes():
+    """Tried twice a minute, one that is gone has failed a thousand times after a night."""
+    member = server_pool.Member(*servers(1))
+    for _ in range(2000):
+        member.preparing = True
+        member.rest(ServerError("gone"), 0.5)
+    assert member.failures == 2000 and 29.0 < member.retry_at - time.monotonic() <= 30.0
+
+
 def test_a_server_that_failed_and_does_not_come_back_is_said_once(capsys):
     fine, bad = servers(2)
     failed, attempts, often = [], [], threading.Event()

@@ -62,7 +62,8 @@ class Member:
     def rest(self, error: Exception, pause_s: float) -> None:
         """Takes the server out of use after a failure; jobs in flight that fail together count as one."""
         if self.ready or self.preparing:
-            self.retry_at = time.monotonic() + min(pause_s * 2**self.failures, _MAX_PAUSE_S)
+            doubled = pause_s * 2 ** min(self.failures, 64)  # no float holds 2**1024
+            self.retry_at = time.monotonic() + min(doubled, _MAX_PAUSE_S)
             self.failures += 1
         self.ready, self.trouble = False, str(error)
 
