@@ -161,6 +161,16 @@ def test_a_config_sends_no_other_secret_to_the_servers_it_names(monkeypatch):
     assert [member.server._api_key for member in engine.pool.members] == ["k1"]
 
 
+@pytest.mark.parametrize("key", ["hunter2-key\n", " hunter2-key", "hunter2\r\nX: y", "hunter2-schlüssel"])
+def test_a_key_that_no_header_carries_is_refused_and_not_repeated(key, monkeypatch):
+    monkeypatch.setenv("GSPO_ROLLOUT_KEY", key)
+    with pytest.raises(
+        UserError, match="^the environment variable GSPO_ROLLOUT_KEY .* set it to the key alone$"
+    ) as error:
+        VLLMServerEngine(["http://127.0.0.1:8000"], 8, 8)
+    assert "hunter2" not in str(error.value)
+
+
 def test_a_password_in_an_address_of_a_server_is_refused_and_not_repeated():
     with pytest.raises(UserError) as error:
         Server("http://me:hunter2@host:8000/v")

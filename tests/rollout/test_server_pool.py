@@ -230,12 +230,27 @@ def test_an_exchange_that_is_still_connecting_ends_with_the_others(monkeypatch):
 @pytest.mark.parametrize(
     "url",
     ["localhost:8000", "ftp://host", "http://", "http://host:abc", "http://host:80000", "http://host:0", "http://[::1",
-     "http://host?x=1", "http://me:hidden@host:abc"],
+     "http://host?x=1", "http://me:hidden@host:abc", "http://10.0.0..1:8000", "http://host/größe", "http://the host:8000",
+     "http://host/a path"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_at_once_and_without_a_password(url):
     with pytest.raises(UserError, match=r"urls: '.*' is not an address such as") as caught:
         Server(url)
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "rest"),
+    [({"request_timeout_s": 0.0}, "must be above 0"), ({"request_timeout_s": float("inf")}, "and at most 1000000"),
+     ({"request_timeout_s": float("nan")}, "must be above 0"), ({"max_attempts": 0}, "must be at least 1"),
+     ({"pause_s": -1.0}, "must be at least 0"), ({"ready_timeout_s": float("nan")}, "must be at least 0"),
+     ({"give_up_after_s": -1.0}, "must be at least 0")],
+)  # fmt: skip
+def test_waits_that_cannot_be_are_refused_by_name(bad, rest):
+    ((name, value),) = bad.items()
+    with pytest.raises(UserError, match=rf"^rollout\.engine\.{name}={value} .*{rest}"):
+        Patience(**bad)
+    assert Patience(ready_timeout_s=float("inf"), give_up_after_s=0.0, pause_s=0.0).max_attempts == 8
 
 
 def drips(headers, after_ten=lambda: None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -36,7 +37,9 @@ class Server:
         try:
             parts = urlsplit(url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # of a port that is no number up to 65535, or brackets of half an IPv6 address
+            (parts.hostname or "").encode("idna")
+            is_address = is_address and parts.path.isascii() and not re.search(r"\s", url)
+        except ValueError:  # a port that is no number up to 65535, half an IPv6 address in brackets, a host like a..b
             is_address = False
         if not is_address or parts.query or parts.fragment:
             shown = url if "@" not in url else f"***@{url.rpartition('@')[2]}"  # without a name and password

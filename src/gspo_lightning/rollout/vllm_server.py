@@ -89,7 +89,13 @@ class VLLMServerEngine:
                 f"rollout.engine.api_key_env={api_key_env} must begin with GSPO_; put the servers' key into such a "
                 "variable (GSPO_ROLLOUT_KEY)"
             )
-        servers = [Server(url, os.environ.get(api_key_env)) for url in urls]
+        key = os.environ.get(api_key_env)
+        if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise UserError(
+                f"the environment variable {api_key_env} (rollout.engine.api_key_env) holds a line break, white space "
+                "at an end or a letter beyond ASCII, which no header of HTTP carries; set it to the key alone"
+            )
+        servers = [Server(url, key) for url in urls]
         patience = Patience(ready_timeout_s, request_timeout_s, give_up_after_s, pause_s, max_attempts, max_in_flight)
         self.pool = ServerPool(servers, self._prepare, self._accept, patience)
         self.max_model_len = max_prompt_length + max_completion_length
