@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -71,6 +72,12 @@ def test_none_becomes_nan_and_bools_and_tensors_become_numbers():
 def test_numbers_of_numpy_are_rewards_and_one_too_large_for_a_float_is_refused():
     values = [np.float32(0.5), np.int64(2), np.bool_(True), np.array([4.0])]
     assert score(f=lambda completions: values)[..., 0].flatten().tolist() == [0.5, 2.0, 1.0, 4.0]
+    for whole in (np.array([0.5, 2.0, 1.0, 4.0]), pd.Series([0.5, 2.0, 1.0, 4.0], index=list("dcba"))):
+        assert score(f=lambda completions, whole=whole: whole)[..., 0].flatten().tolist() == [0.5, 2.0, 1.0, 4.0]
+    with pytest.raises(UserError, match="must return a list of 4 numbers or None, not 3 values"):
+        score(f=lambda completions: np.zeros(3))
+    with pytest.raises(UserError, match="must return a list of 4 numbers or None, not float64"):
+        score(f=lambda completions: np.float64(1.0))
     with pytest.raises(
         UserError, match="reward function f returned 1000.* for row t:0; return a finite number or None"
     ):

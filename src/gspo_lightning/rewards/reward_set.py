@@ -251,7 +251,7 @@ def merged_log(logs: list[Log], rows: int) -> Log:
 
 def checked(name: str, values: Any, uids: list[str]) -> list[float]:
     """The values as floats, None as NaN; refuses everything else, naming function and row."""
-    has_length = isinstance(values, Sequence) or (isinstance(values, Tensor) and values.ndim > 0)
+    has_length = isinstance(values, Sequence) or getattr(values, "ndim", 0) > 0  # a tensor, an array, a pandas Series
     if not has_length or isinstance(values, str) or len(values) != len(uids):
         got = counted(len(values), "value") if has_length else type(values).__name__
         raise UserError(f"reward function {name} must return a list of {len(uids)} numbers or None, not {got}")
