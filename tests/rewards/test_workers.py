@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import importlib
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import RewardSet, RewardSpec, worker
+from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec, worker
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.types import Completion, Prompt
 from tests.rewards import functions_of_users as users
@@ -239,6 +240,21 @@ def test_a_process_gets_the_function_as_it_is_when_it_starts(monkeypatch):
 def test_what_cannot_be_sent_to_a_process_is_refused_at_construction():
     with pytest.raises(UserError, match="reward function f has a timeout_s, but it cannot be sent"):
         RewardSet({"f": RewardSpec(lambda completions: [], timeout_s=1.0)})
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, functools.partial, lambda f: ForTasks(f, ["a"])])
+def test_a_function_of_the_started_script_is_refused_at_construction(wrapped, monkeypatch):
+    """There it is found, in the other process it is not."""
+
+    def own(completions):
+        return []
+
+    own.__module__, own.__qualname__ = "__main__", "own"
+    monkeypatch.setattr(sys.modules["__main__"], "own", own, raising=False)
+    with pytest.raises(
+        UserError, match="^reward function f has a timeout_s, but it is defined in the script that was st"
+    ):
+        RewardSet({"f": RewardSpec(wrapped(own), timeout_s=1.0)})
 
 
 @pytest.mark.parametrize(

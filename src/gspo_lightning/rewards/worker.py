@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import pickletools
 import signal
 import socket
 import subprocess
@@ -47,12 +48,11 @@ class Worker:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        module = getattr(function, "__module__", None) or type(function).__module__
         try:
-            pickle.dumps(function)
+            pickled = pickle.dumps(function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UserError(f"it cannot be sent to another process ({error}); define it in a module") from error
-        if module == "__main__":
+        if _names_main(pickled):
             raise UserError("it is defined in the script that was started; move it into a separate module")
         self._ready, self._idle = False, True
         self._is_over = False
@@ -161,6 +161,11 @@ class Worker:
         self._kill()
         self._process = self._connection = None
         self._idle = True
+
+
+def _names_main(pickled: bytes) -> bool:
+    """Whether what is pickled needs the script that was started: for a function, or what it wraps or belongs to."""
+    return b"__main__" in pickled and any(name == "__main__" for _, name, _ in pickletools.genops(pickled))
 
 
 def _current_gpu() -> int:
