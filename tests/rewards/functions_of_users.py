@@ -39,6 +39,11 @@ def raises_on_y(completions, answer, **_):
     return [1.0 if a != "y" else 1 / 0 for a in answer]
 
 
+def raises_late(completions, **_):
+    time.sleep(1.2)
+    raise RuntimeError("the judge is down")
+
+
 def dies(completions, **_):
     os._exit(7)
 

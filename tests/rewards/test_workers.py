@@ -142,6 +142,13 @@ def test_a_function_that_raises_names_itself_and_the_row(timeout_s, reward_set):
         reward_set(timeout_s=timeout_s, f=users.raises_on_y)(*batch())
 
 
+def test_the_error_of_a_function_that_raises_late_is_told_and_not_that_its_row_was_looked_for_too_long(reward_set):
+    with pytest.raises(
+        UserError, match=r"^reward function f raised RuntimeError: the judge is down \(one of the rows t:0 to t:1\)$"
+    ):
+        reward_set(timeout_s=2.0, f=users.raises_late)(*batch())
+
+
 def test_a_process_that_dies_is_told(reward_set):
     with pytest.raises(UserError, match="reward function f raised its process ended with exit code 7"):
         reward_set(f=users.dies)(*batch())

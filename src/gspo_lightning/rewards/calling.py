@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,17 +115,27 @@ class Caller:
         known = {p.name for p in parameters}
         return {name: value for name, value in arguments.items() if name in known}
 
-    def __call__(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> tuple[Any, Log]:
+    def __call__(
+        self, arguments: dict[str, Any], uids: list[str], state: TrainerState, limit_s: float = math.inf
+    ) -> tuple[Any, Log]:
         """Calls the function; returns its result and what it logged.
+
+        Args:
+            arguments: by name.
+            uids: of the rows.
+            state: for functions that read ``trainer_state``.
+            limit_s: seconds after which the caller stops waiting, also for the row of an error.
 
         Raises:
             RewardFunctionError: it raised; names the row, found by calling it again row by row.
         """
-        log = Log()
+        log, start = Log(), time.monotonic()
         try:
             return self._call(arguments, state, log), log
         except RAISED as error:  # a function that exits must not end the run silently
-            where = self._row(arguments, uids, state)
+            took = time.monotonic() - start
+            # The last call of the search may begin at its end and take as long as this one.
+            where = self._row(arguments, uids, state, min(SEARCH_S, 0.9 * limit_s - 2 * took))
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise RewardFunctionError(f"{what} ({where})") from error
 
@@ -134,10 +145,10 @@ class Caller:
         result = self.function(**copied(self.accepted({**arguments, **given})))
         return self.loop.run(result) if inspect.isawaitable(result) else result
 
-    def _row(self, arguments: dict[str, Any], uids: list[str], state: TrainerState) -> str:
+    def _row(self, arguments: dict[str, Any], uids: list[str], state: TrainerState, search_s: float) -> str:
         start = time.monotonic()
         for number, uid in enumerate(uids):
-            if time.monotonic() - start > SEARCH_S:
+            if time.monotonic() - start > search_s:
                 return f"one of the rows {uid} to {uids[-1]}"
             try:
                 self._call({name: [values[number]] for name, values in arguments.items()}, state, Log())

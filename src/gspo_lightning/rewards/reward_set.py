@@ -133,10 +133,8 @@ class RewardSet:
         caller = Caller(spec.function, self._loops[name])
         if name not in self._workers:
             return caller(arguments, uids, self.trainer_state)
-        accepted = caller.accepted(arguments)
-        return cast(
-            "tuple[Any, Log]", self._workers[name](accepted, uids, self.trainer_state, timeout_s=spec.timeout_s)
-        )
+        given = (caller.accepted(arguments), uids, self.trainer_state, spec.timeout_s)
+        return cast("tuple[Any, Log]", self._workers[name](*given, timeout_s=spec.timeout_s))
 
     def logged_metrics(self) -> Metrics:
         """Values logged in the last call by ``log_metric``, as (sum, count) under ``reward_log/``."""
