@@ -21,6 +21,17 @@ def test_an_endless_task_becomes_its_first_rows_again_and_again():
     assert FirstRows(task, 4).validation_rows() == task.validation_rows()
 
 
+def test_the_tasks_of_a_mixture_are_still_validated_each():
+    data = build_data(*of("data=mixture", "reward=by_task", "overfit_rows=8"))
+    assert data.task_names == ("largest", "sums") and data.task.num_train_rows == 8
+    assert build_data(*of("overfit_rows=8")).task_names == ()
+
+
+def of(*overrides):
+    plain = resolved(*overrides)
+    return plain, build(plain["reward"])
+
+
 def test_more_rows_than_there_are_or_none_are_refused():
     with pytest.raises(UserError, match="overfit_rows=5 must be between 1 and the task's 4 training rows"):
         FirstRows(FirstRows(LargestOfFour(), 4), 5)
@@ -29,7 +40,6 @@ def test_more_rows_than_there_are_or_none_are_refused():
 
 
 def test_debug_overfit_gives_every_rollout_the_same_prompts():
-    plain = resolved("experiment=micro", "debug=overfit", "data.prompts_per_rollout=4")
-    data = build_data(plain, build(plain["reward"]))
+    data = build_data(*of("experiment=micro", "debug=overfit", "data.prompts_per_rollout=4"))
     first, second = (sorted(p.uid for p in data.batch_at(cursor).prompts) for cursor in (0, 4))
     assert first == second and len(set(first)) == 4

@@ -34,6 +34,11 @@ class FirstRows:
         """Number of training rows: ``count``."""
         return self.count
 
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks of a `Mixture`, which are validated separately; empty for a single task."""
+        return getattr(self.task, "task_names", ())
+
     def train_row(self, index: int) -> Row:
         """Row ``index`` of the task."""
         return self.task.train_row(index)
