@@ -15,10 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from gspo_lightning import cli
 from gspo_lightning.callbacks import files
 from gspo_lightning.config import checks
-from gspo_lightning.config.build import build
-from gspo_lightning.config.effects import check_environment_reward, check_held_out
+from gspo_lightning.config.build import build, build_data
+from gspo_lightning.config.effects import check_environment_reward, check_held_out, check_tasks
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import MatmulReward, RewardSet, RewardSpec
+from gspo_lightning.rewards import ForTasks, MatmulReward, RewardSet, RewardSpec
 from tests.conf.test_groups import resolved
 
 MICRO = "experiment=micro"
@@ -100,6 +100,23 @@ def test_a_function_that_needs_an_environment_is_refused_without_one(name, refus
     check_environment_reward({"environment": None}, named)
     with pytest.raises(UserError, match=r"^reward.functions.mine: its parameter environment_reward .* there is none"):
         check_environment_reward({"environment": None}, rewards)
+
+
+def test_a_task_that_the_mixture_does_not_have_is_refused_or_warned_of():
+    """Its rows would be judged by the other functions alone, without a word."""
+    mixture = ["data=mixture", "reward=[by_task,soft_overlong]", "reward.functions.sums.function.tasks=[sum,largest]"]
+    line = "reward.functions.sums: ForTasks has no effect for sum: the tasks of the mixture are largest, sums"
+
+    def data(*overrides):
+        plain = resolved(*mixture, *overrides)
+        return build_data(plain, build(plain["reward"]))
+
+    with pytest.raises(UserError, match=rf"^{line} \(allow_no_effect=true turns this into a warning\)$"):
+        data()
+    with pytest.warns(UserWarning, match=f"^{line}$"):
+        assert data("allow_no_effect=true").task_names == ("largest", "sums")
+    some = RewardSet({"some": RewardSpec(ForTasks(MatmulReward(sandbox="unsafe"), ["of a column of a file"]))})
+    check_tasks({"allow_no_effect": False}, some, ())
 
 
 def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:

@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
+from gspo_lightning.config.effects import check_tasks
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.rendezvous import leave_at_exit, own_environment
@@ -119,6 +120,7 @@ def build_data(plain: dict[str, Any], rewards: RewardSet) -> Any:
     loaded.
     """
     datamodule = build({**plain["data"], "task": _task(plain)})
+    check_tasks(plain, rewards, getattr(datamodule, "task_names", ()))
     rewards.check()
     environments = build(plain["environment"]) if plain["environment"] else None
     if isinstance(environments, Environments):  # `with_environments` refuses any other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from gspo_lightning.callbacks.best import metrics_of
@@ -111,4 +112,25 @@ def check_environment_reward(plain: dict[str, Any], rewards: RewardSet) -> None:
             raise UserError(
                 f"reward.functions.{name}: its parameter environment_reward is what an environment gives, and there is "
                 "none; set one, such as environment=calculator, or give the parameter a default"
+            )
+
+
+def check_tasks(plain: dict[str, Any], rewards: RewardSet, tasks: Sequence[str]) -> None:
+    """A reward function of some tasks names those of the mixture.
+
+    Args:
+        plain: the resolved config.
+        rewards: the functions.
+        tasks: of the mixture; empty for other data, whose rows may have a column ``task`` of their own.
+
+    Raises:
+        UserError: names the function and what it would never apply to.
+    """
+    for name, spec in rewards.functions.items():
+        named = spec.function.tasks if isinstance(spec.function, ForTasks) else frozenset()
+        if tasks and (unknown := sorted(named.difference(tasks))):
+            no_effect(
+                f"reward.functions.{name}: ForTasks has no effect for {', '.join(unknown)}: the tasks of the "
+                f"mixture are {', '.join(tasks)}",
+                plain,
             )
