@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
+from decimal import Decimal
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import TaggedNumber, exact_match, last_integer, letter_share, numeric_match
+from gspo_lightning.rewards.functions import is_missing
 
 NASTY = [
     "9**9**9**9",
@@ -179,3 +184,15 @@ def test_hostile_text_gets_a_reward_at_once(text):
         assert function([text], ["7"]) == [0.0]
     assert letter_share([text], ["a"]) == [0.0]
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", " \n", math.nan, np.float32("nan"), np.float64("nan"), Decimal("nan"), pd.NA, pd.NaT], ids=repr
+)
+def test_an_empty_cell_of_any_table_is_missing(value):
+    assert is_missing(value) is True
+
+
+@pytest.mark.parametrize("value", [0, False, "0", np.float32(0), Decimal(0), 10**400, [], np.zeros(2), b""])
+def test_what_is_there_is_not_missing(value):
+    assert is_missing(value) is False

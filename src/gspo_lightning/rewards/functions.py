@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 from gspo_lightning.errors import UserError
@@ -29,10 +31,12 @@ def full_text(completion: str | list[dict[str, Any]]) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value cannot be an answer: None, NaN (an empty cell of a table) or blank text."""
+    """Whether a value cannot be an answer: None, NaN of any kind (an empty cell of a table) or blank text."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas' own
+        return True
+    return isinstance(value, Real | Decimal) and bool(value != value)
 
 
 def number(text: Any) -> float | None:
