@@ -63,8 +63,31 @@ def test_parquet_rows_read_like_any_other(tmp_path: Path, monkeypatch: pytest.Mo
         {"prompt": "p", "answer": "1"},
         {"prompt": "q", "answer": "2"},
     ]
-    with pytest.raises(UserError, match="not a readable Parquet file"):
+    with pytest.raises(UserError, match=r"not a readable Parquet file \(Parquet file size is 2 bytes"):
         read_file(_write(tmp_path, "b.parquet", "no"))
+
+
+def test_what_a_parquet_file_lacks_or_has_too_much_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    counts = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    twice = pa.Table.from_arrays([pa.array(["p"])] * 2, names=["prompt", "prompt"])
+    for table, line in (
+        (pa.table({"prompt": pa.array([], pa.string())}), "x.parquet: the dataset is empty"),
+        (pa.table({"prompt": ["p"], "counts": counts}), r"not a readable Parquet file \(Arrow type map<"),
+        (twice, r"not a readable Parquet file \(Multiple matches for FieldRef.Name\(prompt\)"),
+    ):
+        write_table(table, tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=line):
+            read_file(str(tmp_path / "x.parquet"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_table(twice, folder / "x.parquet")
+    with pytest.raises(UserError, match=r"split train: cannot load it: Multiple matches for FieldRef"):
+        read_hub(str(folder), None, "train")
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,7 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
         else:
             rows = with_class_names(datasets.load_dataset(source, config_name, split=split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"data.task.source={source}, split {split}: cannot load it: {cause[0]}") from error
+        raise UserError(f"data.task.source={source}, split {split}: cannot load it: {_cause(error)}") from error
     if not len(rows):
         raise UserError(f"data.task.source={source}, split {split}: the dataset is empty")
     return rows
@@ -190,15 +189,24 @@ def _read_csv(stream: TextIO, source: str) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
+def _cause(error: Exception) -> str:
+    """The first line of an error of ``datasets``, which says of many no more than that there was one, but chains it."""
+    found = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return (str(found).strip().splitlines() or [type(found).__name__])[0]
+
+
 def _read_parquet(path: Path) -> Sequence[Row]:
     import datasets
+    from pyarrow.parquet import read_metadata  # type: ignore[import-untyped]
 
     said = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(CRITICAL)  # it prints its own line about a broken file
     try:
+        if not read_metadata(path).num_rows:  # which datasets does not read
+            return []
         return with_class_names(datasets.load_dataset("parquet", data_files=str(path), split="train"))
     except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: not a readable Parquet file") from error
+        raise UserError(f"{path}: not a readable Parquet file ({_cause(error)})") from error
     finally:
         datasets.logging.set_verbosity(said)
 
