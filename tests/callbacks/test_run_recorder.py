@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -422,6 +424,14 @@ def test_under_a_real_trainer_a_resumed_run_leaves_the_bytes_of_one_never_stoppe
     assert contents(tmp_path / "new") == contents(tmp_path / "whole")
     rows = (tmp_path / "new" / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "0", "1", "2", "3", "4", "5"]
+
+
+def test_numbers_of_numpy_and_torch_that_a_reward_logs_are_recorded_as_numbers():
+    values = [np.float32(0.5), np.int64(3), np.bool_(True), torch.tensor(2.5), torch.tensor(math.nan), np.array(7)]
+    assert json.loads(to_json(values)) == [0.5, 3, True, 2.5, None, 7]
+    others = [np.longdouble(1), torch.empty((), device="meta"), torch.ones(1), np.ones(2), 1j]
+    kinds = ["<longdouble>", "<Tensor>", "<Tensor>", "<ndarray>", "<complex>"]
+    assert json.loads(to_json(others)) == kinds
 
 
 def test_a_long_image_in_base64_is_its_kind_and_length_in_a_line_and_whole_in_a_document():

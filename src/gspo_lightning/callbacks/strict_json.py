@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -29,7 +30,13 @@ def _plain(value: Any, short: bool) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, str):
         return _short_address(value) if short else value
-    return value if value is None or isinstance(value, int) else f"<{type(value).__name__}>"
+    if value is None or isinstance(value, int):
+        return value
+    item = None
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch, as reward functions log them
+        with contextlib.suppress(AttributeError, RuntimeError):  # a tensor without data
+            item = value.item()
+    return _plain(item, short) if isinstance(item, int | float) else f"<{type(value).__name__}>"
 
 
 def _short_address(text: str) -> str:
