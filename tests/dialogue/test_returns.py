@@ -15,6 +15,7 @@ from gspo_lightning.callbacks.strict_json import to_json
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
+from gspo_lightning.rewards.calling import RECORDED
 from gspo_lightning.training.rollout_collection import compare
 from gspo_lightning.training.rollout_log import rollout_metrics
 from gspo_lightning.training.validation import ValidationSettings, Validator
@@ -61,6 +62,7 @@ def test_with_turn_rewards_metrics_and_records_are_of_the_returns():
     records = [json.loads(to_json(entry)) for entry in completion_entries(1, rollout)]
     assert [entry["turn_advantages"] for entry in records] == [[1.0, 1.0], [-1.0], [0.0], [0.0]]
     assert [entry["advantage"] for entry in records] == [0.0] * 4
+    assert completion_entries(1, rollout, tokens=True)[0].keys() == RECORDED - {"thinking"}  # that is of gpt-oss
 
 
 def test_without_turn_rewards_the_return_is_the_reward_and_no_turn_has_an_advantage():

@@ -228,6 +228,16 @@ def test_an_extra_column_is_of_one_function():
         score(one=one, two=two)
 
 
+@pytest.mark.parametrize("column", ["reward", "tokens", "thinking"])
+def test_an_extra_column_that_the_record_has_anyway_is_refused(column):
+    def one(completions, log_extra):
+        log_extra(column, list("abcd"))
+        return [1.0] * 4
+
+    with pytest.raises(UserError, match=rf"^log_extra\('{column}', ...\) would be lost: .*; choose another$"):
+        score(one=one)
+
+
 def test_what_functions_log_under_one_name_is_averaged_over_all_of_its_values():
     def one(completions, log_metric):
         for value in (0.1, 0.2, 4.0):

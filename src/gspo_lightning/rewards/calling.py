@@ -58,6 +58,28 @@ GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_rew
 """Arguments that the program gives; all others are columns of the dataset."""
 
 
+RECORDED = frozenset(
+    [
+        "step",
+        "uid",
+        "prompt",
+        "completion",
+        "rewards",
+        "reward",
+        "advantage",
+        "finish_reason",
+        "tokens",
+        "thinking",
+        "messages",
+        "turn_rewards",
+        "turn_advantages",
+        "token_ids",
+        "sampler_logprobs",
+    ]
+)
+"""Columns that the recorded completions have anyway, and `Log.log_extra` cannot add."""
+
+
 def required_parameters(function: Callable[..., Any]) -> list[str]:
     """Columns that a function requires: its parameters without a default."""
     return [

@@ -22,6 +22,7 @@ from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.rewards.by_task import ForTasks, object_of, unwrapped
 from gspo_lightning.rewards.calling import (
+    RECORDED,
     Caller,
     EventLoop,
     Log,
@@ -231,7 +232,7 @@ def _result(name: str, future: Future[Any]) -> Any:
 
 
 def merged_log(logs: list[Log], rows: int) -> Log:
-    """Merges the logs; refuses an extra column of two functions, or without exactly one value per completion."""
+    """Merges the logs; refuses an extra column that another is named like, or without one value per completion."""
     merged = Log()
     for log in logs:
         for name, values in log.metrics.items():
@@ -240,6 +241,11 @@ def merged_log(logs: list[Log], rows: int) -> Log:
             if len(values) != rows:
                 raise UserError(
                     f"log_extra({column!r}, ...) got {counted(len(values), 'value')} for {rows} completions"
+                )
+            if column in RECORDED:
+                raise UserError(
+                    f"log_extra({column!r}, ...) would be lost: the recorded completions have a column of that name; "
+                    "choose another"
                 )
             if column in merged.columns:
                 raise UserError(f"log_extra({column!r}, ...) is called by two reward functions; rename one column")
