@@ -617,6 +617,12 @@ ROLLOUT = [
         ["rollout=vllm_server", "rollout.engine.max_in_flight=0"],
         "rollout.engine.max_in_flight=0 must be at least 1",
     ),
+    Case(
+        "rollout",
+        "no time for an answer",
+        ["rollout=vllm_server", "rollout.engine.request_timeout_s=0"],
+        "rollout.engine.request_timeout_s=0 must be above 0",
+    ),
     Case("rollout", "top_p above 1", ["rollout.top_p=1.5"], "top_p"),
     Case("rollout", "a negative top_k", ["rollout.top_k=-1"], "top_k"),
     Case(
@@ -1037,6 +1043,12 @@ REWARDS = [
         "normalised rewards scaled by the group",
         ["reward.combine=normalize_then_sum"],
         "reward.combine=normalize_then_sum contradicts advantages.scale_rewards=group",
+    ),
+    Case(
+        "reward",
+        "a reward for a task that is not in the mixture",
+        ["data=mixture", "reward=by_task", "reward.functions.sums.function.tasks=[sum]"],
+        "reward.functions.sums: ForTasks has no effect for sum",
     ),
     Case("reward", "a module that is not there", ["reward.functions.letter_share.function.path=nowhere.f"], "nowhere"),
     Case("reward", "a function that is not there", MINE, "my_rewards", reward("")),
