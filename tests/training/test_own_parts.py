@@ -165,34 +165,51 @@ def test_an_engine_that_returns_other_groups_is_refused(engine, found, micro_mod
     refused(module, f"{line}; return as many")
 
 
-class Empty(ScriptedEngine):
-    """As one that asks a server which leaves the end token out."""
+class Odd(Cutting):
+    """One completion of each prompt is changed."""
 
-    def change(self, completion):
-        return replace(completion, token_ids=completion.token_ids[:0], sampler_logprobs=torch.zeros(0))
+    def __init__(self, **changes):
+        super().__init__()
+        self.changes = changes
 
-    def generate(self, policy, prompts, sampling, seed):
-        rollout = super().generate(policy, prompts, sampling, seed)
-        first, *others = rollout.completions
-        return Rollout(prompts, [[*first[:-1], self.change(first[-1])], *others])
-
-
-class Unlikely(Empty):
-    """As one that does not report log-probabilities."""
-
-    def change(self, completion):
-        return replace(completion, token_ids=torch.tensor([5, 2]), sampler_logprobs=torch.zeros(0))
+    def cut(self, rollout):
+        return Rollout(
+            rollout.prompts, [[*group[:-1], replace(group[-1], **self.changes)] for group in rollout.completions]
+        )
 
 
-@pytest.mark.parametrize(("engine", "found"), [(Empty, "0 tokens"), (Unlikely, "2 tokens")])
-def test_completions_of_an_engine_that_cannot_be_trained_on_are_refused(engine, found, micro_model_dir):
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (
+            {"token_ids": torch.empty(0).long(), "sampler_logprobs": torch.empty(0)},
+            "a completion of 0 tokens, but was asked for 1 to {longest}",
+        ),
+        (
+            {"token_ids": torch.ones(500).long(), "sampler_logprobs": torch.zeros(500)},
+            "a completion of 500 tokens, but was asked for 1 to {longest}",
+        ),
+        ({"token_ids": [1, 2]}, "token_ids that are no tensor of whole numbers (C,)"),
+        ({"token_ids": torch.ones(3)}, "token_ids that are no tensor of whole numbers (C,)"),
+        (
+            {"token_ids": torch.tensor([5, 6]), "sampler_logprobs": torch.zeros(3)},
+            "sampler_logprobs that are no tensor (2,), one for each token",
+        ),
+        ({"finish_reason": "eos"}, "finish_reason='eos', which must be stop or length"),
+    ],
+)
+def test_an_engine_that_returns_what_is_no_completion_is_refused(changes, found, micro_model_dir):
     module = build_module(micro_model_dir, Settings())
-    module.engine = engine()
-    refused(
-        module,
-        f"rollout.engine: generate() returned a completion of {found} with 0 log-probabilities for row scripted:0; "
-        "return at least the token that ended it, and a log-probability of each",
-    )
+    module.engine = Odd(**changes)
+    found = found.format(longest=module.sampling.max_completion_length)
+    refused(module, f"rollout.engine: generate() returned {found} (row scripted:0)")
+
+
+def test_an_engine_that_returns_no_rollout_is_refused(micro_model_dir):
+    module = build_module(micro_model_dir, Settings())
+    module.engine = Cutting()
+    module.engine.cut = lambda rollout: rollout.completions
+    refused(module, "rollout.engine: generate() returned a list; return a Rollout")
 
 
 class Flat(AdvantageEstimator):

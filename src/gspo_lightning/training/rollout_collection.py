@@ -23,7 +23,15 @@ from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
 from gspo_lightning.training.out_of_memory import memory_for
 from gspo_lightning.training.prompt_source import needed_source
 from gspo_lightning.training.sampling_change import say_begins_later
-from gspo_lightning.types import Prompt, PromptBatch, RewardedRollout, Rollout, SamplingParams, ScoredRollout
+from gspo_lightning.types import (
+    Completion,
+    Prompt,
+    PromptBatch,
+    RewardedRollout,
+    Rollout,
+    SamplingParams,
+    ScoredRollout,
+)
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -75,7 +83,6 @@ class RolloutCollection:
         assert module.policy is not None
         with module.stopwatch("rollout"):
             rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
-        _check_counts(rollout, len(prompts), sampling.num_generations)
         _check_turns(rollout, module.advantages)
         with module.stopwatch("reward"):
             by_function = module.rewards(rollout.prompts, rollout.completions)
@@ -99,7 +106,7 @@ class RolloutCollection:
 def sample(
     policy: Policy, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, seed: int, of: str = ""
 ) -> Rollout:
-    """Calls `RolloutEngine.generate`; running out of memory becomes one line that names the remedy.
+    """Calls `RolloutEngine.generate` and checks what it returns; a lack of memory becomes a line with the remedy.
 
     Args:
         policy: the policy that samples.
@@ -111,6 +118,7 @@ def sample(
 
     Raises:
         OutOfMemoryError: an allocation of this process failed.
+        UserError: the engine returned anything but the completions that it was asked for.
     """
     at_once = traits(engine).max_concurrent  # at least the completions of one prompt
     if not at_once:
@@ -123,27 +131,39 @@ def sample(
         f"while sampling {count} completions of up to {sampling.max_completion_length} tokens{where}",
         f"lower {smaller} or rollout.max_completion_length",
     ):
-        return engine.generate(policy, prompts, sampling, seed)
+        rollout = engine.generate(policy, prompts, sampling, seed)
+    _check_counts(rollout, len(prompts), sampling.num_generations)
+    for prompt, group in zip(rollout.prompts, rollout.completions, strict=True):
+        for completion in group:
+            if (fault := _fault(completion, sampling.max_completion_length)) is not None:
+                raise UserError(f"rollout.engine: generate() returned {fault} (row {prompt.uid})")
+    return rollout
+
+
+def _fault(completion: Completion, longest: int) -> str | None:
+    """What is wrong with a completion, as a custom engine may return it; None if nothing is."""
+    ids, logprobs = completion.token_ids, completion.sampler_logprobs
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
+        return "token_ids that are no tensor of whole numbers (C,)"
+    if not 1 <= len(ids) <= longest:
+        return f"a completion of {counted(len(ids), 'token')}, but was asked for 1 to {longest}"
+    if not isinstance(logprobs, Tensor) or logprobs.shape != ids.shape:
+        return f"sampler_logprobs that are no tensor ({len(ids)},), one for each token"
+    if completion.finish_reason not in ("stop", "length"):
+        return f"finish_reason={completion.finish_reason!r}, which must be stop or length"
+    return None
 
 
 def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
-    """Refuses what a custom engine may return: another number of completions than asked for, since reward tensors are
-    ``(B, G)``; a completion without tokens, or with another number of log-probabilities."""
+    """Refuses a wrong number of completions, as a custom engine may return: reward tensors are ``(B, G)``."""
+    if not isinstance(rollout, Rollout):
+        raise UserError(f"rollout.engine: generate() returned a {type(rollout).__name__}; return a Rollout")
     found = [len(group) for group in rollout.completions]
     if len(rollout.prompts) != prompts or found != [generations] * prompts:
         raise UserError(
             f"rollout.engine: generate() returned {len(rollout.prompts)} prompts with {found} completions, but was "
             f"asked for {prompts} prompts with {generations} each; return as many"
         )
-    for prompt, group in zip(rollout.prompts, rollout.completions, strict=True):
-        for completion in group:
-            tokens, logprobs = len(completion.token_ids), len(completion.sampler_logprobs)
-            if not tokens or tokens != logprobs:
-                raise UserError(
-                    f"rollout.engine: generate() returned a completion of {counted(tokens, 'token')} with "
-                    f"{counted(logprobs, 'log-probability', 'log-probabilities')} for row {prompt.uid}; return at "
-                    "least the token that ended it, and a log-probability of each"
-                )
 
 
 def _check_turns(rollout: Rollout, advantages: AdvantageEstimator) -> None:
