@@ -242,6 +242,29 @@ def test_fewer_rows_than_a_rollout_are_refused(tokenizer_dir: str) -> None:
         _data(_finite([1] * 3), tokenizer_dir).check()
 
 
+@pytest.mark.parametrize("size", [6.0, lambda self: 6])
+def test_a_task_that_counts_its_rows_by_a_method_or_in_parts_is_refused(size: Any, tokenizer_dir: str) -> None:
+    task = type("Mine", (MicroLetters,), {"num_train_rows": size})()
+    with pytest.raises(
+        UserError, match=r"^data\.task: num_train_rows of Mine is of type (float|method); it must be a "
+    ):
+        _data(task, tokenizer_dir).check()
+
+
+def test_a_task_may_yield_its_held_out_rows(tokenizer_dir: str) -> None:
+    task = type("Mine", (MicroLetters,), {"validation_rows": lambda self: iter(MicroLetters().validation_rows())})()
+    data, listed = _data(task, tokenizer_dir), _data(MicroLetters(), tokenizer_dir)
+    for one in (data, listed):
+        one.check()
+    assert _uids(list(data.val_dataloader())) == _uids(list(listed.val_dataloader())) != []
+
+
+@pytest.mark.parametrize("prompts", [0, -2])
+def test_a_rollout_without_prompts_is_refused(prompts: int, tokenizer_dir: str) -> None:
+    with pytest.raises(UserError, match=f"^data.prompts_per_rollout={prompts} must be at least 1$"):
+        _data(MicroLetters(), tokenizer_dir, prompts=prompts)
+
+
 def test_template_options_without_effect_are_refused(tokenizer_dir: str) -> None:
     with pytest.raises(UserError, match=r"chat_template_kwargs\.enable_thinking has no effect"):
         _data(LargestOfFour(), tokenizer_dir, longest=200, chat_template_kwargs={"enable_thinking": True}).check()

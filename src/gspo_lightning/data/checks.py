@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from gspo_lightning.data.columns import Needed, check_columns
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 def check_settings(data: PromptDataModule) -> None:
     """Refuses settings without effect on this task or model, and a task with too few rows."""
     size = data.task.num_train_rows
+    if size is not None and not isinstance(size, Integral):
+        raise UserError(
+            f"data.task: num_train_rows of {type(data.task).__name__} is of type {type(size).__name__}; it must be a "
+            "whole number, or None for a task that never runs out (an attribute or a property, not a method)"
+        )
     if size is None and data.seed is not None:
         raise UserError(
             f"data.seed={data.seed} has no effect: {data.task.name} never runs out and has no order; "

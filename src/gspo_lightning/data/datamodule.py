@@ -71,6 +71,8 @@ class PromptDataModule(L.LightningDataModule):
         max_pixels: int | None = None,
     ) -> None:
         super().__init__()
+        if prompts_per_rollout < 1:
+            raise UserError(f"data.prompts_per_rollout={prompts_per_rollout} must be at least 1")
         self.vision_settings = VisionSettings(min_pixels, max_pixels)
         self.task, self.model_path, self.encoder = task, model_path, Encoder(model_path)
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
@@ -311,7 +313,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def _validation_rows(self) -> list[Row]:
         if self._held_out is None:
-            self._held_out = self.task.validation_rows()
+            self._held_out = list(self.task.validation_rows())
             self._held_out_key = text_key(self._held_out)
         return self._held_out
 
