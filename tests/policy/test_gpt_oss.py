@@ -221,7 +221,7 @@ def test_rewards_and_records_get_the_answer_and_beside_it_the_thinking(policy):
     (entry,) = completion_entries(1, scored)
     assert (entry["completion"], entry["thinking"]) == ("a 4", "a 7")
     rewards = RewardSet({"length": RewardSpec(lambda completions, **_: [float(len(c)) for c in completions])})
-    validator = Validator(ValidationSettings(1), rewards, SamplingParams(1, 8), seed=0)
+    validator = Validator(ValidationSettings(1), rewards, SamplingParams(1, len(ids)), seed=0)
     validator.update(policy, ScriptedEngine(), [replace(prompt, prompt="?", sample={"completions": [one]})])
     (sample,) = validator.samples
     assert sample == {
