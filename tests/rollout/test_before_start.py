@@ -57,6 +57,36 @@ def test_a_copied_module_shares_the_vllm_of_this_process(tmp_path, monkeypatch):
     assert copy.deepcopy({"engine": engine})["engine"] is engine
 
 
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_an_engine_whose_rollout_fails_sleeps_until_the_next_one(sleeps, micro_model_dir, tmp_path, monkeypatch):
+    """Where the error is caught, as in a notebook, the trainer needs the memory of the GPU."""
+    engine, policy, did = vllm_in_process(tmp_path, monkeypatch), micro_policy(micro_model_dir, torch.float32), []
+    engine.sleep = sleeps
+
+    def sleep(level):
+        did.append("sleep")
+        if len(did) == 2:
+            raise RuntimeError("it cannot even sleep")
+
+    engine._llm = SimpleNamespace(sleep=sleep, wake_up=lambda: did.append("wake"))
+    monkeypatch.setattr(engine, "_synchronise", lambda policy: None)
+    fail = {}
+
+    def sampled(policy, requests, next_of=None):
+        if fail:
+            raise UserError("an environment failed")
+        return [[] for _ in requests]
+
+    monkeypatch.setattr(engine, "_sample", sampled)
+    fail["now"] = True
+    for _ in range(2):
+        with pytest.raises(UserError, match="an environment failed"):
+            engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    fail.clear()
+    engine.generate(policy, PROMPTS, SAMPLING, seed=0)
+    assert did == (["wake", "sleep"] * 3 if sleeps else [])
+
+
 @pytest.mark.parametrize("make", [vllm_in_process, vllm_of_servers])
 def test_engines_look_at_the_base_before_they_start(make, micro_model_dir, tmp_path, monkeypatch):
     policy = micro_policy(micro_model_dir, torch.float32)

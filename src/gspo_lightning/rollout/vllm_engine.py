@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -125,15 +126,13 @@ class VLLMEngine:
         """See `RolloutEngine.generate`."""
         refuse_sampling(sampling)
         refuse_padded_images(policy, prompts)
-        self._wake(policy)
-        self._synchronise(policy)
-        sample = partial(self._sample, policy)
-        if self.environments is None:
-            completions = sample([(prompt, sampling, seed) for prompt in prompts])
-        else:
-            completions = sample_dialogues(sample, policy, prompts, sampling, seed, self.environments)
-        if self.sleep:
-            self._llm.sleep(level=1)
+        with self._awake(policy):
+            self._synchronise(policy)
+            sample = partial(self._sample, policy)
+            if self.environments is None:
+                completions = sample([(prompt, sampling, seed) for prompt in prompts])
+            else:
+                completions = sample_dialogues(sample, policy, prompts, sampling, seed, self.environments)
         return Rollout(prompts, completions)
 
     def _sample(
@@ -184,6 +183,20 @@ class VLLMEngine:
         return dict(zip((name.partition("-")[0] for name in names), requests.items(), strict=True))
 
     # ---------------------------------------------------------------- the engine
+
+    @contextmanager
+    def _awake(self, policy: Policy) -> Iterator[None]:
+        """Context in which the engine has its memory; after an error the trainer has it back too."""
+        self._wake(policy)
+        try:
+            yield
+        except BaseException:
+            if self.sleep:
+                with suppress(Exception):  # the first error is the one to show
+                    self._llm.sleep(level=1)
+            raise
+        if self.sleep:
+            self._llm.sleep(level=1)
 
     def _wake(self, policy: Policy) -> None:
         if self._llm is None:
