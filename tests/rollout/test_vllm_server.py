@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import time
 
 import pytest
@@ -99,6 +100,23 @@ def test_a_closed_engine_leaves_no_weights_and_can_sample_again(policy, start, t
     engine.close()
     assert list((tmp_path / "sync").iterdir()) == []
     assert tokens(engine.generate(policy, PROMPTS, SAMPLING, seed=5)) == tokens(first)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+@pytest.mark.parametrize("lost", ["gspo-weights-*", "gspo-weights-*/*"])
+def test_weights_that_somebody_has_removed_are_written_again(lost, moves, policy, start, tmp_path):
+    """As systemd does with /dev/shm when a user logs out, and cleaners do with old temporary files."""
+    engine, (server,) = start(None)
+    engine.generate(policy, PROMPTS, SAMPLING, seed=5)
+    (folder,) = (tmp_path / "sync").glob(lost)
+    shutil.rmtree(folder)
+    if moves:
+        move(policy)
+    else:
+        server.restart()  # and needs them
+    assert_whole_and_on_policy(policy, engine.generate(policy, PROMPTS, SAMPLING, seed=5))
+    engine.close()
+    assert list((tmp_path / "sync").iterdir()) == []
 
 
 def test_a_copied_module_shares_the_engine_and_its_servers(policy, start):

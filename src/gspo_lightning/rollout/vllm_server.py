@@ -153,6 +153,8 @@ class VLLMServerEngine:
     def _begin(self, policy: Policy) -> None:
         """Writes the weights if they have changed; the pool's `_prepare` brings them to each server."""
         self._policy = policy
+        if self._weights is not None and not self._weights.path.is_dir():
+            self.close()  # somebody removed them, as systemd empties /dev/shm when a user logs out
         if self._folder is None:
             check_base(policy, self.lora_sync)
             self._folder = self._make_folder()
