@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dialogue.turns import silent_rollout
+from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.training import dynamic_sampling
 from gspo_lightning.training.dynamic_sampling import draw_until_signal
@@ -53,6 +54,21 @@ class Numbers:
 def run(silent: set[int], max_draws: int):
     source = Numbers(silent)
     return source, *draw_until_signal(source, source.collect, max_draws)
+
+
+@pytest.mark.parametrize(("more", "found"), [(-1, "1 prompt"), (1, "3 prompts")])
+def test_a_source_that_draws_another_number_of_prompts_is_refused(more, found):
+    class Odd(Numbers):
+        def draw(self, batch: PromptBatch, counts: Sequence[int]) -> PromptBatch:
+            return super().draw(batch, [counts[0] + more])
+
+    source = Odd({0, 1})
+    line = (
+        f"^dynamic_sampling.max_draws: Odd.draw.. returned {found}, but was asked for 2 .counts.rank..; return as many"
+    )
+    with pytest.raises(UserError, match=line):
+        draw_until_signal(source, source.collect, 1)
+    assert source.collected == [[0, 1, 2]]
 
 
 def dialogues(turn_rewards: Sequence[tuple[float, ...]]) -> list[Completion]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.distributed.ranks import add_metrics, gather_values, rank, world_size
+from gspo_lightning.errors import UserError
+from gspo_lightning.screen import counted
 from gspo_lightning.training.prompt_source import PromptSource
 from gspo_lightning.types import Metrics, Prompt, PromptBatch, RewardedRollout
 
@@ -77,6 +79,12 @@ def draw_until_signal(
             break
         if (more := source.draw(batch, counts)) is None:
             break
+        if len(more.prompts) != counts[rank()]:
+            raise UserError(
+                f"dynamic_sampling.max_draws: {type(source).__name__}.draw() returned "
+                f"{counted(len(more.prompts), 'prompt')}, but was asked for {counts[rank()]} (counts[rank]); return as "
+                "many, or None on all ranks"
+            )
         batch = PromptBatch(batch.prompts, more.cursor, more.dropped)
         drawn = replace(
             drawn,
