@@ -28,6 +28,7 @@ def test_an_answer_is_compared_by_type_and_value():
 
     assert one("0.1 + 0.2", 0.3) and one("(1, 2)", [1, 2]) and one("{'a': None}", {"a": None})
     assert one("2.0", 2) and not one("True", 1) and not one("'2'", 2) and not one("float('nan')", 0.0)
+    assert one("(1, {2: 3})", (1, {2: 3}))  # of a task written in Python, which JSON has in the form of the answer
     assert not one("10 ** 400", 1.0) and not one("[1]", [1, 2])
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gspo_lightning.errors import UserError
@@ -396,6 +397,19 @@ def test_tests_of_both_forms_can_have_the_nulls_of_arrow():
         (lambda: CodeTests(sandbox="unsafe")([""], [[]]), "tests of row 0"),
         (lambda: CodeTests(sandbox="unsafe")([""], [[{"input": None, "output": None}]]), "must have the keys"),
         (lambda: CodeTests(sandbox="unsafe")([""], [[{"assert": "x"}]]), "must have the keys call, args, expected"),
+        (
+            lambda: CodeTests(sandbox="unsafe")([""], [[{"call": "f", "args": {"a": 1}, "expected": 1}]]),
+            "a list as args",
+        ),
+        (lambda: CodeTests(sandbox="unsafe")([""], [[{"call": "f", "args": "12", "expected": 1}]]), "a list as args"),
+        (
+            lambda: CodeTests(sandbox="unsafe")([""], [[{"call": 3, "args": [], "expected": 1}]]),
+            "the name of a function",
+        ),
+        (
+            lambda: CodeTests(sandbox="unsafe")([""], [[{"call": "f", "args": [np.int64(1)], "expected": 1}]]),
+            "args and expected of a test of row 0 of the batch must be JSON",
+        ),
     ],
 )
 def test_bad_settings_are_refused_by_name(build, text):

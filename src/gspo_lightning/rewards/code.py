@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Generator, Sequence
@@ -172,5 +173,18 @@ def _checked_test(test: Any, number: int) -> dict[str, Any]:
         for form, other in ((_CALL, _PROGRAM), (_PROGRAM, _CALL)):
             values = {key: value for key, value in test.items() if key not in other or value is not None}
             if values.keys() == form and any(value is not None for value in values.values()):
-                return values
+                return values if form == _PROGRAM else _checked_call(values, number)
     raise UserError(f"a test of row {number} of the batch must have the keys call, args, expected or input, output")
+
+
+def _checked_call(test: dict[str, Any], number: int) -> dict[str, Any]:
+    """The test of a call as JSON has it, as the sandbox answers: a tuple is a list there."""
+    if not isinstance(test["call"], str) or not isinstance(test["args"], list | tuple):
+        raise UserError(
+            f"a test of row {number} of the batch must have the name of a function as call, and a list as args"
+        )
+    try:
+        values: dict[str, Any] = json.loads(json.dumps(test))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"args and expected of a test of row {number} of the batch must be JSON ({error})") from error
+    return values
