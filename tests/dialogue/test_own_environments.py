@@ -53,6 +53,18 @@ def begun(make, prompt=CHAT, **row):
     return Environments(make).begin(Prompt("t:3", prompt, torch.ones(1), row), 0, tokenizer())
 
 
+def test_an_environment_that_two_dialogues_would_share_is_refused():
+    prompts = [(Prompt(f"t:{n}", CHAT, torch.ones(1), {}), n) for n in range(2)]
+    assert len(Environments(Once).begin_all(prompts, tokenizer())) == 2
+    one = Once()
+    shared = Environments(lambda: one)
+    shared.begin_all(prompts[:1], tokenizer())
+    with pytest.raises(
+        UserError, match=r"^environment.make returned one object for two dialogues, .* a new one for each$"
+    ):
+        shared.begin_all(prompts, tokenizer())
+
+
 def played(make, prompt=CHAT, **row):
     """The dialogue behind one turn, and the text between that and the next one."""
     dialogue = begun(make, prompt, **row)

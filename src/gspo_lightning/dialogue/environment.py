@@ -118,6 +118,11 @@ class Environments:
     ) -> list[OpenDialogue]:
         """Begins a dialogue about the row of each prompt, with its seed."""
         dialogues = [self.dialogue_of(prompt, tokenizer) for prompt, _ in prompts]
+        if len({id(dialogue.environment) for dialogue in dialogues}) < len(dialogues):
+            raise UserError(
+                "environment.make returned one object for two dialogues, which would answer the one with the state of "
+                "the other; return a new one for each"
+            )
         self.threads.all(
             [partial(dialogue.reset, seed) for dialogue, (_, seed) in zip(dialogues, prompts, strict=True)]
         )
