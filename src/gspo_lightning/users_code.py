@@ -92,7 +92,7 @@ def call_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
     try:
         result = function(**arguments)
         if not inspect.isawaitable(result):
-            return "said", result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_text)
+            return "said", result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_plain)
     except _NoText as error:
         return "refused", str(error)
     except RAISED as error:
@@ -102,10 +102,11 @@ def call_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
     return "refused", "returned something to await, but nothing awaits it; make it a plain function"
 
 
-def _text(value: Any) -> str:
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy, torch and pandas as Python's own: printed, a long one is mostly dots."""
     if type(value).__module__.startswith("PIL."):
         raise _NoText("returned an image, but the policy is shown text alone; return a description")
-    return str(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 class ToolCalls:

@@ -6,9 +6,13 @@ import copy
 import functools
 import json
 import warnings
+from datetime import date
+from decimal import Decimal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import AddedToken
 from transformers.utils import get_json_schema
 
@@ -20,6 +24,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.reading import load_tokenizer
 from gspo_lightning.types import ToolCounts
+from gspo_lightning.users_code import call_tool
 from tests.dialogue import tool_support
 from tests.dialogue.tool_support import TEMPLATE, Shop, add, call, divide, heard
 
@@ -166,6 +171,18 @@ def test_arguments_may_be_null_where_the_hint_allows_it_and_whole_numbers_are_nu
     dialogue = begun([divide, Shop])
     assert answers(dialogue, call("buy", '{"item": "tea", "sizes": null}')) == ['["tea"]']
     assert answers(dialogue, call("divide", '{"a": 1, "b": 2}')) == ["0.5"]
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("as it is", "as it is"), ([1, {"a": None}], '[1, {"a": null}]'), (np.int64(3), "3"), (np.float32(1.5), "1.5"),
+        ({"x": torch.tensor(True)}, '{"x": true}'), (np.arange(2000), json.dumps(list(range(2000)))),
+        (Decimal("1.5"), '"1.5"'), (date(2020, 1, 2), '"2020-01-02"'), (np.complex64(1), '"(1+0j)"'),
+    ],
+)  # fmt: skip
+def test_a_result_is_said_as_json_numbers_of_numpy_and_long_arrays_too(result, said):
+    assert call_tool(lambda: result, {}) == ("said", said)
 
 
 def test_a_class_is_made_for_every_dialogue_with_the_row_and_gives_the_reward():
