@@ -227,7 +227,7 @@ def test_rewards_and_records_get_the_answer_and_beside_it_the_thinking(policy):
     assert sample == {
         "prompt": "?", "completion": "a 4", "reward": 3.0, "right": True, "answer": None, "thinking": "a 7",
     }  # fmt: skip
-    page = sections.completions(*[{"samples": validator.samples}] * 2)
+    page = sections.completions(validator.samples, validator.samples)
     assert page.count("a 7</div>") == page.count("a 4</div>") == 2
 
 

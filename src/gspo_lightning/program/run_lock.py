@@ -32,9 +32,11 @@ def lock_run(folder: Path, trainer: Any) -> RunLock | None:
     Raises:
         UserError: another process holds it.
     """
+    if not trainer.is_global_zero:
+        return None
     environment = getattr(trainer.strategy, "cluster_environment", None)
     by_srun = trainer.world_size > 1 and isinstance(environment, SLURMEnvironment)
-    return RunLock(folder) if trainer.is_global_zero and not by_srun else None
+    return None if by_srun else RunLock(folder)
 
 
 class RunLock:
