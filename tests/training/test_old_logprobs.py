@@ -60,7 +60,9 @@ def test_a_correction_beside_it_is_refused_by_the_module_too(micro_model_dir):
 
 
 def test_another_word_is_refused():
-    with pytest.raises(UserError, match="update.old_logprobs=rollout: choose policy or sampler"):
+    with pytest.raises(
+        UserError, match="update.old_logprobs='rollout': there is no such choice; choose policy, sampler"
+    ):
         UpdateSettings(old_logprobs="rollout")
 
 

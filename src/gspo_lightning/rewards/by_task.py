@@ -14,13 +14,10 @@ from gspo_lightning.screen import counted
 
 def object_of(function: Callable[..., Any]) -> Any:
     """The object that a reward function is, is a method of, or hands its calls to: the one that may have a state."""
-    while True:
-        if isinstance(function, ForTasks):
-            function = function.function
-        elif isinstance(function, functools.partial):
-            function = function.func
-        else:
-            return function.__self__ if inspect.ismethod(function) else function
+    function = unwrapped(function)
+    if isinstance(function, ForTasks):
+        return object_of(function.function)
+    return function.__self__ if inspect.ismethod(function) else function
 
 
 def unwrapped(function: Callable[..., Any]) -> Any:

@@ -58,25 +58,10 @@ GIVEN = SERVICES | {"prompts", "completions", "completion_ids", "environment_rew
 """Arguments that the program gives; all others are columns of the dataset."""
 
 
-RECORDED = frozenset(
-    [
-        "step",
-        "uid",
-        "prompt",
-        "completion",
-        "rewards",
-        "reward",
-        "advantage",
-        "finish_reason",
-        "tokens",
-        "thinking",
-        "messages",
-        "turn_rewards",
-        "turn_advantages",
-        "token_ids",
-        "sampler_logprobs",
-    ]
-)
+RECORDED = frozenset((
+    "step", "uid", "prompt", "completion", "rewards", "reward", "advantage", "finish_reason", "tokens", "thinking",
+    "messages", "turn_rewards", "turn_advantages", "token_ids", "sampler_logprobs",
+))  # fmt: skip
 """Columns that the recorded completions have anyway, and `Log.log_extra` cannot add."""
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, common_prefix, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
@@ -42,8 +42,7 @@ class UpdateSettings:
     (where tokens are chosen by their entropy, one is taken for that)."""
 
     def __post_init__(self) -> None:
-        if self.old_logprobs not in ("policy", "sampler"):
-            raise UserError(f"update.old_logprobs={self.old_logprobs}: choose policy or sampler")
+        check_choice("update.old_logprobs", self.old_logprobs, ("policy", "sampler"))
         for key in ("num_iterations", "num_minibatches"):
             if getattr(self, key) < 1:
                 raise UserError(f"update.{key}={getattr(self, key)} must be at least 1")
