@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, blocks
+from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, attention, blocks
 from gspo_lightning.packing.attention import shared_prefix_attention
 from gspo_lightning.packing.blocks import gather_blocks
 from tests.support import relative_distance
@@ -63,6 +63,13 @@ def test_the_shapes_of_the_quickstart_whose_prompts_have_24_tokens_in_common():
     assert shapes == [(1, 32, 32), (2, 32, 48), (4, 48, 96), (2, 32, 80)]
 
 
+def test_many_keys_are_filled_up_to_few_numbers():
+    """To multiples of 16 below 128, of 32 below 256, of 64 below 512, and so on: four numbers per doubling."""
+    assert [blocks._filled_keys(n) for n in (1, 16, 17, 127, 128, 129, 255)] == [16, 16, 32, 128, 128, 160, 256]
+    assert [blocks._filled_keys(n) for n in (256, 257, 511, 512, 513, 1025)] == [256, 320, 512, 512, 640, 1280]
+    assert len({blocks._filled_keys(n) for n in range(513, 1025)}) == 4
+
+
 @pytest.mark.parametrize("window", [None, 7], ids=["full", "window"])
 @pytest.mark.parametrize("common", [0, 1, 40, 600])
 @pytest.mark.parametrize("most", [1, 2**20], ids=["one block a batch", "all that are alike"])
@@ -83,6 +90,17 @@ def test_batches_of_blocks_give_what_the_definition_gives_in_float64(groups, mos
     for ours, theirs in zip(found, by_definition(layout, tokens, window), strict=True):
         assert relative_distance(ours, theirs) < 1e-14
         assert (ours[:, :, layout.num_tokens :] == 0).all()
+
+
+def test_products_in_place_of_the_fused_forward_give_it_too(monkeypatch):
+    """The forward of float32 by oneDNN, here in float64."""
+    monkeypatch.setattr(attention, "product_dtype", lambda x: torch.float32)
+    monkeypatch.setattr(attention, "by_onednn", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", None)
+    layout = layout_of((70, (40, 150, 33)), (5, (3, 9, 1)), common=2)
+    found = attention_and_gradients(layout, layout.num_tokens + 6, window=100)
+    for ours, theirs in zip(found, by_definition(layout, layout.num_tokens + 6, window=100), strict=True):
+        assert relative_distance(ours, theirs) < 1e-14
 
 
 def test_batches_are_cut_evenly(monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.packing import attention, products
-from gspo_lightning.packing.products import changing_shapes, float32_products, onednn_float32, rows_missing
+from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, attention, products
+from gspo_lightning.packing.products import float32_products, onednn_float32, rows_missing
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 from tests.support import relative_distance
 
@@ -79,7 +79,7 @@ def test_gpus_and_a_precision_that_the_user_chose_are_left_alone(monkeypatch):
     try:
         for chosen in ("ieee", "bf16"):
             MATMUL.fp32_precision = chosen
-            with onednn_float32(CPU), changing_shapes():
+            with onednn_float32(CPU):
                 assert MATMUL.fp32_precision == chosen
             assert MATMUL.fp32_precision == chosen
     finally:
@@ -126,24 +126,38 @@ def test_where_a_thread_samples_ahead_it_is_not_asked(micro_model_dir, monkeypat
     assert asked == ["none"]
 
 
-def test_attention_whose_shapes_hardly_come_again_is_left_to_mkl(micro_model_dir, monkeypatch):
-    """And so are whole updates whose rows are not filled up to lengths that come again."""
+def test_attention_of_such_an_update_is_made_of_products_too(micro_model_dir, monkeypatch):
+    """The fused kernel would call MKL. Rows that are not filled up to lengths that come again are left to MKL whole."""
     on(monkeypatch)
     monkeypatch.setattr(products, "_stays_float32", lambda: True)
-    seen = {"forward": [], "backward": []}
+    fused, backwards = [], []
 
-    def spy(name, function):
-        return lambda *given, **named: (seen[name].append(MATMUL.fp32_precision), function(*given, **named))[1]
+    def spy(seen, function):
+        return lambda *given, **named: (seen.append(MATMUL.fp32_precision), function(*given, **named))[1]
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy("forward", scaled_dot_product_attention))
-    monkeypatch.setattr(attention, "_dense_backward", spy("backward", attention._dense_backward))
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy(fused, scaled_dot_product_attention))
+    monkeypatch.setattr(attention, "_batch_backward", spy(backwards, attention._batch_backward))
     module, asked = build_module(micro_model_dir, Settings(dtype="float32")), []
     monkeypatch.setattr(module, "auxiliary_loss", lambda minibatch: asked.append(MATMUL.fp32_precision))
     trainer().fit(module, Batches(scripted_prompts(), 1).loader())
     assert asked == ["bf16"]
-    assert set(seen["forward"]) == set(seen["backward"]) == {"none"}
+    assert set(backwards) == {"bf16"}
+    assert "bf16" not in fused  # the rollout's prefill is fused, by MKL
 
     module.policy.fall_back()
     module.max_rollouts = 2
     trainer().fit(module, Batches(scripted_prompts(), 1).loader())
     assert asked == ["bf16", "none"]
+
+
+def test_scores_stay_float32_where_products_are_in_bfloat16(monkeypatch):
+    """Also if queries come in float32, from a norm of theirs."""
+    on(monkeypatch)
+    monkeypatch.setattr(products, "_stays_float32", lambda: True)
+    called = []
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **named: called.append(1) or query)
+    layout = SharedPrefixLayout((GroupLayout(5, (3, 4)),), CPU)
+    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    with onednn_float32(CPU), torch.autocast("cpu", torch.bfloat16):
+        attention.shared_prefix_attention(query, key, value, layout, scaling=1)
+    assert called

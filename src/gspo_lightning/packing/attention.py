@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from gspo_lightning.packing.blocks import BlockBatch, GatheredBlocks, gather_blocks
 from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout
-from gspo_lightning.packing.products import changing_shapes
+from gspo_lightning.packing.products import by_onednn, product_dtype
 
 
 def shared_prefix_attention(
@@ -76,31 +76,25 @@ def attend(
 
 
 class _GatheredAttention(torch.autograd.Function):
-    """A row on a CPU: fused forwards over batches of blocks, and a backward of plain batched products.
+    """A row on a CPU: forwards over batches of blocks, and a backward of plain batched products.
 
-    The backward of the fused CPU kernel runs small blocks at a tenth of the matrix-product rate. The forward stays
-    fused because it keeps its scores in float32; those of the backward are in the dtype of the products, whose rounding
-    reaches gradients but no ratio. Only the row itself is kept in between: blocks are gathered again.
+    Only the row itself is kept in between: blocks are gathered again.
     """
 
     @staticmethod
-    @changing_shapes()
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: GatheredBlocks, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scaling = plan, scaling
         queries, keys, values = (_rows(x) for x in (query, key, value))
         parts = []
         for batch in plan.batches:
-            grouped = (len(batch.bias), key.shape[1], -1, query.shape[3])
-            q = queries.index_select(0, batch.query_rows).view(grouped)
-            k, v = (x.index_select(0, batch.key_rows).view(grouped) for x in (keys, values))
-            out = scaled_dot_product_attention(q, k, v, attn_mask=batch.bias_of(1), scale=scaling)
-            parts.append(out.reshape(-1, query.shape[3]))
+            q = queries.index_select(0, batch.query_rows).view(batch.shape[0], -1, query.shape[3])
+            k, v = (x.index_select(0, batch.key_rows).view(batch.shape[0], -1, query.shape[3]) for x in (keys, values))
+            parts.append(_batch_forward(q, k, v, batch, scaling).reshape(-1, query.shape[3]))
         return _scatter(parts, plan, query)
 
     @staticmethod
     @once_differentiable
-    @changing_shapes()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         plan, size = ctx.plan, query.shape[3]
@@ -112,7 +106,7 @@ class _GatheredAttention(torch.autograd.Function):
                 g.index_fill_(0, batch.no_query, 0)
                 k, v = (x.index_select(0, batch.key_rows).view(batch.shape[0], -1, size) for x in (keys, values))
                 q, g = (x.view(batch.shape[0], -1, size) for x in (q, g))
-                parts.append(_dense_backward(q, k, v, g, batch, ctx.scaling))
+                parts.append(_batch_backward(q, k, v, g, batch, ctx.scaling))
         of_queries, of_keys, of_values = ([x.view(-1, size) for x in some] for some in zip(*parts, strict=True))
         return (
             _scatter(of_queries, plan, query),
@@ -123,15 +117,36 @@ class _GatheredAttention(torch.autograd.Function):
         )
 
 
-def _dense_backward(
+def _batch_forward(query: Tensor, key: Tensor, value: Tensor, batch: BlockBatch, scaling: float) -> Tensor:
+    """Attention of a batch, in the shape of its queries.
+
+    Fused, which keeps scores in float32 whatever the dtype of the products; but the fused kernel computes float32
+    products by MKL.
+    """
+    if product_dtype(query) == torch.float32 and by_onednn(torch.float32):
+        return _weights(query, key, batch, scaling) @ value
+    query, key, value = (x.view(len(batch.bias), -1, *x.shape[1:]) for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=batch.bias_of(1), scale=scaling)
+
+
+def _batch_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, batch: BlockBatch, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a batch: queries ``(B * kv_heads, repeats * Q, D)`` and keys ``(B * kv_heads, K, D)``."""
-    bias = batch.bias_of(len(key) // len(batch.bias)).reshape(batch.shape)
-    weights = torch.softmax(torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling), dim=-1)
+    """Gradients of a batch: queries ``(B * kv_heads, repeats * Q, D)`` and keys ``(B * kv_heads, K, D)``.
+
+    The backward of the fused CPU kernel runs small blocks at a tenth of the matrix-product rate. Here scores are in the
+    dtype of the products, whose rounding reaches gradients but no ratio.
+    """
+    weights = _weights(query, key, batch, scaling)
     grad_weights = grad @ value.transpose(1, 2)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
     return grad_scores @ key, grad_scores.transpose(1, 2) @ query, weights.transpose(1, 2) @ grad
+
+
+def _weights(query: Tensor, key: Tensor, batch: BlockBatch, scaling: float) -> Tensor:
+    """Attention weights ``(B * kv_heads, repeats * Q, K)`` of a batch, in the dtype of its queries."""
+    bias = batch.bias_of(len(key) // len(batch.bias)).reshape(batch.shape)
+    return torch.softmax(torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling), dim=-1)
 
 
 def _gathered(layout: SharedPrefixLayout, query: Tensor, key: Tensor, window: int | None) -> GatheredBlocks:

@@ -20,7 +20,8 @@ from gspo_lightning.packing.layout import AttentionBlock, SharedPrefixLayout, ma
 Array = np.ndarray[Any, Any]
 
 QUANTUM = 16
-"""The queries and the keys of a block are padded to a multiple of this."""
+"""The queries and the keys of a block are padded to a multiple of this; many keys, to one of a power of two that is
+between an eighth and a quarter of them."""
 
 MOST_SCORES = 2**20
 """Most scores of a batch: they are written and read a few times, from the cache if they fit."""
@@ -83,9 +84,8 @@ def gather_blocks(
     """
     by_shape: dict[tuple[int, int], list[AttentionBlock]] = {}
     for block in layout.fine_blocks():
-        by_shape.setdefault((_filled(_length(block.query)), _filled(sum(map(_length, block.key_spans)))), []).append(
-            block
-        )
+        shape = _filled(_length(block.query), QUANTUM), _filled_keys(sum(map(_length, block.key_spans)))
+        by_shape.setdefault(shape, []).append(block)
     positions, segments = np.array(layout.position_list()), np.array(layout.segment_list())
     batches = []
     place = np.zeros((tokens, heads), dtype=np.int64)
@@ -155,5 +155,10 @@ def _length(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
-def _filled(length: int) -> int:
-    return length + -length % QUANTUM
+def _filled(length: int, quantum: int) -> int:
+    return length + -length % quantum
+
+
+def _filled_keys(length: int) -> int:
+    """The keys that a block of so many is padded to. Few of them, since oneDNN keeps a kernel of 0.6 MB per shape."""
+    return _filled(length, max(QUANTUM, 2 ** (length.bit_length() - 3)))

@@ -14,8 +14,6 @@ TILE_ROWS = 32
 """Rows that AMX kernels process at a time; kernels of other processors are faster at multiples of it too."""
 
 _ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-# Whether oneDNN's precision was set by `onednn_float32`, not by the user.
-_is_ours = False
 
 
 @contextmanager
@@ -33,30 +31,12 @@ def onednn_float32(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or _ONEDNN.fp32_precision != "none" or not _mkl_is_slow() or not _stays_float32():
         yield
         return
-    global _is_ours
-    _ONEDNN.fp32_precision, _is_ours = "bf16", True
+    _ONEDNN.fp32_precision = "bf16"
     try:
         yield
     finally:
-        _is_ours = False
         if _ONEDNN.fp32_precision == "bf16":  # else the user has chosen another meanwhile
             _ONEDNN.fp32_precision = "none"
-
-
-@contextmanager
-def changing_shapes() -> Iterator[None]:
-    """Inside `onednn_float32`, computes float32 products by MKL, for products whose shapes hardly ever recur.
-
-    oneDNN would build and keep a kernel for each shape; attention is a small part of an update, and no slower by MKL.
-    """
-    if not _is_ours:
-        yield
-        return
-    asked, _ONEDNN.fp32_precision = _ONEDNN.fp32_precision, "none"
-    try:
-        yield
-    finally:
-        _ONEDNN.fp32_precision = asked
 
 
 def _mkl_is_slow() -> bool:
@@ -80,6 +60,11 @@ def _stays_float32() -> bool:
     return bool((product - exact).abs().max() <= 1e-5 * exact.abs().max())
 
 
+def by_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes products of this dtype on a CPU now; else MKL does, or torch itself."""
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and _ONEDNN.fp32_precision == "bf16")
+
+
 def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
     """Number of zero rows to append to the operands of oneDNN's products: those in bfloat16 on a CPU, and in float32
     inside `onednn_float32`; 0 elsewhere.
@@ -87,8 +72,7 @@ def rows_missing(rows: int, device: torch.device, dtype: torch.dtype) -> int:
     oneDNN builds a kernel for every shape: 3 ms and up to 2 MB for each new number of rows, in each of 20 products of a
     training step. Multiples of ``TILE_ROWS`` recur, and a product over such a multiple is a third faster.
     """
-    by_onednn = dtype == torch.bfloat16 or (dtype == torch.float32 and _ONEDNN.fp32_precision == "bf16")
-    return -rows % TILE_ROWS if device.type == "cpu" and by_onednn else 0
+    return -rows % TILE_ROWS if device.type == "cpu" and by_onednn(dtype) else 0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
