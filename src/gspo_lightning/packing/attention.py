@@ -145,8 +145,10 @@ def _batch_backward(
 
 def _weights(query: Tensor, key: Tensor, batch: BlockBatch, scaling: float) -> Tensor:
     """Attention weights ``(B * kv_heads, repeats * Q, K)`` of a batch, in the dtype of its queries."""
-    bias = batch.bias_of(len(key) // len(batch.bias)).reshape(batch.shape)
-    return torch.softmax(torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling), dim=-1)
+    scores = torch.baddbmm(query.new_empty(batch.shape), query, key.transpose(1, 2), beta=0, alpha=scaling)
+    blocks, queries, keys = batch.bias.shape
+    scores.view(blocks, -1, queries, keys).add_(batch.bias[:, None])
+    return torch.softmax(scores, dim=-1)
 
 
 def _gathered(layout: SharedPrefixLayout, query: Tensor, key: Tensor, window: int | None) -> GatheredBlocks:
