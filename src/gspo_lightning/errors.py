@@ -18,6 +18,9 @@ _WORDS = (
 """Messages of the CPU's allocator, and of libraries and kernels that allocate by themselves (the third: vLLM, the last
 four: NCCL)."""
 
+LONGEST_S = 10**6
+"""Largest time limit in seconds: poll counts milliseconds in 32 bits."""
+
 
 class UserError(Exception):
     """A mistake in a config, a dataset row, a model folder or a reward function.
@@ -62,3 +65,18 @@ def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise UserError(f"{key}={value!r}: there is no such choice; choose {', '.join(choices)}")
+
+
+def check_time_limit(key: str, seconds: float, more: str = "") -> None:
+    """Refuses a limit that no wait can have.
+
+    Args:
+        key: the setting.
+        seconds: what it is set to.
+        more: what follows in the line.
+
+    Raises:
+        UserError: it is not above 0 and at most `LONGEST_S`.
+    """
+    if not 0 < seconds <= LONGEST_S:
+        raise UserError(f"{key}={seconds} must be above 0 and at most {LONGEST_S}{more}")

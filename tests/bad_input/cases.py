@@ -1117,7 +1117,7 @@ REWARDS = [
         "reward",
         "a limit that is none",
         ["reward.functions.letter_share.timeout_s=inf"],
-        "timeout_s=inf of a reward function must be above 0 and at most 1000000; null means no limit",
+        "RewardSpec.timeout_s=inf must be above 0 and at most 1000000; null means no limit",
     ),
     Case("reward", "no function at all", ["~reward.functions.letter_share"], "reward.functions is empty"),
     Case(

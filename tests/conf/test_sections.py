@@ -20,10 +20,9 @@ from gspo_lightning.config.groups import check_overrides
 from gspo_lightning.config.optimizer import check_optimizer
 from gspo_lightning.config.resolve import resolve
 from gspo_lightning.config.sections import choices_of
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import LONGEST_S, UserError
 from gspo_lightning.rewards import RewardSpec
 from gspo_lightning.rewards.mathematics import MathVerify
-from gspo_lightning.rewards.worker import LONGEST_S
 from gspo_lightning.training.update import UpdateSettings
 from tests.conf.test_groups import given, resolved
 
@@ -243,7 +242,9 @@ def test_choices_are_the_files_of_a_group_and_all_else_is_left_to_hydra():
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e12])
 def test_a_limit_that_no_clock_of_a_reward_can_hold_is_refused(seconds):
-    with pytest.raises(UserError, match=r"^timeout_s=.* must be above 0 and at most 1000000; null means no limit$"):
+    with pytest.raises(
+        UserError, match=r"^RewardSpec.timeout_s=.* must be above 0 and at most 1000000; null means no limit$"
+    ):
         RewardSpec(len, timeout_s=seconds)
     with pytest.raises(UserError, match=r"^MathVerify.item_timeout_s=.* must be above 0 and at most 1000000$"):
         MathVerify(item_timeout_s=seconds)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import LONGEST_S, UserError
 from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec, worker
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.types import Completion, Prompt
@@ -267,14 +267,14 @@ def test_a_function_of_the_started_script_is_refused_at_construction(wrapped, mo
 @pytest.mark.parametrize(
     "bad",
     [
-        {"timeout_s": 0.0}, {"timeout_s": math.nextafter(worker.LONGEST_S, math.inf)}, {"timeout_s": math.nan},
+        {"timeout_s": 0.0}, {"timeout_s": math.nextafter(LONGEST_S, math.inf)}, {"timeout_s": math.nan},
         {"weight": math.nan}, {"weight": -math.inf},
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         RewardSpec(users.pid, **bad)
-    assert RewardSpec(users.pid, timeout_s=worker.LONGEST_S, weight=-1.0).timeout_s == worker.LONGEST_S
+    assert RewardSpec(users.pid, timeout_s=LONGEST_S, weight=-1.0).timeout_s == LONGEST_S
 
 
 def test_a_set_survives_pickling_before_it_has_run(reward_set):

@@ -14,8 +14,7 @@ from gspo_lightning.dialogue.environment import Environments, OpenDialogue, Repl
 from gspo_lightning.dialogue.forms import FORMS, Form, form_of
 from gspo_lightning.dialogue.functions import NOT_TOOLS, Tool, by_name, found, schemas_of, template_tools
 from gspo_lightning.dialogue.limited import LimitedTools
-from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.worker import LONGEST_S
+from gspo_lightning.errors import UserError, check_time_limit
 from gspo_lightning.types import Prompt, ToolCounts
 from gspo_lightning.users_code import call_tool, copied
 
@@ -54,10 +53,8 @@ class Tools(Environments):
         timeout_s: float | None = None,
         workers: int = 1,
     ) -> None:
-        if timeout_s is not None and not 0 < timeout_s <= LONGEST_S:
-            raise UserError(
-                f"environment.timeout_s={timeout_s} must be above 0 and at most {LONGEST_S}; null means no limit"
-            )
+        if timeout_s is not None:
+            check_time_limit("environment.timeout_s", timeout_s, "; null means no limit")
         if call_form not in (None, *FORMS):
             raise UserError(f"environment.call_form={call_form!r} must be null or one of {', '.join(FORMS)}")
         where = "environment.functions"

@@ -13,11 +13,11 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, check_time_limit
 from gspo_lightning.rewards.functions import full_text
 from gspo_lightning.rewards.quantities import is_one_number, plain_quantities
 from gspo_lightning.rewards.text import check_tag, single_block
-from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
+from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
 
 MAX_ANSWER_CHARACTERS = 2_000
 """Of a longer text only the end is read."""
@@ -47,8 +47,7 @@ class MathVerify:
     def __post_init__(self) -> None:
         if self.tag is not None:
             check_tag("MathVerify.tag", self.tag)
-        if not 0 < self.item_timeout_s <= LONGEST_S:
-            raise UserError(f"MathVerify.item_timeout_s={self.item_timeout_s} must be above 0 and at most {LONGEST_S}")
+        check_time_limit("MathVerify.item_timeout_s", self.item_timeout_s)
         self._worker = Worker(math_equal)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
-from gspo_lightning.errors import UserError, check_choice
+from gspo_lightning.errors import UserError, check_choice, check_time_limit
 from gspo_lightning.rewards.by_task import ForTasks, object_of, unwrapped
 from gspo_lightning.rewards.calling import (
     RECORDED,
@@ -30,7 +30,7 @@ from gspo_lightning.rewards.calling import (
     TrainerState,
     required_parameters,
 )
-from gspo_lightning.rewards.worker import LONGEST_S, Worker, WorkerError, WorkerTimeoutError
+from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
 from gspo_lightning.screen import counted
 from gspo_lightning.types import Completion, Metrics, Prompt
 from gspo_lightning.users_code import LARGEST, finite_number, keeps_state
@@ -51,11 +51,8 @@ class RewardSpec:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise UserError(f"weight={self.weight} of a reward function must be a finite number")
-        if self.timeout_s is not None and not 0 < self.timeout_s <= LONGEST_S:
-            raise UserError(
-                f"timeout_s={self.timeout_s} of a reward function must be above 0 and at most {LONGEST_S}; null means "
-                "no limit"
-            )
+        if self.timeout_s is not None:
+            check_time_limit("RewardSpec.timeout_s", self.timeout_s, "; null means no limit")
 
 
 class RewardSet:

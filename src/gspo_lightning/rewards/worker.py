@@ -18,8 +18,6 @@ from typing import Any
 
 from gspo_lightning.errors import UserError
 
-LONGEST_S = 10**6
-"""Largest time limit in seconds: poll counts milliseconds in 32 bits."""
 _HERE = "set timeout_s to null to run it in this one"
 _SERVE = Path(__file__).parent / "serve.py"
 

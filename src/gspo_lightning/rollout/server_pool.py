@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.worker import LONGEST_S
+from gspo_lightning.errors import UserError, check_time_limit
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.rollout.http_client import Server, ServerError
 from gspo_lightning.screen import visible
@@ -50,10 +49,7 @@ class Patience:
     """Most prompts that a server is sent at a time; time in its own queue would count against the timeout."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.request_timeout_s <= LONGEST_S:
-            raise UserError(
-                f"rollout.engine.request_timeout_s={self.request_timeout_s} must be above 0 and at most {LONGEST_S}"
-            )
+        check_time_limit("rollout.engine.request_timeout_s", self.request_timeout_s)
         for name, least in (("ready_timeout_s", 0), ("give_up_after_s", 0), ("pause_s", 0), ("max_attempts", 1)):
             if not getattr(self, name) >= least:
                 raise UserError(f"rollout.engine.{name}={getattr(self, name)} must be at least {least}")
