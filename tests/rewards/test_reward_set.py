@@ -6,6 +6,7 @@ import asyncio
 import copy
 import functools
 import math
+import re
 import threading
 from dataclasses import replace
 
@@ -89,6 +90,27 @@ def test_a_reward_whose_square_is_no_number_is_refused():
     assert score(f=lambda completions: [1e100] * 4).flatten().tolist() == [1e100] * 4
     with pytest.raises(UserError, match=r"reward function f returned -1e\+300 for row t:0, beyond 1e\+100: the spread"):
         score(f=lambda completions: [-1e300] * 4)
+
+
+def test_a_reward_that_its_weight_makes_too_large_is_refused():
+    """Its square is infinite, or it is itself: the advantages of its group would be 0, or no numbers."""
+
+    def weighted(weight, reward, how="weighted_sum"):
+        spec = RewardSpec(lambda completions: [0.0, None, 1.0, reward], weight)
+        reward_set = RewardSet({"f": spec, "g": RewardSpec(lambda completions: [0.0] * 4)}, how)
+        return reward_set.combine(reward_set(*batch()))
+
+    assert weighted(1e60, 1e40).tolist()[1] == [1e60, 1e100]
+    assert weighted(1e100, 0.5, "normalize_then_sum").square().isfinite().all()
+    for weight, reward in ((1e60, 1e100), (-1e60, 1e100), (1e100, -1e100), (2.0, 1e100)):
+        line = (
+            rf"^reward function f returned {re.escape(f'{reward:g}')} for row t:1, times its weight="
+            rf"{re.escape(f'{weight:g}')} beyond 1e\+100: the spread of a group overflows there; lower the weight$"
+        )
+        with pytest.raises(UserError, match=line):
+            weighted(weight, reward)
+    with pytest.raises(UserError, match=r"^weight=-1e\+200 of a reward function must be at most 1e\+100 in size$"):
+        RewardSpec(len, -1e200)
 
 
 def dialogues():

@@ -51,6 +51,8 @@ class RewardSpec:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise UserError(f"weight={self.weight} of a reward function must be a finite number")
+        if abs(self.weight) > LARGEST:
+            raise UserError(f"weight={self.weight} of a reward function must be at most {LARGEST:g} in size")
         if self.timeout_s is not None:
             check_time_limit("RewardSpec.timeout_s", self.timeout_s, "; null means no limit")
 
@@ -94,7 +96,8 @@ class RewardSet:
 
         Raises:
             UserError: a function raised, took too long, or returned anything but one finite number or None per
-                completion, or no function applies to a completion; names the function and the row.
+                completion, or one that its weight makes too large, or no function applies to a completion; names the
+                function and the row.
         """
         arguments = call_arguments(prompts, completions)
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
@@ -116,7 +119,19 @@ class RewardSet:
                     f"row {uid}: no reward function applies to a completion ({', '.join(self.names)} returned None); "
                     "add one that does, or leave the row out"
                 )
+        self._refuse_overflow(table, uids)
         return table.reshape(len(prompts), -1, len(columns))
+
+    def _refuse_overflow(self, table: Tensor, uids: list[str]) -> None:
+        """Refuses rewards ``(N, K)`` that their weights make too large, as `checked` does rewards without one."""
+        if beyond := ((table * self.weights).abs() > LARGEST).nonzero().tolist():
+            row, function = beyond[0]
+            name, reward = self.names[function], table[row, function].item()
+            raise UserError(
+                f"reward function {name} returned {reward:g} for row {uids[row]}, times its weight="
+                f"{self.functions[name].weight:g} beyond {LARGEST:g}: the spread of a group overflows there; lower the "
+                "weight"
+            )
 
     def _start(self) -> None:
         """Starts processes in the caller's thread: Linux ends them with the thread that started them."""
