@@ -68,6 +68,41 @@ class AdvantageEstimator:
         return centred.masked_fill(silent_groups(rewards)[:, None], 0.0)
 
 
+def checked_advantages(estimator: AdvantageEstimator, rewards: Tensor, *everyone: Tensor) -> Tensor:
+    """``estimator(rewards, *everyone)``, of which one of the user's own may return anything.
+
+    Raises:
+        UserError: it is no tensor of the shape of ``rewards``, or has a number that is not finite.
+    """
+    values = estimator(rewards, *everyone)
+    name = type(estimator).__name__
+    if not isinstance(values, Tensor) or values.shape != rewards.shape:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(
+            f"advantages: {name} returned {found} for rewards of {tuple(rewards.shape)}; return a tensor of that shape"
+        )
+    if len(odd := (~values.isfinite()).nonzero()):
+        group = rewards[odd[0, 0]].tolist()
+        raise UserError(f"advantages: {name} returned a number that is not finite for a group of rewards {group}")
+    return values
+
+
+def checked_silent(estimator: AdvantageEstimator, rewards: Tensor) -> Tensor:
+    """``estimator.silent(rewards)``, likewise.
+
+    Raises:
+        UserError: it is no mask ``(B,)``.
+    """
+    mask = estimator.silent(rewards)
+    if not isinstance(mask, Tensor) or mask.shape != rewards.shape[:1] or mask.dtype != torch.bool:
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise UserError(
+            f"advantages: {type(estimator).__name__}.silent returned {found} for rewards of {tuple(rewards.shape)}; "
+            f"return a mask of {tuple(rewards.shape[:1])} bool, one for each group"
+        )
+    return mask
+
+
 def check_group(advantages: object, num_generations: int, max_draws: int = 0) -> None:
     """Refuses groups of one, unless an estimator of the user's own compares with something else than the group.
 

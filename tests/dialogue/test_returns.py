@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.callbacks.recorder import completion_entries
 from gspo_lightning.callbacks.strict_json import to_json
 from gspo_lightning.dialogue.turns import silent_rollout
+from gspo_lightning.errors import UserError
 from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.rewards import RewardSet, RewardSpec, environment_reward
 from gspo_lightning.rewards.calling import RECORDED
@@ -149,3 +151,55 @@ def test_a_validation_with_an_environment_has_the_return_too():
     assert "val/return" not in validator.means
     validator.update(None, Played(), [])  # a rank without prompts exchanges the same means
     assert "val/return" in validator.means
+
+
+class Returning(AdvantageEstimator):
+    """An estimator that returns what a function makes of the rewards, and names silent groups by another."""
+
+    def __init__(self, make, silent=None):
+        super().__init__(scale_rewards="none")
+        object.__setattr__(self, "make", make)
+        object.__setattr__(self, "name_silent", silent)
+
+    def __call__(self, rewards, everyone=None):
+        return self.make(rewards)
+
+    def silent(self, rewards):
+        return self.name_silent(rewards)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda rewards: rewards.flatten(), "returned (2,) for rewards of (1, 2); return a tensor of that shape"),
+        (lambda rewards: rewards[:, :1], "returned (1, 1) for rewards of (1, 2); return a tensor of that shape"),
+        (lambda rewards: rewards.tolist(), "returned list for rewards of (1, 2); return a tensor of that shape"),
+        (
+            lambda rewards: rewards / rewards.min(),
+            "returned a number that is not finite for a group of rewards [1.0, 0.0]",
+        ),
+    ],
+)
+def test_advantages_of_turns_are_checked_as_those_of_whole_completions_are(make, line):
+    rollout = scored([dialogue(1.0), dialogue(0.0)], rewards=[[0.0, 0.0]])
+    with pytest.raises(UserError, match=f"^{re.escape(f'advantages: Returning {line}')}$"):
+        compare(rollout, Returning(make))
+
+
+@pytest.mark.parametrize("turns", [(), (1.0,)])
+@pytest.mark.parametrize(
+    ("silent", "found"),
+    [
+        (lambda rewards: rewards == 0, "torch.bool (1, 2)"),
+        (lambda rewards: rewards.std(dim=1), "torch.float64 (1,)"),
+        (lambda rewards: [False], "list"),
+    ],
+)
+def test_a_mask_of_silent_groups_has_one_place_for_each(turns, silent, found):
+    group = [dialogue(*turns, turns=1), dialogue(*turns, turns=1)]
+    line = (
+        f"advantages: Returning.silent returned {found} for rewards of (1, 2); return a mask of (1,) bool, one for "
+        "each group"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        silent_rollout([group], torch.tensor([[1.0, 0.0]], dtype=torch.float64), Returning(None, silent))

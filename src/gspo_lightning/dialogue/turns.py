@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gspo_lightning.advantages import AdvantageEstimator, without_rounding
+from gspo_lightning.advantages import AdvantageEstimator, checked_advantages, checked_silent, without_rounding
 from gspo_lightning.types import Completion
 
 
@@ -45,11 +45,11 @@ def silent_rollout(
         rewards: ``(B, G)``.
         estimator: says what gives no signal; None for equal returns alone.
     """
-    silent_groups = (estimator or AdvantageEstimator()).silent
+    estimator = estimator or AdvantageEstimator()
     if not has_turn_rewards(completions):
-        return silent_groups(rewards)
+        return checked_silent(estimator, rewards)
     silent = [
-        all(silent_groups(of_turn).item() for _, of_turn in _by_turn(group, rewards[number]))
+        all(checked_silent(estimator, of_turn).item() for _, of_turn in _by_turn(group, rewards[number]))
         for number, group in enumerate(completions)
     ]
     return torch.tensor(silent, dtype=torch.bool)
@@ -96,8 +96,10 @@ def whole_returns(completions: list[list[Completion]], rewards: torch.Tensor) ->
 def _of_group(group: list[Completion], rewards: torch.Tensor, estimator: AdvantageEstimator) -> list[tuple[float, ...]]:
     advantages: list[list[float]] = [[] for _ in group]
     for members, values in _by_turn(group, rewards):
-        alone = len(members) == 1 and len(group) > 1
-        of_turn = [advantages[number][0] for number in members] if alone else estimator(values)[0].tolist()
+        if len(members) == 1 and len(group) > 1:
+            of_turn = [advantages[number][0] for number in members]
+        else:
+            of_turn = checked_advantages(estimator, values)[0].tolist()
         for number, value in zip(members, of_turn, strict=True):
             advantages[number].append(value)
     return [tuple(own) for own in advantages]
