@@ -195,6 +195,14 @@ class Odd(Cutting):
             {"token_ids": torch.tensor([5, 6]), "sampler_logprobs": torch.zeros(3)},
             "sampler_logprobs that are no tensor (2,), one for each token",
         ),
+        (
+            {"token_ids": torch.tensor([5, -1]), "sampler_logprobs": torch.zeros(2)},
+            "the token id -1, which the model's vocabulary of 99 does not have",
+        ),
+        (
+            {"token_ids": torch.tensor([5, 99]), "sampler_logprobs": torch.zeros(2)},
+            "the token id 99, which the model's vocabulary of 99 does not have",
+        ),
         ({"finish_reason": "eos"}, "finish_reason='eos', which must be stop or length"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, checked_advantages
 from gspo_lightning.dialogue.turns import has_turn_rewards, turn_advantages
 from gspo_lightning.distributed.ranks import gather_values
 from gspo_lightning.errors import UserError
@@ -83,6 +83,7 @@ class RolloutCollection:
         assert module.policy is not None
         with module.stopwatch("rollout"):
             rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
+        _check_tokens(rollout, module.policy.config.get_text_config().vocab_size)
         _check_turns(rollout, module.advantages)
         with module.stopwatch("reward"):
             by_function = module.rewards(rollout.prompts, rollout.completions)
@@ -166,6 +167,19 @@ def _check_counts(rollout: Rollout, prompts: int, generations: int) -> None:
         )
 
 
+def _check_tokens(rollout: Rollout, vocabulary: int) -> None:
+    """Refuses tokens that the model does not have, as a custom engine with another tokenizer may return."""
+    for prompt, group in zip(rollout.prompts, rollout.completions, strict=True):
+        for completion in group:
+            ids = completion.token_ids
+            if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+                odd = next(token for token in ids.tolist() if not 0 <= token < vocabulary)
+                raise UserError(
+                    f"rollout.engine: generate() returned the token id {odd}, which the model's vocabulary of "
+                    f"{vocabulary} does not have (row {prompt.uid})"
+                )
+
+
 def _check_turns(rollout: Rollout, advantages: AdvantageEstimator) -> None:
     """Refuses turns with rewards, which only some dialogues of a group have, where the best of k is compared."""
     if isinstance(advantages, PassAtK) and has_turn_rewards(rollout.completions):
@@ -180,7 +194,7 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
 
     Raises:
         UserError: an environment rewards turns, and rewards are to be scaled by the batch; or a custom estimator
-            returns another shape.
+            returns another shape, or what is not finite.
     """
     turns = turn_advantages(rollout.completions, rollout.rewards, advantages)
     if turns is not None and advantages.scale_rewards == "batch":
@@ -189,13 +203,7 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
             "divides by the spread of whole completions; set it to group or none"
         )
     everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
-    values = advantages(rollout.rewards, *everyone)
-    if not isinstance(values, Tensor) or values.shape != rollout.rewards.shape:
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(
-            f"advantages: {type(advantages).__name__} returned {found} for rewards of {tuple(rollout.rewards.shape)}; "
-            "return a tensor of that shape"
-        )
+    values = checked_advantages(advantages, rollout.rewards, *everyone)
     return ScoredRollout(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
         advantages=values.detach().to("cpu", torch.float64),  # one that learns a baseline may leave its graph on
