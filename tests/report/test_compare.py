@@ -49,6 +49,15 @@ def test_runs_that_have_not_finished_are_not_counted_beside_a_mean_without_them(
     assert page.count("<td>2 of 3</td>") == 1 and "that finished (2 of 3: one has not)" in page
 
 
+def test_a_run_that_repeats_another_is_named_and_not_counted(sweep):
+    repeated = write_run(sweep / "30", [0.0, 0.1], 1, 0.1, note="<script>")
+    code, text = compare(sweep)
+    line = f"{repeated}: not counted, repeats {sweep / '10'}: the settings, the seed and all numbers are the same"
+    assert code == 0 and line in text.splitlines() and "0.150 ± 0.635" in text
+    page = (sweep / "comparison.html").read_text()
+    assert line in page and "<h1>4 runs, 2 settings</h1>" in page
+
+
 def test_the_page_is_well_formed_needs_nothing_else_and_draws_a_line_and_a_band_per_setting(sweep):
     compare(sweep)
     page = (sweep / "comparison.html").read_text()

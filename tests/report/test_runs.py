@@ -11,7 +11,15 @@ import torch
 import yaml
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.report.runs import _T95, differing_settings, find_runs, flatten, group_runs, mean_and_halfwidth
+from gspo_lightning.report.runs import (
+    _T95,
+    differing_settings,
+    find_runs,
+    flatten,
+    group_runs,
+    mean_and_halfwidth,
+    without_repeats,
+)
 
 
 def write_run(folder: Path, rewards: list[float], seed: int = 0, lr: float = 0.1, **settings) -> Path:
@@ -145,6 +153,28 @@ def test_a_copy_of_a_run_is_not_another_run(tmp_path):
     shutil.copytree(folder, tmp_path / "a (copy)")
     write_run(tmp_path / "b", [1.0, 2.0], seed=2)
     assert sorted(run.folder.name for run in find_runs([tmp_path])[0]) == ["a", "b"]
+
+
+def test_a_run_that_repeats_another_number_for_number_is_no_second_sample(tmp_path):
+    """A deterministic run started twice, and one that was stopped and resumed into another folder."""
+
+    def timed(name, rewards, seconds, seed=1, **more):
+        folder = write_run(tmp_path / name, rewards, seed, **more)
+        lines = [f"{line},{seconds}" for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+        (folder / "metrics.csv").write_text("\n".join(["step,reward/mean,time/step_s", *lines, ""]))
+
+    timed("first", [1.0, 2.0], 3.5)
+    timed("again", [1.0, 2.0, 3.0], 4.5, logger={}, ckpt_path="first/checkpoints/last.ckpt")
+    timed("other seed", [1.0, 2.0, 3.0], 3.5, seed=2)
+    timed("other rate", [1.0, 2.0, 3.0], 3.5, lr=0.2)
+    timed("not deterministic", [1.0, 2.5, 3.0], 3.5)
+    write_run(tmp_path / "of no rollout", [], 1)
+    runs, repeats = without_repeats(find_runs([tmp_path])[0])
+    assert [(run.folder.name, other.folder.name) for run, other in repeats] == [("first", "again")]
+    names = ["again", "not deterministic", "of no rollout", "other rate", "other seed"]
+    assert sorted(run.folder.name for run in runs) == names
+    (tmp_path / "again" / "metrics.csv").write_text("step,reward/mean\n1,1.0\n")
+    assert [run.folder.name for run, _ in without_repeats(find_runs([tmp_path])[0])[1]] == ["again"]
 
 
 def test_the_table_of_lightnings_own_csv_logger_is_not_a_run(tmp_path):

@@ -20,7 +20,7 @@ from rich.table import Table
 from gspo_lightning.errors import UserError
 from gspo_lightning.program.redact import masked
 from gspo_lightning.report.page import html_page
-from gspo_lightning.report.runs import RunGroup, find_runs, group_runs, mean_and_halfwidth
+from gspo_lightning.report.runs import RunGroup, find_runs, group_runs, mean_and_halfwidth, without_repeats
 from gspo_lightning.report.sections import CHARTS
 from gspo_lightning.report.svg import Band, format_number, line_chart
 from gspo_lightning.screen import escape_what_no_screen_shows, visible
@@ -34,6 +34,7 @@ COLUMNS = {
 }
 """Heading -> key of ``summary.json``; accuracies are on held-out prompts. Peak memory is left out: a later job of a
 sweep in the same process reports the peak of an earlier one, if that needed more."""
+_THE_SAME = "the settings, the seed and all numbers are the same"
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -46,8 +47,13 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     console = console or Console()
     try:
         runs, without = find_runs(options.folders)
+        runs, repeats = without_repeats(runs)
         groups = group_runs(runs)
-        page = write_comparison(groups, options.output or options.folders[0] / "comparison.html", without)
+        beside = [
+            *(f"{run.folder}: not counted, repeats {other.folder}: {_THE_SAME}" for run, other in repeats),
+            *(f"{folder}: recorded nothing; the job failed or was not run" for folder in without),
+        ]
+        page = write_comparison(groups, options.output or options.folders[0] / "comparison.html", beside)
     except UserError as error:
         print(f"error: {masked(str(error))}", file=sys.stderr)
         return 2
@@ -55,9 +61,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         settings = ", ".join(f"{key}={value}" for key, value in group.settings.items()) or "all settings are the same"
         console.print(visible(f"{number}: {settings}"), highlight=False, markup=False, soft_wrap=True)
     console.print(comparison_table(groups))
-    for folder in without:
-        line = visible(f"{folder}: recorded nothing; the job failed or was not run")
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in beside:
+        console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
     console.print(visible(str(page)), highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -72,7 +77,7 @@ def comparison_table(groups: Sequence[RunGroup]) -> Table:
     return table
 
 
-def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[Path] = ()) -> Path:
+def write_comparison(groups: Sequence[RunGroup], path: Path, beside: Sequence[str] = ()) -> Path:
     """Writes the page: settings that differ, the table, and every chart of the report with one line per setting.
     Returns its path.
 
@@ -91,7 +96,7 @@ def write_comparison(groups: Sequence[RunGroup], path: Path, without: Sequence[P
         "are that interval, at the rollouts that all runs of the setting reached, finished or not; a setting with a "
         "single run has none.</p>"
     )
-    missing = "".join(f'<p class="soft">{escape(str(folder))}: recorded nothing</p>' for folder in without)
+    missing = "".join(f'<p class="soft">{escape(line)}</p>' for line in beside)
     body = f'{intro}{missing}<h2>Settings that differ</h2>{table}<h2>Curves</h2><div class="charts">{charts}</div>'
     try:
         path.write_text(html_page("Comparison of runs", body), encoding="utf-8", errors="backslashreplace")

@@ -19,6 +19,8 @@ _PLACES = (
     "callbacks.progress.", "callbacks.completions.",
 )  # fmt: skip
 """Settings of what a run reads, writes and prints, not of how it trains."""
+_OF_THE_MACHINE = ("time/", "perf/")
+"""What the columns of `metrics.csv` begin with that no run repeats."""
 
 _T95 = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -105,6 +107,41 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: contains no run (a folder with metrics.csv and config.yaml)")
     return list(runs.values()), list(without.values())
+
+
+def without_repeats(runs: Sequence[Run]) -> tuple[list[Run], list[tuple[Run, Run]]]:
+    """The runs without those that repeat another, or its first rollouts; and each of these with the one that stays.
+
+    Two runs of equal settings and seed have measured the same thing if all their numbers are equal but those of the
+    machine: as two samples they would make an interval narrower, or zero. What is not deterministic differs, and stays.
+    """
+    kept: list[Run] = []
+    repeats: list[tuple[Run, Run]] = []
+    for run in sorted(runs, key=lambda run: (not run.summary, -_rows(run))):  # the one that came furthest stays
+        if (other := next((other for other in kept if _repeats(run, other)), None)) is None:
+            kept.append(run)
+        else:
+            repeats.append((run, other))
+    order = {id(run): place for place, run in enumerate(runs)}
+    return sorted(kept, key=lambda run: order[id(run)]), repeats
+
+
+def _rows(run: Run) -> int:
+    return max(map(len, run.metrics.values()), default=0)
+
+
+def _repeats(run: Run, other: Run) -> bool:
+    """Whether they have the same settings, and the same numbers at the rollouts that both have, at least one."""
+    if _that_train(run) != _that_train(other):
+        return False
+    compared = [name for name in run.metrics if name in other.metrics and not name.startswith(_OF_THE_MACHINE)]
+    pairs = [(dict(run.metrics[name]), dict(other.metrics[name])) for name in compared]
+    shared = [(mine[step], theirs[step]) for mine, theirs in pairs for step in mine.keys() & theirs.keys()]
+    return bool(shared) and all(mine == theirs for mine, theirs in shared)
+
+
+def _that_train(run: Run) -> dict[str, str]:
+    return {key: repr(value) for key, value in run.settings.items() if not f"{key}.".startswith(_PLACES)}
 
 
 def _is_copy(run: Run, other: Run) -> bool:
