@@ -7,11 +7,12 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate import convert, parse_config
 from gspo_lightning.migrate.__main__ import main
-from gspo_lightning.migrate.parse import parse_lora
+from gspo_lightning.migrate.parse import parse_lora, parse_unread
 
 
 def test_the_call_of_grpo_config_is_found_among_other_configs():
@@ -288,3 +289,44 @@ def test_an_adapter_without_a_lora_config_is_refused_rather_than_left_out():
     assert parse_lora("args = GRPOConfig(beta=0.1)\nmodel = get_peft_model(model, lora)") is None
     with pytest.raises(UserError, match=r"^LoraConfig is called in lines 1 and 2; leave one of the calls in the text"):
         parse_lora("a = LoraConfig(r=8)\nb = LoraConfig(r=16)\nargs = GRPOConfig(beta=0.1)")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("t = GRPOTrainer(args=GRPOConfig(beta=0.1))\nt.args.beta = 0.2", ["line 2: t.args.beta = 0.2"]),
+        ("a = GRPOConfig(beta=0.1)\nsetattr(a, 'beta', 0.2)", ["line 2: setattr(a, 'beta', 0.2)"]),
+        ("a = GRPOConfig(beta=0.1)\nobject.__setattr__(a, 'b', 1)", ["line 2: object.__setattr__(a, 'b', 1)"]),
+        (
+            "def tune(c):\n    c.beta = 1\na = GRPOConfig(beta=0.1)\ntune(a)\nb = tune(c=a)",
+            ["line 4: tune(a)", "line 5: b = tune(c=a)"],
+        ),
+        ("a = tune(GRPOConfig(beta=0.1))", ["line 1: a = tune(GRPOConfig(beta=0.1))"]),
+        ("a = GRPOConfig(beta=0.1)\nb = copy.replace(a, beta=1)", ["line 2: b = copy.replace(a, beta=1)"]),
+        ("a = GRPOConfig(beta=0.1)\nb = a\nb.beta = 1", ["line 3: b.beta = 1"]),
+        ("a = GRPOConfig(beta=0.1)\na.set_training(seed=3)", ["line 2: a.set_training(seed=3)"]),
+        ("a = GRPOConfig(beta=0.1)\na.__dict__['beta'] = 1", ["line 2: a.__dict__['beta'] = 1"]),
+        ("a = GRPOConfig(beta=0.1)\nvars(a)['beta'] = 1", ["line 2: vars(a)['beta'] = 1"]),
+        ("def make():\n    return GRPOConfig(beta=0.1)\na = make()\na.beta = 1", ["line 4: a.beta = 1"]),
+        ("def make():\n    a = GRPOConfig(beta=0.1)\n    return a\nb = make()\nb.beta = 1", ["line 5: b.beta = 1"]),
+        (
+            "a = GRPOConfig(beta=0.1)\nprint(a, vars(a), a.beta)\nt = GRPOTrainer(m, args=a)\nf(a.beta)\nt.train()\n"
+            "out = t.args.output_dir\nd = a.to_dict()",
+            [],
+        ),
+        ("a = parse()\nsetup(a)\na = GRPOConfig(beta=0.1)\ndef f(a):\n    g(a)\n    a.seed = 1", []),
+        ("beta=0.1,\nseed=1", []),
+        ("beta: 0.1", []),
+    ],
+)
+def test_what_may_change_the_config_without_being_read_is_named(text, lines):
+    assert parse_config(text)["beta"] == 0.1
+    assert parse_unread(text) == lines
+
+
+def test_the_command_says_what_it_has_not_read(tmp_path):
+    source, target, out = tmp_path / "train.py", tmp_path / "mine.yaml", io.StringIO()
+    source.write_text("import trl\nargs = trl.GRPOConfig(seed=3)\nadjust(args)\n")
+    assert main([str(source), "--output", str(target)], Console(file=out, width=200)) == 0
+    line = "not read, what it may set is missing here: line 3: adjust(args)"
+    assert line in out.getvalue().splitlines() and f"# {line}" in target.read_text().splitlines()

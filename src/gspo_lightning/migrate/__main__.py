@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.convert import Conversion, convert
-from gspo_lightning.migrate.parse import parse_config, parse_lora
+from gspo_lightning.migrate.parse import parse_config, parse_lora, parse_unread
 from gspo_lightning.program.redact import masked, redacted
 from gspo_lightning.screen import escape_what_no_screen_shows, visible
 
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     try:
         text = _read(options.config)
         result = convert(parse_config(text), ranks=options.ranks, adapter=parse_lora(text))
+        result.unread = parse_unread(text)
         result.groups |= {group: choice for group, (choice, _) in NOT_IN_TRL.items()} | {"reward": options.reward}
         result.settings |= {"model.path": options.model, "data.task.source": options.data}
     except UserError as error:
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     console.print(verdict_table(result))
     for line in result.added:
         _say(console, f"added: {line}")
+    for line in result.unread:
+        _say(console, _not_read(line))
     if result.blocking:
         print(f"error: {', '.join(result.blocking)} would change the result and cannot be expressed", file=sys.stderr)
         return 1
@@ -60,6 +63,10 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     _say(console, command(result))
     _say(console, f"\n{experiment_yaml(result)}")
     return _write(options.output, experiment_yaml(result)) if options.output else 0
+
+
+def _not_read(line: str) -> str:
+    return masked(f"not read, what it may set is missing here: {line}")
 
 
 def _say(console: Console, text: str) -> None:
@@ -103,7 +110,8 @@ def experiment_yaml(result: Conversion) -> str:
     for key, value in sorted(result.settings.items(), key=_by_name):
         OmegaConf.update(tree, key.lstrip("+"), value, force_add=True)
     head = "".join(f"  - override /{group}: {choice}\n" for group, choice in sorted(result.groups.items()))
-    notes = "".join(f"# {line}\n" for line in result.added)
+    lines = [*result.added, *map(_not_read, result.unread)]
+    notes = "".join(f"# {line}\n" for line in lines)
     return f"# @package _global_\n{notes}defaults:\n{head}\n{OmegaConf.to_yaml(tree)}"
 
 

@@ -47,6 +47,8 @@ class Conversion:
     """Dotted key -> value."""
     added: list[str] = field(default_factory=list)
     """Settings and notes that come from no key of the source, and why."""
+    unread: list[str] = field(default_factory=list)
+    """Lines of the source that may change settings, and were not read."""
     blocking: list[str] = field(default_factory=list)
     """Keys that change what is trained and cannot be expressed."""
 

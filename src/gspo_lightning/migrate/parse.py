@@ -12,6 +12,7 @@ from yaml import YAMLError
 from gspo_lightning.errors import UserError
 from gspo_lightning.migrate.names import names_at, value_of
 from gspo_lightning.migrate.scopes import home_of, scopes_around
+from gspo_lightning.migrate.unread import unread
 
 _OF_OTHERS = (
     "AdaLoraConfig", "BOFTConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoftQConfig", "LoraConfig",
@@ -61,6 +62,13 @@ def _parsed(text: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not content or all(value is None for value in content.values()):
         raise UserError("the config has no keys: give `key: value` lines, or the keyword arguments of a GRPOConfig")
     return {str(key): value for key, value in content.items()}
+
+
+def parse_unread(text: str) -> list[str]:
+    """Lines of a Python text after which the config may hold other settings than its call; see `unread`."""
+    tree = _python(text)
+    call = None if tree is None else _call(tree)
+    return [] if tree is None or call is None else unread(tree, call)
 
 
 def parse_lora(text: str) -> dict[str, Any] | None:
