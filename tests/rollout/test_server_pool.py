@@ -7,7 +7,7 @@ import http.client
 import socket
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
 import pytest
@@ -426,3 +426,27 @@ def test_only_the_first_attempt_of_a_server_may_take_longer_than_the_wait_for_on
     again = ServerPool([server], prepare, lambda server, value: None, Patience(ready_timeout_s=0.3, pause_s=0.01))
     with pytest.raises(EngineUnavailableError, match=r"for 0.3 s \(ready_timeout_s\): down"):
         again.run([1], echo)
+
+
+def test_a_run_whose_end_was_interrupted_leaves_its_servers_to_the_next_one(monkeypatch):
+    """As a second Ctrl-C does in a notebook, whose next cell samples again."""
+
+    class Interrupted(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait, cancel_futures=cancel_futures)
+            raise KeyboardInterrupt
+
+    pool = ServerPool(servers(1), lambda server: None, lambda server, value: None, PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(server_pool, "ThreadPoolExecutor", Interrupted)
+        patch.setattr(server_pool._Run, "_finished", lambda self: time.sleep(0.05) or {}[0])
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(range(4), echo)
+    (member,) = pool.members
+    assert member.server._aborted
+
+    def work(server, job):
+        assert not server._aborted
+        return job
+
+    assert pool.run(range(4), work) == [0, 1, 2, 3]

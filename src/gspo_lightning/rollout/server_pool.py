@@ -115,8 +115,11 @@ class ServerPool:
             EngineUnavailableError: no server was usable for as long as `Patience` allows.
         """
         for member in self.members:
-            # The weights may have changed since; a run that ended during a preparation has not reset that flag.
+            # The weights may have changed since; a run that ended during a preparation has not reset that flag, and one
+            # whose end was interrupted (a second Ctrl-C) has left the servers aborted.
             member.ready = member.preparing = False
+            member.in_flight = 0
+            member.server.revive()
         return _Run(self, jobs, work, next_of).results()
 
 
