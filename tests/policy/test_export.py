@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -38,3 +39,14 @@ def test_settings_of_generate_that_transformers_refuses_to_save_are_exported_as_
                 m(input_ids=ids).logits for m in (AutoModelForCausalLM.from_pretrained(out), policy.model)
             )
         assert relative_distance(found, expected) < 1e-5
+
+
+def test_a_layer_that_keeps_a_state_of_its_last_forward_is_merged(micro_model_dir, tmp_path):
+    """As RecurrentGemma's do: the state hangs on the graph of that forward."""
+    policy = PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=2)).load()
+    layer = policy.base_model.model.layers[0]
+    layer.recurrent_states = 2 * next(p for p in policy.parameters() if p.requires_grad)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(policy.model)
+    out = export_policy(policy, tmp_path / "out", merge_lora=True)
+    assert (out / "model.safetensors").exists() and layer.recurrent_states.is_leaf

@@ -34,6 +34,7 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size:
                 "export.merge_lora=true: folded into weights of 4 or 8 bits, the adapter would be rounded away; export "
                 "the adapter alone (export.merge_lora=false)"
             )
+        _detach_states(model)
         with torch.no_grad():
             model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     _save(model, folder)
@@ -47,6 +48,14 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size:
             processor.image_processor.size = image_size
         processor.save_pretrained(folder)
     return folder
+
+
+def _detach_states(model: torch.nn.Module) -> None:
+    """Cuts what layers keep of the last forward (RecurrentGemma) from its graph, with which it could not be copied."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
 
 
 def _save(model: Any, folder: Path) -> None:
