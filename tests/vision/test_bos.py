@@ -51,3 +51,21 @@ def test_a_prompt_with_an_image_has_one_bos(processor: Any, template: str, setti
     if not settings.is_set:
         theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         assert [ids.tolist()] == theirs
+
+
+def test_a_prompt_with_an_image_does_not_end_in_the_eos_that_its_tokenizer_adds(processor: Any) -> None:
+    """As a plain prompt does not; one that the template writes stays."""
+    tokenizer = processor.tokenizer
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("hi")["input_ids"][1:] == [tokenizer.eos_token_id]
+    parts = [{"type": "image", "image": Image.new("RGB", (28, 28))}, {"type": "text", "text": "hi"}]
+    for written, ending in (("", []), (end, [end])):
+        processor.chat_template = TEMPLATE + written
+        messages = [{"role": "user", "content": parts}]
+        ids, inputs = encode_conversation(messages, processor, VisionSettings(), {}, "row x")
+        found = tokenizer.convert_ids_to_tokens(ids)
+        assert found[:5] == [*[IMAGE] * 4, "hi"] and found[5:] in (ending, [*ending, *ending])
+        assert all(inputs[name].shape[-1] == len(ids) for name in inputs.keys() & {"mm_token_type_ids"})

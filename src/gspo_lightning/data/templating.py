@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,9 +44,7 @@ def encode_prompt(
         bos = tokenizer.bos_token
         has_bos = bos is not None and prompt.startswith(bos)
         ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
-        # A tokenizer of supervised training may put EOS after every text (add_eos_token): nothing continues that.
-        eos = tokenizer.eos_token
-        if len(ids) > 1 and eos is not None and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(eos):
+        if has_added_eos(ids, prompt, tokenizer):
             ids = ids[:-1]
         return torch.tensor(ids, dtype=torch.long)
     if not tokenizer.chat_template:
@@ -64,6 +63,15 @@ def encode_prompt(
     except REFUSALS as error:
         raise UserError(f"{where}: the model's chat template rejects the prompt: {error}") from error
     return torch.tensor(ids, dtype=torch.long)
+
+
+def has_added_eos(ids: Sequence[int] | Tensor, text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer put an EOS after a text that has none, as ``add_eos_token`` asks for.
+
+    That is for supervised training; nothing would continue such a prompt.
+    """
+    eos = tokenizer.eos_token
+    return len(ids) > 1 and eos is not None and int(ids[-1]) == tokenizer.eos_token_id and not text.endswith(eos)
 
 
 def with_joined_text(

@@ -15,7 +15,7 @@ from transformers.video_utils import VideoMetadata
 
 from gspo_lightning.data.columns import parts_of
 from gspo_lightning.data.images import PILImage, load_image
-from gspo_lightning.data.templating import refuse_surrogates
+from gspo_lightning.data.templating import has_added_eos, refuse_surrogates
 from gspo_lightning.data.videos import Video, load_video
 from gspo_lightning.dialogue.template import REFUSALS
 from gspo_lightning.errors import UserError
@@ -181,6 +181,10 @@ def _match(text: str, placeholder: str, count: int, kind: str, where: str) -> No
         )
 
 
+_PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
+"""Tensors ``(1, P)`` of a processor besides the token ids."""
+
+
 def _run(
     processor: Any, text: str, media: _Media, settings: VisionSettings, where: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -199,6 +203,9 @@ def _run(
     for name in ("attention_mask", "video_metadata", "labels"):  # PaliGemma's processor makes labels
         output.pop(name, None)
     inputs = {name: torch.as_tensor(value) for name, value in output.items()}
+    if has_added_eos(ids, text, processor.tokenizer):
+        ids = ids[:-1]
+        inputs |= {name: inputs[name][..., :-1] for name in _PER_TOKEN if name in inputs}
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][0]
     for number, (kind, part) in enumerate((("image", "image_processor"), ("video", "video_processor")), start=1):
