@@ -62,6 +62,17 @@ def test_a_data_config_of_another_project_is_previewed(tokenizer_dir: str, tmp_p
         _preview("--config-dir", "nowhere", "data=mine")
 
 
+def test_a_file_of_ones_own_with_a_name_of_ours_is_refused_as_by_a_run(tokenizer_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "micro_digit.yaml").write_text("defaults: [micro_letters]\ntask: {num_validation: 3}\n")
+    arguments = ("data=micro_digit", "model=path", f"model.path={tokenizer_dir}")
+    line = f"{tmp_path}/data/micro_digit.yaml is not read: data/micro_digit.yaml is a name of ours, which goes first"
+    for given in (("--config-dir", str(tmp_path)), (f"hydra.searchpath=['file://{tmp_path}']",)):
+        with pytest.raises(UserError, match=f"^{line}; give it another name, and choose that$"):
+            _preview(*given, *arguments)
+    assert "held-out rows" in _preview(*arguments)
+
+
 def test_a_folder_that_hydra_knows_is_known_to_the_preview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(20)))
     monkeypatch.chdir(tmp_path)

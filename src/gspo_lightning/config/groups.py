@@ -72,8 +72,12 @@ def check_mode(overrides: Sequence[str], *, is_sweep: bool) -> None:
             raise UserError(f"{override.input_line} has no effect on a single run; add -m for a sweep, or leave it out")
 
 
+_OF_THE_COMMAND = ("command-line", "hydra.searchpath in command-line")
+"""What Hydra calls the folder of ``--config-dir``, and those of an override of ``hydra.searchpath``."""
+
+
 def check_own_files(sources: Iterable[Any], choices: Mapping[str, Any], config_name: str) -> None:
-    """Refuses a choice of a group that names two files, one of them in ``--config-dir``: Hydra reads the other one.
+    """Refuses a choice of a group that names two files, one of them in a folder of the command: Hydra reads the other.
 
     Warns where that holds for the first config, which may be that of another program.
 
@@ -91,7 +95,8 @@ def check_own_files(sources: Iterable[Any], choices: Mapping[str, Any], config_n
         first: bytes | None = None
         for source in sources:
             content = _content(source, file)
-            if source.provider == "command-line" and None not in (first, content) and first != content:
+            is_given = source.schema == "file" and source.provider in _OF_THE_COMMAND
+            if is_given and None not in (first, content) and first != content:
                 line = f"{Path(source.path, file)} is not read: {file} is a name of ours, which goes first"
                 if file in names:
                     raise UserError(f"{line}; give it another name, and choose that")
@@ -115,5 +120,9 @@ def _check(text: str, override: Override) -> None:
     value, choices = override.value(), choices_of(override.key_or_group)
     if override.key_or_group in _FOLDERS and value == "":
         raise UserError(f"{text} is empty, and files would go into the current folder; name a folder (. is this one)")
+    if override.key_or_group in _FOLDERS and str(value).startswith("~"):
+        raise UserError(
+            f"{text}: ~ is a folder of that name here, not the home folder; write the whole path, such as $HOME/runs"
+        )
     if choices and not isinstance(value, str | list | dict):
         raise UserError(f"{text}: not a choice of this group; leave it out, or choose one of {', '.join(choices)}")

@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from gspo_lightning.config.groups import check_overrides
+from gspo_lightning.config.groups import check_overrides, check_own_files
 from gspo_lightning.data.datamodule import PromptDataModule
 from gspo_lightning.errors import UserError
 from gspo_lightning.screen import counted, visible
@@ -41,7 +41,8 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
     """The data module of the training config under these overrides, with custom configs in ``config_dir``.
 
     Raises:
-        UserError: what a run would refuse of its section ``data``, or ``config_dir`` is no folder.
+        UserError: what a run would refuse of its section ``data``, ``config_dir`` is no folder, or a chosen file in it
+            has a name of ours.
     """
     from hydra import compose, initialize_config_module
     from hydra.core.hydra_config import HydraConfig
@@ -56,6 +57,7 @@ def build_datamodule(overrides: Sequence[str], config_dir: str | None = None) ->
         own = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
     with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
         cfg = compose("train", overrides=[*own, *overrides], return_hydra_config=True)
+    check_own_files(cfg.hydra.runtime.config_sources, cfg.hydra.runtime.choices, "train")
     of_hydra: Any = HydraConfig.instance()
     earlier = of_hydra.cfg
     try:
@@ -82,7 +84,7 @@ def show(datamodule: PromptDataModule, num: int, validation: bool, console: Cons
     for prompt in prompts:
         console.print(_panel(prompt, datamodule.tokenizer))
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    rows, held_out = datamodule.task.num_train_rows, len(datamodule.task.validation_rows())
+    rows, held_out = datamodule.task.num_train_rows, datamodule.num_held_out
     console.print(
         f"{counted(len(prompts), 'prompt')} of {min(lengths)} to {max(lengths)} tokens "
         f"(max_prompt_length {datamodule.max_prompt_length}); "
