@@ -5,6 +5,7 @@ python scripts/errors_page.py
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -64,4 +65,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -13,6 +13,7 @@ case "${1:-}" in
   -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
   -*) echo "gpu_check: error: unknown option $1; see --help" >&2; exit 2 ;;
 esac
+[ $# -le 1 ] || { echo "gpu_check: error: one folder at most, not $*; see --help" >&2; exit 2; }
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="$(mkdir -p "${1:-$root/benchmarks}" && cd "${1:-$root/benchmarks}" && pwd)"
 python="${GSPO_PYTHON:-${GSPO_VENV:-$root/.venv}/bin/python}"

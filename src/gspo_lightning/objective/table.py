@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from gspo_lightning.objective.aggregation import AGGREGATIONS
 from gspo_lightning.objective.losses import LOSSES
 from gspo_lightning.objective.ratios import CLIP_WIDTHS
@@ -32,4 +34,5 @@ def _clip(name: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(table())
