@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.data import LargestOfFour, MicroLetters, Mixture, PromptDataModule, RowsTask
 from gspo_lightning.data import datamodule as datamodule_module
+from gspo_lightning.data.first_rows import FirstRows
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import PromptBatch
@@ -364,3 +365,60 @@ def test_an_old_checkpoint_reads_no_held_out_rows(tokenizer_dir: str) -> None:
             raise FileNotFoundError("held_out.jsonl")
 
     _data(Gone(), tokenizer_dir).load_state_dict({"cursor": 3, "dropped_prompts": 0})
+
+
+class OwnTask:
+    """A task of a user's own that fails at one row, or where it holds rows out."""
+
+    name = "own"
+    num_train_rows = 6
+
+    def __init__(self, row: int | None = None, held_out: Any = ()) -> None:
+        self.row, self.held_out = row, held_out
+
+    def train_row(self, index: int) -> dict[str, Any]:
+        if index == self.row:
+            raise KeyError("question")
+        return {"prompt": f"{index}a:", "letter": "a"}
+
+    def validation_rows(self) -> Any:
+        if isinstance(self.held_out, Exception):
+            raise self.held_out
+        return self.held_out
+
+
+AT_FOUR = "OwnTask.train_row(4) raised KeyError: 'question'"
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        (OwnTask(row=4), f"row own:train:4: {AT_FOUR}"),
+        (FirstRows(OwnTask(row=4), 5), f"row own:train:4: {AT_FOUR}"),
+        (Mixture({"mine": OwnTask(row=4)}, seed=1), f"row own:train:4: {AT_FOUR}"),
+        (
+            OwnTask(held_out=FileNotFoundError("no\nheld-out file")),
+            "task own: OwnTask.validation_rows() raised FileNotFoundError: no held-out file",
+        ),
+        (
+            OwnTask(held_out=None),
+            "task own: OwnTask.validation_rows() raised TypeError: 'NoneType' object is not iterable",
+        ),
+        (
+            Mixture({"mine": OwnTask(held_out=[None])}),
+            "a row of task mine is of type NoneType; return a dict with the column prompt",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_task_of_ones_own_raises_is_one_line_with_its_row(task: Any, line: str, tokenizer_dir: str) -> None:
+    with pytest.raises(UserError) as refused:
+        _data(task, tokenizer_dir, prompts=5 if isinstance(task, FirstRows) else 6).check()
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize("missing", ["name", "num_train_rows", "train_row", "validation_rows"])
+def test_what_is_no_task_is_refused(missing: str, tokenizer_dir: str) -> None:
+    members = {"name": "own", "num_train_rows": 6, "train_row": len, "validation_rows": list}
+    task = type("Half", (), {name: value for name, value in members.items() if name != missing})()
+    with pytest.raises(UserError, match=rf"^data\.task: Half has no {missing}; a task has name, num_train_rows, "):
+        _data(task, tokenizer_dir).check()

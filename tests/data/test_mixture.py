@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
 
 from gspo_lightning.advantages import combine_rewards
-from gspo_lightning.data import Arithmetic, Mixture, RowsTask
+from gspo_lightning.data import Arithmetic, Mixture, PromptDataModule, RowsTask
+from gspo_lightning.data.tasks import Endless
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec
 from gspo_lightning.training.validation import ValidationSettings, Validator
@@ -159,3 +161,47 @@ def test_the_named_function_decides_what_is_right_and_not_the_sum_of_all():
         (5.0, False), (10.0, False), (0.5, True),
     ]  # fmt: skip
     assert validator.compute(torch.device("cpu"))["val/accuracy"] == pytest.approx(1 / 3)
+
+
+class HalfLong(Endless):
+    """Every other row is too long."""
+
+    name = "half_long"
+
+    def train_row(self, index):
+        return {"prompt": f"{index % 997}b" if index % 2 else "b" * 40}
+
+    def validation_rows(self):
+        return []
+
+
+def lengths_task(name, lengths):
+    rows = [{"prompt": f"{number}{name * length}"} for number, length in enumerate(lengths)]
+    return RowsTask(rows, name=name, num_validation=0, conversational=False)
+
+
+@pytest.mark.parametrize("long", [HalfLong(), lengths_task("b", [40, 3] * 20)], ids=["endless", "finite"])
+def test_the_proportions_are_those_of_what_is_trained_on_also_where_rows_are_left_out(long, tokenizer_dir):
+    mixture = Mixture({"a": lengths_task("a", [3] * 40), "b": long}, {"a": 1, "b": 3}, seed=2)
+
+    def data():
+        return PromptDataModule(mixture, tokenizer_dir, 8, 16, overlong_prompts="drop")
+
+    batches = list(islice(data().train_dataloader(), 40))
+    assert all(Counter(p.sample["task"] for p in batch.prompts) == {"a": 2, "b": 6} for batch in batches)
+    assert [batch.cursor for batch in batches] == [8 * number for number in range(1, 41)]
+    assert sum(batch.dropped for batch in batches) == 3 * 40  # half of b's places
+    assert max(len(prompt.input_ids) for batch in batches for prompt in batch.prompts) <= 16
+    texts = [[(prompt.uid, prompt.prompt) for prompt in batch.prompts] for batch in batches]
+    for number in (7, 29):  # as a run that is resumed there
+        again = data().batch_at(8 * number)
+        assert [(prompt.uid, prompt.prompt) for prompt in again.prompts] == texts[number]
+    of_b = Counter(prompt.prompt for batch in batches for prompt in batch.prompts if prompt.sample["task"] == "b")
+    assert len(of_b) == (20 if mixture.tasks["b"].num_train_rows else len(of_b)) and len(of_b) >= 20
+
+
+def test_a_task_of_a_mixture_whose_rows_are_all_too_long_is_named(tokenizer_dir):
+    mixture = Mixture({"a": lengths_task("a", [3] * 40), "b": lengths_task("b", [40] * 5)})
+    data = PromptDataModule(mixture, tokenizer_dir, 8, 16, overlong_prompts="drop")
+    with pytest.raises(UserError, match=r"^data\.max_prompt_length=16: in task b of the mixture no row was found that"):
+        data.batch_at(0)

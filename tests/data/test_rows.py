@@ -6,6 +6,7 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,40 @@ def test_what_has_no_rows_in_order_is_refused_with_the_way_out() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             RowsTask(source, num_validation=0).train_row(0)
+
+
+class Failing:
+    """Rows as of a ``Dataset`` of torch, one of which cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        if index == 4:
+            raise self.error
+        return {"prompt": f"q{index}"}
+
+
+def test_what_rows_of_ones_own_raise_is_one_line_with_the_row() -> None:
+    """An IndexError too, which would end a loop over the rows."""
+    for error in (OSError("no\nsuch scan"), IndexError("scan 4")):
+        for settings in ({"num_validation": 2}, {"num_validation": 0}, {"keep_rows": {"prompt": "q.*"}}):
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            with pytest.raises(UserError) as refused:
+                task = RowsTask(Failing(error), **{"num_validation": 1, **settings})
+                [task.train_row(index) for index in range(task.num_train_rows)]
+            assert str(refused.value) == (f"data.task.source of task rows: row 4: Failing.__getitem__(4) raised {said}")
+    assert len(RowsTask(Failing(OSError()), num_validation=0).train_row(3)["prompt"]) == 1
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"prompt": "q"}
+        raise ValueError("half a file")
+
+    with pytest.raises(UserError, match="^data.task.source of task rows: the iteration of generator raised ValueError"):
+        RowsTask(broken(), num_validation=0).train_row(0)
 
 
 def test_rows_of_python_are_kept_by_their_columns_like_those_of_a_file() -> None:

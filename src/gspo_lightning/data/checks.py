@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def check_settings(data: PromptDataModule) -> None:
-    """Refuses settings without effect on this task or model, and a task with too few rows."""
+    """Refuses settings without effect on this task or model, what is no task, and one with too few rows."""
+    for name in ("name", "num_train_rows", "train_row", "validation_rows"):
+        if not hasattr(data.task, name):
+            raise UserError(
+                f"data.task: {type(data.task).__name__} has no {name}; a task has name, num_train_rows, "
+                "train_row(index) and validation_rows()"
+            )
     size = data.task.num_train_rows
     if size is not None and not isinstance(size, Integral):
         raise UserError(

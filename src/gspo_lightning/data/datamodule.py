@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
@@ -13,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.data.checks import check_prompt, check_settings
 from gspo_lightning.data.columns import Needed, as_mapping, checked_prompt
 from gspo_lightning.data.encoding import Encoder
-from gspo_lightning.data.mixture import TASK_COLUMN
+from gspo_lightning.data.mixture import TASK_COLUMN, Mixture
 from gspo_lightning.data.parts import BatchWhenRead, tasks_within
 from gspo_lightning.data.prompt_keys import text_key
-from gspo_lightning.data.stream import Batches, PromptStream, spaced_rows
+from gspo_lightning.data.stream import Batches, PromptStream, spaced_rows, validation_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.data.templating import with_schemas
 from gspo_lightning.data.vision import VisionSettings
@@ -47,7 +48,8 @@ class PromptDataModule(L.LightningDataModule):
         model_path: the model whose tokenizer and chat template are used.
         prompts_per_rollout: over all ranks; must be divisible by their number.
         max_prompt_length: in tokens. A longer prompt is an error or left out, never truncated.
-        overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row and counts.
+        overlong_prompts: ``error`` stops and names the row; ``drop`` takes the next row (of a `Mixture` another one of
+            the same task) and counts.
         validation_batch_size: held-out prompts decoded at a time, per rank.
         seed: of the order of rows of a finite task (0 if None); refused for a task that never runs out, which draws
             its rows from its own seed.
@@ -244,9 +246,9 @@ class PromptDataModule(L.LightningDataModule):
         limit = self.task.num_train_rows or _DROPS_IN_A_ROW
         while len(prompts) < sum(counts):
             uid, row = self.stream.row_at(cursor)
-            prompt = None if uid in self._taken else self._prompt(uid, row)
+            prompt, left_out = (None, False) if uid in self._taken else self._prompt_at(cursor, uid, row)
             cursor, passed = cursor + 1, passed + 1
-            dropped += prompt is None and uid not in self._taken
+            dropped += left_out
             if prompt is not None:
                 prompts.append(prompt)
                 self._taken.add(uid)
@@ -287,13 +289,28 @@ class PromptDataModule(L.LightningDataModule):
                     f"data.prompts_per_rollout={self.prompts_per_rollout}; raise one or lower the other"
                 )
             uid, row = self.stream.row_at(cursor)
-            cursor += 1
-            if (prompt := self._prompt(uid, row)) is None:
-                dropped, drops_in_a_row = dropped + 1, drops_in_a_row + 1
-            else:
+            prompt, left_out = self._prompt_at(cursor, uid, row)
+            cursor, dropped = cursor + 1, dropped + left_out
+            drops_in_a_row = 0 if prompt is not None else drops_in_a_row + 1
+            if prompt is not None:
                 prompts.append(prompt)
-                drops_in_a_row = 0
         return PromptBatch(prompts, cursor, dropped)
+
+    def _prompt_at(self, cursor: int, uid: str, row: Row) -> tuple[Prompt | None, bool]:
+        """The prompt of a place in the stream, and whether its row is left out.
+
+        In a mixture another row of its task then takes the place, which keeps the proportions.
+        """
+        prompt = self._prompt(uid, row)
+        if prompt is not None or not isinstance(self.task, Mixture):
+            return prompt, prompt is None
+        for other in islice(self.task.substitutes(cursor), _DROPS_IN_A_ROW):
+            if (prompt := self._prompt(uid, other)) is not None:
+                return prompt, True
+        raise UserError(
+            f"data.max_prompt_length={self.max_prompt_length}: in task {row[TASK_COLUMN]} of the mixture no row was "
+            "found that is not longer; raise it, or take the task out of data.task.tasks and data.task.weights"
+        )
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
         if "prompt" not in as_mapping(row, f"row {uid}"):
@@ -313,7 +330,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def _validation_rows(self) -> list[Row]:
         if self._held_out is None:
-            self._held_out = list(self.task.validation_rows())
+            self._held_out = validation_rows(self.task)
             self._held_out_key = text_key(self._held_out)
         return self._held_out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gspo_lightning.data.stream import train_row, validation_rows
 from gspo_lightning.data.tasks import Row, Task
 from gspo_lightning.errors import UserError
 
@@ -41,8 +42,8 @@ class FirstRows:
 
     def train_row(self, index: int) -> Row:
         """Row ``index`` of the task."""
-        return self.task.train_row(index)
+        return train_row(self.task, index, f"{self.name}:train:{index}")
 
     def validation_rows(self) -> list[Row]:
         """The held-out rows of the task."""
-        return self.task.validation_rows()
+        return validation_rows(self.task)

@@ -20,6 +20,7 @@ from gspo_lightning.data.columns import (
 from gspo_lightning.data.files import is_file, read_file, read_hub, with_class_names
 from gspo_lightning.data.image_columns import encoded_images, images_of, kept_rows, with_images
 from gspo_lightning.data.prompt_keys import PromptKeys
+from gspo_lightning.data.stream import asked
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages
@@ -211,6 +212,22 @@ class RowsTask:
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
 
+class _OwnRows(Sequence[Row]):
+    """Rows of an object of a user's own, such as a ``Dataset`` of torch: what its ``__getitem__`` raises is a line."""
+
+    def __init__(self, source: Any, where: str) -> None:
+        self.source, self.where = source, where
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not index < len(self):  # where a loop over a sequence ends
+            raise IndexError(index)
+        name = type(self.source).__name__
+        return asked(lambda: self.source[index], f"{self.where}: row {index}: {name}.__getitem__({index})")
+
+
 def _listed(source: Any, where: str) -> Sequence[Row]:
     """The rows of a Python object; refuses an object without rows in a fixed order."""
     name = type(source).__name__
@@ -224,7 +241,7 @@ def _listed(source: Any, where: str) -> Sequence[Row]:
     if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         if not isinstance(source, Iterable):
             raise UserError(f"{where} is a {name}; give a path, the name of a dataset, or rows")
-        rows = list(source)
+        rows = asked(lambda: list(source), f"{where}: the iteration of {name}")
     if not len(rows):
         raise UserError(f"{where}: the dataset is empty")
-    return rows
+    return rows if isinstance(rows, list | tuple) or hasattr(rows, "features") else _OwnRows(rows, where)

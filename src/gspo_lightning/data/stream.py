@@ -5,12 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gspo_lightning.data.tasks import Row, Task
+from gspo_lightning.errors import UserError
 from gspo_lightning.types import PromptBatch
+from gspo_lightning.users_code import RAISED
+
+Given = TypeVar("Given")
+
+
+def asked(ask: Callable[[], Given], what: str) -> Given:
+    """What a task gives; whatever one of the user's own raises becomes a line.
+
+    Raises:
+        UserError: begins with ``what``.
+    """
+    try:
+        return ask()
+    except UserError:
+        raise
+    except RAISED as error:
+        why = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+        raise UserError(f"{what} raised {why}") from error
+
+
+def train_row(task: Task, index: int, uid: str) -> Row:
+    """`Task.train_row`; what it raises is a line that begins with ``uid``."""
+    return asked(lambda: task.train_row(index), f"row {uid}: {type(task).__name__}.train_row({index})")
+
+
+def validation_rows(task: Task) -> list[Row]:
+    """`Task.validation_rows`; what it raises is a line that names the task."""
+    return asked(lambda: list(task.validation_rows()), f"task {task.name}: {type(task).__name__}.validation_rows()")
 
 
 @dataclass(frozen=True)
@@ -25,7 +55,8 @@ class PromptStream:
         """The uid and the row at a position of the stream."""
         size = self.task.num_train_rows
         index = cursor if size is None else self._order(self.epoch(cursor))[cursor % size]
-        return f"{self.task.name}:train:{index}", self.task.train_row(index)
+        uid = f"{self.task.name}:train:{index}"
+        return uid, train_row(self.task, index, uid)
 
     def epoch(self, cursor: int) -> int:
         """Passes over a finite task completed before this position; 0 for a task that never runs out."""
@@ -61,7 +92,8 @@ def spaced_rows(task: Task, most: int) -> Iterator[tuple[str, Row]]:
         yield from task.spaced_rows(most)
         return
     for index in spaced(task.num_train_rows or 0, most):
-        yield f"{task.name}:train:{index}", task.train_row(index)
+        uid = f"{task.name}:train:{index}"
+        yield uid, train_row(task, index, uid)
 
 
 def spaced(size: int, most: int) -> range:
