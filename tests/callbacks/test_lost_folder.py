@@ -107,3 +107,16 @@ def test_files_of_the_run_that_are_closed_to_it_are_named_and_others_are_not_its
         assert disk_error(tmp_path, OSError(number, reason, str(other))) is None
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "data.json"))
     assert disk_error(tmp_path, missing) is None
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOTDIR, errno.EISDIR])
+def test_a_file_in_the_place_of_a_folder_of_the_run_is_named_and_others_are_not_its_own(number, tmp_path):
+    folder, last = tmp_path / "summary", tmp_path / "checkpoints" / "last.ckpt"
+    reason = os.strerror(number)
+    error = OSError(number, reason, str(folder))
+    assert str(disk_error(tmp_path, error)) == f"cannot write {folder} ({reason}); nothing has been saved yet"
+    last.parent.mkdir()
+    last.touch()
+    remedy = f"move away what is there and resume with ckpt_path={last}"
+    assert str(disk_error(tmp_path, error)) == f"cannot write {folder} ({reason}); {remedy}"
+    assert disk_error(tmp_path, OSError(number, reason, str(tmp_path.parent / "data.json"))) is None

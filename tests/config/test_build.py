@@ -68,3 +68,17 @@ def test_tasks_that_slurm_was_asked_for_in_another_way_are_one_line(monkeypatch)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     with pytest.raises(UserError, match=r"^Slurm: You set `--ntasks=2` .* Use `--ntasks-per-node=2` instead\.$"):
         build_trainer(resolved("experiment=micro"), [])
+
+
+def test_the_folder_of_a_logger_is_made_also_in_the_home_folder_before_anything_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    plain = resolved("experiment=micro", "logger=tensorboard", "logger.tensorboard.save_dir='~/curves'")
+    (logger,) = build_trainer(plain, []).loggers
+    assert logger.save_dir == str(tmp_path / "curves") and (tmp_path / "curves").is_dir()
+    assert not list((tmp_path / "curves").iterdir()) and not (tmp_path / "~").exists()
+    (tmp_path / "taken").touch()
+    plain["logger"]["tensorboard"]["save_dir"] = "taken/curves"
+    line = r"^logger\.tensorboard\.save_dir=taken/curves: cannot write there \(Not a directory\); choose another fol"
+    with pytest.raises(UserError, match=line):
+        build_trainer(plain, [])

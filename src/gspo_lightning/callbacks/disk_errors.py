@@ -16,7 +16,14 @@ from gspo_lightning.how_to_resume import WHERE_IT_IS, can_resume
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.ESTALE})
 """Errors of the run's own files only: a reward function may meet them anywhere."""
-_REMEDIES: dict[int | None, str] = {errno.EROFS: "make it writable", errno.EIO: "look after the disk"}
+_IN_THE_WAY = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
+"""A file where the run has a folder, or the other way round: of its own files only, too."""
+_REMEDIES: dict[int | None, str] = {
+    errno.EROFS: "make it writable",
+    errno.EIO: "look after the disk",
+    **dict.fromkeys(_REFUSED, "make it writable"),
+    **dict.fromkeys(_IN_THE_WAY, "move away what is there"),
+}
 
 
 def disk_error(path: Path, error: BaseException) -> UserError | None:
@@ -35,7 +42,8 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     number, where = getattr(error, "errno", None), getattr(error, "filename", None) or path
     if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
-    is_refused = number in _REFUSED and folder.absolute() in (Path(where).absolute(), *Path(where).absolute().parents)
+    is_own = folder.absolute() in (Path(where).absolute(), *Path(where).absolute().parents)
+    is_refused = is_own and number in _REFUSED | _IN_THE_WAY
     reason = os.strerror(number) if number is not None and (number in _DISK or is_refused) else None
     if reason is None and isinstance(error, RuntimeError):
         if "inline_container" in str(error):
@@ -45,7 +53,7 @@ def disk_error(path: Path, error: BaseException) -> UserError | None:
     if reason is None:
         return None
     saved = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
-    remedy = "make it writable" if is_refused else _REMEDIES.get(number, "free some space")
+    remedy = _REMEDIES.get(number, "make it writable" if is_refused else "free some space")
     stands = f"{remedy} and resume with ckpt_path={saved}" if can_resume(saved) else "nothing has been saved yet"
     return UserError(f"cannot write {where} ({reason}); {stands}")
 

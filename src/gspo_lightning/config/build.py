@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import warnings
 from copy import copy
@@ -16,6 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
 from gspo_lightning.config.effects import check_tasks
+from gspo_lightning.config.folders import make_folder
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.rendezvous import leave_at_exit, own_environment
@@ -255,14 +257,20 @@ def _slurm() -> SLURMEnvironment:
 
 
 def _logger(name: str, node: dict[str, Any]) -> Any:
-    """Builds a logger; a missing package gets our install line, as Lightning's names another version or package."""
+    """Builds a logger, whose folder is made; ``~`` is the home folder.
+
+    A missing package gets our install line, as Lightning's names another version or package.
+    """
+    place = node.get("save_dir")
     try:
-        return build(node)
+        logger = build({**node, "save_dir": os.path.expanduser(place)} if isinstance(place, str) else node)
     except UserError as error:
         cause = error.__cause__ and error.__cause__.__cause__
         if isinstance(cause, ModuleNotFoundError) and name in _EXTRAS:
             raise UserError(f"logger={name} is not installed; run {install_line(name)}") from error
         raise
+    make_folder(f"logger.{name}.save_dir", getattr(logger, "save_dir", None))
+    return logger
 
 
 def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | None = None) -> Any:
@@ -296,6 +304,8 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
     }
     leave_at_exit()
     try:
-        return instantiate(plain["trainer"], **ours, _convert_="all")
+        trainer = instantiate(plain["trainer"], **ours, _convert_="all")
     except InstantiationException as error:
         raise UserError(f"trainer: {reason(error.__cause__ or error)}") from error
+    make_folder("trainer.profiler.dirpath", getattr(trainer.profiler, "dirpath", None))
+    return trainer

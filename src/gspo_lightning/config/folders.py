@@ -1,0 +1,28 @@
+"""Folders that a config names to be written to: made, and tried, before a run begins."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from gspo_lightning.errors import UserError
+
+
+def make_folder(key: str, place: object) -> None:
+    """Makes a folder and writes a file without a name in it; what is no path on this machine is left alone.
+
+    Args:
+        key: of the config, for the message.
+        place: a path; or an address with ``://``, or None.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    if not isinstance(place, str | os.PathLike) or "://" in str(place):
+        return
+    try:
+        os.makedirs(place, exist_ok=True)
+        with tempfile.TemporaryFile(dir=str(place)):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}={place}: cannot write there ({error.strerror}); choose another folder") from error
