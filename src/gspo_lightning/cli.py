@@ -66,6 +66,7 @@ def _train(cfg: DictConfig) -> float | None:
     checks.check(plain)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if plain["dry_run"]:
+        find_checkpoint(plain["ckpt_path"], folder, sharded=is_sharded(plain))
         _dry_run(plain)
         first_error.leave_nothing(folder)
         return None
@@ -76,9 +77,7 @@ def _train(cfg: DictConfig) -> float | None:
     run_dir = _make_run_dir(folder)
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     rewards = _rewards(plain)
-    datamodule = build_data(plain, rewards)
-    plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
-    check_held_out(plain, datamodule.num_held_out, training=True)
+    datamodule = _data(plain, rewards)
     if plain["print_config"]:
         rank_zero_only(Console().print)(config_tree(redacted(plain)))
     # Seeded again, so that an adapter's initial weights do not depend on random numbers drawn by data and rewards.
@@ -97,8 +96,17 @@ def _train(cfg: DictConfig) -> float | None:
 def _dry_run(plain: dict[str, Any]) -> None:
     """Prints the table of `gspo_lightning.program.estimate` for the first prompts of the run."""
     rewards = _rewards(plain)
-    datamodule, module = build_data(plain, rewards), build_module(plain, rewards)
+    datamodule = _data(plain, rewards)
+    module = build_module(plain, rewards)
     Console().print(estimate_run(plain, datamodule, module).table())
+
+
+def _data(plain: dict[str, Any], rewards: RewardSet) -> Any:
+    """The data of a training run, which may decide its length."""
+    datamodule = build_data(plain, rewards)
+    plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
+    check_held_out(plain, datamodule.num_held_out, training=True)
+    return datamodule
 
 
 def _rewards(plain: dict[str, Any]) -> RewardSet:
