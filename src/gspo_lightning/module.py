@@ -33,7 +33,7 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
-from gspo_lightning.training.callback_checks import check_before_loading, check_moments
+from gspo_lightning.training.callback_checks import check_before_loading, check_before_set_up, check_moments
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
@@ -181,6 +181,11 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def current_objective(self) -> Objective:
         """The objective of the current rollout, whose completions may have another limit than those of the next one."""
         return follow(self.objective, self._sampling, self.sampled_with) if self._length_follows else self.objective
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Adds none; refuses a callback of the Trainer that needs a part which this module does not have."""
+        check_before_set_up(self)
+        return []
 
     def configure_model(self) -> None:
         """Loads the policy, and a frozen copy of it if the objective needs a reference and there is no adapter."""

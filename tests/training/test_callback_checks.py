@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from gspo_lightning.data import MicroLetters, PromptDataModule
@@ -168,3 +169,20 @@ def test_a_layer_that_waits_for_an_epoch_that_does_not_come_is_warned_of(micro_m
 def test_a_checkpoint_without_a_metric_is_that_of_the_last_rollout(micro_model_dir, tmp_path):
     fit(micro_model_dir, [ModelCheckpoint(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0-step=5.ckpt"]
+
+
+def test_a_backbone_that_the_module_does_not_have_is_not_looked_for(micro_model_dir):
+    class Frozen(BackboneFinetuning):
+        pass
+
+    module = build_module(micro_model_dir, Settings(rollouts=1))
+    for kind in (BackboneFinetuning, Frozen):
+        line = (
+            f"callbacks: {kind.__name__} freezes an attribute backbone, which GSPOModule does not have; leave it out, "
+            "and choose what is trained by PolicyLoader (lora, train_vision, train_language)"
+        )
+        with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+            trainer(callbacks=[kind()]).fit(module, datamodule=Letters(micro_model_dir))
+    module.backbone = torch.nn.Linear(2, 2)
+    trainer(callbacks=[BackboneFinetuning()]).fit(module, datamodule=Letters(micro_model_dir))
+    assert module.rollouts_done == 1

@@ -135,6 +135,10 @@ _REPLACED = {
     "ModelCheckpoint": "is replaced by checkpoint.keep_last and keep_best",
     "OnExceptionCheckpoint": "is replaced by checkpoint.every_n_rollouts: the last one of whole rollouts stays",
     **dict.fromkeys(("TQDMProgressBar", "RichProgressBar"), "is replaced by callbacks.progress"),
+    "BackboneFinetuning": (
+        "unfreezes layers after an epoch, and a run is one epoch; leave it out: model.lora, train_vision and "
+        "train_language say what is trained"
+    ),
     "ModelPruning": "prunes once per epoch, which is after the last validation of a run; prune the exported model",
 }
 """Callbacks of Lightning in place of which the commands have their own, or none."""

@@ -34,6 +34,18 @@ NEVER_HERE = {
 """Callbacks of Lightning that no run can have, with the reason."""
 
 
+def check_before_set_up(module: Any) -> None:
+    """Refuses callbacks that Lightning's set-up of a fit, which comes before the policy is loaded, fails on."""
+    trainer = trainer_of(module)
+    for callback in trainer.callbacks if trainer is not None else ():
+        kinds = [base.__name__ for base in type(callback).__mro__]
+        if "BackboneFinetuning" in kinds and not hasattr(module, "backbone"):
+            raise UserError(
+                f"callbacks: {kinds[0]} freezes an attribute backbone, which {type(module).__name__} does not have; "
+                "leave it out, and choose what is trained by PolicyLoader (lora, train_vision, train_language)"
+            )
+
+
 def check_before_loading(module: Any) -> None:
     """Refuses what Lightning itself would meet before the checks of a fit, and a module that is compiled as a whole."""
     if is_compiled(module):
