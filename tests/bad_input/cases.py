@@ -1145,6 +1145,10 @@ REWARDS = [
 
 RUNS = [
     Case("run", "a checkpoint that is not there", CKPT, "there is no such checkpoint"),
+    Case("run", "a dry run from a checkpoint that is not there", [*CKPT, "dry_run=true"], "there is no such checkpoint"),
+    Case("run", "a dry run over epochs of a task that never ends", ["num_epochs=2", "dry_run=true"], "num_epochs=2: task "),
+    Case("run", "the run's folder as the one that paths count from", ["hydra.job.chdir=true"], "hydra.job.chdir=true: rel"),
+    Case("run", "a home folder in the run's", ["hydra.run.dir='~/runs'"], "hydra.run.dir='~/runs': ~ is a folder of that"),
     Case("run", "a checkpoint without a name", ["ckpt_path="], "ckpt_path is empty; name a checkpoint"),
     Case("run", "the folder of a run instead of its checkpoint", ["ckpt_path={tmp}"], "is a folder, not a checkpoint; name "),
     Case("run", "a checkpoint that is no file of ours", CKPT, "some.ckpt", writes("some.ckpt", "not a checkpoint")),
@@ -1152,6 +1156,9 @@ RUNS = [
     Case("run", "a checkpoint that holds code", CKPT, "some.ckpt", checkpoint({"state_dict": Payload()})),
     Case("run", "a checkpoint of something else", CKPT, "some.ckpt", checkpoint({"state_dict": {}})),
     Case("run", "a run folder that is a file", ["hydra.run.dir={tmp}/taken"], "taken", writes("taken", "")),
+    Case("run", "a file in the place of its checkpoints", [], "run/checkpoints (File exists); nothing has been saved yet", lambda tmp: ((tmp / "run").mkdir(), (tmp / "run" / "checkpoints").touch())),
+    Case("run", "a logger's folder that is a file", ["logger=tensorboard", "logger.tensorboard.save_dir={tmp}/taken"], "/taken: cannot write there (File exists); choose another folder", writes("taken", "")),
+    Case("run", "a profiler's folder that is a file", ["+trainer.profiler={_target_: lightning.pytorch.profilers.SimpleProfiler, dirpath: {tmp}/taken}"], "/taken: cannot write there (File exists); choose another folder", writes("taken", "")),
     Case("run", "a limit of time that is none", ["trainer.max_time=soon"], "trainer.max_time='soon': `Timer(duration='soon')` is not a valid duration"),
     Case("run", "a limit of time below 0", ["trainer.max_time={{seconds: -1}}"], "trainer.max_time={'seconds': -1} must be above 0"),
     Case("run", "a negative limit of time", ["trainer.max_time=-5"], "trainer.max_time=-5"),
@@ -1206,6 +1213,7 @@ RUNS = [
     Case("config", "batches that a callback adds up", ["+callbacks.sums={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2} }"], "callbacks.sums: GradientAccumulationScheduler adds up the gradients of batches"),
     Case("config", "a bar of Lightning's", ["+callbacks.bar={_target_: lightning.pytorch.callbacks.RichProgressBar}"], "callbacks.bar: RichProgressBar is replaced by callbacks.progress"),
     Case("config", "weights that are pruned at the end", ["+callbacks.prune={_target_: lightning.pytorch.callbacks.ModelPruning, pruning_fn: l1_unstructured}"], "callbacks.prune: ModelPruning prunes once per epoch"),
+    Case("config", "layers that thaw after an epoch", ["+callbacks.thaw={_target_: lightning.pytorch.callbacks.BackboneFinetuning}"], "callbacks.thaw: BackboneFinetuning unfreezes layers after an epoch"),
     Case("config", "a monitor that asks for a logger when the run begins", ["logger=none", "+callbacks.stats={_target_: lightning.pytorch.callbacks.DeviceStatsMonitor}"], "callbacks, logger or trainer: Cannot use `DeviceStatsMonitor` callback with `Trainer(logger=False)`."),
     Case("config", "an average at every other step", ["+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, update_every_n_steps: 2}"], "callbacks: EMAWeightAveraging(update_every_n_steps=2) is asked once per rollout"),
 ]  # fmt: skip

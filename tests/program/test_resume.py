@@ -18,10 +18,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks.time_limit import TimeLimit
 from gspo_lightning.config.build import build_trainer
+from gspo_lightning.data.files import read_file
 from gspo_lightning.errors import UserError
+from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.program.resume import find_checkpoint, goes_on, is_whole, run_folder
 from gspo_lightning.program.training_run import TrainingRun
-from gspo_lightning.rollout import EngineUnavailableError
+from gspo_lightning.rollout import EngineUnavailableError, ReplayEngine
 from gspo_lightning.training.run_state import keep_settings
 from gspo_lightning.training.schedule import Schedule
 from tests.conf.test_every_key import run as in_process
@@ -55,6 +57,24 @@ def test_auto_takes_the_newest_and_a_folder_without_any_starts_afresh(run_dir, t
     assert find_checkpoint("auto", tmp_path / "new") is None
     assert "starting a new run" in capsys.readouterr().out
     assert find_checkpoint(None, run_dir) is None
+
+
+def test_a_path_from_the_home_folder_is_found_and_one_of_nobody_is_refused(run_dir, monkeypatch):
+    """A shell does not expand it within ckpt_path=~/..., nor does a config."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    monkeypatch.setenv("HOME", str(run_dir))
+    assert find_checkpoint("~/checkpoints/last.ckpt", run_dir) == last
+    assert goes_on("~/checkpoints/last.ckpt", last) and not goes_on("~/checkpoints/previous.ckpt", last)
+    with pytest.raises(UserError, match=r"^ckpt_path=~nobody-here/last\.ckpt: there is no such checkpoint$"):
+        find_checkpoint("~nobody-here/last.ckpt", run_dir)
+    (run_dir / "completions.jsonl").touch()
+    assert ReplayEngine("~").run == run_dir
+    for ask, line in (
+        (resolve_model, "model folder '~nobody-here/x.jsonl' does not exist"),
+        (read_file, "~nobody-here/x.jsonl: cannot read the file"),
+    ):
+        with pytest.raises(UserError, match=f"^{line}"):
+            ask("~nobody-here/x.jsonl")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])

@@ -45,8 +45,8 @@ _RUN_WHAT_THEY_ARE_GIVEN = (
 """Our modules that configs may not use: they call, import or remove what an unchecked argument names."""
 LOOKUPS = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
 """Hydra functions that return what ``path`` names without calling it; that name is checked instead."""
-# Read once, before any config: Hydra can set environment variables from a config (hydra.job.env_set). It can also
-# change the folder (hydra.job.chdir), so the folder in which the command started counts besides the current one.
+# Read once, before any config: Hydra can set environment variables from a config (hydra.job.env_set). Programs can also
+# change the folder, so the one in which the command started counts besides the current one.
 _START = str(Path.cwd())
 _PYTHONPATH = tuple(place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place)
 _BY_THE_USER = tuple(name.strip() for name in os.environ.get("GSPO_ALLOWED_TARGETS", "").split(",") if name.strip())

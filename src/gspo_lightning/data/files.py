@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ _OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
 
 def is_file(source: str) -> bool:
     """Whether ``source`` means a file rather than a dataset of the hub."""
-    return _kind(source)[0] in SUFFIXES or Path(source).expanduser().is_file()
+    return _kind(source)[0] in SUFFIXES or Path(os.path.expanduser(source)).is_file()
 
 
 def _kind(source: str) -> tuple[str, bool]:
@@ -51,7 +52,7 @@ def read_file(source: str) -> Sequence[Row]:
 
 
 def _rows_of(source: str) -> Sequence[Row]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     kind, zipped = _kind(source)
     if kind not in (_TEXT_SUFFIXES if zipped else SUFFIXES):
         raise UserError(f"{source}: unknown file type; use one of {', '.join(SUFFIXES)}")
@@ -76,7 +77,7 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     """
     import datasets
 
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     try:
         if any((folder / name).is_file() for name in _OF_SAVE_TO_DISK):
             rows = with_class_names(_saved(datasets.load_from_disk(str(folder)), source, config_name, split))

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -137,7 +138,7 @@ def local_path(value: str, what: str, where: str) -> str:
 
 def as_sought(path: str | Path) -> str:
     """Where a file was looked for whose name is relative or begins with ``~``; empty for other names."""
-    full = Path(path).expanduser().absolute()
+    full = Path(os.path.expanduser(path)).absolute()
     if full == Path(path):
         return ""
     return f" (looked for {_short(str(full))}; a relative path is within the folder of the command)"
@@ -164,7 +165,7 @@ def _open(value: Any, where: str) -> PILImage:
         elif isinstance(value, bytes):
             opened = io.BytesIO(value)
         else:
-            opened = Path(value).expanduser()
+            opened = Path(os.path.expanduser(value))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked above
             return Image.open(opened, formats=FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
         raise UserError(f"{where}: a video is a list of frames, a folder or a file, not {type(value).__name__}")
     if isinstance(value, str):
         value = local_path(value, "video", where)
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
     if not path.is_file():

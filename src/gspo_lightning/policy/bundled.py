@@ -62,7 +62,7 @@ def resolve_model(path: str) -> str:
     """
     if path.startswith(PREFIX):
         return str(_bundled_folder(path.removeprefix(PREFIX)))
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if path and folder.is_dir():
         _check_model_folder(folder)
         return str(folder)

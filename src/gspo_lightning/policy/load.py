@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ class PolicyLoader:
 
     def _load_adapter(self, wrapped: nn.Module, lora: LoraSettings) -> None:
         trained_on, base = load_adapter(wrapped, lora), resolve_model(self.path)
-        if Path(trained_on).expanduser().resolve() != Path(base).resolve():
+        if Path(os.path.expanduser(trained_on)).resolve() != Path(base).resolve():
             rank_zero_warn(f"model.lora.adapter={lora.adapter} was trained on {trained_on}, and is put on {base}")
 
     def load_reference(self, policy: Policy) -> Policy:

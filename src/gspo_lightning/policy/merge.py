@@ -42,7 +42,7 @@ def merge_adapter(adapter: Path, target: Path, base: str | None = None, dtype: D
     Raises:
         UserError: there is no adapter, its base is not there or quantised, they do not fit, or ``target`` exists.
     """
-    adapter, target = adapter.expanduser(), target.expanduser()
+    adapter, target = Path(os.path.expanduser(adapter)), Path(os.path.expanduser(target))
     stored, run = adapter_config(adapter), _settings_of_run(adapter)
     _refuse_unmergeable(adapter, stored)
     if target.exists():

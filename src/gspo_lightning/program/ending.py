@@ -95,13 +95,20 @@ _JOB_OF: dict[str, int] = {}
 
 
 def _check_job() -> None:
-    """Refuses what would have no effect without a word, and a job in the folder of an earlier one of its sweep.
+    """Refuses what would have no effect without a word, another working folder than that of the command, and a job in
+    the folder of an earlier one of its sweep.
 
     The records of that one would be set aside, and those of the one before it removed; with ``ckpt_path=auto`` it would
     be resumed.
     """
     hydra = HydraConfig.get()
     check_own_files(hydra.runtime.config_sources, hydra.runtime.choices, str(hydra.job.config_name))
+    if hydra.job.chdir:
+        raise UserError(
+            "hydra.job.chdir=true: relative paths (ckpt_path, model.path, files of data) count from the folder in "
+            "which the command is given, and would count from that of the run; leave it out: what a run writes is in "
+            "its folder anyway, which a config names by ${hydra:runtime.output_dir}"
+        )
     if hydra.mode == RunMode.RUN:  # known here alone: a config can set it too
         of_hydra, task = overrides_of(hydra)
         check_mode([*of_hydra, *task], is_sweep=False)

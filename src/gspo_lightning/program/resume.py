@@ -45,7 +45,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
             )
             return None
     else:
-        newest = Path(ckpt_path)
+        newest = Path(os.path.expanduser(ckpt_path))
         if not any(file.exists() for file in _candidates(newest)):
             raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint")
         _refuse_folder(newest)
@@ -169,4 +169,6 @@ def goes_on(ckpt_path: str | None, last: Path) -> bool:
         ckpt_path: the setting.
         last: path of the checkpoint that the run saves.
     """
-    return ckpt_path == AUTO or (ckpt_path is not None and Path(ckpt_path).absolute() == last.absolute())
+    if ckpt_path is None or ckpt_path == AUTO:
+        return ckpt_path == AUTO
+    return Path(os.path.expanduser(ckpt_path)).absolute() == last.absolute()

@@ -67,7 +67,8 @@ class TrainingRun:
         self, plain: dict[str, Any], run_dir: Path, ckpt_path: Path | None, module: GSPOModule, datamodule: Any
     ) -> None:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
-        if plain["export"]["enabled"] and Path(plain["model"]["path"]).resolve() == (run_dir / "model").resolve():
+        begins_at = Path(os.path.expanduser(plain["model"]["path"])).resolve()
+        if plain["export"]["enabled"] and begins_at == (run_dir / "model").resolve():
             raise UserError(
                 f"model.path={plain['model']['path']}: this run would overwrite the model it starts from; choose "
                 "another hydra.run.dir, or export.enabled=false"

@@ -25,7 +25,7 @@ def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bo
     method = _method(loss, objective["importance_sampling_level"])
     tags = ["reinforcement-learning", method.lower().replace(". ", "-"), "gspo_lightning"]
     # A local folder is no model of the hub, and the hub refuses a card that names it as one.
-    is_name = base.count("/") == 1 and not base.startswith(("/", ".")) and ":" not in base
+    is_name = base.count("/") == 1 and not base.startswith(("/", ".", "~")) and ":" not in base
     on_hub = is_name and not Path(base).exists()
     front = [
         "---",

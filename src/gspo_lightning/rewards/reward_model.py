@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -77,9 +78,10 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            folder = os.path.expanduser(self.path)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.path,
+                folder,
                 dtype=getattr(torch, self.dtype),
                 use_safetensors=True,
                 trust_remote_code=False,

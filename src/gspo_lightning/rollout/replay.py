@@ -7,6 +7,7 @@ away from the sampler: `sampler_mismatch/abs_mean` says how far, and a ``mismatc
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class ReplayEngine:
     """
 
     def __init__(self, run: str) -> None:
-        self.run = Path(run)
+        self.run = Path(os.path.expanduser(run))
         if not (self.run / "completions.jsonl").is_file():
             raise UserError(f"rollout.engine.run={run}: there is no completions.jsonl; give the folder of a run")
 
