@@ -199,21 +199,26 @@ class ScoredRollout(RewardedRollout):
 
     advantages: Tensor
     """``(B, G)`` float64."""
-    turn_advantages: list[list[tuple[float, ...]]] | None = field(default=None, kw_only=True)
-    """B lists of G: an advantage for each turn of a dialogue whose environment rewards turns; else None."""
+    turn_advantages: list[list[tuple[float, ...]] | None] | None = field(default=None, kw_only=True)
+    """B lists of G: an advantage for each turn of a dialogue whose environment rewards turns; None for a group without
+    such rewards, and if no group has any."""
+
+    def of_turns(self, group: int) -> list[tuple[float, ...]] | None:
+        """The ``turn_advantages`` of a group."""
+        return None if self.turn_advantages is None else self.turn_advantages[group]
 
     def has_zero_advantage(self, group: int, number: int) -> bool:
         """Whether every token of a completion has advantage zero."""
-        if self.turn_advantages is not None:
-            return not any(self.turn_advantages[group][number])
-        return self.advantages[group, number].item() == 0.0
+        of_turns = self.of_turns(group)
+        return not any(of_turns[number]) if of_turns is not None else self.advantages[group, number].item() == 0.0
 
     def token_advantages(self, group: int, number: int) -> Tensor:
         """``(trained tokens,)`` float64 advantages of a completion."""
         completion = self.completions[group][number]
-        if self.turn_advantages is None or completion.dialogue is None:
+        of_turns = self.of_turns(group)
+        if of_turns is None or completion.dialogue is None:
             return self.advantages[group, number].expand(completion.num_trained)
-        turns = torch.tensor(self.turn_advantages[group][number], dtype=torch.float64)
+        turns = torch.tensor(of_turns[number], dtype=torch.float64)
         return turns[completion.dialogue.turn_index()[completion.dialogue.trained]]
 
 

@@ -75,6 +75,21 @@ def test_without_turn_rewards_the_return_is_the_reward_and_no_turn_has_an_advant
     assert all("turn_advantages" not in entry for entry in completion_entries(1, rollout))
 
 
+def test_a_group_without_rewards_of_turns_is_compared_as_a_whole_whatever_the_other_groups_have():
+    """As where tasks of a mixture have environments of both kinds: which groups share a rank is chance."""
+    plain, rewarded = [dialogue(turns=n) for n in (2, 2, 1)], [dialogue(1.0, 2.0), dialogue(1.0), dialogue(0.0)]
+    own, zeros = [1.0, 0.5, 0.0], [0.0, 0.0, 0.0]
+    alone, beside = scored(plain, rewards=[own]), scored(plain, rewarded, rewards=[own, zeros])
+    assert [beside.token_advantages(0, n).tolist() for n in range(3)] == [[0.5, 0.5], [0.0, 0.0], [-0.5]]
+    assert [beside.has_zero_advantage(0, n) for n in range(3)] == [False, True, False]
+    assert beside.turn_advantages[1] == scored(rewarded, rewards=[zeros]).turn_advantages[0]
+    rollouts = beside, alone, scored(rewarded, rewards=[zeros])
+    values, of_alone, of_rewarded = (means(rollout_metrics(rollout)) for rollout in rollouts)
+    for name in ("advantage_std", "silent_frac"):
+        assert values[name] == (of_alone[name] + of_rewarded[name]) / 2
+    assert ["turn_advantages" in entry for entry in completion_entries(1, beside)] == [False] * 3 + [True] * 3
+
+
 def test_rewards_of_the_whole_and_of_turns_that_cancel_leave_a_group_without_signal():
     groups = [[dialogue(0.0), dialogue(1.0)], [dialogue(0.0, 0.0), dialogue(0.0, 1.0)]]
     rollout = scored(*groups, rewards=[[1.0, 0.0], [1.0, 0.0]])

@@ -174,10 +174,19 @@ def turn_advantages(group: list[Completion], rewards: Numbers, case: Case) -> li
     return advantages
 
 
+def has_turn_rewards(group: list[Completion]) -> bool:
+    return any(c.dialogue is not None and c.dialogue.turn_rewards for c in group)
+
+
 def rollout_advantages(groups: list[list[Completion]], rewards: list[Numbers], case: Case) -> list[list[Numbers]]:
-    """``[B][G]`` lists of advantages: one for each turn if the environment rewards turns, else one."""
-    if any(c.dialogue is not None and c.dialogue.turn_rewards for group in groups for c in group):
-        return [turn_advantages(group, own, case) for group, own in zip(groups, rewards, strict=True)]
+    """``[B][G]`` lists of advantages: one for each turn in groups whose environment rewards turns, else one."""
+    if any(map(has_turn_rewards, groups)):
+        return [
+            turn_advantages(group, own, case)
+            if has_turn_rewards(group)
+            else [[a] for a in group_advantages(own, case.scale, case.baseline, own)]
+            for group, own in zip(groups, rewards, strict=True)
+        ]
     everyone = [x for own in rewards for x in own]
     if case.pass_at_k:
         return [[[a] for a in of_the_best(own, case.pass_at_k, case.scale)] for own in rewards]

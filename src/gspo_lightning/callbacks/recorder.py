@@ -263,8 +263,8 @@ def completion_entries(step: int, scored: ScoredRollout, tokens: bool = False) -
                     "messages": completion.dialogue.messages,
                     "turn_rewards": completion.dialogue.turn_rewards,
                 }
-            if scored.turn_advantages is not None:
-                entries[-1]["turn_advantages"] = scored.turn_advantages[b][g]
+            if (of_turns := scored.of_turns(b)) is not None:
+                entries[-1]["turn_advantages"] = of_turns[g]
             if tokens:
                 # A float32 is written as the double it equals, so it comes back bit-identical.
                 logprobs = completion.sampler_logprobs.tolist()

@@ -12,13 +12,14 @@ from gspo_lightning.types import Completion
 
 def turn_advantages(
     completions: list[list[Completion]], rewards: torch.Tensor, estimator: AdvantageEstimator
-) -> list[list[tuple[float, ...]]] | None:
-    """Advantages of every turn of every dialogue, or None if no environment rewards turns.
+) -> list[list[tuple[float, ...]] | None] | None:
+    """Advantages of every turn of every dialogue; None for a group without rewards of turns, and if none has any.
 
     The return of turn t is the sum of the turn rewards from t on, plus the reward of the whole dialogue (``rewards``,
     from the reward functions). It is compared among the dialogues of the group that have a turn t; a turn that no
     other dialogue reached has the advantage of its dialogue's first turn. Groups of one are for estimators that need no
-    others (`check_group`): these get every turn.
+    others (`check_group`): these get every turn. What other groups have changes nothing: which of them share a rollout
+    and a rank is chance.
 
     Args:
         completions: B lists of G.
@@ -27,7 +28,10 @@ def turn_advantages(
     """
     if not has_turn_rewards(completions):
         return None
-    return [_of_group(group, rewards[number], estimator) for number, group in enumerate(completions)]
+    return [
+        _of_group(group, rewards[number], estimator) if has_turn_rewards([group]) else None
+        for number, group in enumerate(completions)
+    ]
 
 
 def has_turn_rewards(completions: list[list[Completion]]) -> bool:
@@ -46,13 +50,12 @@ def silent_rollout(
         estimator: says what gives no signal; None for equal returns alone.
     """
     estimator = estimator or AdvantageEstimator()
-    if not has_turn_rewards(completions):
-        return checked_silent(estimator, rewards)
-    silent = [
-        all(checked_silent(estimator, of_turn).item() for _, of_turn in _by_turn(group, rewards[number]))
-        for number, group in enumerate(completions)
-    ]
-    return torch.tensor(silent, dtype=torch.bool)
+    silent = checked_silent(estimator, rewards).clone()
+    for number, group in enumerate(completions):
+        if has_turn_rewards([group]):
+            turns = _by_turn(group, rewards[number])
+            silent[number] = all(checked_silent(estimator, of_turn).item() for _, of_turn in turns)
+    return silent
 
 
 def _by_turn(group: list[Completion], rewards: torch.Tensor) -> Iterator[tuple[list[int], torch.Tensor]]:

@@ -119,11 +119,13 @@ def _tool_metrics(counts: list[ToolCounts | None]) -> Metrics:
 
 
 def _advantage_stds(scored: ScoredRollout) -> torch.Tensor:
-    """``(B,)`` standard deviations of the trained advantages: those of the turns, if turns have rewards."""
-    if scored.turn_advantages is None:
-        return scored.advantages.std(dim=1)
-    flat = [[value for of_turns in group for value in of_turns] for group in scored.turn_advantages]
-    return torch.tensor([torch.tensor(group, dtype=torch.float64).std().item() for group in flat], dtype=torch.float64)
+    """``(B,)`` standard deviations of the trained advantages: those of the turns, in groups whose turns have some."""
+    stds = scored.advantages.std(dim=1)
+    for number, group in enumerate(scored.turn_advantages or ()):
+        if group is not None:
+            flat = [value for of_turns in group for value in of_turns]
+            stds[number] = torch.tensor(flat, dtype=torch.float64).std()
+    return stds
 
 
 def count_tokens(module: GSPOModule, update: RolloutUpdate, *, also_sampled: int) -> None:
