@@ -6,7 +6,8 @@ Another release may rename it without a word: look here first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,10 +55,38 @@ def is_by_time(checkpoint: Any) -> bool:
 
 
 def begin_averages(trainer: Any) -> None:
-    """Lets `WeightAveraging` count the steps of this Trainer: it would wait for as many as an earlier one had taken."""
+    """Prepares `WeightAveraging` for this run.
+
+    It counts the steps of this Trainer, else it would wait for as many as an earlier one had taken; and it averages
+    what checkpoints hold, see `_average_what_is_saved`.
+    """
     for callback in _averaging(trainer):
         callback._latest_update_step = min(callback._latest_update_step, trainer.global_step)
         callback._latest_update_epoch = min(callback._latest_update_epoch, trainer.current_epoch - 1)
+        _average_what_is_saved(callback._average_model)
+
+
+def _average_what_is_saved(average: Any) -> None:
+    """Keeps frozen weights, and buffers that no state dict holds, out of an average: there they are the module's.
+
+    By rounding the average of equal numbers is another number, and that of packed 4-bit weights another weight. These
+    would take the place of the module's when training ends, and a resumed run would begin without them.
+    """
+    update = average.update_parameters
+
+    @torch.no_grad()
+    def update_what_is_saved(module: Any) -> None:
+        update(module)
+        saved = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        for mine, theirs in zip(_tensors(average.module), _tensors(module), strict=True):
+            if id(theirs) not in saved:
+                mine.copy_(theirs)
+
+    average.update_parameters = update_what_is_saved
+
+
+def _tensors(module: Any) -> Iterator[torch.Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 @torch.no_grad()
@@ -70,8 +99,7 @@ def let_averages_follow(trainer: Any, module: Any) -> None:
     for callback in _averaging(trainer):
         if callback._average_model.n_averaged:
             continue
-        theirs = (*callback._average_model.module.parameters(), *callback._average_model.module.buffers())
-        for average, trained in zip(theirs, (*module.parameters(), *module.buffers()), strict=True):
+        for average, trained in zip(_tensors(callback._average_model.module), _tensors(module), strict=True):
             average.copy_(trained)
 
 

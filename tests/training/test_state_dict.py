@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -151,6 +152,32 @@ def test_a_callback_that_averaged_before_averages_in_a_second_fit(micro_model_di
     trainer(callbacks=[kept, average]).fit(module, Batches(scripted_prompts(), 2).loader())
     assert not torch.equal(*kept.after)
     assert torch.allclose(weights(module), sum(kept.after) / 2, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_an_average_leaves_frozen_weights_and_constants_alone(quantization, micro_model_dir, tmp_path):
+    """By rounding 0.9 w + 0.1 w is not w, and of packed 4-bit weights another weight."""
+
+    def fit(rollouts, *callbacks, ckpt_path=None):
+        torch.manual_seed(0)
+        module = build_module(micro_model_dir, ADAPTED)
+        module.policy_loader = replace(module.policy_loader, quantization=quantization)
+        module.max_rollouts = rollouts
+        runner = trainer(callbacks=[EMAWeightAveraging(decay=0.9), *callbacks])
+        runner.fit(module, Batches(scripted_prompts(), 4).loader(), ckpt_path=ckpt_path, weights_only=True)
+        return module
+
+    loaded = replace(build_module(micro_model_dir, ADAPTED).policy_loader, quantization=quantization).load()
+    straight, _ = fit(4), fit(2, Saver(tmp_path))
+    resumed = fit(4, ckpt_path=tmp_path / "half.ckpt")
+    for (name, ours), theirs in zip(tensors(straight.policy).items(), tensors(loaded).values(), strict=True):
+        assert "lora" in name or torch.equal(ours, theirs), name
+    for (name, ours), theirs in zip(tensors(resumed).items(), tensors(straight).values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def tensors(module):
+    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 @pytest.mark.parametrize("settings", [Settings(), ADAPTED], ids=["whole", "adapter"])
