@@ -103,6 +103,15 @@ def let_averages_follow(trainer: Any, module: Any) -> None:
             average.copy_(trained)
 
 
+def put_trained_back(trainer: Any, module: Any) -> None:
+    """Ends the exchange of trained and averaged weights that `WeightAveraging` makes for a validation.
+
+    It does so by itself only where the validation is not broken off.
+    """
+    for callback in _averaging(trainer):
+        callback._swap_models(module)
+
+
 def _averaging(trainer: Any) -> list[Any]:
     return [callback for callback in trainer.callbacks if getattr(callback, "_average_model", None) is not None]
 

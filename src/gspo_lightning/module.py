@@ -22,6 +22,7 @@ from gspo_lightning.lightning_private import (
     begin_averages,
     current_hook,
     let_averages_follow,
+    put_trained_back,
     trainer_of,
     uncount_batch,
 )
@@ -330,8 +331,12 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measures greedy and sampled completions of held-out prompts."""
         assert self.policy is not None
-        check_prompts(batch, "val_dataloader")
-        self.validator.update(self.policy, self.engine, batch.prompts)
+        try:
+            check_prompts(batch, "val_dataloader")
+            self.validator.update(self.policy, self.engine, batch.prompts)
+        except BaseException:
+            put_trained_back(self.trainer, self)
+            raise
 
     def on_validation_epoch_end(self) -> None:
         """Publishes ``last_validation`` and ``validation_samples``, and logs the former."""

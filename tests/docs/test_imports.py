@@ -65,7 +65,7 @@ def test_what_lightning_keeps_private_is_used_in_one_file():
     assert names == {
         "_trainer", "_current_fx_name", "_start_method", "_results", "_terminate_all",
         "_check_on_train_epoch_end", "_should_save_on_train_epoch_end", "_train_time_interval",
-        "_compiler_ctx", "_average_model", "_latest_update_step", "_latest_update_epoch",
+        "_compiler_ctx", "_average_model", "_latest_update_step", "_latest_update_epoch", "_swap_models",
     }  # fmt: skip
     assert {path.name: private(path) & names for path in SOURCE.rglob("*.py") if private(path) & names} == {
         home.name: names

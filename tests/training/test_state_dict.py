@@ -13,8 +13,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 
+from gspo_lightning.callbacks import RolloutCheckpoint
 from gspo_lightning.policy.load import LoraSettings
-from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
+from gspo_lightning.rollout.engine import EngineUnavailableError
+from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ADAPTED = Settings(dtype="float32", lora=LoraSettings(r=2), optimizer=functools.partial(torch.optim.SGD, lr=0.1))
@@ -178,6 +180,35 @@ def test_an_average_leaves_frozen_weights_and_constants_alone(quantization, micr
 
 def tensors(module):
     return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+class Lost(ScriptedEngine):
+    """Has nobody left to sample for the first validation within a run."""
+
+    asked = 0
+
+    def generate(self, policy, prompts, sampling, seed):
+        type(self).asked += (is_held_out := sampling.num_generations == 1)
+        if is_held_out and self.asked == 1:
+            raise EngineUnavailableError("nobody is left")
+        return super().generate(policy, prompts, sampling, seed)
+
+
+def test_a_validation_that_breaks_off_leaves_the_trained_weights_in_place(micro_model_dir, tmp_path):
+    """Not the average, which it was run with: the run is saved on such an error, and goes on from there."""
+
+    def fit(module, **changes):
+        callbacks = [EMAWeightAveraging(decay=0.5), RolloutCheckpoint(tmp_path, 1, 2)]
+        settings = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+        trainer(callbacks=callbacks, **settings).fit(module, datamodule=Loaders(), weights_only=True, **changes)
+
+    straight, lost, resumed = (build_module(micro_model_dir, Settings(rollouts=4)) for _ in range(3))
+    fit(straight)
+    lost.engine = Lost()
+    with pytest.raises(EngineUnavailableError):
+        fit(lost)
+    fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(weights(resumed), weights(straight))
 
 
 @pytest.mark.parametrize("settings", [Settings(), ADAPTED], ids=["whole", "adapter"])
