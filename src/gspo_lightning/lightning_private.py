@@ -103,6 +103,11 @@ def let_averages_follow(trainer: Any, module: Any) -> None:
             average.copy_(trained)
 
 
+def averages_weights(trainer: Any) -> bool:
+    """Whether a callback of this fit averages weights, and puts the average in their place when training ends."""
+    return bool(_averaging(trainer))
+
+
 def put_trained_back(trainer: Any, module: Any) -> None:
     """Ends the exchange of trained and averaged weights that `WeightAveraging` makes for a validation.
 

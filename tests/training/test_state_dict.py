@@ -211,6 +211,22 @@ def test_a_validation_that_breaks_off_leaves_the_trained_weights_in_place(micro_
     assert torch.equal(weights(resumed), weights(straight))
 
 
+def test_what_is_saved_at_the_end_of_a_run_is_not_the_average_that_takes_its_place(micro_model_dir, tmp_path):
+    """Where another than ours ends the run, the last rollouts are saved at its end."""
+
+    def fit(module, ckpt_path=None, **changes):
+        callbacks = [EMAWeightAveraging(decay=0.5), RolloutCheckpoint(tmp_path, 10)]
+        data = Batches(scripted_prompts(), 4).loader()
+        trainer(callbacks=callbacks, **changes).fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+
+    straight, half, resumed = (build_module(micro_model_dir, Settings(rollouts=4)) for _ in range(3))
+    fit(straight)
+    fit(half, max_steps=2)
+    assert half.rollouts_done == 2
+    fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(weights(resumed), weights(straight))
+
+
 @pytest.mark.parametrize("settings", [Settings(), ADAPTED], ids=["whole", "adapter"])
 def test_a_module_survives_pickling_and_copies_stand_alone(settings, micro_model_dir):
     module = build_module(micro_model_dir, settings)

@@ -14,6 +14,7 @@ from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, go_back
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError
+from gspo_lightning.lightning_private import averages_weights
 from gspo_lightning.rollout.engine import RolloutError, traits
 
 
@@ -140,10 +141,14 @@ class RolloutCheckpoint(L.Callback):
         if self.best is not None and self.best.is_higher(pl_module.last_validation, pl_module.rollouts_done):
             self._write(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Saves what `on_train_end` would, where averaged weights have taken the place of the trained ones by then."""
+        if averages_weights(trainer):
+            self._save_rest(trainer, pl_module)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Saves what a stop from elsewhere, such as a callback after this one, would lose."""
-        if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
-            self._write(trainer, pl_module)
+        self._save_rest(trainer, pl_module)
         self._put_limit_back(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -172,6 +177,10 @@ class RolloutCheckpoint(L.Callback):
         if not self.wanted and pl_module.rollouts_done < pl_module.max_rollouts and self._limit is None:
             self._limit = trainer.limit_val_batches
             trainer.limit_val_batches = 0  # Lightning validates before it stops; nobody has asked for that one
+
+    def _save_rest(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done:
+            self._write(trainer, pl_module)
 
     def _put_limit_back(self, trainer: L.Trainer) -> None:
         """Lets the Trainer validate in a later fit."""
