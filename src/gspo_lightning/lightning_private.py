@@ -141,6 +141,13 @@ def uncount_batch(trainer: Any) -> None:
     progress.current.ready -= 1
 
 
+def uncount_batch_in(checkpoint: dict[str, Any]) -> None:
+    """`uncount_batch` in a checkpoint that is saved while a batch is in hand: a resumed run reads that one again."""
+    if "loops" in checkpoint:  # not where weights alone are saved
+        counted = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        counted["ready"] = counted["started"] = counted["processed"]
+
+
 def change_kill(change: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
     """Replaces, once, how Lightning's observer kills this process when a rank that it started has failed.
 

@@ -25,6 +25,7 @@ from gspo_lightning.lightning_private import (
     put_trained_back,
     trainer_of,
     uncount_batch,
+    uncount_batch_in,
 )
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.entropy_control import EntropyControl
@@ -346,7 +347,9 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters of the run."""
+        """Adds the counters of the run; a rollout in hand does not count."""
+        if self.states_before is not None:
+            uncount_batch_in(checkpoint)
         checkpoint["gspo_lightning"] = run_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

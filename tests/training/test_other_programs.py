@@ -25,8 +25,9 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.rewards import RewardSet, RewardSpec
+from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.types import PromptBatch
-from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, weights
+from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -231,6 +232,46 @@ def test_a_checkpoint_within_a_rollout_says_so_if_weights_have_moved(micro_model
         "gspo_lightning.callbacks.checkpoint.RolloutCheckpoint saves whole rollouts"
     ]
     assert not torch.equal(weights(again), weights(whole))
+
+
+class Losing(ScriptedEngine):
+    """Has nobody left to sample in the fourth rollout."""
+
+    def generate(self, policy, prompts, sampling, seed):
+        if sampling.num_generations == 3 and seed == 3:
+            raise EngineUnavailableError("nobody is left")
+        return super().generate(policy, prompts, sampling, seed)
+
+
+class Seen(L.Callback):
+    """Rollouts after which was validated, and those whose checkpoint was there after the next one began."""
+
+    def __init__(self, path):
+        self.path, self.validated, self.saved = path, [], []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validated.append(pl_module.rollouts_done)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.rollouts_done:
+            self.saved.append(torch.load(self.path, weights_only=True)["gspo_lightning"]["rollouts_done"])
+
+
+@pytest.mark.parametrize("by", [RolloutCheckpoint, OnExceptionCheckpoint])
+def test_a_rollout_that_broke_off_moves_no_validation_and_no_checkpoint_that_waits_for_one(
+    by, micro_model_dir, tmp_path
+):
+    module, last = made(micro_model_dir, rollouts=8), tmp_path / "last.ckpt"
+    settings = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    saving = RolloutCheckpoint(tmp_path, 10, 2) if by is RolloutCheckpoint else OnExceptionCheckpoint(tmp_path, "last")
+    module.engine = Losing()
+    with pytest.raises(EngineUnavailableError):
+        trainer(callbacks=[saving], enable_checkpointing=True, **settings).fit(module, datamodule=Data())
+    again, seen = made(micro_model_dir, rollouts=8), Seen(last)
+    runner = trainer(callbacks=[seen, RolloutCheckpoint(tmp_path, 2, 2)], **settings)
+    runner.fit(again, datamodule=Data(), ckpt_path=last, weights_only=True)
+    assert again.rollouts_done == 8 and seen.validated == [4, 6, 8]
+    assert seen.saved == [3, 4, 4, 6, 6]
 
 
 # ---------------------------------------------------------------- conversions
