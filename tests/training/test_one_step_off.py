@@ -20,7 +20,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.policy.load import LoraSettings, compile_layers
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.rollout.weights import checksum, trained_parameters
@@ -512,6 +512,16 @@ def test_only_what_is_trained_is_copied(micro_model_dir):
     copied_first, *copied_rest = _share_frozen(policy).parameters()
     assert copied_first is not first and torch.equal(copied_first, first)
     assert all(a is b for a, b in zip(copied_rest, rest, strict=True))
+
+
+def test_the_copy_is_compiled_where_the_policy_is(micro_model_dir):
+    """Else old and new log-probabilities of equal weights would differ by the rounding of other kernels."""
+    from gspo_lightning.training.one_step_off import _share_frozen
+
+    policy = micro_policy(micro_model_dir)
+    compile_layers(policy.base_model)
+    compiled = [[m._compiled_call_impl is not None for m in p.modules()] for p in (policy, _share_frozen(policy))]
+    assert compiled[0] == compiled[1] and sum(compiled[0]) == len(policy.base_model.get_decoder().layers)
 
 
 def test_the_copy_is_made_once_and_then_overwritten(micro_model_dir):

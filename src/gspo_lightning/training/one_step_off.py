@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.packing.compiling import allow_graphs
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import RolloutEngine, close_engine, traits
 from gspo_lightning.types import Completion, Prompt, Rollout, SamplingParams
@@ -124,6 +125,8 @@ class OneStepOff:
         def generate() -> list[list[Completion]]:
             if behaviour.device.type == "cuda":  # a new thread has the first GPU, on any rank
                 torch.cuda.set_device(behaviour.device)
+            if any(module._compiled_call_impl is not None for module in behaviour.modules()):
+                allow_graphs()  # in this thread
             with torch.no_grad(), context():
                 return self.engine.generate(behaviour, prompts, sampling, seed).completions
 
@@ -248,6 +251,9 @@ def _share_frozen(policy: Policy) -> Policy:
     shared: list[Any] = [policy.tokenizer, policy.processor, *policy.buffers()]
     shared += [parameter for parameter in policy.parameters() if not parameter.requires_grad]
     copied: Policy = copy.deepcopy(policy, {id(thing): thing for thing in shared})
+    for mine, theirs in zip(copied.modules(), policy.modules(), strict=True):
+        if theirs._compiled_call_impl is not None:  # a copy is not compiled, and would round differently
+            mine.compile()
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
