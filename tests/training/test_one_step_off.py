@@ -547,6 +547,47 @@ def test_what_cannot_be_foreseen_is_refused(micro_model_dir):
         )  # fmt: skip
 
 
+class Ends(L.Callback):
+    """Lets the rollout ahead end behind the update, and notes what new tensors are then."""
+
+    def __init__(self, engine):
+        self.engine, self.dtypes = engine, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.engine.may_end.set()
+        if pl_module.ahead._pending is not None:
+            pl_module.ahead._pending.join()
+        self.engine.may_end.clear()
+        self.dtypes.append(torch.get_default_dtype())
+
+
+class Late(Elsewhere):
+    """Ends a rollout ahead when it is told to, and notes the autocast that it has had."""
+
+    def __init__(self):
+        super().__init__(scripted=True)
+        self.may_end, self.autocast = threading.Event(), []
+
+    def generate(self, policy, prompts, sampling, seed):
+        if threading.current_thread() is not threading.main_thread():
+            self.autocast.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            assert self.may_end.wait(60)
+        return super().generate(policy, prompts, sampling, seed)
+
+
+@pytest.mark.parametrize(("precision", "autocast"), [("bf16-true", False), ("bf16-mixed", torch.bfloat16)])
+def test_the_thread_that_samples_ahead_has_the_autocast_and_leaves_the_dtype_of_new_tensors(
+    precision, autocast, micro_model_dir
+):
+    """That dtype is one of all threads: it would stay bfloat16 for the rewards and whatever else comes between."""
+    engine = Late()
+    module = module_with(micro_model_dir, engine, lora=LoraSettings(r=2))
+    module.policy_loader = replace(module.policy_loader, dtype="float32")
+    ends = Ends(engine)
+    trainer(callbacks=[ends], precision=precision).fit(module, datamodule=Data())
+    assert engine.autocast == [autocast] * 2 and ends.dtypes == [torch.float32] * 3
+
+
 def test_the_thread_that_samples_ahead_has_the_gpu_of_its_rank(micro_model_dir, monkeypatch):
     """In a new thread the current GPU is the first one, on any rank."""
     chosen = []

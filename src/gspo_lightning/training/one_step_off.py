@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, astuple
 from typing import Any
 
@@ -109,7 +109,7 @@ class OneStepOff:
             prompts: of the next rollout.
             sampling: of training.
             seed: of the next rollout.
-            context: the precision that forwards run in; a new thread does not inherit it.
+            context: what forwards run in and a new thread does not inherit, see `same_autocast`.
         """
         if self._pending is not None:
             warnings.warn(
@@ -189,6 +189,24 @@ class OneStepOff:
         sampling = SamplingParams(**state["sampling"]) if state["sampling"] else None
         self._pending = _Pending(tuple(state["key"]), sampling, state["seconds"])
         self._pending.value = None if groups is None else [[Completion(**c) for c in group] for group in groups]
+
+
+def same_autocast() -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context of this thread's autocast, for another thread.
+
+    The precisions bf16-true and 64-true set the dtype of new tensors, for all threads: one that leaves their context
+    after another has left it would put its own dtype back for good.
+    """
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+    caches = torch.is_autocast_cache_enabled()
+
+    def context() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for kind, dtype in dtypes.items():
+            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=caches))
+        return stack
+
+    return context
 
 
 class _Pending:
