@@ -266,7 +266,8 @@ def test_a_rollout_that_broke_off_moves_no_validation_and_no_checkpoint_that_wai
     saving = RolloutCheckpoint(tmp_path, 10, 2) if by is RolloutCheckpoint else OnExceptionCheckpoint(tmp_path, "last")
     module.engine = Losing()
     with pytest.raises(EngineUnavailableError):
-        trainer(callbacks=[saving], enable_checkpointing=True, **settings).fit(module, datamodule=Data())
+        runner = trainer(callbacks=[saving], enable_checkpointing=by is OnExceptionCheckpoint, **settings)
+        runner.fit(module, datamodule=Data())
     again, seen = made(micro_model_dir, rollouts=8), Seen(last)
     runner = trainer(callbacks=[seen, RolloutCheckpoint(tmp_path, 2, 2)], **settings)
     runner.fit(again, datamodule=Data(), ckpt_path=last, weights_only=True)
