@@ -176,6 +176,15 @@ def copy_trained_weights(module: nn.Module, target: nn.Module | None) -> None:
             del value  # before the next one is gathered
 
 
+def whole_copy(policy: Policy, loader: PolicyLoader) -> Policy:
+    """A new copy, in the dtypes of the policy: the precision bf16-true has narrowed what is frozen."""
+    copy = loader.load()
+    dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+    for name, parameter in copy.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    return copy
+
+
 def whole_policy(policy: Policy, loader: PolicyLoader) -> Policy | None:
     """The policy with all of its weights, on the CPU of rank 0; None on other ranks. All ranks must call it.
 
@@ -183,6 +192,6 @@ def whole_policy(policy: Policy, loader: PolicyLoader) -> Policy | None:
     """
     if policy.shards is None:
         return None if rank() else policy
-    fresh = None if rank() else loader.load()
+    fresh = None if rank() else whole_copy(policy, loader)
     copy_trained_weights(policy, fresh)
     return fresh

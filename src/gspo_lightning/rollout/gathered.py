@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gspo_lightning.distributed.ranks import rank
-from gspo_lightning.distributed.sharding import copy_trained_weights
+from gspo_lightning.distributed.sharding import copy_trained_weights, whole_copy
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import RolloutEngine, close_engine, traits
@@ -42,16 +42,8 @@ class GatheredEngine:
 
     def _refresh(self, policy: Policy) -> None:
         if rank() == 0 or traits(self.engine).samples_on == "every_rank":
-            self._copy = self._copy or self._load(policy)
+            self._copy = self._copy or whole_copy(policy, self.loader)
         copy_trained_weights(policy, self._copy)
-
-    def _load(self, policy: Policy) -> Policy:
-        """A copy in the dtypes of the policy: the precision bf16-true has narrowed what is frozen."""
-        copy = self.loader.load()
-        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
-        for name, parameter in copy.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
-        return copy
 
 
 def gathered(engine: RolloutEngine, loader: PolicyLoader) -> RolloutEngine:
