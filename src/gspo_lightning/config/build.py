@@ -307,5 +307,5 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         trainer = instantiate(plain["trainer"], **ours, _convert_="all")
     except InstantiationException as error:
         raise UserError(f"trainer: {reason(error.__cause__ or error)}") from error
-    make_folder("trainer.profiler.dirpath", getattr(trainer.profiler, "dirpath", None))
+    make_folder("trainer.profiler.dirpath", getattr(getattr(trainer, "profiler", None), "dirpath", None))
     return trainer
