@@ -1180,6 +1180,7 @@ RUNS = [
     Case("run", "a trillion processes", ["trainer.devices=1000000000000"], "trainer.devices=1000000000000 must be at most 1024"),
     Case("run", "4-bit weights in parts", ["trainer=fsdp", "model.quantization=nf4", "lora=language"], "trainer=fsdp"),
     Case("run", "8-bit optimizer states in parts", ["trainer=fsdp", "optimizer=adamw_8bit"], "trainer=fsdp"),
+    Case("run", "an average of weights in parts", ["trainer=fsdp", "+callbacks.ema={_target_: lightning.pytorch.callbacks.EMAWeightAveraging}"], "callbacks.ema: EMAWeightAveraging copies whole weights, which trainer=fsdp splits"),
     Case("run", "FSDP1", ["trainer.strategy=fsdp"], "trainer.strategy=fsdp"),
     Case("run", "FSDP1 by its class", ["trainer.strategy={_target_: lightning.pytorch.strategies.FSDPStrategy}"], "trainer.strategy=FSDPStrategy"),
     Case("run", "no node", ["trainer.num_nodes=0"], "trainer.num_nodes=0 must be at least 1"),

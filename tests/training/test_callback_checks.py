@@ -9,7 +9,13 @@ from datetime import timedelta
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
 from torch.utils.data import DataLoader, IterableDataset
 
 from gspo_lightning.data import MicroLetters, PromptDataModule
@@ -113,6 +119,16 @@ def test_what_would_wait_in_vain_is_refused_before_the_first_rollout(make, chang
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         runner.fit(module, datamodule=Letters(micro_model_dir))
     assert module.rollouts_done == 0
+
+
+def test_averages_are_refused_where_the_weights_are_split_and_before_they_are_loaded(micro_model_dir, monkeypatch):
+    """As `FSDP2Strategy` splits them; a test of that on two ranks would have nothing else to see."""
+    module = build_module(micro_model_dir, Settings())
+    monkeypatch.setattr(type(module), "device_mesh", "of two ranks")
+    line = "callbacks: EMAWeightAveraging copies whole weights, which trainer=fsdp splits over ranks; leave it out, or use trainer=ddp"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        trainer(callbacks=[EMAWeightAveraging()]).fit(module, datamodule=Letters(micro_model_dir))
+    assert module.policy is None
 
 
 def test_as_the_lines_say_a_run_stops_early_and_its_best_is_kept(micro_model_dir, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.training.callback_checks import NOT_IN_PARTS
 
 MOST_PROCESSES = 1024
 """Most processes of a machine, and most machines: of a mistyped number Lightning would make a list first."""
@@ -52,5 +53,8 @@ def check_sharding(plain: dict[str, Any]) -> None:
         raise UserError(
             "trainer=fsdp can split only the states of torch's own optimizers; use optimizer=adamw, or trainer=ddp"
         )
+    for name, node in (plain["callbacks"] or {}).items():
+        if (kind := str((node or {}).get("_target_")).rpartition(".")[2]) in ("EMAWeightAveraging", "WeightAveraging"):
+            raise UserError(f"callbacks.{name}: {kind} {NOT_IN_PARTS}")
     if plain["rollout"]["engine"].get("staleness"):
         raise UserError("rollout.engine.staleness=1 needs whole weights in one process; set it to 0 with trainer=fsdp")

@@ -33,6 +33,9 @@ NEVER_HERE = {
 }
 """Callbacks of Lightning that no run can have, with the reason."""
 
+NOT_IN_PARTS = "copies whole weights, which trainer=fsdp splits over ranks; leave it out, or use trainer=ddp"
+"""Why no run that splits its weights averages them."""
+
 
 def check_before_set_up(module: Any) -> None:
     """Refuses callbacks that Lightning's set-up of a fit, which comes before the policy is loaded, fails on."""
@@ -59,6 +62,8 @@ def check_before_loading(module: Any) -> None:
     for callback in trainer.callbacks:
         if (name := type(callback).__name__) in NEVER_HERE:
             raise UserError(f"callbacks: {name} {NEVER_HERE[name]}")
+        if module.device_mesh is not None and "WeightAveraging" in (base.__name__ for base in type(callback).__mro__):
+            raise UserError(f"callbacks: {name} {NOT_IN_PARTS}")
 
 
 def check_callbacks(trainer: Any) -> None:
