@@ -12,6 +12,7 @@ import torch
 
 import gspo_lightning as gl
 from gspo_lightning.data import MicroLetters
+from gspo_lightning.distributed.ranks import whole
 from gspo_lightning.rewards import letter_share
 
 
@@ -27,7 +28,7 @@ class AnchoredModule(gl.GSPOModule):
         """Comes before a checkpoint is loaded, so a resumed run starts from the same weights."""
         super().configure_model()
         if self.start is None:
-            self.start = self.policy.output_weight.detach().clone()
+            self.start = whole(self.policy.output_weight.detach()).clone()  # trainer=fsdp has split it by now
 
     def auxiliary_loss(self, minibatch: gl.Minibatch) -> torch.Tensor:
         """Called once per optimizer step, on every rank; the result is a mean, not a sum."""
@@ -48,7 +49,7 @@ def main(anchor_weight: float, rollouts: int = 3, **trainer_options: object) -> 
     datamodule = gl.PromptDataModule(MicroLetters(), "bundled:micro", prompts_per_rollout=8, max_prompt_length=16)
     options = {"log_every_n_steps": 1, "enable_checkpointing": False, "limit_val_batches": 0, **trainer_options}
     L.Trainer(max_epochs=-1, **options).fit(module, datamodule)
-    return (module.policy.output_weight - module.start).norm().item()
+    return (whole(module.policy.output_weight.detach()) - module.start).norm().item()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from examples.auxiliary_loss import AnchoredModule
 from gspo_lightning.distributed.ranks import rank, whole
 from gspo_lightning.distributed.sharding import FSDP2Strategy
 from gspo_lightning.errors import UserError
@@ -47,6 +48,15 @@ def train(model: str, split: bool) -> GSPOModule:
     return module
 
 
+def anchored(model: str, **changes) -> torch.Tensor:
+    """The output embedding after two rollouts with the term of the example, which is 0 in the first."""
+    module = build_module(model, Settings(optimizer=functools.partial(torch.optim.SGD, lr=0.1), rollouts=2))
+    module.__class__, module.anchor_weight = AnchoredModule, 1000.0
+    module.register_buffer("start", None, persistent=False)
+    trainer(**changes).fit(module, torch.utils.data.DataLoader(Prompts(module), batch_size=None))
+    return whole(module.policy.output_weight.detach())
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     model, file = sys.argv[1:]
@@ -56,8 +66,10 @@ def main() -> None:
         train(model, split=False)
     except UserError as error:
         refusal = str(error)
+    held = anchored(model, devices=2, strategy=FSDP2Strategy())
     if rank() == 0:
         Path(file).write_text(json.dumps({"step": step, "refusal": refusal}))
+        torch.save(held, Path(file).with_suffix(".pt"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.program.resume import find_checkpoint
 from tests import command_line
 from tests.command_line import ROOT
+from tests.distributed.run_own_parameter import anchored
 from tests.support import relative_distance
 
 HERE = Path(__file__).parent
@@ -159,10 +160,15 @@ def test_one_kind_of_checkpoint_is_not_taken_for_the_other(half, tmp_path):
 
 
 def test_a_parameter_of_a_subclass_must_be_split_like_the_weights(micro_model_dir, tmp_path):
-    """On rank r the head sees r + 1, so its gradient is 2 (1^2 + 2^2) / 2 = 5 times the sum of its weights, which is 1."""
+    """On rank r the head sees r + 1, so its gradient is 2 (1^2 + 2^2) / 2 = 5 times the sum of its weights, which is 1.
+
+    A term of the output embedding, which is whole between forward and backward, is that of one process.
+    """
     run("run_own_parameter.py", micro_model_dir, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["step"] == pytest.approx([5.0] * 4, rel=1e-6)
     assert found["refusal"].startswith(
         "trainer.strategy: the parameter head.weight is whole, but the other weights are split"
     )
+    held = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert relative_distance(held, anchored(micro_model_dir)) < 1e-12
