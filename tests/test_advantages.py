@@ -53,6 +53,72 @@ def test_rloo_compares_with_the_mean_of_the_others():
     assert torch.allclose(AdvantageEstimator("none", "rloo")(rewards), expected, rtol=1e-12)
 
 
+def test_the_mean_by_length_weighs_each_reward_by_its_completion():
+    """(3 * 1 + 1 * 0 + 4 * 0) / 8 and (1 * 1 + 1 * 2) / 4: OPO."""
+    rewards, lengths = tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[3, 1, 4], [1, 1, 2]])
+    expected = tensor([[5 / 8, -3 / 8, -3 / 8], [1 / 4, 5 / 4, -3 / 4]])
+    found = AdvantageEstimator("none", "length").of_rollout(rewards, lengths)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    assert (found * lengths).sum(dim=1).tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+    alike = AdvantageEstimator("group", "length").of_rollout(rewards, torch.full((2, 3), 7))
+    assert torch.allclose(alike, AdvantageEstimator()(rewards), rtol=1e-12)
+
+
+def test_the_mean_by_length_has_the_least_variance_where_gradients_are_as_large_as_completions_are_long():
+    """E[|g|^2 (r - b)^2] with |g|^2 = length, over the completions of a group: least at b = E[length r] / E[length]."""
+    rewards, lengths = tensor([[0.3, 1.0, 0.0, 0.7]]), torch.tensor([[2, 9, 4, 1]])
+    own = (rewards - AdvantageEstimator("none", "length").of_rollout(rewards, lengths))[0, 0].item()
+
+    def variance(baseline):
+        return (lengths * (rewards - baseline).square()).sum().item()
+
+    assert all(variance(own) < variance(own + off) for off in (-0.1, -0.01, 0.01, 0.1))
+
+
+def test_the_mean_by_length_is_divided_by_the_scale_of_all_ranks_too():
+    rewards, lengths = tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[1, 3], [2, 2]])
+    std = math.sqrt(sum((r - 1) ** 2 for r in (1, 0, 3, 0)) / 3) + 1e-4
+    expected = tensor([[0.75, -0.25], [1.5, -1.5]]) / std
+    assert torch.allclose(AdvantageEstimator("batch", "length").of_rollout(rewards, lengths), expected, rtol=1e-12)
+    shares = [
+        AdvantageEstimator("batch", "length").of_rollout(share, own, rewards.flatten())
+        for share, own in zip(rewards.split(1), lengths.split(1), strict=True)
+    ]
+    assert torch.allclose(torch.cat(shares), expected, rtol=1e-12)
+
+
+class ByLength(AdvantageEstimator):
+    """One of a user's own, with a choice of its own."""
+
+    def __call__(self, rewards, everyone=None):
+        return rewards - 1
+
+
+class Doubled(AdvantageEstimator):
+    def __call__(self, rewards, everyone=None):
+        return super().__call__(2 * rewards, everyone)
+
+
+class Longest(AdvantageEstimator):
+    def of_rollout(self, rewards, lengths, *everyone):
+        return rewards * (lengths == lengths.amax(dim=1, keepdim=True))
+
+
+def test_an_estimator_of_ones_own_is_called_as_before_or_overrides_what_gets_lengths():
+    rewards, lengths = tensor([[1.0, 2.0]]), torch.tensor([[3, 4]])
+    assert ByLength("none", "length").of_rollout(rewards, lengths).tolist() == [[0.0, 1.0]]
+    assert Longest().of_rollout(rewards, lengths).tolist() == [[0.0, 2.0]]
+
+
+def test_the_mean_by_length_is_not_taken_without_lengths():
+    """Nor is it taken for the plain mean in a subclass that calls what it overrides."""
+    for estimator in (AdvantageEstimator("none", "length"), Doubled("none", "length")):
+        with pytest.raises(
+            UserError, match=f"^advantages.baseline=length: {type(estimator).__name__} was called without"
+        ):
+            estimator(tensor([[1.0, 0.0]]))
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_rewards_give_exactly_zero_where_a_rounded_mean_would_not(scale):
     rewards = tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1]])

@@ -29,13 +29,19 @@ class AdvantageEstimator:
 
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide by the unbiased standard deviation of the group, of the batch on all ranks, or not at all (Dr. GRPO)."""
-    baseline: Literal["mean", "rloo"] = "mean"
-    """The group's mean, or the mean of the others (leave one out, arXiv 2402.14740)."""
+    baseline: Literal["mean", "rloo", "length"] = "mean"
+    """The group's mean, the mean of the others (leave one out, arXiv 2402.14740), or the mean weighted by the lengths
+    of the completions (OPO, arXiv 2505.23585): of least variance where the squared gradient grows with the length."""
 
     def __post_init__(self) -> None:
         if type(self).__call__ is AdvantageEstimator.__call__:  # one of a user's own may have choices of its own
             check_choice("advantages.scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-            check_choice("advantages.baseline", self.baseline, ("mean", "rloo"))
+            check_choice("advantages.baseline", self.baseline, ("mean", "rloo", "length"))
+
+    @property
+    def weighs_by_length(self) -> bool:
+        """Whether the baseline is weighted by lengths, which only whole completions have."""
+        return self.baseline == "length" and type(self).__call__ is AdvantageEstimator.__call__
 
     def silent(self, rewards: Tensor) -> Tensor:
         """Mask ``(B,)`` of the groups whose rewards ``(B, G)`` give nothing to learn: by default, equal ones."""
@@ -53,11 +59,35 @@ class AdvantageEstimator:
 
         Returns:
             ``(B, G)`` advantages.
+
+        Raises:
+            UserError: the baseline is weighted by lengths, which are not known here.
         """
+        if self.baseline == "length":
+            raise UserError(
+                f"advantages.baseline=length: {type(self).__name__} was called without lengths; call of_rollout, or "
+                "override it in a subclass"
+            )
+        return self._compared(rewards, rewards.mean(dim=1, keepdim=True), everyone)
+
+    def of_rollout(self, rewards: Tensor, lengths: Tensor, *everyone: Tensor) -> Tensor:
+        """Advantages of a rollout: `__call__`, unless lengths matter. A subclass to which they do overrides this.
+
+        Args:
+            rewards: ``(B, G)``.
+            lengths: ``(B, G)`` int64 tokens that the policy sampled of each completion.
+            everyone: as in `__call__`, with ``scale_rewards="batch"`` alone.
+        """
+        if not self.weighs_by_length:
+            return self(rewards, *everyone)
+        baseline = (rewards * lengths).sum(dim=1, keepdim=True) / lengths.sum(dim=1, keepdim=True)
+        return self._compared(rewards, baseline, *everyone)
+
+    def _compared(self, rewards: Tensor, baseline: Tensor, everyone: Tensor | None = None) -> Tensor:
         count = rewards.shape[1]
         if count < 2:
             raise ValueError("a group needs at least two completions to be compared")
-        centred = rewards - rewards.mean(dim=1, keepdim=True)
+        centred = rewards - baseline
         centred = centred.masked_fill(centred.abs() <= ROUNDING * rewards.abs().amax(dim=1, keepdim=True), 0.0)
         if self.baseline == "rloo":
             centred = centred * (count / (count - 1))
@@ -68,13 +98,12 @@ class AdvantageEstimator:
         return centred.masked_fill(silent_groups(rewards)[:, None], 0.0)
 
 
-def checked_advantages(estimator: AdvantageEstimator, rewards: Tensor, *everyone: Tensor) -> Tensor:
-    """``estimator(rewards, *everyone)``, of which one of the user's own may return anything.
+def checked_advantages(estimator: AdvantageEstimator, rewards: Tensor, values: Tensor) -> Tensor:
+    """The ``values`` that an estimator returned for ``rewards``, of which one of the user's own may return anything.
 
     Raises:
         UserError: it is no tensor of the shape of ``rewards``, or has a number that is not finite.
     """
-    values = estimator(rewards, *everyone)
     name = type(estimator).__name__
     if not isinstance(values, Tensor) or values.shape != rewards.shape:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

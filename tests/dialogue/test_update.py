@@ -126,6 +126,11 @@ def test_rewards_of_turns_are_refused_where_whole_completions_are_compared(micro
     module.advantages = PassAtK(k=2)
     with pytest.raises(UserError, match="the environment rewards turns, .* but advantages=pass_at_k compares whole"):
         trainer().fit(module, Batches(dialogues(turn_rewards=True), 1).loader())
+    module.advantages = AdvantageEstimator("none", "length")
+    with pytest.raises(
+        UserError, match="the environment rewards turns, .* but advantages.baseline=length weighs whole"
+    ):
+        trainer().fit(module, Batches(dialogues(turn_rewards=True), 1).loader())
 
 
 @pytest.mark.parametrize("level", ["token", "sequence_token"])

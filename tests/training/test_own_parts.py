@@ -335,7 +335,7 @@ def test_a_term_that_cannot_be_added_to_a_loss_is_refused(term, found, micro_mod
     ("make", "line"),
     [
         (lambda: AdvantageEstimator(True), "advantages.scale_rewards=True: there is no such choice; choose group, batch, none"),
-        (lambda: AdvantageEstimator(baseline="loo"), "advantages.baseline='loo': there is no such choice; choose mean, rloo"),
+        (lambda: AdvantageEstimator(baseline="loo"), "advantages.baseline='loo': there is no such choice; choose mean, rloo, length"),
         (lambda: Schedule("warmup"), "scheduler.name='warmup': there is no such choice; choose cosine, linear, constant"),
         (lambda: Objective(8, "seq"), "objective.importance_sampling_level='seq': there is no such choice; choose token, "),
         (lambda: Objective(8, beta=0.1, kl_estimator="k4"), "objective.kl_estimator='k4': there is no such choice; choose k1"),

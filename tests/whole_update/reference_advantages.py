@@ -95,8 +95,11 @@ def of_the_best(rewards: Numbers, k: int, scale: str) -> Numbers:
     return advantages
 
 
-def group_advantages(rewards: Numbers, scale: str, baseline: str, everyone: Numbers) -> Numbers:
-    """``(r_i - baseline) / scale`` (GRPO, arXiv 2402.03300, section 4.1.2; leave one out, arXiv 2402.14740)."""
+def group_advantages(
+    rewards: Numbers, scale: str, baseline: str, everyone: Numbers, lengths: Sequence[int] = ()
+) -> Numbers:
+    """``(r_i - baseline) / scale`` (GRPO, arXiv 2402.03300, section 4.1.2; leave one out, arXiv 2402.14740; OPO, arXiv
+    2505.23585, with trained tokens as lengths)."""
     if all_equal(rewards):
         return [0.0] * len(rewards)
     divisor = {
@@ -107,7 +110,11 @@ def group_advantages(rewards: Numbers, scale: str, baseline: str, everyone: Numb
     advantages = []
     for i, reward in enumerate(rewards):
         others = rewards[:i] + rewards[i + 1 :]
-        centred = reward - (mean(rewards) if baseline == "mean" else mean(others))
+        if baseline == "length":
+            level = sum(n * r for n, r in zip(lengths, rewards, strict=True)) / sum(lengths)
+        else:
+            level = mean(rewards) if baseline == "mean" else mean(others)
+        centred = reward - level
         advantages.append(0.0 if abs(centred) <= ROUNDING * max(map(abs, rewards)) else centred / divisor)
     return advantages
 
@@ -190,7 +197,11 @@ def rollout_advantages(groups: list[list[Completion]], rewards: list[Numbers], c
     everyone = [x for own in rewards for x in own]
     if case.pass_at_k:
         return [[[a] for a in of_the_best(own, case.pass_at_k, case.scale)] for own in rewards]
-    return [[[a] for a in group_advantages(own, case.scale, case.baseline, everyone)] for own in rewards]
+    lengths = [[len(turn_of_tokens(c)) for c in group] for group in groups]
+    return [
+        [[a] for a in group_advantages(own, case.scale, case.baseline, everyone, sizes)]
+        for own, sizes in zip(rewards, lengths, strict=True)
+    ]
 
 
 def token_advantages(completion: Completion, of_turns: Numbers) -> Numbers:

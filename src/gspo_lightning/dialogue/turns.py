@@ -102,7 +102,7 @@ def _of_group(group: list[Completion], rewards: torch.Tensor, estimator: Advanta
         if len(members) == 1 and len(group) > 1:
             of_turn = [advantages[number][0] for number in members]
         else:
-            of_turn = checked_advantages(estimator, values)[0].tolist()
+            of_turn = checked_advantages(estimator, values, estimator(values))[0].tolist()
         for number, value in zip(members, of_turn, strict=True):
             advantages[number].append(value)
     return [tuple(own) for own in advantages]

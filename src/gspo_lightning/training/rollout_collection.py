@@ -182,10 +182,15 @@ def _check_tokens(rollout: Rollout, vocabulary: int) -> None:
 
 
 def _check_turns(rollout: Rollout, advantages: AdvantageEstimator) -> None:
-    """Refuses turns with rewards, which only some dialogues of a group have, where the best of k is compared."""
+    """Refuses turns with rewards, which only some dialogues of a group have, where whole completions are compared."""
     if isinstance(advantages, PassAtK) and has_turn_rewards(rollout.completions):
         raise UserError(
             "the environment rewards turns, which are compared one by one, but advantages=pass_at_k compares whole "
+            "completions; set advantages=group"
+        )
+    if advantages.weighs_by_length and has_turn_rewards(rollout.completions):
+        raise UserError(
+            "the environment rewards turns, which are compared one by one, but advantages.baseline=length weighs whole "
             "completions; set advantages=group"
         )
 
@@ -204,12 +209,19 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
             "divides by the spread of whole completions; set it to group or none"
         )
     everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
-    values = checked_advantages(advantages, rollout.rewards, *everyone)
+    values = checked_advantages(
+        advantages, rollout.rewards, advantages.of_rollout(rollout.rewards, _lengths(rollout), *everyone)
+    )
     return ScoredRollout(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
         advantages=values.detach().to("cpu", torch.float64),  # one that learns a baseline may leave its graph on
         turn_advantages=turns,
     )
+
+
+def _lengths(rollout: RewardedRollout) -> Tensor:
+    """``(B, G)`` int64 tokens that the policy sampled."""
+    return torch.tensor([[c.num_trained for c in group] for group in rollout.completions]).view(rollout.rewards.shape)
 
 
 def sample_ahead(module: GSPOModule) -> None:
