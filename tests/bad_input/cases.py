@@ -483,6 +483,18 @@ OBJECTIVE = [
     ),
     Case(
         "objective",
+        "a penalty of what cannot have moved",
+        ["objective=kl_cov", "update.num_minibatches=1"],
+        "objective.loss_type=kl_cov cannot act: with one optimizer step per rollout the ratio is exactly 1",
+    ),
+    Case(
+        "objective",
+        "bounds of a covariance with nothing between",
+        ["objective=clip_cov", "objective.clip_cov_lb=5"],
+        "objective.clip_cov_lb=5 must be below objective.clip_cov_ub=5.0",
+    ),
+    Case(
+        "objective",
         "the best of as many as there are",
         ["advantages=pass_at_k", "advantages.k=8"],
         "advantages.k=8 with rollout.num_generations=8",

@@ -43,6 +43,7 @@ LENGTHY = (
     "+reward.functions.lengthy={_target_:gspo_lightning.rewards.RewardSpec,weight:1.0,timeout_s:null,"
     "function:{_target_:hydra.utils.get_method,path:tests.conf.test_every_key.lengthy}}"
 )
+COVARIANT = ["objective=clip_cov", "objective.clip_cov_ratio=0.2", "objective.clip_cov_lb=0.0"]
 WEIGHTS, COMPLETIONS, METRICS, FILES, SCREEN, TOKENS = "weights", "completions", "metrics", "files", "screen", "tokens"
 
 
@@ -125,6 +126,11 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
         f"objective.{key}": (WEIGHTS, [f"objective.{key}=1.0"], ["objective=vespo"])
         for key in ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
     },
+    "objective.clip_cov_ratio": (WEIGHTS, ["objective.clip_cov_ratio=0.5"], COVARIANT),
+    "objective.clip_cov_lb": (WEIGHTS, ["objective.clip_cov_lb=-9.0"], COVARIANT),
+    "objective.clip_cov_ub": (WEIGHTS, ["objective.clip_cov_ub=0.1"], COVARIANT),
+    "objective.kl_cov_ratio": (WEIGHTS, ["objective.kl_cov_ratio=0.5"], ["objective=kl_cov"]),
+    "objective.ppo_kl_coef": (WEIGHTS, ["objective.ppo_kl_coef=9.0"], ["objective=kl_cov", "objective.kl_cov_ratio=0.2"]),
     "rollout.num_generations": (COMPLETIONS, ["rollout.num_generations=2"], []),
     "rollout.max_completion_length": (COMPLETIONS, ["rollout.max_completion_length=3"], []),
     "rollout.temperature": (COMPLETIONS, ["rollout.temperature=0.3"], []),

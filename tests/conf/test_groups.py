@@ -123,6 +123,8 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         if file.parent.name == "objective":
             missing -= {"tau_positive", "tau_negative"}  # of sapo alone
             missing -= {"k_positive", "lambda_positive", "k_negative", "lambda_negative"}  # of vespo alone
+            missing -= {"clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"}  # of clip_cov alone
+            missing -= {"kl_cov_ratio", "ppo_kl_coef"}  # of kl_cov alone
         if file.parent.name == "scheduler" and file.stem == "constant":
             missing -= {"min_ratio"}
         if file.parent.name == "data":

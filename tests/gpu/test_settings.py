@@ -13,6 +13,9 @@ CASES = {
     "reference": ["objective.beta=0.1", "update.ref_sync_every_n_rollouts=1"],
     "entropy bonus": ["objective.entropy_coef=0.01"],
     "top entropy": ["objective.top_entropy_quantile=0.2", "objective.importance_sampling_level=sequence_token"],
+    "tokens by covariance": [
+        "objective=clip_cov", "objective.clip_cov_ratio=0.2", "objective.clip_cov_lb=-9.0", "objective.clip_cov_ub=9.0",
+    ],
     "off-policy mask": ["objective.off_policy_mask_threshold=0.01"],
     "mismatch": ["mismatch=token_truncate"],
     "dynamic sampling": ["dynamic_sampling.max_draws=1"],

@@ -35,6 +35,8 @@ def flat(sequences):
 def call(objective, old, new, advantages, **extra):
     lengths = torch.tensor([len(x) for x in new])
     index = torch.repeat_interleave(torch.arange(len(new)), lengths)
+    if objective.spec.chooses:
+        extra.setdefault("chosen", torch.zeros(int(lengths.sum()), dtype=torch.bool))
     logprobs = flat(new).requires_grad_()
     result = objective(
         logprobs, flat(old), torch.tensor(advantages, dtype=torch.float64)[index], index, lengths, **extra
@@ -66,8 +68,8 @@ def hand_surrogate(w, jacobian, a, low, high, delta):
     return -np.minimum(unclipped, bounded), -slope[:, None] * jacobian
 
 
-def hand_loss(kind, d, new, a, level, low, high, delta):
-    """(loss of each token, its Jacobian with respect to logp)."""
+def hand_loss(kind, d, new, a, level, low, high, delta, chosen):
+    """(loss of each token, its Jacobian with respect to logp); ``chosen`` by covariance, for a loss that asks."""
     w, jacobian = hand_ratio(d, level)
     n = len(d)
     if kind in ("grpo", "dr_grpo", "bnpo", "dapo", "luspo"):
@@ -97,15 +99,21 @@ def hand_loss(kind, d, new, a, level, low, high, delta):
         kept = ~((a > 0) & (p > q) & (moved > high)) & ~((a < 0) & (p < q) & (moved > low))
         weight = (w if delta is None else np.minimum(w, delta)) * kept
         return -weight * a * new, np.diag(-weight * a)
+    if kind == "clip_cov":
+        loss, slope = hand_surrogate(w, jacobian, a, low, high, None)
+        return loss * ~chosen, slope * ~chosen[:, None]
+    if kind == "kl_cov":
+        return -w * a + 0.7 * np.abs(d) * chosen, -a * jacobian + np.diag(0.7 * np.sign(d) * chosen)
     raise NotImplementedError(f"write the loss {kind} here by hand")
 
 
-def hand(kind, old, new, advantages, level, low, high, delta=None):
+def hand(kind, old, new, advantages, level, low, high, delta=None, chosen=None):
     how = LOSSES[kind].aggregation
     count, tokens = len(new), sum(map(len, new))
     value, gradients = 0.0, []
-    for o, n, a in zip(old, new, advantages, strict=True):
-        loss, jacobian = hand_loss(kind, n - o, n, a, level, low, high, delta)
+    chosen = chosen or [np.zeros(len(n), dtype=bool) for n in new]
+    for o, n, a, c in zip(old, new, advantages, chosen, strict=True):
+        loss, jacobian = hand_loss(kind, n - o, n, a, level, low, high, delta, c)
         weight = {
             "sequence_mean": 1 / len(n) / count,
             "sequence_sum": 1 / count,
@@ -128,10 +136,11 @@ def test_value_and_gradient_equal_the_form_written_by_hand(kind, level, delta):
     old, new, advantages = make()
     objective = Objective(
         max_completion_length=MAX_TOKENS, importance_sampling_level=level, loss_type=kind,
-        epsilon=low, epsilon_high=high, delta=delta,
+        epsilon=low, epsilon_high=high, delta=delta, ppo_kl_coef=0.7,
     )  # fmt: skip
-    value, gradient, _ = call(objective, old, new, advantages)
-    expected, expected_gradient = hand(kind, old, new, advantages, level, low, high, delta)
+    chosen = [np.arange(len(n)) % 2 == 1 for n in new]
+    value, gradient, _ = call(objective, old, new, advantages, chosen=torch.tensor(np.concatenate(chosen)))
+    expected, expected_gradient = hand(kind, old, new, advantages, level, low, high, delta, chosen)
     assert value == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
 
@@ -277,7 +286,8 @@ def call_sum(objective, old, new, advantages, members):
     lengths = torch.tensor([len(x) for x in pick[1]])
     index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     advantage = torch.tensor(pick[2], dtype=torch.float64)[index]
-    return objective(flat(pick[1]), flat(pick[0]), advantage, index, lengths).loss.item()
+    chosen = torch.cat([torch.arange(n) % 2 == 1 for n in lengths.tolist()]) if objective.spec.chooses else None
+    return objective(flat(pick[1]), flat(pick[0]), advantage, index, lengths, chosen=chosen).loss.item()
 
 
 def test_metrics_of_a_two_by_three_example_by_hand():
@@ -390,6 +400,7 @@ def losses_of_tokens(kind, **settings):
         d = new - old
     inputs = LossInputs(
         old + d, d, d.exp(), torch.tensor(rng.normal(size=400)), torch.arange(400), torch.ones(400),
+        chosen=torch.arange(400) % 8 == 7 if kind == "kl_cov" else None,
         **{"tau_positive": 1.0, "tau_negative": 1.05} | settings,
     )  # fmt: skip
     return LOSSES[kind].function(inputs), inputs
@@ -424,7 +435,7 @@ def test_every_loss_reads_the_settings_that_its_spec_says(kind):
     before, _ = losses_of_tokens(kind, **start)
     changed = {
         "epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6, "tau_positive": 0.9, "tau_negative": 0.9,
-        "k_positive": 0.9, "lambda_positive": 0.9, "k_negative": 0.9, "lambda_negative": 0.9,
+        "k_positive": 0.9, "lambda_positive": 0.9, "k_negative": 0.9, "lambda_negative": 0.9, "ppo_kl_coef": 0.9,
     }  # fmt: skip
     felt = {
         key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -141,8 +142,9 @@ def test_what_is_neither_a_name_nor_a_loss_is_refused():
     [
         ({"aggregation": "mean"}, "aggregation: there is no 'mean'; choose from sequence_mean, sequence_sum, tokens, max_tokens"),
         ({"reads": ("eps",)}, "reads: there is no 'eps'; choose from epsilon, epsilon_high, delta, tau_positive, tau_negative, "
-         "k_positive, lambda_positive, k_negative, lambda_negative"),
+         "k_positive, lambda_positive, k_negative, lambda_negative, ppo_kl_coef"),
         ({"levels": ("word",)}, "levels: there is no 'word'; choose from token, sequence, sequence_token"),
+        ({"chooses": "all"}, "chooses: there is no 'all'; choose from draw, top"),
     ],
 )  # fmt: skip
 def test_a_spec_names_what_exists(changes, said):
@@ -153,7 +155,13 @@ def test_a_spec_names_what_exists(changes, said):
 
 def test_a_function_alone_may_read_every_setting():
     settings = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": 1.5, "tau_positive": 0.9, "tau_negative": 0.8}
-    settings |= {"k_positive": 1.0, "lambda_positive": 1.0, "k_negative": 1.0, "lambda_negative": 1.0}
+    settings |= {
+        "k_positive": 1.0,
+        "lambda_positive": 1.0,
+        "k_negative": 1.0,
+        "lambda_negative": 1.0,
+        "ppo_kl_coef": 0.5,
+    }
     assert findings(gated, **settings) == []
     assert findings(gated, num_minibatches=1, **settings) == []  # whether it clips is not known
 
@@ -174,13 +182,14 @@ def test_a_function_without_a_name_goes_by_its_type():
     assert Objective(max_completion_length=5, loss_type=functools.partial(plain)).loss_name == "partial"
 
 
-@pytest.mark.parametrize("kind", ["gmpo", "cispo", "reinforce", "sapo", "vespo", "grpo"])
+@pytest.mark.parametrize("kind", ["gmpo", "cispo", "reinforce", "sapo", "vespo", "clip_cov", "kl_cov", "grpo"])
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_a_second_registration_of_a_loss_is_told_what_the_first_is(kind, level, monkeypatch):
     """Nothing is known of a loss by its name."""
     monkeypatch.setitem(LOSSES, "second", LOSSES[kind])
     settings = [
         {}, {"epsilon": 0.2}, {"epsilon_high": 0.3}, {"delta": 1.1}, {"tau_positive": 0.0}, {"tau_negative": 2.0},
+        {"kl_cov_ratio": 0.5}, {"clip_cov_lb": 9.0}, {"ppo_kl_coef": 0.5},
         {"k_positive": 0.0}, {"mismatch": MismatchCorrection("sequence", "mask", 2.0)}, {"top_entropy_quantile": 0.2}, {"num_minibatches": 1, "epsilon_high": 0.3}, {"staleness": 1},
     ]  # fmt: skip
     found = [[findings(name, level, **more) for more in settings] for name in (kind, "second")]
@@ -259,3 +268,35 @@ def test_keeping_what_the_loss_itself_keeps_is_refused():
         "update.keep_zero_advantage=true has no effect with loss_type=anchored, which has a gradient where the "
         "advantage is 0: every completion is forwarded then; set it to false"
     ]
+
+
+def held(x):
+    """Holds the chosen tokens where they were."""
+    return plain(x) + x.ppo_kl_coef * x.log_ratio.square() * x.chosen
+
+
+def test_a_loss_of_ones_own_gets_the_tokens_that_its_spec_has_chosen():
+    spec = LossSpec(held, "tokens", None, ("ppo_kl_coef",), ("token",), chooses="top")
+    objective = Objective(max_completion_length=5, importance_sampling_level="token", loss_type=spec)
+    logprobs = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([False, True, False, True])
+    old = torch.full((4,), -1.5, dtype=torch.float64)
+    loss = objective(logprobs, old, ADVANTAGES, torch.tensor([0, 1, 1, 1]), LENGTHS, chosen=chosen).loss
+    assert loss.item() == pytest.approx(-0.5 * math.exp(0.5) + 2 * 0.25)
+    assert findings(spec, kl_cov_ratio=0.1) == [] == findings(spec, num_minibatches=1, kl_cov_ratio=0.1)
+    assert findings(spec, clip_cov_ratio=0.1) == [
+        (
+            "no_effect",
+            "objective.clip_cov_ratio has no effect on loss_type=held, which reads objective.ppo_kl_coef and "
+            "objective.kl_cov_ratio; set it to 0.0002",
+        )
+    ]
+
+
+def test_nothing_is_chosen_for_a_function_alone():
+    found = findings(plain, kl_cov_ratio=0.1, clip_cov_lb=0.5)
+    assert [kind for kind, _ in found] == ["no_effect"] * 2
+    assert all(
+        f"objective.{key} has no effect on loss_type=plain" in m
+        for key, (_, m) in zip(("clip_cov_lb", "kl_cov_ratio"), found, strict=True)
+    )

@@ -24,6 +24,7 @@ def findings(objective=None, **changes):
 
 
 VESPO = {"loss_type": "vespo", "importance_sampling_level": "token"}
+CLIP_COV, KL_COV = ({"loss_type": loss, "importance_sampling_level": "token"} for loss in ("clip_cov", "kl_cov"))
 CASES = {
     "a clip with one optimizer step": ({"epsilon": 0.1}, {"num_minibatches": 1}, "no_effect", "objective.epsilon cannot act"),
     "a gate with one optimizer step": (
@@ -31,6 +32,26 @@ CASES = {
         "objective.tau_negative cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
         "update.num_minibatches or update.num_iterations, or set it to 1.05",
     ),
+    "a penalty of what cannot have moved": (
+        KL_COV, {"num_minibatches": 1}, "no_effect",
+        "objective.loss_type=kl_cov cannot act: with one optimizer step per rollout the ratio is exactly 1, where its penalty has no "
+        "gradient; raise update.num_minibatches or update.num_iterations, or set objective=clip_cov",
+    ),
+    "a share of no tokens": ({**CLIP_COV, "clip_cov_ratio": 0.0}, {}, "contradiction", "objective.clip_cov_ratio=0.0 must be above 0 and at most 1"),
+    "a share of more than all": ({**KL_COV, "kl_cov_ratio": 1.5}, {}, "contradiction", "objective.kl_cov_ratio=1.5 must be above 0 and at most 1"),
+    "bounds with nothing between": (
+        {**CLIP_COV, "clip_cov_lb": 5.0}, {}, "contradiction", "objective.clip_cov_lb=5.0 must be below objective.clip_cov_ub=5.0",
+    ),
+    "a penalty of no weight": ({**KL_COV, "ppo_kl_coef": 0.0}, {}, "contradiction", "objective.ppo_kl_coef=0.0 must be above 0"),
+    "a share of another loss": (
+        {**CLIP_COV, "kl_cov_ratio": 0.1}, {}, "no_effect", "objective.kl_cov_ratio has no effect on loss_type=clip_cov, which reads "
+        "objective.epsilon and objective.epsilon_high and objective.clip_cov_ratio and objective.clip_cov_lb and objective.clip_cov_ub; "
+        "set it to 0.002",
+    ),
+    "a bound of another loss": ({"clip_cov_ub": 3.0}, {}, "no_effect", "objective.clip_cov_ub has no effect on loss_type=grpo"),
+    "a cap of a loss without one": ({**CLIP_COV, "delta": 3.0}, {}, "no_effect", "objective.delta has no effect on loss_type=clip_cov"),
+    "a covariance at sequence level": ({"loss_type": "kl_cov"}, {}, "contradiction", "use token"),
+    "the wide clip of Clip-Cov on policy": ({**CLIP_COV, "epsilon": 0.2}, {"num_minibatches": 1}, "no_effect", "objective.epsilon cannot act"),
     "a weight with one optimizer step": ({**VESPO, "k_positive": 3.0}, {"num_minibatches": 1}, "no_effect", "objective.k_positive cannot act"),
     "a step of the bonus without a target": (
         {"entropy_coef_delta": 0.01}, {}, "no_effect",
@@ -223,6 +244,7 @@ def test_found_with_its_kind_key_and_fix(settings, changes, kind, text):
         *({"mismatch": MismatchCorrection(level, "mask", 2.0)} for level in ("sequence", "sequence_mean")),
         {"loss_type": "dppo_kl", "importance_sampling_level": "token", "epsilon": 0.01, "delta": 1.0},
         VESPO, {**VESPO, "top_entropy_quantile": 0.2, "k_positive": 1.0, "lambda_negative": 0.5},
+        {**CLIP_COV, "clip_cov_lb": -1.0, "epsilon": 0.2}, {**KL_COV, "ppo_kl_coef": 0.1, "top_entropy_quantile": 0.5},
         *({**VESPO, "mismatch": MismatchCorrection("token", how, 2.0)} for how in ("truncate", "mask")),
     ],
 )  # fmt: skip
@@ -238,6 +260,7 @@ def test_sound_settings_find_nothing(settings):
         {"off_policy_mask_threshold": 0.5},
         {"loss_type": "sapo", "tau_positive": 2.0},
         {**VESPO, "lambda_negative": 1.0},
+        KL_COV,
     ],
 )
 def test_one_step_off_the_ratio_is_not_1_and_a_clip_acts_with_one_optimizer_step(settings):

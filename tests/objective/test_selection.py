@@ -98,7 +98,8 @@ def test_a_token_left_out_has_no_gradient_unless_the_tokens_of_a_completion_shar
     def gradient(selected):
         logprobs = torch.tensor([-0.5, -1.0, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
         advantages = torch.full((4,), 0.7, dtype=torch.float64)
-        loss = objective(logprobs, logprobs.detach(), advantages, index, lengths, selected=selected).loss
+        chosen = torch.zeros(4, dtype=torch.bool)
+        loss = objective(logprobs, logprobs.detach(), advantages, index, lengths, selected=selected, chosen=chosen).loss
         return torch.autograd.grad(loss, logprobs)[0]
 
     whole, chosen = gradient(None), gradient(torch.tensor([True, False, False, False]))

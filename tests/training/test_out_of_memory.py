@@ -92,14 +92,17 @@ KINDS = {
     "gspo": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
     "kl": {"importance_sampling_level": "token", "loss_type": "dapo", "beta": 0.1},
     "entropy tokens": {"importance_sampling_level": "token", "loss_type": "grpo", "top_entropy_quantile": 0.5},
-}
+    "covariant tokens": {
+        "importance_sampling_level": "token", "loss_type": "clip_cov", "clip_cov_ratio": 0.2, "clip_cov_lb": 0.0
+    },
+}  # fmt: skip
 
 
 # Every kind with every place, and every error with both; how an error is known does not depend on the kind.
 CASES = [
-    (where, error, list(KINDS)[(i + j) % len(KINDS)])
+    (where, list(ERRORS)[(i + j) % len(ERRORS)], kind)
     for i, where in enumerate(["forward", "backward", "old"])
-    for j, error in enumerate(ERRORS)
+    for j, kind in enumerate(KINDS)
 ]
 
 

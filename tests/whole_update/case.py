@@ -32,6 +32,11 @@ class Case:
     lambda_positive: float = 3.0
     k_negative: float = 3.0
     lambda_negative: float = 2.0
+    clip_cov_ratio: float = 2e-4
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 2e-3
+    ppo_kl_coef: float = 1.0
     beta: float = 0.0
     beta_end: float | None = None
     kl_estimator: str = "k3"

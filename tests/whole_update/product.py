@@ -321,6 +321,11 @@ def _objective(case: Case) -> Objective:
         lambda_positive=case.lambda_positive,
         k_negative=case.k_negative,
         lambda_negative=case.lambda_negative,
+        clip_cov_ratio=case.clip_cov_ratio,
+        clip_cov_lb=case.clip_cov_lb,
+        clip_cov_ub=case.clip_cov_ub,
+        kl_cov_ratio=case.kl_cov_ratio,
+        ppo_kl_coef=case.ppo_kl_coef,
     )
 
 

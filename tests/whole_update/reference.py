@@ -6,6 +6,7 @@ no micro-batches, nothing left out to save time: what the package leaves out mus
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -72,6 +73,8 @@ class Run:
         """The weights before the first step on the rollout before."""
         self.rollouts_done = 0
         self.steps_seen = 0
+        self.seed, self.iteration = 0, 0
+        """Of the rollout, and the pass over it: what draws are made from."""
         self.bonus, self.last_entropy = case.entropy_coef, math.inf
         """Weight of the entropy bonus, where it follows the entropy of the last step."""
         names = ("optimizer_steps", "skipped_steps", "nonfinite_steps", "rollout_tokens", "train_tokens")
@@ -83,7 +86,9 @@ class Run:
         self._compare(rollout)
         minibatches = minibatch_members(len(rollout.prompts), self.case.minibatches, seed)
         self._fix(rollout, minibatches)
+        self.seed = seed
         for iteration in range(self.case.iterations):
+            self.iteration = iteration
             for number, of_minibatch in enumerate(minibatches):
                 first = iteration == 0 and number == 0 and not rollout.stale
                 self._step(rollout, of_minibatch, first)
@@ -203,11 +208,14 @@ class Run:
         """One optimizer step on the mean over a minibatch; none where nothing in it has a gradient."""
         case, members = self.case, self._in_denominator(rollout, prompts)
         selected = self._selected(rollout, members)
+        chosen = self._chosen(rollout, members, selected, first)
         weights, total = self.trained.weights(), torch.zeros((), dtype=torch.float64)
         entropies: list[float] = []
         bonus = self._bonus()
         for member in members:
-            total = total + self._loss(rollout, member, weights, selected[member], first, bonus, entropies)
+            total = total + self._loss(
+                rollout, member, weights, selected[member], chosen[member], first, bonus, entropies
+            )
         if case.entropy_target is not None and entropies:
             rollout.means.add("entropy_coef", bonus, 1)
             self._move_bonus(sum(entropies) / len(entropies))
@@ -282,9 +290,64 @@ class Run:
         threshold = competing[-count] * (1 - 1e-5) if competing else math.inf
         return {m: rollout.entropy[m] >= threshold for m in members}
 
+    @torch.no_grad()
+    def _chosen(
+        self, rollout: Rollout, members: list[Member], selected: dict[Member, Tensor | None], first: bool
+    ) -> dict[Member, list[bool] | None]:
+        """The tokens of high covariance (arXiv 2505.22617) among those of a minibatch with an advantage.
+
+        ``(log pi - mean log pi) (A - mean A)``. KL-Cov: the ``floor(ratio N)`` highest, at least one, and their ties.
+        Clip-Cov: as many, drawn among those between the bounds that the clip leaves.
+        """
+        case = self.case
+        if case.loss not in ("clip_cov", "kl_cov"):
+            return dict.fromkeys(members)
+        now = {m: self._forward(rollout, m, self.trained.weights())[0].tolist() for m in members}
+        advantages = {m: rollout.advantages[m].tolist() for m in members}
+        tokens = [
+            (m, t)
+            for m in members
+            for t, advantage in enumerate(advantages[m])
+            if advantage != 0 and (selected[m] is None or selected[m][t])  # type: ignore[index]
+        ]
+        chosen: dict[Member, list[bool] | None] = {m: [False] * len(now[m]) for m in members}
+        if not tokens:
+            return chosen
+        centre = sum(now[m][t] for m, t in tokens) / len(tokens)
+        level = sum(advantages[m][t] for m, t in tokens) / len(tokens)
+        covariance = {(m, t): (now[m][t] - centre) * (advantages[m][t] - level) for m, t in tokens}
+        share = Fraction(str(case.kl_cov_ratio if case.loss == "kl_cov" else case.clip_cov_ratio))
+        count = max(1, math.floor(share * len(tokens)))
+        if case.loss == "kl_cov":
+            least = sorted(covariance.values())[-count]
+            picked = [token for token, c in covariance.items() if c >= least - 1e-5 * abs(least)]
+        else:
+            inside = [token for token, c in covariance.items() if case.clip_cov_lb < c < case.clip_cov_ub]
+            free = [(m, t) for m, t in inside if not self._is_clipped(rollout, m, t, now[m], first)]
+            picked = sorted(free, key=lambda token: self._uniforms(rollout, token[0])[token[1]])[:count]
+        for m, t in picked:
+            chosen[m][t] = True  # type: ignore[index]
+        return chosen
+
+    def _is_clipped(self, rollout: Rollout, member: Member, t: int, now: list[float], first: bool) -> bool:
+        """Whether the clip of the ratio acts on a token, whose ratio is 1 under the weights that sampled."""
+        sampler, old = sampler_logprobs(rollout, member)[t].item(), rollout.old[member][t].item()
+        old = sampler if self.case.old == "sampler" else now[t] if first else old
+        ratio, (low, high) = math.exp(now[t] - old), losses.clip_widths(self.case)
+        return ratio > 1 + high if rollout.advantages[member][t] > 0 else ratio < 1 - low
+
+    def _uniforms(self, rollout: Rollout, member: Member) -> list[float]:
+        """One for each trained token, by seed, pass, prompt and completion."""
+        name = f"{self.seed}|covariance|{self.iteration}|{rollout.prompts[member[0]].uid}|{member[1]}"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        count = len(rollout.advantages[member])
+        drawn: list[float] = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+        return drawn
+
     def _loss(
-        self, rollout: Rollout, member: Member, weights: Weights, selected: Tensor | None, first: bool, bonus: float,
-        entropies: list[float],
+        self, rollout: Rollout, member: Member, weights: Weights, selected: Tensor | None, chosen: list[bool] | None,
+        first: bool, bonus: float, entropies: list[float],
     ) -> Tensor:  # fmt: skip
         """The summed loss of one completion: ``sum_t weight (policy_t + beta KL_t - bonus H_t)``; adds its ``H_t``."""
         case = self.case
@@ -299,6 +362,7 @@ class Run:
             rollout.reference.get(member),
             entropy,
             selected,
+            chosen,
         )
         w = losses.ratios(case, x)
         policy = losses.policy_losses(case, x, w)

@@ -30,6 +30,8 @@ LEVELS = {
     "vespo": ("token",),
     "dppo_tv": ("token",),
     "dppo_kl": ("token",),
+    "clip_cov": ("token",),
+    "kl_cov": ("token",),
     "reinforce": ANY,
 }
 """Ratio levels by loss. To ``reinforce``, which has no ratio, the level is the unit of the metrics alone."""
@@ -43,7 +45,9 @@ SURROGATES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
 DEFAULT_WIDTHS = {"token": (0.2, 0.27), "sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4)}
 """(epsilon, epsilon_high); those of sequences are of GSPO, arXiv 2507.18071, section 5.1."""
 
-WIDTHS_OF_LOSSES = {"cispo": (0.0, 5.0), "gmpo": (0.4, 0.4), "dppo_tv": (0.15, 0.15), "dppo_kl": (0.05, 0.05)}
+WIDTHS_OF_LOSSES = {
+    "cispo": (0.0, 5.0), "gmpo": (0.4, 0.4), "dppo_tv": (0.15, 0.15), "dppo_kl": (0.05, 0.05), "clip_cov": (1.0, 1.0),
+}  # fmt: skip
 """Those that are no matter of the level (docs/objectives)."""
 
 
@@ -63,6 +67,8 @@ class Terms:
     """Of the policy's distribution, with gradient."""
     selected: Tensor | None = None
     """Bool: tokens that the policy term is computed on."""
+    chosen: list[bool] | None = None
+    """Tokens of high covariance."""
 
     @property
     def d(self) -> Tensor:
@@ -117,6 +123,10 @@ def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
         return vespo(case, x)
     if case.loss in DPPO:
         return dppo(case, x, w)
+    if case.loss == "clip_cov":
+        return clip_cov(case, x, w)
+    if case.loss == "kl_cov":
+        return kl_cov(case, x, w)
     return torch.stack([-x.advantages[t] * x.logprobs[t] for t in range(x.length)])  # REINFORCE, Williams 1992
 
 
@@ -205,11 +215,27 @@ def dppo(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
     return torch.stack(losses)
 
 
+def clip_cov(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+    """The clipped surrogate, and 0 at chosen tokens (Clip-Cov, arXiv 2505.22617)."""
+    assert x.chosen is not None
+    losses = [surrogate(case, w[t], x.advantages[t]) for t in range(x.length)]
+    return torch.stack([0.0 * loss if on else loss for loss, on in zip(losses, x.chosen, strict=True)])
+
+
+def kl_cov(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+    """``-w A``, and at chosen tokens ``ppo_kl_coef |log pi_old - log pi|`` more (KL-Cov, arXiv 2505.22617)."""
+    assert x.chosen is not None
+    weights = [case.ppo_kl_coef if on else 0.0 for on in x.chosen]
+    return torch.stack(
+        [-w[t] * x.advantages[t] + weights[t] * (x.old[t] - x.logprobs[t]).abs() for t in range(x.length)]
+    )
+
+
 def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], list[bool]] | None:
     """Which tokens are clipped (from below, from above), for `clip_frac_*`; None for a loss that clips nothing."""
     epsilon, epsilon_high = clip_widths(case)
     pairs = [(w[t].item(), x.d[t].item(), x.advantages[t].item()) for t in range(x.length)]
-    if case.loss in SURROGATES or (case.loss in OWN and OWN[case.loss].clips):
+    if case.loss in (*SURROGATES, "clip_cov") or (case.loss in OWN and OWN[case.loss].clips):
         cap = float("inf") if case.delta is None else case.delta
         low = [r < 1 - epsilon and a < 0 for r, _, a in pairs]
         return low, [(r > 1 + epsilon_high and a > 0) or (r > cap and a < 0) for r, _, a in pairs]

@@ -78,6 +78,8 @@ def add_loss_metrics(means: Means, case: Case, x: Terms, w: list[Tensor], policy
             means.add(f"clip_frac_{side}", *((sum(mask), n) if by_token else (sum(mask) / n, 1)))
     if x.selected is not None:
         means.add("selected_frac", x.selected.sum().item(), n)
+    if x.chosen is not None:
+        means.add("covariance_frac", sum(x.chosen), n)
     if case.off_policy_threshold is not None:
         means.add("off_policy_masked_frac", sum(losses.off_policy(case, x)) / n, 1)
     if case.mismatch is not None:

@@ -17,6 +17,7 @@ from gspo_lightning.distributed.sharding import FSDP2Strategy
 from tests.whole_update import product
 from tests.whole_update.case import Case
 from tests.whole_update.controlled import CONTROLLED
+from tests.whole_update.covariant import COVARIANT
 from tests.whole_update.draw import draw
 from tests.whole_update.draw_models import draw_model, draw_padded
 from tests.whole_update.float64 import float64_layers
@@ -30,6 +31,7 @@ DRAWN = {
     "model": draw_model,
     "padded": draw_padded,
     "control": {case.seed: case for case in CONTROLLED}.__getitem__,
+    "covariant": {case.seed: case for case in COVARIANT}.__getitem__,
 }
 
 

@@ -32,6 +32,7 @@ from gspo_lightning.rollout.seeds import rollout_seed
 from tests.whole_update import pairs, product
 from tests.whole_update.case import Case
 from tests.whole_update.controlled import CONTROLLED
+from tests.whole_update.covariant import COVARIANT
 from tests.whole_update.draw import draw
 from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
@@ -96,7 +97,16 @@ OF_THE_BEST: tuple[Case, ...] = (
 )
 """Runs whose advantages are those of the best of k."""
 
-CASES = (*map(draw, SEEDS), *OF_THE_BEST, *OF_NEW_LOSSES, *OF_THE_SAMPLER, *CONTROLLED)
+OF_LENGTHS: tuple[Case, ...] = (
+    Case(seed=96_000, level="token", prompts=4, baseline="length", scale="none", turns="dialogue", minibatches=2),
+    Case(seed=96_001, loss="dapo", level="token", baseline="length", rewards="binary", generations=4, iterations=2),
+    Case(seed=96_002, prompts=4, baseline="length", scale="batch", rollouts=2, max_draws=2, mask_truncated=True),
+)
+"""Runs whose baseline is weighted by the lengths of completions."""
+
+CASES = (
+    *map(draw, SEEDS), *OF_THE_BEST, *OF_LENGTHS, *OF_NEW_LOSSES, *COVARIANT, *OF_THE_SAMPLER, *CONTROLLED
+)  # fmt: skip
 
 MORE_SEEDS = (
     *range(10_000, 10_100),
@@ -233,6 +243,12 @@ def test_the_bonus_acts_behind_steps_of_low_entropy_and_rests_behind_others(micr
 def test_the_trust_regions_of_dppo_leave_out_tokens_on_both_sides(micro_model_dir):
     left = [clipped(outcome(micro_model_dir, case).metrics[0]) for case in OF_NEW_LOSSES if case.loss in DPPO]
     assert len(left) == 4 and all(0 < low < 0.3 and 0 < high < 0.5 for low, high in left), left
+
+
+@pytest.mark.parametrize("case", COVARIANT, ids=lambda c: f"seed-{c.seed}")
+def test_some_tokens_are_chosen_by_their_covariance_in_every_rollout(case, micro_model_dir):
+    shares = [metrics["covariance_frac"] for metrics in outcome(micro_model_dir, case).metrics]
+    assert all(0 < share < 0.5 for share in shares), shares
 
 
 def test_the_off_policy_mask_decides_by_token_where_turns_have_rewards(micro_model_dir):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo_lightning.objective.losses import CLIP_KEYS, KERNEL_KEYS, LOSS_KEYS, TAU_KEYS
+from gspo_lightning.objective.losses import CHOICE_KEYS, CLIP_KEYS, KERNEL_KEYS, LOSS_KEYS, TAU_KEYS, kl_cov
 from gspo_lightning.objective.objective import Objective
 
 WIDE_SEQUENCE_CLIP = 0.1
@@ -42,15 +42,16 @@ def of_loss(
     yield from _unread(objective)
     yield from _clip(objective, on_policy)
     yield from _weight(objective, on_policy)
+    yield from _choice(objective, on_policy)
     yield from _widths(objective)
     yield from _loss(objective, steps, staleness)
     yield from _longest(objective, longest)
 
 
 def _unread(objective: Objective) -> Iterator[Finding]:
-    reads = objective.spec.reads
+    reads = objective.spec.settings
     which = f", which reads {' and '.join(f'objective.{name}' for name in reads)}" if reads else ""
-    for key in LOSS_KEYS:
+    for key in (*LOSS_KEYS, *(key for keys in CHOICE_KEYS.values() for key in keys)):
         default = getattr(Objective, key)
         if key not in reads and getattr(objective, key) != default:
             yield Finding(
@@ -85,6 +86,25 @@ def _weight(objective: Objective, on_policy: bool) -> Iterator[Finding]:
                 f"objective.{key} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
                 f"update.num_minibatches or update.num_iterations, or set it to {default}",
             )
+
+
+def _choice(objective: Objective, on_policy: bool) -> Iterator[Finding]:
+    """Settings by which tokens are chosen, and a penalty of what has moved where nothing has."""
+    for key in CHOICE_KEYS.get(objective.spec.chooses or "", ()):
+        if key.endswith("_ratio") and not 0 < getattr(objective, key) <= 1:
+            yield Finding("contradiction", f"objective.{key}={getattr(objective, key)} must be above 0 and at most 1")
+    low, high = objective.clip_cov_lb, objective.clip_cov_ub
+    if objective.spec.chooses == "draw" and not low < high:
+        yield Finding("contradiction", f"objective.clip_cov_lb={low} must be below objective.clip_cov_ub={high}")
+    if "ppo_kl_coef" in objective.spec.reads:
+        yield from not_above_zero(objective, ("ppo_kl_coef",))
+    if on_policy and objective.spec.function is kl_cov:
+        yield Finding(
+            "no_effect",
+            f"objective.loss_type={objective.loss_name} cannot act: with one optimizer step per rollout the ratio is "
+            "exactly 1, where its penalty has no gradient; raise update.num_minibatches or update.num_iterations, or "
+            "set objective=clip_cov",
+        )
 
 
 def _widths(objective: Objective) -> Iterator[Finding]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,9 +42,12 @@ class LossInputs:
     lambda_positive: float = 3.0
     k_negative: float = 3.0
     lambda_negative: float = 2.0
+    ppo_kl_coef: float = 1.0
     correction: Tensor | None = None
     """Weights of the tokens by a mismatch correction, for a loss whose spec says ``corrects_itself``; None for any
     other, whose value is multiplied by them afterwards, and without a correction."""
+    chosen: Tensor | None = None
+    """Bool: the tokens that are chosen by their covariance, for a loss whose spec says ``chooses``; None for none."""
 
 
 LossFunction = Callable[[LossInputs], Tensor]
@@ -105,6 +109,25 @@ def vespo(x: LossInputs) -> Tensor:
     lambda_ = torch.where(positive, d.new_full((), x.lambda_positive), d.new_full((), x.lambda_negative))
     # Where W itself is beyond the dtype, its logarithm is not: infinity in the exponent makes the weight 0, as it is.
     return -(k * log_w - lambda_ * log_w.expm1()).exp() * x.advantages * x.logprobs
+
+
+def clip_cov(x: LossInputs) -> Tensor:
+    """``-min(w A, clip(w, 1 - eps, 1 + eps_high) A), 0 for tokens drawn by covariance`` (Clip-Cov, arXiv 2505.22617):
+    some of the tokens that take most entropy from the policy have no gradient.
+
+    They are drawn among those whose covariance (`covariance.py`) lies between ``clip_cov_lb`` and ``clip_cov_ub`` and
+    that the clip leaves: ``clip_cov_ratio`` of all tokens.
+    """
+    losses = clipped_surrogate(replace(x, delta=None))
+    return losses if x.chosen is None else losses.masked_fill(x.chosen, 0.0)
+
+
+def kl_cov(x: LossInputs) -> Tensor:
+    """``-w A, plus ppo_kl_coef |log w| for tokens of highest covariance`` (KL-Cov, arXiv 2505.22617): the tokens that
+    take most entropy from the policy are held where they were, ``kl_cov_ratio`` of all.
+    """
+    losses = -x.ratio * x.advantages
+    return losses if x.chosen is None else losses + x.ppo_kl_coef * x.log_ratio.abs().masked_fill(~x.chosen, 0.0)
 
 
 def reinforce(x: LossInputs) -> Tensor:
@@ -190,6 +213,10 @@ def _gmpo_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
     return low, (x.log_ratio > x.epsilon_high) & (x.advantages > 0)
 
 
+def _clip_cov_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
+    return _surrogate_masks(replace(x, delta=None))
+
+
 def _tv_masks(x: LossInputs) -> tuple[Tensor, Tensor]:
     return _with_capped(x, *_left_by_tv(x))
 
@@ -203,6 +230,7 @@ def _with_capped(x: LossInputs, low: Tensor, high: Tensor) -> tuple[Tensor, Tens
 
 
 SURROGATE_CLIP = Clip(_surrogate_masks, lambda low, high: (1 - low, 1 + high))
+CLIP_COV_CLIP = Clip(_clip_cov_masks, SURROGATE_CLIP.bounds)
 CISPO_CLIP = Clip(_cispo_masks, lambda low, high: (0.0, high))
 GMPO_CLIP = Clip(_gmpo_masks, lambda low, high: (math.exp(-low), math.exp(high)))
 TV_CLIP, KL_CLIP = Clip(_tv_masks, None), Clip(_kl_masks, None)
@@ -210,8 +238,11 @@ TV_CLIP, KL_CLIP = Clip(_tv_masks, None), Clip(_kl_masks, None)
 CLIP_KEYS = ("epsilon", "epsilon_high", "delta")
 TAU_KEYS = ("tau_positive", "tau_negative")
 KERNEL_KEYS = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
-LOSS_KEYS = CLIP_KEYS + TAU_KEYS + KERNEL_KEYS
+LOSS_KEYS = (*CLIP_KEYS, *TAU_KEYS, *KERNEL_KEYS, "ppo_kl_coef")
 """The settings that some losses read and others do not."""
+
+CHOICE_KEYS = {"draw": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), "top": ("kl_cov_ratio",)}
+"""The settings by which tokens are chosen for a loss, see `LossSpec.chooses`."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +256,7 @@ class LossSpec:
     """Where it clips; None if nowhere or unknown: there are no ``clip_frac_*`` metrics then."""
     reads: tuple[str, ...] = CLIP_KEYS
     """Which of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive``, ``tau_negative``, ``k_positive``,
-    ``lambda_positive``, ``k_negative`` and ``lambda_negative`` it reads; the others are refused."""
+    ``lambda_positive``, ``k_negative``, ``lambda_negative`` and ``ppo_kl_coef`` it reads; the others are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
@@ -236,16 +267,25 @@ class LossSpec:
     corrects_itself: bool = False
     """True if it reads ``LossInputs.correction``, so that its value is not multiplied by a mismatch correction, of
     which only those of tokens are accepted then."""
+    chooses: Literal["draw", "top"] | None = None
+    """How tokens of a whole minibatch are chosen by their covariance for ``LossInputs.chosen``: ``draw``, at random
+    between two bounds, or the ``top`` share. It reads `CHOICE_KEYS`, and takes one forward more for each step."""
 
     def __post_init__(self) -> None:
         for field, names, known in (
             ("aggregation", (self.aggregation,), tuple(AGGREGATIONS)),
             ("reads", self.reads, LOSS_KEYS),
             ("levels", self.levels, tuple(CLIP_WIDTHS)),
+            ("chooses", (self.chooses,) if self.chooses else (), tuple(CHOICE_KEYS)),
         ):
             for name in names:
                 if name not in known:
                     raise UserError(f"LossSpec.{field}: there is no {name!r}; choose from {', '.join(known)}")
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings that have an effect: those it reads, and those by which its tokens are chosen."""
+        return (*self.reads, *(CHOICE_KEYS[self.chooses] if self.chooses else ()))
 
     @property
     def name(self) -> str:
@@ -279,6 +319,16 @@ LOSSES: dict[str, LossSpec] = {
     "dppo_kl": LossSpec(
         dppo_kl, "max_tokens", KL_CLIP, levels=("token",), epsilons=(0.05, 0.05), shares_one_loss=False
     ),
+    "clip_cov": LossSpec(
+        clip_cov,
+        "tokens",
+        CLIP_COV_CLIP,
+        ("epsilon", "epsilon_high"),
+        levels=("token",),
+        epsilons=(1.0, 1.0),
+        chooses="draw",
+    ),
+    "kl_cov": LossSpec(kl_cov, "tokens", None, ("ppo_kl_coef",), levels=("token",), chooses="top"),
     "reinforce": LossSpec(reinforce, "tokens", None, (), levels=()),
 }
 """The registry behind ``objective.loss_type``."""

@@ -73,6 +73,15 @@ class Objective:
     k_negative: float = 3.0
     lambda_negative: float = 2.0
     """Exponent and decay of the weight of ``vespo``, by the sign of the advantage."""
+    clip_cov_ratio: float = 2e-4
+    """Share of the tokens with an advantage that ``clip_cov`` leaves without a gradient."""
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    """Bounds of the covariance of the tokens that it draws these from."""
+    kl_cov_ratio: float = 2e-3
+    """Share of the tokens with an advantage, highest covariance first, that ``kl_cov`` penalises."""
+    ppo_kl_coef: float = 1.0
+    """Weight of that penalty."""
 
     def __post_init__(self) -> None:
         check_choice("objective.importance_sampling_level", self.importance_sampling_level, tuple(CLIP_WIDTHS))
@@ -169,6 +178,7 @@ class Objective:
         entropy: Tensor | None = None,
         selected: Tensor | None = None,
         sampler_logprobs: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> PolicyLoss:
         """Loss sum and metrics of one micro-batch of S whole sequences with L tokens.
 
@@ -182,26 +192,30 @@ class Objective:
             entropy: ``(L,)`` with gradient; required if ``needs_entropy``.
             selected: ``(L,)`` bool, the tokens that the policy term is computed on; required if ``selects_tokens``.
             sampler_logprobs: ``(L,)``; required with ``mismatch``.
+            chosen: ``(L,)`` bool, the tokens that are chosen by their covariance; required if the loss's spec says so.
 
         Raises:
             UserError: one of these is not given but required, or the loss function did not return a loss per token, or
                 lost the gradient.
         """
         self._check_given(
-            ref_logprobs=ref_logprobs, entropy=entropy, selected=selected, sampler_logprobs=sampler_logprobs
-        )
+            ref_logprobs=ref_logprobs, entropy=entropy, selected=selected, sampler_logprobs=sampler_logprobs,
+            chosen=chosen,
+        )  # fmt: skip
         log_ratio = logprobs - old_logprobs
         correction: Tensor | None = None
         of_correction: Metrics = {}
         if self.mismatch is not None:
             assert sampler_logprobs is not None
             correction, of_correction = self.mismatch(old_logprobs, sampler_logprobs, sequence_index, lengths)
-        inputs = self.inputs(logprobs, log_ratio, advantages, sequence_index, lengths, correction)
+        inputs = self.inputs(logprobs, log_ratio, advantages, sequence_index, lengths, correction, chosen)
         policy = self._loss_of_tokens(inputs)
         metrics = self._metrics(inputs)
         if selected is not None:
             policy = policy * selected
             metrics["selected_frac"] = _mean(selected)
+        if inputs.chosen is not None:
+            metrics["covariance_frac"] = _mean(inputs.chosen)
         if self.off_policy_mask_threshold is not None:
             kept = near_old_policy(log_ratio, advantages, sequence_index, lengths, self.off_policy_mask_threshold)
             policy = policy * kept
@@ -232,14 +246,16 @@ class Objective:
         sequence_index: Tensor,
         lengths: Tensor,
         correction: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> LossInputs:
         """What the loss function reads, from tensors as in `__call__` and the ``(L,)`` weights of `mismatch`."""
         ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
         return LossInputs(
             logprobs, log_ratio, ratio, advantages, sequence_index, lengths, *self.clip, self.delta,
             self.tau_positive, self.tau_negative,
-            self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative,
+            self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative, self.ppo_kl_coef,
             correction if self.spec.corrects_itself else None,
+            chosen if self.spec.chooses else None,
         )  # fmt: skip
 
     def _check_given(self, **given: Tensor | None) -> None:
@@ -249,6 +265,7 @@ class Objective:
             ("entropy_coef", self.needs_entropy, "entropy"),
             ("top_entropy_quantile", self.selects_tokens, "selected"),
             ("mismatch", self.mismatch is not None, "sampler_logprobs"),
+            ("loss_type", self.spec.chooses is not None, "chosen"),
         ):
             if needed and given[name] is None:
                 raise UserError(f"objective.{setting}: the objective was called without {name}; give it")

@@ -37,11 +37,18 @@ class Fixed:
     reference: Logprobs | None = None
     selected: list[Tensor] | None = None
     """``(L,)`` bool: the tokens of the policy term; None for all."""
+    chosen: list[Tensor] | None = None
+    """``(L,)`` bool: the tokens that the loss chooses by their covariance, of one step alone (`choice.choose`)."""
 
-    def of(self, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Old and reference log-probabilities and the selection of one micro-batch."""
-        old, reference, selected = (x[index] if x else None for x in (self.old, self.reference, self.selected))
-        return old, reference, selected
+    def of(self, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Old and reference log-probabilities, the selection and the choice of one micro-batch."""
+        old, reference, selected, chosen = (x[index] if x else None for x in self.tensors)
+        return old, reference, selected, chosen
+
+    @property
+    def tensors(self) -> list[list[Tensor] | None]:
+        """In the order of the fields."""
+        return [self.old, self.reference, self.selected, self.chosen]
 
 
 @dataclass
@@ -123,6 +130,14 @@ class Passes:
             return [self._logprobs_of(self._reference, scored, m) for m in minibatches]
 
     @torch.no_grad()
+    def current(self, scored: ScoredRollout, minibatch: Minibatch) -> Logprobs:
+        """Log-probabilities under the weights as they are, between two steps."""
+        with in_step(self.policy):
+            logprobs = self._logprobs_of(self._policy, scored, minibatch)
+        torch.clear_autocast_cache()  # see `rollout_update.RolloutUpdate.prepare`
+        return logprobs
+
+    @torch.no_grad()
     def entropy_left_out(self, scored: ScoredRollout, minibatches: list[Minibatch]) -> Tensor:
         """``(N,)`` entropies at the tokens of completions without a loss; empty unless ``log_entropy`` is set."""
 
@@ -142,7 +157,7 @@ class Passes:
 
     def loss(self, micro: MicroBatch, fixed: Fixed, index: int, attempt: Attempt) -> tuple[Tensor, Tensor]:
         """Loss sum and log-probabilities, with gradient, of the micro-batch ``index`` of a minibatch."""
-        old, reference, selected = fixed.of(index)
+        old, reference, selected, chosen = fixed.of(index)
         with_entropy = self.objective.needs_entropy or self.log_entropy
         logprobs, entropy = self.policy(micro.packed, self.temperature, with_entropy)
         result = self.objective(
@@ -155,6 +170,7 @@ class Passes:
             entropy=entropy if with_entropy else None,
             selected=selected,
             sampler_logprobs=micro.sampler_logprobs,
+            chosen=chosen,
         )
         attempt.ratios.append(result.ratio)
         add_metrics(attempt.metrics, result.metrics)

@@ -24,6 +24,7 @@ from gspo_lightning.distributed.ranks import (
 from gspo_lightning.errors import UserError, is_out_of_memory
 from gspo_lightning.objective import Objective
 from gspo_lightning.rollout.seeds import rollout_seed
+from gspo_lightning.training.choice import choose
 from gspo_lightning.training.out_of_memory import (
     check_repeatable,
     cut,
@@ -89,12 +90,14 @@ class RolloutUpdate:
     def run(self) -> None:
         """Takes ``num_iterations`` steps on each minibatch."""
         module = self.module
+        seed = rollout_seed(module.seed, module.rollouts_done)
         self._trained = len(self._stepped_parameters())
         with module.stopwatch("update"):
             for iteration in range(module.update_settings.num_iterations):
                 for number, minibatch in enumerate(self._minibatches):
                     fresh = iteration == 0 and number == 0 and self.passes.behaviour is None
-                    self._minibatches[number], self._fixed[number] = self._step(minibatch, self._fixed[number], fresh)
+                    fixed = choose(self.passes, self.scored, minibatch, self._fixed[number], seed, iteration)
+                    self._minibatches[number], self._fixed[number] = self._step(minibatch, fixed, fresh)
 
     def _add_entropy(self, left_out: Tensor) -> None:
         """Adds the entropies of completions that no step forwards, weighted like the others: once per pass."""
@@ -219,7 +222,7 @@ class RolloutUpdate:
         cast(LightningOptimizer, self.module.optimizers()).zero_grad()
         free()
         self.module.counts["oom_splits"] += 1
-        minibatch, tensors = cut(minibatch, [fixed.old, fixed.reference, fixed.selected], index, self.scored, least)
+        minibatch, tensors = cut(minibatch, fixed.tensors, index, self.scored, least)
         return minibatch, Fixed(*tensors)
 
     def _stepped_parameters(self) -> list[nn.Parameter]:

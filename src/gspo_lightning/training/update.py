@@ -185,8 +185,12 @@ def build_micro_batch(
     ]
     trained = [row.dialogue.trained if row.dialogue is not None else None for row in rows]
     packed = pack(groups, device, [scored.prompts[part.group] for part in plan], trained, least_common)
-    advantages = torch.cat([scored.token_advantages(group, number) for group, number in members])
-    return MicroBatch(packed, advantages.to(device), sampler_logprobs(scored, plan).to(device))
+    return MicroBatch(packed, token_advantages(scored, plan).to(device), sampler_logprobs(scored, plan).to(device))
+
+
+def token_advantages(scored: ScoredRollout, plan: MicroBatchPlan) -> Tensor:
+    """``(L,)`` float64 advantages of the trained tokens of one micro-batch."""
+    return torch.cat([scored.token_advantages(part.group, number) for part in plan for number in part.completions])
 
 
 def sampler_logprobs(scored: ScoredRollout, plan: MicroBatchPlan) -> Tensor:
