@@ -221,3 +221,15 @@ def test_values_of_tables_in_a_folder_stay_what_the_files_say(tmp_path: Path, mo
     _write(tmp_path / "tables", "test.csv", "q,answer\nd\n")
     with pytest.raises(UserError, match=r"test\.csv line 2: the number of fields differs"):
         read_hub(str(tmp_path / "tables"), None, "test")
+
+
+def test_a_folder_in_the_home_folder_is_read_whatever_is_in_it(
+    labelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("lines", "hub"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lines" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    labelled.to_parquet(tmp_path / "hub" / "train.parquet")
+    assert [row["prompt"] for row in read_hub("~/lines", None, "train")] == ["a", "b"]
+    assert [row["prompt"] for row in read_hub("~/hub", None, "train")] == ["a", "b", "c", "d"]

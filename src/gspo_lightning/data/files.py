@@ -84,7 +84,7 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
         elif files := _text_files(folder, config_name, split):
             rows = [row for file in files for row in _rows_of(file)]
         else:
-            rows = with_class_names(datasets.load_dataset(source, config_name, split=split))
+            rows = with_class_names(datasets.load_dataset(os.path.expanduser(source), config_name, split=split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"data.task.source={source}, split {split}: cannot load it: {_cause(error)}") from error
     if not len(rows):
