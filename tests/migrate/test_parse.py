@@ -315,6 +315,10 @@ def test_an_adapter_without_a_lora_config_is_refused_rather_than_left_out():
             [],
         ),
         ("a = parse()\nsetup(a)\na = GRPOConfig(beta=0.1)\ndef f(a):\n    g(a)\n    a.seed = 1", []),
+        (
+            "lora = LoraConfig(r=8)\nsetattr(lora, 'r', 4)\na = GRPOConfig(beta=0.1)\nmodel = get_peft_model(m, lora)\nf(a)",
+            ["line 2: setattr(lora, 'r', 4)", "line 5: f(a)"],
+        ),
         ("beta=0.1,\nseed=1", []),
         ("beta: 0.1", []),
     ],

@@ -65,10 +65,13 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def parse_unread(text: str) -> list[str]:
-    """Lines of a Python text after which the config may hold other settings than its call; see `unread`."""
-    tree = _python(text)
-    call = None if tree is None else _call(tree)
-    return [] if tree is None or call is None else unread(tree, call)
+    """Lines of a Python text after which the config, or its ``LoraConfig``, may hold other settings; see `unread`."""
+    if (tree := _python(text)) is None:
+        return []
+    lines: dict[int, str] = {}
+    for call in (_call(tree), _lora(tree)):
+        lines |= {} if call is None else unread(tree, call)
+    return [f"line {number}: {statement}" for number, statement in sorted(lines.items())]
 
 
 def parse_lora(text: str) -> dict[str, Any] | None:
@@ -79,7 +82,7 @@ def parse_lora(text: str) -> dict[str, Any] | None:
     """
     if (tree := _python(text)) is None:
         return None
-    if (call := _only([call for call in _named(tree, "LoraConfig") if _name(call) == "LoraConfig"])) is not None:
+    if (call := _lora(tree)) is not None:
         _refuse_changes(tree, call)
         return _keywords(tree, call)
     for made in _named(tree, "get_peft_model"):  # of Unsloth
@@ -114,6 +117,10 @@ def _call(tree: ast.Module) -> ast.Call | None:
     if named := _named(tree, "GRPOConfig"):
         return _only([call for call in named if call.keywords])
     return _only([call for call in _named(tree, "Config") if call.keywords and _name(call) not in _OF_OTHERS])
+
+
+def _lora(tree: ast.Module) -> ast.Call | None:
+    return _only([call for call in _named(tree, "LoraConfig") if _name(call) == "LoraConfig"])
 
 
 def _named(tree: ast.Module, ending: str) -> list[ast.Call]:

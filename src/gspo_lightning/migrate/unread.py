@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from gspo_lightning.migrate.scopes import FUNCTIONS, home_of, scopes_around
 
 _ONLY_LOOK = frozenset({
-    "asdict", "debug", "dir", "dumps", "getattr", "hasattr", "id", "info", "init", "isinstance", "len", "log",
+    "asdict", "debug", "dir", "dumps", "from_pretrained", "get_peft_model", "getattr", "hasattr", "id", "info", "init", "isinstance", "len", "log",
     "pformat", "pprint", "print", "repr", "str", "type", "warning",
 })  # fmt: skip
-"""Functions that change nothing of what they are given."""
+"""Functions that change nothing of a config that they are given."""
 _LONGEST = 100
 
 
-def unread(tree: ast.Module, call: ast.Call) -> list[str]:
-    """A line for each statement after which the config may be another one than ``call`` has made it.
+def unread(tree: ast.Module, call: ast.Call) -> dict[int, str]:
+    """Line number -> statement after which the config may be another one than ``call`` has made it.
 
     That is: an attribute ``args`` of something else is set (``trainer.args.beta = 0.1``), an object is given to a
     function other than those that look at it and than classes, is changed by a method or as a dict, or is set under
@@ -24,8 +24,7 @@ def unread(tree: ast.Module, call: ast.Call) -> list[str]:
     """
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     found = _Uses(tree, call, parents)
-    lines = {node.lineno: _short(node) for node in found.changes()}
-    return [f"line {number}: {text}" for number, text in sorted(lines.items())]
+    return {node.lineno: _short(node) for node in found.changes()}
 
 
 class _Uses:
