@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
 import math
@@ -36,6 +37,22 @@ def batch():
 def score(**functions):
     specs = {name: f if isinstance(f, RewardSpec) else RewardSpec(f) for name, f in functions.items()}
     return RewardSet(specs)(*batch())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_function_that_computes_with_torch_does_so_in_the_dtype_outside_of_the_precision(fails):
+    """Under bf16-true, whose dtype of new tensors is the model's, 0.3 would be 0.30078125."""
+
+    def tenths(completions, **_):
+        assert not fails
+        return torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    rewards = RewardSet({"tenths": RewardSpec(tenths)})
+    torch.set_default_dtype(torch.bfloat16)  # as the precision does; the fixture of all tests puts it back
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        found = rewards(*batch())
+    assert torch.get_default_dtype() is torch.bfloat16
+    assert fails or found.flatten().tolist() == torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float32).tolist()
 
 
 def test_arguments_are_those_of_trl():

@@ -10,8 +10,9 @@ conversational completions, ``[{"role": "assistant", "content": text}]`` (for gp
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -75,6 +76,7 @@ class RewardSet:
         self.trainer_state = TrainerState()
         self.log = Log()
         """The values that the functions logged in the last call."""
+        self._dtype = torch.get_default_dtype()
         self._workers: dict[str, Worker] = {}
         self._loops = {name: EventLoop() for name in functions}
         for name, spec in functions.items():
@@ -102,7 +104,8 @@ class RewardSet:
         arguments = call_arguments(prompts, completions)
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
         self._start()
-        with ThreadPoolExecutor(len(self.functions), thread_name_prefix="reward", **_on_this_gpu()) as pool:
+        workers = ThreadPoolExecutor(len(self.functions), thread_name_prefix="reward", **_on_this_gpu())
+        with _dtype_of_new_tensors(self._dtype), workers as pool:
             calls = {name: pool.submit(self._call, name, arguments, uids) for name in self.names}
             try:
                 results = {name: _result(name, future) for name, future in calls.items()}
@@ -196,6 +199,18 @@ class RewardSet:
     def weighted_sum(self, by_function: Tensor) -> Tensor:
         """``(B, G, K)`` -> ``(B, G)`` by weight alone, for validation, where a group may be a single completion."""
         return combine_rewards(by_function, self.weights)
+
+
+@contextmanager
+def _dtype_of_new_tensors(dtype: torch.dtype) -> Iterator[None]:
+    """Context in which torch makes numbers into tensors of this dtype: the precision bf16-true has set another one for
+    the model, to which the rewards of functions that compute with torch would be rounded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _on_this_gpu() -> dict[str, Any]:
