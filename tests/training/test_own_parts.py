@@ -17,6 +17,7 @@ from gspo_lightning.config import checks
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
+from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.training.schedule import Schedule
 from gspo_lightning.training.update import UpdateSettings
@@ -263,6 +264,26 @@ class Learnt(AdvantageEstimator):
     def __call__(self, rewards, everyone=None):
         baseline = torch.nn.Parameter(rewards.float().mean(dim=1, keepdim=True))
         return rewards.float() - baseline
+
+
+class Noting(AdvantageEstimator):
+    """Notes in what it and the rewards compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["seen"] = set()
+
+    def __call__(self, rewards, everyone=None):
+        self.seen.add((torch.get_default_dtype(), torch.is_autocast_enabled("cpu")))
+        return super().__call__(rewards, everyone)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_an_estimator_does_not_compute_in_the_precision_of_the_model(precision, micro_model_dir):
+    module = build_module(micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=2)))
+    module.advantages = Noting()
+    trainer(precision=precision).fit(module, Batches(scripted_prompts()).loader())
+    assert module.advantages.seen == {(torch.float32, False)}
 
 
 def test_the_graph_of_a_learnt_baseline_is_not_trained_through(micro_model_dir):

@@ -53,9 +53,8 @@ class RolloutCollection:
         module = self.module
         module.sampled_with = self._settings()
         say_begins_later(module)
-        with module.trainer.precision_plugin.forward_context():
-            rollout = self._draw() if module.max_draws else self._collect(self.batch.prompts)
-            scored = compare(rollout, module.advantages)
+        rollout = self._draw() if module.max_draws else self._collect(self.batch.prompts)
+        scored = compare(rollout, module.advantages)
         if scored.turn_advantages is not None:
             refuse_turn_rewards(module.objective)
         if module.ahead is not None and module.ahead.is_stale:
@@ -82,7 +81,8 @@ class RolloutCollection:
         """Samples ``num_generations`` completions per prompt and gives each a reward."""
         module, sampling = self.module, self.module.sampled_with
         assert module.policy is not None
-        with module.stopwatch("rollout"):
+        # The precision is that of the model: rewards and advantages are not computed in it.
+        with module.stopwatch("rollout"), module.trainer.precision_plugin.forward_context():
             rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
         _check_tokens(rollout, module.policy.config.get_text_config().vocab_size)
         _check_turns(rollout, module.advantages)
@@ -102,7 +102,8 @@ class RolloutCollection:
         """Calls the engine without prompts, because other ranks call it with some."""
         module = self.module
         assert module.policy is not None
-        module.engine.generate(module.policy, [], module.sampled_with, self._seed)
+        with module.trainer.precision_plugin.forward_context():
+            module.engine.generate(module.policy, [], module.sampled_with, self._seed)
 
 
 def sample(
