@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from gspo_lightning.migrate.scopes import FUNCTIONS, home_of, scopes_around
 
 _ONLY_LOOK = frozenset({
-    "asdict", "debug", "dir", "dumps", "from_pretrained", "get_peft_model", "getattr", "hasattr", "id", "info", "init", "isinstance", "len", "log",
-    "pformat", "pprint", "print", "repr", "str", "type", "warning",
+    "asdict", "debug", "dir", "dumps", "from_pretrained", "get_peft_model", "getattr", "hasattr", "id", "info",
+    "init", "isinstance", "len", "log", "pformat", "pprint", "print", "repr", "str", "type", "warning",
 })  # fmt: skip
 """Functions that change nothing of a config that they are given."""
 _LONGEST = 100
