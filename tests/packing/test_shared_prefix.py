@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.packing import (
     GroupLayout,
     SharedPrefixLayout,
@@ -71,6 +72,15 @@ def test_the_last_token_of_a_completion_is_never_forwarded():
     assert packed.target_ids.tolist() == [7, 8, 9, 4]
     assert packed.sequence_index.tolist() == [0, 0, 0, 1]
     assert packed.lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("empty", [([], [[5, 6]]), ([5], [[6], []])], ids=["prompt", "completion"])
+def test_what_holds_no_token_is_refused(empty):
+    """A completion without a prompt would be predicted from the group before it."""
+    prompt, completions = empty
+    tensors = torch.tensor(prompt, dtype=torch.long), [torch.tensor(c, dtype=torch.long) for c in completions]
+    with pytest.raises(UserError, match="^pack: group 1 has a prompt or a completion without a token; each needs one$"):
+        pack([(torch.tensor([1, 2]), [torch.tensor([3, 4])]), tensors], torch.device("cpu"))
 
 
 def test_what_prompts_begin_with_is_in_the_row_once(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.packing.layout import GroupLayout, SharedPrefixLayout
 from gspo_lightning.types import Prompt
 
@@ -63,6 +64,9 @@ def pack(
         trained: per completion, in the order of the row, ``(C_i,)`` bool: the tokens whose log-probability is needed.
             The others are context. None, or no entry, means all tokens.
         least_common: as in `common_prefix`; None takes that of the device.
+
+    Raises:
+        UserError: a prompt or a completion holds no token.
     """
     least = least_common_on(device) if least_common is None else least_common
     common = common_prefix([ids for ids, _ in groups], least, prompts)
@@ -73,7 +77,10 @@ def pack(
     layouts: list[GroupLayout] = []
     start = common
     masks = iter(trained)
-    for prompt, completions in groups:
+    for number, (prompt, completions) in enumerate(groups):
+        if not len(prompt) or not all(map(len, completions)):
+            # A completion would be predicted from the end of the group before it.
+            raise UserError(f"pack: group {number} has a prompt or a completion without a token; each needs one")
         inputs = [completion[:-1] for completion in completions]
         layouts.append(GroupLayout(len(prompt), tuple(len(x) for x in inputs)))
         tokens.extend([prompt[common:], *inputs])
