@@ -514,6 +514,21 @@ def test_only_what_is_trained_is_copied(micro_model_dir):
     assert all(a is b for a, b in zip(copied_rest, rest, strict=True))
 
 
+def test_a_layer_that_is_trained_later_has_a_copy_from_then_on(micro_model_dir):
+    """As callbacks such as `BaseFinetuning` unfreeze one: shared, it would be that of the policy during the update."""
+    policy, ahead, prompts = micro_policy(micro_model_dir), OneStepOff(Elsewhere(True)), scripted_prompts()
+    late, *_ = policy.parameters()
+    late.requires_grad_(False)
+    for seed in range(2):
+        ahead.launch(policy, prompts, SamplingParams(2, 3), seed, contextlib.nullcontext)
+        ahead.generate(policy, prompts, SamplingParams(2, 3), seed)
+        late.requires_grad_(True)
+    before = late.detach().clone()
+    with torch.no_grad():
+        late.add_(1.0)
+    assert torch.equal(next(ahead.behaviour.parameters()), before)
+
+
 def test_the_copy_is_compiled_where_the_policy_is(micro_model_dir):
     """Else old and new log-probabilities of equal weights would differ by the rounding of other kernels."""
     from gspo_lightning.training.one_step_off import _share_frozen

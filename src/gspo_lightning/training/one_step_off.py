@@ -139,12 +139,18 @@ class OneStepOff:
 
     @torch.no_grad()
     def _copy(self, policy: Policy) -> None:
-        if self.behaviour is None:
+        mine = [] if self.behaviour is None else list(self.behaviour.parameters())
+        trained = [
+            (own, current)
+            for own, current in zip(mine, policy.parameters(), strict=bool(mine))
+            if current.requires_grad
+        ]
+        # What was frozen when the copy was made, and is trained by now, is shared with it.
+        if not mine or any(own is current for own, current in trained):
             self.behaviour = _share_frozen(policy)
             return
-        for mine, current in zip(self.behaviour.parameters(), policy.parameters(), strict=True):
-            if current.requires_grad:
-                mine.copy_(current)
+        for own, current in trained:
+            own.copy_(current)
 
     @torch.no_grad()
     def _restore_behaviour(self, policy: Policy) -> None:
