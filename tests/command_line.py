@@ -54,11 +54,6 @@ def _run_forked(command, cwd, timeout, env):
         return subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
 
 
-def of_no_rank():
-    """This process's environment, without what an earlier test as a rank may have left in it."""
-    return {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "LOCAL_RANK")}
-
-
 def start(*arguments, script="train.py", stderr=None):
     """Starts a script; returns it, and a file with the lines that it writes, without errors if ``stderr`` is a file."""
     command = [script, *map(str, arguments)]

@@ -37,6 +37,21 @@ def _fixed_numerics() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+_OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_stays() -> Iterator[None]:
+    """What Lightning tells the environment in a test that is a rank itself does not reach those that start ranks."""
+    before = {name: os.environ.get(name) for name in _OF_A_RANK}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def micro_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The micro model (seed 0) in Hugging Face format. Shared by the session: do not write into it."""

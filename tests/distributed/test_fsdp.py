@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def run(script, *arguments, cwd=ROOT):
-    command_line.run(*arguments, script=HERE / script, cwd=cwd, env=command_line.of_no_rank())
+    command_line.run(*arguments, script=HERE / script, cwd=cwd)
 
 
 HALF = ["--stop-after", "2"]

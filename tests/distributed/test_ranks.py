@@ -81,7 +81,7 @@ def run(cases, models, out, devices, *arguments):
     command_line.run(
         json.dumps({k: str(v) for k, v in models.items()}), out, "--devices", devices,
         "--runs", json.dumps(list(cases.values())), *arguments,
-        script=SCRIPT, timeout=600, env=command_line.of_no_rank(),
+        script=SCRIPT, timeout=600,
     )  # fmt: skip
     outs = [out.with_name(f"{out.stem}-{number}.pt") for number in range(len(cases))]
     found = [(torch.load(o, weights_only=True), json.loads(o.with_suffix(".json").read_text())) for o in outs]

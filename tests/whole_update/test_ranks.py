@@ -132,7 +132,7 @@ def on_two(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def started(names: tuple[str, ...]) -> dict[str, Any]:
         out, kinds = tmp_path_factory.mktemp("ranks"), {on_ranks(name).model for name in names}
         script, of_kinds = Path(__file__).with_name("run_ranks.py"), json.dumps({kind: folders(kind) for kind in kinds})
-        command_line.run(of_kinds, out, *names, script=script, timeout=600, env=command_line.of_no_rank())
+        command_line.run(of_kinds, out, *names, script=script, timeout=600)
         return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in names}
 
     return started
