@@ -192,6 +192,7 @@ class Odd(Cutting):
         ),
         ({"token_ids": [1, 2]}, "token_ids that are no tensor of whole numbers (C,)"),
         ({"token_ids": torch.ones(3)}, "token_ids that are no tensor of whole numbers (C,)"),
+        ({"token_ids": torch.ones(3, dtype=torch.uint8)}, "token_ids that are no tensor of whole numbers (C,)"),
         (
             {"token_ids": torch.tensor([5, 6]), "sampler_logprobs": torch.zeros(3)},
             "sampler_logprobs that are no tensor (2,), one for each token",

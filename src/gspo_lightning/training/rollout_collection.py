@@ -146,7 +146,7 @@ def sample(
 def _fault(completion: Completion, longest: int) -> str | None:
     """What is wrong with a completion, as a custom engine may return it; None if nothing is."""
     ids, logprobs = completion.token_ids, completion.sampler_logprobs
-    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
         return "token_ids that are no tensor of whole numbers (C,)"
     if not 1 <= len(ids) <= longest:
         return f"a completion of {counted(len(ids), 'token')}, but was asked for 1 to {longest}"
