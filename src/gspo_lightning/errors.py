@@ -45,6 +45,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
+def named_reason(error: BaseException) -> str:
+    """The type of an exception of someone else's code and, if it has any, its text, in one line."""
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; only those by torch's own allocator for GPUs have a class."""
     import torch  # late: the process of a reward function has no need of it

@@ -21,7 +21,6 @@ _IN_THE_WAY = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
 _REMEDIES: dict[int | None, str] = {
     errno.EROFS: "make it writable",
     errno.EIO: "look after the disk",
-    **dict.fromkeys(_REFUSED, "make it writable"),
     **dict.fromkeys(_IN_THE_WAY, "move away what is there"),
 }
 

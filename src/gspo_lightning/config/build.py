@@ -21,7 +21,7 @@ from gspo_lightning.config.folders import make_folder
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.rendezvous import leave_at_exit, own_environment
-from gspo_lightning.errors import UserError, reason
+from gspo_lightning.errors import UserError, named_reason, reason
 from gspo_lightning.extras import install_line
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import RewardSet
@@ -67,8 +67,7 @@ def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSP
     except UserError:
         raise
     except Exception as error:  # whatever a constructor of the user's own raises
-        why = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-        raise UserError(f"module: {plain['module']['_target_']} could not be made ({why})") from error
+        raise UserError(f"module: {plain['module']['_target_']} could not be made ({named_reason(error)})") from error
     return module
 
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".csv")
 SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
@@ -28,7 +29,7 @@ _OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
 
 def is_file(source: str) -> bool:
     """Whether ``source`` means a file rather than a dataset of the hub."""
-    return _kind(source)[0] in SUFFIXES or Path(os.path.expanduser(source)).is_file()
+    return _kind(source)[0] in SUFFIXES or from_home(source).is_file()
 
 
 def _kind(source: str) -> tuple[str, bool]:
@@ -52,7 +53,7 @@ def read_file(source: str) -> Sequence[Row]:
 
 
 def _rows_of(source: str) -> Sequence[Row]:
-    path = Path(os.path.expanduser(source))
+    path = from_home(source)
     kind, zipped = _kind(source)
     if kind not in (_TEXT_SUFFIXES if zipped else SUFFIXES):
         raise UserError(f"{source}: unknown file type; use one of {', '.join(SUFFIXES)}")
@@ -77,7 +78,7 @@ def read_hub(source: str, config_name: str | None, split: str) -> Sequence[Row]:
     """
     import datasets
 
-    folder = Path(os.path.expanduser(source))
+    folder = from_home(source)
     try:
         if any((folder / name).is_file() for name in _OF_SAVE_TO_DISK):
             rows = with_class_names(_saved(datasets.load_from_disk(str(folder)), source, config_name, split))

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import hashlib
 import io
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 
 MAX_PIXELS_DECODED = 512 * 1024 * 1024
 """A larger image is refused: a file of some kilobytes can require any amount of memory."""
@@ -138,7 +138,7 @@ def local_path(value: str, what: str, where: str) -> str:
 
 def as_sought(path: str | Path) -> str:
     """Where a file was looked for whose name is relative or begins with ``~``; empty for other names."""
-    full = Path(os.path.expanduser(path)).absolute()
+    full = from_home(path).absolute()
     if full == Path(path):
         return ""
     return f" (looked for {_short(str(full))}; a relative path is within the folder of the command)"
@@ -165,7 +165,7 @@ def _open(value: Any, where: str) -> PILImage:
         elif isinstance(value, bytes):
             opened = io.BytesIO(value)
         else:
-            opened = Path(os.path.expanduser(value))
+            opened = from_home(value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked above
             return Image.open(opened, formats=FORMATS)

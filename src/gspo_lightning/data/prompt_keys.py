@@ -12,6 +12,7 @@ import numpy as np
 
 from gspo_lightning.data.images import PILImage, image_key, local_path
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 
 _NAMES = ("image", "bytes", "path", "url")
 """Keys of an image part that hold the image."""
@@ -123,7 +124,7 @@ class PromptKeys:
         if name[:5].lower() == "data:":
             return name
         try:
-            path = Path(local_path(name, "image", where)).expanduser()
+            path = from_home(local_path(name, "image", where))
             size = path.stat().st_size
             if held_out:
                 self._sizes.add(size)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gspo_lightning.data.tasks import Row, Task
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, named_reason
 from gspo_lightning.types import PromptBatch
 from gspo_lightning.users_code import RAISED
 
@@ -29,8 +29,7 @@ def asked(ask: Callable[[], Given], what: str) -> Given:
     except UserError:
         raise
     except RAISED as error:
-        why = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-        raise UserError(f"{what} raised {why}") from error
+        raise UserError(f"{what} raised {named_reason(error)}") from error
 
 
 def train_row(task: Task, index: int, uid: str) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from gspo_lightning.data.images import PILImage, as_sought, load_image, local_path
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 
 DEFAULT_FPS = 2.0
 """Frames per second if a row does not say: the rate Qwen's models were trained at."""
@@ -62,7 +62,7 @@ def _frames(value: Any, fps: float, where: str) -> Sequence[Any]:
         raise UserError(f"{where}: a video is a list of frames, a folder or a file, not {type(value).__name__}")
     if isinstance(value, str):
         value = local_path(value, "video", where)
-    path = Path(os.path.expanduser(value))
+    path = from_home(value)
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
     if not path.is_file():

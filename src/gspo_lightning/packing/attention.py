@@ -126,7 +126,7 @@ def _batch_forward(query: Tensor, key: Tensor, value: Tensor, batch: BlockBatch,
     if product_dtype(query) == torch.float32 and by_onednn(torch.float32):
         return _weights(query, key, batch, scaling) @ value
     query, key, value = (x.view(len(batch.bias), -1, *x.shape[1:]) for x in (query, key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=batch.bias_of(1), scale=scaling)
+    return scaled_dot_product_attention(query, key, value, attn_mask=batch.bias_of_rows(), scale=scaling)
 
 
 def _batch_backward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 from gspo_lightning.policy.vision import vision_parts
 from gspo_lightning.screen import counted
 
@@ -182,7 +182,7 @@ def check_adapter(wrapped: nn.Module, settings: LoraSettings) -> dict[str, Any]:
     Raises:
         UserError: it is not there, or another kind of adapter.
     """
-    folder = Path(os.path.expanduser(str(settings.adapter)))
+    folder = from_home(str(settings.adapter))
     stored, own = {**_BY_DEFAULT, **adapter_config(folder)}, wrapped.peft_config["default"]  # type: ignore[index]
     wrong = [f"model.lora.{ours}={stored[name]}" for name, ours in _SAME.items() if stored[name] != getattr(own, name)]
     if wrong:
@@ -225,7 +225,7 @@ def load_adapter(wrapped: nn.Module, settings: LoraSettings) -> str:
     Raises:
         UserError: it is another kind of adapter, or for other modules.
     """
-    stored, folder = check_adapter(wrapped, settings), Path(os.path.expanduser(str(settings.adapter)))
+    stored, folder = check_adapter(wrapped, settings), from_home(str(settings.adapter))
     fill(wrapped, folder, _which_modules(stored))
     return str(stored.get("base_model_name_or_path"))
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 from gspo_lightning.policy import smollm2
 from gspo_lightning.policy.smollm2 import sha256
 
@@ -62,7 +63,7 @@ def resolve_model(path: str) -> str:
     """
     if path.startswith(PREFIX):
         return str(_bundled_folder(path.removeprefix(PREFIX)))
-    folder = Path(os.path.expanduser(path))
+    folder = from_home(path)
     if path and folder.is_dir():
         _check_model_folder(folder)
         return str(folder)

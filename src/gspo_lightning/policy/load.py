@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import (
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing.compiling import allow_graphs
+from gspo_lightning.paths import from_home
 from gspo_lightning.policy.adapter import LoraSettings as LoraSettings
 from gspo_lightning.policy.adapter import add_lora as add_lora
 from gspo_lightning.policy.adapter import load_adapter
@@ -88,7 +88,7 @@ class PolicyLoader:
 
     def _load_adapter(self, wrapped: nn.Module, lora: LoraSettings) -> None:
         trained_on, base = load_adapter(wrapped, lora), resolve_model(self.path)
-        if Path(os.path.expanduser(trained_on)).resolve() != Path(base).resolve():
+        if from_home(trained_on).resolve() != Path(base).resolve():
             rank_zero_warn(f"model.lora.adapter={lora.adapter} was trained on {trained_on}, and is put on {base}")
 
     def load_reference(self, policy: Policy) -> Policy:

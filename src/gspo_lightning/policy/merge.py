@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 from gspo_lightning.policy.adapter import KEEP_THE_BASE, REPEATABLE, adapter_config, fill
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.export import export_policy
@@ -42,7 +43,7 @@ def merge_adapter(adapter: Path, target: Path, base: str | None = None, dtype: D
     Raises:
         UserError: there is no adapter, its base is not there or quantised, they do not fit, or ``target`` exists.
     """
-    adapter, target = Path(os.path.expanduser(adapter)), Path(os.path.expanduser(target))
+    adapter, target = from_home(adapter), from_home(target)
     stored, run = adapter_config(adapter), _settings_of_run(adapter)
     _refuse_unmergeable(adapter, stored)
     if target.exists():

@@ -13,6 +13,7 @@ import torch
 
 from gspo_lightning.distributed.sharded_checkpoint import INDEX, REST, is_whole_folder
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 
 AUTO = "auto"
 _NUMBER = re.compile(r"rollout-(\d+)\.ckpt$")
@@ -45,7 +46,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = Fal
             )
             return None
     else:
-        newest = Path(os.path.expanduser(ckpt_path))
+        newest = from_home(ckpt_path)
         if not any(file.exists() for file in _candidates(newest)):
             raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint")
         _refuse_folder(newest)
@@ -171,4 +172,4 @@ def goes_on(ckpt_path: str | None, last: Path) -> bool:
     """
     if ckpt_path is None or ckpt_path == AUTO:
         return ckpt_path == AUTO
-    return Path(os.path.expanduser(ckpt_path)).absolute() == last.absolute()
+    return from_home(ckpt_path).absolute() == last.absolute()

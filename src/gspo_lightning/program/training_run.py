@@ -24,6 +24,7 @@ from gspo_lightning.distributed.sharding import whole_policy
 from gspo_lightning.errors import UserError
 from gspo_lightning.how_to_resume import resume_line
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.paths import from_home
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.hub import push
 from gspo_lightning.policy.model import Policy
@@ -67,7 +68,7 @@ class TrainingRun:
         self, plain: dict[str, Any], run_dir: Path, ckpt_path: Path | None, module: GSPOModule, datamodule: Any
     ) -> None:
         self.plain, self.run_dir, self.module, self.datamodule = plain, run_dir, module, datamodule
-        begins_at = Path(os.path.expanduser(plain["model"]["path"])).resolve()
+        begins_at = from_home(plain["model"]["path"]).resolve()
         if plain["export"]["enabled"] and begins_at == (run_dir / "model").resolve():
             raise UserError(
                 f"model.path={plain['model']['path']}: this run would overwrite the model it starts from; choose "

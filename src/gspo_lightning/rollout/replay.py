@@ -7,15 +7,14 @@ away from the sampler: `sampler_mismatch/abs_mean` says how far, and a ``mismatc
 from __future__ import annotations
 
 import json
-import os
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.paths import from_home
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.seeds import rollout_of_seed
 from gspo_lightning.rollout.text import answer_and_thinking
@@ -37,7 +36,7 @@ class ReplayEngine:
     """
 
     def __init__(self, run: str) -> None:
-        self.run = Path(os.path.expanduser(run))
+        self.run = from_home(run)
         if not (self.run / "completions.jsonl").is_file():
             raise UserError(f"rollout.engine.run={run}: there is no completions.jsonl; give the folder of a run")
 
