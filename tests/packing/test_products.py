@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, attention, products
+from gspo_lightning.packing import attention, products
 from gspo_lightning.packing.products import float32_products, onednn_float32, rows_missing
+from gspo_lightning.policy.load import PolicyLoader
+from gspo_lightning.training.passes import float32_by_onednn
+from tests.rollout.random_vlm import save_random_vlm
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of
 from tests.support import relative_distance
 
@@ -126,38 +128,44 @@ def test_where_a_thread_samples_ahead_it_is_not_asked(micro_model_dir, monkeypat
     assert asked == ["none"]
 
 
-def test_attention_of_such_an_update_is_made_of_products_too(micro_model_dir, monkeypatch):
-    """The fused kernel would call MKL. Rows that are not filled up to lengths that come again are left to MKL whole."""
+@pytest.mark.parametrize(
+    ("dtype", "kind", "asked"),
+    [
+        ("float32", "packed", "bf16"),
+        ("float32", "padded", "none"),
+        ("float32", "vision", "none"),
+        ("bfloat16", "padded", "bf16"),
+        ("bfloat16", "vision", "bf16"),
+    ],
+)
+def test_it_is_asked_where_the_rows_of_float32_products_come_again(
+    dtype, kind, asked, micro_model_dir, smollm2_dir, tmp_path, monkeypatch
+):
+    """Numbers of tokens of padded rows and of patches do not; in bfloat16 only the head's products are in float32."""
     on(monkeypatch)
     monkeypatch.setattr(products, "_stays_float32", lambda: True)
-    fused, backwards = [], []
+    folder = micro_model_dir
+    if kind == "vision":
+        folder = save_random_vlm(tmp_path, smollm2_dir, tmp_path)
+    policy = PolicyLoader(str(folder), dtype=dtype).load()
+    if kind == "padded":
+        policy.fall_back()
+    with float32_by_onednn(SimpleNamespace(policy=policy, device=CPU, ahead=None)):
+        assert MATMUL.fp32_precision == asked
 
-    def spy(seen, function):
-        return lambda *given, **named: (seen.append(MATMUL.fp32_precision), function(*given, **named))[1]
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy(fused, scaled_dot_product_attention))
-    monkeypatch.setattr(attention, "_batch_backward", spy(backwards, attention._batch_backward))
-    module, asked = build_module(micro_model_dir, Settings(dtype="float32")), []
-    monkeypatch.setattr(module, "auxiliary_loss", lambda minibatch: asked.append(MATMUL.fp32_precision))
+def test_attention_of_such_an_update_is_made_of_such_products_too(micro_model_dir, monkeypatch):
+    on(monkeypatch)
+    monkeypatch.setattr(products, "_stays_float32", lambda: True)
+    forwards, backwards = [], []
+
+    def spy(name, seen):
+        function = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *given: (seen.append(MATMUL.fp32_precision), function(*given))[1])
+
+    spy("_batch_forward", forwards)
+    spy("_batch_backward", backwards)
+    module = build_module(micro_model_dir, Settings(dtype="float32"))
     trainer().fit(module, Batches(scripted_prompts(), 1).loader())
-    assert asked == ["bf16"]
+    assert set(forwards) == {"none", "bf16"}  # the rollout's prefill is not of the update
     assert set(backwards) == {"bf16"}
-    assert "bf16" not in fused  # the rollout's prefill is fused, by MKL
-
-    module.policy.fall_back()
-    module.max_rollouts = 2
-    trainer().fit(module, Batches(scripted_prompts(), 1).loader())
-    assert asked == ["bf16", "none"]
-
-
-def test_scores_stay_float32_where_products_are_in_bfloat16(monkeypatch):
-    """Also if queries come in float32, from a norm of theirs."""
-    on(monkeypatch)
-    monkeypatch.setattr(products, "_stays_float32", lambda: True)
-    called = []
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **named: called.append(1) or query)
-    layout = SharedPrefixLayout((GroupLayout(5, (3, 4)),), CPU)
-    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
-    with onednn_float32(CPU), torch.autocast("cpu", torch.bfloat16):
-        attention.shared_prefix_attention(query, key, value, layout, scaling=1)
-    assert called

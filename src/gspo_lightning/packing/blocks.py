@@ -45,12 +45,6 @@ class BlockBatch:
     bias: Tensor
     """``(B, Q, K)``: 0 where a query may attend, else -inf; 0 throughout for rows that hold no query."""
 
-    def bias_of_rows(self) -> Tensor:
-        """``(B, 1, repeats * Q, K)`` bias; made for every use, because it is nearly as large as the scores."""
-        blocks, queries, keys = self.bias.shape
-        repeats = self.shape[1] // queries
-        return self.bias[:, None].expand(blocks, repeats, queries, keys).reshape(blocks, 1, repeats * queries, keys)
-
 
 @dataclass(frozen=True)
 class GatheredBlocks:

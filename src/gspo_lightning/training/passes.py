@@ -15,7 +15,7 @@ from gspo_lightning.distributed.sharding import in_step
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.selection import top_entropy_threshold
 from gspo_lightning.packing import GroupSlice, MicroBatchPlan
-from gspo_lightning.packing.products import onednn_float32
+from gspo_lightning.packing.products import onednn_float32, product_dtype
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.training.out_of_memory import in_parts
 from gspo_lightning.training.update import MicroBatch, Minibatch, build_micro_batch, sampler_logprobs
@@ -237,8 +237,13 @@ class Passes:
 def float32_by_onednn(module: GSPOModule) -> AbstractContextManager[None]:
     """Context of an update that uses oneDNN for float32 products if that is faster and row lengths recur.
 
+    Lengths recur in packed rows of text, and in the head of every model; layers of a padded model or of a vision tower
+    see others again and again, but with bfloat16 around them no product of theirs is in float32.
+
     Not if a thread samples ahead: the setting is global, so that thread's rollouts would depend on timing.
     """
-    assert module.policy is not None
-    filled = not module.policy.is_padded and module.policy.vision is None
-    return onednn_float32(module.device) if filled and module.ahead is None else nullcontext()
+    policy = module.policy
+    assert policy is not None
+    narrow = product_dtype(next(policy.parameters())) != torch.float32
+    recur = narrow or (not policy.is_padded and policy.vision is None)
+    return onednn_float32(module.device) if recur and module.ahead is None else nullcontext()
