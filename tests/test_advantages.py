@@ -15,6 +15,7 @@ from gspo_lightning.advantages import (
     silent_groups,
 )
 from gspo_lightning.errors import UserError
+from gspo_lightning.reinforce_plus_plus import ReinforcePlusPlus
 
 NAN = math.nan
 
@@ -85,6 +86,63 @@ def test_the_mean_by_length_is_divided_by_the_scale_of_all_ranks_too():
         for share, own in zip(rewards.split(1), lengths.split(1), strict=True)
     ]
     assert torch.allclose(torch.cat(shares), expected, rtol=1e-12)
+
+
+def test_all_tokens_of_the_batch_are_compared_by_hand():
+    """Five tokens: 1, 0, 0, 2, 2 with mean 1 and unbiased variance (0 + 1 + 1 + 1 + 1) / 4 = 1."""
+    rewards, lengths = tensor([[1.0], [0.0], [2.0]]), torch.tensor([[1], [2], [2]])
+    found = ReinforcePlusPlus().of_rollout(rewards, lengths)
+    assert torch.allclose(found, tensor([[0.0], [-1.0], [1.0]]) / math.sqrt(1 + 1e-8), rtol=1e-12)
+    assert not ReinforcePlusPlus().silent(rewards).any()
+
+
+def test_all_tokens_of_the_batch_are_compared_after_the_groups_mean_by_hand():
+    """Differences 1/2, -1/2 (three tokens) and 0, 0: over six tokens mean -1/6, squares (1/4 + 3/4) - 6/36 = 5/6."""
+    rewards, lengths = tensor([[1.0, 0.0], [3.0, 3.0]]), torch.tensor([[1, 3], [1, 1]])
+    estimator = ReinforcePlusPlus(group_baseline=True)
+    expected = (tensor([[0.5, -0.5], [0.0, 0.0]]) + 1 / 6) / math.sqrt(5 / 6 / 5 + 1e-8)
+    assert torch.allclose(estimator.of_rollout(rewards, lengths), expected, rtol=1e-12)
+    assert estimator.silent(rewards).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("group_baseline", [False, True])
+def test_all_tokens_of_the_batch_have_mean_0_and_variance_1_on_all_ranks_together(group_baseline):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(4, 3, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, 9, (4, 3), generator=generator)
+    estimator = ReinforcePlusPlus(group_baseline)
+    whole = estimator.of_rollout(rewards, lengths)
+    tokens = whole.flatten().repeat_interleave(lengths.flatten())
+    assert tokens.mean().item() == pytest.approx(0, abs=1e-12)
+    assert tokens.var().item() == pytest.approx(1, rel=1e-6)
+    everyone = rewards.flatten(), lengths.flatten()
+    shares = [estimator.of_rollout(r, n, *everyone) for r, n in zip(rewards.split(2), lengths.split(2), strict=True)]
+    assert torch.equal(torch.cat(shares), whole)
+
+
+def test_tokens_that_are_all_worth_the_same_teach_nothing():
+    rewards = torch.full((2, 3), 0.1, dtype=torch.float64)
+    for estimator in (ReinforcePlusPlus(), ReinforcePlusPlus(group_baseline=True)):
+        assert (estimator.of_rollout(rewards, torch.tensor([[1, 2, 3], [7, 7, 7]])) == 0).all()
+    alone = ReinforcePlusPlus().of_rollout(tensor([[0.3]]), torch.tensor([[1]]))  # one token has no variance
+    assert alone.tolist() == [[0.0]]
+
+
+def test_tokens_are_not_compared_without_lengths_nor_turn_by_turn():
+    with pytest.raises(UserError, match="^ReinforcePlusPlus was called without lengths; call of_rollout$"):
+        ReinforcePlusPlus()(tensor([[1.0, 0.0]]))
+    assert [e.takes_turns for e in (ReinforcePlusPlus(), AdvantageEstimator("none", "length"), AdvantageEstimator())] == [
+        False, False, True,
+    ]  # fmt: skip
+
+
+def test_groups_of_one_are_compared_with_the_batch_but_not_with_their_own_mean():
+    check_group(ReinforcePlusPlus(), 1)
+    with pytest.raises(UserError, match="advantages.group_baseline=true with rollout.num_generations=1"):
+        check_group(ReinforcePlusPlus(group_baseline=True), 1)
+    check_group(ReinforcePlusPlus(group_baseline=True), 2, max_draws=3)
+    with pytest.raises(UserError, match="dynamic_sampling.max_draws draws groups of equal rewards anew"):
+        check_group(ReinforcePlusPlus(), 2, max_draws=3)
 
 
 class ByLength(AdvantageEstimator):

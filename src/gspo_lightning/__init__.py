@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from gspo_lightning.policy.load import LoraSettings as LoraSettings
     from gspo_lightning.policy.load import PolicyLoader as PolicyLoader
     from gspo_lightning.policy.model import Policy as Policy
+    from gspo_lightning.reinforce_plus_plus import ReinforcePlusPlus as ReinforcePlusPlus
     from gspo_lightning.rewards import RewardSet as RewardSet
     from gspo_lightning.rewards import RewardSpec as RewardSpec
     from gspo_lightning.rollout import RolloutEngine as RolloutEngine
@@ -110,6 +111,7 @@ _PUBLIC = {
     "Prompt": "gspo_lightning.types",
     "PromptBatch": "gspo_lightning.types",
     "PromptDataModule": "gspo_lightning.data",
+    "ReinforcePlusPlus": "gspo_lightning.reinforce_plus_plus",
     "Reply": "gspo_lightning.dialogue",
     "RewardSet": "gspo_lightning.rewards",
     "RewardSpec": "gspo_lightning.rewards",

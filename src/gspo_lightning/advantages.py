@@ -43,12 +43,20 @@ class AdvantageEstimator:
         """Whether the baseline is weighted by lengths, which only whole completions have."""
         return self.baseline == "length" and type(self).__call__ is AdvantageEstimator.__call__
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether turns with rewards of their own can be compared one by one, as if each were a completion."""
+        return not self.weighs_by_length
+
     def silent(self, rewards: Tensor) -> Tensor:
         """Mask ``(B,)`` of the groups whose rewards ``(B, G)`` give nothing to learn: by default, equal ones."""
         return silent_groups(rewards)
 
     def check_generations(self, num_generations: int) -> None:
         """Raises UserError if groups of so many completions cannot be compared, for a reason of a subclass's own."""
+
+    def check_draws(self) -> None:
+        """Raises UserError if dynamic sampling has no effect with this estimator, for a reason of a subclass's own."""
 
     def __call__(self, rewards: Tensor, everyone: Tensor | None = None) -> Tensor:
         """Turns rewards into advantages.
@@ -76,12 +84,13 @@ class AdvantageEstimator:
         Args:
             rewards: ``(B, G)``.
             lengths: ``(B, G)`` int64 tokens that the policy sampled of each completion.
-            everyone: as in `__call__`, with ``scale_rewards="batch"`` alone.
+            everyone: rewards and lengths ``(N,)`` of the whole batch, group by group; with ``scale_rewards="batch"``
+                alone.
         """
         if not self.weighs_by_length:
-            return self(rewards, *everyone)
+            return self(rewards, *everyone[:1])
         baseline = (rewards * lengths).sum(dim=1, keepdim=True) / lengths.sum(dim=1, keepdim=True)
-        return self._compared(rewards, baseline, *everyone)
+        return self._compared(rewards, baseline, *everyone[:1])
 
     def _compared(self, rewards: Tensor, baseline: Tensor, everyone: Tensor | None = None) -> Tensor:
         count = rewards.shape[1]
@@ -145,6 +154,8 @@ def check_group(advantages: object, num_generations: int, max_draws: int = 0) ->
     """
     if isinstance(advantages, AdvantageEstimator):
         advantages.check_generations(num_generations)
+        if max_draws:
+            advantages.check_draws()
     if num_generations >= 2:
         return
     if isinstance(advantages, AdvantageEstimator) and type(advantages).__call__ is AdvantageEstimator.__call__:

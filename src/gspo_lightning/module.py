@@ -68,6 +68,7 @@ from gspo_lightning.training.trainer_checks import (
     check_batch,
     check_caller,
     check_fit,
+    check_frozen,
     check_prompts,
     refuse_draws_ahead,
     say_nothing_is_left,
@@ -143,6 +144,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.references: list[Policy] = []  # in a list, so that it is neither trained, nor saved, nor synchronised
         self.reference_moves = bool(self.update_settings.ref_sync_every_n_rollouts)
         self.forward_chosen = False
+        self.trained: set[str] = set()  # names of the parameters that were trained so far
         self.rollouts_done = 0
         self.counts = dict.fromkeys(COUNTERS, 0)
         self.guarded_step = GuardedStep(self.update_settings.max_grad_norm, self.update_settings.max_nonfinite_steps)
@@ -267,6 +269,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Takes all optimizer steps on the current rollout."""
         check_caller(self)
+        check_frozen(self)
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight, self.advantages))

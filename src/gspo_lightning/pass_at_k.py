@@ -39,6 +39,11 @@ class PassAtK(AdvantageEstimator):
                 "none"
             )
 
+    @property
+    def takes_turns(self) -> bool:
+        """False: only some dialogues of a group have a turn."""
+        return False
+
     def silent(self, rewards: Tensor) -> Tensor:
         """Mask ``(B,)`` of the groups in which the best of any k is the same."""
         return silent_groups(rewards.sort(dim=1).values[:, self.k - 1 :])

@@ -502,6 +502,18 @@ OBJECTIVE = [
     Case(
         "objective", "the best of one", ["advantages=pass_at_k", "advantages.k=1"], "advantages.k=1 must be at least 2"
     ),
+    Case(
+        "objective",
+        "a group of one against its own mean",
+        ["advantages=reinforce_plus_plus_baseline", "rollout.num_generations=1"],
+        "advantages.group_baseline=true with rollout.num_generations=1",
+    ),
+    Case(
+        "objective",
+        "drawing groups anew that are as good as others",
+        ["advantages=reinforce_plus_plus", "dynamic_sampling.max_draws=1"],
+        "dynamic_sampling.max_draws draws groups of equal rewards anew, which teach as much as others",
+    ),
     Case("objective", "an unknown scale of advantages", ["advantages.scale_rewards=std"], "advantages.scale_rewards"),
 ]
 

@@ -95,6 +95,9 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "advantages.scale_rewards": (WEIGHTS, ["advantages.scale_rewards=none"], []),
     "advantages.baseline": (WEIGHTS, ["advantages.baseline=rloo"], ["advantages.scale_rewards=none", "optimizer.eps=1"]),
     "advantages.k": (WEIGHTS, ["advantages.k=3"], ["advantages=pass_at_k", "advantages.k=2", "optimizer.eps=1"]),
+    "advantages.group_baseline": (
+        WEIGHTS, ["advantages.group_baseline=true"], ["advantages=reinforce_plus_plus", "optimizer.eps=1"]
+    ),
     "data.task.letters": (COMPLETIONS, ["data.task.letters=xyz"], []),
     "data.task.num_validation": (METRICS, ["data.task.num_validation=4"], []),
     "data.prompts_per_rollout": (METRICS, ["data.prompts_per_rollout=8"], []),

@@ -65,6 +65,21 @@ def test_an_environment_that_two_dialogues_would_share_is_refused():
         shared.begin_all(prompts, tokenizer())
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_environments_compute_in_their_own_precision(workers):
+    class Model(Once):
+        def reset(self, row, seed):
+            self.dtype = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+
+        def reward(self):
+            return float(self.dtype == (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32)
+
+    environments = Environments(Model, workers=workers)
+    with torch.autocast("cpu", torch.bfloat16):  # around a rollout in bf16-mixed
+        dialogue = environments.begin(Prompt("t:3", CHAT, torch.ones(1), {}), 0, tokenizer())
+        assert dialogue.result()[0] == 1.0
+
+
 def played(make, prompt=CHAT, **row):
     """The dialogue behind one turn, and the text between that and the next one."""
     dialogue = begun(make, prompt, **row)

@@ -124,11 +124,11 @@ def test_a_turn_that_no_other_dialogue_reached_has_the_advantage_of_the_first():
 def test_rewards_of_turns_are_refused_where_whole_completions_are_compared(micro_model_dir):
     module = build_module(micro_model_dir, Settings(objective={"importance_sampling_level": "token"}))
     module.advantages = PassAtK(k=2)
-    with pytest.raises(UserError, match="the environment rewards turns, .* but advantages=pass_at_k compares whole"):
+    with pytest.raises(UserError, match="the environment rewards turns, .* but PassAtK compares whole"):
         trainer().fit(module, Batches(dialogues(turn_rewards=True), 1).loader())
     module.advantages = AdvantageEstimator("none", "length")
     with pytest.raises(
-        UserError, match="the environment rewards turns, .* but advantages.baseline=length weighs whole"
+        UserError, match="the environment rewards turns, .* but AdvantageEstimator with baseline=length compares whole"
     ):
         trainer().fit(module, Batches(dialogues(turn_rewards=True), 1).loader())
 

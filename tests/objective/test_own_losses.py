@@ -64,9 +64,7 @@ def call(loss, **settings):
 
 def findings(loss, level="token", num_minibatches=4, staleness=0, **settings):
     objective = Objective(max_completion_length=5, importance_sampling_level=level, loss_type=loss, **settings)
-    found = check_objective(
-        objective, num_iterations=1, num_minibatches=num_minibatches, num_generations=8, staleness=staleness
-    )
+    found = check_objective(objective, num_iterations=1, num_minibatches=num_minibatches, staleness=staleness)
     return [(f.kind, f.message) for f in found]
 
 
@@ -262,7 +260,7 @@ def test_completions_of_advantage_0_are_left_out_if_the_loss_has_no_gradient_the
 def test_keeping_what_the_loss_itself_keeps_is_refused():
     objective = Objective(max_completion_length=5, importance_sampling_level="token", loss_type=anchored)
     found = check_objective(
-        objective, num_iterations=1, num_minibatches=4, num_generations=8, keep_zero_advantage=True
+        objective, num_iterations=1, num_minibatches=4, keep_zero_advantage=True
     )  # fmt: skip
     assert [f.message for f in found] == [
         "update.keep_zero_advantage=true has no effect with loss_type=anchored, which has a gradient where the "

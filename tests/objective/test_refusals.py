@@ -18,7 +18,6 @@ def findings(objective=None, **changes):
     facts = {
         "num_iterations": 1,
         "num_minibatches": 4,
-        "num_generations": 8,
     }
     return [(f.kind, f.message) for f in check_objective(objective, **{**facts, **changes})]
 
@@ -223,7 +222,6 @@ CASES = {
     ),
     "negative beta": ({"beta": -0.1}, {}, "contradiction", "must be 0 or more"),
     "a KL option without KL": ({"kl_importance_weighted": True}, {}, "no_effect", "no effect with objective.beta=0"),
-    "a group of one": ({}, {"num_generations": 1}, "contradiction", "rollout.num_generations=1"),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 
+from gspo_lightning.errors import UserError
 from gspo_lightning.training.schedule import Schedule
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
 
@@ -80,6 +81,22 @@ def test_a_layer_that_is_frozen_at_first_is_trained_from_its_epoch_on(micro_mode
     trainer(callbacks=[Thawing(), Watch()], limit_train_batches=2).fit(module, loader)
     assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[1], layers[2])
     assert rates[2] == pytest.approx([0.025, 0.025, 0.0025]) and rates[3] == [0.0] * 3
+
+
+def test_a_layer_that_is_frozen_after_it_was_trained_is_refused(micro_model_dir):
+    """A checkpoint would not hold what it has learnt, and a resumed run would have it as it was at first."""
+
+    class Freeze(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.policy.base_model.model.layers[0].requires_grad_(batch_idx == 0)
+
+    module = build_module(micro_model_dir, Settings(rollouts=2))
+    with pytest.raises(
+        UserError,
+        match=r"^\d+ parameters that were trained are frozen now, the first is policy.*layers\.0\..* to 0 instead$",
+    ):
+        trainer(callbacks=[Freeze()]).fit(module, Batches(scripted_prompts(), 2).loader())
+    assert module.rollouts_done == 1
 
 
 def test_a_position_with_a_group_that_was_added_is_loaded_by_a_run_that_has_not_added_it_yet():

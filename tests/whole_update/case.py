@@ -54,6 +54,8 @@ class Case:
     # advantages and rewards
     scale: str = "group"
     baseline: str = "mean"
+    plus_plus: str = ""
+    """Compared with all tokens of the rollout: the ``reward``, or its difference to the mean of its ``group``."""
     pass_at_k: int = 0
     """Completions of which the best one counts; 0: each by itself."""
     reward_weights: tuple[float, ...] = (1.0,)

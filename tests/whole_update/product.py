@@ -24,6 +24,7 @@ from gspo_lightning.packing import PackedBatch
 from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.reinforce_plus_plus import ReinforcePlusPlus
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rewards.length import LengthTarget, SoftOverlong
 from gspo_lightning.training.schedule import Schedule
@@ -227,7 +228,6 @@ def _findings(module: GSPOModule, case: Case) -> list[Finding]:
         module.objective,
         num_iterations=case.iterations,
         num_minibatches=case.minibatches,
-        num_generations=case.generations,
         has_adapter=case.lora,
         keep_zero_advantage=case.keep_zero_advantage,
         ref_sync_every_n_rollouts=case.ref_sync_every,
@@ -289,6 +289,8 @@ def rewards(case: Case) -> RewardSet:
 
 
 def _advantages(case: Case) -> AdvantageEstimator:
+    if case.plus_plus:
+        return ReinforcePlusPlus(case.plus_plus == "group")
     if case.pass_at_k:
         return PassAtK(case.scale, k=case.pass_at_k)  # type: ignore[arg-type]
     return AdvantageEstimator(case.scale, case.baseline)  # type: ignore[arg-type]

@@ -161,9 +161,7 @@ class Run:
     def _silent(self, rollout: Rollout, by_function: list[list[Numbers]]) -> list[int]:
         """Places of the groups whose completions are worth the same."""
         rewards = [advantages.combined(own, self.case.weights, self.case.combine) for own in by_function]
-        return [
-            b for b, group in enumerate(rollout.groups) if advantages.is_silent(group, rewards[b], self.case.pass_at_k)
-        ]
+        return [b for b, group in enumerate(rollout.groups) if advantages.is_silent(group, rewards[b], self.case)]
 
     def _count_sampled(self, groups: list[list[Completion]]) -> None:
         self.counts["rollout_tokens"] += sum(int(trained_mask(c).sum()) for group in groups for c in group)

@@ -95,6 +95,21 @@ def of_the_best(rewards: Numbers, k: int, scale: str) -> Numbers:
     return advantages
 
 
+def against_all_tokens(rewards: list[Numbers], lengths: list[list[int]], first: str) -> list[Numbers]:
+    """REINFORCE++ (arXiv 2501.03262): each token's reward, less its group's mean if that comes ``first``, normalised
+    over the list of all tokens."""
+    values = [[r - mean(own) for r in own] if first == "group" else own for own in rewards]
+    tokens = [
+        value
+        for own, sizes in zip(values, lengths, strict=True)
+        for value, n in zip(own, sizes, strict=True)
+        for _ in range(n)
+    ]
+    centre, spread = mean(tokens), math.sqrt(unbiased_std(tokens) ** 2 + 1e-8)
+    floor = ROUNDING * max(abs(r) for own in rewards for r in own)
+    return [[0.0 if abs(v - centre) <= floor else (v - centre) / spread for v in own] for own in values]
+
+
 def group_advantages(
     rewards: Numbers, scale: str, baseline: str, everyone: Numbers, lengths: Sequence[int] = ()
 ) -> Numbers:
@@ -161,10 +176,13 @@ def returns_by_turn(group: list[Completion], rewards: Numbers) -> list[tuple[lis
     return found
 
 
-def is_silent(group: list[Completion], rewards: Numbers, pass_at_k: int = 0) -> bool:
-    """Whether every completion is worth the same: whichever of its turns, or whichever k are chosen."""
-    if pass_at_k:
-        return len({max(chosen) for chosen in combinations(rewards, pass_at_k)}) == 1
+def is_silent(group: list[Completion], rewards: Numbers, case: Case) -> bool:
+    """Whether every completion is worth the same: whichever of its turns, or whichever k are chosen; of no
+    interest if completions are compared with those of other groups."""
+    if case.plus_plus == "reward":
+        return False
+    if case.pass_at_k:
+        return len({max(chosen) for chosen in combinations(rewards, case.pass_at_k)}) == 1
     return all(all_equal(values) for _, values in returns_by_turn(group, rewards))
 
 
@@ -198,6 +216,8 @@ def rollout_advantages(groups: list[list[Completion]], rewards: list[Numbers], c
     if case.pass_at_k:
         return [[[a] for a in of_the_best(own, case.pass_at_k, case.scale)] for own in rewards]
     lengths = [[len(turn_of_tokens(c)) for c in group] for group in groups]
+    if case.plus_plus:
+        return [[[a] for a in own] for own in against_all_tokens(rewards, lengths, case.plus_plus)]
     return [
         [[a] for a in group_advantages(own, case.scale, case.baseline, everyone, sizes)]
         for own, sizes in zip(rewards, lengths, strict=True)

@@ -39,9 +39,10 @@ def add_rollout_metrics(
     dialogues = any(c.dialogue is not None for group in groups for c in group)
     for b, group in enumerate(groups):
         plain = combined(by_function[b], case.weights, "weighted_sum")
-        means.add("reward/std", unbiased_std(plain), 1)
-        means.add("silent_frac", is_silent(group, rewards[b], case.pass_at_k), 1)
-        means.add("advantage_std", unbiased_std([a for own in of_turns[b] for a in own]), 1)
+        if len(group) > 1:  # one has no spread
+            means.add("reward/std", unbiased_std(plain), 1)
+            means.add("silent_frac", is_silent(group, rewards[b], case), 1)
+            means.add("advantage_std", unbiased_std([a for own in of_turns[b] for a in own]), 1)
         for completion, reward, row in zip(group, plain, by_function[b], strict=True):
             turns = turn_of_tokens(completion)
             means.add("reward/mean", reward, 1)

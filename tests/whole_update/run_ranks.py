@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gspo_lightning.distributed.sharding import FSDP2Strategy
 from tests.whole_update import product
+from tests.whole_update.all_tokens import AGAINST_ALL_TOKENS
 from tests.whole_update.case import Case
 from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.covariant import COVARIANT
@@ -31,6 +32,7 @@ DRAWN = {
     "model": draw_model,
     "padded": draw_padded,
     "control": {case.seed: case for case in CONTROLLED}.__getitem__,
+    "tokens": {case.seed: case for case in AGAINST_ALL_TOKENS}.__getitem__,
     "covariant": {case.seed: case for case in COVARIANT}.__getitem__,
 }
 

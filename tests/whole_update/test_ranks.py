@@ -54,7 +54,7 @@ OCCURS = {
 
 MODELS = (
     "ddp-model-23", "fsdp-model-26", "fsdp-model-18", "ddp-padded-19", "ddp-control-91000", "ddp-covariant-95002",
-    "fsdp-covariant-95000", "ddp-covariant-95010",
+    "fsdp-covariant-95000", "ddp-covariant-95010", "ddp-tokens-97000", "ddp-tokens-97002",
 )  # fmt: skip
 """Of images and of experts, what takes seconds. In 18 ranks have different numbers of micro-batches and a reference; in
 91000 the entropy bonus follows the entropy, which must be that of both ranks, and the last choose tokens among those of

@@ -30,6 +30,7 @@ import pytest
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.rollout.seeds import rollout_seed
 from tests.whole_update import pairs, product
+from tests.whole_update.all_tokens import AGAINST_ALL_TOKENS
 from tests.whole_update.case import Case
 from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.covariant import COVARIANT
@@ -105,7 +106,7 @@ OF_LENGTHS: tuple[Case, ...] = (
 """Runs whose baseline is weighted by the lengths of completions."""
 
 CASES = (
-    *map(draw, SEEDS), *OF_THE_BEST, *OF_LENGTHS, *OF_NEW_LOSSES, *COVARIANT, *OF_THE_SAMPLER, *CONTROLLED
+    *map(draw, SEEDS), *OF_THE_BEST, *OF_LENGTHS, *AGAINST_ALL_TOKENS, *OF_NEW_LOSSES, *COVARIANT, *OF_THE_SAMPLER, *CONTROLLED
 )  # fmt: skip
 
 MORE_SEEDS = (

@@ -55,8 +55,9 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
         rollout["temperature"], rollout["repetition_penalty"], rollout.get("top_k", 0), rollout.get("min_p", 0.0)
     )
     is_ours = str(plain["advantages"]["_target_"]).startswith("gspo_lightning.")
+    estimator: Any = None
     if (generations := rollout["num_generations"]) < 2 or is_ours:  # else the estimator need not be made here
-        check_group(build(plain["advantages"]), generations, plain["dynamic_sampling"]["max_draws"])
+        check_group(estimator := build(plain["advantages"]), generations, plain["dynamic_sampling"]["max_draws"])
     _check_support(plain)
     _check_model_path(plain)
     _check_environment(plain)
@@ -64,7 +65,8 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _report(plain)
     warn_of_slow_products(plain)
     if training:
-        check_combination(plain["reward"].get("combine", ""), plain["advantages"].get("scale_rewards", ""))
+        scale = plain["advantages"].get("scale_rewards") or getattr(estimator, "scale_rewards", "")
+        check_combination(plain["reward"].get("combine", ""), scale)
         check_schedule(plain)
         check_best(plain)
         check_training(plain)
@@ -224,7 +226,6 @@ def _report(plain: dict[str, Any]) -> None:
         objective,
         num_iterations=plain["update"]["num_iterations"],
         num_minibatches=plain["update"]["num_minibatches"],
-        num_generations=max(2, plain["rollout"]["num_generations"]),  # `check_group` has asked about one
         ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
         ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
         has_adapter=bool(plain["model"].get("lora")),

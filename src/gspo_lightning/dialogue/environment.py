@@ -9,6 +9,7 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Protocol, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.dialogue.template import continuation
@@ -243,9 +244,13 @@ class OpenDialogue:
 
 
 def _asked(name: str, prompt: Prompt, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Result of a call of the user's code; what that raises becomes one line with its name and the row."""
+    """Result of a call of the user's code; what that raises becomes one line with its name and the row.
+
+    An environment that computes with torch does so in its own precision, as rewards do, not in that of the model.
+    """
     try:
-        result = call(*arguments)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            result = call(*arguments)
     except UserError as error:
         raise UserError(f"{name}: {error} (row {prompt.uid})") from error
     except RAISED as error:

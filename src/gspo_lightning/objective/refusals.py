@@ -15,7 +15,6 @@ def check_objective(
     *,
     num_iterations: int,
     num_minibatches: int,
-    num_generations: int,
     ref_sync_every_n_rollouts: int = 0,
     ref_model_mixup_alpha: float = 0.6,
     has_adapter: bool = False,
@@ -39,7 +38,6 @@ def check_objective(
         *_selection(objective, on_policy, keep_zero_advantage),
         *_entropy(objective),
         *_tokens(objective),
-        *_counts(num_generations),
     ]
 
 
@@ -224,13 +222,4 @@ def _tokens(objective: Objective) -> Iterator[Finding]:
             "warning",
             f"objective.mismatch.level=token weighs each completion by the mean of its weights with {shared}, or "
             "mismatch=sequence_truncate",
-        )
-
-
-def _counts(num_generations: int) -> Iterator[Finding]:
-    if num_generations < 2:
-        yield Finding(
-            "contradiction",
-            f"rollout.num_generations={num_generations} must be at least 2; a group of one has nothing to be compared "
-            "with",
         )

@@ -13,7 +13,6 @@ from gspo_lightning.dialogue.turns import has_turn_rewards, turn_advantages
 from gspo_lightning.distributed.ranks import gather_values
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
-from gspo_lightning.pass_at_k import PassAtK
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
@@ -183,16 +182,12 @@ def _check_tokens(rollout: Rollout, vocabulary: int) -> None:
 
 
 def _check_turns(rollout: Rollout, advantages: AdvantageEstimator) -> None:
-    """Refuses turns with rewards, which only some dialogues of a group have, where whole completions are compared."""
-    if isinstance(advantages, PassAtK) and has_turn_rewards(rollout.completions):
+    """Refuses turns with rewards where whole completions are compared."""
+    if not advantages.takes_turns and has_turn_rewards(rollout.completions):
+        by_length = f" with baseline={advantages.baseline}" if advantages.weighs_by_length else ""
         raise UserError(
-            "the environment rewards turns, which are compared one by one, but advantages=pass_at_k compares whole "
-            "completions; set advantages=group"
-        )
-    if advantages.weighs_by_length and has_turn_rewards(rollout.completions):
-        raise UserError(
-            "the environment rewards turns, which are compared one by one, but advantages.baseline=length weighs whole "
-            "completions; set advantages=group"
+            f"the environment rewards turns, which are compared one by one, but {type(advantages).__name__}{by_length} "
+            "compares whole completions; set advantages=group"
         )
 
 
@@ -209,10 +204,9 @@ def compare(rollout: RewardedRollout, advantages: AdvantageEstimator) -> ScoredR
             "the environment rewards turns, which are compared within a group, but advantages.scale_rewards=batch "
             "divides by the spread of whole completions; set it to group or none"
         )
-    everyone = [gather_values(rollout.rewards.flatten())] if advantages.scale_rewards == "batch" else []
-    values = checked_advantages(
-        advantages, rollout.rewards, advantages.of_rollout(rollout.rewards, _lengths(rollout), *everyone)
-    )
+    rewards, lengths = rollout.rewards, _lengths(rollout)
+    everyone = [gather_values(x.flatten()) for x in (rewards, lengths)] if advantages.scale_rewards == "batch" else []
+    values = checked_advantages(advantages, rewards, advantages.of_rollout(rewards, lengths, *everyone))
     return ScoredRollout(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
         advantages=values.detach().to("cpu", torch.float64),  # one that learns a baseline may leave its graph on

@@ -14,6 +14,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method, trainer_of
 from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
 from gspo_lightning.rollout.engine import traits
+from gspo_lightning.screen import counted
 from gspo_lightning.training.callback_checks import check_callbacks
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
@@ -68,6 +69,18 @@ def check_caller(module: GSPOModule) -> None:
         )
 
 
+def check_frozen(module: GSPOModule) -> None:
+    """Refuses weights that were trained and are frozen now, of which the last values would be lost."""
+    now = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if lost := sorted(module.trained - now):
+        raise UserError(
+            f"{counted(len(lost), 'parameter that was trained is', 'parameters that were trained are')} frozen now, "
+            f"the first is {lost[0]}: checkpoints, engines and the export take frozen weights from the model's source; "
+            "set the learning rate of their group in the optimizer to 0 instead"
+        )
+    module.trained |= now
+
+
 def check_fit(module: GSPOModule) -> None:
     """Refuses, once the Trainer has made its optimizer, wrong settings of a user's own program."""
     trainer: Any = module.trainer  # Lightning does not declare all of its attributes
@@ -112,7 +125,6 @@ def _check_objective(module: GSPOModule) -> None:
         module.objective,
         num_iterations=update.num_iterations,
         num_minibatches=update.num_minibatches,
-        num_generations=max(2, sampling.num_generations),  # `check_sampling_of` asks about one
         ref_sync_every_n_rollouts=update.ref_sync_every_n_rollouts,
         ref_model_mixup_alpha=update.ref_model_mixup_alpha,
         has_adapter=module.policy.has_adapter,
