@@ -166,14 +166,15 @@ def test_a_program_ends_although_a_call_hangs():
 
 def test_calls_have_the_modes_of_the_callers_thread():
     def modes():
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), kind
 
     threads = Threads(2)
-    with torch.no_grad():
-        assert threads.submit(modes).result() == modes() == (False, False)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert threads.submit(modes).result() == modes() == (False, False, torch.float16)
     with torch.inference_mode():
-        assert threads.submit(modes).result() == modes() == (False, True)
-    assert threads.submit(modes).result() == modes() == (True, False)
+        assert threads.submit(modes).result() == modes() == (False, True, None)
+    assert threads.submit(modes).result() == modes() == (True, False, None)
 
 
 def test_threads_end_with_the_object():

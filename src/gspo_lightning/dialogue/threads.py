@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -88,14 +89,19 @@ def _end(calls: _Calls, count: int) -> None:
 
 
 def _as_here(call: Callable[[], T]) -> Callable[[], T]:
-    """The call with the GPU and the gradient mode of this thread, which a new one has not."""
+    """The call with the GPU, the gradient mode and the autocast of this thread, which a new one has not."""
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
 
     def there() -> T:
         if device is not None:
             torch.cuda.set_device(device)
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, dtype in dtypes.items():
+                stack.enter_context(torch.autocast(kind, dtype))
             return call()
 
     return there
