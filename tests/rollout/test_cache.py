@@ -78,12 +78,11 @@ def test_each_row_attends_to_its_prompt_and_its_own_tokens_while_others_leave(
     # The second prompt loses all its rows, the others some, at different times.
     leaving = {1: {3}, 2: {0, 8}, 3: {4, 5}, 4: {1, 6}}
     for step in range(STEPS):
-        layout = cache.layout()
         for layer in range(2):
             query = random(len(rows), HEADS, 1, SIZE)
             with mixed:
                 key, value = cache.update(*(random(len(rows), KV_HEADS, 1, SIZE) for _ in range(2)), layer)
-                out = layout.attend(query, key, value, scaling=0.4, window=window, sinks=sinks)
+                out = cache.attend(query, key, value, scaling=0.4, window=window, sinks=sinks)
             assert out.dtype == dtype
             for number, row in enumerate(rows):
                 own = seen[layer, row]
@@ -114,7 +113,7 @@ def test_prompts_are_dropped_when_half_of_them_have_no_rows():
     assert len(cache.prompts[0][0]) == 2
     query, own_key, own_value = (torch.randn(2, n, 1, SIZE, generator=generator).double() for n in (HEADS, 2, 2))
     states = cache.update(own_key, own_value, 0)
-    out = cache.layout().attend(query, *states, scaling=0.4, window=None, sinks=None)
+    out = cache.attend(query, *states, scaling=0.4, window=None, sinks=None)
     ends = torch.tensor(lengths).cumsum(0).tolist()
     for number, row in enumerate(kept.tolist()):
         span = slice(ends[row // 2] - lengths[row // 2], ends[row // 2])
@@ -159,7 +158,7 @@ def test_short_prompts_beside_long_ones_see_no_padding():
     cache = BlockCache(prefill, lengths, 1, 2)
     query, own_key, own_value = (torch.randn(2, n, 1, SIZE, generator=generator) for n in (HEADS, KV_HEADS, KV_HEADS))
     cache.update(own_key, own_value, 0)
-    out = cache.layout().attend(query, own_key, own_value, scaling=0.4, window=None, sinks=None)
+    out = cache.attend(query, own_key, own_value, scaling=0.4, window=None, sinks=None)
     keys, values = (torch.cat([x[0, :, 1100:], own[1]], dim=1) for x, own in ((key, own_key), (value, own_value)))
     assert torch.allclose(out[1, :, 0], reference(query[1, :, 0], keys, values, 0.4, None, None), atol=1e-6)
 
@@ -180,6 +179,6 @@ def test_layers_may_differ_in_their_query_heads():
     own = torch.ones(3, KV_HEADS, 1, SIZE)
     for layer, heads in enumerate((6, 8)):
         cache.update(own, own, layer)
-        out = cache.layout().attend(torch.zeros(3, heads, 1, SIZE), own, own, scaling=1.0, window=None, sinks=None)
+        out = cache.attend(torch.zeros(3, heads, 1, SIZE), own, own, scaling=1.0, window=None, sinks=None)
         # Five zeros and a one, all looked at alike.
         assert torch.allclose(out, torch.full((3, heads, 1, SIZE), 1 / 6), atol=1e-6)

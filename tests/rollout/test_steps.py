@@ -103,9 +103,6 @@ def test_a_graph_is_recorded_after_the_first_step_and_again_when_a_quarter_of_it
         def advance(self):
             self.steps += 1
 
-        def layout(self):
-            return None
-
     def hidden_states(tokens, positions, layout, past_key_values):
         return (100 * tokens + positions)[..., None].float()
 

@@ -133,10 +133,6 @@ class BlockCache(Cache):
             self._move_together()
         return kept
 
-    def layout(self) -> BlockCache:
-        """The object that computes the attention of the next token."""
-        return self
-
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
     ) -> Tensor:

@@ -111,11 +111,47 @@ class DecodeCache(Cache):
         self._arrange()
         return kept
 
-    def layout(self) -> DecodeLayout:
-        """The object that computes the attention of the next token."""
-        return DecodeLayout(self)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
+    ) -> Tensor:
+        """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)`` and the prompts -> ``(R, heads, 1, D)``.
 
-    def by_prompt(self, x: Tensor) -> Tensor:
+        A prompt's keys are one operand for all rows that continue it ("cascade" or "Hydragen" attention, arXiv
+        2402.05099). The query heads that share a key head are treated as several queries, so keys are never repeated.
+        Scores and sums are in float32 or wider, computed from numbers in the dtype of the products.
+        """
+        grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
+        reach = None if window is None else max(0, window - key.shape[2])
+        near = slice(None) if window is None else slice(-window, None)
+        with torch.autocast(query.device.type, enabled=False):
+            out = self._products(grouped, key[:, :, near], value[:, :, near], reach, scaling, sinks)
+        return out.to(query.dtype).reshape(query.shape)
+
+    def _products(
+        self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
+    ) -> Tensor:
+        """One softmax over the scores of prompts and drawn tokens, by plain batched products."""
+        rows, kv_heads = query.shape[:2]
+        wide = torch.promote_types(query.dtype, torch.float32)
+
+        def operand(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).to(wide)
+
+        prompt_key, prompt_value, padding = self._seen_of_prompts(reach)
+        scaled = query.to(wide) * scaling
+        to_prompts = torch.bmm(self._by_prompt(scaled), operand(prompt_key).mT)
+        if padding is not None:
+            to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
+        to_drawn = torch.bmm(operand(scaled), operand(key).mT).unflatten(0, (rows, kv_heads))
+        scores = [self._by_row(to_prompts, kv_heads), to_drawn]
+        if sinks is not None:
+            scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))
+        weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
+        to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
+        out = self._by_row(torch.bmm(self._by_prompt(to_prompts), operand(prompt_value)), kv_heads)
+        return torch.baddbmm(operand(out), operand(to_drawn), operand(value)).view(query.shape)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
         """``(R, kv_heads, repeats, E)`` -> ``(n * kv_heads, most * repeats, E)``: one block per prompt and key head."""
         (_, kv_heads, repeats, size), prompts = x.shape, len(self.prompts[0][0])
         if self._places is not None:
@@ -125,13 +161,13 @@ class DecodeCache(Cache):
         x = x.view(prompts, self._most, kv_heads, repeats, size).transpose(1, 2)
         return x.reshape(prompts * kv_heads, self._most * repeats, size)
 
-    def by_row(self, x: Tensor, kv_heads: int) -> Tensor:
-        """The inverse of `by_prompt`."""
+    def _by_row(self, x: Tensor, kv_heads: int) -> Tensor:
+        """The inverse of `_by_prompt`."""
         x = x.view(len(x) // kv_heads, kv_heads, self._most, x.shape[1] // self._most, x.shape[2])
         x = x.transpose(1, 2).flatten(0, 1)
         return x if self._places is None else x[self._places]
 
-    def seen_of_prompts(self, reach: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _seen_of_prompts(self, reach: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values ``(n, kv_heads, P, D)`` of the current layer, and a mask term for padding ``(n, 1, 1, P)``.
 
         Args:
@@ -162,55 +198,6 @@ class DecodeCache(Cache):
         places = self.prompt_of_row * self._most + number
         in_order = torch.equal(places, torch.arange(of_prompt.shape[1] * self._most, device=places.device))
         self._places: Tensor | None = None if in_order else places
-
-
-class DecodeLayout:
-    """One new token per row attends to its prompt and to what its row has drawn.
-
-    A prompt's keys are one operand for all rows that continue it ("cascade" or "Hydragen" attention, arXiv
-    2402.05099). The query heads that share a key head are treated as several queries, so keys are never repeated.
-    """
-
-    def __init__(self, cache: DecodeCache) -> None:
-        self.cache = cache
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
-    ) -> Tensor:
-        """``query`` ``(R, heads, 1, D)`` against ``(R, kv_heads, slots, D)`` and the prompts -> ``(R, heads, 1, D)``.
-
-        Scores and sums are in float32 or wider, computed from numbers in the dtype of the products.
-        """
-        grouped = query.to(product_dtype(query)).view(len(query), key.shape[1], -1, query.shape[3])
-        reach = None if window is None else max(0, window - key.shape[2])
-        near = slice(None) if window is None else slice(-window, None)
-        with torch.autocast(query.device.type, enabled=False):
-            out = self._products(grouped, key[:, :, near], value[:, :, near], reach, scaling, sinks)
-        return out.to(query.dtype).reshape(query.shape)
-
-    def _products(
-        self, query: Tensor, key: Tensor, value: Tensor, reach: int | None, scaling: float, sinks: Tensor | None
-    ) -> Tensor:
-        """One softmax over the scores of prompts and drawn tokens, by plain batched products."""
-        rows, kv_heads = query.shape[:2]
-        wide = torch.promote_types(query.dtype, torch.float32)
-
-        def operand(x: Tensor) -> Tensor:
-            return x.flatten(0, 1).to(wide)
-
-        prompt_key, prompt_value, padding = self.cache.seen_of_prompts(reach)
-        scaled = query.to(wide) * scaling
-        to_prompts = torch.bmm(self.cache.by_prompt(scaled), operand(prompt_key).mT)
-        if padding is not None:
-            to_prompts.unflatten(0, (-1, kv_heads)).add_(padding)
-        to_drawn = torch.bmm(operand(scaled), operand(key).mT).unflatten(0, (rows, kv_heads))
-        scores = [self.cache.by_row(to_prompts, kv_heads), to_drawn]
-        if sinks is not None:
-            scores.append(sinks.to(wide).view(kv_heads, -1, 1).expand(rows, -1, -1, 1))
-        weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1)
-        to_prompts, to_drawn = weights.split([x.shape[-1] for x in scores], dim=-1)[:2]
-        out = self.cache.by_row(torch.bmm(self.cache.by_prompt(to_prompts), operand(prompt_value)), kv_heads)
-        return torch.baddbmm(operand(out), operand(to_drawn), operand(value)).view(query.shape)
 
 
 def moves(alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:

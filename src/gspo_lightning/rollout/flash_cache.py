@@ -97,10 +97,6 @@ class FlashCache(Cache):
             self._fit()
         return kept
 
-    def layout(self) -> FlashCache:
-        """The object that computes the attention of the next token."""
-        return self
-
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None, sinks: Tensor | None
     ) -> Tensor:

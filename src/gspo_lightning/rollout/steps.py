@@ -87,7 +87,7 @@ class Steps:
         return hidden
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.policy.hidden_states(tokens, positions, self.cache.layout(), past_key_values=self.cache)
+        hidden = self.policy.hidden_states(tokens, positions, self.cache, past_key_values=self.cache)
         return hidden[:, -1]
 
 
