@@ -59,7 +59,40 @@ class Server:
 
     def post(self, path: str, body: Any, timeout_s: float, *, is_json: bool = True) -> Any:
         """Sends JSON, returns JSON; None for an empty answer, or without ``is_json``: then only its status counts."""
-        return self._exchange("POST", path, json.dumps(body).encode(), timeout_s, is_json)
+        content = json.dumps(body).encode()
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=min(timeout_s, 10.0))
+        with self._lock:
+            if self._aborted:
+                raise ServerError(f"{self.url}: not needed any more")
+            self._open[connection] = None
+        # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on the total.
+        start = time.monotonic()
+        alarm = threading.Timer(timeout_s, self._cut, [connection])
+        alarm.daemon = True
+        alarm.start()
+        try:
+            connection.connect()
+            with self._lock:  # an abort or the alarm during the connect had no socket to cut
+                if self._aborted:
+                    raise ServerError(f"{self.url}: not needed any more")
+                self._open[connection] = connection.sock
+            if time.monotonic() - start >= timeout_s:
+                raise TimeoutError
+            connection.sock.settimeout(timeout_s)
+            status, answer = self._send(connection, path, content)
+            if time.monotonic() - start >= timeout_s:  # a body without its end looks like a shorter one
+                raise TimeoutError
+        except (OSError, http.client.HTTPException) as error:
+            late = time.monotonic() - start >= timeout_s
+            why = f"no answer within {timeout_s:g} s" if late else visible(f"{type(error).__name__}: {error}")
+            raise ServerError(f"{self.url}{path}: {why}") from error
+        finally:
+            alarm.cancel()
+            with self._lock:
+                del self._open[connection]
+            connection.close()
+        return self._decode(path, status, answer, is_json)
 
     def abort(self) -> None:
         """Cuts off every exchange in progress and refuses new ones until `revive`: each raises `ServerError`."""
@@ -81,50 +114,11 @@ class Server:
             with contextlib.suppress(OSError):  # it has ended by itself
                 connected.shutdown(socket.SHUT_RDWR)
 
-    def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float, is_json: bool = True) -> Any:
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=min(timeout_s, 10.0))
-        with self._lock:
-            if self._aborted:
-                raise ServerError(f"{self.url}: not needed any more")
-            self._open[connection] = None
-        # A socket's timeout bounds each read; a server that answers a byte at a time needs a bound on the total.
-        start = time.monotonic()
-        alarm = threading.Timer(timeout_s, self._cut, [connection])
-        alarm.daemon = True
-        alarm.start()
-        try:
-            connection.connect()
-            with self._lock:  # an abort or the alarm during the connect had no socket to cut
-                if self._aborted:
-                    raise ServerError(f"{self.url}: not needed any more")
-                self._open[connection] = connection.sock
-            if time.monotonic() - start >= timeout_s:
-                raise TimeoutError
-            connection.sock.settimeout(timeout_s)
-            status, answer = self._send(connection, method, path, body)
-            if time.monotonic() - start >= timeout_s:  # a body without its end looks like a shorter one
-                raise TimeoutError
-        except (OSError, http.client.HTTPException) as error:
-            late = time.monotonic() - start >= timeout_s
-            why = f"no answer within {timeout_s:g} s" if late else visible(f"{type(error).__name__}: {error}")
-            raise ServerError(f"{self.url}{path}: {why}") from error
-        finally:
-            alarm.cancel()
-            with self._lock:
-                del self._open[connection]
-            connection.close()
-        return self._decode(path, status, answer, is_json)
-
-    def _send(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
-    ) -> tuple[int, bytes]:
-        headers = {"Accept": "application/json"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
+    def _send(self, connection: http.client.HTTPConnection, path: str, body: bytes) -> tuple[int, bytes]:
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        connection.request(method, self._parts.path.rstrip("/") + path, body=body, headers=headers)
+        connection.request("POST", self._parts.path.rstrip("/") + path, body=body, headers=headers)
         response = connection.getresponse()
         return response.status, response.read(_MAX_ANSWER_BYTES)
 
