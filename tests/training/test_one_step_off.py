@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import io
@@ -297,7 +296,7 @@ def test_the_weights_that_sampled_are_restored_where_the_policy_is_by_then(micro
     """Lightning loads a checkpoint before it moves the module to its device."""
     policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
     before = OneStepOff(Elsewhere())
-    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    before.launch(policy, PROMPTS, sampling, 3)
     ahead = OneStepOff(Elsewhere())
     ahead.load_state_dict(before.state_dict())
     policy.to("meta")
@@ -310,7 +309,7 @@ def test_a_lost_rollout_that_cannot_be_had_again_is_recorded_again(micro_model_d
     """Saved before it is asked for, as after a failed validation, and after a failed second attempt."""
     policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
     before = OneStepOff(Elsewhere(fail_at=0))
-    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    before.launch(policy, PROMPTS, sampling, 3)
     saved = before.state_dict()
     began_with = torch.cat([p.detach().flatten() for p in policy.parameters()])
     with torch.no_grad():
@@ -350,7 +349,7 @@ def test_a_rollout_of_an_earlier_run_is_waited_for_and_forgotten(micro_model_dir
 
     engine.generate = slowly  # type: ignore[method-assign]
     ahead = OneStepOff(engine)
-    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    ahead.launch(policy, PROMPTS, sampling, 3)
     threading.Timer(0.2, release.set).start()
     ahead.load_state_dict({})
     assert ended == [True]
@@ -366,7 +365,7 @@ def test_a_rollout_of_an_earlier_run_is_waited_for_and_forgotten(micro_model_dir
 def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kept, micro_model_dir):
     policy, sampling, seed = micro_policy(micro_model_dir), SamplingParams(4, 6), changes.get("seed", 3)
     before, buffer = OneStepOff(Elsewhere()), io.BytesIO()
-    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    before.launch(policy, PROMPTS, sampling, 3)
     torch.save(before.state_dict(), buffer)
     buffer.seek(0)
     engine = Elsewhere()
@@ -378,7 +377,7 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
     assert (ahead.is_stale, len(engine.calls)) == (kept, 0 if kept else 1)
     with warnings.catch_warnings(record=True) as lines:
         warnings.simplefilter("always")
-        ahead.launch(policy, PROMPTS, asked, seed + 1, contextlib.nullcontext)
+        ahead.launch(policy, PROMPTS, asked, seed + 1)
     said = [str(line.message) for line in lines if "was sampled ahead, by the run" in str(line.message)]
     assert len(said) == (0 if kept else 1) and all(
         line.endswith("is dropped: it is not of the seed, prompts and sampling settings that came next")
@@ -391,7 +390,7 @@ def test_a_pending_rollout_of_other_settings_is_dropped_with_a_line(changes, kep
 def test_a_pending_rollout_is_not_handed_out_for_other_prompts_under_the_same_uids(edit, micro_model_dir):
     policy, sampling, engine = micro_policy(micro_model_dir), SamplingParams(2, 6), Elsewhere()
     ahead = OneStepOff(engine)
-    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    ahead.launch(policy, PROMPTS, sampling, 3)
     one, other = PROMPTS
     edited = [replace(one, input_ids=one.input_ids.flip(0)), other]
     if edit != "other tokens":
@@ -406,7 +405,7 @@ def test_a_pending_rollout_is_not_handed_out_for_other_prompts_under_the_same_ui
 def test_a_pending_rollout_took_as_long_as_the_checkpoint_says(micro_model_dir):
     policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
     before = OneStepOff(Elsewhere())
-    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    before.launch(policy, PROMPTS, sampling, 3)
     state = before.state_dict()
     assert state["seconds"] > 0.001
     ahead = OneStepOff(Elsewhere())
@@ -418,7 +417,7 @@ def test_a_pending_rollout_took_as_long_as_the_checkpoint_says(micro_model_dir):
 def test_a_lost_rollout_takes_as_long_as_the_second_attempt(micro_model_dir):
     policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
     before = OneStepOff(Elsewhere(fail_at=0))
-    before.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    before.launch(policy, PROMPTS, sampling, 3)
     engine, state = Elsewhere(), before.state_dict() | {"seconds": 99.0}
     sample = engine.generate
 
@@ -456,7 +455,7 @@ def test_other_sampling_waits_for_the_pending_rollout_and_leaves_it(micro_model_
 
     engine.generate = alone  # type: ignore[method-assign]
     ahead = OneStepOff(engine)
-    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    ahead.launch(policy, PROMPTS, sampling, 3)
     between = ahead.generate(policy, PROMPTS, SamplingParams(1, 6), 9)
     assert [len(group) for group in between.completions] == [1, 1] and not ahead.is_stale
     assert ahead.generate(policy, PROMPTS, sampling, 3).completions and ahead.is_stale
@@ -468,7 +467,7 @@ def test_a_rollout_ahead_that_failed_is_said_to_whoever_asks_next_and_stays(micr
     """A validation in between: what failed would fail again, and its checkpoint has to know of it."""
     policy, sampling = micro_policy(micro_model_dir), SamplingParams(2, 6)
     ahead = OneStepOff(Elsewhere(fail_at=0))
-    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    ahead.launch(policy, PROMPTS, sampling, 3)
     with pytest.raises(EngineUnavailableError, match="nobody is left"):
         ahead.generate(policy, PROMPTS, SamplingParams(1, 6), 9)
     assert ahead.state_dict()["completions"] is None
@@ -494,7 +493,7 @@ def test_a_copy_has_the_pending_rollout_and_its_weights(micro_model_dir):
     """As `EMAWeightAveraging` copies a module whose run was stopped and goes on in the same process."""
     policy, sampling, engine = micro_policy(micro_model_dir), SamplingParams(2, 6), Elsewhere()
     ahead = OneStepOff(engine)
-    ahead.launch(policy, PROMPTS, sampling, 3, contextlib.nullcontext)
+    ahead.launch(policy, PROMPTS, sampling, 3)
     copied = copy.deepcopy(ahead)
     ours, theirs = (one.generate(policy, PROMPTS, sampling, 3).completions for one in (ahead, copied))
     assert [[c.token_ids.tolist() for c in g] for g in ours] == [[c.token_ids.tolist() for c in g] for g in theirs]
@@ -520,7 +519,7 @@ def test_a_layer_that_is_trained_later_has_a_copy_from_then_on(micro_model_dir):
     late, *_ = policy.parameters()
     late.requires_grad_(False)
     for seed in range(2):
-        ahead.launch(policy, prompts, SamplingParams(2, 3), seed, contextlib.nullcontext)
+        ahead.launch(policy, prompts, SamplingParams(2, 3), seed)
         ahead.generate(policy, prompts, SamplingParams(2, 3), seed)
         late.requires_grad_(True)
     before = late.detach().clone()
@@ -544,7 +543,7 @@ def test_the_copy_is_made_once_and_then_overwritten(micro_model_dir):
     for seed in range(2):
         with torch.no_grad():
             next(policy.parameters()).add_(1.0)
-        ahead.launch(policy, prompts, SamplingParams(2, 3), seed, contextlib.nullcontext)
+        ahead.launch(policy, prompts, SamplingParams(2, 3), seed)
         ahead.generate(policy, prompts, SamplingParams(2, 3), seed)
         copies.append(ahead.behaviour)
     assert copies[0] is copies[1]
@@ -606,11 +605,10 @@ def test_the_thread_that_samples_ahead_has_the_autocast_and_leaves_the_dtype_of_
 def test_the_thread_that_samples_ahead_has_the_gpu_of_its_rank(micro_model_dir, monkeypatch):
     """In a new thread the current GPU is the first one, on any rank."""
     chosen = []
-    monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
-    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: chosen.append((threading.current_thread().name, gpu)))
     policy, ahead = micro_policy(micro_model_dir), OneStepOff(Elsewhere(scripted=True))
-    monkeypatch.setattr(type(policy), "device", torch.device("cuda:1"))
-    ahead.launch(policy, scripted_prompts(), SamplingParams(2, 3), 3, contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    ahead.launch(policy, scripted_prompts(), SamplingParams(2, 3), 3)
     ahead._pending.join()
-    assert chosen == [("rollout ahead", torch.device("cuda:1"))]
+    assert chosen == [("rollout ahead", 1)]

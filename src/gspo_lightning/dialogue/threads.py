@@ -38,7 +38,7 @@ class Threads:
         """The result of the call, or the exception that it raised; with one thread it is there when this returns."""
         future: Future[T] = Future()
         if self._count > 1:
-            self._queue().put((future, _as_here(call)))
+            self._queue().put((future, as_here(call)))
             return future
         try:
             future.set_result(call())
@@ -88,11 +88,16 @@ def _end(calls: _Calls, count: int) -> None:
         calls.put(None)
 
 
-def _as_here(call: Callable[[], T]) -> Callable[[], T]:
-    """The call with the GPU, the gradient mode and the autocast of this thread, which a new one has not."""
+def as_here(call: Callable[[], T]) -> Callable[[], T]:
+    """The call with the GPU, the gradient mode and the autocast of this thread, which a new one has not.
+
+    Not with the dtype of new tensors, which bf16-true and 64-true set for all threads: one that leaves their context
+    after another has left it would put its own dtype back for good.
+    """
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     dtypes = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+    caches = torch.is_autocast_cache_enabled()
 
     def there() -> T:
         if device is not None:
@@ -101,7 +106,7 @@ def _as_here(call: Callable[[], T]) -> Callable[[], T]:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
             for kind, dtype in dtypes.items():
-                stack.enter_context(torch.autocast(kind, dtype))
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=caches))
             return call()
 
     return there

@@ -16,13 +16,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gspo_lightning.dialogue.threads import as_here
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing.compiling import allow_graphs
 from gspo_lightning.policy.model import Policy
@@ -91,14 +91,7 @@ class OneStepOff:
         if self._pending is not None:
             self._pending.sampling = None
 
-    def launch(
-        self,
-        policy: Policy,
-        prompts: list[Prompt],
-        sampling: SamplingParams,
-        seed: int,
-        context: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
+    def launch(self, policy: Policy, prompts: list[Prompt], sampling: SamplingParams, seed: int) -> None:
         """Begins the next rollout, from the current weights, in a thread.
 
         A pending rollout that training did not request is dropped with a warning: it comes from a checkpoint with
@@ -109,7 +102,6 @@ class OneStepOff:
             prompts: of the next rollout.
             sampling: of training.
             seed: of the next rollout.
-            context: what forwards run in and a new thread does not inherit, see `same_autocast`.
         """
         if self._pending is not None:
             warnings.warn(
@@ -123,15 +115,13 @@ class OneStepOff:
         assert behaviour is not None
 
         def generate() -> list[list[Completion]]:
-            if behaviour.device.type == "cuda":  # a new thread has the first GPU, on any rank
-                torch.cuda.set_device(behaviour.device)
             if any(module._compiled_call_impl is not None for module in behaviour.modules()):
                 allow_graphs()  # in this thread
-            with torch.no_grad(), context():
+            with torch.no_grad():
                 return self.engine.generate(behaviour, prompts, sampling, seed).completions
 
         self._pending = _Pending(_key(prompts, sampling, seed), sampling)
-        self._pending.start(generate)
+        self._pending.start(as_here(generate))
 
     def close(self) -> None:
         """Closes the engine; a rollout under way is not waited for."""
@@ -195,24 +185,6 @@ class OneStepOff:
         sampling = SamplingParams(**state["sampling"]) if state["sampling"] else None
         self._pending = _Pending(tuple(state["key"]), sampling, state["seconds"])
         self._pending.value = None if groups is None else [[Completion(**c) for c in group] for group in groups]
-
-
-def same_autocast() -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the context of this thread's autocast, for another thread.
-
-    The precisions bf16-true and 64-true set the dtype of new tensors, for all threads: one that leaves their context
-    after another has left it would put its own dtype back for good.
-    """
-    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
-    caches = torch.is_autocast_cache_enabled()
-
-    def context() -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        for kind, dtype in dtypes.items():
-            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=caches))
-        return stack
-
-    return context
 
 
 class _Pending:

@@ -19,7 +19,6 @@ from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.screen import counted
 from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
-from gspo_lightning.training.one_step_off import same_autocast
 from gspo_lightning.training.out_of_memory import memory_for
 from gspo_lightning.training.prompt_source import needed_source
 from gspo_lightning.training.sampling_change import say_begins_later
@@ -230,5 +229,4 @@ def sample_ahead(module: GSPOModule) -> None:
         source.batch_at(module.batch_in_hand.cursor).prompts,
         module.sampling,
         rollout_seed(module.seed, module.rollouts_done + 1),
-        same_autocast(),
     )
