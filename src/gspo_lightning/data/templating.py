@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.data.columns import checked_prompt
 from gspo_lightning.dialogue.functions import template_tools
-from gspo_lightning.dialogue.template import REFUSALS
+from gspo_lightning.dialogue.template import REFUSALS, rendered
 from gspo_lightning.errors import UserError
 from gspo_lightning.types import Messages, Prompt
 
@@ -108,8 +108,8 @@ def _reads_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase, templat
         {**message, "content": message["content"][:-1] + last} if _is_text_in_parts(message) else message
         for message in messages
     ]
-    rendered = _rendered(marked, tokenizer, template_kwargs)
-    return rendered is not None and _MARK in rendered and not _WRITTEN_OUT.search(rendered)
+    text = rendered(tokenizer, marked, template_kwargs)
+    return _MARK in text and not _WRITTEN_OUT.search(text)
 
 
 def refuse_surrogates(prompt: str | Messages, where: str) -> None:
@@ -194,21 +194,13 @@ def _check_tools(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, 
     user = {"role": "user", "content": "."}
     # Some templates show tools only if there is a system message.
     pairs = [
-        [_rendered(talk, tokenizer, {**template_kwargs, "tools": tools}) for tools in (template_kwargs["tools"], None)]
+        [rendered(tokenizer, talk, {**template_kwargs, "tools": tools}) for tools in (template_kwargs["tools"], None)]
         for talk in ([user], [{"role": "system", "content": "."}, user])
     ]
     # A template that refuses both wants other messages: the prompts show whether it takes them.
-    tried = [shown == hidden for shown, hidden in pairs if shown is not None]
+    tried = [shown == hidden for shown, hidden in pairs if shown]
     if tried and all(tried):
         raise UserError(
             "data.chat_template_kwargs.tools: the model's chat template shows no tools; use a model whose template "
             "does, such as Qwen3 or Llama 3.1"
         )
-
-
-def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> str | None:
-    """The text of the conversation; None if the template refuses it."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs))
-    except REFUSALS:
-        return None

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.dialogue import calls
 from gspo_lightning.dialogue.calls import CallError, Schemas
-from gspo_lightning.dialogue.template import REFUSALS
+from gspo_lightning.dialogue.template import rendered
 from gspo_lightning.errors import UserError
 
 _KEY = "environment.call_form"
@@ -83,7 +83,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any],
                     f"{_KEY}: the model's chat template writes a call as {turn.strip()[:200]!r}, in none of the forms "
                     f"that are read; use another model, or name the form that your prompts ask for: {', '.join(FORMS)}"
                 )
-    asked = _rendered(tokenizer, [_QUESTION], template_kwargs)
+    asked = rendered(tokenizer, [_QUESTION], template_kwargs)
     for form in FORMS.values():
         if form.mark in asked:
             return form
@@ -112,20 +112,10 @@ def _turn_of(
     template_kwargs: dict[str, Any],
 ) -> str:
     """What the template writes as the words of the message; empty if it refuses it."""
-    plain = _rendered(tokenizer, [*before, {"role": "assistant", "content": _SAID}], template_kwargs)
+    plain = rendered(tokenizer, [*before, {"role": "assistant", "content": _SAID}], template_kwargs)
     header, _, end = plain.rpartition(_ASKED)[2].partition(_SAID)
-    turn = _rendered(tokenizer, [*before, message], template_kwargs).rpartition(_ASKED)[2]
+    turn = rendered(tokenizer, [*before, message], template_kwargs).rpartition(_ASKED)[2]
     return turn.removeprefix(header).removeprefix(header.rstrip()).removesuffix(end)
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]
-) -> str:
-    """The conversation as the template writes it; empty if it refuses it."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs))
-    except REFUSALS:
-        return ""
 
 
 def _reads(form: Form, turn: str) -> bool:

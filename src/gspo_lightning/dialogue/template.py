@@ -90,3 +90,11 @@ def _behind_turn(
         except TemplateError as error:
             refusal = error
     raise UserError(f"the chat template refuses a message of role {messages[0]['role']}: {refusal}") from refusal
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_kwargs: dict[str, Any]) -> str:
+    """The conversation as the template writes it; empty if it refuses it."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs))
+    except REFUSALS:
+        return ""
