@@ -95,7 +95,7 @@ def test_rows_of_all_lengths_and_windows_share_one_compiled_graph(monkeypatch):
     torch._dynamo.utils.counters.clear()
     # Without Triton the graph is captured and run as it is: what is compiled anew is the same as on a GPU.
     captured = torch.compile(flex_attention, dynamic=True, backend="eager")
-    monkeypatch.setattr("gspo_lightning.packing.flex._plain", captured)
+    monkeypatch.setattr("gspo_lightning.packing.flex.flex_attention", captured)
     graphs = []
     for prompt, completions, window in ((11, (4, 8, 1), None), (256, (127,) * 8, 5), (300, (), None), (128, (), 40)):
         common = prompt // 2 if window else 0

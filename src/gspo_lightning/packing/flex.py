@@ -46,7 +46,8 @@ def flex_shared_prefix_attention(
     for x in (query, key, value):
         # Else a number of blocks that happens to equal the number of heads is taken for it and compiled in.
         torch._dynamo.mark_static(x, [0, 1, 3])
-    out, aux = (_compiled() if query.is_cuda else _plain)(
+    kernel: Any = _compiled() if query.is_cuda else flex_attention
+    out, aux = kernel(
         query,
         key,
         value,
@@ -134,7 +135,3 @@ def _compiled() -> Callable[..., Any]:
     # Each dtype, gradient mode, autocast state and head size is a graph; beyond the default 8 all scores are computed.
     allow_graphs()
     return torch.compile(flex_attention, dynamic=True)
-
-
-def _plain(*args: Any, **kwargs: Any) -> Any:
-    return flex_attention(*args, **kwargs)
