@@ -99,7 +99,8 @@ class SharedPrefixLayout:
 
     def __post_init__(self) -> None:
         self.blocks = tuple(self._blocks())
-        self._positions = torch.tensor(self.position_list(), device=self.device)
+        self.positions = torch.tensor(self.position_list(), device=self.device)
+        """``(T,)`` position of every token inside its own sequence; every completion continues from its prompt."""
         self._segments = torch.tensor(self.segment_list(), device=self.device)
 
     @property
@@ -128,11 +129,6 @@ class SharedPrefixLayout:
             own = torch.arange(start, start + group.prompt_length - self.common)
             places.append(torch.cat([common, own]))
         return places
-
-    @property
-    def positions(self) -> Tensor:
-        """``(T,)`` position of every token inside its own sequence; every completion continues from its prompt."""
-        return self._positions
 
     def owners(self) -> tuple[Tensor, Tensor]:
         """Two ``(T,)`` tensors: the number of each token's prompt or completion, and the number of its prompt.
@@ -187,7 +183,7 @@ class SharedPrefixLayout:
     def _build_mask(self, block: AttentionBlock, window: int | None) -> Tensor:
         keys = torch.cat([torch.arange(*span, device=self.device) for span in block.key_spans])
         queries = torch.arange(*block.query, device=self.device)
-        return may_look(self._positions, self._segments, queries, keys, window)
+        return may_look(self.positions, self._segments, queries, keys, window)
 
 
 def may_look(positions: Any, segments: Any, queries: Any, keys: Any, window: int | None) -> Any:
