@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from gspo_lightning.packing import pack
+from gspo_lightning.packing import logits_logprobs, pack
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.padded import padded_logits
 from gspo_lightning.types import Prompt
@@ -143,12 +143,6 @@ def reference_logprobs(
 ) -> Tensor:
     """Log-probabilities of the completions from one right-padded row each, through the model's own head."""
     prompt, completions = prompt.to(policy.device), [completion.to(policy.device) for completion in completions]
-    logits = padded_logits(policy.base_model, prompt, completions, vision)
-    log_p = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    start = len(prompt) - 1
-    return torch.cat(
-        [
-            log_p[row, start : start + len(completion)].gather(1, completion[:, None]).squeeze(1)
-            for row, completion in enumerate(completions)
-        ]
-    )
+    logits = padded_logits(policy.base_model, prompt, completions, vision)[:, len(prompt) - 1 :]
+    rows = zip(logits, completions, strict=True)
+    return torch.cat([logits_logprobs(row[: len(completion)], completion)[0] for row, completion in rows])
