@@ -53,20 +53,15 @@ class PromptStream:
     def row_at(self, cursor: int) -> tuple[str, Row]:
         """The uid and the row at a position of the stream."""
         size = self.task.num_train_rows
-        index = cursor if size is None else self._order(self.epoch(cursor))[cursor % size]
+        index = cursor if size is None else self._order(cursor // size, size)[cursor % size]
         uid = f"{self.task.name}:train:{index}"
         return uid, train_row(self.task, index, uid)
 
-    def epoch(self, cursor: int) -> int:
-        """Passes over a finite task completed before this position; 0 for a task that never runs out."""
-        size = self.task.num_train_rows
-        return 0 if size is None else cursor // size
-
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int, size: int) -> list[int]:
         if epoch not in self._orders:
             self._orders.clear()
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._orders[epoch] = torch.randperm(self.task.num_train_rows or 0, generator=generator).tolist()
+            self._orders[epoch] = torch.randperm(size, generator=generator).tolist()
         return self._orders[epoch]
 
 
