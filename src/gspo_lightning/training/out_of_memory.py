@@ -118,11 +118,6 @@ def tokens_of(plan: MicroBatchPlan, scored: ScoredRollout, least_common: int) ->
     return common + own + sum(len(completion.token_ids) - 1 for completion in members)
 
 
-def completion_tokens(plan: MicroBatchPlan, scored: ScoredRollout) -> int:
-    """L of a micro-batch: its completion tokens whose log-probability is needed."""
-    return sum(scored.completions[part.group][n].num_trained for part in plan for n in part.completions)
-
-
 def cut(
     minibatch: Minibatch, tensors: list[list[Tensor] | None], index: int, scored: ScoredRollout, least_common: int
 ) -> tuple[Minibatch, list[list[Tensor] | None]]:
@@ -139,7 +134,7 @@ def cut(
     first, second = halved(plan[index], scored)
     tokens = tokens_of(plan[index], scored, least_common)
     say(f"out of memory in a micro-batch of {tokens} tokens: split in two, the gradient stays the same")
-    at = completion_tokens(first, scored)
+    at = sum(scored.completions[part.group][n].num_trained for part in first for n in part.completions)
     finer = replace(minibatch, plan=(*plan[:index], first, second, *plan[index + 1 :]))
     return finer, [x and [*x[:index], x[index][:at], x[index][at:], *x[index + 1 :]] for x in tensors]
 
