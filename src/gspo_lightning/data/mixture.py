@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gspo_lightning.data.stream import PromptStream, spaced, train_row, validation_rows
-from gspo_lightning.data.tasks import Row, Task
+from gspo_lightning.data.tasks import Endless, Row, Task
 from gspo_lightning.errors import UserError
 
 TASK_COLUMN = "task"
@@ -21,7 +21,7 @@ _FAR = 1_000_000_000_039
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Endless):
     """Rows of several tasks, interleaved so that every ``sum(weights)`` rows hold each task ``weight`` times.
 
     The row at an index is a function of (seed, index) alone: the proportions are exact, not random, also where rows are
@@ -51,11 +51,6 @@ class Mixture:
         for task, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
                 raise UserError(f"data.task.weights.{task}={weight!r} must be a whole number above 0")
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: a mixture never runs out."""
-        return None
 
     @property
     def task_names(self) -> tuple[str, ...]:

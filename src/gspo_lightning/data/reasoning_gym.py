@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from gspo_lightning.data.datamodule import OverlongPrompts, PromptDataModule
-from gspo_lightning.data.tasks import Row
+from gspo_lightning.data.tasks import Endless, Row
 from gspo_lightning.errors import UserError
 from gspo_lightning.rewards.functions import text_of
 
@@ -21,7 +21,7 @@ _TAGGED = re.compile(r"(?s).*<answer>(.*?)</answer>")
 
 
 @dataclass(frozen=True)
-class ReasoningGym:
+class ReasoningGym(Endless):
     """Rows of one reasoning-gym dataset (https://github.com/open-thought/reasoning-gym, Apache-2.0).
 
     Row i is a function of (seed, i). The held-out rows do not depend on ``seed``; a training row with the question of a
@@ -45,11 +45,6 @@ class ReasoningGym:
     def name(self) -> str:
         """Name of the task, part of every uid."""
         return f"reasoning_gym.{self.dataset}"
-
-    @property
-    def num_train_rows(self) -> None:
-        """None: the task never runs out."""
-        return None
 
     def train_row(self, index: int) -> Row:
         """An entry that is not held out."""
