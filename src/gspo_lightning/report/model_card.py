@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_lightning.objective.losses import LOSSES
+from gspo_lightning.report.summary import as_text
 from gspo_lightning.screen import counted
 
 LICENCE_NOTE = "The licence of the base model applies to this one."
@@ -40,7 +41,7 @@ def model_card(plain: dict[str, Any], summary: dict[str, Any], *, is_adapter: bo
         ("held-out reward", "val_reward"),
     ]
     table = [
-        f"| {label} | {_number(summary[f'{key}_before'])} | {_number(summary[f'{key}_after'])} |" for label, key in rows
+        f"| {label} | {as_text(summary[f'{key}_before'])} | {as_text(summary[f'{key}_after'])} |" for label, key in rows
     ]
     task = plain["data"]["task"]
     name = task.get("name") or task.get("_target_", "").rpartition(".")[2] if isinstance(task, dict) else str(task)
@@ -93,7 +94,3 @@ def _ratio(loss: str, level: str) -> str:
     """What the ratio is of, where a loss leaves the choice; that of ``vespo`` is of the sequence at level ``token``."""
     has_choice = loss not in LOSSES or len(LOSSES[loss].levels) > 1
     return f", importance ratio per {level}" if has_choice else ""
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"

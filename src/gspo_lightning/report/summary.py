@@ -133,8 +133,9 @@ def _best(summary: dict[str, Any], path: Path) -> str:
 
 def _change(before: float | None, after: float | None) -> str:
     gain = "" if before is None or after is None else f"  ({after - before:+.3f})"
-    return f"{_number(before)} -> {_number(after)}{gain}"
+    return f"{as_text(before)} -> {as_text(after)}{gain}"
 
 
-def _number(value: float | None) -> str:
+def as_text(value: float | None) -> str:
+    """A reward as tables and cards show it."""
     return "not measured" if value is None else f"{value:.3f}"
