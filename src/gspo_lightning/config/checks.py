@@ -38,7 +38,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     export, model = plain["export"], plain["model"]
     check_push(export["push_to_hub"], exported=export["enabled"], private=export["private"])
     check_quantization(model.get("quantization"), model.get("lora"))
-    refuse_merging(bool(model.get("quantization")), (plain["rollout"]["engine"] or {}).get("lora_sync"))
+    refuse_merging(bool(model.get("quantization")), plain["rollout"]["engine"].get("lora_sync"))
     check_targets(plain)
     check_module(plain["module"])
     check_trainer(plain["trainer"])
@@ -229,7 +229,7 @@ def _report(plain: dict[str, Any]) -> None:
         ref_sync_every_n_rollouts=plain["update"]["ref_sync_every_n_rollouts"],
         ref_model_mixup_alpha=plain["update"]["ref_model_mixup_alpha"],
         has_adapter=bool(plain["model"].get("lora")),
-        staleness=(plain["rollout"]["engine"] or {}).get("staleness", 0),
+        staleness=plain["rollout"]["engine"].get("staleness", 0),
         keep_zero_advantage=plain["update"]["keep_zero_advantage"],
         old_logprobs=plain["update"].get("old_logprobs", "policy"),
         max_completion_length=plain["rollout"]["max_completion_length"],

@@ -84,7 +84,7 @@ def check_sections(plain: dict[str, Any], used: Collection[str] = ()) -> None:
     """Refuses, in one line, an unknown or missing setting, a number that is not finite, or a value of the wrong type.
 
     Args:
-        plain: the resolved config. Nodes with a ``_target_`` are left to `config_types.check_calls`.
+        plain: the resolved config. Nodes with a ``_target_`` are left to `types.check_calls`.
         used: names at the root that interpolations refer to, such as a user's own variable.
     """
     root, elsewhere = _root()
@@ -241,8 +241,7 @@ def _check_finite(plain: dict[str, Any]) -> None:
         lifted = key in _MAY_BE_INFINITE and value == math.inf
         if isinstance(value, float) and not math.isfinite(value) and not lifted:
             raise UserError(f"{key}={value} must be a finite number")
-    engine = plain["rollout"]["engine"]
-    for name, value in (engine if isinstance(engine, dict) else {}).items():
+    for name, value in plain["rollout"]["engine"].items():
         if isinstance(value, float) and math.isnan(value):  # a wait may be endless, but this one would be by mistake
             raise UserError(f"rollout.engine.{name}={value} must be a number")
 
