@@ -157,9 +157,8 @@ class RowsTask:
         where = f"{self.validation_split or self._label} row {number}"
         row = as_mapping(self._validation_source[number], where)
         setting = "data.task.prompt_column" if self.template is None else "data.task.template"
-        images = {self.columns.get(name, name) for name in self.image_columns}
         for name in self._prompt_columns:
-            if name in images:
+            if name in self._keys.images:
                 images_of(row, name, where)
             else:
                 column_of(row, name, where, setting)
