@@ -187,11 +187,7 @@ def _fits(value: Any, schema: dict[str, Any]) -> bool:
         return any(_fits(value, choice) for choice in schema["anyOf"])
     if "enum" in schema and not any(value == choice and type(value) is type(choice) for choice in schema["enum"]):
         return False
-    return "type" not in schema or any(_TYPES.get(kind, _anything)(value) for kind in _kinds(schema))
-
-
-def _anything(value: Any) -> bool:
-    return True
+    return "type" not in schema or any(kind not in _TYPES or _TYPES[kind](value) for kind in _kinds(schema))
 
 
 def _kinds(schema: dict[str, Any]) -> list[str]:
