@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.dialogue.calls import CallError, check_arguments
 from gspo_lightning.dialogue.environment import Environments, OpenDialogue, Reply
 from gspo_lightning.dialogue.forms import FORMS, Form, form_of
-from gspo_lightning.dialogue.functions import NOT_TOOLS, Tool, by_name, found, schemas_of, template_tools
+from gspo_lightning.dialogue.functions import Tool, by_name, found, schemas_of, template_tools
 from gspo_lightning.dialogue.limited import LimitedTools
 from gspo_lightning.errors import UserError, check_time_limit
 from gspo_lightning.types import Prompt, ToolCounts
@@ -146,7 +146,6 @@ class ToolDialogue:
 
     def _own(self, method: str) -> list[Callable[..., Any]]:
         """That method of each object that has it."""
-        assert method in NOT_TOOLS
         owners = [thing for thing in self.things if not inspect.isroutine(thing)]
         return [getattr(owner, method) for owner in owners if hasattr(owner, method)]
 
