@@ -82,7 +82,7 @@ def _let_the_clip_act(prompts: int, result: Conversion) -> None:
     """Divides a rollout with one step, whose ratios would be exactly 1: TRL accepts that silently, we refuse it."""
     why = "one optimizer step per rollout, as written, makes every ratio exactly 1, so that no clip could ever act"
     if prompts > 1:
-        most = max(n for n in range(2, PAPER_MINIBATCHES + 1) if prompts % n == 0) if _divides(prompts) else prompts
+        most = max((n for n in range(2, PAPER_MINIBATCHES + 1) if prompts % n == 0), default=prompts)
         result.settings["update.num_minibatches"] = most
         result.added.append(
             f"update.num_minibatches={most}: {why}; of {prompts} prompts, each step sees {prompts // most}"
@@ -90,10 +90,6 @@ def _let_the_clip_act(prompts: int, result: Conversion) -> None:
     else:
         result.settings["update.num_iterations"] = 2
         result.added.append(f"update.num_iterations=2: {why}; one prompt per rollout cannot be divided")
-
-
-def _divides(prompts: int) -> bool:
-    return any(prompts % n == 0 for n in range(2, PAPER_MINIBATCHES + 1))
 
 
 def _optimizer(config: Config, result: Conversion, notes: Notes) -> None:
