@@ -17,7 +17,6 @@ _RENAMED = {
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8}
 """peft's, where ours differ."""
-_DROPOUT = "lora_dropout"
 _OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "use_dora": (False,), "modules_to_save": (None, []), "lora_bias": (False,),
     "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "layers_to_transform": (None,), "layers_pattern": (None,),
@@ -52,7 +51,7 @@ def adapter(given: dict[str, Any], result: Conversion, notes: Notes) -> None:
             if value is not None:
                 result.settings[f"model.lora.{_RENAMED[key]}"] = value
             notes[name] = ("same" if _RENAMED[key] == key else "renamed", f"model.lora.{_RENAMED[key]}")
-        elif key == _DROPOUT:
+        elif key == "lora_dropout":
             why = "0: dropout makes old and new log-probabilities differ by noise"
             notes[name] = ("better default" if value else "same", why)
         elif key in _NO_EFFECT or value in _OFF.get(key, ()):
