@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,6 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from gspo_lightning.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # a platform without it
-    fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
 _TRIES = 10
@@ -65,8 +61,7 @@ class RunLock:
     def _open(self) -> int:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is not None:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX allows both
             os.close(descriptor)
             raise UserError(
