@@ -67,13 +67,12 @@ def read_index(folder: Path) -> Metadata:
 def _lies_beside(place: Any) -> bool:
     """Whether torch reads a record from the same bytes as we do, without transforms."""
     try:
-        name, start, length = place.relative_path, place.offset, place.length
+        name, start, length, made = place.relative_path, place.offset, place.length, place.transform_descriptors
     except AttributeError:
         return False
     is_name = type(name) is str and name == Path(name).name
     has_room = type(start) is int and type(length) is int and min(start, length) >= 0
-    # Older versions of torch have no transforms; later ones would undo them before they unpickle.
-    return is_name and has_room and not getattr(place, "transform_descriptors", None)
+    return is_name and has_room and not made  # torch would undo transforms before it unpickles
 
 
 def is_whole_folder(folder: Path) -> bool:
