@@ -205,8 +205,4 @@ class _Runs:
         parts: list[Tensor] = []
         for start, end in spans:
             parts += self.runs[bisect_left(self.edges, start) : bisect_left(self.edges, end)]
-        return _concatenate(parts)
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
