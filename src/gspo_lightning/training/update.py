@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gspo_lightning.errors import UserError, check_choice
+from gspo_lightning.objective.ratios import sequence_mean
 from gspo_lightning.packing import MicroBatchPlan, PackedBatch, common_prefix, pack, plan_micro_batches
 from gspo_lightning.types import ScoredRollout
 
@@ -208,10 +209,8 @@ def sampler_mismatch(logprobs: Tensor, micro: MicroBatch) -> dict[str, tuple[Ten
     a sequence's mean difference: rounding alone moves ``log s_i`` by its root, the noise floor of the sequence ratio.
     """
     difference = logprobs.detach().double() - micro.sampler_logprobs.double()
-    lengths = micro.packed.lengths.double()
-    sequence = torch.zeros_like(lengths).index_add_(0, micro.packed.sequence_index, difference) / lengths
-    tokens, sequences = torch.tensor(len(difference)), torch.tensor(len(lengths))
+    sequence = sequence_mean(difference, micro.packed.sequence_index, micro.packed.lengths)
     return {
-        "sampler_mismatch/abs_mean": (difference.abs().sum(), tokens),
-        "gspo/ratio_noise_var": (sequence.square().sum(), sequences),
+        "sampler_mismatch/abs_mean": (difference.abs().sum(), torch.tensor(len(difference))),
+        "gspo/ratio_noise_var": (sequence.square().sum(), torch.tensor(len(sequence))),
     }
