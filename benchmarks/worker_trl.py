@@ -17,7 +17,7 @@ from gspo_lightning.policy.processor import load_processor
 
 
 class TimedTrainer(GRPOTrainer):
-    """The trainer as it is, with a clock around generation and around everything else of a step."""
+    """The trainer as it is, with a clock around generation."""
 
     clock = Clock()
     completion_tokens = 0
@@ -27,10 +27,6 @@ class TimedTrainer(GRPOTrainer):
             result = super()._generate(prompts)
         TimedTrainer.completion_tokens = sum(len(ids) for ids in result[1])
         return result
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.clock("step"):
-            return super().training_step(*args, **kwargs)
 
 
 def train(
@@ -101,7 +97,6 @@ def _close_steps(trainer: TimedTrainer, minibatches: int) -> None:
                 now = TimedTrainer.clock.now
                 for kind in ("wall_s", "cpu_s"):
                     now[f"update_{kind}"] = now.pop(f"whole_{kind}") - now[f"rollout_{kind}"]
-                    now.pop(f"step_{kind}", None)
                 TimedTrainer.clock.end_step(completion_tokens=TimedTrainer.completion_tokens)
 
     trainer.add_callback(Close())
