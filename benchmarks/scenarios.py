@@ -66,7 +66,7 @@ class Scenario:
 
     def as_dict(self) -> dict[str, Any]:
         """For the worker processes."""
-        return asdict(self)
+        return asdict(replace(self, bars=None))
 
 
 VISUAL_TOKENS = 258

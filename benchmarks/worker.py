@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -49,13 +48,10 @@ def wait_for_device() -> None:
 def job() -> tuple[Scenario, str, int]:
     """Scenario, model folder and number of steps, from the command line."""
     arguments = json.loads(sys.argv[1])
-    scenario = dict(arguments["scenario"])
-    scenario["bars"] = None
-    return Scenario(**scenario), arguments["model"], arguments["steps"]
+    return Scenario(**arguments["scenario"]), arguments["model"], arguments["steps"]
 
 
 def report(clock: Clock, **facts: Any) -> None:
     """Prints the result as the last line of standard output."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    threads = int(os.environ["OMP_NUM_THREADS"])
-    print("\n" + json.dumps({"steps": clock.steps, "peak_rss_gb": peak, "threads": threads, **facts}), flush=True)
+    print("\n" + json.dumps({"steps": clock.steps, "peak_rss_gb": peak, **facts}), flush=True)

@@ -75,7 +75,7 @@ def main() -> None:
     for entry in table:
         if MODELS[entry["model"]].vision is not None:
             text = 128  # a token per character: the question alone is about 100
-            entry["scenario"] = scenario_of(replace(TABLE, images=True, prompt_tokens=VISUAL_TOKENS + text))
+            entry["scenario"] = replace(TABLE, images=True, prompt_tokens=VISUAL_TOKENS + text).as_dict()
     if "table" in arguments.parts:
         measure("ours", "ours", sys.executable, table)
         if (peer := peer_python()) is not None:
@@ -117,15 +117,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def scenario_of(scenario: Scenario) -> Case:
-    """As the workers read it."""
-    return {**scenario.as_dict(), "bars": None}
-
-
 def case(model: str, scenario: Scenario, device: str, steps: int, **options: Any) -> Case:
     """One line of work for a worker; ``steps`` of it count."""
     steps += WARM_UP_STEPS
-    return {"model": model, "device": device, "steps": steps, "scenario": scenario_of(scenario), **options}
+    return {"model": model, "device": device, "steps": steps, "scenario": scenario.as_dict(), **options}
 
 
 def peer_python() -> str | None:
