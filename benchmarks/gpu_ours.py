@@ -58,17 +58,13 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     )
     TimedModule.clock.steps.clear()
     on_gpu = case["device"] == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     prompts = prompts_of(case, scenario, loader, steps)
     module = train(
         scenario, loader, prompts, steps, busy_tokens(on_gpu, narrow=True),
         engine=RandomEngine() if case.get("random") else None, accelerator="gpu" if on_gpu else "cpu",
     )  # fmt: skip
     assert module.policy is not None
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    facts = sizes(module.policy, prompts[-scenario.prompts :])
-    return {"steps": list(TimedModule.clock.steps), "peak_gb": peak, **facts}
+    return {"steps": list(TimedModule.clock.steps), **sizes(module.policy, prompts[-scenario.prompts :])}
 
 
 def main() -> None:

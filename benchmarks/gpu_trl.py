@@ -25,21 +25,17 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if scenario.images:
         rows = [{**row, "image": image(index)} for index, row in enumerate(rows)]
     dtype = torch.bfloat16 if architecture.lora else torch.float32
-    on_gpu = case["device"] == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     model = random_model(folder, dtype, case["device"], "sdpa")
     TimedTrainer.clock.steps.clear()
     TimedTrainer.clock.now.clear()
     train(
         scenario, model, load_processor(folder) if scenario.images else tokenizer, rows, steps,
-        use_cpu=not on_gpu, gradient_checkpointing=architecture.checkpointing,
+        use_cpu=case["device"] == "cpu", gradient_checkpointing=architecture.checkpointing,
         per_device_train_batch_size=scenario.generations, gradient_accumulation_steps=scenario.prompts,
         steps_per_generation=scenario.prompts,
         peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear") if architecture.lora else None,
     )  # fmt: skip
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    return {"steps": list(TimedTrainer.clock.steps), "peak_gb": peak}
+    return {"steps": list(TimedTrainer.clock.steps)}
 
 
 if __name__ == "__main__":

@@ -20,13 +20,17 @@ Case = dict[str, Any]
 def answer(run: Callable[[Case], Case]) -> None:
     """Runs the cases of the command line; one that fails says so and does not take the others with it."""
     for case in json.loads(sys.argv[1]):
+        on_gpu = case["device"] == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             result = run(case)
+            result["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         except Exception as error:  # noqa: BLE001 - it is printed, as the row of the table
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
         print("\n" + json.dumps({"case": case, **result}), flush=True)
         gc.collect()
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.empty_cache()
 
 
