@@ -119,10 +119,8 @@ def encode_conversation(
     template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
     for part in parts:
         _refuse_unknown_keys(part, str(template), where)
-    media = _Media(
-        [load_image(part.get("image"), f"{where}, image {n}") for n, part in enumerate(parts) if part not in videos],
-        [load_video(part, f"{where}, video {n}") for n, part in enumerate(videos)],
-    )
+    images = [load_image(p.get("image"), f"{where}, image {n}") for n, p in enumerate(parts) if p not in videos]
+    films = [load_video(part, f"{where}, video {n}") for n, part in enumerate(videos)]
     try:
         text = processor.tokenizer.apply_chat_template(
             messages,
@@ -134,11 +132,11 @@ def encode_conversation(
     except REFUSALS as error:
         raise UserError(f"{where}: the model's chat template rejects the prompt: {error}") from error
     # Gemma 3's template writes one token, which its processor expands to an image's whole run of placeholders.
-    _match(text, getattr(processor, "boi_token", processor.image_token), len(media.images), "image", where)
+    _match(text, getattr(processor, "boi_token", processor.image_token), len(images), "image", where)
     # Also without a video: the processor would look for the one of a token that is written in the text.
     if (token := getattr(processor, "video_token", None)) and token != processor.image_token:
         _match(text, token, len(videos), "video", where)
-    return _run(processor, text, media, settings, where)
+    return _run(processor, text, images, films, settings, where)
 
 
 def _refuse_unknown_keys(part: Mapping[str, Any], template: str, where: str) -> None:
@@ -167,12 +165,6 @@ _INSTEAD = {
 }
 
 
-@dataclass(frozen=True)
-class _Media:
-    images: list[PILImage]
-    videos: list[Video]
-
-
 def _match(text: str, placeholder: str, count: int, kind: str, where: str) -> None:
     if (found := text.count(placeholder)) != count:
         raise UserError(
@@ -186,16 +178,16 @@ _PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 
 
 def _run(
-    processor: Any, text: str, media: _Media, settings: VisionSettings, where: str
+    processor: Any, text: str, images: list[PILImage], videos: list[Video], settings: VisionSettings, where: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     kwargs: dict[str, Any] = {}
     if (bos := processor.tokenizer.bos_token) is not None and text.startswith(bos):
         kwargs["add_special_tokens"] = False  # the template wrote it (Gemma 3); the tokenizer would add a second one
     try:
-        if media.images:
-            kwargs |= _image_kwargs(processor, media.images, settings)
-        if media.videos:
-            kwargs |= _video_kwargs(processor, media.videos, settings)
+        if images:
+            kwargs |= _image_kwargs(processor, images, settings)
+        if videos:
+            kwargs |= _video_kwargs(processor, videos, settings)
         output = dict(processor(text=[text], return_tensors="pt", **kwargs))
     except ValueError as error:  # such as an aspect ratio that no grid of patches has
         raise UserError(f"{where}: the image processor rejects an image or video ({error})") from error
