@@ -44,13 +44,11 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         check_choice("update.old_logprobs", self.old_logprobs, ("policy", "sampler"))
-        for key in ("num_iterations", "num_minibatches"):
+        for key in ("num_iterations", "num_minibatches", "max_nonfinite_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"update.{key}={getattr(self, key)} must be at least 1")
         if not self.max_grad_norm > 0:  # below 0 a gradient's sign would flip
             raise UserError(f"update.max_grad_norm={self.max_grad_norm} must be above 0 (inf: no clip)")
-        if self.max_nonfinite_steps < 1:
-            raise UserError(f"update.max_nonfinite_steps={self.max_nonfinite_steps} must be at least 1")
 
 
 def check_minibatches(prompts: int, minibatches: int, ranks: int) -> None:
