@@ -119,7 +119,7 @@ def test_a_rank_whose_starter_was_dead_before_the_watch_began_ends_too(asked, wa
 
 @pytest.mark.parametrize(
     ("by", "expected"),
-    [(None, [0.0, "killed"]), (0, [0.1, "killed"]), (1, [])],
+    [(None, ["killed"]), (0, [0.1, "killed"]), (1, [])],
     ids=["nobody", "another rank", "this rank, which ends by itself"],
 )
 def test_lightning_kills_a_rank_only_after_it_could_say_the_first_error(by, expected, watched, monkeypatch):
@@ -136,7 +136,7 @@ def test_lightning_kills_a_rank_only_after_it_could_say_the_first_error(by, expe
     watch = rank_watch.RankWatch(watched.folder, lambda: None)
     watch.stop()
     for _ in range(2):  # at every look
-        rank_watch._hold_back_lightning(watch._patience)
+        rank_watch.change_kill(watch._patient)
     if by is not None:
         note_of(by, watched.folder, monkeypatch)
     observer._terminate_all()

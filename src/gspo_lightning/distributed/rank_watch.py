@@ -8,7 +8,6 @@ module ends them.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import threading
@@ -52,7 +51,7 @@ class RankWatch:
 
     def _run(self) -> None:
         while not self._over.wait(POLL_S):
-            _hold_back_lightning(self._patience)
+            change_kill(self._patient)
             note = self._note()
             if (note is not None or self._is_orphan()) and not self._over.wait(GRACE_S):
                 self._end(note or self._note())
@@ -61,12 +60,22 @@ class RankWatch:
         note = first_error.read(self._folder)
         return None if note is None or note == self._before or first_error.is_own(note) else note
 
-    def _patience(self) -> float:
-        """Seconds that Lightning has to wait before it kills this rank; infinite if this rank has failed itself."""
-        note = first_error.read(self._folder)
-        if note is not None and note != self._before and first_error.is_own(note):
-            return math.inf
-        return 0.0 if self._note() is None else 2 * GRACE_S
+    def _patient(self, kill: Callable[[], None]) -> Callable[[], None]:
+        """Lightning's kill of a rank whose child rank failed, but not before that rank could print the error.
+
+        Without a note there is nothing to print, and it comes at once. A rank that has failed itself ends by itself,
+        which may take long: loggers upload what they have; and the other ranks watch too.
+        """
+
+        def wait_and_kill() -> None:
+            note = first_error.read(self._folder)
+            if note is not None and note != self._before and first_error.is_own(note):
+                return
+            if self._note() is not None:
+                time.sleep(2 * GRACE_S)
+            kill()
+
+        return wait_and_kill
 
     def _is_orphan(self) -> bool:
         return self._starter is not None and os.getppid() != self._starter
@@ -124,25 +133,3 @@ def _is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
     except OSError:  # no Linux, or gone by now
         return True
-
-
-def _hold_back_lightning(patience: Callable[[], float]) -> None:
-    """Delays Lightning's observer, which kills a rank whose child rank failed, until that rank could print the error.
-
-    Without a note there is nothing to print, and the observer acts at once. A rank that has failed itself ends by
-    itself, which may take long: loggers upload what they have; and the other ranks watch too.
-
-    Args:
-        patience: returns seconds to wait before the kill; infinite for no kill.
-    """
-    change_kill(lambda kill: _patient(kill, patience))
-
-
-def _patient(kill: Callable[[], None], patience: Callable[[], float]) -> Callable[[], None]:
-    def wait_and_kill() -> None:
-        seconds = patience()
-        if seconds < math.inf:
-            time.sleep(seconds)
-            kill()
-
-    return wait_and_kill
