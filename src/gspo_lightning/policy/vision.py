@@ -102,9 +102,8 @@ class Vision:
             if not prompt.mm_inputs:
                 return torch.arange(length + 1).expand(3, -1)
             types = prompt.mm_inputs["mm_token_type_ids"].view(1, -1)
-            grids = {k: v for k, v in prompt.mm_inputs.items() if k in ("image_grid_thw", "video_grid_thw")}
-            if "second_per_grid_ts" in prompt.mm_inputs:
-                grids["second_per_grid_ts"] = prompt.mm_inputs["second_per_grid_ts"]
+            names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+            grids = {name: value for name, value in prompt.mm_inputs.items() if name in names}
             positions, _ = self._body.get_rope_index(
                 torch.cat([prompt.input_ids, prompt.input_ids.new_zeros(1)])[None],
                 mm_token_type_ids=torch.cat([types, types.new_zeros(1, 1)], dim=1),
