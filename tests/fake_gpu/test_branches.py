@@ -14,6 +14,7 @@ from gspo_lightning.packing.flash import can_flash, flash_shared_prefix_attentio
 from gspo_lightning.packing.flex import can_flex, flex_shared_prefix_attention
 from gspo_lightning.policy.lean import lean_mlp, lean_norm, remade_norm
 from gspo_lightning.rollout.sampling import sample
+from gspo_lightning.rollout.vllm_settings import own_precision
 from gspo_lightning.types import SamplingParams
 from tests.fake_gpu.engine import backward
 from tests.fake_gpu.machine import GPU, fake_gpu, recorded
@@ -148,3 +149,12 @@ def test_drawing_waits_for_no_number(kind):
     seen = torch.empty(6, 1000, dtype=torch.bool, device=GPU)
     tokens, logprobs = sample(there(6, 1000), uniforms, SamplingParams(6, 4, **FILTERS[kind]), seen)
     assert facts(tokens) == ((6,), torch.long, GPU) and facts(logprobs) == ((6,), FP32, GPU)
+
+
+def test_what_vllm_makes_in_this_process_is_in_the_dtype_that_it_wants():
+    """It makes the angles of rotations by an einsum, which autocast narrows on a GPU, though on no CPU."""
+    positions, frequencies = torch.arange(300.0, device=GPU), torch.arange(8.0, device=GPU)
+    with torch.autocast("cuda", BF16):
+        assert torch.einsum("i,j -> ij", positions, frequencies).dtype == BF16
+        with own_precision():
+            assert torch.einsum("i,j -> ij", positions, frequencies).dtype == FP32

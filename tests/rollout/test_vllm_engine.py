@@ -178,6 +178,36 @@ def _raw_llm(original, model, **settings):
     return original(model, **{**settings, "logprobs_mode": "raw_logprobs"})
 
 
+def test_the_precision_of_the_trainer_does_not_act_on_vllm(policy, prompts, start, monkeypatch):
+    """On a GPU the angles of its rotations would be in bfloat16 (`tests/fake_gpu`), and products that name no dtype."""
+    import vllm
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    seen = []
+
+    def noting(function):
+        def call(*arguments, **named):
+            seen.append((function.__name__, torch.is_autocast_enabled("cpu"), torch.get_default_dtype()))
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(vllm.LLM, "__init__", noting(vllm.LLM.__init__))
+    monkeypatch.setattr(vllm.LLM, "enqueue", noting(vllm.LLM.enqueue))
+    monkeypatch.setattr(LLMEngine, "step", noting(LLMEngine.step))
+    monkeypatch.setattr(vllm_worker, "repack_cpu_linears", noting(vllm_worker.repack_cpu_linears))
+    engine = start(tolerance=1.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.generate(policy, prompts, SAMPLING, seed=0)
+            assert torch.is_autocast_enabled("cpu") and torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    names = ("__init__", "enqueue", "step", "repack_cpu_linears")
+    assert set(seen) == {(name, False, torch.float32) for name in names}
+
+
 @pytest.mark.parametrize(
     "tensor", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
 )

@@ -41,6 +41,7 @@ from gspo_lightning.rollout.vllm_settings import (
     engine_dtype,
     lora_settings,
     memory_settings,
+    own_precision,
     refusals_in_one_line,
     refuse_other_gpus,
     unsupported_in_one_line,
@@ -167,7 +168,8 @@ class VLLMEngine:
         """Takes one step, and from ``waiting`` the requests that it finishes: their numbers and completions."""
         if waiting and not self._llm.llm_engine.has_unfinished_requests():
             raise RuntimeError(f"vLLM has lost {len(waiting)} requests")  # else this would wait for them for ever
-        outputs = self._llm.llm_engine.step() if waiting else []
+        with own_precision():
+            outputs = self._llm.llm_engine.step() if waiting else []
         for output in filter(lambda output: output.finished, outputs):
             number, (prompt, _, _) = waiting.pop(output.request_id)
             yield number, completions_of(policy, prompt, output)
@@ -178,7 +180,8 @@ class VLLMEngine:
 
         params = [vllm.SamplingParams(**request_fields(policy, *request)) for request in requests.values()]
         inputs = [engine_input(prompt) for prompt, _, _ in requests.values()]
-        names = self._llm.enqueue(inputs, params, lora_request=self._lora, use_tqdm=False)
+        with own_precision():
+            names = self._llm.enqueue(inputs, params, lora_request=self._lora, use_tqdm=False)
         # vLLM returns names with a random end, which outputs do not have.
         return dict(zip((name.partition("-")[0] for name in names), requests.items(), strict=True))
 
@@ -218,7 +221,7 @@ class VLLMEngine:
         self.engine_dtype = engine_dtype(self.dtype, policy)
         adapter = policy.has_adapter and self.lora_sync == "adapter"
         settings = self._vision(policy) | (lora_settings(policy) if adapter else {})
-        with refusals_in_one_line(self.max_model_len):
+        with refusals_in_one_line(self.max_model_len), own_precision():
             self._llm = vllm.LLM(
                 resolve_model(self.model),
                 dtype=str(self.engine_dtype).removeprefix("torch."),
@@ -290,7 +293,8 @@ class VLLMEngine:
             self._send_adapter(policy)
         else:
             weights = partial(named_weights, policy, self.engine_dtype)
-            self._llm.collective_rpc("gspo_load_weights", args=(weights, str(self.syncs)))
+            with own_precision():
+                self._llm.collective_rpc("gspo_load_weights", args=(weights, str(self.syncs)))
         self._reset_caches()
 
     def _send_adapter(self, policy: Policy) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +71,25 @@ def engine_dtype(setting: str, policy: Policy) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return torch.float32 if policy.output_weight.dtype == torch.float64 else policy.output_weight.dtype
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Context of vLLM's own work, on which the precision of the trainer must not act.
+
+    Under a GPU's autocast the angles of its rotations would be products in bfloat16, in which neighbouring positions
+    above 256 are one; bf16-true would give another dtype to whatever it makes without naming one.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
