@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from peft.tuners.lora import Linear
 
-from gspo_lightning.rollout import TransformersEngine, WeightSyncError
-from gspo_lightning.rollout.fingerprint import PROBE_SAMPLING, Fingerprint, probe_prompt
-from tests.support import micro_policy
+from gspo_lightning.packing import flash
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rollout import TransformersEngine, WeightSyncError, weights
+from gspo_lightning.rollout.fingerprint import PROBE_SAMPLING, Fingerprint, probe_logprobs, probe_prompt
+from tests.support import make_completion, micro_policy
 
 
 def drift(policy, size):
@@ -42,3 +47,26 @@ def test_an_engine_that_follows_or_is_new_may_repeat_itself(micro_model_dir):
     fingerprint.forget("another")
     drift(policy, 1e-3)
     fingerprint.check(policy, probe, fresh, "another")
+
+
+@pytest.mark.parametrize("work", ["probe", "merge"])
+def test_products_of_another_thread_wait_while_torch_is_told_to_add_in_one_order(work, micro_model_dir, monkeypatch):
+    """That setting is global, and on a GPU torch refuses products under it."""
+    policy = PolicyLoader(str(micro_model_dir), lora=LoraSettings(r=2)).load()
+    probe, completions, seen = probe_prompt(policy, 64), [make_completion([5, 6])], []
+    if work == "probe":
+        policy.register_forward_pre_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+        thread = threading.Thread(target=probe_logprobs, args=(policy, probe, completions))
+    else:
+        delta = Linear.get_delta_weight
+        monkeypatch.setattr(
+            Linear,
+            "get_delta_weight",
+            lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), delta(*a))[1],
+        )
+        thread = threading.Thread(target=lambda: dict(weights.named_weights(policy, torch.float32)))
+    with flash._one_order():
+        thread.start()
+        thread.join(0.5)
+    thread.join()
+    assert seen and not any(seen)

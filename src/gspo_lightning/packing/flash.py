@@ -9,6 +9,7 @@ own, the kernel's backward gives the gradients of each part.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ OLDEST = (8, 0)
 
 LARGEST_HEAD = 128
 """Wider heads have a backward on some cards only."""
+
+SWITCH = threading.Lock()
+"""Held while torch is told to add in one order, and by products in other threads: that setting is global, and
+torch refuses the products that it meets meanwhile, since cuBLAS promises no order."""
 
 Part = tuple[Tensor, Tensor]
 """``(T, heads, D)`` attention to some keys, and ``(heads, T)`` float32 logarithms of the sums of exponentials."""
@@ -206,13 +211,14 @@ def flash_backward(
 @contextmanager
 def _one_order() -> Iterator[None]:
     """Makes the kernel add in the same order every time; else a resumed run would differ in its last bits."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
-    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
-    torch._C._set_deterministic_algorithms(True, warn_only=False)
-    try:
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(enabled, warn_only=warns_only)
-        settings.fill_uninitialized_memory = fills
+    with SWITCH:
+        enabled = torch.are_deterministic_algorithms_enabled()
+        warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(enabled, warn_only=warns_only)
+            settings.fill_uninitialized_memory = fills

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gspo_lightning.data.vision import VisionSettings, encode_conversation
 from gspo_lightning.packing import pack
+from gspo_lightning.packing.flash import SWITCH
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.rollout.engine import WeightSyncError
 from gspo_lightning.types import Completion, Prompt, SamplingParams
@@ -65,7 +66,8 @@ def _with_image(policy: Policy, text: Tensor, generator: torch.Generator, limits
 def probe_logprobs(policy: Policy, probe: Prompt, completions: Sequence[Completion]) -> Tensor:
     """The trainer's log-probabilities of what an engine sampled from the probe, in float64 on the CPU."""
     packed = pack([(probe.input_ids, [c.token_ids for c in completions])], policy.device, [probe])
-    logprobs: Tensor = policy(packed, PROBE_SAMPLING.temperature)[0]
+    with SWITCH:  # a rollout that is sampled ahead is proven in a thread of its own
+        logprobs: Tensor = policy(packed, PROBE_SAMPLING.temperature)[0]
     return logprobs.double().cpu()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from gspo_lightning.errors import UserError
+from gspo_lightning.packing.flash import SWITCH
 from gspo_lightning.policy.model import Policy
 
 _LAYER = re.compile(r"^(.*?\.)?(layers?|blocks|h)\.\d+\.")
@@ -124,7 +125,7 @@ def _weight(policy: Policy, name: str) -> Tensor:
     value = policy.base_model.get_parameter(name).detach()
     if ".base_layer." in name and name.endswith(".weight"):
         layer = policy.base_model.get_submodule(name.partition(".base_layer.")[0])
-        with torch.autocast(value.device.type, enabled=False):  # would round the product
+        with SWITCH, torch.autocast(value.device.type, enabled=False):  # which would round the product
             value = value + layer.get_delta_weight("default").to(value.dtype)
     return value
 
