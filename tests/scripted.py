@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -101,6 +102,8 @@ class Settings:
     gradient_checkpointing: bool = False
     advantages: Any = "group"
     rollouts: int = 1
+    longest: int = 8
+    """Most tokens of a completion."""
 
 
 def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOModule:
@@ -116,9 +119,9 @@ def build_module(folder: Any, settings: Settings, generations: int = 3) -> GSPOM
         ),  # fmt: skip
         engine=ScriptedEngine(),
         rewards=RewardSet({"scripted": RewardSpec(scripted_reward)}),
-        objective=Objective(max_completion_length=8, **settings.objective),
+        objective=Objective(max_completion_length=settings.longest, **settings.objective),
         advantages=AdvantageEstimator(settings.advantages),
-        sampling=SamplingParams(num_generations=generations, max_completion_length=8),
+        sampling=SamplingParams(num_generations=generations, max_completion_length=settings.longest),
         optimizer=settings.optimizer,
         schedule=Schedule("constant"),
         update=UpdateSettings(**{"num_minibatches": 1, "max_grad_norm": 1e9, **settings.update}),
@@ -144,6 +147,15 @@ def weights(module: GSPOModule) -> Tensor:
     return torch.cat([whole(p.detach()).flatten().clone() for p in module.policy.parameters() if p.requires_grad])
 
 
+class Before(L.Callback):
+    """Keeps the weights that training starts from."""
+
+    weights: Tensor
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.weights = weights(pl_module)
+
+
 def update_of(
     folder: Any, settings: Settings, prompts: Sequence[Prompt] | None = None, **changes: Any
 ) -> tuple[Tensor, GSPOModule]:
@@ -153,7 +165,11 @@ def update_of(
     """
     prompts = scripted_prompts() if prompts is None else list(prompts)
     module = build_module(folder, settings, generations=len(prompts[0].sample["completions"]))
-    module.configure_model()
-    before = weights(module)
+    before = Before()
+    if isinstance(changes.get("strategy"), ModelParallelStrategy):  # which splits weights as it has them loaded
+        changes["callbacks"] = [*changes.get("callbacks", []), before]
+    else:
+        module.configure_model()
+        before.weights = weights(module)
     trainer(**changes).fit(module, Batches(prompts, settings.rollouts).loader())
-    return before - weights(module).cpu(), module
+    return before.weights.cpu() - weights(module).cpu(), module

@@ -39,7 +39,7 @@ from gspo_lightning.training.callback_checks import check_before_loading, check_
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
-from gspo_lightning.training.loading import choose_forwards, keeping_dtypes, load_policies, move_reference
+from gspo_lightning.training.loading import check_split, choose_forwards, keeping_dtypes, load_policies, move_reference
 from gspo_lightning.training.one_step_off import OneStepOff
 from gspo_lightning.training.part_states import check_states, put_back, states_of
 from gspo_lightning.training.passes import float32_by_onednn
@@ -196,6 +196,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         check_before_loading(self)
         if self.policy is None:
             load_policies(self)
+        else:
+            check_split(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of trained parameters, without weight decay on vectors (norms, biases), and its schedule."""

@@ -9,7 +9,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
@@ -23,7 +22,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective.losses import LOSSES
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.types import PromptBatch
-from tests.scripted import Settings, build_module, scripted_prompts, trainer, weights
+from tests.scripted import Before, Settings, build_module, scripted_prompts, trainer, weights
 from tests.vision.models import image_prompt
 
 ONE_RANK_SEES = "one rank without images"
@@ -47,13 +46,6 @@ def prompts(case: str):
         seeing = [replace(p, sample=row.sample) for p, row in zip(images, rows, strict=False)]
         return [*seeing, *rows[2:]]
     return rows
-
-
-class Before(L.Callback):
-    """The weights that the update starts from."""
-
-    def on_train_start(self, trainer, pl_module):
-        self.weights = weights(pl_module)
 
 
 class WithNorm(GSPOModule):

@@ -6,9 +6,14 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+import torch
+
+from gspo_lightning.distributed.sharding import FSDP2Strategy
+from gspo_lightning.errors import UserError
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.training import loading
-from tests.scripted import Settings, build_module
+from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
 
 
 def test_the_policy_is_split_before_its_reference_is_loaded(micro_model_dir, monkeypatch):
@@ -52,3 +57,15 @@ def test_a_model_whose_completions_nothing_ends_is_warned_of_once(micro_model_di
     (line,) = said()
     assert line.startswith("the model has no end-of-sequence token") and line.endswith("or set rollout.stop")
     assert said(stop=("\n",)) == []
+
+
+def test_a_policy_that_was_loaded_whole_is_not_trained_by_a_strategy_that_splits(micro_model_dir):
+    """Every rank would train a model of its own."""
+    module = build_module(micro_model_dir, Settings(dtype="float32"))
+    trainer().validate(module, Batches(scripted_prompts()).loader(), verbose=False)
+    assert module.policy is not None
+    try:
+        with pytest.raises(UserError, match="the policy was loaded before this fit, whole"):
+            trainer(strategy=FSDP2Strategy()).fit(module, Batches(scripted_prompts()).loader())
+    finally:
+        torch.distributed.destroy_process_group()

@@ -43,6 +43,18 @@ def load_policies(module: GSPOModule) -> None:
             _shard(module, module.references[0])
 
 
+def check_split(module: GSPOModule) -> None:
+    """Refuses a policy that was loaded before, whole, where a strategy splits weights over ranks.
+
+    It does so only as they are loaded; each rank would train a model of its own.
+    """
+    if module.device_mesh is not None and module.policy is not None and module.policy.shards is None:
+        raise UserError(
+            "trainer.strategy: the policy was loaded before this fit, whole, and weights are split over ranks only as "
+            "they are loaded; make a new module, or use trainer=ddp"
+        )
+
+
 def _shard(module: GSPOModule, policy: Policy) -> None:
     """Splits the weights over ranks; refuses a padded policy, so its reference is never padded either."""
     gather = getattr(module.trainer.strategy, "gather_for_rollouts", True)
