@@ -76,7 +76,8 @@ def outcome(policy):
     return logprobs.detach().double(), torch.cat([p.grad.flatten() for p in adapters]).double()
 
 
-def test_memory_that_runs_out_cuts_micro_batches_and_changes_no_gradient(micro_model_dir):
+def of_long_completions(length, generations=16):
+    """Settings and prompts of one large micro-batch."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
@@ -84,12 +85,16 @@ def test_memory_that_runs_out_cuts_micro_batches_and_changes_no_gradient(micro_m
 
     prompts = []
     for number in range(2):
-        drawn = [ids(1500) for _ in range(16)]
+        drawn = [ids(length) for _ in range(generations)]
         completions = [Completion(c, "", torch.zeros(len(c)), "stop") for c in drawn]
-        rewards = torch.rand(16, generator=generator).tolist()
+        rewards = torch.rand(generations, generator=generator).tolist()
         row = {"completions": completions, "scripted": list(enumerate(rewards))}
         prompts.append(Prompt(f"p{number}", "", ids(20), row))
-    settings = Settings(dtype="float32", objective=FLOAT32.objective, update={"max_tokens_per_microbatch": 2**16})
+    return replace(FLOAT32, update={"max_tokens_per_microbatch": 2**16}, longest=length), prompts
+
+
+def test_memory_that_runs_out_cuts_micro_batches_and_changes_no_gradient(micro_model_dir):
+    settings, prompts = of_long_completions(1500)
     enough, module = update_of(micro_model_dir, settings, prompts, **GPU)
     assert module.counts["oom_splits"] == 0
     total = torch.cuda.get_device_properties(0).total_memory
