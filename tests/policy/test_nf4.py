@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import pack
@@ -118,3 +119,17 @@ def test_a_checkpoint_holds_the_adapter_alone(micro_model_dir, monkeypatch):
     module = build_module(micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=4)))
     module.configure_model()
     assert all("lora" in name for name in module.state_dict())
+
+
+def test_a_layer_in_eight_bits_says_nothing_at_every_product(micro_model_dir, caplog):
+    """On a GPU bitsandbytes would log a line at each, for every token."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    logger.setLevel(logging.NOTSET)
+    layer = Linear8bitLt(16, 8, bias=False, has_fp16_weights=False).eval()
+    layer.weight = layer.weight.to("cpu")
+    layer(torch.ones(2, 16))
+    assert "inputs will be cast" in caplog.text
+    caplog.clear()
+    policy_of(micro_model_dir)
+    layer(torch.ones(2, 16))
+    assert not caplog.text

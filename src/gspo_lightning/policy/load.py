@@ -31,7 +31,7 @@ from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.patches import multiply_patches
 from gspo_lightning.policy.processor import load_processor
-from gspo_lightning.policy.quantization import keep_packing, quantization_arguments
+from gspo_lightning.policy.quantization import keep_packing, quantization_arguments, say_nothing_of_casts
 from gspo_lightning.policy.reading import load_config, load_tokenizer, reading
 from gspo_lightning.policy.vision import FAMILIES, has_vision, packs_images, vision_parts
 from gspo_lightning.screen import counted
@@ -125,6 +125,7 @@ class PolicyLoader:
         model = self._read(config)
         if getattr(model, "is_quantized", False):  # asked for, or because the folder holds such weights
             keep_packing(model)
+            say_nothing_of_casts()
         if self.dtype == "float64" and model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # the grouped product of the others has no float64
         self._freeze_parts(model)

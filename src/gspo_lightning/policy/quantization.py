@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -82,3 +83,11 @@ def keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def say_nothing_of_casts() -> None:
+    """Silences the line that bitsandbytes logs at every product of an 8-bit layer whose input is not in float16.
+
+    Here none is, and there are several such layers per layer of a model, each called for every token that is decoded.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
