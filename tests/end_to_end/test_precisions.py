@@ -42,6 +42,15 @@ def test_under_bf16_true_every_entry_of_the_adapter_moves(micro_model_dir):
     assert moved.abs().max() < 4e-5
 
 
+def test_under_bf16_true_means_are_over_all_completions(micro_model_dir):
+    """Its dtype of new tensors has no 257: a count in it would be 256."""
+    prompts = scripted_prompts(count=1, generations=257)
+    lengths = [len(c.token_ids) for c in prompts[0].sample["completions"]]
+    settings = Settings(dtype="float32", lora=LoraSettings(r=2))
+    _, module = update_of(micro_model_dir, settings, prompts, precision="bf16-true")
+    assert module.last_metrics["completion/mean_tokens"] == sum(lengths) / 257
+
+
 CASES = {
     "adapter over bfloat16": ["lora=language", "trainer.precision=bf16-true"],
     "adapter over 4 bits, 8-bit optimizer": ["lora=language", "model.quantization=nf4", "optimizer=adamw_8bit"],

@@ -137,3 +137,14 @@ def test_cumsum_is_refused_on_a_gpu_under_strict_determinism_alone():
     assert not sampling._cumsum_is_refused(on_gpu)
     torch.use_deterministic_algorithms(True)
     assert sampling._cumsum_is_refused(on_gpu) and not sampling._cumsum_is_refused(here)
+
+
+def test_the_bound_of_min_p_is_exact_where_new_tensors_are_in_bfloat16():
+    """As under bf16-true, whose numbers next to log(0.05) are -2.984 and -3."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kept = sampling.keep_likely(torch.tensor([[0.0, math.log(0.0499)]], dtype=torch.float32), params(min_p=0.05))
+    finally:
+        torch.set_default_dtype(before)
+    assert kept.isfinite().tolist() == [[True, False]]

@@ -7,6 +7,7 @@ what order, and when they finish therefore cannot change what a row draws from t
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def keep_likely(scores: Tensor, params: SamplingParams) -> Tensor:
         outside = _running_sum(mass) - mass >= params.top_p
         scores = scores.masked_fill(outside.scatter(1, index, outside), -torch.inf)
     if params.min_p > 0.0:
-        threshold = scores.amax(dim=-1, keepdim=True) + torch.tensor(params.min_p).log()
+        threshold = scores.amax(dim=-1, keepdim=True) + math.log(params.min_p)
         scores = scores.masked_fill(scores < threshold, -torch.inf)
     return scores
 

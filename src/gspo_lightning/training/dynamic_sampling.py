@@ -48,11 +48,11 @@ class Drawn:
         # Only silent groups were replaced, each by one prompt.
         silent, sampled = torch.tensor([self.extra_prompts + self.silent_left, len(rewards)], dtype=torch.float64)
         return {
-            "dynamic_sampling/sampled_reward": (rewards.sum(), torch.tensor(float(rewards.numel()))),
+            "dynamic_sampling/sampled_reward": (rewards.sum(), torch.tensor(rewards.numel())),
             "dynamic_sampling/silent_frac": (silent, sampled),
             "dynamic_sampling/draws": (share * self.draws, share),
-            "dynamic_sampling/extra_prompts": (torch.tensor(float(self.extra_prompts)), share),
-            "dynamic_sampling/silent_left": (torch.tensor(float(self.silent_left)), share),
+            "dynamic_sampling/extra_prompts": (torch.tensor(self.extra_prompts), share),
+            "dynamic_sampling/silent_left": (torch.tensor(self.silent_left), share),
         }
 
 

@@ -72,7 +72,7 @@ def rollout_metrics(
     rewards = scored.rewards if rewards is None else rewards
     lengths = torch.tensor([[c.num_trained for c in group] for group in scored.completions], dtype=torch.float64)
     cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in scored.completions])
-    groups, sequences = torch.tensor(float(lengths.shape[0])), torch.tensor(float(lengths.numel()))
+    groups, sequences = (_count(n) for n in (lengths.shape[0], lengths.numel()))
     metrics: Metrics = {
         "reward/mean": (rewards.sum(), sequences),
         "completion/mean_tokens": (lengths.sum(), sequences),
@@ -97,9 +97,9 @@ def _dialogue_metrics(scored: ScoredRollout, rewards: torch.Tensor) -> Metrics:
     turns = [float(c.dialogue.num_turns) for group in scored.completions for c in group if c.dialogue is not None]
     if not turns:
         return {}
-    count = torch.tensor(float(scored.rewards.numel()))
+    count = _count(scored.rewards.numel())
     return {
-        "dialogue/turns": (torch.tensor(turns, dtype=torch.float64).sum(), torch.tensor(float(len(turns)))),
+        "dialogue/turns": (torch.tensor(turns, dtype=torch.float64).sum(), _count(len(turns))),
         "dialogue/return": (whole_returns(scored.completions, rewards).sum(), count),
         **_tool_metrics([c.dialogue.tool_counts for group in scored.completions for c in group if c.dialogue]),
     }
@@ -110,12 +110,17 @@ def _tool_metrics(counts: list[ToolCounts | None]) -> Metrics:
     counted = [own for own in counts if own is not None]
     if not counted:
         return {}
-    calls = torch.tensor(float(sum(own.calls for own in counted)))
-    failures = torch.tensor(float(sum(own.failures for own in counted)))
+    calls = _count(sum(own.calls for own in counted))
+    failures = _count(sum(own.failures for own in counted))
     return {
-        "dialogue/tool_calls": (calls, torch.tensor(float(len(counted)))),
+        "dialogue/tool_calls": (calls, _count(len(counted))),
         "dialogue/tool_failures": (failures, calls),
     }
+
+
+def _count(number: int) -> torch.Tensor:
+    """In float64 whatever the dtype of new tensors, which bf16-true sets for the model: there 257 is 256."""
+    return torch.tensor(number, dtype=torch.float64)
 
 
 def _advantage_stds(scored: ScoredRollout) -> torch.Tensor:
