@@ -16,7 +16,11 @@ import torch
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout import VLLMEngine, VLLMServerEngine, vllm_engine, vllm_settings
-from gspo_lightning.rollout.vllm_settings import refusals_in_one_line, unsupported_in_one_line
+from gspo_lightning.rollout.vllm_settings import (
+    precision_of_products_kept,
+    refusals_in_one_line,
+    unsupported_in_one_line,
+)
 from gspo_lightning.rollout.weights import check_base
 from gspo_lightning.types import SamplingParams
 from tests.support import make_prompt, micro_policy
@@ -303,3 +307,30 @@ def test_a_model_that_vllm_has_no_kernel_for_is_refused_in_one_line_and_later_er
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory")):
         with pytest.raises(type(error), match="memory"), unsupported_in_one_line(is_first=True):
             raise error
+
+
+MATMUL = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+@pytest.fixture
+def _as_it_was():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in MATMUL:
+        backend.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("chosen", ["nothing", "by the older name", "by the newer names"])
+def test_the_precision_of_products_stays_as_a_program_has_chosen_it(chosen, _as_it_was):
+    """vLLM's worker sets it for the whole process."""
+    if chosen == "by the older name":
+        torch.set_float32_matmul_precision("high")
+    if chosen == "by the newer names":
+        MATMUL[0].fp32_precision = "tf32"
+    before = [backend.fp32_precision for backend in MATMUL]
+    with precision_of_products_kept():
+        torch.set_float32_matmul_precision("highest")
+        assert [backend.fp32_precision for backend in MATMUL] == ["ieee", "ieee"]
+    assert [backend.fp32_precision for backend in MATMUL] == before
+    if chosen == "by the older name":
+        assert torch.get_float32_matmul_precision() == "high"

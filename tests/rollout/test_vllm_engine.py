@@ -206,6 +206,7 @@ def test_the_precision_of_the_trainer_does_not_act_on_vllm(policy, prompts, star
         torch.set_default_dtype(torch.float32)
     names = ("__init__", "enqueue", "step", "repack_cpu_linears")
     assert set(seen) == {(name, False, torch.float32) for name in names}
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # vLLM has set it for the whole process
 
 
 @pytest.mark.parametrize(

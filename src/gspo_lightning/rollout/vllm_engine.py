@@ -42,6 +42,7 @@ from gspo_lightning.rollout.vllm_settings import (
     lora_settings,
     memory_settings,
     own_precision,
+    precision_of_products_kept,
     refusals_in_one_line,
     refuse_other_gpus,
     unsupported_in_one_line,
@@ -221,7 +222,7 @@ class VLLMEngine:
         self.engine_dtype = engine_dtype(self.dtype, policy)
         adapter = policy.has_adapter and self.lora_sync == "adapter"
         settings = self._vision(policy) | (lora_settings(policy) if adapter else {})
-        with refusals_in_one_line(self.max_model_len), own_precision():
+        with refusals_in_one_line(self.max_model_len), own_precision(), precision_of_products_kept():
             self._llm = vllm.LLM(
                 resolve_model(self.model),
                 dtype=str(self.engine_dtype).removeprefix("torch."),

@@ -93,6 +93,27 @@ def own_precision() -> Iterator[None]:
 
 
 @contextmanager
+def precision_of_products_kept() -> Iterator[None]:
+    """Context of vLLM's start, which sets the precision of float32 products for the whole process.
+
+    The trainer would lose TensorFloat-32 that a program has chosen and, on a CPU, `packing.products.onednn_float32`.
+    """
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        older: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:  # chosen by the newer names alone
+        older = None
+    try:
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextmanager
 def refusals_in_one_line(max_model_len: int) -> Iterator[None]:
     """Turns vLLM's refusal of its settings into one line, in place of a hundred lines of traceback."""
     try:
