@@ -334,3 +334,33 @@ def test_the_precision_of_products_stays_as_a_program_has_chosen_it(chosen, _as_
     assert [backend.fp32_precision for backend in MATMUL] == before
     if chosen == "by the older name":
         assert torch.get_float32_matmul_precision() == "high"
+
+
+class Stream:
+    """A stream of a GPU: what it has waited for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def test_the_trainer_has_its_own_stream_back_and_each_waits_for_the_other(tmp_path, monkeypatch):
+    ours, theirs, now = Stream(), Stream(), []
+    now.append(ours)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", now.append)
+    monkeypatch.setattr(VLLMEngine, "_stream", None)
+    engine, another = (vllm_in_process(tmp_path, monkeypatch) for _ in range(2))
+    with engine._at_work():
+        assert now[-1] is ours
+    assert now == [ours]  # vLLM knows of no other stream that it could take for its own
+    with engine._at_work():
+        torch.cuda.set_stream(theirs)  # as vLLM does once, when it starts
+    assert now[-1] is ours and ours.waited == [theirs] and theirs.waited == []
+    with pytest.raises(RuntimeError), another._at_work():  # for which vLLM would make none
+        assert now[-1] is theirs and theirs.waited == [ours]
+        raise RuntimeError
+    assert now[-1] is ours and ours.waited == [theirs, theirs]

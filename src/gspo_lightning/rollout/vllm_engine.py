@@ -76,6 +76,9 @@ class VLLMEngine:
         environments: makes every completion a dialogue (`gspo_lightning.dialogue`).
     """
 
+    _stream: torch.cuda.Stream | None = None
+    """The stream that vLLM has made on a GPU. Of all engines: it makes one per process and keeps it."""
+
     def __init__(
         self,
         model: str,
@@ -169,7 +172,7 @@ class VLLMEngine:
         """Takes one step, and from ``waiting`` the requests that it finishes: their numbers and completions."""
         if waiting and not self._llm.llm_engine.has_unfinished_requests():
             raise RuntimeError(f"vLLM has lost {len(waiting)} requests")  # else this would wait for them for ever
-        with own_precision():
+        with self._at_work():
             outputs = self._llm.llm_engine.step() if waiting else []
         for output in filter(lambda output: output.finished, outputs):
             number, (prompt, _, _) = waiting.pop(output.request_id)
@@ -181,12 +184,35 @@ class VLLMEngine:
 
         params = [vllm.SamplingParams(**request_fields(policy, *request)) for request in requests.values()]
         inputs = [engine_input(prompt) for prompt, _, _ in requests.values()]
-        with own_precision():
+        with self._at_work():
             names = self._llm.enqueue(inputs, params, lora_request=self._lora, use_tqdm=False)
         # vLLM returns names with a random end, which outputs do not have.
         return dict(zip((name.partition("-")[0] for name in names), requests.items(), strict=True))
 
     # ---------------------------------------------------------------- the engine
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Context of vLLM's own work: in its precision and, on a GPU, on its stream.
+
+        vLLM makes a stream of its own the current one of this thread and leaves it so. Kernels that are not told of a
+        stream, as those of bitsandbytes' optimizers, would then not wait for the gradients.
+        """
+        with own_precision():
+            if not torch.cuda.is_available():
+                yield
+                return
+            ours = torch.cuda.current_stream()
+            if self._stream is not None:
+                self._stream.wait_stream(ours)
+                torch.cuda.set_stream(self._stream)
+            try:
+                yield
+            finally:
+                if (theirs := torch.cuda.current_stream()) != ours:
+                    VLLMEngine._stream = theirs
+                    ours.wait_stream(theirs)
+                    torch.cuda.set_stream(ours)
 
     @contextmanager
     def _awake(self, policy: Policy) -> Iterator[None]:
@@ -196,11 +222,12 @@ class VLLMEngine:
             yield
         except BaseException:
             if self.sleep:
-                with suppress(Exception):  # the first error is the one to show
+                with suppress(Exception), self._at_work():  # the first error is the one to show
                     self._llm.sleep(level=1)
             raise
         if self.sleep:
-            self._llm.sleep(level=1)
+            with self._at_work():
+                self._llm.sleep(level=1)
 
     def _wake(self, policy: Policy) -> None:
         if self._llm is None:
@@ -208,7 +235,8 @@ class VLLMEngine:
         elif self.sleep:
             # The engine asks the driver for its memory, and blocks that torch keeps for the trainer would be missing.
             torch.cuda.empty_cache()
-            self._llm.wake_up()
+            with self._at_work():
+                self._llm.wake_up()
 
     def _start(self, policy: Policy) -> None:
         refuse_other_gpus(policy.device)
@@ -222,7 +250,7 @@ class VLLMEngine:
         self.engine_dtype = engine_dtype(self.dtype, policy)
         adapter = policy.has_adapter and self.lora_sync == "adapter"
         settings = self._vision(policy) | (lora_settings(policy) if adapter else {})
-        with refusals_in_one_line(self.max_model_len), own_precision(), precision_of_products_kept():
+        with refusals_in_one_line(self.max_model_len), self._at_work(), precision_of_products_kept():
             self._llm = vllm.LLM(
                 resolve_model(self.model),
                 dtype=str(self.engine_dtype).removeprefix("torch."),
@@ -294,7 +322,7 @@ class VLLMEngine:
             self._send_adapter(policy)
         else:
             weights = partial(named_weights, policy, self.engine_dtype)
-            with own_precision():
+            with self._at_work():
                 self._llm.collective_rpc("gspo_load_weights", args=(weights, str(self.syncs)))
         self._reset_caches()
 
