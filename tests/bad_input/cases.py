@@ -1138,6 +1138,13 @@ REWARDS = [
     ),
     Case("reward", "a limit of no time", ["reward.functions.letter_share.timeout_s=0"], "timeout_s=0"),
     Case(
+    Case(
+        "reward",
+        "an argument that no function is given",
+        MINE,
+        "it is never given prompt; name the parameter prompts",
+        reward("def f(completions, prompt): return [1.0] * len(completions)\n"),
+    ),
         "reward",
         "a limit that is none",
         ["reward.functions.letter_share.timeout_s=inf"],
@@ -1231,6 +1238,8 @@ RUNS = [
     Case("config", "a module that is none", ["module._target_=gspo_lightning.Objective"], "module._target_=gspo_lightning.Objective is no subclass of gspo_lightning.GSPOModule; name one"),
     Case("config", "an argument of the module that another section sets", ["+module.max_draws=2"], "module.max_draws: dynamic_sampling.max_draws sets this argument of every module; change that instead"),
     Case("config", "an argument that the module does not have", ["+module.anchor=2"], "module.anchor: gspo_lightning.GSPOModule has no such setting; a subclass has those that its __init__ names"),
+    Case("config", "a reward function without its spec", ["+reward.functions.mine={_target_: hydra.utils.get_method, path: my_rewards.f}"], "reward.functions.mine is of type function; give gspo_lightning.rewards.RewardSpec", reward("def f(completions, **_): return [1.0] * len(completions)\n")),
+    Case("config", "a reward function with the name of a metric of all", ["+reward.functions.mean=${reward.functions.letter_share}"], "reward.functions.mean: reward/mean is the metric of all functions together"),
     Case("config", "a module from anywhere", ["module._target_=numpy.ndarray"], "module._target_=numpy.ndarray is not on the list of what a config may call"),
     Case("config", "an average over epochs", ["+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01}"], "callbacks.swa: StochasticWeightAveraging averages once per epoch"),
     Case("config", "a search for the rate", ["+callbacks.rate={_target_: lightning.pytorch.callbacks.LearningRateFinder}"], "callbacks.rate: LearningRateFinder looks at the loss that training_step returns"),

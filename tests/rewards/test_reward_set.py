@@ -432,3 +432,49 @@ def test_combination_by_weight():
 def test_no_function_at_all_is_refused():
     with pytest.raises(UserError, match="reward.functions is empty"):
         RewardSet({})
+
+
+def test_a_function_that_only_records_does_not_hide_that_no_other_applies():
+    def some(completions):
+        return [1.0, 1.0, 1.0, None]
+
+    functions = {"some": RewardSpec(some), "seen": RewardSpec(lambda completions: [5.0] * 4, weight=0.0)}
+    with pytest.raises(UserError) as caught:
+        RewardSet(functions)(*batch())
+    line = "row t:1: no reward function with a weight applies to a completion (some returned None); "
+    assert str(caught.value).startswith(line)
+    # Rewards of turns have no weight, so with an environment all functions may have weight 0.
+    recorded = {name: RewardSpec(spec.function, weight=0.0) for name, spec in functions.items()}
+    assert RewardSet(recorded)(*batch())[..., 1].eq(5.0).all()
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_function_is_not_named_like_a_metric_of_all_of_them(name):
+    with pytest.raises(UserError, match=f"^reward.functions.{name}: reward/{name} is the metric of all functions"):
+        RewardSet({name: RewardSpec(lambda completions: [1.0] * 4)})
+
+
+@pytest.mark.parametrize(
+    ("functions", "line"),
+    [
+        (
+            {"f": len},
+            "^reward.functions.f is of type builtin_function_or_method; give gspo_lightning.rewards.RewardSpec",
+        ),
+        ([len], "^reward.functions is of type list; give a dict of names and RewardSpec"),
+    ],
+)
+def test_a_function_without_its_spec_is_refused_by_its_key(functions, line):
+    with pytest.raises(UserError, match=line):
+        RewardSet(functions)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_function_that_asks_for_the_column_prompt_is_refused_before_the_run(wrapped):
+    def function(completions, prompt, **_):
+        return [1.0] * len(completions)
+
+    rewards = RewardSet({"f": RewardSpec(ForTasks(function, ["a"]) if wrapped else function)})
+    with pytest.raises(UserError, match="^reward function f: it is never given prompt; name the parameter prompts$"):
+        rewards.check()
+    RewardSet({"f": RewardSpec(lambda completions, prompt=None: [])}).check()

@@ -10,7 +10,7 @@ conversational completions, ``[{"role": "assistant", "content": text}]`` (for gp
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +69,7 @@ class RewardSet:
         if not functions:
             raise UserError("reward.functions is empty; give at least one reward function")
         check_choice("reward.combine", combine, ("weighted_sum", "normalize_then_sum"))
+        _check_entries(functions)
         self.functions = functions
         self.how = combine
         self.names = tuple(functions)
@@ -116,14 +117,21 @@ class RewardSet:
         self.log = merged_log([log for _, log in results.values()], len(uids))
         columns = [checked(name, values, uids) for name, (values, _) in results.items()]
         table = torch.tensor(columns, dtype=torch.float64).T
-        for uid, nothing in zip(uids, table.isnan().all(dim=1).tolist(), strict=True):
-            if nothing:
-                raise UserError(
-                    f"row {uid}: no reward function applies to a completion ({', '.join(self.names)} returned None); "
-                    "add one that does, or leave the row out"
-                )
+        self._refuse_nothing(table, uids)
         self._refuse_overflow(table, uids)
         return table.reshape(len(prompts), -1, len(columns))
+
+    def _refuse_nothing(self, table: Tensor, uids: list[str]) -> None:
+        """Refuses completions to which no function applies; one of weight 0 only records, unless all of them do."""
+        counts = [name for name, weight in zip(self.names, self.weights.tolist(), strict=True) if weight] or self.names
+        applies = ~table[:, [self.names.index(name) for name in counts]].isnan()
+        for uid, any_does in zip(uids, applies.any(dim=1).tolist(), strict=True):
+            if not any_does:
+                kind = "reward function" if len(counts) == len(self.names) else "reward function with a weight"
+                raise UserError(
+                    f"row {uid}: no {kind} applies to a completion ({', '.join(counts)} returned None); "
+                    "add one that does, or leave the row out"
+                )
 
     def _refuse_overflow(self, table: Tensor, uids: list[str]) -> None:
         """Refuses rewards ``(N, K)`` that their weights make too large, as `checked` does rewards without one."""
@@ -160,8 +168,11 @@ class RewardSet:
         }
 
     def check(self) -> None:
-        """Refuses, before anything is loaded, functions that cannot run on this machine."""
+        """Refuses, before anything is loaded, functions that cannot run on this machine or need what none is given."""
         for name, spec in self.functions.items():
+            function = spec.function.function if isinstance(spec.function, ForTasks) else spec.function
+            if "prompt" in required_parameters(function):  # as in TRL, where every row has that column too
+                raise UserError(f"reward function {name}: it is never given prompt; name the parameter prompts")
             if hasattr(own := unwrapped(spec.function), "check"):
                 try:
                     own.check()
@@ -199,6 +210,28 @@ class RewardSet:
     def weighted_sum(self, by_function: Tensor) -> Tensor:
         """``(B, G, K)`` -> ``(B, G)`` by weight alone, for validation, where a group may be a single completion."""
         return combine_rewards(by_function, self.weights)
+
+
+_OF_THE_SUM = ("mean", "std")
+"""Names under ``reward/`` of metrics of the combined rewards."""
+
+
+def _check_entries(functions: Any) -> None:
+    """Refuses functions without their `RewardSpec`, and names whose metric would take the place of another."""
+    if not isinstance(functions, Mapping):
+        raise UserError(
+            f"reward.functions is of type {type(functions).__name__}; give a dict of names and RewardSpec(function)"
+        )
+    for name, spec in functions.items():
+        if not isinstance(spec, RewardSpec):
+            raise UserError(
+                f"reward.functions.{name} is of type {type(spec).__name__}; give gspo_lightning.rewards.RewardSpec, "
+                "whose argument function it is"
+            )
+        if name in _OF_THE_SUM:
+            raise UserError(
+                f"reward.functions.{name}: reward/{name} is the metric of all functions together; choose another name"
+            )
 
 
 @contextmanager
