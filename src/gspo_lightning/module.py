@@ -70,6 +70,7 @@ from gspo_lightning.training.trainer_checks import (
     check_fit,
     check_frozen,
     check_prompts,
+    check_schedule,
     refuse_draws_ahead,
     say_nothing_is_left,
 )
@@ -136,6 +137,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length
         check_advantages(self.advantages)
+        check_schedule(schedule or Schedule("constant"))
         self.optimizer_factory, self.schedule = optimizer, schedule or Schedule("constant")
         self.update_settings = update or UpdateSettings()
         self.validator = Validator(validation or ValidationSettings(), rewards, sampling, seed)

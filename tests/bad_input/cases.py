@@ -298,6 +298,12 @@ OPTIMIZER = [
         ["optimizer.fused=false", "+optimizer.differentiable=true"],
         "torch.optim.AdamW rejects its settings (a leaf Variable",
     ),
+    Case(
+        "optimizer",
+        "an optimizer before there are parameters",
+        ["optimizer._partial_=false"],
+        "the parameters are given later: add optimizer._partial_=true",
+    ),
 ]
 
 OBJECTIVE = [
@@ -581,6 +587,18 @@ UPDATE = [
         "an end of a decay that there is not",
         ["+scheduler.min_ratio=0.3"],
         "scheduler.min_ratio=0.3 has no effect with scheduler.name=constant",
+    ),
+    Case(
+        "update",
+        "a scheduler of torch",
+        [
+            "scheduler._target_=torch.optim.lr_scheduler.StepLR",
+            "+scheduler._partial_=true",
+            "+scheduler.step_size=2",
+            "~scheduler.name",
+            "~scheduler.warmup_ratio",
+        ],
+        "scheduler: it is no Schedule, whose build(optimizer, total, done) makes",
     ),
     Case("update", "an unknown schedule", ["scheduler.name=exponential"], "scheduler.name"),
     Case("update", "a warm-up longer than the run", ["scheduler.warmup_ratio=2"], "warmup_ratio"),
@@ -1120,6 +1138,13 @@ REWARDS = [
         "there is no column 'solution'",
         reward("def f(completions, solution): return [1.0] * len(completions)\n"),
     ),
+    Case(
+        "reward",
+        "an argument that no function is given",
+        MINE,
+        "it is never given prompt; name the parameter prompts",
+        reward("def f(completions, prompt): return [1.0] * len(completions)\n"),
+    ),
     Case("reward", "an exit while it is imported", MINE, "exit code 5", reward("import sys\nsys.exit(5)\n")),
     Case("reward", "an exit", MINE, "SystemExit: 5", reward("def f(completions, **_): raise SystemExit(5)\n")),
     Case(
@@ -1138,13 +1163,6 @@ REWARDS = [
     ),
     Case("reward", "a limit of no time", ["reward.functions.letter_share.timeout_s=0"], "timeout_s=0"),
     Case(
-    Case(
-        "reward",
-        "an argument that no function is given",
-        MINE,
-        "it is never given prompt; name the parameter prompts",
-        reward("def f(completions, prompt): return [1.0] * len(completions)\n"),
-    ),
         "reward",
         "a limit that is none",
         ["reward.functions.letter_share.timeout_s=inf"],
@@ -1216,9 +1234,12 @@ RUNS = [
     Case("run", "FSDP1 by its class", ["trainer.strategy={_target_: lightning.pytorch.strategies.FSDPStrategy}"], "trainer.strategy=FSDPStrategy"),
     Case("run", "no node", ["trainer.num_nodes=0"], "trainer.num_nodes=0 must be at least 1"),
     Case("config", "a word for a callback", ["+callbacks.mine=my_callbacks.Mine"], "callbacks.mine='my_callbacks.Mine' must be null, or a section with a _target_"),
+    Case("config", "a callback that is none", ["+callbacks.mine._target_=my_rewards.Mine"], "callbacks.mine creates a Mine, which is no callback of Lightning", reward("class Mine: pass\n")),
     Case("config", "a switch for a callback", ["callbacks.health=true"], "callbacks.health=True must be null, or a section"),
     Case("config", "a logger without a class", ["+logger.x={a:1}"], "logger.x={'a': 1} must be null, or a section with a _target_"),
     Case("config", "the name of a reward function alone", ["reward.functions.letter_share.function=my_rewards.f"], "reward.functions.letter_share.function='my_rewards.f' must be a section; for a function of your own"),
+    Case("config", "a reward function without its spec", ["+reward.functions.mine={_target_: hydra.utils.get_method, path: my_rewards.f}"], "reward.functions.mine is of type function; give gspo_lightning.rewards.RewardSpec", reward("def f(completions, **_): return [1.0] * len(completions)\n")),
+    Case("config", "a reward function with the name of a metric of all", ["+reward.functions.mean=${reward.functions.letter_share}"], "reward.functions.mean: reward/mean is the metric of all functions together"),
     Case("config", "a reward function of null", ["reward.functions.letter_share=null"], "to leave a function out, write ~reward.functions.letter_share"),
     Case("config", "an adapter without a class", ["model.lora={a:1}"], "model.lora={'a': 1} must be null, or a section with a _target_"),
     Case("config", "another model's tokenizer", ["data.model_path=bundled:smollm2-135m-instruct"], "data.model_path=bundled:smollm2-135m-instruct is not model.path="),
@@ -1238,8 +1259,6 @@ RUNS = [
     Case("config", "a module that is none", ["module._target_=gspo_lightning.Objective"], "module._target_=gspo_lightning.Objective is no subclass of gspo_lightning.GSPOModule; name one"),
     Case("config", "an argument of the module that another section sets", ["+module.max_draws=2"], "module.max_draws: dynamic_sampling.max_draws sets this argument of every module; change that instead"),
     Case("config", "an argument that the module does not have", ["+module.anchor=2"], "module.anchor: gspo_lightning.GSPOModule has no such setting; a subclass has those that its __init__ names"),
-    Case("config", "a reward function without its spec", ["+reward.functions.mine={_target_: hydra.utils.get_method, path: my_rewards.f}"], "reward.functions.mine is of type function; give gspo_lightning.rewards.RewardSpec", reward("def f(completions, **_): return [1.0] * len(completions)\n")),
-    Case("config", "a reward function with the name of a metric of all", ["+reward.functions.mean=${reward.functions.letter_share}"], "reward.functions.mean: reward/mean is the metric of all functions together"),
     Case("config", "a module from anywhere", ["module._target_=numpy.ndarray"], "module._target_=numpy.ndarray is not on the list of what a config may call"),
     Case("config", "an average over epochs", ["+callbacks.swa={_target_: lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs: 0.01}"], "callbacks.swa: StochasticWeightAveraging averages once per epoch"),
     Case("config", "a search for the rate", ["+callbacks.rate={_target_: lightning.pytorch.callbacks.LearningRateFinder}"], "callbacks.rate: LearningRateFinder looks at the loss that training_step returns"),

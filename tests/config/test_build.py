@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gspo_lightning.config import checks
-from gspo_lightning.config.build import build, build_trainer
+from gspo_lightning.config.build import build, build_callbacks, build_module, build_trainer
 from gspo_lightning.config.types import check_calls
 from gspo_lightning.errors import UserError
 from tests.conf.test_groups import resolved
@@ -82,3 +82,50 @@ def test_the_folder_of_a_logger_is_made_also_in_the_home_folder_before_anything_
     line = r"^logger\.tensorboard\.save_dir=taken/curves: cannot write there \(Not a directory\); choose another fol"
     with pytest.raises(UserError, match=line):
         build_trainer(plain, [])
+
+
+class NoCallback:
+    """What forgot to be a callback."""
+
+
+@pytest.mark.parametrize(("section", "kind"), [("callbacks", "callback"), ("logger", "logger")])
+def test_what_is_no_callback_and_no_logger_is_refused_by_its_key(section, kind):
+    plain = resolved("experiment=micro")
+    plain[section] = {"mine": {"_target_": f"{__name__}.NoCallback"}}
+    with pytest.raises(UserError, match=f"^{section}.mine creates a NoCallback, which is no {kind} of Lightning; let"):
+        build_trainer(plain, build_callbacks(plain))
+
+
+def test_the_resolved_config_of_a_run_does_not_send_another_run_into_its_folder(tmp_path):
+    """TensorBoard's events of both would be one curve."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+    plain = resolved("experiment=micro", "logger=tensorboard", f"logger.tensorboard.save_dir={first}")
+    build_trainer(plain, [], second)  # no run has recorded anything in that one
+    (first / "metrics.csv").touch()
+    build_trainer(plain, [], tmp_path / "second" / ".." / "first")
+    with pytest.raises(UserError, match="first is the folder of another run, .*save_dir=.{hydra:runtime.output_dir}'$"):
+        build_trainer(plain, [], second)
+
+
+def test_an_optimizer_that_is_made_before_there_are_parameters_is_told_so():
+    plain = resolved("experiment=micro")
+    plain["optimizer"] = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    with pytest.raises(UserError, match="'params'.; the parameters are given later: add optimizer._partial_=true$"):
+        checks.check(plain)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "_partial_": True, "T_max": 10},
+        {"_target_": "hydra.utils.get_method", "path": f"{__name__}.refuses"},
+    ],
+)
+def test_a_scheduler_of_torch_in_the_place_of_a_schedule_is_refused_with_the_module(node):
+    plain = resolved("experiment=micro")
+    plain["scheduler"] = node
+    with pytest.raises(UserError, match="^scheduler: it is no Schedule, whose build"):
+        build_module(plain)

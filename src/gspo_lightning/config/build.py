@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
 from gspo_lightning.config.effects import check_tasks
-from gspo_lightning.config.folders import make_folder
+from gspo_lightning.config.folders import is_of_another_run, make_folder
 from gspo_lightning.config.hardware import choose_accelerator
 from gspo_lightning.dialogue import Environments
 from gspo_lightning.distributed.rendezvous import leave_at_exit, own_environment
@@ -188,8 +188,19 @@ def rollouts_of_epochs(plain: dict[str, Any], rollouts_per_epoch: int | None) ->
 
 
 def build_callbacks(plain: dict[str, Any]) -> list[Any]:
-    """The callbacks of the config's ``callbacks`` group, in order."""
-    return [build(node) for node in (plain["callbacks"] or {}).values() if node is not None]
+    """The callbacks of the config's ``callbacks`` group, in order.
+
+    Raises:
+        UserError: one is none, so that Lightning would end on the first hook that it lacks.
+    """
+    made = {name: build(node) for name, node in (plain["callbacks"] or {}).items() if node is not None}
+    for name, callback in made.items():
+        if not _is_a("Callback", callback):
+            raise UserError(
+                f"callbacks.{name} creates a {type(callback).__name__}, which is no callback of Lightning; let it be a "
+                "subclass of lightning.Callback"
+            )
+    return list(made.values())
 
 
 _INSTEAD = {
@@ -255,10 +266,19 @@ def _slurm() -> SLURMEnvironment:
         raise UserError(f"Slurm: {' '.join(str(error).split())}") from error
 
 
-def _logger(name: str, node: dict[str, Any]) -> Any:
+def _is_a(kind: str, made: Any) -> bool:
+    """Whether a class of this name is among the bases: pytorch_lightning has such classes of its own."""
+    return kind in (base.__name__ for base in type(made).__mro__)
+
+
+def _logger(name: str, node: dict[str, Any], run_dir: Path | None) -> Any:
     """Builds a logger, whose folder is made; ``~`` is the home folder.
 
     A missing package gets our install line, as Lightning's names another version or package.
+
+    Raises:
+        UserError: it cannot be made, or would write into the folder of another run, as the resolved ``config.yaml`` of
+            one says it.
     """
     place = node.get("save_dir")
     try:
@@ -268,7 +288,17 @@ def _logger(name: str, node: dict[str, Any]) -> Any:
         if isinstance(cause, ModuleNotFoundError) and name in _EXTRAS:
             raise UserError(f"logger={name} is not installed; run {install_line(name)}") from error
         raise
-    make_folder(f"logger.{name}.save_dir", getattr(logger, "save_dir", None))
+    if not _is_a("Logger", logger):
+        raise UserError(
+            f"logger.{name} creates a {type(logger).__name__}, which is no logger of Lightning; let it be a "
+            "subclass of lightning.pytorch.loggers.Logger"
+        )
+    if run_dir is not None and is_of_another_run(logger.save_dir, run_dir):
+        raise UserError(
+            f"logger.{name}.save_dir={logger.save_dir} is the folder of another run, among whose records those of this "
+            f"one would be; set 'logger.{name}.save_dir=${{hydra:runtime.output_dir}}'"
+        )
+    make_folder(f"logger.{name}.save_dir", logger.save_dir)
     return logger
 
 
@@ -281,7 +311,7 @@ def build_trainer(plain: dict[str, Any], callbacks: list[Any], run_dir: Path | N
         run_dir: where Lightning keeps, and on Slurm looks for, its own files; None is the current folder.
     """
     every = plain["validation"]["every_n_rollouts"]
-    loggers = [_logger(name, node) for name, node in (plain["logger"] or {}).items() if node is not None]
+    loggers = [_logger(name, node, run_dir) for name, node in (plain["logger"] or {}).items() if node is not None]
     ours = {
         "accelerator": choose_accelerator(plain["trainer"]["accelerator"]),
         # The time limit comes before the callback that saves: it ends the run.

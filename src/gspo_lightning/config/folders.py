@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 from gspo_lightning.errors import UserError
 
@@ -26,3 +27,11 @@ def make_folder(key: str, place: object) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}={place}: cannot write there ({error.strerror}); choose another folder") from error
+
+
+def is_of_another_run(place: object, run_dir: Path) -> bool:
+    """Whether a folder holds the records of a run and is not ``run_dir``; what is no path of a folder does not."""
+    if not isinstance(place, str | os.PathLike) or "://" in str(place):
+        return False
+    folder = Path(place)
+    return all((folder / name).is_file() for name in ("config.yaml", "metrics.csv")) and not folder.samefile(run_dir)

@@ -8,6 +8,7 @@ import torch
 
 from gspo_lightning.config.build import build
 from gspo_lightning.config.effects import no_effect
+from gspo_lightning.config.targets import LOOKUPS
 from gspo_lightning.errors import UserError, reason
 from gspo_lightning.training.guarded_step import parameter_groups
 
@@ -30,7 +31,9 @@ def check_optimizer(node: dict[str, Any], *, on_gpu: bool) -> None:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
     except Exception as error:  # whatever a constructor or a step of the user's own raises
-        raise UserError(f"optimizer: {node.get('_target_')} rejects its settings ({reason(error)})") from error
+        is_made = not node.get("_partial_") and node.get("_target_") not in LOOKUPS
+        hint = "; the parameters are given later: add optimizer._partial_=true" if is_made else ""
+        raise UserError(f"optimizer: {node.get('_target_')} rejects its settings ({reason(error)}){hint}") from error
     if not all(parameter.isfinite().all() for parameter in probe):
         raise UserError(f"optimizer: a step of {node.get('_target_')} with these settings makes weights infinite")
 

@@ -210,6 +210,15 @@ def check_advantages(advantages: Any) -> None:
     keeps_state(advantages, "advantages")
 
 
+def check_schedule(schedule: Any) -> None:
+    """Refuses what makes no scheduler, such as one of torch, before a model is loaded."""
+    if not callable(getattr(schedule, "build", None)):
+        raise UserError(
+            "scheduler: it is no Schedule, whose build(optimizer, total, done) makes a scheduler of torch; choose "
+            "scheduler=constant, cosine or linear, or override configure_optimizers in a subclass of GSPOModule"
+        )
+
+
 def refuse_draws_ahead(max_draws: int) -> None:
     """Refuses dynamic sampling where the next rollout is sampled ahead."""
     if max_draws:
