@@ -17,6 +17,7 @@ V      vocabulary size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,7 +95,8 @@ class SamplingParams:
                 bound = "at least 0 (0 keeps all)" if key == "top_k" else "between 0 and 1"
                 raise UserError(f"rollout.{key}={value} must be {bound}")
         stop: object = self.stop
-        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+        is_list = isinstance(stop, Sequence) and not isinstance(stop, str | bytes)  # one of OmegaConf is no list
+        if not is_list or not all(isinstance(text, str) and text for text in stop):  # type: ignore[attr-defined]
             raise UserError(f"rollout.stop={stop!r} must be a list of strings of at least one character")
 
     @property

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import build, build_callbacks, build_module, build_trainer
 from gspo_lightning.config.types import check_calls
 from gspo_lightning.errors import UserError
+from gspo_lightning.module import GSPOModule
+from gspo_lightning.types import SamplingParams
 from tests.conf.test_groups import resolved
 
 
@@ -129,3 +133,22 @@ def test_a_scheduler_of_torch_in_the_place_of_a_schedule_is_refused_with_the_mod
     plain["scheduler"] = node
     with pytest.raises(UserError, match="^scheduler: it is no Schedule, whose build"):
         build_module(plain)
+
+
+def test_hydra_itself_makes_the_objects_of_our_groups_for_a_project_of_ones_own():
+    with initialize_config_module("gspo_lightning.conf", version_base="1.3"):
+        cfg = compose("train", ["experiment=micro", "rollout.stop=[x]", "reward=[letters,soft_overlong]"])
+    rewards, objective, update = (instantiate(cfg[name]) for name in ("reward", "objective", "update"))
+    sampling = SamplingParams(**{name: value for name, value in cfg["rollout"].items() if name != "engine"})
+    assert rewards.names == ("letter_share", "soft_overlong") and update.num_minibatches == 2
+    assert objective.max_completion_length == sampling.max_completion_length == 12
+    module = GSPOModule(
+        instantiate(cfg["model"]),
+        rewards,
+        objective=objective,
+        sampling=sampling,
+        optimizer=instantiate(cfg["optimizer"]),
+        schedule=instantiate(cfg["scheduler"]),
+        max_rollouts=1,
+    )
+    assert module.sampling.stop == ("x",)

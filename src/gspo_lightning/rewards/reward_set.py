@@ -223,7 +223,7 @@ def _check_entries(functions: Any) -> None:
             f"reward.functions is of type {type(functions).__name__}; give a dict of names and RewardSpec(function)"
         )
     for name, spec in functions.items():
-        if not isinstance(spec, RewardSpec):
+        if not hasattr(spec, "function"):  # not isinstance: Hydra wraps a dataclass in a dict, unless _convert_ is all
             raise UserError(
                 f"reward.functions.{name} is of type {type(spec).__name__}; give gspo_lightning.rewards.RewardSpec, "
                 "whose argument function it is"
