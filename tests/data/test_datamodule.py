@@ -18,6 +18,7 @@ from gspo_lightning.data import datamodule as datamodule_module
 from gspo_lightning.data.first_rows import FirstRows
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.errors import UserError
+from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.types import PromptBatch
 
 
@@ -422,3 +423,28 @@ def test_what_is_no_task_is_refused(missing: str, tokenizer_dir: str) -> None:
     task = type("Half", (), {name: value for name, value in members.items() if name != missing})()
     with pytest.raises(UserError, match=rf"^data\.task: Half has no {missing}; a task has name, num_train_rows, "):
         _data(task, tokenizer_dir).check()
+
+
+def test_a_column_whose_name_is_no_text_is_refused_before_the_run(micro_model_dir: Path) -> None:
+    """As of pandas for a file without a header: reward functions get columns as arguments."""
+    rows = [{"prompt": f"{number}", 0: "a"} for number in range(8)]
+    data = _data(RowsTask(rows, num_validation=0, conversational=False), str(micro_model_dir))
+    with pytest.raises(UserError, match=r"^row rows:train:\d: the name of the column 0 is no text, .*; rename it$"):
+        data.check()
+
+
+def test_files_and_models_may_be_paths_of_a_program(micro_model_dir: Path, tmp_path: Path) -> None:
+    for name in ("train", "held_out"):
+        lines = "".join(f'{{"prompt": "{name[0]}{number}", "answer": "1"}}\n' for number in range(4))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    task = RowsTask(train, validation_split=held_out, num_validation=None, conversational=False)  # type: ignore[arg-type]
+    data = PromptDataModule(task, Path(micro_model_dir), prompts_per_rollout=2, max_prompt_length=16)  # type: ignore[arg-type]
+    data.check()
+    assert sorted(prompt.prompt for batch in data.val_dataloader() for prompt in batch.prompts) == [
+        "h0",
+        "h1",
+        "h2",
+        "h3",
+    ]
+    assert PolicyLoader(Path(micro_model_dir)).load().tokenizer.vocab_size == data.tokenizer.vocab_size  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +68,11 @@ class RowsTask:
     """New name -> column of the dataset, such as ``answer: solution``."""
     patterns: dict[str, str] = field(default_factory=dict)
     """Column -> regular expression; its first group replaces the value: ``answer: '####\\s*(\\S+)'``."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "validation_split"):
+            if isinstance(path := getattr(self, name), os.PathLike):  # of a program
+                object.__setattr__(self, name, os.fspath(path))
 
     @property
     def num_train_rows(self) -> int:

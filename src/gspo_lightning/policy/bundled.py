@@ -51,7 +51,7 @@ class _Recipe:
     """Free space needed while building."""
 
 
-def resolve_model(path: str) -> str:
+def resolve_model(path: str | os.PathLike[str]) -> str:
     """Turn the model a user named into something ``from_pretrained`` takes, building it if it is bundled.
 
     ``bundled:NAME`` gives the cached folder, an existing model folder its own path. What looks like a
@@ -61,6 +61,7 @@ def resolve_model(path: str) -> str:
         UserError: an unknown bundled name, a folder without ``config.json`` or weights, a path that does
             not exist, a cache that cannot be written, or a download that failed or has the wrong hash.
     """
+    path = os.fspath(path)
     if path.startswith(PREFIX):
         return str(_bundled_folder(path.removeprefix(PREFIX)))
     folder = from_home(path)
