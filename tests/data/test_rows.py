@@ -147,6 +147,7 @@ def test_what_has_no_rows_in_order_is_refused_with_the_way_out() -> None:
     for source, message in [
         (splits, r"data\.task\.source of task rows is a DatasetDict of train; give one of them"),
         (pandas.DataFrame(_rows(3)), r"is a DataFrame; give its rows: frame\.to_dict\('records'\)"),
+        (["a.jsonl", "b.jsonl"], r"is a list of files, such as a\.jsonl; give one, or the folder that holds them"),
         (5, r"is a int; give a path"),
     ]:
         with pytest.raises(UserError, match=message):

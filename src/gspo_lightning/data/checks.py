@@ -43,7 +43,8 @@ def check_settings(data: PromptDataModule) -> None:
 
 
 def check_prompt(prompt: Prompt, template_kwargs: dict[str, Any], required_columns: Needed) -> None:
-    """Refuses options of the chat template for a prompt that it does not apply to, and a row that lacks a column.
+    """Refuses options of the chat template for a prompt that it does not apply to, and a row that lacks a column or has
+    one whose name is no text.
 
     Args:
         prompt: of any row.
@@ -58,4 +59,10 @@ def check_prompt(prompt: Prompt, template_kwargs: dict[str, Any], required_colum
         )
     if template_kwargs and isinstance(prompt.prompt, str):
         raise UserError("data.chat_template_kwargs has no effect on plain string prompts; remove it")
+    for column in prompt.sample:
+        if not isinstance(column, str):
+            raise UserError(
+                f"row {prompt.uid}: the name of the column {column!r} is no text, and reward functions get columns as "
+                "arguments; rename it"
+            )
     check_columns(prompt.sample, required_columns, f"row {prompt.uid}")

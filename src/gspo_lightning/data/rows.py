@@ -249,4 +249,6 @@ def _listed(source: Any, where: str) -> Sequence[Row]:
         rows = asked(lambda: list(source), f"{where}: the iteration of {name}")
     if not len(rows):
         raise UserError(f"{where}: the dataset is empty")
+    if isinstance(rows, list | tuple) and isinstance(rows[0], str) and is_file(rows[0]):
+        raise UserError(f"{where} is a {name} of files, such as {rows[0]}; give one, or the folder that holds them")
     return rows if isinstance(rows, list | tuple) or hasattr(rows, "features") else _OwnRows(rows, where)
