@@ -69,6 +69,7 @@ from gspo_lightning.training.trainer_checks import (
     check_caller,
     check_fit,
     check_frozen,
+    check_parts,
     check_prompts,
     check_schedule,
     refuse_draws_ahead,
@@ -125,6 +126,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False
         leave_frozen_out(self)
+        check_parts(policy_loader, rewards, optimizer)
         self.policy_loader, self.rewards = policy_loader, rewards
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.ahead = OneStepOff(self.engine) if traits(self.engine).staleness else None

@@ -17,10 +17,12 @@ from gspo_lightning.callbacks import RolloutCheckpoint, RunRecorder
 from gspo_lightning.data import MicroLetters, PromptDataModule
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
+from gspo_lightning.objective import Objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
-from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.rewards import RewardSet, RewardSpec, letter_share
 from gspo_lightning.training.schedule import Schedule
-from gspo_lightning.types import PromptBatch
+from gspo_lightning.types import PromptBatch, SamplingParams
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -36,6 +38,31 @@ def fit(module, prompts=None, batches=1, ckpt_path=None, weights_only=None, **ch
 
 
 # ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            {"policy_loader": "bundled:micro"},
+            "^policy_loader='bundled:micro': a path; give gspo_lightning.PolicyLoader",
+        ),
+        ({"rewards": len}, "^rewards is of type builtin_function_or_method; give RewardSet"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+            "^optimizer is of type SGD; give what makes one",
+        ),
+    ],
+)
+def test_what_is_given_in_the_place_of_a_part_is_refused_at_once(given, line):
+    parts = {
+        "policy_loader": PolicyLoader("bundled:micro"),
+        "rewards": RewardSet({"letters": RewardSpec(letter_share)}),
+    }
+    sampling = SamplingParams(num_generations=2, max_completion_length=4)
+    settings = {"objective": Objective(max_completion_length=4), "sampling": sampling, "max_rollouts": 1}
+    with pytest.raises(UserError, match=line):
+        GSPOModule(**{**parts, **settings, "optimizer": torch.optim.SGD, **given})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,6 +209,23 @@ def check_advantages(advantages: Any) -> None:
             "advantages: not an AdvantageEstimator; subclass it and override __call__(self, rewards, everyone=None)"
         )
     keeps_state(advantages, "advantages")
+
+
+def check_parts(policy_loader: Any, rewards: Any, optimizer: Any) -> None:
+    """Refuses what a program may give in the place of a part, which would fail when that is first used."""
+    if isinstance(policy_loader, str | os.PathLike):
+        raise UserError(
+            f"policy_loader={policy_loader!r}: a path; give gspo_lightning.PolicyLoader, whose argument it is"
+        )
+    if not hasattr(rewards, "functions"):
+        raise UserError(
+            f"rewards is of type {type(rewards).__name__}; give RewardSet({{name: RewardSpec(function)}})"
+        )
+    if not callable(optimizer):
+        raise UserError(
+            f"optimizer is of type {type(optimizer).__name__}; give what makes one of parameter groups, such as "
+            "functools.partial(torch.optim.AdamW, lr=1e-5)"
+        )
 
 
 def check_schedule(schedule: Any) -> None:
