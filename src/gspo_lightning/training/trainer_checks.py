@@ -218,9 +218,7 @@ def check_parts(policy_loader: Any, rewards: Any, optimizer: Any) -> None:
             f"policy_loader={policy_loader!r}: a path; give gspo_lightning.PolicyLoader, whose argument it is"
         )
     if not hasattr(rewards, "functions"):
-        raise UserError(
-            f"rewards is of type {type(rewards).__name__}; give RewardSet({{name: RewardSpec(function)}})"
-        )
+        raise UserError(f"rewards is of type {type(rewards).__name__}; give RewardSet({{name: RewardSpec(function)}})")
     if not callable(optimizer):
         raise UserError(
             f"optimizer is of type {type(optimizer).__name__}; give what makes one of parameter groups, such as "
