@@ -10,12 +10,14 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 
 from gspo_lightning.callbacks import RolloutCheckpoint
 from gspo_lightning.policy.load import LoraSettings
 from gspo_lightning.rollout.engine import EngineUnavailableError
+from gspo_lightning.training.run_state import leave_frozen_out
 from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -52,6 +54,19 @@ def test_a_frozen_base_is_in_no_state_dict(micro_model_dir):
     outer = nn.ModuleDict({"first": module, "second": nn.Linear(2, 2).requires_grad_(False)})
     expected = {f"first.{name}" for name in names} | {"second.weight", "second.bias"}  # that one is not ours to drop
     assert set(outer.state_dict()) == expected
+
+
+def test_a_frozen_base_in_eight_bits_is_in_no_state_dict_and_loads_after_a_forward():
+    """Its layers have a scale beside the weight, and refuse to load one once they have computed."""
+    layer = Linear8bitLt(16, 8, bias=False, has_fp16_weights=False).eval()
+    layer.weight = layer.weight.to("cpu")
+    module = nn.Sequential(layer.requires_grad_(False), nn.Linear(8, 4))
+    leave_frozen_out(module)
+    for _ in range(2):
+        assert set(state := module.state_dict()) == {"1.weight", "1.bias"}
+        module.load_state_dict(state)
+        before = module(torch.ones(2, 16))
+    assert torch.equal(module(torch.ones(2, 16)), before)
 
 
 def test_a_state_dict_without_the_base_loads_strictly_and_leaves_the_base(micro_model_dir):

@@ -41,9 +41,14 @@ def _frozen(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
 
 def _delete_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     frozen = _frozen(module, prefix)
-    # A frozen 4-bit weight has additional entries, such as `weight.absmax`.
-    for name in [n for n in state if n in frozen or f"{n.partition('.weight.')[0]}.weight" in frozen]:
+    for name in [n for n in state if n in frozen or _weight_of(n) in frozen]:
         del state[name]
+
+
+def _weight_of(entry: str) -> str:
+    """The quantised weight that an additional entry is of, such as ``weight.absmax`` (4 bits) and ``SCB`` (8 bits)."""
+    module, _, name = entry.rpartition(".")
+    return f"{module}.weight" if name in ("SCB", "weight_format") else f"{entry.partition('.weight.')[0]}.weight"
 
 
 def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, *__: Any) -> None:
