@@ -194,3 +194,20 @@ def test_a_file_of_ones_own_that_hydra_passes_over_is_refused_where_it_is_chosen
     (tmp_path / "conf" / "train.yaml").unlink()
     (tmp_path / "conf" / "reward" / "letters.yaml").rename(tmp_path / "conf" / "reward" / "mine.yaml")
     assert not run(*arguments, cwd=tmp_path).stderr
+
+
+def test_functions_of_two_choices_that_are_named_alike_do_not_take_the_place_of_each_other(tmp_path):
+    (tmp_path / "conf" / "reward").mkdir(parents=True)
+    letters = (ROOT / "conf" / "reward" / "letters.yaml").read_text()
+    (tmp_path / "conf" / "reward" / "mine.yaml").write_text(letters.replace("letter_share:", "exact_match:"))
+    arguments = ["--config-dir", "conf", "experiment=micro", "data=micro_digit", "dry_run=true"]
+    (tmp_path / "conf" / "experiment").mkdir()
+    both = "# @package _global_\ndefaults: [micro, {override /reward: [exact_match, mine]}]\n"
+    (tmp_path / "conf" / "experiment" / "both.yaml").write_text(both)
+    for given in ("reward=[exact_match,mine]", "experiment=both"):
+        done = run(*arguments, given, cwd=tmp_path, expect=2)
+        assert done.stderr == (
+            "error: reward/exact_match and reward/mine both have a function exact_match, of which only that of "
+            "reward/mine would be left; rename one\n"
+        )
+    assert not run(*arguments, "reward=[exact_match,soft_overlong]", cwd=tmp_path).stderr

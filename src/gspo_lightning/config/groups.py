@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from gspo_lightning.config.sections import choices_of
 from gspo_lightning.errors import UserError
@@ -102,6 +103,30 @@ def check_own_files(sources: Iterable[Any], choices: Mapping[str, Any], config_n
                     raise UserError(f"{line}; give it another name, and choose that")
                 warnings.warn(f"{line}; put settings into an experiment, or choose it with --config-path", stacklevel=2)
             first = content if first is None else first
+
+
+def check_rewards_add_up(sources: Sequence[Any], files_read: Iterable[str | None]) -> None:
+    """Refuses several choices of ``reward`` of which two name a function alike: Hydra keeps that of the later one.
+
+    Args:
+        sources: where Hydra has looked for configs, in order.
+        files_read: the config files that it has put together, such as ``reward/letters``, in order.
+
+    Raises:
+        UserError: names the choices and the function.
+    """
+    of: dict[str, str] = {}
+    for file in dict.fromkeys(file for file in files_read if file is not None and file.startswith("reward/")):
+        content = next(filter(None, (_content(source, f"{file}.yaml") for source in sources)), b"")
+        own = OmegaConf.to_container(OmegaConf.create(content.decode()))
+        functions = own.get("functions") if isinstance(own, dict) and "defaults" not in own else None
+        for name in functions or ():
+            if name in of:
+                raise UserError(
+                    f"{of[name]} and {file} both have a function {name}, of which only that of {file} would be left; "
+                    "rename one"
+                )
+            of[str(name)] = file
 
 
 def _content(source: Any, file: str) -> bytes | None:

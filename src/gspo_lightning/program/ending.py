@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
@@ -20,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from gspo_lightning.config.groups import check_mode, check_overrides, check_own_files
+from gspo_lightning.config.groups import check_mode, check_overrides, check_own_files, check_rewards_add_up
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
@@ -103,6 +104,7 @@ def _check_job() -> None:
     """
     hydra = HydraConfig.get()
     check_own_files(hydra.runtime.config_sources, hydra.runtime.choices, str(hydra.job.config_name))
+    check_rewards_add_up(hydra.runtime.config_sources, _files_read(hydra))
     if hydra.job.chdir:
         raise UserError(
             "hydra.job.chdir=true: relative paths (ckpt_path, model.path, files of data) count from the folder in "
@@ -153,6 +155,19 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         line = str(end) if isinstance(end, Interrupted) else STOPPED
         others = "" if HydraConfig.get().mode == RunMode.RUN else "; the jobs after it were not run"
         raise Interrupted(f"{line}{others}") from end
+
+
+def _files_read(hydra: Any) -> list[str | None]:
+    """The config files that Hydra has put together for this job, by their paths; empty outside of a program of it."""
+    if not GlobalHydra.instance().is_initialized():
+        return []
+    of_hydra, task = overrides_of(hydra)
+    files = (
+        GlobalHydra.instance()
+        .config_loader()
+        .compute_defaults_list(str(hydra.job.config_name), [*of_hydra, *task], RunMode.RUN)
+    )
+    return [file.config_path for file in files.defaults]
 
 
 def _key_of_folder(error: OSError) -> str | None:
