@@ -99,6 +99,22 @@ def test_a_layer_that_is_frozen_after_it_was_trained_is_refused(micro_model_dir)
     assert module.rollouts_done == 1
 
 
+def test_a_checkpoint_of_a_run_that_trained_more_is_refused_in_one_line(micro_model_dir, tmp_path):
+    def fit(rollouts, ckpt_path=None):
+        module = build_module(micro_model_dir, Settings(optimizer=torch.optim.AdamW, rollouts=rollouts))
+        module.configure_model()
+        module.policy.base_model.model.layers[0].requires_grad_(ckpt_path is None)
+        fitted = trainer()
+        fitted.fit(module, Batches(scripted_prompts(), 2).loader(), ckpt_path=ckpt_path, weights_only=True)
+        return fitted
+
+    fit(1).save_checkpoint(tmp_path / "all.ckpt")
+    with pytest.raises(
+        UserError, match=r"^ckpt_path: the checkpoint's optimizer has groups of \[\d+, \d+\] parameters, and this"
+    ):
+        fit(2, tmp_path / "all.ckpt")
+
+
 def test_a_position_with_a_group_that_was_added_is_loaded_by_a_run_that_has_not_added_it_yet():
     def made():
         parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]

@@ -160,6 +160,7 @@ def keep_settings(optimizer: Optimizer, factory: Any) -> None:
             group.update({**settings, "lr": now, **({"initial_lr": rate} if "initial_lr" in group else {})})
 
     if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        optimizer.register_load_state_dict_pre_hook(_refuse_other_groups)
         optimizer.register_load_state_dict_post_hook(put_back)
         return
     load = optimizer.load_state_dict
@@ -170,6 +171,19 @@ def keep_settings(optimizer: Optimizer, factory: Any) -> None:
 
     # An overridden method, such as that of bitsandbytes, calls no hooks.
     optimizer.load_state_dict = load_and_put_back  # type: ignore[method-assign]
+
+
+def _refuse_other_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuses states of other numbers of parameters, which torch would refuse by a ValueError."""
+    own, saved = (
+        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if own != saved:
+        raise UserError(
+            f"ckpt_path: the checkpoint's optimizer has groups of {saved} parameters, and this run's of {own}; train "
+            "the same part of the model (model.train_vision, model.train_language, lora), or start a new run from the "
+            "exported model (model=path model.path=.../model)"
+        )
 
 
 def page_again(optimizer: Optimizer) -> None:
