@@ -9,12 +9,12 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Protocol, cast
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from gspo_lightning.dialogue.template import continuation
 from gspo_lightning.dialogue.threads import Threads
 from gspo_lightning.errors import UserError
+from gspo_lightning.precision import without_autocast
 from gspo_lightning.types import Messages, Prompt, ToolCounts
 from gspo_lightning.users_code import LARGEST, RAISED, copied, finite_number
 
@@ -249,7 +249,7 @@ def _asked(name: str, prompt: Prompt, call: Callable[..., Any], *arguments: Any)
     An environment that computes with torch does so in its own precision, as rewards do, not in that of the model.
     """
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with without_autocast():
             result = call(*arguments)
     except UserError as error:
         raise UserError(f"{name}: {error} (row {prompt.uid})") from error

@@ -10,9 +10,8 @@ conversational completions, ``[{"role": "assistant", "content": text}]`` (for gp
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from gspo_lightning.advantages import combine_rewards
 from gspo_lightning.errors import UserError, check_choice, check_time_limit
+from gspo_lightning.precision import dtype_of_new_tensors
 from gspo_lightning.rewards.by_task import ForTasks, object_of, unwrapped
 from gspo_lightning.rewards.calling import (
     RECORDED,
@@ -106,7 +106,7 @@ class RewardSet:
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
         self._start()
         workers = ThreadPoolExecutor(len(self.functions), thread_name_prefix="reward", **_on_this_gpu())
-        with _dtype_of_new_tensors(self._dtype), workers as pool:
+        with dtype_of_new_tensors(self._dtype), workers as pool:
             calls = {name: pool.submit(self._call, name, arguments, uids) for name in self.names}
             try:
                 results = {name: _result(name, future) for name, future in calls.items()}
@@ -232,18 +232,6 @@ def _check_entries(functions: Any) -> None:
             raise UserError(
                 f"reward.functions.{name}: reward/{name} is the metric of all functions together; choose another name"
             )
-
-
-@contextmanager
-def _dtype_of_new_tensors(dtype: torch.dtype) -> Iterator[None]:
-    """Context in which torch makes numbers into tensors of this dtype: the precision bf16-true has set another one for
-    the model, to which the rewards of functions that compute with torch would be rounded."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _on_this_gpu() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError, is_out_of_memory
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.precision import dtype_of_new_tensors, without_autocast
 from gspo_lightning.rollout.weights import adapter_rank
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,16 +81,8 @@ def own_precision() -> Iterator[None]:
     Under a GPU's autocast the angles of its rotations would be products in bfloat16, in which neighbouring positions
     above 256 are one; bf16-true would give another dtype to whatever it makes without naming one.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with dtype_of_new_tensors(torch.float32), without_autocast():
+        yield
 
 
 @contextmanager
