@@ -262,7 +262,7 @@ CONFIG = [
         "config", "no choice at all", ["scheduler=[]"], "scheduler: is missing; choose one of constant, cosine, linear"
     ),
     Case("config", "a setting taken out", ["~trainer.devices"], "trainer.devices: is missing; give it a value"),
-    Case("config", "a number for a path", ["ckpt_path=1"], "ckpt_path=1 has the wrong type; expected str | None"),
+    Case("config", "a number for a path", ["ckpt_path=1"], "ckpt_path=1 has the wrong type; expected text or null"),
     Case(
         "config",
         "optimizer steps for the length of the run",
@@ -279,7 +279,7 @@ CONFIG = [
         "config",
         "a switch for a profiler",
         ["+trainer.profiler=true"],
-        "trainer.profiler=True has the wrong type; expected",
+        "trainer.profiler=true has the wrong type; expected a section that builds a Profiler or text or null",
     ),
 ]
 
@@ -560,7 +560,7 @@ UPDATE = [
         "update",
         "weights in half precision",
         ["model.dtype=float16"],
-        "model.dtype='float16' has the wrong type; expected one of float32, bfloat16, float64",
+        "model.dtype='float16' is not one of float32, bfloat16, float64",
     ),
     Case("update", "half precision", ["trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
     Case("update", "double precision by halves", ["trainer.precision=64-true"], "set model.dtype=float64"),
@@ -631,21 +631,21 @@ ROLLOUT = [
         "rollout",
         "a word for a temperature",
         ["rollout.temperature=hot"],
-        "rollout.temperature='hot' has the wrong type; expected float",
+        "rollout.temperature='hot' has the wrong type; expected a number",
     ),
-    Case("rollout", "a word for top_p", ["rollout.top_p=x"], "rollout.top_p='x' has the wrong type; expected float"),
+    Case("rollout", "a word for top_p", ["rollout.top_p=x"], "rollout.top_p='x' has the wrong type; expected a number"),
     Case("rollout", "one string for a list", ["rollout.stop=abc"], "rollout.stop='abc' has the wrong type"),
     Case(
         "rollout",
         "nothing for a list",
         ["rollout.stop=null"],
-        "rollout.stop=None has the wrong type; expected a list of str",
+        "rollout.stop=null has the wrong type; expected a list of text",
     ),
     Case(
         "rollout",
         "a number among strings",
         ["rollout.stop=[1]"],
-        "rollout.stop=[1] has the wrong type; expected a list of str",
+        "rollout.stop=[1] has the wrong type; expected a list of text",
     ),
     Case(
         "rollout",
@@ -853,7 +853,7 @@ DATA = [
         ["data=reasoning_gym", "data.task=nothing", "reward=reasoning_gym"],
         "reasoning",
     ),
-    Case("data", "a word for a task", ["data.task=abc"], "data.task='abc' has the wrong type; expected Task"),
+    Case("data", "a word for a task", ["data.task=abc"], "data.task='abc' has the wrong type; expected a section that builds a Task"),
     Case(
         "data",
         "held-out rows by no batch",
@@ -1223,7 +1223,7 @@ RUNS = [
     Case("run", "a number for the metric of the best checkpoint", [*BEST, "checkpoint.keep_best=3"], "checkpoint.keep_best=3 has the wrong type"),
     Case("run", "a best checkpoint where validation is off", [*BEST, "checkpoint.keep_best=val/reward", "+trainer.limit_val_batches=0"], "checkpoint.keep_best=val/reward has no effect with trainer.limit_val_batches=0"),
     Case("run", "a best checkpoint without held-out rows", [*BEST, "checkpoint.keep_best=val/reward", "data.task.num_validation=0"], "checkpoint.keep_best=val/reward has no effect: there are no held-out rows"),
-    Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected float"),
+    Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected a number"),
     Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
     Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),
     Case("run", "a trillion processes", ["trainer.devices=1000000000000"], "trainer.devices=1000000000000 must be at most 1024"),

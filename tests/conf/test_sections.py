@@ -53,10 +53,10 @@ def refusal(*overrides):
             "rollout.engine='abc' must be a section with a _target_; choose one with rollout=: replay, transformers, vllm, "
             "vllm_server",
         ),
-        ("data.task=abc", "data.task='abc' has the wrong type; expected Task"),
-        ("ckpt_path=1", "ckpt_path=1 has the wrong type; expected str | None"),
-        ("export.push_to_hub=1", "export.push_to_hub=1 has the wrong type; expected str | None"),
-        ("model.dtype=half", "model.dtype='half' has the wrong type; expected one of float32, bfloat16, float64"),
+        ("data.task=abc", "data.task='abc' has the wrong type; expected a section that builds a Task"),
+        ("ckpt_path=1", "ckpt_path=1 has the wrong type; expected text or null"),
+        ("export.push_to_hub=1", "export.push_to_hub=1 has the wrong type; expected text or null"),
+        ("model.dtype=half", "model.dtype='half' is not one of float32, bfloat16, float64"),
     ],
 )
 def test_what_is_missing_or_no_section_is_named_with_what_there_is(override, line):

@@ -126,7 +126,7 @@ HERE = Weighted.__module__
     ("overrides", "line"),
     [
         ([target(Weighted)], "module.weight: is missing; give it a value"),
-        ([target(Weighted), "+module.weight=much"], "module.weight='much' has the wrong type; expected float"),
+        ([target(Weighted), "+module.weight=much"], "module.weight='much' has the wrong type; expected a number"),
         ([target(Weighted), "+module.wieght=1"], f"module.wieght: {HERE}.Weighted has no such setting; it has weight"),
         ([target(Named), "+module.lable=a"], f"module.lable: {HERE}.Named has no such setting; it has label, weight"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -66,8 +67,11 @@ def check_values(node: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
     for name, value in node.items():
         hint = hints.get(name)
         if hint is not None and not _fits(value, hint):
-            where = f"{key}.{name}" if key else name
-            raise UserError(f"{where}={value!r} has the wrong type; expected {_spell(hint)}")
+            given = f"{key}.{name}={_as_given(value)}" if key else f"{name}={_as_given(value)}"
+            expected = _spell(hint)
+            if isinstance(value, str) and expected.startswith(_ONE_OF):
+                raise UserError(f"{given} is not {expected}")
+            raise UserError(f"{given} has the wrong type; expected {expected}")
 
 
 def hints_of(target: Any) -> dict[str, Any]:
@@ -110,13 +114,41 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or value is not None
 
 
+def _as_given(value: Any) -> str:
+    """A value as one writes it in a config, but for strings, whose quotes tell them from numbers."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+_ONE_OF = "one of "
+_WORDS = {
+    bool: "true or false", float: "a number", int: "a whole number", str: "text", type(None): "null", timedelta: "a time",
+}  # fmt: skip
+
+
 def _spell(hint: Any) -> str:
-    if hint is bool:
-        return "true or false"
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_args(hint) and (get_origin(hint) is list or get_args(hint)[1:] == (...,)):
-        return f"a list of {_spell(get_args(hint)[0])}"
-    if get_origin(hint) is tuple and get_args(hint):
-        return f"a list of {len(get_args(hint))} values"
-    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")  # type: ignore[return-value]
+    """A type in words: ``float | None`` is "a number or null"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if origin in (Union, types.UnionType):
+        choices = [choice for part in arguments if get_origin(part) is Literal for choice in get_args(part)]
+        parts = [part for part in arguments if get_origin(part) is not Literal]
+        words = [_one_of(choices)] if choices else []
+        return " or ".join(dict.fromkeys(words + [_spell(part) for part in parts]))
+    if origin is Literal:
+        return _one_of(arguments)
+    if origin is Callable:
+        return "a section that builds a function"
+    if arguments and (origin in (list, Iterable) or arguments[1:] == (...,)):
+        return f"a list of {_spell(arguments[0])}"
+    if origin is tuple and arguments:
+        return f"a list of {len(arguments)} values"
+    if origin is dict:
+        return "a section"
+    if inspect.isclass(hint):
+        return f"a section that builds a {hint.__name__}" if hint.__module__.startswith(_OBJECTS) else hint.__name__
+    return str(hint).replace("typing.", "")
+
+
+def _one_of(choices: Iterable[Any]) -> str:
+    return _ONE_OF + ", ".join(dict.fromkeys(map(str, choices)))
