@@ -603,6 +603,12 @@ UPDATE = [
     Case("update", "an unknown schedule", ["scheduler.name=exponential"], "scheduler.name"),
     Case("update", "a warm-up longer than the run", ["scheduler.warmup_ratio=2"], "warmup_ratio"),
     Case("update", "a precision that does not exist", ["trainer.precision=8-bit"], "8-bit"),
+    Case(
+        "update",
+        "YAML's infinity on a command line",
+        ["update.max_grad_norm=.inf"],
+        "update.max_grad_norm='.inf' has the wrong type; expected a number (YAML's .inf is inf on a command line)",
+    ),
     Case("update", "a GPU where there is none", ["trainer.accelerator=gpu"], "there is no GPU here"),
     Case(
         "update", "Apple's GPU", ["trainer.accelerator=mps"], "trainer.accelerator=mps is not supported; use cuda, cpu"
@@ -853,7 +859,12 @@ DATA = [
         ["data=reasoning_gym", "data.task=nothing", "reward=reasoning_gym"],
         "reasoning",
     ),
-    Case("data", "a word for a task", ["data.task=abc"], "data.task='abc' has the wrong type; expected a section that builds a Task"),
+    Case(
+        "data",
+        "a word for a task",
+        ["data.task=abc"],
+        "data.task='abc' has the wrong type; expected a section that builds a Task",
+    ),
     Case(
         "data",
         "held-out rows by no batch",

@@ -149,7 +149,10 @@ def test_the_command_takes_its_flags_between_overrides_and_a_mistake_is_one_line
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("data.task.num_validation=0.5", "data.task.num_validation=0.5 has the wrong type; expected a whole number or null"),
+        (
+            "data.task.num_validation=0.5",
+            "data.task.num_validation=0.5 has the wrong type; expected a whole number or null",
+        ),
         ("data.task.num_validation=-1", "data.task.num_validation=-1 must be at least 0"),
         ("data.overlong_prompts=cut", "data.overlong_prompts='cut' is not one of error, drop"),
         ("data.prompts_per_rollout=0", "data.prompts_per_rollout=0 must be at least 1"),

@@ -71,7 +71,8 @@ def check_values(node: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
             expected = _spell(hint)
             if isinstance(value, str) and expected.startswith(_ONE_OF):
                 raise UserError(f"{given} is not {expected}")
-            raise UserError(f"{given} has the wrong type; expected {expected}")
+            infinity = " (YAML's .inf is inf on a command line)" if value in (".inf", "-.inf") else ""
+            raise UserError(f"{given} has the wrong type; expected {expected}{infinity}")
 
 
 def hints_of(target: Any) -> dict[str, Any]:
@@ -121,7 +122,8 @@ def _as_given(value: Any) -> str:
 
 _ONE_OF = "one of "
 _WORDS = {
-    bool: "true or false", float: "a number", int: "a whole number", str: "text", type(None): "null", timedelta: "a time",
+    bool: "true or false", float: "a number", int: "a whole number", str: "text", type(None): "null",
+    timedelta: "a time",
 }  # fmt: skip
 
 
