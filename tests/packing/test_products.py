@@ -157,15 +157,16 @@ def test_it_is_asked_where_the_rows_of_float32_products_come_again(
 def test_attention_of_such_an_update_is_made_of_such_products_too(micro_model_dir, monkeypatch):
     on(monkeypatch)
     monkeypatch.setattr(products, "_stays_float32", lambda: True)
-    forwards, backwards = [], []
+    whole, backwards = [], []
 
     def spy(name, seen):
         function = getattr(attention, name)
         monkeypatch.setattr(attention, name, lambda *given: (seen.append(MATMUL.fp32_precision), function(*given))[1])
 
-    spy("_batch_forward", forwards)
+    spy("_weights", whole)  # in both directions
     spy("_batch_backward", backwards)
     module = build_module(micro_model_dir, Settings(dtype="float32"))
     trainer().fit(module, Batches(scripted_prompts(), 1).loader())
-    assert set(forwards) == {"none", "bf16"}  # the rollout's prefill is not of the update
+    assert set(whole) == {"none", "bf16"}  # the rollout's prefill is not of the update
+    assert whole.count("bf16") >= 2 * len(backwards) > 0
     assert set(backwards) == {"bf16"}

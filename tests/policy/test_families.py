@@ -141,6 +141,26 @@ def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
     assert (own - theirs).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_under_bfloat16_autocast_its_rounding_is_that_of_the_model_alone(name, saved):
+    """By the distance from float64. Rounding is random: of two equally good results one may be twice as far away."""
+    path = saved(config_of(name))
+    groups = random_groups([(7, [3, 5, 2]), (9, [4, 4]), (7, [3, 5, 2])], 16)
+
+    def result(dtype: str, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        policy = PolicyLoader(path, dtype=dtype).load()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "float32"):
+            row = pack(groups, torch.device("cpu"))
+            logprobs, _ = policy(row, 0.7) if packed else padded_logprobs(policy.base_model, groups, temperature=0.7)
+        weights = torch.randn(len(logprobs), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (logprobs.double() @ weights).backward()
+        return logprobs.detach().double(), flat_gradient(policy).double()
+
+    exact, ours, theirs = result("float64", True), result("float32", True), result("float32", False)
+    for right, near, also_near in zip(exact, ours, theirs, strict=True):
+        assert relative_distance(near, right) < 3 * relative_distance(also_near, right)
+
+
 def test_what_runs_padded_says_so_and_is_not_estimated(saved):
     loader = PolicyLoader(saved(config_of("gpt2")))
     with pytest.warns(

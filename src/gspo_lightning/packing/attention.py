@@ -46,6 +46,7 @@ def shared_prefix_attention(
         ``(1, heads, T, D)``.
     """
     if query.device.type == "cpu" and sinks is None:
+        query, key, value = (x.to(product_dtype(query)) for x in (query, key, value))
         return _GatheredAttention.apply(query, key, value, _gathered(layout, query, key, window), scaling)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     q_of, k_of, v_of = (_Runs(x, layout) for x in (query, key, value))
@@ -79,7 +80,7 @@ class _GatheredAttention(torch.autograd.Function):
     """A row on a CPU: plain batched products over batches of blocks, forward and backward.
 
     The fused CPU kernel runs small blocks at a tenth of the matrix-product rate.
-    Only the row itself is kept in between: blocks are gathered again.
+    Only the row itself is kept in between: blocks are gathered again. Queries, keys and values have one dtype.
     """
 
     @staticmethod
@@ -87,11 +88,12 @@ class _GatheredAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scaling = plan, scaling
         queries, keys, values = (_rows(x) for x in (query, key, value))
-        parts = []
-        for batch in plan.batches:
-            q = queries.index_select(0, batch.query_rows).view(batch.shape[0], -1, query.shape[3])
-            k, v = (x.index_select(0, batch.key_rows).view(batch.shape[0], -1, query.shape[3]) for x in (keys, values))
-            parts.append(_batch_forward(q, k, v, batch, scaling).reshape(-1, query.shape[3]))
+        parts, size = [], query.shape[3]
+        with torch.autocast(query.device.type, enabled=False):
+            for batch in plan.batches:
+                q = queries.index_select(0, batch.query_rows).view(batch.shape[0], -1, size)
+                k, v = (x.index_select(0, batch.key_rows).view(batch.shape[0], -1, size) for x in (keys, values))
+                parts.append((_weights(q, k, batch, scaling) @ v).view(-1, size))
         return _scatter(parts, plan, query)
 
     @staticmethod
@@ -118,26 +120,10 @@ class _GatheredAttention(torch.autograd.Function):
         )
 
 
-def _batch_forward(query: Tensor, key: Tensor, value: Tensor, batch: BlockBatch, scaling: float) -> Tensor:
-    """Attention of a batch, in the shape of its queries.
-
-    Scores and their softmax are in float32 or wider whatever the dtype of the products, because ratios depend on them.
-    The fused CPU kernel does the same, and takes up to twice as long for small blocks.
-    """
-    narrow = product_dtype(query)
-    query, key, value = (x.to(narrow) for x in (query, key, value))
-    wide = torch.promote_types(narrow, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        return _weights(query.to(wide), key.to(wide), batch, scaling).to(narrow) @ value
-
-
 def _batch_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, batch: BlockBatch, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a batch: queries ``(B * kv_heads, repeats * Q, D)`` and keys ``(B * kv_heads, K, D)``.
-
-    Scores are in the dtype of the products, whose rounding reaches gradients but no ratio.
-    """
+    """Gradients of a batch: queries ``(B * kv_heads, repeats * Q, D)`` and keys ``(B * kv_heads, K, D)``."""
     weights = _weights(query, key, batch, scaling)
     grad_weights = grad @ value.transpose(1, 2)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
@@ -145,11 +131,17 @@ def _batch_backward(
 
 
 def _weights(query: Tensor, key: Tensor, batch: BlockBatch, scaling: float) -> Tensor:
-    """Attention weights ``(B * kv_heads, repeats * Q, K)`` of a batch, in the dtype of its queries."""
-    scores = torch.baddbmm(query.new_empty(batch.shape), query, key.transpose(1, 2), beta=0, alpha=scaling)
+    """Attention weights ``(B * kv_heads, repeats * Q, K)`` of a batch, in the dtype of its queries.
+
+    Scores and their softmax are in float32 or wider whatever that dtype, as in torch's fused kernel: a score of 40 that
+    is rounded to bfloat16 is off by up to an eighth, and so is its weight.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.new_empty(batch.shape, dtype=wide)
+    scores = torch.baddbmm(scores, query.to(wide), key.to(wide).transpose(1, 2), beta=0, alpha=scaling)
     blocks, queries, keys = batch.bias.shape
     scores.view(blocks, -1, queries, keys).add_(batch.bias[:, None])
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1).to(query.dtype)
 
 
 def _gathered(layout: SharedPrefixLayout, query: Tensor, key: Tensor, window: int | None) -> GatheredBlocks:
