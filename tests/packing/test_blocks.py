@@ -93,16 +93,18 @@ def test_batches_of_blocks_give_what_the_definition_gives_in_float64(groups, mos
         assert (ours[:, :, layout.num_tokens :] == 0).all()
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
-def test_scores_stay_float32_where_products_are_in_bfloat16(given):
+def test_scores_stay_float32_where_products_are_in_bfloat16(given, with_sinks):
     """Of 40 on average, and up to 400: rounded to bfloat16, they put results off by a fiftieth, gradients by more."""
     layout = layout_of((70, (40, 150, 33)), (5, (3, 9, 1)), common=2)
     query, key, value, grad = drawn(layout.num_tokens)
     inputs = [x.detach().bfloat16() for x in (20 * query, 3 * key, value)]
+    sinks = torch.linspace(-5.0, 60.0, query.shape[1]) if with_sinks else None
 
     def result_and_gradients(dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        result = shared_prefix_attention(*leaves, layout, scaling=0.3)
+        result = shared_prefix_attention(*leaves, layout, scaling=0.3, sinks=sinks)
         return [result, *torch.autograd.grad(result, leaves, grad.to(result.dtype))]
 
     with torch.autocast("cpu", torch.bfloat16):

@@ -63,17 +63,22 @@ def shared_prefix_attention(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, sinks: Tensor | None
 ) -> Tensor:
-    """One attention call with equal head counts; ``mask=None`` means causal. All ``(..., heads, tokens, D)``."""
+    """One attention call with equal head counts; ``mask=None`` means causal. All ``(..., heads, tokens, D)``.
+
+    Scores are in float32 or wider, as torch's own are.
+    """
     if sinks is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     assert mask is not None
-    scores = (query @ key.transpose(-1, -2)) * scaling
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    column = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.softmax(
-        torch.cat([scores, column], dim=-1).to(torch.promote_types(scores.dtype, torch.float32)), -1
-    )
-    return weights[..., :-1].to(value.dtype) @ value
+    narrow = product_dtype(query)
+    query, key, value = (x.to(narrow) for x in (query, key, value))
+    wide = torch.promote_types(narrow, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scaling
+        scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+        column = sinks.to(wide).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), -1)
+        return weights[..., :-1].to(narrow) @ value
 
 
 class _GatheredAttention(torch.autograd.Function):
