@@ -12,7 +12,8 @@ from gspo_lightning.packing import GroupLayout, SharedPrefixLayout, linear_logpr
 from gspo_lightning.packing.attention import shared_prefix_attention
 from gspo_lightning.packing.flash import can_flash, flash_shared_prefix_attention
 from gspo_lightning.packing.flex import can_flex, flex_shared_prefix_attention
-from gspo_lightning.policy.lean import lean_mlp, lean_norm, remade_norm
+from gspo_lightning.policy.lean import lean_mlp
+from gspo_lightning.policy.norms import lean_norm, remade_norm
 from gspo_lightning.rollout.sampling import sample
 from gspo_lightning.rollout.vllm_settings import own_precision
 from gspo_lightning.types import SamplingParams

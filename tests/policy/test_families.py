@@ -77,6 +77,11 @@ PADDED = {
     "falcon": {},  # a table of attentions of its own
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
+FLOAT32_PARTS = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe_lite", "deepseek_v3"), 1e-9),  # routers
+    "jetmoe": 1e-7, "cohere": 1e-7,  # a router, norms
+}  # fmt: skip
+"""Gradients of what transformers computes in float32 whatever the weights are; all else is in float64 throughout."""
 OWN_NAMES = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}}
 
 
@@ -129,9 +134,8 @@ def test_it_trains_and_samples_as_the_model_alone_does(name, saved):
     policy.zero_grad()
     expected, _ = padded_logprobs(policy.base_model, groups, temperature=0.7)
     (expected @ weights).backward()
-    # Norms, rotations and routers are in float32 in most of them, whatever the weights are.
-    assert relative_distance(logprobs, expected) < 1e-6
-    assert relative_distance(ours, flat_gradient(policy)) < 1e-5
+    assert relative_distance(logprobs, expected) < 1e-14
+    assert relative_distance(ours, flat_gradient(policy)) < FLOAT32_PARTS.get(name, 1e-13)
     prompts = [make_prompt(torch.arange(5, 5 + n), uid=f"t:{n}") for n in (3, 9)]
     rollout = TransformersEngine().generate(policy, prompts, SamplingParams(3, 6, temperature=0.7), 0)
     sampled = [(p.input_ids, [c.token_ids for c in g]) for p, g in zip(prompts, rollout.completions, strict=True)]

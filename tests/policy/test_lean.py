@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from gspo_lightning.packing import pack
-from gspo_lightning.policy.lean import lean_mlp, lean_norm, lighten
+from gspo_lightning.policy.lean import lean_mlp, lighten
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.policy.norms import keeping_norm, lean_norm, norm_of_one_plus, promoting_norm
 from gspo_lightning.policy.rotary import rotate
 from tests.support import flat_gradient, micro_policy, random_groups, relative_distance
 
@@ -35,6 +39,41 @@ def test_derivatives_of_the_norm_are_finite_differences():
 
     assert torch.autograd.gradcheck(of, (x, weight))
     assert relative_distance(of(x, weight), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "plus"),
+    [
+        (LlamaRMSNorm, promoting_norm, 0),
+        (Olmo2RMSNorm, keeping_norm, 0),
+        (GptOssRMSNorm, keeping_norm, 0),
+        (Gemma3RMSNorm, norm_of_one_plus, 1),
+    ],
+)
+def test_norms_of_all_families_are_in_float64_in_a_float64_model_and_have_the_dtype_that_they_had(kind, expected, plus):
+    model = nn.Sequential(kind(6, eps=1e-5)).double()
+    model.get_decoder = lambda: model
+    nn.init.normal_(model[0].weight)
+    assert lighten(model) == 1
+    assert model[0].forward.func is expected
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    exact = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (plus + model[0].weight)
+    assert relative_distance(model[0](x), exact) < 1e-14
+    inputs, direction = (x, model[0].weight), torch.randn_like(exact)
+    found, right = (torch.autograd.grad((y * direction).sum(), inputs) for y in (model[0](x), exact))
+    assert all(relative_distance(*pair) < 1e-14 for pair in zip(found, right, strict=True))
+    ours, theirs = model.float()[0], kind(6, eps=1e-5)
+    theirs.load_state_dict(ours.state_dict())
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = x.detach().to(dtype)
+        assert ours(narrow).dtype == theirs(narrow).dtype
+        assert relative_distance(ours(narrow), theirs(narrow)) < 4 * torch.finfo(dtype).eps
+
+
+def test_a_norm_without_a_weight_is_left_alone():
+    model = nn.Sequential(nn.RMSNorm(6, elementwise_affine=False))
+    model.get_decoder = lambda: model
+    assert lighten(model) == 0
 
 
 def test_derivatives_of_the_mlp_are_finite_differences_and_those_of_transformers():
@@ -109,7 +148,7 @@ def test_parts_of_one_product_are_rotated_as_others_are(dtype, parts):
 def test_a_loaded_model_computes_what_transformers_does(dtype, bound, micro_model_dir):
     lean = PolicyLoader(str(micro_model_dir), dtype=str(dtype).removeprefix("torch.")).load()
     changed = [m for m in lean.base_model.modules() if "forward" in vars(m)]
-    assert len(changed) == 8  # two norms, the attention and the MLP of two layers
+    assert len(changed) == 9  # two norms, the attention and the MLP of two layers, and the last norm
     found = []
     for policy in (lean, micro_policy(micro_model_dir, dtype)):
         logprobs, _ = policy(pack(GROUPS, torch.device("cpu")))
@@ -123,7 +162,7 @@ def test_layers_are_compared_where_their_weights_lie_whatever_the_default_device
     """The Trainer builds the policy where the accelerator is the default device."""
     model = micro_policy(micro_model_dir).base_model
     with torch.device("meta"):
-        assert lighten(model) == 8
+        assert lighten(model) == 9
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["full", "LoRA"])
@@ -172,7 +211,7 @@ def test_a_norm_that_computes_something_else_is_left_alone(micro_model_dir, monk
 
     model = micro_policy(micro_model_dir, torch.float32).base_model
     model.model.layers[0].input_layernorm.__class__ = Gemma
-    assert lighten(model) == 7
+    assert lighten(model) == 8
     assert "forward" not in vars(model.model.layers[0].input_layernorm)
 
 
@@ -180,5 +219,5 @@ def test_a_norm_that_computes_something_else_is_left_alone(micro_model_dir, monk
 def test_layers_that_keep_less_by_themselves(setting, parts, micro_model_dir):
     policy = PolicyLoader(str(micro_model_dir), **{setting: True}).load()
     changed = [type(m).__name__ for m in policy.base_model.modules() if "forward" in vars(m)]
-    assert len(changed) == (6 if parts else 0)  # of two layers
+    assert len(changed) == (7 if parts else 0)  # of two layers, and the last norm
     assert all(name.endswith(tuple(parts)) for name in changed)

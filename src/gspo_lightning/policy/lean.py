@@ -1,4 +1,4 @@
-"""Layers that keep and compute less: our own norms, attention and gated MLPs for the Llama family.
+"""Layers that keep and compute less: our own attention and gated MLPs for the Llama family, and norms for all.
 
 transformers' RMSNorm keeps three tensors of its input's size, and every linear layer after it casts its output again;
 its MLP keeps the activated gate and the product with it. Here a norm keeps its input and one number per token and
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gspo_lightning.packing.products import product_dtype
 from gspo_lightning.policy.known_layers import is_known
+from gspo_lightning.policy.norms import NORMS, has_its_dtype, is_norm, lean_norm, remade_norm
 from gspo_lightning.policy.remade import Remade, remade
 from gspo_lightning.policy.rotary import rotate
+
+Forward = Callable[..., Any]
 
 ATTENTIONS = frozenset(
     f"{name}Attention" for name in ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VLText")
@@ -47,34 +49,43 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
         check: compare the results first; impossible for a model without weights.
     """
     changed = 0
-    verdicts: dict[Any, bool] = {}
-    layers: Any = getattr(model.get_decoder(), "layers", ())
-    norm = lean_norm if recomputed else remade_norm
-    for layer in layers:
-        if not is_known(layer):
-            continue
-        for module, lean in (
-            (layer.input_layernorm, norm),
-            (layer.self_attn, lean_attention),
-            (layer.post_attention_layernorm, norm),
-            (layer.mlp, lean_mlp),
-        ):
-            if lean is lean_attention and type(module).__name__ not in ATTENTIONS:
-                continue
-            if lean is lean_mlp and recomputed:
-                continue
-            kind = type(module), next(module.parameters()).dtype
-            if kind not in verdicts:
-                verdicts[kind] = not check or _computes_the_same(module, lean)
-            if verdicts[kind]:
-                # No bound method: that one is pickled as the name of an attribute, which the module does not have.
-                module.forward = functools.partial(lean, module)
-                changed += 1
+    chosen: dict[Any, Forward | None] = {}
+    for module, choices in _replaceable(model, recomputed):
+        kind = type(module), next(module.parameters()).dtype, choices
+        if kind not in chosen:
+            chosen[kind] = next((lean for lean in choices if _fits(module, lean, check)), None)
+        if (lean := chosen[kind]) is not None:
+            # No bound method: that one is pickled as the name of an attribute, which the module does not have.
+            module.forward = functools.partial(lean, module)
+            changed += 1
     return changed
 
 
+def _replaceable(model: PreTrainedModel, recomputed: bool) -> Iterator[tuple[nn.Module, tuple[Forward, ...]]]:
+    """Modules, each with what may take its place: parts of known layers, and every other norm of whatever model."""
+    norm = lean_norm if recomputed else remade_norm
+    of_layers: set[nn.Module] = set()
+    for layer in getattr(model.get_decoder(), "layers", ()):
+        if not is_known(layer):
+            continue
+        of_layers |= {layer.input_layernorm, layer.post_attention_layernorm}
+        yield layer.input_layernorm, (norm,)
+        if type(layer.self_attn).__name__ in ATTENTIONS:
+            yield layer.self_attn, (lean_attention,)
+        yield layer.post_attention_layernorm, (norm,)
+        if not recomputed:
+            yield layer.mlp, (lean_mlp,)
+    for module in model.modules():
+        if module not in of_layers and is_norm(module):
+            yield module, NORMS
+
+
+def _fits(module: nn.Module, lean: Forward, check: bool) -> bool:
+    return (lean not in NORMS or has_its_dtype(lean, module)) and (not check or _computes_the_same(module, lean))
+
+
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
+def _computes_the_same(module: nn.Module, lean: Forward) -> bool:
     """Whether ``lean`` computes what the module does, which may differ between versions of transformers."""
     weight = next(module.parameters())
     if not weight.is_floating_point():  # a quantised one
@@ -91,24 +102,6 @@ def _computes_the_same(module: nn.Module, lean: Callable[..., Any]) -> bool:
         expected, found = expected[0], found[0]
     distance, size = (found.double() - expected.double()).norm(), expected.double().norm()
     return bool(distance <= 4 * torch.finfo(x.dtype).eps * size + 1e-6 * size)
-
-
-def lean_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Root-mean-square norm (arXiv 1910.07467) of ``(..., H)``, in the dtype of the products after it."""
-    dtype = product_dtype(hidden_states)
-    if hidden_states.is_cuda or not torch.is_grad_enabled():
-        return _norm(hidden_states, self.weight, self.variance_epsilon, dtype)
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
-
-
-def remade_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """`lean_norm` with a result that the layers after it need not keep."""
-    out = lean_norm(self, hidden_states)
-    if torch.is_grad_enabled():
-        x, weight, dtype = hidden_states.detach(), self.weight.detach(), out.dtype
-        again = Remade(out, lambda: _norm(x, weight, self.variance_epsilon, dtype))
-        out.remade = again  # type: ignore[attr-defined]
-    return out
 
 
 def lean_attention(
@@ -170,46 +163,3 @@ class _Gated(torch.autograd.Function):
         # Empty if the product was not recomputed, since the weight it feeds has no gradient.
         activated = ctx.activated.pop() if ctx.activated else nn.functional.silu(gate)
         return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), None
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    if not x.is_cuda:
-        return _normed(x, weight, eps, dtype)[0]
-    # One kernel, which keeps equally little; on a CPU it is slower than ours for long rows.
-    with torch.autocast("cuda", enabled=False):
-        return nn.functional.rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The norm in ``dtype``, and the factors ``(..., 1)`` of the tokens in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    # As few operations as possible: on the few rows of a decoding step each takes longer to start than to run.
-    scale = torch.addcmul(length.new_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
-    return (wide * scale).mul_(weight).to(dtype), scale
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Everything in float32 or wider. With ``y = s w x``, ``s = (mean(x^2) + eps)^-1/2`` and g the gradient of y:
-
-    that of x is ``s g w - s^3 x sum(g w x) / H`` (``along`` is the factor of x), that of w ``sum(s g x)`` over tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        out, scale = _normed(x, weight, eps, dtype)
-        ctx.save_for_backward(x, weight, scale)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        grad, wide = grad.to(scale.dtype), x.to(scale.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            products = (grad * wide).flatten(0, -2)
-            needed = ctx.needs_input_grad[1]
-            # Products with vectors, which no setting lets a GPU compute in TF32.
-            grad_weight = (products.t() @ scale.flatten()).view_as(weight).to(weight.dtype) if needed else None
-            along = (products @ weight.to(scale.dtype)).view_as(scale).mul_(scale.pow(3)).div_(-x.shape[-1])
-        return (grad * weight).mul_(scale).addcmul_(wide, along).to(x.dtype), grad_weight, None, None
