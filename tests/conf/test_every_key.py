@@ -26,6 +26,7 @@ from gspo_lightning import cli
 from gspo_lightning.config import checks
 from gspo_lightning.config.build import build, build_module
 from gspo_lightning.errors import UserError
+from gspo_lightning.objective.losses import LOSSES, SETTINGS
 from tests.conf.probes import PROBES, Probe
 from tests.conf.test_groups import CONF, given, of_file, resolved
 
@@ -123,17 +124,14 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "objective.top_entropy_quantile": (WEIGHTS, ["objective.top_entropy_quantile=0.2"], ["objective.importance_sampling_level=sequence_token"]),
     "objective.off_policy_mask_threshold": (METRICS, ["objective.off_policy_mask_threshold=0.01"], ["optimizer.lr=0.05"]),
     "objective.max_completion_length": (WEIGHTS, ["objective.max_completion_length=99"], ["objective=dr_grpo", "optimizer.eps=1"]),
-    "objective.tau_positive": (WEIGHTS, ["objective.tau_positive=3.0"], ["objective=sapo"]),
-    "objective.tau_negative": (WEIGHTS, ["objective.tau_negative=3.0"], ["objective=sapo"]),
     **{
-        f"objective.{key}": (WEIGHTS, [f"objective.{key}=1.0"], ["objective=vespo"])
-        for key in ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
+        f"objective.{key}": (WEIGHTS, [f"objective.{key}=9.0"], [f"objective={loss}"])
+        for loss, spec in LOSSES.items() for key in spec.reads if key in SETTINGS
     },
     "objective.clip_cov_ratio": (WEIGHTS, ["objective.clip_cov_ratio=0.5"], COVARIANT),
     "objective.clip_cov_lb": (WEIGHTS, ["objective.clip_cov_lb=-9.0"], COVARIANT),
     "objective.clip_cov_ub": (WEIGHTS, ["objective.clip_cov_ub=0.1"], COVARIANT),
     "objective.kl_cov_ratio": (WEIGHTS, ["objective.kl_cov_ratio=0.5"], ["objective=kl_cov"]),
-    "objective.ppo_kl_coef": (WEIGHTS, ["objective.ppo_kl_coef=9.0"], ["objective=kl_cov", "objective.kl_cov_ratio=0.2"]),
     "rollout.num_generations": (COMPLETIONS, ["rollout.num_generations=2"], []),
     "rollout.max_completion_length": (COMPLETIONS, ["rollout.max_completion_length=3"], []),
     "rollout.temperature": (COMPLETIONS, ["rollout.temperature=0.3"], []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from gspo_lightning.config import sections as config_sections
 from gspo_lightning.config.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.config.resolve import resolve
 from gspo_lightning.errors import UserError
+from gspo_lightning.objective.losses import CHOICE_KEYS, LOSSES, SETTINGS
 from tests.support import has_module
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -121,10 +123,8 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         arguments = set(inspect.signature(get_object(target)).parameters)
         missing = arguments - node.keys() - {"lora", "mismatch"}
         if file.parent.name == "objective":
-            missing -= {"tau_positive", "tau_negative"}  # of sapo alone
-            missing -= {"k_positive", "lambda_positive", "k_negative", "lambda_negative"}  # of vespo alone
-            missing -= {"clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"}  # of clip_cov alone
-            missing -= {"kl_cov_ratio", "ppo_kl_coef"}  # of kl_cov alone
+            of_losses = {*SETTINGS, *itertools.chain(*CHOICE_KEYS.values())}
+            missing -= of_losses - {*LOSSES[node["loss_type"]].settings}
         if file.parent.name == "scheduler" and file.stem == "constant":
             missing -= {"min_ratio"}
         if file.parent.name == "data":

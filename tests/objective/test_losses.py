@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import LOSSES, LossInputs, Objective
-from gspo_lightning.objective.losses import LossSpec
+from gspo_lightning.objective.losses import SETTINGS, LossSpec
 from gspo_lightning.objective.mismatch import MismatchCorrection
 
 LENGTHS = [3, 1, 5, 2, 4, 2]
@@ -401,7 +401,7 @@ def losses_of_tokens(kind, **settings):
     inputs = LossInputs(
         old + d, d, d.exp(), torch.tensor(rng.normal(size=400)), torch.arange(400), torch.ones(400),
         chosen=torch.arange(400) % 8 == 7 if kind == "kl_cov" else None,
-        **{"tau_positive": 1.0, "tau_negative": 1.05} | settings,
+        **settings,
     )  # fmt: skip
     return LOSSES[kind].function(inputs), inputs
 
@@ -433,10 +433,7 @@ def test_every_loss_reads_the_settings_that_its_spec_says(kind):
     """What is not in ``reads`` is refused as without effect, and nothing else is."""
     start = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": None}
     before, _ = losses_of_tokens(kind, **start)
-    changed = {
-        "epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6, "tau_positive": 0.9, "tau_negative": 0.9,
-        "k_positive": 0.9, "lambda_positive": 0.9, "k_negative": 0.9, "lambda_negative": 0.9, "ppo_kl_coef": 0.9,
-    }  # fmt: skip
+    changed = {"epsilon": 0.2, "epsilon_high": 0.5, "delta": 1.6, **dict.fromkeys(SETTINGS, 0.9)}
     felt = {
         key
         for key, value in changed.items()

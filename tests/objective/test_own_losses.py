@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import LOSSES, LossSpec, Objective, check_objective
-from gspo_lightning.objective.losses import SURROGATE_CLIP, clipped_surrogate
+from gspo_lightning.objective.losses import SETTINGS, SURROGATE_CLIP, clipped_surrogate
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.ratios import sequence_mean
 
@@ -139,8 +139,7 @@ def test_what_is_neither_a_name_nor_a_loss_is_refused():
     ("changes", "said"),
     [
         ({"aggregation": "mean"}, "aggregation: there is no 'mean'; choose from sequence_mean, sequence_sum, tokens, max_tokens"),
-        ({"reads": ("eps",)}, "reads: there is no 'eps'; choose from epsilon, epsilon_high, delta, tau_positive, tau_negative, "
-         "k_positive, lambda_positive, k_negative, lambda_negative, ppo_kl_coef"),
+        ({"reads": ("eps",)}, f"reads: there is no 'eps'; choose from epsilon, epsilon_high, delta, {', '.join(SETTINGS)}"),
         ({"levels": ("word",)}, "levels: there is no 'word'; choose from token, sequence, sequence_token"),
         ({"chooses": "all"}, "chooses: there is no 'all'; choose from draw, top"),
     ],
@@ -152,14 +151,7 @@ def test_a_spec_names_what_exists(changes, said):
 
 
 def test_a_function_alone_may_read_every_setting():
-    settings = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": 1.5, "tau_positive": 0.9, "tau_negative": 0.8}
-    settings |= {
-        "k_positive": 1.0,
-        "lambda_positive": 1.0,
-        "k_negative": 1.0,
-        "lambda_negative": 1.0,
-        "ppo_kl_coef": 0.5,
-    }
+    settings = {"epsilon": 0.3, "epsilon_high": 0.4, "delta": 1.5, **dict.fromkeys(SETTINGS, 0.9)}
     assert findings(gated, **settings) == []
     assert findings(gated, num_minibatches=1, **settings) == []  # whether it clips is not known
 
@@ -176,6 +168,18 @@ def test_a_temperature_that_is_read_must_be_above_0():
     assert findings(spec, tau_negative=0.0) == [("contradiction", "objective.tau_negative=0.0 must be above 0")]
 
 
+def raised(x):
+    return -x.ratio * x.advantages.where(x.advantages <= 0, x.k_positive * x.advantages)
+
+
+def test_only_a_setting_that_changes_no_gradient_where_the_policy_has_not_moved_is_refused_there(monkeypatch):
+    monkeypatch.setitem(LOSSES, "raised", LossSpec(raised, "tokens", None, ("k_positive", "tau_negative"), ("token",)))
+    changed = {"k_positive": 3.0, "tau_negative": 2.0}
+    assert findings("raised", **changed) == []
+    ((kind, line),) = findings("raised", num_minibatches=1, **changed)
+    assert kind == "no_effect" and line.startswith("objective.tau_negative cannot act: ") and line.endswith("to 1.05")
+
+
 def test_a_function_without_a_name_goes_by_its_type():
     assert Objective(max_completion_length=5, loss_type=functools.partial(plain)).loss_name == "partial"
 
@@ -189,6 +193,7 @@ def test_a_second_registration_of_a_loss_is_told_what_the_first_is(kind, level, 
         {}, {"epsilon": 0.2}, {"epsilon_high": 0.3}, {"delta": 1.1}, {"tau_positive": 0.0}, {"tau_negative": 2.0},
         {"kl_cov_ratio": 0.5}, {"clip_cov_lb": 9.0}, {"ppo_kl_coef": 0.5},
         {"k_positive": 0.0}, {"mismatch": MismatchCorrection("sequence", "mask", 2.0)}, {"top_entropy_quantile": 0.2}, {"num_minibatches": 1, "epsilon_high": 0.3}, {"staleness": 1},
+        {"num_minibatches": 1, "tau_positive": 2.0}, {"num_minibatches": 1, "k_positive": 3.0},
     ]  # fmt: skip
     found = [[findings(name, level, **more) for more in settings] for name in (kind, "second")]
     assert any(found[0])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gspo_lightning.objective.losses import LossSettings
+
 LENGTH_WEIGHT = 0.5
 """Of the reward of `Case.length_reward`."""
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LossSettings):
     """A run, by the names of the configuration keys; the defaults are one step of GSPO without anything added."""
 
     seed: int = 0
@@ -26,17 +28,10 @@ class Case:
     epsilon: float | None = None
     epsilon_high: float | None = None
     delta: float | None = None
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-    k_positive: float = 2.0
-    lambda_positive: float = 3.0
-    k_negative: float = 3.0
-    lambda_negative: float = 2.0
     clip_cov_ratio: float = 2e-4
     clip_cov_lb: float = 1.0
     clip_cov_ub: float = 5.0
     kl_cov_ratio: float = 2e-3
-    ppo_kl_coef: float = 1.0
     beta: float = 0.0
     beta_end: float | None = None
     kl_estimator: str = "k3"

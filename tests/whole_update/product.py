@@ -19,6 +19,7 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import rank, whole, world_size
 from gspo_lightning.module import GSPOModule
 from gspo_lightning.objective import Finding, Objective, check_objective
+from gspo_lightning.objective.losses import SETTINGS
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.packing import PackedBatch
 from gspo_lightning.pass_at_k import PassAtK
@@ -317,17 +318,11 @@ def _objective(case: Case) -> Objective:
         top_entropy_quantile=case.top_entropy_quantile,
         off_policy_mask_threshold=case.off_policy_threshold,
         mismatch=MismatchCorrection(*case.mismatch) if case.mismatch is not None else None,  # type: ignore[arg-type]
-        tau_positive=case.tau_positive,
-        tau_negative=case.tau_negative,
-        k_positive=case.k_positive,
-        lambda_positive=case.lambda_positive,
-        k_negative=case.k_negative,
-        lambda_negative=case.lambda_negative,
         clip_cov_ratio=case.clip_cov_ratio,
         clip_cov_lb=case.clip_cov_lb,
         clip_cov_ub=case.clip_cov_ub,
         kl_cov_ratio=case.kl_cov_ratio,
-        ppo_kl_coef=case.ppo_kl_coef,
+        **{key: getattr(case, key) for key in SETTINGS},
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from gspo_lightning.objective.losses import CHOICE_KEYS, CLIP_KEYS, KERNEL_KEYS, LOSS_KEYS, TAU_KEYS, kl_cov
+from gspo_lightning.objective.losses import CHOICE_KEYS, CLIP_KEYS, LOSS_KEYS, SETTINGS, kl_cov
 from gspo_lightning.objective.objective import Objective
+from gspo_lightning.objective.probe import acts_on_policy
 
 WIDE_SEQUENCE_CLIP = 0.1
 """A sequence's mean log-ratio moves by hundredths in one rollout; a wider clip at sequence level hardly ever acts."""
@@ -41,7 +42,7 @@ def of_loss(
     every ratio is exactly 1."""
     yield from _unread(objective)
     yield from _clip(objective, on_policy)
-    yield from _weight(objective, on_policy)
+    yield from _settings(objective, on_policy)
     yield from _choice(objective, on_policy)
     yield from _widths(objective)
     yield from _loss(objective, steps, staleness)
@@ -72,15 +73,17 @@ def _clip(objective: Objective, on_policy: bool) -> Iterator[Finding]:
         )
 
 
-def _weight(objective: Objective, on_policy: bool) -> Iterator[Finding]:
-    """Settings of smooth weights. At a ratio of 1 the weights of ``sapo`` and ``vespo`` are 1, whatever these are."""
-    yield from not_above_zero(objective, [key for key in TAU_KEYS + KERNEL_KEYS if key in objective.spec.reads])
+def _settings(objective: Objective, on_policy: bool) -> Iterator[Finding]:
+    """Settings of a single loss: each is above 0, and some cannot act at a ratio of 1, as those of a smooth weight that
+    is 1 there. What a function alone reads is not known, and of chosen tokens `_choice` knows more."""
+    own = [key for key in SETTINGS if key in objective.spec.reads]
+    yield from not_above_zero(objective, own)
     ratio_moves = not on_policy or (objective.spec.corrects_itself and objective.mismatch is not None)
-    if ratio_moves or objective.loss_type not in ("sapo", "vespo"):
+    if ratio_moves or objective.spec.chooses or not isinstance(objective.loss_type, str):
         return
-    for key in objective.spec.reads:
+    for key in own:
         default = getattr(Objective, key)
-        if getattr(objective, key) != default:
+        if getattr(objective, key) != default and not acts_on_policy(objective, key):
             yield Finding(
                 "no_effect",
                 f"objective.{key} cannot act: with one optimizer step per rollout the ratio is exactly 1; raise "
@@ -96,8 +99,6 @@ def _choice(objective: Objective, on_policy: bool) -> Iterator[Finding]:
     low, high = objective.clip_cov_lb, objective.clip_cov_ub
     if objective.spec.chooses == "draw" and not low < high:
         yield Finding("contradiction", f"objective.clip_cov_lb={low} must be below objective.clip_cov_ub={high}")
-    if "ppo_kl_coef" in objective.spec.reads:
-        yield from not_above_zero(objective, ("ppo_kl_coef",))
     if on_policy and objective.spec.function is kl_cov:
         yield Finding(
             "no_effect",

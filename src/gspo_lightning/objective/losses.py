@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -20,8 +20,24 @@ from gspo_lightning.objective.aggregation import AGGREGATIONS
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, sequence_mean, sequence_sum
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """The settings of single losses, each above 0: an `Objective` has them, and hands them over in `LossInputs`."""
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    """Temperatures of ``sapo``."""
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+    """Exponent and decay of the weight of ``vespo``, by the sign of the advantage."""
+    ppo_kl_coef: float = 1.0
+    """Weight of the penalty of ``kl_cov``."""
+
+
 @dataclass(frozen=True)
-class LossInputs:
+class LossInputs(LossSettings):
     """What a loss may read; all tensors are ``(L,)``, except ``lengths`` ``(S,)``."""
 
     logprobs: Tensor
@@ -36,13 +52,6 @@ class LossInputs:
     epsilon: float
     epsilon_high: float
     delta: float | None
-    tau_positive: float
-    tau_negative: float
-    k_positive: float = 2.0
-    lambda_positive: float = 3.0
-    k_negative: float = 3.0
-    lambda_negative: float = 2.0
-    ppo_kl_coef: float = 1.0
     correction: Tensor | None = None
     """Weights of the tokens by a mismatch correction, for a loss whose spec says ``corrects_itself``; None for any
     other, whose value is multiplied by them afterwards, and without a correction."""
@@ -236,9 +245,8 @@ GMPO_CLIP = Clip(_gmpo_masks, lambda low, high: (math.exp(-low), math.exp(high))
 TV_CLIP, KL_CLIP = Clip(_tv_masks, None), Clip(_kl_masks, None)
 
 CLIP_KEYS = ("epsilon", "epsilon_high", "delta")
-TAU_KEYS = ("tau_positive", "tau_negative")
-KERNEL_KEYS = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
-LOSS_KEYS = (*CLIP_KEYS, *TAU_KEYS, *KERNEL_KEYS, "ppo_kl_coef")
+SETTINGS = tuple(setting.name for setting in fields(LossSettings))
+LOSS_KEYS = (*CLIP_KEYS, *SETTINGS)
 """The settings that some losses read and others do not."""
 
 CHOICE_KEYS = {"draw": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), "top": ("kl_cov_ratio",)}
@@ -255,8 +263,8 @@ class LossSpec:
     clip: Clip | None
     """Where it clips; None if nowhere or unknown: there are no ``clip_frac_*`` metrics then."""
     reads: tuple[str, ...] = CLIP_KEYS
-    """Which of ``epsilon``, ``epsilon_high``, ``delta``, ``tau_positive``, ``tau_negative``, ``k_positive``,
-    ``lambda_positive``, ``k_negative``, ``lambda_negative`` and ``ppo_kl_coef`` it reads; the others are refused."""
+    """Which of ``epsilon``, ``epsilon_high``, ``delta`` and the keyword arguments of `LossInputs` (`LossSettings`) it
+    reads; the others are refused."""
     levels: tuple[str, ...] = ("token", "sequence", "sequence_token")
     """Ratio levels it is defined for; empty if it uses no ratio."""
     epsilons: tuple[float, float] | None = None
@@ -300,7 +308,7 @@ LOSSES: dict[str, LossSpec] = {
     "dapo": LossSpec(clipped_surrogate, "tokens", SURROGATE_CLIP),
     "luspo": LossSpec(clipped_surrogate, "sequence_sum", SURROGATE_CLIP),
     "cispo": LossSpec(cispo, "tokens", CISPO_CLIP, ("epsilon_high",), levels=("token",), epsilons=(0.0, 5.0)),
-    "sapo": LossSpec(sapo, "sequence_mean", None, TAU_KEYS, levels=("token", "sequence")),
+    "sapo": LossSpec(sapo, "sequence_mean", None, ("tau_positive", "tau_negative"), levels=("token", "sequence")),
     "gmpo": LossSpec(
         gmpo,
         "sequence_mean",
@@ -311,7 +319,13 @@ LOSSES: dict[str, LossSpec] = {
         shares_one_loss=True,
     ),
     "vespo": LossSpec(
-        vespo, "tokens", None, KERNEL_KEYS, levels=("token",), shares_one_loss=False, corrects_itself=True
+        vespo,
+        "tokens",
+        None,
+        ("k_positive", "lambda_positive", "k_negative", "lambda_negative"),
+        levels=("token",),
+        shares_one_loss=False,
+        corrects_itself=True,
     ),
     "dppo_tv": LossSpec(
         dppo_tv, "max_tokens", TV_CLIP, levels=("token",), epsilons=(0.15, 0.15), shares_one_loss=False

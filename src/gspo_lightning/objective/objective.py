@@ -11,7 +11,15 @@ from torch import Tensor
 from gspo_lightning.errors import UserError, check_choice
 from gspo_lightning.objective.aggregation import AGGREGATIONS, Aggregation
 from gspo_lightning.objective.kl import Estimator, kl_estimate
-from gspo_lightning.objective.losses import LOSS_KEYS, LOSSES, LossFunction, LossInputs, LossSpec
+from gspo_lightning.objective.losses import (
+    LOSS_KEYS,
+    LOSSES,
+    SETTINGS,
+    LossFunction,
+    LossInputs,
+    LossSettings,
+    LossSpec,
+)
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.objective.probe import vanishes_without_advantage
 from gspo_lightning.objective.ratios import CLIP_WIDTHS, Level, importance_ratio, sequence_mean
@@ -20,7 +28,7 @@ from gspo_lightning.types import Metrics, PolicyLoss
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(LossSettings):
     """``sum_t weight_t (loss_t + beta KL_t - entropy_coef H_t)`` over the tokens of a micro-batch.
 
     Divide by ``denominator`` of the whole minibatch to get the loss. Raises UserError for an unknown loss.
@@ -65,14 +73,6 @@ class Objective:
     nats per token; None leaves out none."""
     mismatch: MismatchCorrection | None = None
     """Weights that correct for a sampler that differs from the trainer; None for no correction."""
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
-    """Temperatures of ``sapo``."""
-    k_positive: float = 2.0
-    lambda_positive: float = 3.0
-    k_negative: float = 3.0
-    lambda_negative: float = 2.0
-    """Exponent and decay of the weight of ``vespo``, by the sign of the advantage."""
     clip_cov_ratio: float = 2e-4
     """Share of the tokens with an advantage that ``clip_cov`` leaves without a gradient."""
     clip_cov_lb: float = 1.0
@@ -80,8 +80,6 @@ class Objective:
     """Bounds of the covariance of the tokens that it draws these from."""
     kl_cov_ratio: float = 2e-3
     """Share of the tokens with an advantage, highest covariance first, that ``kl_cov`` penalises."""
-    ppo_kl_coef: float = 1.0
-    """Weight of that penalty."""
 
     def __post_init__(self) -> None:
         check_choice("objective.importance_sampling_level", self.importance_sampling_level, tuple(CLIP_WIDTHS))
@@ -252,10 +250,9 @@ class Objective:
         ratio = importance_ratio(log_ratio, sequence_index, lengths, self.importance_sampling_level)
         return LossInputs(
             logprobs, log_ratio, ratio, advantages, sequence_index, lengths, *self.clip, self.delta,
-            self.tau_positive, self.tau_negative,
-            self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative, self.ppo_kl_coef,
             correction if self.spec.corrects_itself else None,
             chosen if self.spec.chooses else None,
+            **{key: getattr(self, key) for key in SETTINGS},
         )  # fmt: skip
 
     def _check_given(self, **given: Tensor | None) -> None:
