@@ -7,10 +7,14 @@ from dataclasses import replace
 from random import Random
 
 from tests.whole_update.case import Case
-from tests.whole_update.reference_losses import LEVELS, SURROGATES, clip_widths, shares_one_loss
+from tests.whole_update.reference_losses import SURROGATES, clip_widths, shares_one_loss
 
-DRAWN = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo", "gmpo", "reinforce")
-"""Losses that are drawn. Another one would change what every seed draws: it has a case of its own instead."""
+ANY = ("token", "sequence", "sequence_token")
+DRAWN = {
+    **dict.fromkeys(SURROGATES, ANY), "cispo": ("token",), "sapo": ("token", "sequence"), "gmpo": ("token",), "reinforce": ANY,
+}  # fmt: skip
+"""Losses that are drawn, with their ratio levels; to ``reinforce``, which has no ratio, the level is the unit of the
+metrics alone. Another loss would change what every seed draws: it has a case of its own instead."""
 
 MISMATCHES = (
     None,
@@ -39,8 +43,8 @@ def draw(seed: int) -> Case:
 
 def _objective(random: Random, case: Case) -> Case:
     """The loss, its ratio and its clip: wide ones, narrow ones and the defaults."""
-    loss = random.choice(DRAWN)
-    case = replace(case, loss=loss, level=random.choice(LEVELS[loss]))
+    loss = random.choice([*DRAWN])
+    case = replace(case, loss=loss, level=random.choice(DRAWN[loss]))
     if loss == "sapo":
         return replace(case, tau_positive=random.choice([0.5, 1.0, 3.0]), tau_negative=random.choice([1.05, 2.0]))
     if loss == "cispo":

@@ -40,7 +40,7 @@ class OwnLoss:
     """As ``objective.loss_type``."""
     equation: Callable[[Token], Tensor]
     average: str
-    """Loss of the package that averages alike."""
+    """As in `reference_losses.Equation`."""
     levels: tuple[str, ...]
     reads: tuple[str, ...]
     widths: tuple[float, float] | None = None
@@ -89,19 +89,19 @@ def _anchored(x: Token) -> Tensor:
 OWN: dict[str, OwnLoss] = {
     "capped": OwnLoss(
         LossSpec(capped, "tokens", clip=None, reads=("epsilon_high",), levels=("token",), epsilons=(0.0, 0.3)),
-        _capped, "dapo", ("token",), ("epsilon_high",), widths=(0.0, 0.3),
+        _capped, "tokens", ("token",), ("epsilon_high",), widths=(0.0, 0.3),
     ),
-    "capped alone": OwnLoss(capped, _capped, "grpo", ANY, ("epsilon", "epsilon_high"), is_function=True),
+    "capped alone": OwnLoss(capped, _capped, "sequence_mean", ANY, ("epsilon", "epsilon_high"), is_function=True),
     "gated": OwnLoss(
         LossSpec(gated, "sequence_sum", None, ("tau_positive",), ("token", "sequence")),
-        lambda x: -x.advantage / (1 + torch.exp(-x.tau * x.ratio)), "luspo", ("token", "sequence"), ("tau_positive",),
+        lambda x: -x.advantage / (1 + torch.exp(-x.tau * x.ratio)), "sequence_sum", ("token", "sequence"), ("tau_positive",),
     ),
     "anchored": OwnLoss(
         LossSpec(anchored, "max_tokens", SURROGATE_CLIP, shares_one_loss=False),
-        _anchored, "dr_grpo", ("token",), ("epsilon", "epsilon_high", "delta"), clips=True, free_of_zeros=False,
+        _anchored, "max_tokens", ("token",), ("epsilon", "epsilon_high", "delta"), clips=True, free_of_zeros=False,
     ),
     "forgetting": OwnLoss(
         LossSpec(forgetting, "tokens", None, ()),
-        lambda x: -x.ratio * x.advantage + 0.1 * x.logprob, "dapo", ("token",), (), free_of_zeros=False,
+        lambda x: -x.ratio * x.advantage + 0.1 * x.logprob, "tokens", ("token",), (), free_of_zeros=False,
     ),
 }  # fmt: skip

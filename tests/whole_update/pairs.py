@@ -12,8 +12,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
 from tests.whole_update import product
 from tests.whole_update.case import Case
-from tests.whole_update.draw import DRAWN, MISMATCHES, draw
-from tests.whole_update.reference_losses import LEVELS
+from tests.whole_update.draw import ANY, DRAWN, MISMATCHES, draw
 
 BASE = Case(level="token", iterations=2, minibatches=2)
 """What the options are added to: more than one step, so that a clip can act, and a loss for every token."""
@@ -21,8 +20,8 @@ BASE = Case(level="token", iterations=2, minibatches=2)
 Option = dict[str, Any]
 
 ALONE: list[Option] = [
-    *({"loss": loss, "level": LEVELS[loss][0]} if len(LEVELS[loss]) == 1 else {"loss": loss} for loss in DRAWN),
-    *({"level": level} for level in LEVELS["grpo"]),
+    *({"loss": loss, "level": levels[0]} if len(levels) == 1 else {"loss": loss} for loss, levels in DRAWN.items()),
+    *({"level": level} for level in ANY),
     *({"mismatch": mismatch} for mismatch in dict.fromkeys(MISMATCHES) if mismatch is not None),
     *({"rewards": kind} for kind in ("random", "binary", "silent", "small", "offset", "large")),
     {"epsilon": 0.05}, {"epsilon_high": 0.05}, {"delta": 1.5}, {"loss": "cispo", "level": "token", "epsilon_high": 1.5},

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,25 +18,6 @@ from tests.whole_update.own_losses import OWN, Token
 if TYPE_CHECKING:
     from tests.whole_update.case import Case
 
-ANY = ("token", "sequence", "sequence_token")
-LEVELS = {
-    "grpo": ANY,
-    "dr_grpo": ANY,
-    "bnpo": ANY,
-    "dapo": ANY,
-    "luspo": ANY,
-    "cispo": ("token",),
-    "sapo": ("token", "sequence"),
-    "gmpo": ("token",),
-    "vespo": ("token",),
-    "dppo_tv": ("token",),
-    "dppo_kl": ("token",),
-    "clip_cov": ("token",),
-    "kl_cov": ("token",),
-    "reinforce": ANY,
-}
-"""Ratio levels by loss. To ``reinforce``, which has no ratio, the level is the unit of the metrics alone."""
-
 DPPO = ("dppo_tv", "dppo_kl")
 """One mask of a token, two divergences."""
 
@@ -44,11 +26,6 @@ SURROGATES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
 
 DEFAULT_WIDTHS = {"token": (0.2, 0.27), "sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4)}
 """(epsilon, epsilon_high); those of sequences are of GSPO, arXiv 2507.18071, section 5.1."""
-
-WIDTHS_OF_LOSSES = {
-    "cispo": (0.0, 5.0), "gmpo": (0.4, 0.4), "dppo_tv": (0.15, 0.15), "dppo_kl": (0.05, 0.05), "clip_cov": (1.0, 1.0),
-}  # fmt: skip
-"""Those that are no matter of the level (docs/objectives)."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +58,7 @@ class Terms:
 
 def clip_widths(case: Case) -> tuple[float, float]:
     """(epsilon, epsilon_high) in effect: ``epsilon`` alone is meant for both sides (docs/objectives/README.md)."""
-    brought = OWN[case.loss].widths if case.loss in OWN else None
-    own = brought or WIDTHS_OF_LOSSES.get(case.loss)
+    own = OWN[case.loss].widths if case.loss in OWN else EQUATIONS[case.loss].widths
     low, high = own or DEFAULT_WIDTHS[case.level]
     if case.epsilon is not None:
         low = high = case.epsilon
@@ -91,7 +67,8 @@ def clip_widths(case: Case) -> tuple[float, float]:
 
 def shares_one_loss(case: Case) -> bool:
     """Whether all tokens of a completion have one loss, with the gradient of all of them."""
-    return case.loss == "gmpo" or (case.level == "sequence" and case.loss not in ("cispo", "reinforce"))
+    shares = None if case.loss in OWN else EQUATIONS[case.loss].shares_one_loss
+    return case.level == "sequence" if shares is None else shares
 
 
 def ratios(case: Case, x: Terms) -> list[Tensor]:
@@ -111,23 +88,7 @@ def policy_losses(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
     """``(n,)``: the policy term before any selection, mask or correction."""
     if case.loss in OWN:
         return torch.stack([OWN[case.loss].equation(_token(case, x, w, t)) for t in range(x.length)])
-    if case.loss in SURROGATES:
-        return torch.stack([surrogate(case, w[t], x.advantages[t]) for t in range(x.length)])
-    if case.loss == "cispo":
-        return torch.stack([cispo(case, w[t], x.advantages[t], x.logprobs[t]) for t in range(x.length)])
-    if case.loss == "sapo":
-        return torch.stack([sapo(case, w[t], x.advantages[t]) for t in range(x.length)])
-    if case.loss == "gmpo":
-        return gmpo(case, x)
-    if case.loss == "vespo":
-        return vespo(case, x)
-    if case.loss in DPPO:
-        return dppo(case, x, w)
-    if case.loss == "clip_cov":
-        return clip_cov(case, x, w)
-    if case.loss == "kl_cov":
-        return kl_cov(case, x, w)
-    return torch.stack([-x.advantages[t] * x.logprobs[t] for t in range(x.length)])  # REINFORCE, Williams 1992
+    return EQUATIONS[case.loss].losses(case, x, w)
 
 
 def _token(case: Case, x: Terms, w: list[Tensor], t: int) -> Token:
@@ -135,31 +96,37 @@ def _token(case: Case, x: Terms, w: list[Tensor], t: int) -> Token:
     return Token(w[t], x.d[t], x.logprobs[t], advantage, *clip_widths(case), case.delta, case.tau_positive)
 
 
-def surrogate(case: Case, w: Tensor, advantage: Tensor) -> Tensor:
+def surrogate(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
     """``-min(w A, clip(w, 1 - eps, 1 + eps_high) A)`` (PPO, arXiv 1707.06347, Eq. 7; GSPO, Eq. 5).
 
     ``delta`` bounds the first of the two from above (two-sided clip, INTELLECT-2, arXiv 2505.07291).
     """
     epsilon, epsilon_high = clip_widths(case)
-    low, high = w.new_tensor(1 - epsilon), w.new_tensor(1 + epsilon_high)
-    capped = w if case.delta is None or w <= case.delta else w.new_tensor(case.delta)
-    clipped = low if w < low else high if w > high else w
+    ratio, advantage = w[t], x.advantages[t]
+    low, high = ratio.new_tensor(1 - epsilon), ratio.new_tensor(1 + epsilon_high)
+    capped = ratio if case.delta is None or ratio <= case.delta else ratio.new_tensor(case.delta)
+    clipped = low if ratio < low else high if ratio > high else ratio
     first, second = capped * advantage, clipped * advantage
     return -(first if first <= second else second)
 
 
-def cispo(case: Case, w: Tensor, advantage: Tensor, logprob: Tensor) -> Tensor:
+def reinforce(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
+    """``-A log pi`` (Williams 1992)."""
+    return -x.advantages[t] * x.logprobs[t]
+
+
+def cispo(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
     """``-sg[min(w, eps_high)] A log pi`` (MiniMax-M1, arXiv 2506.13585, Eq. 4)."""
-    return -min(w.item(), clip_widths(case)[1]) * advantage * logprob
+    return -min(w[t].item(), clip_widths(case)[1]) * x.advantages[t] * x.logprobs[t]
 
 
-def sapo(case: Case, w: Tensor, advantage: Tensor) -> Tensor:
+def sapo(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
     """``-A sigmoid(tau (w - 1)) 4 / tau`` (SAPO, arXiv 2511.20347); tau by the sign of the advantage."""
-    tau = case.tau_positive if advantage > 0 else case.tau_negative
-    return -advantage * 4 / tau / (1 + torch.exp(-tau * (w - 1)))
+    tau = case.tau_positive if x.advantages[t] > 0 else case.tau_negative
+    return -x.advantages[t] * 4 / tau / (1 + torch.exp(-tau * (w[t] - 1)))
 
 
-def gmpo(case: Case, x: Terms) -> Tensor:
+def gmpo(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
     """``-A exp(mean_t clip_A(d_t))`` (GMPO, arXiv 2507.20673): above for A > 0, below for the others."""
     epsilon, epsilon_high = clip_widths(case)
     d = x.d
@@ -172,7 +139,7 @@ def gmpo(case: Case, x: Terms) -> Tensor:
     return -x.advantages * (torch.stack(clipped).sum() / x.length).exp()
 
 
-def vespo(case: Case, x: Terms) -> Tensor:
+def vespo(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
     """``-sg[phi(W)] A log pi`` with ``phi(W) = W^k e^(-lambda W) e^lambda`` (VESPO, arXiv 2602.10693).
 
     ``W`` is the ratio of the policy and the sampler over the whole sequence; of these two factors per token,
@@ -206,48 +173,98 @@ def has_left(case: Case, x: Terms, t: int) -> str:
     return "low" if x.advantages[t] < 0 and now < before and divergence > epsilon else ""
 
 
-def dppo(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+def dppo(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
     """``-M sg[w] A log pi`` (DPPO, arXiv 2602.04879); ``delta`` bounds the weight."""
-    losses = []
-    for t in range(x.length):
-        weight = 0.0 if has_left(case, x, t) else min(w[t].item(), case.delta or math.inf)
-        losses.append(-weight * x.advantages[t] * x.logprobs[t])
-    return torch.stack(losses)
+    weight = 0.0 if has_left(case, x, t) else min(w[t].item(), case.delta or math.inf)
+    return -weight * x.advantages[t] * x.logprobs[t]
 
 
-def clip_cov(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+def clip_cov(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
     """The clipped surrogate, and 0 at chosen tokens (Clip-Cov, arXiv 2505.22617)."""
     assert x.chosen is not None
-    losses = [surrogate(case, w[t], x.advantages[t]) for t in range(x.length)]
-    return torch.stack([0.0 * loss if on else loss for loss, on in zip(losses, x.chosen, strict=True)])
+    return (0.0 if x.chosen[t] else 1.0) * surrogate(case, x, w, t)
 
 
-def kl_cov(case: Case, x: Terms, w: list[Tensor]) -> Tensor:
+def kl_cov(case: Case, x: Terms, w: list[Tensor], t: int) -> Tensor:
     """``-w A``, and at chosen tokens ``ppo_kl_coef |log pi_old - log pi|`` more (KL-Cov, arXiv 2505.22617)."""
     assert x.chosen is not None
-    weights = [case.ppo_kl_coef if on else 0.0 for on in x.chosen]
-    return torch.stack(
-        [-w[t] * x.advantages[t] + weights[t] * (x.old[t] - x.logprobs[t]).abs() for t in range(x.length)]
-    )
+    return -w[t] * x.advantages[t] + (case.ppo_kl_coef if x.chosen[t] else 0.0) * (x.old[t] - x.logprobs[t]).abs()
+
+
+def outside(case: Case, x: Terms, w: list[Tensor], t: int) -> str:
+    """Where the ratio of token t has left the clip of the surrogates to, or the cap; else empty."""
+    epsilon, epsilon_high = clip_widths(case)
+    ratio, advantage = w[t].item(), x.advantages[t].item()
+    if (ratio > 1 + epsilon_high and advantage > 0) or (ratio > (case.delta or math.inf) and advantage < 0):
+        return "high"
+    return "low" if ratio < 1 - epsilon and advantage < 0 else ""
+
+
+def capped(case: Case, x: Terms, w: list[Tensor], t: int) -> str:
+    """``high`` where the weight of cispo is capped, else empty."""
+    return "high" if w[t].item() > clip_widths(case)[1] and x.advantages[t] != 0 else ""
+
+
+def outside_of_logs(case: Case, x: Terms, w: list[Tensor], t: int) -> str:
+    """Where gmpo clips the log-ratio of token t: ``low``, ``high`` or empty."""
+    epsilon, epsilon_high = clip_widths(case)
+    d, advantage = x.d[t].item(), x.advantages[t].item()
+    return "low" if d < -epsilon and advantage < 0 else "high" if d > epsilon_high and advantage > 0 else ""
+
+
+def outside_or_capped(case: Case, x: Terms, w: list[Tensor], t: int) -> str:
+    """Where token t has left the trust region to; ``high`` too where its weight is capped."""
+    is_capped = w[t].item() > (case.delta or math.inf) and x.advantages[t] != 0
+    return "high" if is_capped else has_left(case, x, t)
+
+
+def each(loss: Callable[[Case, Terms, list[Tensor], int], Tensor]) -> Callable[[Case, Terms, list[Tensor]], Tensor]:
+    """The loss of every token from that of token t."""
+    return lambda case, x, w: torch.stack([loss(case, x, w, t) for t in range(x.length)])
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A loss of docs/objectives."""
+
+    losses: Callable[[Case, Terms, list[Tensor]], Tensor]
+    """``(n,)`` of the tokens, by the ratios that multiply their advantages."""
+    average: str
+    """Over the tokens of a minibatch, see `token_weight` and `denominator`."""
+    clips: Callable[[Case, Terms, list[Tensor], int], str] | None = None
+    """Whether token t is clipped from below (``low``), from above (``high``) or not (empty), for `clip_frac_*`."""
+    widths: tuple[float, float] | None = None
+    """Default (epsilon, epsilon_high) if they are no matter of the level."""
+    shares_one_loss: bool | None = None
+    """Whether all tokens of a completion have one loss, with the gradient of all of them; None: at level sequence."""
+
+
+EQUATIONS = {
+    "grpo": Equation(each(surrogate), "sequence_mean", outside),
+    "dr_grpo": Equation(each(surrogate), "max_tokens", outside),
+    "bnpo": Equation(each(surrogate), "tokens", outside),
+    "dapo": Equation(each(surrogate), "tokens", outside),
+    "luspo": Equation(each(surrogate), "sequence_sum", outside),
+    "cispo": Equation(each(cispo), "tokens", capped, widths=(0.0, 5.0), shares_one_loss=False),
+    "sapo": Equation(each(sapo), "sequence_mean"),
+    "gmpo": Equation(gmpo, "sequence_mean", outside_of_logs, widths=(0.4, 0.4), shares_one_loss=True),
+    "vespo": Equation(vespo, "tokens"),
+    "dppo_tv": Equation(each(dppo), "max_tokens", outside_or_capped, widths=(0.15, 0.15)),
+    "dppo_kl": Equation(each(dppo), "max_tokens", outside_or_capped, widths=(0.05, 0.05)),
+    "clip_cov": Equation(each(clip_cov), "tokens", outside, widths=(1.0, 1.0)),
+    "kl_cov": Equation(each(kl_cov), "tokens"),
+    "reinforce": Equation(each(reinforce), "tokens", shares_one_loss=False),
+}
 
 
 def clipped_tokens(case: Case, x: Terms, w: list[Tensor]) -> tuple[list[bool], list[bool]] | None:
     """Which tokens are clipped (from below, from above), for `clip_frac_*`; None for a loss that clips nothing."""
-    epsilon, epsilon_high = clip_widths(case)
-    pairs = [(w[t].item(), x.d[t].item(), x.advantages[t].item()) for t in range(x.length)]
-    if case.loss in (*SURROGATES, "clip_cov") or (case.loss in OWN and OWN[case.loss].clips):
-        cap = float("inf") if case.delta is None else case.delta
-        low = [r < 1 - epsilon and a < 0 for r, _, a in pairs]
-        return low, [(r > 1 + epsilon_high and a > 0) or (r > cap and a < 0) for r, _, a in pairs]
-    if case.loss == "cispo":
-        return [False] * x.length, [r > epsilon_high and a != 0 for r, _, a in pairs]
-    if case.loss in DPPO:
-        left, cap = [has_left(case, x, t) for t in range(x.length)], case.delta or math.inf
-        capped = [r > cap and a != 0 for r, _, a in pairs]
-        return [side == "low" for side in left], [side == "high" or c for side, c in zip(left, capped, strict=True)]
-    if case.loss == "gmpo":
-        return [d < -epsilon and a < 0 for _, d, a in pairs], [d > epsilon_high and a > 0 for _, d, a in pairs]
-    return None
+    own = outside if case.loss in OWN and OWN[case.loss].clips else None
+    clips = own if case.loss in OWN else EQUATIONS[case.loss].clips
+    if clips is None:
+        return None
+    sides = [clips(case, x, w, t) for t in range(x.length)]
+    return [side == "low" for side in sides], [side == "high" for side in sides]
 
 
 def off_policy(case: Case, x: Terms) -> list[bool]:
@@ -285,7 +302,7 @@ def kl_terms(case: Case, x: Terms) -> Tensor:
 
 def token_weight(case: Case, length: int) -> float:
     """The column "average" of the table in docs/objectives/README.md, inside the sums."""
-    return 1 / length if averaged_as(case) in ("grpo", "sapo", "gmpo") else 1.0
+    return 1 / length if average_of(case) == "sequence_mean" else 1.0
 
 
 def is_free_of_zeros(case: Case) -> bool:
@@ -293,13 +310,13 @@ def is_free_of_zeros(case: Case) -> bool:
     return case.loss not in OWN or OWN[case.loss].free_of_zeros
 
 
-def averaged_as(case: Case) -> str:
-    """The loss itself, or one of the package that averages like a user's."""
-    return OWN[case.loss].average if case.loss in OWN else case.loss
+def average_of(case: Case) -> str:
+    """How the loss is averaged over tokens."""
+    return OWN[case.loss].average if case.loss in OWN else EQUATIONS[case.loss].average
 
 
 def denominator(case: Case, sequences: int, tokens: int, longest: int) -> float:
     """The same column, before the sums: over the minibatch, whatever is left out of the forward."""
-    if averaged_as(case) in ("grpo", "sapo", "gmpo", "luspo"):
-        return sequences
-    return sequences * longest if averaged_as(case) in ("dr_grpo", *DPPO) else tokens
+    if average_of(case) == "max_tokens":
+        return sequences * longest
+    return tokens if average_of(case) == "tokens" else sequences
