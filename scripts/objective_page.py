@@ -1,4 +1,4 @@
-"""Writes what the registry of losses says: the table of docs/objectives/README.md, and the names in conf/_objective.yaml.
+"""Writes what the registry of losses says: the table of docs/objectives/README.md, the names in conf/_objective.yaml.
 
 python scripts/objective_page.py
 """

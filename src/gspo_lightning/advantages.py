@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class AdvantageEstimator:
 
     def __post_init__(self) -> None:
         if type(self).__call__ is AdvantageEstimator.__call__:  # one of a user's own may have choices of its own
-            check_choice("advantages.scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-            check_choice("advantages.baseline", self.baseline, ("mean", "rloo", "length"))
+            for key, of_type in get_type_hints(AdvantageEstimator).items():
+                check_choice(f"advantages.{key}", getattr(self, key), get_args(of_type))
 
     @property
     def weighs_by_length(self) -> bool:

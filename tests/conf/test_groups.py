@@ -25,7 +25,8 @@ from gspo_lightning.config import sections as config_sections
 from gspo_lightning.config.build import build, build_callbacks, build_module, build_trainer, rollouts_of_epochs
 from gspo_lightning.config.resolve import resolve
 from gspo_lightning.errors import UserError
-from gspo_lightning.objective.losses import CHOICE_KEYS, LOSSES, SETTINGS
+from gspo_lightning.objective import Objective
+from gspo_lightning.objective.losses import CHOICE_KEYS, CLIP_KEYS, LOSSES, SETTINGS
 from tests.support import has_module
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -132,8 +133,18 @@ def test_every_setting_of_a_group_stands_in_its_file_with_the_constructors_names
         assert not missing, f"{file.relative_to(CONF)} hides {missing}"
 
 
+def test_a_setting_of_a_single_loss_has_the_value_in_its_file_that_a_program_has_without_it():
+    for file in sorted(CONF.glob("objective/*.yaml")):
+        node = of_file(file)
+        own = {key: node[key] for key in LOSSES[node["loss_type"]].settings if key not in CLIP_KEYS}
+        assert own == {key: getattr(Objective, key) for key in own}, file
+
+
 BASES = sorted(CONF.glob("_*.yaml"))
-STAND_ALONE = {"mismatch/none.yaml", "data/reasoning_gym.yaml"}
+STAND_ALONE = {
+    "mismatch/none.yaml", "data/reasoning_gym.yaml",
+    *(f"advantages/{name}.yaml" for name in ("pass_at_k", "reinforce_plus_plus", "reinforce_plus_plus_baseline")),
+}  # fmt: skip
 """Choices that have nothing of what the others of their group share."""
 
 
@@ -149,7 +160,7 @@ def test_what_the_choices_of_a_group_share_is_written_once(base):
 
 
 def test_what_the_choices_of_a_group_share_is_offered_nowhere():
-    assert [base.stem for base in BASES] == ["_data", "_mismatch", "_model", "_objective", "_rollout"]
+    assert [base.stem for base in BASES] == ["_advantages", "_data", "_mismatch", "_model", "_objective", "_rollout"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         for group in loader.list_groups(""):  # what --help, glob(*) and Hydra's error lines list

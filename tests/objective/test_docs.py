@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_lightning.config.build import build
 from gspo_lightning.objective import LOSSES, LossSpec, Objective
 from gspo_lightning.objective.losses import SURROGATE_CLIP, clipped_surrogate
 from scripts import objective_page
+from tests.conf.test_groups import of_file
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "docs" / "objectives" / "README.md").read_text()
@@ -51,6 +53,16 @@ def test_the_config_lists_the_losses_to_choose_from():
     lines = (ROOT / "conf" / "_objective.yaml").read_text()
     assert f"\n{objective_page.names()}\nloss_type: ???\n" in lines
     assert objective_page.names().replace("\n#", "") == f"# {' | '.join(LOSSES)}"
+
+
+def test_every_choice_of_advantages_has_a_row_that_says_whether_it_takes_rewards_of_turns():
+    rows = re.findall(r"^\| `(\w+)`.* \| (compared|refused) \|$", README, re.MULTILINE)
+    choices = {file.stem: build(of_file(file)) for file in (ROOT / "conf" / "advantages").glob("*.yaml")}
+    assert dict(rows) == {
+        name: "compared" if estimator.takes_turns and estimator.scale_rewards != "batch" else "refused"
+        for name, estimator in choices.items()
+    }
+    assert len(rows) == len(choices)
 
 
 def test_every_loss_has_a_page_and_a_config():

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gspo_lightning.distributed.sharding import FSDP2Strategy
 from tests.whole_update import product
-from tests.whole_update.all_tokens import AGAINST_ALL_TOKENS
 from tests.whole_update.case import Case
 from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.covariant import COVARIANT
 from tests.whole_update.draw import draw
 from tests.whole_update.draw_models import draw_model, draw_padded
+from tests.whole_update.estimators import OF_ESTIMATORS
 from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference_model import Network
 from tests.whole_update.scripted_rollouts import scripted_stream
@@ -32,7 +32,7 @@ DRAWN = {
     "model": draw_model,
     "padded": draw_padded,
     "control": {case.seed: case for case in CONTROLLED}.__getitem__,
-    "tokens": {case.seed: case for case in AGAINST_ALL_TOKENS}.__getitem__,
+    "tokens": {case.seed: case for case in OF_ESTIMATORS}.__getitem__,
     "covariant": {case.seed: case for case in COVARIANT}.__getitem__,
 }
 

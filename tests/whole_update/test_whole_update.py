@@ -30,11 +30,11 @@ import pytest
 from gspo_lightning.objective import LOSSES
 from gspo_lightning.rollout.seeds import rollout_seed
 from tests.whole_update import pairs, product
-from tests.whole_update.all_tokens import AGAINST_ALL_TOKENS
 from tests.whole_update.case import Case
 from tests.whole_update.controlled import CONTROLLED
 from tests.whole_update.covariant import COVARIANT
 from tests.whole_update.draw import draw
+from tests.whole_update.estimators import OF_ESTIMATORS
 from tests.whole_update.float64 import float64_layers
 from tests.whole_update.reference import Run
 from tests.whole_update.reference_losses import DPPO, SURROGATES
@@ -89,24 +89,8 @@ OF_THE_SAMPLER: tuple[Case, ...] = (
 )
 """Runs whose ratios are to what the sampler reported."""
 
-OF_THE_BEST: tuple[Case, ...] = (
-    replace(TO_THE_SAMPLER, old="policy", seed=94_000, rewards="binary", generations=6, pass_at_k=3),
-    replace(
-        TO_THE_SAMPLER, old="policy", seed=94_002, rewards="binary", generations=4, pass_at_k=2, max_draws=3, rollouts=2
-    ),
-    replace(TO_THE_SAMPLER, old="policy", seed=94_001, generations=5, pass_at_k=2, scale="none", system=20, beta=0.04),
-)
-"""Runs whose advantages are those of the best of k."""
-
-OF_LENGTHS: tuple[Case, ...] = (
-    Case(seed=96_000, level="token", prompts=4, baseline="length", scale="none", turns="dialogue", minibatches=2),
-    Case(seed=96_001, loss="dapo", level="token", baseline="length", rewards="binary", generations=4, iterations=2),
-    Case(seed=96_002, prompts=4, baseline="length", scale="batch", rollouts=2, max_draws=2, mask_truncated=True),
-)
-"""Runs whose baseline is weighted by the lengths of completions."""
-
 CASES = (
-    *map(draw, SEEDS), *OF_THE_BEST, *OF_LENGTHS, *AGAINST_ALL_TOKENS, *OF_NEW_LOSSES, *COVARIANT, *OF_THE_SAMPLER, *CONTROLLED
+    *map(draw, SEEDS), *OF_ESTIMATORS, *OF_NEW_LOSSES, *COVARIANT, *OF_THE_SAMPLER, *CONTROLLED
 )  # fmt: skip
 
 MORE_SEEDS = (

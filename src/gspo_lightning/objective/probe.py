@@ -1,5 +1,5 @@
-"""What a loss does, tried on a few tokens: whether it has a gradient where the advantage is 0, and which of its settings
-act where the policy has not moved. A user brings any loss, and nothing is known of one by its name."""
+"""What a loss does, tried on a few tokens, since nothing is known of one by its name: whether it has a gradient where
+the advantage is 0, and which of its settings act where the policy has not moved."""
 
 from __future__ import annotations
 
