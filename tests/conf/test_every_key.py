@@ -76,6 +76,11 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 
 # key -> (the part that must differ, the change, what both runs have in common)
 EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
+    # Settings of single losses, unless a row below shows more.
+    **{
+        f"objective.{key}": (WEIGHTS, [f"objective.{key}=9.0"], [f"objective={loss}"])
+        for loss, spec in LOSSES.items() for key in spec.reads if key in SETTINGS
+    },
     "seed": (COMPLETIONS, ["seed=1"], []),
     "record_tokens": (TOKENS, ["record_tokens=true"], []),
     "overfit_rows": (COMPLETIONS, ["overfit_rows=4"], []),
@@ -124,10 +129,6 @@ EXECUTED: dict[str, tuple[str, list[str], list[str]]] = {
     "objective.top_entropy_quantile": (WEIGHTS, ["objective.top_entropy_quantile=0.2"], ["objective.importance_sampling_level=sequence_token"]),
     "objective.off_policy_mask_threshold": (METRICS, ["objective.off_policy_mask_threshold=0.01"], ["optimizer.lr=0.05"]),
     "objective.max_completion_length": (WEIGHTS, ["objective.max_completion_length=99"], ["objective=dr_grpo", "optimizer.eps=1"]),
-    **{
-        f"objective.{key}": (WEIGHTS, [f"objective.{key}=9.0"], [f"objective={loss}"])
-        for loss, spec in LOSSES.items() for key in spec.reads if key in SETTINGS
-    },
     "objective.clip_cov_ratio": (WEIGHTS, ["objective.clip_cov_ratio=0.5"], COVARIANT),
     "objective.clip_cov_lb": (WEIGHTS, ["objective.clip_cov_lb=-9.0"], COVARIANT),
     "objective.clip_cov_ub": (WEIGHTS, ["objective.clip_cov_ub=0.1"], COVARIANT),
@@ -189,7 +190,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("key", [k for k, (part, _, _) in EXECUTED.items() if part])
 def test_the_key_changes_what_it_says(key, runs):
     part, change, common = EXECUTED[key]
-    assert runs(*common, *change)[part] != runs(*common)[part]
+    differs = runs(*common, *change)[part] != runs(*common)[part]
+    assert differs, f"{change} changes no {part} of a short run with {common}: EXECUTED needs a row in which it does"
 
 
 @pytest.mark.parametrize("key", [k for k, (part, _, _) in EXECUTED.items() if part is None])
