@@ -9,8 +9,8 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
-    "coming-from", "data", "design", "distributed", "faults", "gpt_oss", "metrics", "models", "multi_turn", "performance", "quickstart",
-    "reuse", "rewards", "rollouts", "safety", "sweeps", "troubleshooting", "vision", "../README",
+    "coming-from", "data", "design", "distributed", "faults", "gpt_oss", "internals", "metrics", "models", "multi_turn", "performance", "quickstart",
+    "reuse", "rewards", "rollouts", "safety", "sweeps", "troubleshooting", "vision", "../README", "../CONTRIBUTING", "objectives/README",
 ]  # fmt: skip
 WORDS = {
     r"\bbehind\b": "after, below, with",
