@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -27,10 +28,18 @@ Group = tuple[Tensor, list[Tensor]]
 
 
 def micro_policy(folder: Any, dtype: torch.dtype = torch.float64) -> Policy:
-    """The micro model as a policy, in the given precision."""
+    """The micro model as a policy, in the given precision, with transformers' layers; norms are `plain_norm` in float64."""
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION_NAME).train()
+    for module in model.modules() if dtype == torch.float64 else ():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(plain_norm, module)
     return Policy(model, AutoTokenizer.from_pretrained(folder), has_adapter=False)
+
+
+def plain_norm(module: Any, x: Tensor) -> Tensor:
+    """A root-mean-square norm by its formula; transformers computes it in float32 whatever the model is in."""
+    return module.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + module.variance_epsilon)
 
 
 def random_groups(shapes: Sequence[tuple[int, Sequence[int]]], vocabulary: int, seed: int = 0) -> list[Group]:

@@ -99,7 +99,7 @@ def test_tools_are_answered_and_what_they_say_is_no_target(trained, micro_model_
     advantages = [(reward - 1 / 3) / (3**-0.5 + 1e-4) for reward in (1, 0, 0)]
     means = [part[c.dialogue.trained].mean() for part, c in zip(parts, group, strict=True)]
     (-sum(a * mean for a, mean in zip(advantages, means, strict=True)) / 3).backward()
-    assert relative_distance(gradient, flat_gradient(policy)) < 1e-6
+    assert relative_distance(gradient, flat_gradient(policy)) < 1e-12
 
 
 def test_every_message_is_recorded_and_calls_are_counted(trained):
