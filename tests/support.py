@@ -28,18 +28,23 @@ Group = tuple[Tensor, list[Tensor]]
 
 
 def micro_policy(folder: Any, dtype: torch.dtype = torch.float64) -> Policy:
-    """The micro model as a policy, in the given precision, with transformers' layers; norms are `plain_norm` in float64."""
+    """The micro model as a policy, in the given precision, with transformers' layers but for the norms of a float64 one."""
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION_NAME).train()
-    for module in model.modules() if dtype == torch.float64 else ():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = functools.partial(plain_norm, module)
+    if dtype == torch.float64:
+        use_plain_norms(model)
     return Policy(model, AutoTokenizer.from_pretrained(folder), has_adapter=False)
 
 
-def plain_norm(module: Any, x: Tensor) -> Tensor:
-    """A root-mean-square norm by its formula; transformers computes it in float32 whatever the model is in."""
-    return module.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + module.variance_epsilon)
+def use_plain_norms(model: torch.nn.Module) -> None:
+    """Root-mean-square norms by their formula; transformers computes them in float32 whatever the model is in."""
+
+    def plain(module: Any, x: Tensor) -> Tensor:
+        return module.weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + module.variance_epsilon)
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(plain, module)
 
 
 def random_groups(shapes: Sequence[tuple[int, Sequence[int]]], vocabulary: int, seed: int = 0) -> list[Group]:

@@ -18,6 +18,7 @@ from transformers import (
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.types import Prompt
+from tests.support import use_plain_norms
 
 IMAGE, VIDEO, START, END, VOCABULARY = 95, 96, 97, 98, 100
 _IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -101,6 +102,8 @@ def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_visi
     model.set_attn_implementation(attention_implementation("auto", has_vision=True))
     model.model.visual.requires_grad_(train_vision)
     model.generation_config.eos_token_id = 1
+    if dtype == torch.float64:
+        use_plain_norms(model)
     return Policy(model.train(), NoTokenizer(), has_adapter=False, has_vision=True)  # type: ignore[arg-type]
 
 

@@ -61,9 +61,10 @@ def test_packed_equals_padded_in_log_probabilities_and_in_language_and_vision_gr
     policy.zero_grad()
     expected = padded_vision_logprobs(policy, groups)
     (expected @ weights).backward()
-    assert relative_distance(logprobs, expected) < 1e-6
-    for mine, part in zip(ours, (body.visual, body.language_model), strict=True):
-        assert relative_distance(mine, flat_gradient(part)) < 1e-6
+    assert relative_distance(logprobs, expected) < 1e-12
+    # transformers rotates in the tower in float32 whatever the model is in.
+    for mine, part, bound in zip(ours, (body.visual, body.language_model), (1e-6, 1e-12), strict=True):
+        assert relative_distance(mine, flat_gradient(part)) < bound
         assert mine.norm() > 1e-3
 
 
@@ -85,8 +86,8 @@ def test_prompts_of_text_alone_that_begin_alike_equal_padded_ones_too(family):
     policy.zero_grad()
     expected = padded_vision_logprobs(policy, groups)
     (expected @ weights).backward()
-    assert relative_distance(logprobs, expected) < 1e-6
-    assert relative_distance(ours, flat_gradient(policy.base_model.model.language_model)) < 1e-6
+    assert relative_distance(logprobs, expected) < 1e-12
+    assert relative_distance(ours, flat_gradient(policy.base_model.model.language_model)) < 1e-12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
