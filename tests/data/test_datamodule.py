@@ -50,6 +50,14 @@ def test_an_epoch_of_a_finite_task_holds_each_row_once_in_an_order_of_seed_and_e
     assert [uid for uid, _ in map(PromptStream(task, 4).row_at, range(10))] != order[:10]
 
 
+def test_another_task_is_refused_and_not_left_unread(tokenizer_dir: str) -> None:
+    """Prompts would go on to be those of the first one."""
+    data = _data(MicroLetters(), tokenizer_dir)
+    with pytest.raises(UserError, match="^data.task: a PromptDataModule keeps the task that it was made with"):
+        data.task = LargestOfFour()
+    assert data.task.name == "micro_letters"
+
+
 def test_a_batch_carries_row_ids_text_and_the_position_behind_it(tokenizer_dir: str) -> None:
     batch = next(iter(_data(MicroLetters(), tokenizer_dir, prompts=2).train_dataloader()))
     assert isinstance(batch, PromptBatch) and batch.cursor == 2 and batch.dropped == 0

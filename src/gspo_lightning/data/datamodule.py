@@ -76,7 +76,7 @@ class PromptDataModule(L.LightningDataModule):
         if prompts_per_rollout < 1:
             raise UserError(f"data.prompts_per_rollout={prompts_per_rollout} must be at least 1")
         self.vision_settings = VisionSettings(min_pixels, max_pixels)
-        self.task, self.model_path, self.encoder = task, model_path, Encoder(model_path)
+        self.model_path, self.encoder = model_path, Encoder(model_path)
         self.prompts_per_rollout, self.max_prompt_length = prompts_per_rollout, max_prompt_length
         self.overlong_prompts, self.validation_batch_size = overlong_prompts, validation_batch_size
         self.chat_template_kwargs = with_schemas(chat_template_kwargs or {})
@@ -90,6 +90,18 @@ class PromptDataModule(L.LightningDataModule):
         self._taken: set[str] = set()
         self.has_state = bool([key for key, part in self.tasks_by_key.items() if keeps_state(part, key)])
         self._made: tuple[int, PromptBatch] | None = None
+
+    @property
+    def task(self) -> Task:
+        """Where rows come from; it cannot be replaced, but may have a state that changes its training rows."""
+        return self.stream.task
+
+    @task.setter
+    def task(self, task: Task) -> None:
+        raise UserError(
+            "data.task: a PromptDataModule keeps the task that it was made with, whose rows its position counts; make "
+            "another data module, or let the task have a state (docs/reuse.md, a part with a state)"
+        )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
