@@ -72,6 +72,7 @@ from gspo_lightning.training.trainer_checks import (
     check_parts,
     check_prompts,
     check_schedule,
+    end_without_batches,
     refuse_draws_ahead,
     say_nothing_is_left,
 )
@@ -297,6 +298,10 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         let_averages_follow(self.trainer, self)
         if self.rollouts_done >= self.max_rollouts:
             self.trainer.should_stop = True
+
+    def on_train_epoch_end(self) -> None:
+        """Ends the run if the loader gave no batch in this epoch."""
+        end_without_batches(self)
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:
         """A custom term that is added to the loss of each minibatch; override it in a subclass.

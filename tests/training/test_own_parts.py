@@ -22,7 +22,7 @@ from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.training.schedule import Schedule
 from gspo_lightning.training.update import UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings
-from gspo_lightning.types import Rollout
+from gspo_lightning.types import PromptBatch, Rollout
 from tests.conf.test_groups import resolved
 from tests.scripted import Batches, ScriptedEngine, Settings, build_module, scripted_prompts, trainer, weights
 from tests.support import padded_logprobs
@@ -66,6 +66,16 @@ def test_epochs_behind_the_last_rollout_say_nothing(micro_model_dir, capsys):
     assert module.rollouts_done == 2 and "nothing is trained" not in capsys.readouterr().out
     fit(module, batches=2, min_epochs=4)
     assert capsys.readouterr().out.count("2 of 2 rollouts are done, so nothing is trained") == 1
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_loader_without_a_further_batch_ends_the_run_and_says_so(count, micro_model_dir):
+    """A generator gives its batches once; Lightning goes on to begin epochs, here up to a thousand."""
+    module, runner = build_module(micro_model_dir, Settings(rollouts=5)), trainer(max_epochs=1000)
+    line = f"train_dataloader: it gave no batch in epoch {min(count, 1)}, so the run ends after {count} of 5 rollouts"
+    with pytest.warns(UserWarning, match=line):
+        runner.fit(module, (PromptBatch(scripted_prompts()) for _ in range(count)))
+    assert module.rollouts_done == count and runner.current_epoch == min(count, 1) + 1
 
 
 def test_validation_names_its_own_loader(micro_model_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -279,3 +280,18 @@ def say_nothing_is_left(module: GSPOModule) -> None:
     if module.rollouts_done >= module.max_rollouts and module.trainer.is_global_zero:
         done = f"{module.rollouts_done} of {module.max_rollouts} rollouts are done"
         print(f"{done}, so nothing is trained; raise max_rollouts to continue", flush=True)
+
+
+def end_without_batches(module: GSPOModule) -> None:
+    """Ends a run whose loader gave no batch in an epoch: Lightning would begin epochs without end."""
+    trainer: Any = module.trainer
+    if trainer.should_stop or trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+        return
+    trainer.should_stop = True
+    if trainer.is_global_zero:
+        warnings.warn(
+            f"train_dataloader: it gave no batch in epoch {trainer.current_epoch}, so the run ends after "
+            f"{module.rollouts_done} of {module.max_rollouts} rollouts; give a loader that begins anew in each epoch, "
+            "which a generator does not",
+            stacklevel=2,
+        )
