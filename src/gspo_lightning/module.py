@@ -69,6 +69,7 @@ from gspo_lightning.training.trainer_checks import (
     check_caller,
     check_fit,
     check_frozen,
+    check_objective_in_force,
     check_parts,
     check_prompts,
     check_schedule,
@@ -136,6 +137,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             self.engine = self.ahead
         self.objective, self.advantages = objective, advantages or AdvantageEstimator()
         self.entropy_control = EntropyControl()
+        self.checked: tuple[Any, ...] = ()  # objective and update settings that were found to fit this run
         # Of the next rollout; as the module was made, for checkpoints; of the rollout in hand.
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length
@@ -277,6 +279,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         """Takes all optimizer steps on the current rollout."""
         check_caller(self)
         check_frozen(self)
+        check_objective_in_force(self)
         scored = self.last_scored
         by_weight = self.rewards.weighted_sum(scored.rewards_by_function)
         update = RolloutUpdate(self, scored, rollout_metrics(scored, by_weight, self.advantages))

@@ -411,6 +411,33 @@ def test_a_reference_that_was_not_loaded_is_missed_before_the_first_rollout(micr
         trainer().fit(module, datamodule=Data())
 
 
+class Sets(L.Callback):
+    """Sets another objective as the second rollout begins."""
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.rollouts_done == 1:
+            module.objective = replace(module.objective, **self.changes)
+
+
+def test_an_objective_that_is_set_during_a_run_is_checked_and_then_used(micro_model_dir):
+    """Its KL term needs a reference, which is loaded where the module was made with one, if only for later."""
+    module = made(micro_model_dir, rollouts=3)
+    with pytest.raises(UserError, match="^objective.beta: the reference is loaded with the policy"):
+        trainer(callbacks=[Sets(beta=0.1)]).fit(module, datamodule=Data())
+    assert module.rollouts_done == 1
+
+    slow = partial(torch.optim.SGD, lr=1e-3)
+    kept, changed = (
+        made(micro_model_dir, rollouts=3, objective={"beta": 0.0, "beta_end": 0.1}, optimizer=slow) for _ in range(2)
+    )
+    trainer().fit(kept, datamodule=Data())
+    trainer(callbacks=[Sets(beta=5.0)]).fit(changed, datamodule=Data())
+    assert "kl/ref" in changed.last_metrics and not torch.equal(weights(kept), weights(changed))
+
+
 def test_what_has_been_fitted_can_be_pickled(micro_model_dir):
     """With its Trainer, which a data module refers to."""
     module, data = made(micro_model_dir), Data()

@@ -90,7 +90,8 @@ def check_fit(module: GSPOModule) -> None:
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
     _check_dtypes(module)
     _check_run(trainer)
-    _check_objective(module)
+    module.checked = ()
+    check_objective_in_force(module)
     refuse_uncalled(module)
     _check_optimizers(module)
     # Custom loaders give their first batch in every epoch.
@@ -114,9 +115,15 @@ def _check_dtypes(module: GSPOModule) -> None:
             )
 
 
-def _check_objective(module: GSPOModule) -> None:
-    """Refuses an objective that contradicts itself, and warns of what has no effect, as configs are checked earlier."""
+def check_objective_in_force(module: GSPOModule) -> None:
+    """Refuses an objective that contradicts itself, and warns of what has no effect, as configs are checked earlier.
+
+    A program may set another one, or other update settings, at any time: each is looked at once.
+    """
     assert module.policy is not None
+    now = (module.objective, module.update_settings)
+    if module.checked and all(one is other for one, other in zip(now, module.checked, strict=True)):
+        return
     if module.objective.needs_ref and not module.policy.has_adapter and not module.references:
         raise UserError(
             "objective.beta: the reference is loaded with the policy, which was loaded for an objective without one; "
@@ -136,6 +143,7 @@ def _check_objective(module: GSPOModule) -> None:
         max_completion_length=sampling.max_completion_length,
     ):
         warn_or_refuse(finding)
+    module.checked = now
 
 
 def _check_run(trainer: Any) -> None:
