@@ -54,6 +54,21 @@ def test_a_group_that_is_added_during_the_run_follows_the_schedule_from_its_own_
     assert scheduler.get_last_lr() == pytest.approx([1.0, 0.4])
 
 
+def test_a_rate_that_a_program_writes_into_a_group_is_its_own_from_then_on():
+    """Linear over 4 steps, 1 - k/4 behind step k; a constant schedule used to take the rate back after one step."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": lr} for lr in (2.0, 0.8, 1.0)]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = Schedule("linear").build(optimizer, 4)
+    rates = []
+    for step in range(4):
+        if step == 1:  # where 1.5 and 0.6 are due
+            optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"] = 3.0, 0.0
+        optimizer.step()
+        scheduler.step()
+        rates.extend(scheduler.get_last_lr())
+    assert rates == pytest.approx([1.5, 0.6, 0.75, 2.0, 0.4, 0.0, 1.0, 0.2, 0.0, 0.0, 0.0, 0.0])
+
+
 class Thawing(BaseFinetuning):
     """The first layer is trained from the second epoch on, which a limit of two rollouts begins."""
 

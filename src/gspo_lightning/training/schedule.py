@@ -48,13 +48,23 @@ class Schedule:
 class _OwnRates(LambdaLR):
     """A `LambdaLR` that resumes a checkpoint's position with the base learning rates of this run.
 
-    Groups that are added to the optimizer during the run, as `BaseFinetuning` does, follow the same schedule.
+    Groups that are added to the optimizer during the run, as `BaseFinetuning` does, follow the same schedule. So does a
+    rate that a program writes into a group: it is that of the current position, from which the schedule goes on.
     """
 
     def get_lr(self) -> list[Any]:
         """The rates at the current position."""
+        self._take_over()
         self._follow_groups()
         return super().get_lr()
+
+    def _take_over(self) -> None:
+        """Makes rates that were written since the last step, which has moved the position already, the groups' own."""
+        written = zip(self.optimizer.param_groups, getattr(self, "_last_lr", ()), strict=False)
+        for number, (group, last) in enumerate(written):
+            if group["lr"] != last:
+                factor = self.lr_lambdas[number](self.last_epoch - 1)
+                self.base_lrs[number] = group["lr"] / factor if factor else group["lr"]
 
     def _follow_groups(self) -> None:
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
@@ -67,6 +77,7 @@ class _OwnRates(LambdaLR):
         # Nor factors: those of groups that had been added belong to no group of this run yet.
         super().load_state_dict({**state_dict, "lr_lambdas": []})
         self.base_lrs = own
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # not yet those of this position
 
     def move_to(self, step: int) -> None:
         """Sets the position and the rates that belong to it; where both are right already, no bit changes."""
