@@ -76,6 +76,7 @@ from gspo_lightning.training.trainer_checks import (
     end_without_batches,
     refuse_draws_ahead,
     say_nothing_is_left,
+    warn_of_equal_uids,
 )
 from gspo_lightning.training.update import Minibatch, UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings, Validator
@@ -266,6 +267,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.states_before = states_of(self)
         check_batch(batch, self)
         check_ranks_agree(self.sampling)
+        warn_of_equal_uids(batch)
         self.stopwatch.reset()
         self.rewards.trainer_state = TrainerState(self.rollouts_done, self.max_rollouts)
         collection = RolloutCollection(self, batch)

@@ -21,6 +21,7 @@ from gspo_lightning.objective import Objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rewards import RewardSet, RewardSpec, letter_share
+from gspo_lightning.training import trainer_checks
 from gspo_lightning.training.schedule import Schedule
 from gspo_lightning.types import PromptBatch, SamplingParams
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of, weights
@@ -194,6 +195,20 @@ def test_overfit_batches_is_refused_where_the_prompts_are_a_stream(micro_model_d
 def test_a_batch_that_no_rollout_can_be_made_of_is_refused(batch, line, micro_model_dir):
     with pytest.raises(UserError, match=line):
         trainer().fit(build_module(micro_model_dir, Settings()), DataLoader([batch], batch_size=None))
+
+
+@pytest.mark.parametrize("twice", ["on one rank", "on two ranks", "nowhere"])
+def test_prompts_that_get_the_same_completions_are_warned_of(twice, micro_model_dir, monkeypatch):
+    """As where each rank of ddp reads the same IterableDataset; here the other rank has what this one has, or others."""
+    first, second = scripted_prompts(count=2), [replace(p, uid=f"other:{p.uid}") for p in scripted_prompts(count=2)]
+    prompts = first + (second if twice != "on one rank" else scripted_prompts(count=2))
+    if twice == "on two ranks":
+        monkeypatch.setattr(trainer_checks, "gather_values", lambda values: torch.cat([values, values]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer().fit(build_module(micro_model_dir, Settings()), DataLoader([PromptBatch(prompts)], batch_size=None))
+    said = [w for w in caught if str(w.message).startswith("train_dataloader: prompts of one rollout share a uid")]
+    assert len(said) == (twice != "nowhere")
 
 
 # ---------------------------------------------------------------- a subclass

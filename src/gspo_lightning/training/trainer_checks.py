@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import warnings
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.distributed.ranks import gather_values, rank
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method, trainer_of
 from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
@@ -281,6 +283,19 @@ def check_batch(batch: Any, module: GSPOModule) -> None:
     assert module.policy is not None
     longest = max(len(prompt.input_ids) for prompt in batch.prompts)
     check_rotation(module.policy.config, longest, module.sampling.max_completion_length)
+
+
+def warn_of_equal_uids(batch: PromptBatch) -> None:
+    """Warns of prompts of a rollout, on all ranks, that share a uid. All ranks must call it together."""
+    own = [hashlib.blake2b(str(prompt.uid).encode(), digest_size=7).digest() for prompt in batch.prompts]
+    everyone = gather_values(torch.tensor([int.from_bytes(key) for key in own])).tolist()
+    if len(set(everyone)) < len(everyone) and rank() == 0:
+        warnings.warn(
+            "train_dataloader: prompts of one rollout share a uid, of which their random numbers are made: the same "
+            "prompt gets the same completions again; give every prompt of a rollout, on every rank, a uid of its own "
+            "(an IterableDataset yields the same on each rank, unless it takes a share)",
+            stacklevel=2,
+        )
 
 
 def say_nothing_is_left(module: GSPOModule) -> None:
