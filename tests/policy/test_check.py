@@ -39,6 +39,14 @@ def test_attention_to_the_wrong_tokens_is_refused(dtype, micro_model_dir, monkey
         check_packing(micro_policy(micro_model_dir, dtype))
 
 
+def test_a_model_with_another_attention_is_said_to_have_one(micro_model_dir):
+    """As one that a program loaded by itself; its architecture has nothing to do with it."""
+    policy = micro_policy(micro_model_dir)
+    policy.base_model.set_attn_implementation("sdpa")
+    with pytest.raises(PackingMismatchError, match="^LlamaForCausalLM: its attention is sdpa, which knows nothing of"):
+        check_packing(policy)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_that_scales_its_logits_is_refused(dtype, micro_model_dir):
     policy = micro_policy(micro_model_dir, dtype)

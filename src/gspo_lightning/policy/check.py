@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from gspo_lightning.packing import logits_logprobs, pack
+from gspo_lightning.policy.attention import ATTENTION_NAME
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.padded import padded_logits
 from gspo_lightning.types import Prompt
@@ -55,8 +56,15 @@ def check_packing(policy: Policy) -> float:
     image. This checks the layout, not a kernel: a GPU that trains float32 weights with bfloat16 products uses another.
 
     Raises:
-        PackingMismatchError: the distance exceeds the bound of the model's dtype.
+        PackingMismatchError: the distance exceeds the bound of the model's dtype, or the model was loaded by something
+            else than `PolicyLoader`, with another attention than ours.
     """
+    own = policy.config.get_text_config()._attn_implementation
+    if not str(own).startswith(ATTENTION_NAME):
+        raise PackingMismatchError(
+            f"{type(policy.base_model).__name__}: its attention is {own}, which knows nothing of packed rows; load it "
+            "by PolicyLoader"
+        )
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
     lengths = (prompt_length(policy), 5, 9, 2)
