@@ -18,12 +18,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
-from gspo_lightning.policy.load import LoraSettings
+from gspo_lightning.policy.load import LoraSettings, PolicyLoader
+from gspo_lightning.policy.model import Policy
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.types import PromptBatch
@@ -298,6 +300,17 @@ def test_weights_that_were_narrowed_behind_the_loader_are_refused(lora, dtype, m
     with pytest.raises(
         UserError, match=rf"^model\.\S* is trained, but in {dtype}, where .*; do not convert the module"
     ):
+        trainer().fit(module, datamodule=Data())
+    assert module.rollouts_done == 0
+
+
+def test_a_policy_of_ones_own_that_drops_out_is_refused(micro_model_dir):
+    """`PolicyLoader` refuses dropout by the model's config and by its own settings of an adapter."""
+    loader = PolicyLoader(str(micro_model_dir))
+    adapted = get_peft_model(loader.load_model(), LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]))
+    module = made(micro_model_dir)
+    module.policy = Policy(adapted, loader.load_tokenizer(), has_adapter=True)
+    with pytest.raises(UserError, match=r"^policy\.model\.\S*lora_dropout\.default drops out at a rate of 0\.1, with"):
         trainer().fit(module, datamodule=Data())
     assert module.rollouts_done == 0
 

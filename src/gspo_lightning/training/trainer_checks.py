@@ -9,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gspo_lightning.advantages import AdvantageEstimator
@@ -91,6 +91,7 @@ def check_fit(module: GSPOModule) -> None:
     assert module.policy is not None
     check_precision(str(trainer.precision), module.policy_loader.dtype, has_adapter=module.policy.has_adapter)
     _check_dtypes(module)
+    _check_dropout(module)
     _check_run(trainer)
     module.checked = ()
     check_objective_in_force(module)
@@ -114,6 +115,18 @@ def _check_dtypes(module: GSPOModule) -> None:
             raise UserError(
                 f"{name} is trained, but in {parameter.dtype}, where most updates are rounded away; do not convert the "
                 "module, and choose the precision of forwards by trainer.precision"
+            )
+
+
+def _check_dropout(module: GSPOModule) -> None:
+    """Refuses layers that drop out in training, which a policy that was not made by `PolicyLoader` may have."""
+    assert module.policy is not None
+    for name, layer in module.policy.named_modules():
+        rate = layer.p if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training else 0.0
+        if rate:
+            raise UserError(
+                f"policy.{name} drops out at a rate of {rate:g}, with which the ratio would compare noise; make the "
+                "model without dropout (lora_dropout=0 of peft)"
             )
 
 
