@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
+    ModelPruning,
     OnExceptionCheckpoint,
+    SpikeDetection,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -160,11 +162,21 @@ AVERAGES = (
     "callbacks: StochasticWeightAveraging averages once per epoch, but a run is one epoch, and it replaces the "
     "learning-rate schedule; use EMAWeightAveraging"
 )
+SPIKES = (
+    "callbacks: SpikeDetection looks at the loss that training_step returns, and a rollout has none; leave it out, since a "
+    "step with a gradient that is not finite is skipped by itself (update.max_nonfinite_steps)"
+)
+PRUNES = (
+    "callbacks: ModelPruning looks for weights before the policy is loaded, and masks them in forwards that are not its "
+    "own here; leave it out, and load a model that was pruned"
+)
 
 
 @pytest.mark.parametrize(
     ("tune", "line"),
     [
+        (lambda module: trainer(callbacks=[SpikeDetection()]).fit(module, datamodule=Data()), SPIKES),
+        (lambda module: trainer(callbacks=[ModelPruning("l1_unstructured")]).fit(module, datamodule=Data()), PRUNES),
         (lambda module: Tuner(trainer()).lr_find(module, datamodule=Data()), RATES),
         (lambda module: trainer(callbacks=[LearningRateFinder()]).fit(module, datamodule=Data()), RATES),
         (lambda module: Tuner(trainer()).scale_batch_size(module, datamodule=Data()), SIZES),

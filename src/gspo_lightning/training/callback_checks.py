@@ -22,6 +22,14 @@ NEVER_HERE = {
         "would use up max_rollouts in its trials; leave it out, since micro-batches are cut by themselves where memory "
         "runs out"
     ),
+    "SpikeDetection": (
+        "looks at the loss that training_step returns, and a rollout has none; leave it out, since a step with a "
+        "gradient that is not finite is skipped by itself (update.max_nonfinite_steps)"
+    ),
+    "ModelPruning": (
+        "looks for weights before the policy is loaded, and masks them in forwards that are not its own here; leave it "
+        "out, and load a model that was pruned"
+    ),
     "StochasticWeightAveraging": (
         "averages once per epoch, but a run is one epoch, and it replaces the learning-rate schedule; use "
         "EMAWeightAveraging"
@@ -40,6 +48,7 @@ NOT_IN_PARTS = "copies whole weights, which trainer=fsdp splits over ranks; leav
 def check_before_set_up(module: Any) -> None:
     """Refuses callbacks that Lightning's set-up of a fit, which comes before the policy is loaded, fails on."""
     trainer = trainer_of(module)
+    _refuse_never_here(trainer)
     for callback in trainer.callbacks if trainer is not None else ():
         kinds = [base.__name__ for base in type(callback).__mro__]
         if "BackboneFinetuning" in kinds and not hasattr(module, "backbone"):
@@ -59,11 +68,18 @@ def check_before_loading(module: Any) -> None:
     trainer = trainer_of(module)
     if trainer is None or trainer.state.fn != "fit":
         return
+    _refuse_never_here(trainer)
     for callback in trainer.callbacks:
-        if (name := type(callback).__name__) in NEVER_HERE:
-            raise UserError(f"callbacks: {name} {NEVER_HERE[name]}")
         if module.device_mesh is not None and "WeightAveraging" in (base.__name__ for base in type(callback).__mro__):
-            raise UserError(f"callbacks: {name} {NOT_IN_PARTS}")
+            raise UserError(f"callbacks: {type(callback).__name__} {NOT_IN_PARTS}")
+
+
+def _refuse_never_here(trainer: Any) -> None:
+    """Refuses callbacks of Lightning that no fit can have."""
+    if trainer is not None and trainer.state.fn == "fit":
+        for name in (type(callback).__name__ for callback in trainer.callbacks):
+            if name in NEVER_HERE:
+                raise UserError(f"callbacks: {name} {NEVER_HERE[name]}")
 
 
 def check_callbacks(trainer: Any) -> None:
