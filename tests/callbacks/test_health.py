@@ -116,6 +116,12 @@ def test_a_cap_from_above_alone_is_not_missed_where_it_does_not_act():
     assert found(never, clip=(0.0, 5.0)) == []
 
 
+@pytest.mark.parametrize("outside", [{"ratio__p1": [0.85] * 15}, {"ratio__p99": [1.08] * 15}])
+def test_ratios_beyond_a_bound_are_not_said_to_lie_inside(outside):
+    """They moved against their advantages, where the loss has no clip."""
+    assert found(series(clip_frac_low=[0.0] * 15, clip_frac_high=[0.0] * 15, **outside)) == []
+
+
 def test_a_run_without_a_ratio_that_moves_is_not_told_that_nothing_is_clipped(capsys):
     """One optimizer step on a rollout sampled by the weights that take it: the ratio is exactly 1."""
     row = {"clip_frac_low": 0.0, "clip_frac_high": 0.0, "ratio/p1": 1.0, "ratio/p99": 1.0}

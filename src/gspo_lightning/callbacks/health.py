@@ -62,15 +62,17 @@ def noise_floor(facts: Facts) -> str | None:
 
 def clip_never_acts(facts: Facts) -> str | None:
     """Warns if no ratio has ever been clipped: later, as the task is learnt, few completions are left to clip. An upper
-    cap alone is a guard that is not meant to act."""
+    cap alone is a guard that is not meant to act. Ratios beyond a bound that moved against their advantages are not
+    clipped either, but would be in other rollouts."""
     if facts.clip is None or facts.clip[0] <= 0 or facts.recent("clip_frac_low") is None:
         return None
     clipped = [row["clip_frac_low"] + row["clip_frac_high"] for row in facts.rows if "clip_frac_low" in row]
-    if any(clipped):
+    low, high = facts.last("ratio/p1"), facts.last("ratio/p99")
+    if any(clipped) or low is None or high is None or low < facts.clip[0] or high > facts.clip[1]:
         return None
     return (
-        f"no ratio was clipped in {counted(len(clipped), 'rollout')}: ratio/p1={facts.last('ratio/p1'):.4g} and "
-        f"ratio/p99={facts.last('ratio/p99'):.4g} lie inside [{facts.clip[0]:g}, {facts.clip[1]:g}]; narrow "
+        f"no ratio was clipped in {counted(len(clipped), 'rollout')}: ratio/p1={low:.4g} and "
+        f"ratio/p99={high:.4g} lie inside [{facts.clip[0]:g}, {facts.clip[1]:g}]; narrow "
         "objective.epsilon_high (and epsilon, where the loss reads it) if the clip is to act"
     )
 
