@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 _WORDS = (
     "can't allocate memory",
@@ -85,3 +87,18 @@ def check_time_limit(key: str, seconds: float, more: str = "") -> None:
     """
     if not 0 < seconds <= LONGEST_S:
         raise UserError(f"{key}={seconds} must be above 0 and at most {LONGEST_S}{more}")
+
+
+def whole_number(key: str, value: Any, least: int = 0) -> int:
+    """A count as Python's own int, also one of NumPy.
+
+    Raises:
+        UserError: it is no whole number, or less than ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise UserError(f"{key}={value!r} must be a whole number, at least {least}")
+    return number

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import add_metrics
+from gspo_lightning.errors import whole_number
 from gspo_lightning.lightning_private import (
     batch_in_hand,
     begin_averages,
@@ -129,7 +130,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False
         leave_frozen_out(self)
-        check_parts(policy_loader, rewards, optimizer)
+        check_parts(policy_loader, rewards, optimizer, objective, update, engine)
+        seed = whole_number("seed", seed)
         self.policy_loader, self.rewards = policy_loader, rewards
         self.engine: RolloutEngine = engine or TransformersEngine()
         self.ahead = OneStepOff(self.engine) if traits(self.engine).staleness else None

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -53,6 +54,10 @@ def fit(module, prompts=None, batches=1, ckpt_path=None, weights_only=None, **ch
             {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
             "^optimizer is of type SGD; give what makes one",
         ),
+        ({"objective": "grpo"}, r"^objective is of type str; give Objective\(...\)$"),
+        ({"update": {"num_minibatches": 2}}, r"^update is of type dict; give UpdateSettings\(...\)$"),
+        ({"engine": "vllm"}, r"^engine='vllm': it has no generate\(\); give a RolloutEngine"),
+        ({"seed": None}, "^seed=None must be a whole number, at least 0$"),
     ],
 )
 def test_what_is_given_in_the_place_of_a_part_is_refused_at_once(given, line):
@@ -64,6 +69,22 @@ def test_what_is_given_in_the_place_of_a_part_is_refused_at_once(given, line):
     settings = {"objective": Objective(max_completion_length=4), "sampling": sampling, "max_rollouts": 1}
     with pytest.raises(UserError, match=line):
         GSPOModule(**{**parts, **settings, "optimizer": torch.optim.SGD, **given})
+
+
+@pytest.mark.parametrize("rollouts", [None, -1, float("inf"), 2.5])
+def test_a_run_without_a_number_of_rollouts_is_refused(rollouts, micro_model_dir):
+    """Also where ``max_steps`` or a callback would end it: the schedule goes by them."""
+    module = build_module(micro_model_dir, Settings(rollouts=rollouts))
+    with pytest.raises(UserError, match=f"^max_rollouts={rollouts} must be a whole number, at least 0$"):
+        fit(module, max_steps=2)
+
+
+def test_numbers_of_numpy_are_numbers(micro_model_dir, tmp_path):
+    module = build_module(micro_model_dir, Settings(rollouts=np.int64(2)))
+    runner = fit(module, batches=2, callbacks=[RolloutCheckpoint(tmp_path, np.int64(1))])
+    assert module.rollouts_done == 2 and (tmp_path / "last.ckpt").is_file() and runner.global_step > 0
+    with pytest.raises(UserError, match="^RolloutCheckpoint.every_n_rollouts=0 must be a whole number, at least 1$"):
+        RolloutCheckpoint(tmp_path, 0)
 
 
 @pytest.mark.parametrize(

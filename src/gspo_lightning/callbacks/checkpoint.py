@@ -13,7 +13,7 @@ from gspo_lightning.callbacks.best import Best
 from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, go_back, keep_numbered, numbered
 from gspo_lightning.callbacks.recorder import RunRecorder
 from gspo_lightning.distributed.ranks import world_size
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, whole_number
 from gspo_lightning.lightning_private import averages_weights
 from gspo_lightning.rollout.engine import RolloutError, traits
 
@@ -52,7 +52,8 @@ class RolloutCheckpoint(L.Callback):
         keep_last: int = 0,
         keep_best: str | None = None,
     ) -> None:
-        self.folder, self.every_n_rollouts = Path(folder), every_n_rollouts
+        self.folder = Path(folder)
+        self.every_n_rollouts = whole_number("RolloutCheckpoint.every_n_rollouts", every_n_rollouts, least=1)
         self.validate_every_n_rollouts, self.keep_last = validate_every_n_rollouts, keep_last
         self.best = None if keep_best is None else Best(keep_best, self.folder / "best.ckpt", self.state_key)
         self.wanted = False

@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, whole_number
 from gspo_lightning.lightning_private import is_by_time, is_compiled, looks_at_epoch_end, saves_at_epoch_end, trainer_of
 from gspo_lightning.training.prompt_source import prompt_source
 
@@ -69,6 +69,7 @@ def check_before_loading(module: Any) -> None:
     if trainer is None or trainer.state.fn != "fit":
         return
     _refuse_never_here(trainer)
+    whole_number("max_rollouts", module.max_rollouts)  # the schedule needs it before `on_fit_start`
     for callback in trainer.callbacks:
         if module.device_mesh is not None and "WeightAveraging" in (base.__name__ for base in type(callback).__mro__):
             raise UserError(f"callbacks: {type(callback).__name__} {NOT_IN_PARTS}")

@@ -16,6 +16,7 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.distributed.ranks import gather_values, rank
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method, trainer_of
+from gspo_lightning.objective import Objective
 from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.screen import counted
@@ -23,6 +24,7 @@ from gspo_lightning.training.callback_checks import check_callbacks
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
 from gspo_lightning.training.sampling_checks import check_rotation
+from gspo_lightning.training.update import UpdateSettings
 from gspo_lightning.types import PromptBatch
 from gspo_lightning.users_code import keeps_state
 
@@ -235,7 +237,7 @@ def check_advantages(advantages: Any) -> None:
     keeps_state(advantages, "advantages")
 
 
-def check_parts(policy_loader: Any, rewards: Any, optimizer: Any) -> None:
+def check_parts(policy_loader: Any, rewards: Any, optimizer: Any, objective: Any, update: Any, engine: Any) -> None:
     """Refuses what a program may give in the place of a part, which would fail when that is first used."""
     if isinstance(policy_loader, str | os.PathLike):
         raise UserError(
@@ -248,6 +250,11 @@ def check_parts(policy_loader: Any, rewards: Any, optimizer: Any) -> None:
             f"optimizer is of type {type(optimizer).__name__}; give what makes one of parameter groups, such as "
             "functools.partial(torch.optim.AdamW, lr=1e-5)"
         )
+    for name, given, kind in (("objective", objective, Objective), ("update", update, UpdateSettings)):
+        if given is not None and not isinstance(given, kind):
+            raise UserError(f"{name} is of type {type(given).__name__}; give {kind.__name__}(...)")
+    if engine is not None and not callable(getattr(engine, "generate", None)):
+        raise UserError(f"engine={engine!r}: it has no generate(); give a RolloutEngine, such as TransformersEngine()")
 
 
 def check_schedule(schedule: Any) -> None:
