@@ -232,6 +232,45 @@ def test_prompts_that_get_the_same_completions_are_warned_of(twice, micro_model_
     assert len(said) == (twice != "nowhere")
 
 
+# ---------------------------------------------------------------- a loader with a state
+
+
+class Stateful:
+    """Four batches in an epoch; knows how many it has given."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __iter__(self):
+        while self.given < 4:
+            self.given += 1
+            yield PromptBatch(scripted_prompts(seed=self.given))
+        self.given = 0
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.given = state["given"]
+
+
+class Sized(Stateful):
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize("kind", [Sized, Stateful])
+def test_a_loader_with_a_state_and_a_length_goes_on_where_it_was(kind, micro_model_dir, tmp_path):
+    """Without a length Lightning has read one batch ahead when a checkpoint is saved."""
+    ended = {}
+    for stop, ckpt_path in ((6, None), (3, None), (6, tmp_path / "last.ckpt")):
+        module = build_module(micro_model_dir, Settings(rollouts=stop))
+        saves = [RolloutCheckpoint(tmp_path, 1)] if stop == 3 else []
+        trainer(callbacks=saves).fit(module, kind(), ckpt_path=ckpt_path, weights_only=True)
+        ended[stop, ckpt_path is None] = weights(module)
+    assert torch.equal(ended[6, True], ended[6, False]) == (kind is Sized)
+
+
 # ---------------------------------------------------------------- a subclass
 
 
