@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -418,6 +418,15 @@ def test_a_recorder_behind_the_checkpoint_is_refused(micro_model_dir, tmp_path):
         fit(build_module(micro_model_dir, Settings()), callbacks=[checkpoint, recorder])
     fit(build_module(micro_model_dir, Settings()), callbacks=[recorder, checkpoint])
     assert checkpoint.last.exists()
+
+
+def test_a_checkpoint_that_is_written_later_is_not_moved_before(micro_model_dir, tmp_path):
+    module = build_module(micro_model_dir, Settings())
+    with pytest.raises(UserError, match="^plugins: AsyncCheckpointIO returns before a checkpoint is written, which"):
+        fit(module, callbacks=[RolloutCheckpoint(tmp_path, 1)], plugins=[AsyncCheckpointIO()])
+    assert module.rollouts_done == 0
+    fit(module, plugins=[AsyncCheckpointIO()])
+    assert module.rollouts_done == 1
 
 
 def test_a_checkpoint_does_not_wait_for_validations_that_never_come(micro_model_dir, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from gspo_lightning.callbacks.best import Best
 from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, go_back, keep_numbered, numbered
@@ -77,6 +78,18 @@ class RolloutCheckpoint(L.Callback):
         """The same, back."""
         if self.best is not None:
             self.best.load(state_dict)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses a plugin that writes later than it says.
+
+        Raises:
+            UserError: says what to change.
+        """
+        if stage == "fit" and isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise UserError(
+                "plugins: AsyncCheckpointIO returns before a checkpoint is written, which RolloutCheckpoint then moves "
+                "into its place; leave it out, or use Lightning's ModelCheckpoint"
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Lets the recorder make an earlier checkpoint of this run, if it goes on from one, the newest."""
