@@ -50,6 +50,21 @@ def test_an_epoch_of_a_finite_task_holds_each_row_once_in_an_order_of_seed_and_e
     assert [uid for uid, _ in map(PromptStream(task, 4).row_at, range(10))] != order[:10]
 
 
+@pytest.mark.parametrize(
+    ("task", "settings", "line"),
+    [
+        (_finite([1] * 3), {}, "data.prompts_per_rollout=4 is more than the 3 training rows; lower it"),
+        (MicroLetters(), {"seed": 1}, "data.seed=1 has no effect: micro_letters never runs out and has no order"),
+        (MicroLetters(), {"min_pixels": 9}, "data.min_pixels and data.max_pixels have no effect"),
+    ],
+)
+def test_settings_are_checked_in_a_program_that_does_not_call_check(
+    task: Any, settings: dict[str, Any], line: str, tokenizer_dir: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{line}"):
+        _data(task, tokenizer_dir, **settings).train_dataloader()
+
+
 def test_another_task_is_refused_and_not_left_unread(tokenizer_dir: str) -> None:
     """Prompts would go on to be those of the first one."""
     data = _data(MicroLetters(), tokenizer_dir)

@@ -201,12 +201,17 @@ class PromptDataModule(L.LightningDataModule):
         self._made = None
 
     def train_dataloader(self) -> DataLoader[PromptBatch]:
-        """An endless loader of rollout batches, beginning at ``cursor``."""
+        """An endless loader of rollout batches, beginning at ``cursor``.
+
+        Raises:
+            UserError: a setting has no effect, or a rollout has more prompts than the task rows; see also `check`.
+        """
         if self.prompts_per_rollout % world_size():
             raise UserError(
                 f"data.prompts_per_rollout={self.prompts_per_rollout} must be divisible by the number of "
                 f"ranks, {world_size()}"
             )
+        check_settings(self)
         return DataLoader(Batches(self._rollouts), batch_size=None)
 
     def _rollouts(self) -> Iterator[PromptBatch]:
