@@ -210,4 +210,11 @@ def test_functions_of_two_choices_that_are_named_alike_do_not_take_the_place_of_
             "error: reward/exact_match and reward/mine both have a function exact_match, of which only that of "
             "reward/mine would be left; rename one\n"
         )
+    changed = "defaults: [exact_match, soft_overlong, _self_]\nfunctions: {exact_match: {weight: 0.5}}\n"
+    (tmp_path / "conf" / "reward" / "changed.yaml").write_text(changed)
+    assert not run(*arguments, "reward=changed", cwd=tmp_path).stderr
+    further = f"defaults: [soft_overlong, _self_]\n{letters.replace('letter_share:', 'exact_match:')}"
+    (tmp_path / "conf" / "reward" / "further.yaml").write_text(further)
+    done = run(*arguments, "reward=[exact_match,further]", cwd=tmp_path, expect=2)
+    assert "reward/exact_match and reward/further both have a function exact_match" in done.stderr
     assert not run(*arguments, "reward=[exact_match,soft_overlong]", cwd=tmp_path).stderr

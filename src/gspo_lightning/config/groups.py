@@ -105,28 +105,32 @@ def check_own_files(sources: Iterable[Any], choices: Mapping[str, Any], config_n
             first = content if first is None else first
 
 
-def check_rewards_add_up(sources: Sequence[Any], files_read: Iterable[str | None]) -> None:
+def check_rewards_add_up(sources: Sequence[Any], files_read: Iterable[Any]) -> None:
     """Refuses several choices of ``reward`` of which two name a function alike: Hydra keeps that of the later one.
+
+    A choice has the functions of the files in its own ``defaults`` too, which it may change.
 
     Args:
         sources: where Hydra has looked for configs, in order.
-        files_read: the config files that it has put together, such as ``reward/letters``, in order.
+        files_read: Hydra's ``ResultDefault`` of each config file that it has put together, in order.
 
     Raises:
         UserError: names the choices and the function.
     """
     of: dict[str, str] = {}
-    for file in dict.fromkeys(file for file in files_read if file is not None and file.startswith("reward/")):
+    named_by = {file.config_path: file.parent for file in files_read if file.package == "reward"}
+    for file in named_by:
         content = next(filter(None, (_content(source, f"{file}.yaml") for source in sources)), b"")
         own = OmegaConf.to_container(OmegaConf.create(content.decode()))
-        functions = own.get("functions") if isinstance(own, dict) and "defaults" not in own else None
-        for name in functions or ():
-            if name in of:
+        choice = file
+        while named_by[choice] in named_by:
+            choice = named_by[choice]
+        for name in (own.get("functions") if isinstance(own, dict) else None) or ():
+            if of.setdefault(str(name), choice) != choice:
                 raise UserError(
-                    f"{of[name]} and {file} both have a function {name}, of which only that of {file} would be left; "
-                    "rename one"
+                    f"{of[name]} and {choice} both have a function {name}, of which only that of {choice} would be "
+                    "left; rename one"
                 )
-            of[str(name)] = file
 
 
 def _content(source: Any, file: str) -> bytes | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
@@ -157,17 +158,13 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         raise Interrupted(f"{line}{others}") from end
 
 
-def _files_read(hydra: Any) -> list[str | None]:
-    """The config files that Hydra has put together for this job, by their paths; empty outside of a program of it."""
+def _files_read(hydra: Any) -> list[ResultDefault]:
+    """The config files that Hydra has put together for this job; empty outside of a program of it."""
     if not GlobalHydra.instance().is_initialized():
         return []
     of_hydra, task = overrides_of(hydra)
-    files = (
-        GlobalHydra.instance()
-        .config_loader()
-        .compute_defaults_list(str(hydra.job.config_name), [*of_hydra, *task], RunMode.RUN)
-    )
-    return [file.config_path for file in files.defaults]
+    loader = GlobalHydra.instance().config_loader()
+    return loader.compute_defaults_list(str(hydra.job.config_name), [*of_hydra, *task], RunMode.RUN).defaults
 
 
 def _key_of_folder(error: OSError) -> str | None:
