@@ -350,8 +350,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         source = prompt_source(self.trainer)
         self.validator.reset(source.task_names if source is not None else ())
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Measures greedy and sampled completions of held-out prompts."""
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures greedy and sampled completions of held-out prompts, those of several loaders together."""
         assert self.policy is not None
         try:
             check_prompts(batch, "val_dataloader")

@@ -341,6 +341,17 @@ class Logging(GSPOModule):
         super().validation_step(batch, batch_idx)
 
 
+def test_held_out_prompts_of_several_loaders_are_measured_together(micro_model_dir):
+    one, four = (PromptBatch(scripted_prompts(seed=n, count=n, generations=1)) for n in (1, 4))
+    measured = []
+    for loaders in ([one, four],), ([one], [four]):
+        module = made(micro_model_dir)
+        runner = trainer(limit_val_batches=1.0)
+        runner.validate(module, [DataLoader(batches, batch_size=None) for batches in loaders], verbose=False)
+        measured.append(module.last_validation)
+    assert measured[0] == measured[1] and measured[0]["val/reward"] > 0
+
+
 def test_values_that_a_step_logs_are_means_over_prompts(micro_model_dir):
     """Rollouts of 4 and 2 prompts, validations of 1 and 4: (1*4 + 2*2) / 6, and (1*1 + 4*4) / 5."""
 
