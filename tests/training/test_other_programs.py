@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import pickle
 import re
 import warnings
@@ -23,6 +24,7 @@ from lightning.pytorch.tuner import Tuner
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
+from gspo_lightning.callbacks import RunRecorder
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
 from gspo_lightning.errors import UserError
 from gspo_lightning.module import GSPOModule
@@ -350,6 +352,19 @@ def test_held_out_prompts_of_several_loaders_are_measured_together(micro_model_d
         runner.validate(module, [DataLoader(batches, batch_size=None) for batches in loaders], verbose=False)
         measured.append(module.last_validation)
     assert measured[0] == measured[1] and measured[0]["val/reward"] > 0
+
+
+def test_what_a_step_logs_of_several_loaders_is_recorded(micro_model_dir, tmp_path):
+    class OfLoaders(GSPOModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("own/loader", 2.0 + dataloader_idx)
+            super().validation_step(batch, batch_idx)
+
+    loaders = [Batches(scripted_prompts(generations=1)).loader() for _ in range(2)]
+    runner = trainer(limit_val_batches=1, callbacks=[RunRecorder(tmp_path)])
+    runner.fit(made(micro_model_dir, OfLoaders), Batches(scripted_prompts()).loader(), loaders)
+    (row,) = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert (row["own/loader/dataloader_idx_0"], row["own/loader/dataloader_idx_1"]) == ("2.0", "3.0")
 
 
 def test_values_that_a_step_logs_are_means_over_prompts(micro_model_dir):

@@ -20,6 +20,14 @@ def own_values(trainer: Any, module: Any, but_not: str = "") -> dict[str, float]
     names: dict[str, str] = getattr(module, "logged_names", {})
     for ours in (*module.last_metrics, *module.last_validation, "step"):
         names.pop(ours, None)
-    wanted = sorted(name for name, hook in names.items() if hook != but_not)
+    wanted = {name for name, hook in names.items() if hook != but_not}
     values = trainer.callback_metrics if wanted else {}
-    return {name: float(values[name]) for name in wanted if name in values and names.pop(name)}
+    found = {key: name for key in sorted(values) if (name := key.partition(_OF_LOADER)[0]) in wanted}
+    for name in set(found.values()):
+        del names[name]
+    return {key: float(values[key]) for key in found}
+
+
+_OF_LOADER = "/dataloader_idx_"
+"""What Lightning puts behind a name that is logged in a step, and before the number of its loader, where it has
+several."""
