@@ -81,6 +81,17 @@ def test_a_held_out_number_is_the_same_as_its_text_in_a_template(
     assert _left(tmp_path, train, [{"a": 1, "b": "1"}], template="{a}+{b}?") == [0, 2]
 
 
+def test_a_column_that_no_reward_function_gets_is_said_unless_it_has_another_name_too() -> None:
+    rows = [{"prompts": f"{n}?", "completions": [n], "trainer_state": n, "environment_reward": n} for n in range(3)]
+    settings: dict[str, Any] = {"prompt_column": "prompts", "columns": {"state": "trainer_state"}, "num_validation": 1}
+    with pytest.warns(UserWarning) as said:
+        assert RowsTask(rows, **settings).num_train_rows == 2
+    assert [str(warning.message) for warning in said] == [
+        "rows: reward functions do not get the column completions, since completions is an argument that they have "
+        "anyway; '+data.task.columns={my_completions: completions}' gives it another name"
+    ]
+
+
 def test_without_duplicates_nothing_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -24,6 +24,7 @@ from gspo_lightning.data.prompt_keys import PromptKeys
 from gspo_lightning.data.stream import asked
 from gspo_lightning.data.tasks import Row
 from gspo_lightning.errors import UserError
+from gspo_lightning.rewards.calling import GIVEN
 from gspo_lightning.types import Messages
 
 
@@ -143,6 +144,7 @@ class RowsTask:
 
     @cached_property
     def _train(self) -> list[int]:
+        self._say_what_rewards_do_not_get()
         held_out = {self._held_out_key(i) for i in self._held_out}
         mine = set(self._held_out) if self.validation_split is None else set()
         rest = [i for i in range(len(self._rows)) if i not in mine]
@@ -158,6 +160,16 @@ class RowsTask:
                 stacklevel=3,  # not of functools, whose warnings are shown with a line of its code
             )
         return train
+
+    def _say_what_rewards_do_not_get(self) -> None:
+        """Warns of columns with the name of an argument that is something else, unless they have another name too."""
+        named = _TAKEN.intersection(as_mapping(self._rows[0], f"{self._label} row 0"))
+        for column in sorted(named.difference(self.columns.values(), self._prompt_columns)):
+            warnings.warn(
+                f"{self._label}: reward functions do not get the column {column}, since {column} is an argument that "
+                f"they have anyway; '+data.task.columns={{my_{column}: {column}}}' gives it another name",
+                stacklevel=4,  # as above
+            )
 
     def _held_out_key(self, number: int) -> str:
         where = f"{self.validation_split or self._label} row {number}"
@@ -215,6 +227,10 @@ class RowsTask:
         if messages[0]["role"] == "system":
             raise UserError(f"{where}: the row has its own system message; remove data.task.system_prompt")
         return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+_TAKEN = GIVEN - {"environment_reward"}
+"""Names that no column can have as an argument of a reward function; the other one is taken with an environment."""
 
 
 class _OwnRows(Sequence[Row]):
