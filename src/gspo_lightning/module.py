@@ -32,6 +32,7 @@ from gspo_lightning.objective import Objective
 from gspo_lightning.objective.entropy_control import EntropyControl
 from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.precision import dtype_of_new_tensors
 from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
@@ -355,7 +356,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         assert self.policy is not None
         try:
             check_prompts(batch, "val_dataloader")
-            self.validator.update(self.policy, self.engine, batch.prompts)
+            with dtype_of_new_tensors(self.rewards.dtype):
+                self.validator.update(self.policy, self.engine, batch.prompts)
         except BaseException:
             put_trained_back(self.trainer, self)
             raise

@@ -12,7 +12,8 @@ import torch
 def dtype_of_new_tensors(dtype: torch.dtype) -> Iterator[None]:
     """Context in which torch makes numbers into tensors of this dtype, where bf16-true has set another for all threads.
 
-    The rewards of functions that compute with torch would be rounded to it.
+    What reward functions and environments compute with torch would be rounded to it. Not those of a rollout that is
+    sampled ahead: the update runs at the same time.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

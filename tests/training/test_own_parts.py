@@ -297,6 +297,26 @@ def test_an_estimator_does_not_compute_in_the_precision_of_the_model(precision, 
     assert module.advantages.seen == {(torch.float32, False)}
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_environments_make_tensors_in_the_usual_dtype(precision, micro_model_dir):
+    """They are called by the engine."""
+    seen = []
+
+    class Calling(ScriptedEngine):
+        def generate(self, *arguments):
+            seen.append(torch.get_default_dtype())
+            return super().generate(*arguments)
+
+    dtype = "float64" if precision == "64-true" else "float32"
+    module = build_module(micro_model_dir, Settings(dtype=dtype, lora=LoraSettings(r=2)))
+    module.engine = Calling()
+    held_out = Batches(scripted_prompts(generations=1)).loader()
+    trainer(precision=precision, limit_val_batches=1, val_check_interval=1).fit(
+        module, Batches(scripted_prompts()).loader(), held_out
+    )
+    assert seen == [torch.float32] * 3
+
+
 def test_the_graph_of_a_learnt_baseline_is_not_trained_through(micro_model_dir):
     own, none = (build_module(micro_model_dir, Settings(advantages="none", update=TWO)) for _ in range(2))
     own.advantages = Learnt()

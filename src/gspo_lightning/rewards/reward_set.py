@@ -77,7 +77,8 @@ class RewardSet:
         self.trainer_state = TrainerState()
         self.log = Log()
         """The values that the functions logged in the last call."""
-        self._dtype = torch.get_default_dtype()
+        self.dtype = torch.get_default_dtype()
+        """Of new tensors in users' functions, also where the precision of the Trainer sets another one."""
         self._workers: dict[str, Worker] = {}
         self._loops = {name: EventLoop() for name in functions}
         for name, spec in functions.items():
@@ -106,7 +107,7 @@ class RewardSet:
         uids = [prompt.uid for prompt, group in zip(prompts, completions, strict=True) for _ in group]
         self._start()
         workers = ThreadPoolExecutor(len(self.functions), thread_name_prefix="reward", **_on_this_gpu())
-        with dtype_of_new_tensors(self._dtype), workers as pool:
+        with dtype_of_new_tensors(self.dtype), workers as pool:
             calls = {name: pool.submit(self._call, name, arguments, uids) for name in self.names}
             try:
                 results = {name: _result(name, future) for name, future in calls.items()}

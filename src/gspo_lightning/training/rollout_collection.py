@@ -14,6 +14,7 @@ from gspo_lightning.distributed.ranks import gather_values
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
 from gspo_lightning.policy.model import Policy
+from gspo_lightning.precision import dtype_of_new_tensors
 from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.seeds import rollout_seed
@@ -79,8 +80,9 @@ class RolloutCollection:
         """Samples ``num_generations`` completions per prompt and gives each a reward."""
         module, sampling = self.module, self.module.sampled_with
         assert module.policy is not None
-        # The precision is that of the model: rewards and advantages are not computed in it.
-        with module.stopwatch("rollout"), module.trainer.precision_plugin.forward_context():
+        # The precision is that of the model: rewards, advantages and environments are not computed in it.
+        precision, usual = module.trainer.precision_plugin.forward_context(), dtype_of_new_tensors(module.rewards.dtype)
+        with module.stopwatch("rollout"), precision, usual:
             rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
         _check_tokens(rollout, module.policy.config.get_text_config().vocab_size)
         _check_turns(rollout, module.advantages)
