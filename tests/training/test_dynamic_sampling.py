@@ -157,7 +157,7 @@ class Scripted(ScriptedSource):
 
 
 def test_a_run_logs_what_it_sampled_by_weight_and_what_it_kept(micro_model_dir):
-    module = build_module(micro_model_dir, Settings())
+    module = build_module(micro_model_dir, Settings(advantages="batch"))
     module.max_draws = 1
     module.rewards = RewardSet({"scripted": RewardSpec(scripted_reward, weight=0.5)}, combine="normalize_then_sum")
     trainer().fit(module, datamodule=Scripted())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.config import checks
+from gspo_lightning.config.build import build_module as module_of
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective import Objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
@@ -364,7 +366,41 @@ def test_a_group_of_one_is_refused_by_the_estimators_that_compare_within_it(micr
     with pytest.raises(
         UserError, match=r"^dynamic_sampling.max_draws=2: every group of rollout.num_generations=1 has "
     ):
-        checks.check(resolved(*own, f"advantages._target_={__name__}.OfTheBatch", "dynamic_sampling.max_draws=2"))
+        module_of(resolved(*own, f"advantages._target_={__name__}.OfTheBatch", "dynamic_sampling.max_draws=2"))
+
+
+class Picky(AdvantageEstimator):
+    """Compares pairs alone; counts how often it is made."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__(scale_rewards="batch")
+        Picky.made += 1
+
+    def check_generations(self, num_generations):
+        if num_generations != 2:
+            raise UserError("pairs alone")
+
+
+def test_an_estimator_of_ones_own_is_made_once_and_says_before_the_model_is_loaded_what_it_cannot_compare():
+    own = [
+        "experiment=micro", "~advantages.scale_rewards", "~advantages.baseline", f"advantages._target_={__name__}.Picky",
+        "reward.combine=normalize_then_sum",
+    ]  # fmt: skip
+    for generations in (2, 4):
+        plain = resolved(*own, f"rollout.num_generations={generations}")
+        checks.check(plain)
+        with pytest.raises(UserError, match="^pairs alone$") if generations == 4 else contextlib.nullcontext():
+            module_of(plain)
+    assert Picky.made == 2
+
+
+def test_rewards_normalised_twice_are_refused_in_a_program_too(micro_model_dir):
+    module = build_module(micro_model_dir, Settings(advantages="group"))
+    module.rewards = RewardSet(module.rewards.functions, combine="normalize_then_sum")
+    with pytest.raises(UserError, match="^reward.combine=normalize_then_sum contradicts advantages.scale_rewards=gr"):
+        fit(module)
 
 
 def test_a_function_is_no_estimator(micro_model_dir, monkeypatch):

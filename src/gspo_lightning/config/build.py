@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from gspo_lightning.advantages import check_group
 from gspo_lightning.callbacks.checkpoint_files import StreamingCheckpointIO
 from gspo_lightning.config.effects import check_tasks
 from gspo_lightning.config.folders import is_of_another_run, make_folder
@@ -68,6 +69,7 @@ def build_module(plain: dict[str, Any], rewards: RewardSet | None = None) -> GSP
         raise
     except Exception as error:  # whatever a constructor of the user's own raises
         raise UserError(f"module: {plain['module']['_target_']} could not be made ({named_reason(error)})") from error
+    check_group(module.advantages, module.sampling.num_generations, module.max_draws)
     return module
 
 

@@ -54,10 +54,10 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     check_sampling(
         rollout["temperature"], rollout["repetition_penalty"], rollout.get("top_k", 0), rollout.get("min_p", 0.0)
     )
-    is_ours = str(plain["advantages"]["_target_"]).startswith("gspo_lightning.")
-    estimator: Any = None
-    if (generations := rollout["num_generations"]) < 2 or is_ours:  # else the estimator need not be made here
-        check_group(estimator := build(plain["advantages"]), generations, plain["dynamic_sampling"]["max_draws"])
+    estimator: Any = None  # one of the user's own is made once, with the module, which is asked the same
+    if str(plain["advantages"]["_target_"]).startswith("gspo_lightning."):
+        estimator = build(plain["advantages"])
+        check_group(estimator, rollout["num_generations"], plain["dynamic_sampling"]["max_draws"])
     _check_support(plain)
     _check_model_path(plain)
     _check_environment(plain)
@@ -65,8 +65,8 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _report(plain)
     warn_of_slow_products(plain)
     if training:
-        scale = plain["advantages"].get("scale_rewards") or getattr(estimator, "scale_rewards", "")
-        check_combination(plain["reward"].get("combine", ""), scale)
+        if scale := plain["advantages"].get("scale_rewards") or getattr(estimator, "scale_rewards", ""):
+            check_combination(plain["reward"].get("combine", ""), scale)
         check_schedule(plain)
         check_best(plain)
         check_training(plain)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.advantages import AdvantageEstimator, check_combination
 from gspo_lightning.distributed.ranks import gather_values, rank
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method, trainer_of
@@ -141,6 +141,7 @@ def check_objective_in_force(module: GSPOModule) -> None:
     now = (module.objective, module.update_settings)
     if module.checked and all(one is other for one, other in zip(now, module.checked, strict=True)):
         return
+    check_combination(getattr(module.rewards, "how", "weighted_sum"), module.advantages.scale_rewards)
     if module.objective.needs_ref and not module.policy.has_adapter and not module.references:
         raise UserError(
             "objective.beta: the reference is loaded with the policy, which was loaded for an objective without one; "
