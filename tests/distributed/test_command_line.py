@@ -74,6 +74,21 @@ def test_a_run_on_two_nodes_is_that_of_two_processes_on_one(straight, tmp_path):
     assert_same_run(tmp_path, straight)
 
 
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = run(*SHORT, *TWO_RANKS, f"hydra.run.dir={tmp_path / 'run'}", env=env, expect=2)
+    line = (
+        f"port {port} of this machine, at which the ranks were to meet, is taken by another program; set MASTER_PORT in "
+        "the environment of every node to a free one, or on one node leave it unset"
+    )
+    errors = [text for text in done.stderr.splitlines() if not text.startswith("Initializing distributed")]
+    assert errors[0] == f"error: {line}" and errors[1:] in ([], [f"error: rank 0: {line}"])  # rank 1 may end later
+
+
 def test_a_checkpoint_in_parts_becomes_one_model_on_any_number_of_processes(tmp_path):
     """By going on from it for no further rollout."""
     sharded = [*SHORT, "trainer=fsdp", "trainer.accelerator=cpu", "max_rollouts=3", "validation.every_n_rollouts=null"]

@@ -87,6 +87,19 @@ def test_the_death_of_the_rank_that_has_started_this_one_ends_it(watched, monkey
     assert capsys.readouterr().err == f"error: {first_error.DIED}\n"
 
 
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_the_error_of_rank_0_ends_a_rank_that_it_has_started_also_if_it_came_before_the_watch(
+    node, watched, monkeypatch, capsys
+):
+    """Another node's rank 0 does not start this one, and may not have removed the note of an earlier run yet."""
+    monkeypatch.setattr(rank_watch.sys, "argv", ["train.py", "hydra.job.name=train_ddp_process_1"])
+    monkeypatch.setenv("NODE_RANK", node)
+    note_of(0, watched.folder, monkeypatch)
+    watched.begin()
+    assert watched.ended.over.wait(10 if node == "0" else 0.3) == (node == "0")
+    assert capsys.readouterr().err == ("error: rank 0: the cause\n" if node == "0" else "")
+
+
 def test_a_shell_or_srun_that_goes_does_not(watched, monkeypatch):
     watched.begin()
     assert os.environ["GSPO_LIGHTNING_STARTER"] == str(os.getpid()), "for the ranks that this one will start"

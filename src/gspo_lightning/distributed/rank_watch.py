@@ -30,7 +30,8 @@ _watch: RankWatch | None = None
 class RankWatch:
     """A thread that ends this process after another rank has failed, or after the rank that started it has died.
 
-    It prints the first error and ends with that error's exit code. A note that existed before is of another run.
+    It prints the first error and ends with that error's exit code. A note that existed before is of another run, unless
+    rank 0 started this process: it removes those of other runs first, and may have failed since.
 
     Args:
         folder: of the run, where the first error is noted.
@@ -40,7 +41,8 @@ class RankWatch:
 
     def __init__(self, folder: Path, before_end: Callable[[], None], starter: int | None = None) -> None:
         self._folder, self._before_end, self._starter = folder, before_end, starter
-        self._before = first_error.read(folder)
+        by_rank_0 = starter is not None and os.environ.get("NODE_RANK", "0") == "0"
+        self._before = None if by_rank_0 else first_error.read(folder)
         self._over, self._ending = threading.Event(), threading.Lock()
         threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
 

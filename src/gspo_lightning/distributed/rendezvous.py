@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +67,25 @@ def own_environment(num_nodes: int) -> list[LightningEnvironment]:
             "address of the node with NODE_RANK=0 and a free port there), or start the nodes by srun or torchrun"
         )
     return [OnePort()]
+
+
+@contextmanager
+def naming_the_port() -> Iterator[None]:
+    """Context in which a port that is taken, such as MASTER_PORT or the one that Slurm's job number gives, is a line.
+
+    Raises:
+        UserError: names the port.
+    """
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = re.search(r"port: (\d+)", str(error))
+        raise UserError(
+            f"port {port[1] if port else ''} of this machine, at which the ranks were to meet, is taken by another "
+            "program; set MASTER_PORT in the environment of every node to a free one, or on one node leave it unset"
+        ) from error
 
 
 def leave_at_exit() -> None:

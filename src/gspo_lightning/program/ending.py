@@ -24,6 +24,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from gspo_lightning.config.groups import check_mode, check_overrides, check_own_files, check_rewards_add_up
 from gspo_lightning.distributed import first_error, rank_watch
+from gspo_lightning.distributed.rendezvous import naming_the_port
 from gspo_lightning.errors import UserError
 from gspo_lightning.extras import install_line
 from gspo_lightning.program import command_line
@@ -129,7 +130,8 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """
     try:
         _check_job()
-        return work(cfg)
+        with naming_the_port():
+            return work(cfg)
     except EXPECTED as error:
         rank_watch.stop()
         if HydraConfig.get().mode != RunMode.RUN:
