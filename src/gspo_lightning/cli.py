@@ -18,7 +18,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from gspo_lightning.config import checks, hardware
-from gspo_lightning.config.build import build, build_data, build_module, build_trainer, rollouts_of_epochs
+from gspo_lightning.config.build import (
+    build,
+    build_data,
+    build_module,
+    build_trainer,
+    check_loggers,
+    rollouts_of_epochs,
+)
 from gspo_lightning.config.devices import is_sharded
 from gspo_lightning.config.effects import check_environment_reward, check_held_out
 from gspo_lightning.config.resolve import resolve
@@ -95,6 +102,7 @@ def _train(cfg: DictConfig) -> float | None:
 
 def _dry_run(plain: dict[str, Any]) -> None:
     """Prints the table of `gspo_lightning.program.estimate` for the first prompts of the run."""
+    check_loggers(plain["logger"])
     rewards = _rewards(plain)
     datamodule = _data(plain, rewards)
     module = build_module(plain, rewards)

@@ -1235,7 +1235,7 @@ RUNS = [
     Case("run", "a best checkpoint where validation is off", [*BEST, "checkpoint.keep_best=val/reward", "+trainer.limit_val_batches=0"], "checkpoint.keep_best=val/reward has no effect with trainer.limit_val_batches=0"),
     Case("run", "a best checkpoint without held-out rows", [*BEST, "checkpoint.keep_best=val/reward", "data.task.num_validation=0"], "checkpoint.keep_best=val/reward has no effect: there are no held-out rows"),
     Case("run", "a threshold that is a word", ["validation.threshold=x"], "validation.threshold='x' has the wrong type; expected a number"),
-    Case("run", "a logger whose package is missing", ["logger=wandb"], "wandb"),
+    Case("run", "a logger whose package is missing", ["logger=wandb", "dry_run=true"], "logger=wandb is not installed"),
     Case("run", "more processes than a CPU run can have", ["trainer.devices=0"], "trainer: `Trainer(devices=0)`"),
     Case("run", "a trillion processes", ["trainer.devices=1000000000000"], "trainer.devices=1000000000000 must be at most 1024"),
     Case("run", "4-bit weights in parts", ["trainer=fsdp", "model.quantization=nf4", "lora=language"], "trainer=fsdp"),

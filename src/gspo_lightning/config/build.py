@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,19 @@ _INSTEAD = {
 }
 """Arguments of the Trainer that `build_trainer` sets, or that manual optimization has no use for -> what to do."""
 _EXTRAS = ("wandb", "mlflow")
-"""Loggers that are installed by the extra of the same name."""
+"""Loggers that need the package, installed by the extra, of the same name."""
+
+
+def check_loggers(loggers: dict[str, Any] | None) -> None:
+    """Refuses, where none is built, a logger of Lightning whose package is not installed."""
+    for name, node in (loggers or {}).items():
+        is_theirs = str((node or {}).get("_target_")).startswith("lightning.")
+        if name in _EXTRAS and is_theirs and find_spec(name) is None:
+            raise _not_installed(name)
+
+
+def _not_installed(logger: str) -> UserError:
+    return UserError(f"logger={logger} is not installed; run {install_line(logger)}")
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
@@ -288,7 +301,7 @@ def _logger(name: str, node: dict[str, Any], run_dir: Path | None) -> Any:
     except UserError as error:
         cause = error.__cause__ and error.__cause__.__cause__
         if isinstance(cause, ModuleNotFoundError) and name in _EXTRAS:
-            raise UserError(f"logger={name} is not installed; run {install_line(name)}") from error
+            raise _not_installed(name) from error
         raise
     if not _is_a("Logger", logger):
         raise UserError(
