@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from gspo_lightning.config.build import build, build_data
-from gspo_lightning.data import LargestOfFour, MicroLetters
+from gspo_lightning.data import LargestOfFour, MicroLetters, Mixture, PromptDataModule
 from gspo_lightning.data.first_rows import FirstRows
 from gspo_lightning.data.stream import PromptStream
 from gspo_lightning.errors import UserError
 from tests.conf.test_groups import resolved
+from tests.data.test_mixture import HalfLong, lengths_task
 
 
 def test_an_endless_task_becomes_its_first_rows_again_and_again():
@@ -43,3 +44,16 @@ def test_debug_overfit_gives_every_rollout_the_same_prompts():
     data = build_data(*of("experiment=micro", "debug=overfit", "data.prompts_per_rollout=4"))
     first, second = (sorted(p.uid for p in data.batch_at(cursor).prompts) for cursor in (0, 4))
     assert first == second and len(set(first)) == 4
+
+
+@pytest.mark.parametrize("kind", ["endless", "finite", "mixture"])
+def test_rows_that_are_too_long_give_way_to_others_that_stay(kind, tokenizer_dir):
+    """Each place to its own, or in a mixture to one of the same task: the same prompts in every rollout."""
+    tasks = {name: lengths_task(name, [3, 40, 3, 40, 40, 3] * 4) for name in "ab"}
+    task = {"endless": HalfLong(), "finite": tasks["a"], "mixture": Mixture(tasks, seed=2)}[kind]
+    data = PromptDataModule(FirstRows(task, 4), tokenizer_dir, 4, 16, overlong_prompts="drop")
+    data.check()
+    first, *others = [sorted((p.uid, p.prompt) for p in data.batch_at(4 * n).prompts) for n in range(3)]
+    assert others == [first] * 2 and len(set(first)) == 4
+    assert kind == "mixture" or len({prompt for _, prompt in first}) == 4
+    assert data.rollouts_per_epoch == 1

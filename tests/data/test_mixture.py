@@ -203,5 +203,8 @@ def test_the_proportions_are_those_of_what_is_trained_on_also_where_rows_are_lef
 def test_a_task_of_a_mixture_whose_rows_are_all_too_long_is_named(tokenizer_dir):
     mixture = Mixture({"a": lengths_task("a", [3] * 40), "b": lengths_task("b", [40] * 5)})
     data = PromptDataModule(mixture, tokenizer_dir, 8, 16, overlong_prompts="drop")
-    with pytest.raises(UserError, match=r"^data\.max_prompt_length=16: in task b of the mixture no row was found that"):
+    line = (
+        "^data.max_prompt_length=16: row mixture:train:1 of task b is longer, and no row was found in its place that is"
+    )
+    with pytest.raises(UserError, match=line):
         data.batch_at(0)

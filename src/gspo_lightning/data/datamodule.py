@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_lightning.data.checks import check_prompt, check_settings
 from gspo_lightning.data.columns import Needed, as_mapping, checked_prompt
 from gspo_lightning.data.encoding import Encoder
-from gspo_lightning.data.mixture import TASK_COLUMN, Mixture
+from gspo_lightning.data.mixture import TASK_COLUMN
 from gspo_lightning.data.parts import BatchWhenRead, tasks_within
 from gspo_lightning.data.prompt_keys import text_key
 from gspo_lightning.data.stream import Batches, PromptStream, spaced_rows, validation_rows
@@ -175,7 +175,7 @@ class PromptDataModule(L.LightningDataModule):
             if (prompt := self._prompt(uid, row)) is not None:
                 kept += 1
                 yield prompt
-        self._kept = kept / rows if rows else 1.0
+        self._kept = kept / rows if rows and self._substitutes is None else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the data in a checkpoint: cursor, dropped prompts, and which prompts are held out."""
@@ -316,18 +316,23 @@ class PromptDataModule(L.LightningDataModule):
     def _prompt_at(self, cursor: int, uid: str, row: Row) -> tuple[Prompt | None, bool]:
         """The prompt of a place in the stream, and whether its row is left out.
 
-        In a mixture another row of its task then takes the place, which keeps the proportions.
+        Where the task has `substitutes`, such as another row of the same task of a mixture, one takes the place.
         """
         prompt = self._prompt(uid, row)
-        if prompt is not None or not isinstance(self.task, Mixture):
+        if prompt is not None or self._substitutes is None:
             return prompt, prompt is None
-        for other in islice(self.task.substitutes(cursor), _DROPS_IN_A_ROW):
+        for other in islice(self._substitutes(self.stream.index_at(cursor)), _DROPS_IN_A_ROW):
             if (prompt := self._prompt(uid, other)) is not None:
                 return prompt, True
+        of = f" of task {row[TASK_COLUMN]}" if self.task_names else ""
         raise UserError(
-            f"data.max_prompt_length={self.max_prompt_length}: in task {row[TASK_COLUMN]} of the mixture no row was "
-            "found that is not longer; raise it, or take the task out of data.task.tasks and data.task.weights"
+            f"data.max_prompt_length={self.max_prompt_length}: row {uid}{of} is longer, and no row was found in its "
+            "place that is not; raise it, or leave such rows out of data.task"
         )
+
+    @property
+    def _substitutes(self) -> Callable[[int], Iterator[Row]] | None:
+        return getattr(self.task, "substitutes", None)
 
     def _prompt(self, uid: str, row: Row) -> Prompt | None:
         if "prompt" not in as_mapping(row, f"row {uid}"):

@@ -52,10 +52,14 @@ class PromptStream:
 
     def row_at(self, cursor: int) -> tuple[str, Row]:
         """The uid and the row at a position of the stream."""
-        size = self.task.num_train_rows
-        index = cursor if size is None else self._order(cursor // size, size)[cursor % size]
+        index = self.index_at(cursor)
         uid = f"{self.task.name}:train:{index}"
         return uid, train_row(self.task, index, uid)
+
+    def index_at(self, cursor: int) -> int:
+        """The number in its task of the row at a position of the stream."""
+        size = self.task.num_train_rows
+        return cursor if size is None else self._order(cursor // size, size)[cursor % size]
 
     def _order(self, epoch: int, size: int) -> list[int]:
         if epoch not in self._orders:
