@@ -6,12 +6,15 @@ import asyncio
 import inspect
 import json
 import math
+import os
 import pickle
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal, cast
 
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, named_reason
 
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
 """Exceptions that users' code may raise and an error line must name; Ctrl-C is not among them."""
@@ -72,6 +75,24 @@ def finite_number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+_INSTALLED = {"site-packages", "dist-packages"}
+_LIBRARIES = (os.path.realpath(sysconfig.get_path("stdlib")), os.path.dirname(os.path.realpath(__file__)))
+
+
+def raised_in(error: BaseException) -> str | None:
+    """An error that came out of a user's file, in one line with the innermost place there; None if none took part.
+
+    Args:
+        error: as it is caught: what its traceback holds lies below whoever catches it.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = os.path.realpath(frame.f_code.co_filename)
+        is_library = any(os.path.commonpath([file, library]) == library for library in _LIBRARIES)
+        if os.path.isfile(file) and not is_library and _INSTALLED.isdisjoint(file.split(os.sep)):
+            return f"{frame.f_code.co_qualname} ({os.path.basename(file)}:{line}) raised {named_reason(error)}"
+    return None
 
 
 Outcome = Literal["said", "failed", "refused"]

@@ -218,3 +218,20 @@ def test_functions_of_two_choices_that_are_named_alike_do_not_take_the_place_of_
     done = run(*arguments, "reward=[exact_match,further]", cwd=tmp_path, expect=2)
     assert "reward/exact_match and reward/further both have a function exact_match" in done.stderr
     assert not run(*arguments, "reward=[exact_match,soft_overlong]", cwd=tmp_path).stderr
+
+
+def test_what_code_of_a_user_raises_is_told_below_the_traceback_with_its_place(tmp_path):
+    (tmp_path / "site-packages").mkdir()  # such as that of `pip install --user`
+    (tmp_path / "site-packages" / "lib.py").write_text("import json\nread = lambda text: json.loads(text)\n")
+    (tmp_path / "mine.py").write_text(
+        "import sys; sys.path.append('site-packages'); import lib\n"
+        "from gspo_lightning.rollout import TransformersEngine\n"
+        "class Own(TransformersEngine):\n"
+        "    def generate(self, *arguments):\n"
+        "        return lib.read('no json')\n"
+    )
+    arguments = ["experiment=micro", "print_config=false", "rollout.engine._target_=mine.Own", "hydra.run.dir=run"]
+    done = run(*arguments, cwd=tmp_path, expect=1)
+    *above, last = done.stderr.splitlines()
+    assert "Traceback (most recent call last):" in above
+    assert last == ("error: Own.generate (mine.py:5) raised JSONDecodeError: Expecting value: line 1 column 1 (char 0)")

@@ -25,7 +25,7 @@ from yaml import MarkedYAMLError, YAMLError
 from gspo_lightning.config.groups import check_mode, check_overrides, check_own_files, check_rewards_add_up
 from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.distributed.rendezvous import naming_the_port
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import UserError, named_reason
 from gspo_lightning.extras import install_line
 from gspo_lightning.program import command_line
 from gspo_lightning.program.interrupt import (
@@ -39,6 +39,7 @@ from gspo_lightning.program.interrupt import (
 from gspo_lightning.program.redact import masked, masked_stderr
 from gspo_lightning.program.sweep_job import CODES, SweepStopped, overrides_of
 from gspo_lightning.screen import escape_what_no_screen_shows, has_no_reader
+from gspo_lightning.users_code import raised_in
 
 EXPECTED: tuple[type[Exception], ...] = (*CODES.values(), HydraException, OmegaConfBaseException)
 """Errors that a user can mend, and those that end a run whose config was right: one line, without a traceback."""
@@ -147,6 +148,8 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         _exit_with_line(error, bool(cfg.traceback), is_news=is_news)
     except Exception as error:
         rank_watch.stop()
+        if (of_user := raised_in(error)) is not None:
+            error.add_note(f"error: {masked(of_user)}")  # below the traceback
         if first_error.several_ranks():
             _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
         raise
@@ -217,7 +220,7 @@ def _code(error: Exception) -> int:
 def _end_with_the_others(error: Exception, folder: Path) -> None:
     """On one of several ranks: notes this rank's own error; if it only lost another, ends with that one's error."""
     if not first_error.lost_a_rank(error):
-        first_error.record(folder, masked(f"{type(error).__name__}: {' '.join(str(error).split())}"), 1)
+        first_error.record(folder, masked(raised_in(error) or named_reason(error)), 1)
         return
     line, code = first_error.first(folder)
     print(f"error: {line}", file=sys.stderr, flush=True)
