@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -195,3 +196,12 @@ def test_without_a_video_processor_a_video_is_one_line(smollm2_dir, tmp_path):
     assert isinstance(processor, ImageTextProcessor)
     with pytest.raises(UserError, match="row x: the prompt has a video, which needs a video processor"):
         encode(processor, {"type": "video", "video": frames()}, "?")
+
+
+def test_arrays_in_two_videos_are_refused_in_one_line_as_in_one(smollm2_dir, tmp_path):
+    processor = build_processor(smollm2_dir, tmp_path)
+    processor.video_processor = object()  # not called
+    arrays = [{"type": "video", "video": [np.zeros((8, 8, 3), np.uint8)] * 2} for _ in range(2)]
+    line = "^row x, video 0, frame 0: an image is a path, bytes or a PIL image, not ndarray"
+    with pytest.raises(UserError, match=line):
+        encode(processor, *arrays, "?")

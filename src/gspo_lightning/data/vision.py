@@ -119,7 +119,7 @@ def encode_conversation(
     template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
     for part in parts:
         _refuse_unknown_keys(part, str(template), where)
-    images = [load_image(p.get("image"), f"{where}, image {n}") for n, p in enumerate(parts) if p not in videos]
+    images = [load_image(p.get("image"), f"{where}, image {n}") for n, p in enumerate(parts) if p["type"] == "image"]
     films = [load_video(part, f"{where}, video {n}") for n, part in enumerate(videos)]
     try:
         text = processor.tokenizer.apply_chat_template(
