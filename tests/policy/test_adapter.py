@@ -231,7 +231,10 @@ def of_peft(folder, **settings):
     ("settings", "line"),
     [
         ({"init_lora_weights": "pissa"}, "began with init_lora_weights=pissa, which changed the base too; merge it"),
-        ({"init_lora_weights": "olora"}, r"=olora, which changed the base too; merge it .* \(python scripts/merge_"),
+        (
+            {"init_lora_weights": "olora"},
+            r"=olora, which changed the base too; merge it .* \(python -m gspo_lightning.policy",
+        ),
         ({"init_lora_weights": "pissa_niter_4"}, r"=pissa_niter_4, which .*; merge it into its base \(where it was"),
         ({"alora_invocation_tokens": [5, 6]}, r"with alora_invocation_tokens=\[5, 6\] is refused"),
         ({"trainable_token_indices": [5]}, r"with trainable_token_indices=\[5\] is refused"),
@@ -268,7 +271,7 @@ def test_an_adapter_of_peft_that_leaves_the_base_alone_is_what_it_is_in_peft(fir
 
 
 def test_the_folder_of_an_adapter_as_a_model_names_both_ways(exported):
-    line = rf"python scripts/merge_adapter\.py {exported} OUT.*lora=language model\.lora\.adapter={exported}"
+    line = rf"python -m gspo_lightning\.policy\.merge {exported} OUT.*lora=language model\.lora\.adapter={exported}"
     with pytest.raises(UserError, match=line):
         PolicyLoader(str(exported)).load_model()
 

@@ -144,7 +144,7 @@ def test_a_model_folder_must_be_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         resolve_model(str(folder))
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"LoRA adapter only; merge it .*scripts/merge_adapter\.py"):
+    with pytest.raises(UserError, match=r"LoRA adapter only; merge it .*python -m gspo_lightning\.policy\.merge"):
         resolve_model(str(folder))
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"no weights \(model\.safetensors"):

@@ -191,7 +191,7 @@ def check_adapter(wrapped: nn.Module, settings: LoraSettings) -> dict[str, Any]:
         if (stored.get(name) or None) != (getattr(own, name) or None):
             raise UserError(f"model.lora.adapter={folder}: an adapter with {name}={stored.get(name)} is refused")
     if (first := stored.get("init_lora_weights", True)) not in KEEP_THE_BASE:
-        how = f"python scripts/merge_adapter.py {folder} OUT" if first in REPEATABLE else "where it was trained"
+        how = f"python -m gspo_lightning.policy.merge {folder} OUT" if first in REPEATABLE else "where it was trained"
         raise UserError(
             f"model.lora.adapter={folder} began with init_lora_weights={first}, which changed the base too; merge it "
             f"into its base ({how}) and train on that"

@@ -87,8 +87,9 @@ def _known_names() -> str:
 def _check_model_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"model folder {folder} holds a LoRA adapter only; merge it into its base (python scripts/merge_adapter.py "
-            f"{folder} OUT), or add it to its base: model.path=<base> lora=language model.lora.adapter={folder}"
+            f"model folder {folder} holds a LoRA adapter only; merge it into its base (python -m "
+            f"gspo_lightning.policy.merge {folder} OUT), or add it to its base: model.path=<base> lora=language "
+            f"model.lora.adapter={folder}"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json; give a folder written by save_pretrained")
