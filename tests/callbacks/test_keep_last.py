@@ -48,6 +48,14 @@ def test_the_newest_stay(save, tmp_path):
     assert numbered(tmp_path) == {"rollout-000015.ckpt": "15", "rollout-000020.ckpt": "20"}
 
 
+def test_they_are_told_by_their_numbers_and_other_files_stay(save, tmp_path):
+    (tmp_path / "rollout-000002-mine.ckpt").write_text("a copy that somebody has made")
+    for number in (999_998, 999_999, 1_000_000, 1_000_001):
+        keep_numbered(save(number), number, keep_last=2)
+    (tmp_path / "rollout-000002-mine.ckpt").unlink()
+    assert numbered(tmp_path) == {"rollout-1000000.ckpt": "1000000", "rollout-1000001.ckpt": "1000001"}
+
+
 def test_a_run_that_went_back_replaces_what_came_later(save, tmp_path):
     for number in (5, 10, 15):
         keep_numbered(save(number), number, keep_last=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ def numbered(path: Path, number: int) -> Path:
     return path.with_name(f"rollout-{number:06d}.ckpt")
 
 
+def all_numbered(folder: Path) -> dict[int, Path]:
+    """The checkpoints that `keep_numbered` has kept in a folder, by their numbers in order; no other file."""
+    found = {int(match[1]): file for file in folder.glob("rollout-*.ckpt") if (match := _NUMBERED.match(file.name))}
+    return dict(sorted(found.items()))
+
+
+_NUMBERED = re.compile(r"rollout-(\d{6,})\.ckpt$")
+
+
 def keep_numbered(path: Path, number: int, keep_last: int) -> None:
     """Gives the checkpoint at ``path`` a second name by its number, and removes all but the newest.
 
@@ -110,9 +120,8 @@ def keep_numbered(path: Path, number: int, keep_last: int) -> None:
 
     Those of a later rollout are of a run that went on from an earlier checkpoint, and are removed too.
     """
-    target = numbered(path, number)
-    keep_copy(path, target)
-    kept = sorted(path.parent.glob("rollout-*.ckpt"))
-    index = kept.index(target)
-    for other in (*kept[: max(0, index + 1 - keep_last)], *kept[index + 1 :]):
-        remove(other)
+    keep_copy(path, numbered(path, number))
+    kept = all_numbered(path.parent)
+    newest = [other for other in kept if other <= number][-keep_last:]
+    for other in kept.keys() - set(newest):
+        remove(kept[other])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import zipfile
 import zlib
 from pathlib import Path
 
 import torch
 
+from gspo_lightning.callbacks.checkpoint_files import all_numbered
 from gspo_lightning.distributed.sharded_checkpoint import INDEX, REST, is_whole_folder
 from gspo_lightning.errors import UserError
 from gspo_lightning.paths import from_home
 
 AUTO = "auto"
-_NUMBER = re.compile(r"rollout-(\d+)\.ckpt$")
 
 
 def find_checkpoint(ckpt_path: str | None, run_dir: Path, *, sharded: bool = False) -> Path | None:
@@ -102,10 +101,7 @@ def _candidates(newest: Path) -> list[Path]:
 
 def _others(path: Path) -> list[Path]:
     """The checkpoints that a run keeps in the folder of ``path``, without that one, in the order of resuming."""
-    numbered = {
-        int(found[1]): file for file in path.parent.glob("rollout-*.ckpt") if (found := _NUMBER.match(file.name))
-    }
-    kept = [numbered[number] for number in sorted(numbered, reverse=True)]
+    kept = reversed(all_numbered(path.parent).values())
     return [
         file
         for file in (*map(path.with_name, ("last.ckpt", "previous.ckpt")), *kept, path.with_name("best.ckpt"))
