@@ -54,6 +54,19 @@ def test_short_rollouts_are_never_too_long_and_zero_is_off(monkeypatch):
     assert off.limit_s is None and clock.alarms == []
 
 
+def test_waits_that_no_timer_has_are_refused_or_shortened(monkeypatch):
+    """A thread that waits for ever raises at once, and nothing would watch the run."""
+    with pytest.raises(
+        UserError, match=r"^callbacks.watchdog.end_s=inf must be above 0 and at most 1000000; null means"
+    ):
+        Watchdog(end_s=float("inf"))
+    with pytest.raises(UserError, match="^callbacks.watchdog.factor=nan must be above 1"):
+        Watchdog(factor=float("nan"))
+    clock, dog = Clock(monkeypatch), Watchdog(min_rollouts=1, min_s=float("inf"), end_s=None)
+    clock.rollouts(dog, 1.0)
+    assert dog.limit_s < threading.TIMEOUT_MAX
+
+
 def test_it_names_the_rollout_and_the_line_every_thread_is_in(monkeypatch, capfd):
     waits, entered, clock = threading.Event(), threading.Event(), Clock(monkeypatch)
     dog = Watchdog(factor=10, min_rollouts=1, min_s=0, end_s=None)

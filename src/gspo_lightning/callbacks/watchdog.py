@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 
 from gspo_lightning.callbacks.checkpoint import RolloutCheckpoint
-from gspo_lightning.errors import UserError
+from gspo_lightning.errors import LONGEST_S, UserError, check_time_limit
 from gspo_lightning.how_to_resume import resume_line
 
 
@@ -35,12 +35,12 @@ class Watchdog(L.Callback):
     def __init__(
         self, factor: float = 10.0, min_rollouts: int = 3, min_s: float = 10.0, end_s: float | None = 14400.0
     ) -> None:
-        if factor and factor <= 1:
+        if factor and not factor > 1:
             raise UserError(f"callbacks.watchdog.factor={factor} must be above 1, or 0 to switch it off")
-        if min_rollouts < 1 or min_s < 0:
+        if min_rollouts < 1 or not min_s >= 0:
             raise UserError("callbacks.watchdog: min_rollouts must be at least 1 and min_s at least 0")
-        if end_s is not None and not end_s > 0:
-            raise UserError(f"callbacks.watchdog.end_s={end_s} must be above 0; null means no limit")
+        if end_s is not None:
+            check_time_limit("callbacks.watchdog.end_s", end_s, "; null means no limit")
         self.factor, self.min_rollouts, self.min_s, self.end_s = factor, min_rollouts, min_s, end_s
         self._seconds: list[float] = []
         self._timer: threading.Timer | None = None
@@ -53,7 +53,7 @@ class Watchdog(L.Callback):
         """Seconds after which the next rollout is reported; None if not known yet, or switched off."""
         if not self.factor or len(self._seconds) < self.min_rollouts:
             return None
-        return max(self.min_s, self.factor * statistics.median(self._seconds))
+        return min(LONGEST_S, max(self.min_s, self.factor * statistics.median(self._seconds)))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Starts the timers."""
