@@ -93,6 +93,13 @@ def test_the_environment_with_vllm_has_the_same_versions() -> None:
     assert {name: two for name, two in both.items() if two[0] != two[1].partition("+")[0]} == {}
 
 
+def test_the_extra_of_mlflow_has_the_packages_of_its_database_and_goes_with_that_of_sweeps() -> None:
+    """mlflow-skinny alone refuses the ``sqlite:`` address of conf/logger/mlflow.yaml."""
+    mlflow, sweep = (pins(PROJECT["optional-dependencies"][name]) for name in ("mlflow", "sweep"))
+    of_database = {name: version for name, version in mlflow.items() if name != "mlflow-skinny"}
+    assert of_database == {name: sweep[name] for name in ("sqlalchemy", "alembic")}
+
+
 def test_names_of_extras_have_no_underscore() -> None:
     """Metadata writes a hyphen, and pip before 23.3 does not take one for the other: it installs nothing."""
     assert all(re.fullmatch("[a-z-]+", name) for name in PROJECT["optional-dependencies"])
