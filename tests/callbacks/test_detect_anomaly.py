@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gspo_lightning.callbacks import DetectAnomaly, NonFiniteLayerError
+from gspo_lightning.errors import UserError
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer
 
 LAYER = "model.model.layers.1.mlp.up_proj"
@@ -66,3 +67,13 @@ def test_a_weight_that_is_not_finite_is_named_before_it_spreads(micro_model_dir)
 
     with pytest.raises(NonFiniteLayerError, match=rf"the weight {LAYER}.weight is not finite from the start"):
         fit(micro_model_dir, plant)
+
+
+def test_compiled_layers_are_refused_before_the_model_is_loaded(micro_model_dir):
+    """They call no hook of what is in them, and a layer after them would be named."""
+    module = build_module(micro_model_dir, Settings(compile=True))
+    with pytest.raises(
+        UserError, match="^callbacks: DetectAnomaly .* cannot look into compiled layers; set model.comp"
+    ):
+        trainer(callbacks=[DetectAnomaly()]).fit(module, Batches(scripted_prompts()).loader())
+    assert module.policy is None

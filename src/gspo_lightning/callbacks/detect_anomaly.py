@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gspo_lightning.errors import NonFiniteGradientError
+from gspo_lightning.errors import NonFiniteGradientError, UserError
 
 
 class NonFiniteLayerError(NonFiniteGradientError):
@@ -29,6 +29,14 @@ class DetectAnomaly(L.Callback):
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuses compiled layers: they call no hook of what is in them, and what comes after them would be named."""
+        if pl_module.policy_loader.compile:
+            raise UserError(
+                "callbacks: DetectAnomaly (debug=detect_anomaly) cannot look into compiled layers; set "
+                "model.compile=false"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Checks the weights and registers the hooks."""
