@@ -189,6 +189,8 @@ def _make_run_dir(folder: Path) -> Path:
 def _quieten() -> None:
     """Silences tips of libraries and progress bars of file loading."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for chosen in ("callbacks", "profilers"):  # what a user has added says what it was added for
+        logging.getLogger(f"lightning.pytorch.{chosen}").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     # About its kernel for a base in 4 bits, which it names whenever peft imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -235,3 +235,12 @@ def test_what_code_of_a_user_raises_is_told_below_the_traceback_with_its_place(t
     *above, last = done.stderr.splitlines()
     assert "Traceback (most recent call last):" in above
     assert last == ("error: Own.generate (mine.py:5) raised JSONDecodeError: Expecting value: line 1 column 1 (char 0)")
+
+
+def test_what_a_profiler_or_a_callback_of_lightning_has_to_say_is_printed(tmp_path):
+    """It is logged, at a level at which everything else of Lightning is left out."""
+    done = run("experiment=micro", "print_config=false", "max_rollouts=1", "export.enabled=false", "logger=none",
+        "+trainer.profiler=simple", "+callbacks.summary._target_=lightning.pytorch.callbacks.ModelSummary",
+        f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
+    told = done.stdout + done.stderr
+    assert "FIT Profiler Report" in told and "run_training_batch" in told and "Trainable params" in told
