@@ -243,6 +243,15 @@ def test_every_argument_that_we_give_the_trainer_is_refused_in_a_config(monkeypa
             checks.check({**plain, "trainer": {**plain["trainer"], key: 1}})
 
 
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_models_that_no_logger_would_upload_are_refused(logger):
+    checks.check(resolved("experiment=micro", f"logger={logger}", f"+logger.{logger}.log_model=false"))
+    with pytest.raises(
+        UserError, match=rf"^logger\.{logger}\.log_model=all has no effect: it uploads what Lightning's"
+    ):
+        checks.check(resolved("experiment=micro", f"logger={logger}", f"+logger.{logger}.log_model=all"))
+
+
 def test_names_of_the_root_are_those_of_the_default_config():
     """What is derived from the files is what Hydra composes from them."""
     assert config_sections._root()[0].keys() == resolved("logger=none").keys()

@@ -62,6 +62,7 @@ def check(plain: dict[str, Any], *, training: bool = True) -> None:
     _check_model_path(plain)
     _check_environment(plain)
     _check_callbacks(plain)
+    _check_loggers(plain)
     _report(plain)
     warn_of_slow_products(plain)
     if training:
@@ -131,6 +132,16 @@ def _check_callbacks(plain: dict[str, Any]) -> None:
             raise UserError(f"callbacks.{name}: LearningRateMonitor needs a logger; choose one with logger=")
         if (reason := (NEVER_HERE | _REPLACED).get(kind)) is not None:
             raise UserError(f"callbacks.{name}: {kind} {reason}")
+
+
+def _check_loggers(plain: dict[str, Any]) -> None:
+    """Lightning's loggers upload models when its own callback has saved one."""
+    for name, node in (plain["logger"] or {}).items():
+        if str((node or {}).get("_target_")).startswith("lightning.") and node.get("log_model"):
+            raise UserError(
+                f"logger.{name}.log_model={node['log_model']} has no effect: it uploads what Lightning's "
+                "ModelCheckpoint saves, which a run does not have; leave it out (export.push_to_hub uploads the model)"
+            )
 
 
 _REPLACED = {
