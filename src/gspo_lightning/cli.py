@@ -20,6 +20,7 @@ from rich.console import Console
 from gspo_lightning.config import checks, hardware
 from gspo_lightning.config.build import (
     build,
+    build_callbacks,
     build_data,
     build_module,
     build_trainer,
@@ -103,6 +104,7 @@ def _train(cfg: DictConfig) -> float | None:
 def _dry_run(plain: dict[str, Any]) -> None:
     """Prints the table of `gspo_lightning.program.estimate` for the first prompts of the run."""
     check_loggers(plain["logger"])
+    build_callbacks(plain)  # which may refuse their settings
     rewards = _rewards(plain)
     datamodule = _data(plain, rewards)
     module = build_module(plain, rewards)

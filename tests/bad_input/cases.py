@@ -1223,7 +1223,7 @@ RUNS = [
     Case("run", "a limit of time below 0", ["trainer.max_time={{seconds: -1}}"], "trainer.max_time={'seconds': -1} must be above 0"),
     Case("run", "a negative limit of time", ["trainer.max_time=-5"], "trainer.max_time=-5"),
     Case("run", "a checkpoint of another model", CKPT, "some.ckpt", checkpoint({"state_dict": {"policy.model.w": torch.zeros(2)}})),
-    Case("run", "an unknown health check", ["callbacks.health.stop_on=[boredom]"], "there is no check 'boredom'"),
+    Case("run", "an unknown health check", ["callbacks.health.stop_on=[boredom]", "dry_run=true"], "there is no check 'boredom'"),
     Case("run", "a table of no completions", ["callbacks.completions.num_completions=0"], "callbacks.completions.num_completions=0"),
     Case("run", "a progress line every 0 rollouts", ["callbacks.progress.every_n_rollouts=0"], "callbacks.progress.every_n_rollouts=0 must be at least 1"),
     Case("run", "a validation every 0 rollouts", ["validation.every_n_rollouts=0"], "validation.every_n_rollouts=0 must be at least 1; null: validate before"),
