@@ -160,4 +160,4 @@ def test_an_evaluation_shows_completions_as_they_are(tmp_path):
     print_evaluation(console, "my/[model]", {"val/accuracy": 0.12345}, [sample])
     text = console.file.getvalue()
     assert "[red]2+2" in text and "[/b] 4" in text and "0.1235" in text and "my/[model]" in text
-    assert "0.25" in text and "yes" in text
+    assert "0.25" in text and "yes" in text and "None" not in text

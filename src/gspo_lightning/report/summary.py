@@ -95,7 +95,8 @@ def print_evaluation(console: Console, model: str, metrics: dict[str, float], sa
     for column in ("prompt", "completion", "answer", "reward", "right"):
         examples.add_column(column)
     for sample in samples:
-        texts = (_text(sample[column]) for column in ("prompt", "completion", "answer"))
+        answer = "" if sample["answer"] is None else sample["answer"]  # a row may have none
+        texts = map(_text, (sample["prompt"], sample["completion"], answer))
         examples.add_row(*texts, f"{sample['reward']:.2f}", "yes" if sample["right"] else "no")
     console.print(examples)
 
