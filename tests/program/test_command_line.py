@@ -237,6 +237,14 @@ def test_what_code_of_a_user_raises_is_told_below_the_traceback_with_its_place(t
     assert last == ("error: Own.generate (mine.py:5) raised JSONDecodeError: Expecting value: line 1 column 1 (char 0)")
 
 
+def test_what_a_logger_of_lightning_raises_is_one_line(tmp_path):
+    """As W&B does where nobody is logged in, in the middle of Lightning."""
+    none = ["logger=csv", "+logger.csv.flush_logs_every_n_steps=0"]
+    done = run("experiment=micro", "print_config=false", *none, f"hydra.run.dir={tmp_path / 'run'}", expect=2)
+    assert done.stderr.splitlines()[-1].startswith("error: logger: CSVLogger raised ZeroDivisionError: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_what_a_profiler_or_a_callback_of_lightning_has_to_say_is_printed(tmp_path):
     """It is logged, at a level at which everything else of Lightning is left out."""
     done = run("experiment=micro", "print_config=false", "max_rollouts=1", "export.enabled=false", "logger=none",

@@ -9,7 +9,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,7 +132,7 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     """
     try:
         _check_job()
-        with naming_the_port():
+        with naming_the_port(), _naming_the_logger():
             return work(cfg)
     except EXPECTED as error:
         rank_watch.stop()
@@ -161,6 +162,25 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         line = str(end) if isinstance(end, Interrupted) else STOPPED
         others = "" if HydraConfig.get().mode == RunMode.RUN else "; the jobs after it were not run"
         raise Interrupted(f"{line}{others}") from end
+
+
+@contextmanager
+def _naming_the_logger() -> Iterator[None]:
+    """Context in which what a logger of Lightning raises is a line: W&B without a login, a server that is gone."""
+    try:
+        yield
+    except EXPECTED:
+        raise
+    except Exception as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if str(frame.f_globals.get("__name__")).startswith(_LOGGERS) and "self" in frame.f_locals:
+                name = type(frame.f_locals["self"]).__name__
+                said = named_reason(error).removesuffix(".")
+                raise UserError(f"logger: {name} raised {said}; mend it, or leave that logger out") from error
+        raise
+
+
+_LOGGERS = ("lightning.pytorch.loggers.", "lightning.fabric.loggers.")
 
 
 def _files_read(hydra: Any) -> list[ResultDefault]:
