@@ -9,7 +9,9 @@ import sys
 
 import hydra
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gspo_lightning.config.groups import check_mode
 from gspo_lightning.errors import UserError
@@ -243,6 +245,19 @@ def test_what_a_logger_of_lightning_raises_is_one_line(tmp_path):
     done = run("experiment=micro", "print_config=false", *none, f"hydra.run.dir={tmp_path / 'run'}", expect=2)
     assert done.stderr.splitlines()[-1].startswith("error: logger: CSVLogger raised ZeroDivisionError: ")
     assert "Traceback" not in done.stderr
+
+
+def test_every_logger_gets_the_config_as_hyperparameters(tmp_path):
+    """As the run's folder does; and TensorBoard no curve of Lightning's that says nothing."""
+    folder = tmp_path / "run"
+    run("experiment=micro", "print_config=false", "max_rollouts=1", "export.enabled=false", "logger=[csv,tensorboard]",
+        f"hydra.run.dir={folder}")  # fmt: skip
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["objective"]["loss_type"] == "grpo"
+    for file in ("csv/version_0/hparams.yaml", "tensorboard/hparams.yaml"):
+        assert yaml.unsafe_load((folder / file).read_text()) == config
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert "reward/mean" in events.Tags()["scalars"] and "hp_metric" not in events.Tags()["scalars"]
 
 
 def test_what_a_profiler_or_a_callback_of_lightning_has_to_say_is_printed(tmp_path):

@@ -108,8 +108,7 @@ class TrainingRun:
         """
         try:
             if self.trainer.is_global_zero:
-                config = OmegaConf.to_yaml(OmegaConf.create(redacted(self.plain)))
-                (self.run_dir / "config.yaml").write_text(config, encoding="utf-8")
+                self._write_config()
             with memory_for(*_WHOLE_MODEL):  # rollouts and updates have their own lines
                 accuracy = self._execute()
             rank_watch.stop()
@@ -133,6 +132,13 @@ class TrainingRun:
         finally:
             if self.lock is not None:
                 self.lock.release()
+
+    def _write_config(self) -> None:
+        """Into the run folder, and to every logger, as the hyperparameters of the run."""
+        plain = redacted(self.plain)
+        (self.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(plain)
 
     def _leave(self) -> None:
         """Cleans up when another rank's failure ends this one: releases the lock, removes an empty run folder."""

@@ -119,7 +119,7 @@ def minutes(node: dict[str, Any], folder: Path) -> Any:
 
 def tensorboard(node: dict[str, Any], folder: Path) -> Any:
     logger = instantiate(node)
-    return logger.log_dir
+    return logger.log_dir, logger._default_hp_metric
 
 
 def optimizer(node: dict[str, Any], folder: Path) -> Any:
@@ -146,7 +146,7 @@ PROBES = [
     }),
     Probe(["trainer=fsdp"], "trainer.strategy.timeout", minutes, {"minutes": 3}),
     Probe(["logger=csv"], "logger.csv", captured("lightning.pytorch.loggers.CSVLogger"), {"save_dir": "x", "name": "x", "version": "x"}),
-    Probe(["logger=tensorboard"], "logger.tensorboard", tensorboard, {"save_dir": "x", "name": "x", "version": "x"}),
+    Probe(["logger=tensorboard"], "logger.tensorboard", tensorboard, {"save_dir": "x", "name": "x", "version": "x", "default_hp_metric": True}),
     Probe(["logger=wandb"], "logger.wandb", captured("lightning.pytorch.loggers.WandbLogger"), {"save_dir": "x", "project": "x", "offline": True}),
     Probe(["logger=mlflow"], "logger.mlflow", captured("lightning.pytorch.loggers.MLFlowLogger"), {
         "experiment_name": "x", "tracking_uri": "x", "artifact_location": "x",
