@@ -238,7 +238,8 @@ def test_every_argument_that_we_give_the_trainer_is_refused_in_a_config(monkeypa
     monkeypatch.undo()
     overwritten = given.keys() - {"_convert_"} - plain["trainer"].keys()  # max_time is translated, not overwritten
     assert {"max_epochs", "val_check_interval", "logger", "log_every_n_steps"} <= overwritten
-    for key in (*overwritten, "barebones", "model_registry"):  # the last two would contradict them, or do nothing
+    # The last three would contradict them, or do nothing.
+    for key in (*overwritten, "barebones", "model_registry", "sync_batchnorm"):
         with pytest.raises(UserError, match=rf"^trainer\.{key} is not a setting here: "):
             checks.check({**plain, "trainer": {**plain["trainer"], key: 1}})
 

@@ -230,6 +230,7 @@ _INSTEAD = {
     "enable_model_summary": "dry_run=true prints what the model needs",
     "inference_mode": "it is always off",
     "barebones": "it switches off what a run logs and saves; leave it out",
+    "sync_batchnorm": "no language model has batch norms",
     "model_registry": "checkpoints stay in the run's folder; export.push_to_hub uploads the trained model",
 }
 """Arguments of the Trainer that `build_trainer` sets, or that manual optimization has no use for -> what to do."""
