@@ -182,5 +182,5 @@ def test_compiled_layers_on_two_ranks_give_the_update_of_plain_ones_on_one(strat
     one, facts_one = on_one["ragged"]
     two, facts_two = compiled["ragged"]
     # The norms of a compiled layer are fused: their float32 inside is rounded elsewhere.
-    assert relative_distance(two["after"], one["after"]) < 1e-12
+    assert relative_distance(two["after"], one["after"]) < 1e-7
     assert facts_two["counts"] == facts_one["counts"]
