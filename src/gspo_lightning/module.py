@@ -142,6 +142,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.objective, self.advantages = objective, advantages or AdvantageEstimator()
         self.entropy_control = EntropyControl()
         self.checked: tuple[Any, ...] = ()  # objective and update settings that were found to fit this run
+        self.empty_epochs = 0  # running, up to now
         # Of the next rollout; as the module was made, for checkpoints; of the rollout in hand.
         self._sampling = self.made_with = self.sampled_with = plain_sampling(sampling)
         self._length_follows = objective.max_completion_length == sampling.max_completion_length
@@ -308,7 +309,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
-        """Ends the run if the loader gave no batch in this epoch."""
+        """Ends the run if the loader gave no batch in this epoch and the one before."""
         end_without_batches(self)
 
     def auxiliary_loss(self, minibatch: Minibatch) -> Tensor | None:

@@ -74,10 +74,11 @@ def test_epochs_behind_the_last_rollout_say_nothing(micro_model_dir, capsys):
 def test_a_loader_without_a_further_batch_ends_the_run_and_says_so(count, micro_model_dir):
     """A generator gives its batches once; Lightning goes on to begin epochs, here up to a thousand."""
     module, runner = build_module(micro_model_dir, Settings(rollouts=5)), trainer(max_epochs=1000)
-    line = f"train_dataloader: it gave no batch in epoch {min(count, 1)}, so the run ends after {count} of 5 rollouts"
+    epochs = "0 and 1" if count == 0 else "1 and 2"
+    line = f"train_dataloader: it gave no batch in epochs {epochs}, so the run ends after {count} of 5 rollouts"
     with pytest.warns(UserWarning, match=line):
         runner.fit(module, (PromptBatch(scripted_prompts()) for _ in range(count)))
-    assert module.rollouts_done == count and runner.current_epoch == min(count, 1) + 1
+    assert module.rollouts_done == count and runner.current_epoch == min(count, 1) + 2
 
 
 def test_validation_names_its_own_loader(micro_model_dir):

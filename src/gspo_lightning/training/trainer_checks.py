@@ -95,7 +95,7 @@ def check_fit(module: GSPOModule) -> None:
     _check_dtypes(module)
     _check_dropout(module)
     _check_run(trainer)
-    module.checked = ()
+    module.checked, module.empty_epochs = (), 0
     check_objective_in_force(module)
     refuse_uncalled(module)
     _check_optimizers(module)
@@ -327,15 +327,20 @@ def say_nothing_is_left(module: GSPOModule) -> None:
 
 
 def end_without_batches(module: GSPOModule) -> None:
-    """Ends a run whose loader gave no batch in an epoch: Lightning would begin epochs without end."""
+    """Ends a run whose loader gave no batch in two epochs running: Lightning would begin epochs without end.
+
+    A single one is what a loader gives that begins anew behind its last batch: where it has a length, or resumes at its
+    end, Lightning does not ask for what comes there before the next epoch.
+    """
     trainer: Any = module.trainer
-    if trainer.should_stop or trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+    module.empty_epochs = 0 if trainer.fit_loop.epoch_loop.batch_progress.current.ready else module.empty_epochs + 1
+    if trainer.should_stop or module.empty_epochs < 2:
         return
     trainer.should_stop = True
     if trainer.is_global_zero:
         warnings.warn(
-            f"train_dataloader: it gave no batch in epoch {trainer.current_epoch}, so the run ends after "
-            f"{module.rollouts_done} of {module.max_rollouts} rollouts; give a loader that begins anew in each epoch, "
-            "which a generator does not",
+            f"train_dataloader: it gave no batch in epochs {trainer.current_epoch - 1} and {trainer.current_epoch}, so "
+            f"the run ends after {module.rollouts_done} of {module.max_rollouts} rollouts; give a loader that begins "
+            "anew in each epoch, which a generator does not",
             stacklevel=2,
         )
