@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
+from gspo_lightning.advantages import check_combination
 from gspo_lightning.config import checks, hardware
 from gspo_lightning.config.build import (
     build,
@@ -90,7 +91,7 @@ def _train(cfg: DictConfig) -> float | None:
         rank_zero_only(Console().print)(config_tree(redacted(plain)))
     # Seeded again, so that an adapter's initial weights do not depend on random numbers drawn by data and rewards.
     L.seed_everything(plain["seed"], workers=True, verbose=False)
-    module = build_module(plain, rewards)
+    module = _module(plain, rewards)
     with contextlib.closing(module.rewards), closing_engine(module.engine):
         training = TrainingRun(plain, run_dir, ckpt_path, module, datamodule)
         accuracy = training.execute()
@@ -107,7 +108,7 @@ def _dry_run(plain: dict[str, Any]) -> None:
     build_callbacks(plain)  # which may refuse their settings
     rewards = _rewards(plain)
     datamodule = _data(plain, rewards)
-    module = build_module(plain, rewards)
+    module = _module(plain, rewards)
     Console().print(estimate_run(plain, datamodule, module).table())
 
 
@@ -117,6 +118,13 @@ def _data(plain: dict[str, Any], rewards: RewardSet) -> Any:
     plain["max_rollouts"] = rollouts_of_epochs(plain, datamodule.rollouts_per_epoch)
     check_held_out(plain, datamodule.num_held_out, training=True)
     return datamodule
+
+
+def _module(plain: dict[str, Any], rewards: RewardSet) -> GSPOModule:
+    """The module of a training run; an estimator of the user's own was not made before."""
+    module = build_module(plain, rewards)
+    check_combination(rewards.how, module.advantages.scale_rewards)
+    return module
 
 
 def _rewards(plain: dict[str, Any]) -> RewardSet:

@@ -222,6 +222,18 @@ def test_functions_of_two_choices_that_are_named_alike_do_not_take_the_place_of_
     assert not run(*arguments, "reward=[exact_match,soft_overlong]", cwd=tmp_path).stderr
 
 
+def test_an_estimator_of_ones_own_that_contradicts_the_rewards_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from gspo_lightning.advantages import AdvantageEstimator\n"
+        "class Own(AdvantageEstimator):\n"
+        "    def __call__(self, rewards):\n"
+        "        return rewards - rewards.mean(1, keepdim=True)\n"
+    )
+    own = ["experiment=micro", "advantages._target_=mine.Own", "~advantages.scale_rewards", "~advantages.baseline"]
+    done = run(*own, "reward.combine=normalize_then_sum", "dry_run=true", cwd=tmp_path, expect=2)
+    assert "contradicts advantages.scale_rewards=group" in done.stderr and "parameters" not in done.stdout
+
+
 def test_what_code_of_a_user_raises_is_told_below_the_traceback_with_its_place(tmp_path):
     (tmp_path / "site-packages").mkdir()  # such as that of `pip install --user`
     (tmp_path / "site-packages" / "lib.py").write_text("import json\nread = lambda text: json.loads(text)\n")
