@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 import sys
+from unittest.mock import Mock
 
 import hydra
 import pytest
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gspo_lightning.config.groups import check_mode
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import command_line, ending
+from gspo_lightning.program.training_run import TrainingRun
 from tests.command_line import ROOT, run
 
 
@@ -270,6 +272,16 @@ def test_every_logger_gets_the_config_as_hyperparameters(tmp_path):
         assert yaml.unsafe_load((folder / file).read_text()) == config
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert "reward/mean" in events.Tags()["scalars"] and "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_a_run_of_mlflow_that_goes_on_keeps_its_hyperparameters(tmp_path):
+    """It would refuse those that have changed, such as ckpt_path."""
+    training = TrainingRun.__new__(TrainingRun)
+    training.plain = {"logger": {"csv": {"name": "x"}, "off": None, "mlflow": {"run_id": "1"}}}
+    training.run_dir = tmp_path
+    training.trainer = Mock(loggers=[Mock(), Mock()])
+    training._write_config()
+    assert [logger.log_hyperparams.call_count for logger in training.trainer.loggers] == [1, 0]
 
 
 def test_what_a_profiler_or_a_callback_of_lightning_has_to_say_is_printed(tmp_path):

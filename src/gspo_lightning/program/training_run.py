@@ -134,11 +134,16 @@ class TrainingRun:
                 self.lock.release()
 
     def _write_config(self) -> None:
-        """Into the run folder, and to every logger, as the hyperparameters of the run."""
+        """Into the run folder, and to every logger, as the hyperparameters of the run.
+
+        Not to a run of MLflow that goes on: its hyperparameters are final, and others end in an error.
+        """
         plain = redacted(self.plain)
         (self.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
-        for logger in self.trainer.loggers:
-            logger.log_hyperparams(plain)
+        nodes = [node for node in (plain["logger"] or {}).values() if node is not None]
+        for node, logger in zip(nodes, self.trainer.loggers, strict=True):
+            if not node.get("run_id"):
+                logger.log_hyperparams(plain)
 
     def _leave(self) -> None:
         """Cleans up when another rank's failure ends this one: releases the lock, removes an empty run folder."""
