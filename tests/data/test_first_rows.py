@@ -57,3 +57,13 @@ def test_rows_that_are_too_long_give_way_to_others_that_stay(kind, tokenizer_dir
     assert others == [first] * 2 and len(set(first)) == 4
     assert kind == "mixture" or len({prompt for _, prompt in first}) == 4
     assert data.rollouts_per_epoch == 1
+
+
+def test_a_row_that_is_too_long_is_left_out_where_no_other_is_there(tokenizer_dir):
+    """As it is without overfit_rows: the rows beside it are enough."""
+    data = PromptDataModule(
+        FirstRows(lengths_task("a", [3, 40, 3, 3]), 4), tokenizer_dir, 2, 16, overlong_prompts="drop"
+    )
+    batches = [data.batch_at(4 * epoch) for epoch in range(4)]
+    assert {len(batch.prompts) for batch in batches} == {2}
+    assert {p.uid for batch in batches for p in batch.prompts} == {f"a:train:{index}" for index in (0, 2, 3)}

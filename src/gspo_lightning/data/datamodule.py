@@ -324,6 +324,8 @@ class PromptDataModule(L.LightningDataModule):
         for other in islice(self._substitutes(self.stream.index_at(cursor)), _DROPS_IN_A_ROW):
             if (prompt := self._prompt(uid, other)) is not None:
                 return prompt, True
+        if self.task.num_train_rows is not None:  # the rows beside it may be enough
+            return None, True
         of = f" of task {row[TASK_COLUMN]}" if self.task_names else ""
         raise UserError(
             f"data.max_prompt_length={self.max_prompt_length}: row {uid}{of} is longer, and no row was found in its "
