@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
@@ -70,8 +71,10 @@ def test_norms_of_all_families_are_in_float64_in_a_float64_model_and_have_the_dt
         assert relative_distance(ours(narrow), theirs(narrow)) < 4 * torch.finfo(dtype).eps
 
 
-def test_a_norm_without_a_weight_is_left_alone():
-    model = nn.Sequential(nn.RMSNorm(6, elementwise_affine=False))
+@pytest.mark.parametrize("norm", [nn.RMSNorm(6, elementwise_affine=False), FalconMambaWeightlessRMSNorm(6)])
+def test_a_norm_without_a_weight_is_left_alone(norm):
+    """Falcon Mamba's has one that is no parameter, and does not use it."""
+    model = nn.Sequential(norm)
     model.get_decoder = lambda: model
     assert lighten(model) == 0
 

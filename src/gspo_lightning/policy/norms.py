@@ -46,7 +46,7 @@ NORMS = (promoting_norm, keeping_norm, norm_of_one_plus)
 def is_norm(module: nn.Module) -> bool:
     """Whether a module may be such a norm, by its name and parts."""
     weight = getattr(module, "weight", None)
-    named = type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1
+    named = type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1
     return named and _eps(module) is not None
 
 
