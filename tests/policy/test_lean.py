@@ -13,6 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextRMSNorm
 
 from gspo_lightning.packing import pack
 from gspo_lightning.policy.lean import lean_mlp, lighten
@@ -69,6 +70,18 @@ def test_norms_of_all_families_are_in_float64_in_a_float64_model_and_have_the_dt
         narrow = x.detach().to(dtype)
         assert ours(narrow).dtype == theirs(narrow).dtype
         assert relative_distance(ours(narrow), theirs(narrow)) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("first", [None, 3])
+def test_norms_of_one_class_may_compute_something_else_in_places(first):
+    """Those of Qwen4Exp are over groups of a token's numbers where they have a group size."""
+    sizes = (first, 3 if first is None else None)
+    model = nn.Sequential(*(Qwen4ExpTextRMSNorm(6, group_size=size) for size in sizes))
+    model.get_decoder = lambda: model
+    x = torch.randn(2, 3, 6)
+    expected = model(x)
+    assert lighten(model) == 1
+    assert relative_distance(model(x), expected) < 1e-6
 
 
 @pytest.mark.parametrize("norm", [nn.RMSNorm(6, elementwise_affine=False), FalconMambaWeightlessRMSNorm(6)])

@@ -51,7 +51,8 @@ def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = T
     changed = 0
     chosen: dict[Any, Forward | None] = {}
     for module, choices in _replaceable(model, recomputed):
-        kind = type(module), next(module.parameters()).dtype, choices
+        # Norms of one class may differ: those of some models are over groups of a token's numbers in places.
+        kind = module if choices is NORMS else (type(module), next(module.parameters()).dtype, choices)
         if kind not in chosen:
             chosen[kind] = next((lean for lean in choices if _fits(module, lean, check)), None)
         if (lean := chosen[kind]) is not None:
