@@ -72,6 +72,18 @@ def test_norms_of_all_families_are_in_float64_in_a_float64_model_and_have_the_dt
         assert relative_distance(ours(narrow), theirs(narrow)) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("kind", [Olmo2RMSNorm, Gemma3RMSNorm])
+def test_which_norm_it_is_does_not_depend_on_its_weights(kind):
+    """In bfloat16, one plus 50 is 50 but for rounding: all other norms of a Gemma lost their one."""
+    model = nn.Sequential(kind(6), kind(6)).bfloat16()
+    model.get_decoder = lambda: model
+    nn.init.constant_(model[0].weight, 50.0)
+    x = torch.randn(2, 3, 6, dtype=torch.bfloat16)
+    expected = model(x)
+    assert lighten(model) == 2
+    assert relative_distance(model(x), expected) < 4 * torch.finfo(x.dtype).eps
+
+
 @pytest.mark.parametrize("first", [None, 3])
 def test_norms_of_one_class_may_compute_something_else_in_places(first):
     """Those of Qwen4Exp are over groups of a token's numbers where they have a group size."""
