@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
@@ -13,7 +15,7 @@ from gspo_lightning.packing.attention import shared_prefix_attention
 from gspo_lightning.packing.flash import can_flash, flash_shared_prefix_attention
 from gspo_lightning.packing.flex import can_flex, flex_shared_prefix_attention
 from gspo_lightning.policy.lean import lean_mlp
-from gspo_lightning.policy.norms import lean_norm, remade_norm
+from gspo_lightning.policy.norms import NORMS, lean_norm, promoting_norm, remade_norm
 from gspo_lightning.rollout.sampling import sample
 from gspo_lightning.rollout.vllm_settings import own_precision
 from gspo_lightning.types import SamplingParams
@@ -109,6 +111,23 @@ def test_a_norm_is_in_the_dtype_of_the_products_and_an_mlp_keeps_nothing_of_it(n
     assert facts(x.grad) == facts(x)
     for parameter in (*layer.input_layernorm.parameters(), *layer.mlp.parameters()):
         assert facts(parameter.grad) == facts(parameter)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("weight_dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_other_norms_take_mixed_dtypes_and_can_be_recorded(norm, dtype, weight_dtype, autocast):
+    """Models made without weights, as all on this GPU, cannot tell Gemma's norm from others."""
+    x, module = there(1, 5, 64, dtype=dtype), SimpleNamespace(weight=there(64, dtype=weight_dtype), eps=1e-6)
+    with torch.autocast("cuda", BF16, enabled=autocast):
+        normed = norm(module, x)
+        with torch.no_grad():
+            recorded(lambda: norm(module, x))
+    wider = torch.promote_types(dtype, weight_dtype)
+    assert facts(normed) == ((1, 5, 64), wider if norm is promoting_norm else dtype, GPU)
+    backward(normed.sum())
+    assert facts(x.grad) == facts(x) and facts(module.weight.grad) == facts(module.weight)
 
 
 SETTINGS = {
