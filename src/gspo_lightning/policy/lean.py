@@ -39,7 +39,7 @@ Mistral's reads its window from the config.
 
 
 def lighten(model: PreTrainedModel, *, recomputed: bool = False, check: bool = True) -> int:
-    """Replaces what can be replaced, in place; returns the number of modules changed, 0 for an unknown architecture.
+    """Replaces what can be replaced, in place; returns the number of modules changed, norms alone in unknown layers.
 
     Not for compiled layers, which do less by themselves.
 
