@@ -239,7 +239,7 @@ def test_a_lost_engine_says_whether_the_last_rollout_is_saved(saved_at, saved, r
 
     run, last = object.__new__(TrainingRun), run_dir / "checkpoints" / "last.ckpt"
     run.ckpt_path, run.datamodule, run.module = last, None, SimpleNamespace(rollouts_done=2)
-    run.trainer, run.plain = SimpleNamespace(fit=fit, is_global_zero=True), {}
+    run.trainer, run.plain = SimpleNamespace(fit=fit, is_global_zero=True, loggers=[]), {"logger": None}
     run.run_dir, run.lock, run.checkpoint = run_dir, None, SimpleNamespace(last=last, saved_at=saved_at)
     run.stop = GracefulStop(run.checkpoint, grace_s=60)
     with pytest.raises(EngineUnavailableError) as error:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gspo_lightning import cli
+from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout import closing_engine
 from gspo_lightning.rollout import engine as engine_module
@@ -83,7 +84,12 @@ def test_a_run_closes_its_engine_also_upon_an_error(work, fails, tmp_path, monke
 
     engine, rewards = Holding(), Holding()
     module = SimpleNamespace(
-        engine=engine, rewards=rewards, validator=SimpleNamespace(), last_validation={}, validation_samples=[]
+        engine=engine,
+        rewards=rewards,
+        advantages=AdvantageEstimator(),
+        validator=SimpleNamespace(),
+        last_validation={},
+        validation_samples=[],
     )
     monkeypatch.setattr(cli, "build_module", lambda plain, rewards: module)
     monkeypatch.setattr(
