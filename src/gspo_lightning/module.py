@@ -37,12 +37,20 @@ from gspo_lightning.rewards import RewardSet
 from gspo_lightning.rewards.calling import TrainerState
 from gspo_lightning.rollout import RolloutEngine, TransformersEngine
 from gspo_lightning.rollout.engine import traits
+from gspo_lightning.training.batch_checks import (
+    check_batch,
+    check_prompts,
+    end_without_batches,
+    say_nothing_is_left,
+    warn_of_equal_uids,
+)
 from gspo_lightning.training.callback_checks import check_before_loading, check_before_set_up, check_moments
 from gspo_lightning.training.dynamic_sampling import Drawn
 from gspo_lightning.training.guarded_step import GuardedStep, parameter_groups
 from gspo_lightning.training.hooks import WorkingHooks
 from gspo_lightning.training.loading import check_split, choose_forwards, keeping_dtypes, load_policies, move_reference
 from gspo_lightning.training.one_step_off import OneStepOff
+from gspo_lightning.training.part_checks import check_advantages, check_parts, check_schedule, refuse_draws_ahead
 from gspo_lightning.training.part_states import check_states, put_back, states_of
 from gspo_lightning.training.passes import float32_by_onednn
 from gspo_lightning.training.prompt_source import prompt_source
@@ -65,21 +73,7 @@ from gspo_lightning.training.sampling_change import (
 )
 from gspo_lightning.training.schedule import Schedule, move_to
 from gspo_lightning.training.timing import Stopwatch
-from gspo_lightning.training.trainer_checks import (
-    check_advantages,
-    check_batch,
-    check_caller,
-    check_fit,
-    check_frozen,
-    check_objective_in_force,
-    check_parts,
-    check_prompts,
-    check_schedule,
-    end_without_batches,
-    refuse_draws_ahead,
-    say_nothing_is_left,
-    warn_of_equal_uids,
-)
+from gspo_lightning.training.trainer_checks import check_caller, check_fit, check_frozen, check_objective_in_force
 from gspo_lightning.training.update import Minibatch, UpdateSettings
 from gspo_lightning.training.validation import ValidationSettings, Validator
 from gspo_lightning.types import PromptBatch, SamplingParams, ScoredRollout

@@ -22,7 +22,7 @@ from gspo_lightning.objective import Objective
 from gspo_lightning.objective.mismatch import MismatchCorrection
 from gspo_lightning.policy.load import LoraSettings, PolicyLoader
 from gspo_lightning.rewards import RewardSet, RewardSpec, letter_share
-from gspo_lightning.training import trainer_checks
+from gspo_lightning.training import batch_checks
 from gspo_lightning.training.schedule import Schedule
 from gspo_lightning.types import PromptBatch, SamplingParams
 from tests.scripted import Batches, Settings, build_module, scripted_prompts, trainer, update_of, weights
@@ -224,7 +224,7 @@ def test_prompts_that_get_the_same_completions_are_warned_of(twice, micro_model_
     first, second = scripted_prompts(count=2), [replace(p, uid=f"other:{p.uid}") for p in scripted_prompts(count=2)]
     prompts = first + (second if twice != "on one rank" else scripted_prompts(count=2))
     if twice == "on two ranks":
-        monkeypatch.setattr(trainer_checks, "gather_values", lambda values: torch.cat([values, values]))
+        monkeypatch.setattr(batch_checks, "gather_values", lambda values: torch.cat([values, values]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer().fit(build_module(micro_model_dir, Settings()), DataLoader([PromptBatch(prompts)], batch_size=None))

@@ -32,8 +32,8 @@ from gspo_lightning.training.out_of_memory import (
     memory_for,
     refuse_untrained,
 )
+from gspo_lightning.training.part_checks import check_auxiliary_loss
 from gspo_lightning.training.passes import Attempt, Fixed, Passes
-from gspo_lightning.training.trainer_checks import check_auxiliary_loss
 from gspo_lightning.training.update import (
     Minibatch,
     check_minibatches,

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gspo_lightning.advantages import AdvantageEstimator, check_combination
-from gspo_lightning.distributed.ranks import gather_values, rank
+from gspo_lightning.advantages import check_combination
 from gspo_lightning.errors import UserError
 from gspo_lightning.lightning_private import start_method, trainer_of
-from gspo_lightning.objective import Objective
 from gspo_lightning.objective.refusals import check_objective, warn_or_refuse
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.screen import counted
 from gspo_lightning.training.callback_checks import check_callbacks
 from gspo_lightning.training.hooks import refuse_uncalled
 from gspo_lightning.training.prompt_source import prompt_source
-from gspo_lightning.training.sampling_checks import check_rotation
-from gspo_lightning.training.update import UpdateSettings
-from gspo_lightning.types import PromptBatch
-from gspo_lightning.users_code import keeps_state
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -227,120 +218,3 @@ def _check_own_parameters(module: GSPOModule) -> None:
                 f"trainer.strategy: the parameter {name} is whole, but the other weights are split over ranks; call "
                 'fully_shard on it in configure_model, with mesh=self.device_mesh["data_parallel"], or use trainer=ddp'
             )
-
-
-def check_advantages(advantages: Any) -> None:
-    """Refuses a plain function: the scale and the baseline of the estimator are read too."""
-    if not isinstance(advantages, AdvantageEstimator):
-        raise UserError(
-            "advantages: not an AdvantageEstimator; subclass it and override __call__(self, rewards, everyone=None)"
-        )
-    keeps_state(advantages, "advantages")
-
-
-def check_parts(policy_loader: Any, rewards: Any, optimizer: Any, objective: Any, update: Any, engine: Any) -> None:
-    """Refuses what a program may give in the place of a part, which would fail when that is first used."""
-    if isinstance(policy_loader, str | os.PathLike):
-        raise UserError(
-            f"policy_loader={policy_loader!r}: a path; give gspo_lightning.PolicyLoader, whose argument it is"
-        )
-    if not hasattr(rewards, "functions"):
-        raise UserError(f"rewards is of type {type(rewards).__name__}; give RewardSet({{name: RewardSpec(function)}})")
-    if not callable(optimizer):
-        raise UserError(
-            f"optimizer is of type {type(optimizer).__name__}; give what makes one of parameter groups, such as "
-            "functools.partial(torch.optim.AdamW, lr=1e-5)"
-        )
-    for name, given, kind in (("objective", objective, Objective), ("update", update, UpdateSettings)):
-        if given is not None and not isinstance(given, kind):
-            raise UserError(f"{name} is of type {type(given).__name__}; give {kind.__name__}(...)")
-    if engine is not None and not callable(getattr(engine, "generate", None)):
-        raise UserError(f"engine={engine!r}: it has no generate(); give a RolloutEngine, such as TransformersEngine()")
-
-
-def check_schedule(schedule: Any) -> None:
-    """Refuses what makes no scheduler, such as one of torch, before a model is loaded."""
-    if not callable(getattr(schedule, "build", None)):
-        raise UserError(
-            "scheduler: it is no Schedule, whose build(optimizer, total, done) makes a scheduler of torch; choose "
-            "scheduler=constant, cosine or linear, or override configure_optimizers in a subclass of GSPOModule"
-        )
-
-
-def refuse_draws_ahead(max_draws: int) -> None:
-    """Refuses dynamic sampling where the next rollout is sampled ahead."""
-    if max_draws:
-        raise UserError(
-            f"dynamic_sampling.max_draws={max_draws} and rollout.engine.staleness=1 exclude each other: which "
-            "prompts come next is known only after this rollout; set one of them to 0"
-        )
-
-
-def check_auxiliary_loss(value: Any, module: GSPOModule) -> None:
-    """Refuses an auxiliary loss that is not a scalar tensor."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return
-    found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise UserError(
-        f"{type(module).__name__}.auxiliary_loss: it returned {found}, not a scalar tensor; return its mean, or None "
-        "if there is no term"
-    )
-
-
-def check_prompts(batch: Any, loader: str) -> None:
-    """Refuses a batch of a custom loader that is no `PromptBatch`."""
-    if not isinstance(batch, PromptBatch):
-        raise UserError(
-            f"{loader}: a batch is a {type(batch).__name__}, not a PromptBatch; give "
-            "PromptBatch(prompts) by DataLoader(..., batch_size=None)"
-        )
-
-
-def check_batch(batch: Any, module: GSPOModule) -> None:
-    """Refuses a batch of a custom loader that no rollout can be made of."""
-    check_prompts(batch, "train_dataloader")
-    if not batch.prompts:
-        raise UserError("train_dataloader: a PromptBatch without prompts; leave empty batches out")
-    assert module.policy is not None
-    longest = max(len(prompt.input_ids) for prompt in batch.prompts)
-    check_rotation(module.policy.config, longest, module.sampling.max_completion_length)
-
-
-def warn_of_equal_uids(batch: PromptBatch) -> None:
-    """Warns of prompts of a rollout, on all ranks, that share a uid. All ranks must call it together."""
-    own = [hashlib.blake2b(str(prompt.uid).encode(), digest_size=7).digest() for prompt in batch.prompts]
-    everyone = gather_values(torch.tensor([int.from_bytes(key) for key in own])).tolist()
-    if len(set(everyone)) < len(everyone) and rank() == 0:
-        warnings.warn(
-            "train_dataloader: prompts of one rollout share a uid, of which their random numbers are made: the same "
-            "prompt gets the same completions again; give every prompt of a rollout, on every rank, a uid of its own "
-            "(an IterableDataset yields the same on each rank, unless it takes a share)",
-            stacklevel=2,
-        )
-
-
-def say_nothing_is_left(module: GSPOModule) -> None:
-    """Prints one line if all rollouts of the run were done before it began."""
-    if module.rollouts_done >= module.max_rollouts and module.trainer.is_global_zero:
-        done = f"{module.rollouts_done} of {module.max_rollouts} rollouts are done"
-        print(f"{done}, so nothing is trained; raise max_rollouts to continue", flush=True)
-
-
-def end_without_batches(module: GSPOModule) -> None:
-    """Ends a run whose loader gave no batch in two epochs running: Lightning would begin epochs without end.
-
-    A single one is what a loader gives that begins anew behind its last batch: where it has a length, or resumes at its
-    end, Lightning does not ask for what comes there before the next epoch.
-    """
-    trainer: Any = module.trainer
-    module.empty_epochs = 0 if trainer.fit_loop.epoch_loop.batch_progress.current.ready else module.empty_epochs + 1
-    if trainer.should_stop or module.empty_epochs < 2:
-        return
-    trainer.should_stop = True
-    if trainer.is_global_zero:
-        warnings.warn(
-            f"train_dataloader: it gave no batch in epochs {trainer.current_epoch - 1} and {trainer.current_epoch}, so "
-            f"the run ends after {module.rollouts_done} of {module.max_rollouts} rollouts; give a loader that begins "
-            "anew in each epoch, which a generator does not",
-            stacklevel=2,
-        )
