@@ -67,7 +67,7 @@ def check_values(node: dict[str, Any], key: str, hints: dict[str, Any]) -> None:
     for name, value in node.items():
         hint = hints.get(name)
         if hint is not None and not _fits(value, hint):
-            given = f"{key}.{name}={_as_given(value)}" if key else f"{name}={_as_given(value)}"
+            given = f"{key}.{name}".removeprefix(".") + f"={_as_given(value)}"
             expected = _spell(hint)
             if isinstance(value, str) and expected.startswith(_ONE_OF):
                 raise UserError(f"{given} is not {expected}")
