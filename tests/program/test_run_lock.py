@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import signal
-import time
 
 import pytest
 
@@ -14,31 +13,23 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.program import run_lock
 from gspo_lightning.program.run_lock import RunLock
 from tests.command_line import run as command
+from tests.command_line import start
 from tests.conf.test_every_key import run
 
 
 @contextlib.contextmanager
 def held_by_another_process(folder):
-    """A process that holds the lock and has a child of its own, which outlives it; yields its id."""
+    """A process that holds the lock and has a child of its own, which outlives it; yields it."""
     folder.mkdir(exist_ok=True)
-    read, write = os.pipe()
-    if not (holder := os.fork()):
-        RunLock(folder)
-        worker = os.fork() or os._exit(time.sleep(60) or 0)
-        os.write(write, worker.to_bytes(8, "big"))
-        time.sleep(60)
-        os._exit(0)
-    worker = int.from_bytes(os.read(read, 8), "big")
-    try:
-        yield holder
-    finally:
-        for pid in (holder, worker):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(holder, 0)
-        os.close(read)
-        os.close(write)
+    holder, written = start(folder, script="tests/program/run_holding.py")
+    with written:
+        worker = int(written.readline())
+        try:
+            yield holder
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            os.kill(worker, signal.SIGKILL)
+            holder.wait(60)
 
 
 def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
@@ -71,8 +62,8 @@ def test_a_second_evaluation_is_refused_and_leaves_the_files_of_the_first(tmp_pa
 
 def test_a_killed_run_can_be_resumed_at_once_though_a_child_of_it_lives_on(tmp_path):
     with held_by_another_process(tmp_path) as holder:
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(60)
         lock = RunLock(tmp_path)
     lock.release()
     lock.release()  # of a run that failed: again

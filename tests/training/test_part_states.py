@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import signal
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import EngineUnavailableError
 from gspo_lightning.training.part_states import _fingerprint, gathered_states, restore_states, states_of
 from gspo_lightning.types import Rollout
+from tests.command_line import run
 from tests.scripted import Settings, build_module, scripted_reward, trainer, weights
 from tests.training.test_one_step_off import Data, Elsewhere
 
@@ -120,26 +120,8 @@ def test_two_rollouts_and_two_more_are_four_to_the_bit(staleness, micro_model_di
     assert resumed.advantages.count == whole.advantages.count == 4 * 12
 
 
-def killed_in_rollout_three(folder, path):
-    """A run in a process of its own that SIGKILL ends while it trains on its third rollout."""
-    if pid := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        return
-
-    class Kill(L.Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            if module.rollouts_done == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        torch.set_num_threads(1)
-        fit(made(folder), callbacks=[Kill(), RolloutCheckpoint(path, 1)])
-    finally:
-        os._exit(1)
-
-
 def test_a_run_killed_in_its_third_rollout_goes_on_in_its_folder(micro_model_dir, tmp_path):
-    killed_in_rollout_three(micro_model_dir, tmp_path)
+    run(micro_model_dir, tmp_path, script="tests/training/run_killed.py", expect=-signal.SIGKILL)
     whole, resumed = made(micro_model_dir), made(micro_model_dir)
     fit(whole)
     fit(resumed, ckpt=tmp_path / "last.ckpt", callbacks=[RolloutCheckpoint(tmp_path, 1)])
