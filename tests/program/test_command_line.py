@@ -258,7 +258,24 @@ def test_what_a_logger_of_lightning_raises_is_one_line(tmp_path):
     none = ["logger=csv", "+logger.csv.flush_logs_every_n_steps=0"]
     done = run("experiment=micro", "print_config=false", *none, f"hydra.run.dir={tmp_path / 'run'}", expect=2)
     assert done.stderr.splitlines()[-1].startswith("error: logger: CSVLogger raised ZeroDivisionError: ")
-    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith("; mend it, or leave that logger out\n") and "Traceback" not in done.stderr
+
+
+def test_a_logger_that_fails_during_a_run_ends_it_with_the_way_to_go_on(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lightning.pytorch.loggers import CSVLogger\n"
+        "class Full(CSVLogger):\n"
+        "    def log_metrics(self, metrics, step=None):\n"
+        "        self._flush_logs_every_n_steps = int(step < 20)\n"
+        "        super().log_metrics(metrics, step)\n"
+    )
+    own = ["logger=csv", "logger.csv._target_=mine.Full", "checkpoint.every_n_rollouts=1", "hydra.run.dir=run"]
+    done = run("experiment=micro", "print_config=false", *own, cwd=tmp_path, expect=2)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert last.is_file()
+    assert done.stderr.splitlines()[-1].endswith(
+        f"; mend it, or leave that logger out and resume with ckpt_path={last}"
+    )
 
 
 def test_every_logger_gets_the_config_as_hyperparameters(tmp_path):

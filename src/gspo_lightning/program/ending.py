@@ -28,6 +28,7 @@ from gspo_lightning.distributed import first_error, rank_watch
 from gspo_lightning.distributed.rendezvous import naming_the_port
 from gspo_lightning.errors import UserError, named_reason
 from gspo_lightning.extras import install_line
+from gspo_lightning.how_to_resume import can_resume, resume_line
 from gspo_lightning.program import command_line
 from gspo_lightning.program.interrupt import (
     STOPPED,
@@ -176,7 +177,9 @@ def _naming_the_logger() -> Iterator[None]:
             if str(frame.f_globals.get("__name__")).startswith(_LOGGERS) and "self" in frame.f_locals:
                 name = type(frame.f_locals["self"]).__name__
                 said = named_reason(error).removesuffix(".")
-                raise UserError(f"logger: {name} raised {said}; mend it, or leave that logger out") from error
+                last = Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt"
+                on = f" and {resume_line(last)}" if can_resume(last) else ""
+                raise UserError(f"logger: {name} raised {said}; mend it, or leave that logger out{on}") from error
         raise
 
 
