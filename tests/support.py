@@ -33,7 +33,7 @@ def micro_policy(folder: Any, dtype: torch.dtype = torch.float64) -> Policy:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION_NAME).train()
     if dtype == torch.float64:
         use_plain_norms(model)
-    return Policy(model, AutoTokenizer.from_pretrained(folder), has_adapter=False)
+    return Policy(model, AutoTokenizer.from_pretrained(folder))
 
 
 def use_plain_norms(model: torch.nn.Module) -> None:

@@ -117,7 +117,7 @@ def fake_policy(config: PreTrainedConfig, dtype: torch.dtype, lora: LoraSettings
             module._parameters[name] = None if parameter is None else made[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=GPU)
-    return Policy(wrapped, None, has_adapter=lora is not None, has_vision=vision)  # type: ignore[arg-type]
+    return Policy(wrapped, None, has_vision=vision)  # type: ignore[arg-type]
 
 
 def fake_row(groups: Any, prompts: Any = ()) -> PackedBatch:

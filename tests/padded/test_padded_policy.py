@@ -258,7 +258,7 @@ def test_soft_capped_scores_run_padded_and_are_the_models_own():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=2 * parameter[0].numel() ** -0.5)
-    policy = Policy(model.train(), None, has_adapter=False)
+    policy = Policy(model.train(), None)
     with pytest.warns(UserWarning, match="soft-capped scores are not part .*; falling back to padded forwards"):
         choose_forward(policy)
     groups = random_groups([(7, (3, 6)), (2, (4,))], 64)

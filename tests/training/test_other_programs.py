@@ -323,7 +323,7 @@ def test_a_policy_of_ones_own_that_drops_out_is_refused(micro_model_dir):
     loader = PolicyLoader(str(micro_model_dir))
     adapted = get_peft_model(loader.load_model(), LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]))
     module = made(micro_model_dir)
-    module.policy = Policy(adapted, loader.load_tokenizer(), has_adapter=True)
+    module.policy = Policy(adapted, loader.load_tokenizer())
     with pytest.raises(UserError, match=r"^policy\.model\.\S*lora_dropout\.default drops out at a rate of 0\.1, with"):
         trainer().fit(module, datamodule=Data())
     assert module.rollouts_done == 0

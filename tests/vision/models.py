@@ -104,7 +104,7 @@ def vision_policy(family: str, dtype: torch.dtype = torch.float64, *, train_visi
     model.generation_config.eos_token_id = 1
     if dtype == torch.float64:
         use_plain_norms(model)
-    return Policy(model.train(), NoTokenizer(), has_adapter=False, has_vision=True)  # type: ignore[arg-type]
+    return Policy(model.train(), NoTokenizer(), has_vision=True)  # type: ignore[arg-type]
 
 
 def image_prompt(uid: str, *parts: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Prompt:

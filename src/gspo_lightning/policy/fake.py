@@ -18,7 +18,7 @@ from gspo_lightning.policy.adapter import check_adapter
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
 from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
-from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.model import Policy, without_adapter
 from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.reading import load_config
 from gspo_lightning.policy.vision import packs_images, vision_parts
@@ -33,14 +33,13 @@ def fake_policy(loader: PolicyLoader) -> Policy:
     register()
     config = load_config(loader.path)
     model = _without_weights(loader) if may_pack(config) else None
-    if model is None or not can_pack(model.get_base_model() if loader.lora else model):  # type: ignore[operator]
+    if model is None or not can_pack(without_adapter(model)):
         raise UserError(
             f"dry_run=true: models of type {config.model_type} run padded, which cannot be estimated; remove "
             "dry_run=true"
         )
     _make_fake(model)
-    vision = packs_images(config)
-    return Policy(model, None, has_adapter=loader.lora is not None, has_vision=vision)
+    return Policy(model, None, has_vision=packs_images(config))
 
 
 def saved_bytes(policy: Policy, packed: PackedBatch, precision: str) -> float:

@@ -27,7 +27,7 @@ from gspo_lightning.policy.attention import AttentionForm, attention_implementat
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW
 from gspo_lightning.policy.lean import lighten
-from gspo_lightning.policy.model import Policy
+from gspo_lightning.policy.model import Policy, without_adapter
 from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.patches import multiply_patches
 from gspo_lightning.policy.processor import load_processor
@@ -84,7 +84,7 @@ class PolicyLoader:
                 wrapped = add_lora(model, self.lora, self.train_vision)
             if self.lora.adapter is not None:
                 self._load_adapter(wrapped, self.lora)
-        return self.as_policy(wrapped, self.load_tokenizer(), has_adapter=self.lora is not None)
+        return self.as_policy(wrapped, self.load_tokenizer())
 
     def _load_adapter(self, wrapped: nn.Module, lora: LoraSettings) -> None:
         trained_on, base = load_adapter(wrapped, lora), resolve_model(self.path)
@@ -93,27 +93,21 @@ class PolicyLoader:
 
     def load_reference(self, policy: Policy) -> Policy:
         """A frozen copy of the model as it was before training; shares the features of a frozen vision tower."""
-        reference = self.as_policy(self.load_model(), policy.tokenizer, has_adapter=False, features_from=policy)
+        reference = self.as_policy(self.load_model(), policy.tokenizer, features_from=policy)
         reference.requires_grad_(False)
         return reference
 
     def as_policy(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        has_adapter: bool,
-        features_from: Policy | None = None,
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, features_from: Policy | None = None
     ) -> Policy:
         """The policy around a loaded model."""
         config = load_config(self.path)
         return Policy(
             model,
             tokenizer,
-            has_adapter=has_adapter,
             has_vision=packs_images(config),
             processor=load_processor(resolve_model(self.path)) if has_vision(config) else None,
-            is_padded=not can_pack(model.get_base_model() if has_adapter else model),  # type: ignore[operator]
+            is_padded=not can_pack(without_adapter(model)),
             features_from=features_from,
         )
 

@@ -22,6 +22,7 @@ from gspo_lightning.policy.adapter import KEEP_THE_BASE, REPEATABLE, adapter_con
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.export import export_policy
 from gspo_lightning.policy.load import Dtype, PolicyLoader
+from gspo_lightning.policy.model import without_adapter
 from gspo_lightning.policy.quantization import is_mxfp4
 from gspo_lightning.policy.reading import load_config, reading
 from gspo_lightning.report.model_card import whole_card
@@ -62,7 +63,7 @@ def merge_adapter(adapter: Path, target: Path, base: str | None = None, dtype: D
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
     try:
-        policy = loader.as_policy(model, _tokenizer(adapter, loader), has_adapter=False)
+        policy = loader.as_policy(model, _tokenizer(adapter, loader))
         export_policy(policy, temporary, merge_lora=False)
         _write_card(adapter, temporary)
         os.replace(temporary, target)
@@ -133,7 +134,7 @@ def _refuse_unmergeable(adapter: Path, stored: dict[str, Any]) -> None:
 
 def _refuse_tied(wrapped: nn.Module, adapter: Path) -> None:
     """Refuses an adapter on embeddings that are one matrix, to which peft would add what belongs to one of them."""
-    model: Any = wrapped.get_base_model()  # type: ignore[operator]
+    model: Any = without_adapter(wrapped)
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     matrices = {id(getattr(end, "base_layer", end).weight) for end in ends}
     if len(matrices) < len(ends) and any(hasattr(end, "base_layer") for end in ends):

@@ -21,6 +21,12 @@ from gspo_lightning.policy.vision import Vision
 from gspo_lightning.types import Prompt
 
 
+def without_adapter(model: Any) -> PreTrainedModel:
+    """The transformers model inside one of peft; another as it is."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
+
+
 class Policy(nn.Module):
     """A transformers model (with or without a LoRA adapter), its tokenizer, and the two forwards we need.
 
@@ -29,7 +35,6 @@ class Policy(nn.Module):
     Args:
         model: the model, or the peft model around it.
         tokenizer: its tokenizer.
-        has_adapter: whether ``model`` is a peft model.
         has_vision: whether the model reads images: see `gspo_lightning.policy.vision`.
         processor: image processor, for models that read images; saved with an export.
         is_padded: run every forward and all decoding by the model itself: see `gspo_lightning.policy.padded`.
@@ -41,7 +46,6 @@ class Policy(nn.Module):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        has_adapter: bool,
         has_vision: bool = False,
         processor: Any = None,
         is_padded: bool = False,
@@ -50,7 +54,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.has_adapter = has_adapter
         self.is_padded = is_padded
         self.caches_are_exact = True  # `gspo_lightning.rollout.check` looks
         self.shards: Any = None  # `gspo_lightning.distributed.sharding.Shards` once the weights are split over ranks
@@ -66,7 +69,12 @@ class Policy(nn.Module):
     @property
     def base_model(self) -> PreTrainedModel:
         """The transformers model inside the adapter, if there is one."""
-        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+        return without_adapter(self.model)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model is one of peft around it."""
+        return self.base_model is not self.model
 
     @property
     def body(self) -> nn.Module:

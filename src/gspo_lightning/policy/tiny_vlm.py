@@ -127,7 +127,7 @@ def build_tiny_vlm(folder: Path, smollm2: Path) -> None:
     model.set_attn_implementation(attention_implementation("auto", has_vision=True))
     model.requires_grad_(False)
     model.model.visual.requires_grad_(True)
-    policy = Policy(model, processor.tokenizer, has_adapter=False, has_vision=True, processor=processor)
+    policy = Policy(model, processor.tokenizer, has_vision=True, processor=processor)
     learn_to_see(model, processor, task)
     accuracy, steps, seconds = _warm_up(policy, task)
     model.save_pretrained(folder)
