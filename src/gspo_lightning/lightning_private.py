@@ -108,6 +108,14 @@ def averages_weights(trainer: Any) -> bool:
     return bool(_averaging(trainer))
 
 
+def take_trained(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Puts the trained weights where `WeightAveraging` has saved their average, for a run that goes on without it."""
+    trainer = module._trainer
+    goes_on = trainer is not None and trainer.training
+    if goes_on and not averages_weights(trainer) and "current_model_state" in checkpoint:
+        checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+
+
 def put_trained_back(trainer: Any, module: Any) -> None:
     """Ends the exchange of trained and averaged weights that `WeightAveraging` makes for a validation.
 

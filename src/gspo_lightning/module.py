@@ -24,6 +24,7 @@ from gspo_lightning.lightning_private import (
     current_hook,
     let_averages_follow,
     put_trained_back,
+    take_trained,
     trainer_of,
     uncount_batch,
     uncount_batch_in,
@@ -372,6 +373,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the counters and refuses the checkpoint of another model."""
+        take_trained(self, checkpoint)
         # A sharded checkpoint has no weights here: its strategy loads them and makes the same check.
         if "state_dict" in checkpoint:
             self.refuse_other_model({name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()})

@@ -97,6 +97,19 @@ def test_averaged_weights_are_saved_without_the_base_and_resumed(micro_model_dir
     assert resumed.rollouts_done == 4 and torch.equal(weights(resumed), weights(straight))
 
 
+def test_a_run_goes_on_with_the_trained_weights_where_it_averages_no_more(micro_model_dir, tmp_path):
+    """Averaging changes no update; a validation of the checkpoint is one of the average."""
+    path, data = tmp_path / "half.ckpt", Batches(scripted_prompts(), 4).loader
+    straight, half, resumed, read = (adapted(micro_model_dir, rollouts) for rollouts in (4, 2, 4, 2))
+    trainer().fit(straight, data())
+    trainer(callbacks=[EMAWeightAveraging(decay=0.5), Saver(tmp_path)]).fit(half, data())
+    trainer().fit(resumed, data(), ckpt_path=path, weights_only=True)
+    assert resumed.rollouts_done == 4 and torch.equal(weights(resumed), weights(straight))
+    held_out = Batches(scripted_prompts(generations=1)).loader()
+    trainer(limit_val_batches=1).validate(read, held_out, ckpt_path=path, weights_only=True, verbose=False)
+    assert torch.equal(weights(read), weights(half))
+
+
 class Kept(L.Callback):
     """The trained weights after each rollout, before averaged ones take their place, and the number of steps."""
 
