@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -297,6 +298,18 @@ def test_a_group_that_was_added_later_keeps_the_settings_that_it_was_saved_with(
         group["lr"] = rate
     optimizer.load_state_dict(saved)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.03125]
+
+
+@pytest.mark.parametrize("flag", ["amsgrad", "maximize"])
+def test_a_flag_that_the_state_was_not_saved_with_is_refused(flag):
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    saved = torch.optim.AdamW(parameters, lr=0.5).state_dict()
+    for value in (False, True):
+        optimizer = torch.optim.AdamW(parameters, lr=0.5, **{flag: value})
+        keep_settings(optimizer, functools.partial(torch.optim.AdamW, lr=0.5, **{flag: value}))
+        line = f"^optimizer.{flag}=True: the checkpoint was saved with False, which decides how its states go on; keep"
+        with pytest.raises(UserError, match=line) if value else contextlib.nullcontext():
+            optimizer.load_state_dict(saved)
 
 
 def test_another_rate_stands_where_the_schedule_does():

@@ -142,17 +142,24 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
 def keep_settings(optimizer: Optimizer, factory: Any) -> None:
     """Keeps this run's numeric optimizer settings when its state is loaded from a checkpoint saved with others.
 
-    Numbers only: flags such as ``amsgrad`` decide what the state consists of, and some optimizers keep counters in
-    their groups.
+    Numbers only: flags such as ``amsgrad`` decide what the state consists of, so others than in the checkpoint are
+    refused; and some optimizers keep counters in their groups.
 
     Args:
         optimizer: not yet loaded.
         factory: made the optimizer; for a `functools.partial` all settings are known, for others only the lr.
+
+    Raises:
+        UserError: when a state is loaded that was saved with other flags.
     """
-    names = {"lr", *(name for name, value in getattr(factory, "keywords", {}).items() if _is_numeric(value))}
+    given = getattr(factory, "keywords", {})
+    names = {"lr", *(name for name, value in given.items() if _is_numeric(value))}
     own = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    flags = [{name: group[name] for name in given.keys() - names if name in group} for group in optimizer.param_groups]
 
     def put_back(loaded: Optimizer) -> None:
+        for group, its_flags in zip(loaded.param_groups, flags, strict=False):
+            _refuse_other_flags(its_flags, group)
         for group, settings in zip(loaded.param_groups, own, strict=False):  # groups added since keep their own
             rate, before = settings["lr"], group.get("initial_lr", group["lr"])
             # Scaled to the schedule's current factor; equal rates are left alone, to the last bit.
@@ -184,6 +191,15 @@ def _refuse_other_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:
             "the same part of the model (model.train_vision, model.train_language, lora), or start a new run from the "
             "exported model (model=path model.path=.../model)"
         )
+
+
+def _refuse_other_flags(own: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in sorted(own):
+        if own[name] != saved.get(name, own[name]):
+            raise UserError(
+                f"optimizer.{name}={own[name]}: the checkpoint was saved with {saved[name]}, which decides how its "
+                "states go on; keep that, or start a new run from the exported model (model=path model.path=.../model)"
+            )
 
 
 def page_again(optimizer: Optimizer) -> None:
