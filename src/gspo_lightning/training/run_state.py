@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gspo_lightning.distributed.ranks import rank, whole
 from gspo_lightning.errors import UserError
 from gspo_lightning.screen import counted
+from gspo_lightning.training.left_out import base_state, check_base
 from gspo_lightning.training.part_states import gathered_states, restore_states, states_of
 from gspo_lightning.training.sampling_change import restore_sampling, sampling_state
 
@@ -68,6 +69,7 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
         "counts": dict(module.counts),
         "nonfinite_in_a_row": module.guarded_step.nonfinite_in_a_row,
         "optimizer": _made_class(module),
+        "base": base_state(module),
         "sampling": sampling_state(module),
         # While a rollout is in hand, those from before it: a resumed run collects it again.
         "parts": gathered_states(states_of(module) if module.states_before is None else module.states_before),
@@ -113,7 +115,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
     """Restores the result of `run_state` into the module.
 
     Raises:
-        UserError: the checkpoint was saved with another optimizer, whose states this one cannot use.
+        UserError: the checkpoint was saved with another optimizer, whose states this one cannot use, or with another
+            factor of its adapter.
     """
     is_ours = getattr(type(module).configure_optimizers, "__module__", "") == "gspo_lightning.module"
     saved, own = state["optimizer"], _class_name(module.optimizer_factory) if is_ours else None
@@ -122,6 +125,8 @@ def restore_run_state(module: GSPOModule, state: dict[str, Any]) -> None:
             f"optimizer: the checkpoint was saved with {saved}, not {own}; keep that one, "
             "or start a new run from the exported model (model=path model.path=.../model)"
         )
+    if "base" in state and module.policy is not None:  # older checkpoints say nothing of it
+        check_base(module, state["base"])
     module.rollouts_done, module.counts = state["rollouts_done"], {**module.counts, **state["counts"]}
     # The pace of the next rollout is measured by what it adds to these.
     module.last_metrics = {f"count/{name}": float(count) for name, count in module.counts.items()}
