@@ -19,6 +19,7 @@ from gspo_lightning.callbacks import graceful_stop as graceful_stop_module
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import training_run
 from gspo_lightning.rollout import WeightSyncError
+from gspo_lightning.training.out_of_memory import OutOfMemoryError
 from tests.conf.test_every_key import run
 
 
@@ -241,6 +242,31 @@ def test_what_ends_a_run_saves_whole_rollouts_that_are_not_saved_yet(done, saved
     else:
         checkpoint.on_exception(trainer, module, error)
     assert checkpoint.last.exists() is saved and checkpoint.saved_at == (done if saved else saved_at)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "saved"),
+    [
+        ({}, UserError("of a reward function"), True),
+        ({"steps": 1}, UserError("of a callback between two steps"), False),
+        ({"states_before": None}, UserError("of a callback behind the rollout, whose row is not written"), False),
+        ({"states_before": None, "validating": True}, UserError("of a reward function"), True),
+        ({"ranks": 2}, UserError("on one rank"), False),
+        ({"ahead": object()}, UserError("of a rollout whose weights are gone"), False),
+        ({}, OutOfMemoryError("while sampling"), False),
+    ],
+)
+def test_a_mistake_between_two_updates_saves_whole_rollouts(changes, error, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "world_size", lambda: changes.get("ranks", 1))
+    module = SimpleNamespace(
+        rollouts_done=2, max_rollouts=8, engine=IN_PROCESS, ahead=changes.get("ahead"),
+        states_before=changes.get("states_before", {}), last_metrics={"count/optimizer_steps": 8.0},
+        counts={"optimizer_steps": 8 + changes.get("steps", 0)},
+    )  # fmt: skip
+    trainer, checkpoint = Trainer(module), RolloutCheckpoint(tmp_path, every_n_rollouts=5)
+    trainer.state, trainer.validating = SimpleNamespace(fn="fit"), changes.get("validating", False)
+    checkpoint.on_exception(trainer, module, error)
+    assert checkpoint.last.exists() is saved
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,30 @@ def test_a_run_whose_reader_leaves_ends_with_one_line_and_goes_on_bit_identicall
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("step", [5, 6], ids=["in the sixth rollout", "in the validation behind it"])
+def test_a_reward_that_fails_costs_no_rollout(step, whole, tmp_path):
+    """Checkpoints are due every 10 rollouts; what fails is mended, and the run goes on bit-identically."""
+    (tmp_path / "fragile.py").write_text(
+        "from pathlib import Path\n"
+        "from gspo_lightning.rewards import letter_share as share\n"
+        "def letter_share(trainer_state, **row):\n"
+        f"    if trainer_state.global_step == {step} and not Path('mended').exists():\n"
+        "        raise ZeroDivisionError('of this completion')\n"
+        "    return share(trainer_state=trainer_state, **row)\n"
+    )
+    folder, function = tmp_path / "run", "reward.functions.letter_share.function.path=fragile.letter_share"
+    settings = [*SHORT, "checkpoint.every_n_rollouts=10", function, f"hydra.run.dir={folder}", "ckpt_path=auto"]
+    done = run(*settings, cwd=tmp_path, expect=2)
+    last, told = folder / "checkpoints" / "last.ckpt", done.stderr.splitlines()[-1]
+    assert "raised ZeroDivisionError: of this completion" in told and told.endswith(
+        f"; saved, resume with ckpt_path={last}"
+    )
+    assert torch.load(last, weights_only=True)["gspo_lightning"]["rollouts_done"] == step
+    (tmp_path / "mended").touch()
+    run(*settings, cwd=tmp_path)
+    assert_same_run(folder, whole)
+
+
 def test_the_handler_of_a_launcher_is_called_behind_the_end_of_the_run(whole, tmp_path):
     """submitit announces the end of a job by SIGUSR2; its own handler would end the process in mid-rollout."""
     how = (signal.SIGTERM, signal.SIGUSR2)  # of a preempted job

@@ -17,12 +17,24 @@ from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError, whole_number
 from gspo_lightning.lightning_private import averages_weights
 from gspo_lightning.rollout.engine import RolloutError, traits
+from gspo_lightning.training.out_of_memory import OutOfMemoryError
+from gspo_lightning.training.run_state import steps_in_hand
 
 
 def fails_on_all_ranks(engine: Any) -> bool:
     """Whether a `RolloutError` of this engine, or of the one inside it, is raised on every rank at the same place."""
     # An engine that asks on the first rank alone tells the others what went wrong (`on_first_rank`).
     return world_size() == 1 or traits(engine).samples_on == "first_rank"
+
+
+def _left_whole(trainer: L.Trainer, module: Any, error: BaseException) -> bool:
+    """Whether an error came between two updates, on all ranks: a lost engine, or a mistake in a reward or a row."""
+    if isinstance(error, RolloutError):
+        return fails_on_all_ranks(module.engine)
+    if not isinstance(error, UserError) or isinstance(error, OutOfMemoryError) or world_size() > 1:
+        return False
+    # A rollout that was sampled ahead has been taken by then, and its weights are gone.
+    return module.ahead is None and (trainer.validating or steps_in_hand(module) == 0)
 
 
 def _run_of(checkpoint: str | Path) -> Path:
@@ -166,13 +178,12 @@ class RolloutCheckpoint(L.Callback):
         self._put_limit_back(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Saves a run that has lost its rollout engine: its weights are those of the last whole rollout.
+        """Saves a run that could not collect its next rollout: its weights are those of the last whole one.
 
         Not where one rank may be alone with the error: all ranks write together, so it would wait for the others.
         """
-        lost = isinstance(exception, RolloutError) and trainer.state.fn == "fit"
         is_unsaved = pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done
-        if lost and is_unsaved and fails_on_all_ranks(pl_module.engine):
+        if trainer.state.fn == "fit" and is_unsaved and _left_whole(trainer, pl_module, exception):
             self._write(trainer, pl_module)
         self._put_limit_back(trainer)
 

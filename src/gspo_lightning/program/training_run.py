@@ -179,13 +179,19 @@ class TrainingRun:
             if ckpt_path is None:
                 self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
             self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=ckpt_path, weights_only=True)
-        except RolloutError as error:
-            if not self.checkpoint.last.exists():
+        except (RolloutError, UserError) as error:
+            if not self._goes_on_after(error):
                 raise
             saved = "saved" if self.checkpoint.saved_at == self.module.rollouts_done else "an earlier rollout is saved"
             raise type(error)(f"{error}; {saved}, resume with ckpt_path={self.checkpoint.last}") from error
         finally:
             self.stop.give_back()
+
+    def _goes_on_after(self, error: Exception) -> bool:
+        """Whether a checkpoint has to do with an error that ended training, and its line does not say so yet."""
+        # Without one of this run, a mistake is one of its settings.
+        is_told = isinstance(error, OutOfMemoryError) or (isinstance(error, UserError) and not self.checkpoint.saved_at)
+        return self.checkpoint.last.exists() and not is_told
 
     def _finish(self, wall_s: float) -> None:
         assert self.module.policy is not None
