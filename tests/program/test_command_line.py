@@ -251,6 +251,17 @@ def test_what_code_of_a_user_raises_is_told_below_the_traceback_with_its_place(t
     *above, last = done.stderr.splitlines()
     assert "Traceback (most recent call last):" in above
     assert last == ("error: Own.generate (mine.py:5) raised JSONDecodeError: Expecting value: line 1 column 1 (char 0)")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write(
+            "class Later(Own):\n"
+            "    calls = 0\n"
+            "    def generate(self, *arguments):\n"
+            "        Later.calls += 1\n"
+            "        return super().generate(*arguments) if Later.calls == 6 else TransformersEngine.generate(self, *arguments)\n"
+        )
+    arguments[2:] = ["rollout.engine._target_=mine.Later", "hydra.run.dir=run", "checkpoint.every_n_rollouts=1"]
+    told = run(*arguments, cwd=tmp_path, expect=1).stderr.splitlines()[-1]
+    assert told == f"{last}; mend it and resume with ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
 
 
 def test_what_a_logger_of_lightning_raises_is_one_line(tmp_path):

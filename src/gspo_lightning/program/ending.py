@@ -151,7 +151,8 @@ def one_job(work: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     except Exception as error:
         rank_watch.stop()
         if (of_user := raised_in(error)) is not None:
-            error.add_note(f"error: {masked(of_user)}")  # below the traceback
+            on = f"; mend it{how}" if (how := _and_resume()) else ""
+            error.add_note(f"error: {masked(of_user)}{on}")  # below the traceback
         if first_error.several_ranks():
             _end_with_the_others(error, Path(HydraConfig.get().runtime.output_dir))
         raise
@@ -177,10 +178,15 @@ def _naming_the_logger() -> Iterator[None]:
             if str(frame.f_globals.get("__name__")).startswith(_LOGGERS) and "self" in frame.f_locals:
                 name = type(frame.f_locals["self"]).__name__
                 said = named_reason(error).removesuffix(".")
-                last = Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt"
-                on = f" and {resume_line(last)}" if can_resume(last) else ""
-                raise UserError(f"logger: {name} raised {said}; mend it, or leave that logger out{on}") from error
+                line = f"logger: {name} raised {said}; mend it, or leave that logger out{_and_resume()}"
+                raise UserError(line) from error
         raise
+
+
+def _and_resume() -> str:
+    """How this job's run goes on, to follow what is to be done first; empty where it has saved nothing."""
+    last = Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt"
+    return f" and {resume_line(last)}" if can_resume(last) else ""
 
 
 _LOGGERS = ("lightning.pytorch.loggers.", "lightning.fabric.loggers.")
