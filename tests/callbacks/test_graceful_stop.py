@@ -252,14 +252,13 @@ def test_what_ends_a_run_saves_whole_rollouts_that_are_not_saved_yet(done, saved
         ({"states_before": None}, UserError("of a callback behind the rollout, whose row is not written"), False),
         ({"states_before": None, "validating": True}, UserError("of a reward function"), True),
         ({"ranks": 2}, UserError("on one rank"), False),
-        ({"ahead": object()}, UserError("of a rollout whose weights are gone"), False),
         ({}, OutOfMemoryError("while sampling"), False),
     ],
 )
 def test_a_mistake_between_two_updates_saves_whole_rollouts(changes, error, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "world_size", lambda: changes.get("ranks", 1))
     module = SimpleNamespace(
-        rollouts_done=2, max_rollouts=8, engine=IN_PROCESS, ahead=changes.get("ahead"),
+        rollouts_done=2, max_rollouts=8, engine=IN_PROCESS,
         states_before=changes.get("states_before", {}), last_metrics={"count/optimizer_steps": 8.0},
         counts={"optimizer_steps": 8 + changes.get("steps", 0)},
     )  # fmt: skip

@@ -82,9 +82,19 @@ def test_a_run_whose_reader_leaves_ends_with_one_line_and_goes_on_bit_identicall
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("step", [5, 6], ids=["in the sixth rollout", "in the validation behind it"])
-def test_a_reward_that_fails_costs_no_rollout(step, whole, tmp_path):
+AHEAD = ["rollout.engine._target_=tests.training.test_one_step_off.Elsewhere", "~rollout.engine.max_concurrent"]
+
+
+@pytest.mark.parametrize(
+    ("step", "engine"),
+    [(5, []), (6, []), (5, AHEAD)],
+    ids=["in the sixth rollout", "in the validation behind it", "in the sixth, sampled ahead"],
+)
+def test_a_reward_that_fails_costs_no_rollout(step, engine, whole, tmp_path):
     """Checkpoints are due every 10 rollouts; what fails is mended, and the run goes on bit-identically."""
+    if engine:
+        whole = tmp_path / "whole"
+        run(*SHORT, *engine, f"hydra.run.dir={whole}")
     (tmp_path / "fragile.py").write_text(
         "from pathlib import Path\n"
         "from gspo_lightning.rewards import letter_share as share\n"
@@ -94,15 +104,14 @@ def test_a_reward_that_fails_costs_no_rollout(step, whole, tmp_path):
         "    return share(trainer_state=trainer_state, **row)\n"
     )
     folder, function = tmp_path / "run", "reward.functions.letter_share.function.path=fragile.letter_share"
-    settings = [*SHORT, "checkpoint.every_n_rollouts=10", function, f"hydra.run.dir={folder}", "ckpt_path=auto"]
-    done = run(*settings, cwd=tmp_path, expect=2)
+    settings = [*SHORT, *engine, function, "checkpoint.every_n_rollouts=10", f"hydra.run.dir={folder}"]
+    done = run(*settings, "ckpt_path=auto", cwd=tmp_path, expect=2)
     last, told = folder / "checkpoints" / "last.ckpt", done.stderr.splitlines()[-1]
-    assert "raised ZeroDivisionError: of this completion" in told and told.endswith(
-        f"; saved, resume with ckpt_path={last}"
-    )
+    assert "raised ZeroDivisionError: of this completion" in told
+    assert told.endswith(f"; saved, resume with ckpt_path={last}")
     assert torch.load(last, weights_only=True)["gspo_lightning"]["rollouts_done"] == step
     (tmp_path / "mended").touch()
-    run(*settings, cwd=tmp_path)
+    run(*settings, "ckpt_path=auto", cwd=tmp_path)
     assert_same_run(folder, whole)
 
 

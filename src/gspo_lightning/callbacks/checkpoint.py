@@ -33,8 +33,7 @@ def _left_whole(trainer: L.Trainer, module: Any, error: BaseException) -> bool:
         return fails_on_all_ranks(module.engine)
     if not isinstance(error, UserError) or isinstance(error, OutOfMemoryError) or world_size() > 1:
         return False
-    # A rollout that was sampled ahead has been taken by then, and its weights are gone.
-    return module.ahead is None and (trainer.validating or steps_in_hand(module) == 0)
+    return trainer.validating or steps_in_hand(module) == 0
 
 
 def _run_of(checkpoint: str | Path) -> Path:

@@ -51,6 +51,8 @@ class OneStepOff:
         self.seconds = 0.0
         """How long the engine took for the rollout handed out last, if that was generated ahead; NaN if unknown."""
         self._pending: _Pending | None = None
+        self._taken: _Pending | None = None
+        """The rollout handed out last, as long as ``behaviour`` has the weights that sampled it."""
         self._restored: list[Tensor] | None = None
         """The trained weights of ``behaviour`` from a checkpoint, until `generate` is given a policy to copy. The one
         that they are loaded with may still move to its device, and be told to run padded."""
@@ -71,7 +73,7 @@ class OneStepOff:
                 start = time.perf_counter()
                 completions = self.engine.generate(self.behaviour, prompts, sampling, seed).completions
                 seconds = time.perf_counter() - start
-            self._pending, self.is_stale, self.seconds = None, True, seconds
+            self._taken, self._pending, self.is_stale, self.seconds = pending, None, True, seconds
             return Rollout(prompts, completions)
         if pending is not None:
             pending.join()  # the engine does one thing at a time, such as a validation
@@ -110,7 +112,7 @@ class OneStepOff:
                 stacklevel=2,
             )
         self._copy(policy)
-        self._restored = None
+        self._taken = self._restored = None
         behaviour = self.behaviour
         assert behaviour is not None
 
@@ -156,20 +158,25 @@ class OneStepOff:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """The pending rollout, which this waits for, and the weights that sampled it; empty if none is pending."""
-        if self._pending is None:
+    def state_dict(self, *, in_hand: bool = False) -> dict[str, Any]:
+        """The pending rollout, which this waits for, and the weights that sampled it; empty if none is pending.
+
+        Args:
+            in_hand: the rollout handed out last is not trained on yet, and is pending again after a resume.
+        """
+        pending = self._pending or (self._taken if in_hand else None)
+        if pending is None:
             return {}
-        self._pending.join()
-        groups, weights = self._pending.value, self._restored
+        pending.join()
+        groups, weights = pending.value, self._restored
         if weights is None:
             assert self.behaviour is not None
             weights = [p.detach().cpu().clone() for p in self.behaviour.parameters() if p.requires_grad]
         return {
-            "key": list(self._pending.key),
-            "sampling": None if self._pending.sampling is None else asdict(self._pending.sampling),
+            "key": list(pending.key),
+            "sampling": None if pending.sampling is None else asdict(pending.sampling),
             "completions": None if groups is None else [[_pack(c) for c in group] for group in groups],
-            "seconds": self._pending.seconds,
+            "seconds": pending.seconds,
             "behaviour": weights,
         }
 
@@ -177,7 +184,7 @@ class OneStepOff:
         """Restores the pending rollout of a checkpoint. A failed one is generated again, by the same weights."""
         if self._pending is not None:
             self._pending.join()  # of an earlier run of this module: the engine does one thing at a time
-        self._pending = self._restored = None
+        self._pending = self._taken = self._restored = None
         if not state:
             return
         self._restored = state["behaviour"]

@@ -75,7 +75,7 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
         "parts": gathered_states(states_of(module) if module.states_before is None else module.states_before),
     }
     if module.ahead is not None:
-        state["ahead"] = module.ahead.state_dict()
+        state["ahead"] = module.ahead.state_dict(in_hand=module.states_before is not None)
     if module.reference_moves:
         state["reference"] = [_whole_state(policy) for policy in module.references]
     return state
