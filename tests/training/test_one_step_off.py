@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import pickle
 import shutil
 import threading
 import warnings
@@ -612,3 +613,17 @@ def test_the_thread_that_samples_ahead_has_the_gpu_of_its_rank(micro_model_dir, 
     ahead.launch(policy, scripted_prompts(), SamplingParams(2, 3), 3)
     ahead._pending.join()
     assert chosen == [("rollout ahead", 1)]
+
+
+def test_a_rollout_that_was_handed_out_is_kept_for_a_checkpoint_and_can_be_pickled(micro_model_dir):
+    """A fitted module can be, and a thread cannot."""
+    policy, ahead = micro_policy(micro_model_dir), OneStepOff(Elsewhere(scripted=True))
+    asked = policy, scripted_prompts(), SamplingParams(2, 3), 3
+    ahead.launch(*asked)
+    completions = ahead.generate(*asked).completions
+    again = pickle.loads(pickle.dumps(ahead._taken))
+    assert [[c.text for c in group] for group in again.value] == [[c.text for c in group] for group in completions]
+    assert ahead.state_dict() == {} and ahead.state_dict(in_hand=True)["key"] == list(again.key)
+    ahead.launch(*asked)
+    assert ahead._taken is None
+    ahead._pending.join()

@@ -226,6 +226,7 @@ class _Pending:
     def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
+            self._thread = None  # which nothing that holds this could be pickled with
 
     def result(self) -> list[list[Completion]] | None:
         """The completions; None if they are lost. Raises what the rollout failed with, see `raise_error`."""
