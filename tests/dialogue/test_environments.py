@@ -42,6 +42,16 @@ def test_the_calculator_is_asked_and_the_last_turn_counts():
     assert calculator.step("It is 407.").text is None and calculator.reward() == 0.0
 
 
+@pytest.mark.parametrize("turn", ["9,801", "It is **9,801**.", "9801", r"\(9{,}801\)"])
+def test_the_calculator_reads_numbers_as_the_reward_functions_do(turn):
+    calculator = Calculator()
+    for answer, reward in (("9801", 1.0), ("9,801", 1.0), ("801", 0.0)):
+        calculator.reset({"answer": answer}, 0)
+        assert calculator.step(turn).text is None and calculator.reward() == reward
+    with pytest.raises(UserError, match="the row's answer '9.5' is not a whole number"):
+        calculator.reset({"answer": "9.5"}, 0)
+
+
 def test_a_call_stands_between_the_first_opening_and_the_next_closing():
     assert call_of("<calc>1<calc>2</calc>3</calc>") == "1<calc>2"
     assert call_of("</calc><calc>1\n+ 1</calc>") == "1\n+ 1" and call_of("<calc></calc>") == ""

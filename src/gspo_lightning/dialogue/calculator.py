@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import ast
 import operator
-import re
 from typing import Any
 
 from gspo_lightning.dialogue.environment import Reply
+from gspo_lightning.rewards.functions import last_integer
 
-_INTEGER = re.compile(r"-?\d+")
 _OPERATIONS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _LONGEST = 40
 """Most characters of an expression."""
-_LONGEST_NUMBER = 1000
-"""Most characters of a number that can be an answer."""
 
 
 class Calculator:
     """``<calc>12*34</calc>`` in a turn is answered with the result; a turn without a call is the answer.
 
-    The reward is 1 if the last integer of the last turn is the row's ``answer``, else 0.
+    The reward is 1 if the last integer of the last turn is the row's ``answer``, as `last_integer` reads it, else 0.
     """
 
     def reset(self, row: dict[str, Any], seed: int) -> None:
         """See `Environment.reset`."""
-        self._answer, self._last = int(row["answer"]), ""
+        self._answer, self._last = row["answer"], ""
+        last_integer([""], [self._answer])  # refuses an answer that is not a whole number
 
     def step(self, text: str) -> Reply:
         """See `Environment.step`."""
@@ -35,10 +33,7 @@ class Calculator:
 
     def reward(self) -> float:
         """See `Environment.reward`."""
-        found = _INTEGER.findall(self._last)
-        # Python refuses to read more than 4,300 digits.
-        said = int(found[-1]) if found and len(found[-1]) <= _LONGEST_NUMBER else None
-        return float(said is not None and "<calc>" not in self._last and said == self._answer)
+        return 0.0 if "<calc>" in self._last else last_integer([self._last], [self._answer])[0]
 
 
 def call_of(text: str) -> str | None:
