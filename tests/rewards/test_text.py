@@ -7,7 +7,17 @@ import time
 import pytest
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards import LengthTarget, MathVerify, MultipleChoice, SoftOverlong, TagFormat, TaggedNumber
+from gspo_lightning.rewards import (
+    LengthTarget,
+    MathVerify,
+    MultipleChoice,
+    SoftOverlong,
+    TagFormat,
+    TaggedNumber,
+    exact_match,
+    last_integer,
+    numeric_match,
+)
 from gspo_lightning.rewards.code import extract_code
 from gspo_lightning.rewards.mathematics import math_equal
 from tests.rewards.test_functions import NASTY
@@ -235,6 +245,33 @@ def test_math_reads_a_tag_and_refuses_a_row_without_an_answer(math):
         tagged.close()
 
 
+ANSWERS = [
+    (last_integer, "It is 4.", "4"),
+    (numeric_match, "It is 4.5.", "4.5"),
+    (exact_match, "yes", "yes"),
+    (TaggedNumber("answer", right=1.0), "<answer>4</answer>", "4"),
+    (MultipleChoice(), "B", "B"),
+    (MultipleChoice(tag="answer"), "<answer>B</answer>", "B"),
+]
+THOUGHT = r"yes 4 or 4.5? The answer is B, \boxed{4}. <answer>4</answer> <answer>B</answer> 4.5 4"
+
+
+@pytest.mark.parametrize(("reward", "text", "answer"), ANSWERS)
+def test_what_is_thought_is_no_answer(reward, text, answer):
+    other = text.translate(str.maketrans("4yB", "7nA"))
+    for thought in ("<think>{}</think>", "{}</think>", "<seed:think>{}</seed:think>", "[THINK]{}[/THINK]"):
+        assert reward([thought.format(THOUGHT) + f"\n\n{text}"], answer=[answer]) == [1.0]
+        assert reward([thought.format(THOUGHT) + f"\n\n{other}"], answer=[answer]) == [0.0]
+        assert reward([thought.format(THOUGHT) * 2], answer=[answer]) == [0.0]
+    assert reward([f"<think>{THOUGHT}"], answer=[answer]) == [0.0]
+    assert reward([f"{text}\n<think>{THOUGHT}"], answer=[answer]) == [1.0]
+
+
+def test_what_is_thought_is_no_answer_of_mathematics(patient):
+    texts = [r"<think>\boxed{4}</think>It is 5.", r"<think>\boxed{5}</think>It is 4.", r"<think>\boxed{4}", "4</think>"]
+    assert patient(texts, ["4"] * 4) == [0.0, 1.0, 0.0, 0.0]
+
+
 CODE = "def f():\n    return 1\n"
 
 
@@ -259,6 +296,9 @@ CODE = "def f():\n    return 1\n"
         (f"```python\n{CODE}```\n\nExample output:\n```\n5", CODE),
         (f"```python\n{CODE}``` trailing ```python", CODE),
         (f"```python\n{CODE}```\n```python\n", CODE),
+        (f"<think>```\nno\n``` or ```no</think>\n```python\n{CODE}```", CODE),
+        (f"<think>```no```</think>{CODE}", CODE),
+        (f"<think>```python\n{CODE}```", None),
         ("``````", None),
         ("", None),
     ],

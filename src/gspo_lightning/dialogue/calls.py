@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gspo_lightning.rewards.functions import spoken
+
 Schemas = dict[str, dict[str, Any]]
 """The JSON schema of each tool by its name, as ``get_json_schema`` makes it."""
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_THOUGHT = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
 _WORDS = {"True": True, "False": False, "None": None}
 """Python's words for JSON's, which templates of untyped forms write."""
 _TYPES: dict[str, Callable[[Any], bool]] = {
@@ -42,19 +43,19 @@ def json_calls(text: str) -> list[str]:
     tagged = tagged_calls(text)
     if tagged:
         return tagged
-    bare = _spoken(text).strip()
+    bare = spoken(text).strip()
     is_call = bare.startswith("{") and '"name"' in bare and ('"parameters"' in bare or '"arguments"' in bare)
     return [bare] if is_call else []
 
 
 def tagged_calls(text: str) -> list[str]:
     """What stands in each ``<tool_call>...</tool_call>`` of a turn, the last perhaps unclosed."""
-    return [part.partition(_CLOSE)[0] for part in _spoken(text).split(_OPEN)[1:]]
+    return [part.partition(_CLOSE)[0] for part in spoken(text).split(_OPEN)[1:]]
 
 
 def xml_calls(text: str) -> list[str]:
     """What stands in each ``<function=...</function>`` of a turn (Qwen3-Coder, Seed-OSS), the last perhaps unclosed."""
-    return [part.partition("</function>")[0] for part in _spoken(text).split("<function=")[1:]]
+    return [part.partition("</function>")[0] for part in spoken(text).split("<function=")[1:]]
 
 
 def mistral_calls(text: str) -> list[str]:
@@ -64,7 +65,7 @@ def mistral_calls(text: str) -> list[str]:
     ``[TOOL_CALLS]name[ARGS]{...}`` or ``[TOOL_CALLS]name[CALL_ID]id[ARGS]{...}``.
     """
     calls = []
-    for part in _spoken(text).split("[TOOL_CALLS]")[1:]:
+    for part in spoken(text).split("[TOOL_CALLS]")[1:]:
         try:
             items = _parsed(part)
         except CallError:
@@ -199,13 +200,6 @@ def _spell(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return f"the choices {json.dumps(schema['enum'], ensure_ascii=False)}"
     return f"type {' or '.join(kind for part in schema.get('anyOf', [schema]) for kind in _kinds(part))}"
-
-
-def _spoken(text: str) -> str:
-    """A turn without what is thought in it: up to the end of the last thought, and from an open one on."""
-    for begin, end in _THOUGHT:
-        text = text.rpartition(end)[2].partition(begin)[0]
-    return text
 
 
 def _parsed(text: str) -> Any:

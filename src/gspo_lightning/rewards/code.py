@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.functions import full_text
+from gspo_lightning.rewards.functions import full_text, spoken
 from gspo_lightning.rewards.sandbox import Isolation, Limits, SandboxError, Session, session
 from gspo_lightning.rewards.sandbox_checks import check_limits, require
 
@@ -24,11 +24,14 @@ _INFO = re.compile(r"\s*(?:\w+|\{\s*\.?(?:python|py)\b[^}]*\}|(?:python|py)[\d.]
 
 
 def extract_code(text: str) -> str | None:
-    """The last block fenced by three backticks, or the whole text without a fence; None if empty or too long.
+    """The last block fenced by three backticks, or all of a text without a fence; None if empty or too long.
+
+    What is thought (`spoken`) is left out before.
 
     The last block may lack its closing fence, as completions are cut and models forget it, if it names its language or
     is the only one.
     """
+    text = spoken(text)
     parts = text.split("```")
     blocks = [rest for block in parts[1:-1:2] if (rest := _without_info(block)).strip()]
     if len(parts) % 2 == 0 and (rest := _without_info(parts[-1])).strip():

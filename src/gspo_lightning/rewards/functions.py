@@ -17,17 +17,28 @@ MAX_CHARACTERS = 20_000
 _INTEGER = re.compile(rf"(?<![\d.])-?{GROUPED}(?![\d.]*\d)|-?\d+")
 _NUMBER = re.compile(rf"-?(?:{GROUPED}|\d+)(?:\.\d+)?|-?\.\d+")
 _WHOLE_NUMBER = re.compile(rf"([-+]?)({GROUPED}|\d+)(?:\.0*)?")
+_THOUGHT = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
 _ONE_NUMBER = re.compile(rf"[-+]?(?:{GROUPED}|\d{{1,400}})?(?:\.\d{{0,400}})?(?:[eE][-+]?\d{{1,3}})?")
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion in either of TRL's forms, at most its last ``MAX_CHARACTERS``."""
-    return full_text(completion)[-MAX_CHARACTERS:]
+    """What a completion says, in either of TRL's forms and as `spoken` has it, at most its last ``MAX_CHARACTERS``."""
+    return spoken(full_text(completion))[-MAX_CHARACTERS:]
 
 
 def full_text(completion: str | list[dict[str, Any]]) -> str:
     """The whole text of a completion in either of TRL's forms."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def spoken(text: str) -> str:
+    """The text without what is thought in it: after the last ``</think>``, and before a ``<think>`` that is left open.
+
+    So for the marks of Seed-OSS and of Mistral. Takes linear time.
+    """
+    for begin, end in _THOUGHT:
+        text = text.rpartition(end)[2].partition(begin)[0]
+    return text
 
 
 def is_missing(value: Any) -> bool:

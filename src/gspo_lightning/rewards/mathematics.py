@@ -14,7 +14,7 @@ from typing import Any
 from math_verify import parse, verify
 
 from gspo_lightning.errors import UserError, check_time_limit
-from gspo_lightning.rewards.functions import full_text
+from gspo_lightning.rewards.functions import full_text, spoken
 from gspo_lightning.rewards.quantities import is_one_number, plain_quantities
 from gspo_lightning.rewards.text import check_tag, single_block
 from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
@@ -70,7 +70,7 @@ class MathVerify:
         Raises:
             UserError: math-verify finds nothing in a row's ``answer``.
         """
-        return [self._score(full_text(c), str(a)) for c, a in zip(completions, answer, strict=True)]
+        return [self._score(spoken(full_text(c)), str(a)) for c, a in zip(completions, answer, strict=True)]
 
     def _score(self, text: str, answer: str) -> float:
         found = text if self.tag is None else single_block(text, self.tag)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_lightning.errors import UserError
-from gspo_lightning.rewards.functions import full_text, number, text_of
+from gspo_lightning.rewards.functions import full_text, number, spoken, text_of
 from gspo_lightning.rewards.numerals import plain_letters
 
 
@@ -118,7 +118,7 @@ class TaggedNumber:
 
     def __call__(self, completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
         """One reward per completion; None (does not apply) if the row's answer is no number."""
-        return [self._score(full_text(c), number(a)) for c, a in zip(completions, answer, strict=True)]
+        return [self._score(spoken(full_text(c)), number(a)) for c, a in zip(completions, answer, strict=True)]
 
     def _score(self, text: str, target: float | None) -> float | None:
         if target is None:
