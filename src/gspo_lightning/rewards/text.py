@@ -139,9 +139,10 @@ class MultipleChoice:
     r"""1 if the chosen letter is the row's ``answer``, else 0.
 
     The choice is read from the first of these that exists: the one block of ``tag``; the last ``\boxed{X}``; the last
-    "answer is X" or "Answer: X", in Markdown and LaTeX too (``**Answer:** B``, ``\boxed{\text{B}}``); the beginning of
-    a text (``B``, ``(B)``, ``B. because``) that names no answer later. A letter somewhere in a sentence is no choice:
-    "A" is also a word. Brackets and punctuation may be those of Chinese and Japanese, and letters full-width.
+    "answer is X", "answer to this question is X" or "Answer: X", in Markdown and LaTeX too (``**Answer:** B``,
+    ``\boxed{\text{B}}``); the beginning of a text (``B``, ``(B)``, ``B. because``, or ``B`` alone in the first line)
+    that names no answer later. A letter somewhere in a sentence is no choice: "A" is also a word. Brackets and
+    punctuation may be those of Chinese and Japanese, and letters full-width.
 
     Args:
         choices: the letters, such as ``ABCD``.
@@ -176,20 +177,22 @@ class MultipleChoice:
     def _choice(self, text: str) -> str | None:
         # Chinese and Japanese have no space after a Latin letter: "B因为".
         alone = rf"(?:(?!\w)|(?<=[A-Za-z])(?![0-9_{_LATIN}]))(?!'\w|’[{_LATIN}]|{_ACCENT})"
-        before = r"(?:[\s(\[*_`$\"'（［【〔「『“‘]|\\(?:text|mathrm|mathbf|textbf)\{){0,9}"
+        before = r"(?:[\s(\[*_`$\"'（［【〔「『“‘]|\\\(|\\(?:text|mathrm|mathbf|textbf)\{){0,9}"
         letter = f"{before}([{plain_letters(self.choices)}]){alone}"
         if self.tag is not None and (block := single_block(text, self.tag)) is not None:
             found = re.match(rf"\s{{0,100}}{letter}", block)
             return found[1] if found else None
         word = f"(?i:{'|'.join(map(re.escape, self.answer_words))})"
         colon = rf"{word}[*_]{{0,3}}\s{{0,9}}[:：]"
-        says = rf"(?:{colon}|{word}[*_]{{0,3}}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}(?:\s{{1,9}}(?i:option|choice))?"
+        about = r"(?:\s{1,9}(?i:to|for)\s[^.:\n]{1,80}?)?"
+        says = rf"(?:{colon}|{word}[*_]{{0,3}}{about}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}(?:\s{{1,9}}(?i:option|choice))?"
         for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|{word}){letter}"):
             if all_found := re.findall(pattern, text):
                 return str(all_found[-1])
         if re.search(colon, text):
             return None
-        found = re.match(rf"\s{{0,100}}{letter}(?=[”’]{{0,2}}(?:[).:\]*,）．。：］】〕」』，、]|\s{{0,100}}\Z))", text)
+        ends = r"[”’\"'`$]{0,2}(?:\\?[).:\]*,）．。：］】〕」』，、]|[^\S\n]{0,9}(?:[-–—][^\S\n]|\n|\Z))"
+        found = re.match(rf"\s{{0,100}}{letter}(?={ends})", text)
         return found[1] if found else None
 
 
