@@ -315,11 +315,19 @@ CODE = "def f():\n    return 1\n"
         (f"<think>```\nno\n``` or ```no</think>\n```python\n{CODE}```", CODE),
         (f"<think>```no```</think>{CODE}", CODE),
         (f"<think>```python\n{CODE}```", None),
+        (f"```python\n{CODE}```\nOutput:\n```\n1\n```", CODE),
+        (f"```python\n{CODE}```\nRun it:\n```bash\npython f.py\n```\n```text\n1\n```", CODE),
+        (f"```py\nbad\n```\nNo:\n```Python3\n{CODE}```\n```\n>>> f()\n1", CODE),
+        (f"```\nf()\n```\n```\n{CODE}```", "\n" + CODE),
+        (f"```pycon\n>>> f()\n```\n```\n{CODE}```", "\n" + CODE),
+        ("1. So:\n   ```python\n   def f():\n       return 1\n   ```\n2. Done.", CODE),
+        ("```python\n\n  x = 1\n\n  y = 2\n```", "\nx = 1\n\ny = 2\n"),
+        ('```python\nx = """\n  \n"""\n```', 'x = """\n  \n"""\n'),
         ("``````", None),
         ("", None),
     ],
 )
-def test_code_is_the_last_block_that_holds_any_closed_or_not(text, code):
+def test_code_is_the_last_block_of_python_or_else_the_last_that_holds_any(text, code):
     assert extract_code(text) == code
 
 

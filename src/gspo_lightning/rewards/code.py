@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,29 +22,41 @@ MAX_CODE_CHARACTERS = 50_000
 _CALL, _PROGRAM = {"call", "args", "expected"}, {"input", "output"}
 _INFO = re.compile(r"\s*(?:\w+|\{\s*\.?(?:python|py)\b[^}]*\}|(?:python|py)[\d.]*(?:\s+[^\s=].*)?)\s*", re.IGNORECASE)
 """Text that may follow an opening fence: one word, or more for Python: ``python run``, ``{python}``."""
+_PYTHON = re.compile(r"\s*\{?\s*\.?(?:python|py)[\d.]*(?!\w)", re.IGNORECASE)
 
 
 def extract_code(text: str) -> str | None:
-    """The last block fenced by three backticks, or all of a text without a fence; None if empty or too long.
+    """The last block fenced by three backticks that names Python; None if it is empty or too long.
 
-    What is thought (`spoken`) is left out before.
+    If none names it, the last block (after the code there may be others, of its output or of a shell), or all of a text
+    without a fence. What is thought (`spoken`) is left out before.
 
     The last block may lack its closing fence, as completions are cut and models forget it, if it names its language or
-    is the only one.
+    is the only one. A block may be indented as a whole, as in a list.
     """
     text = spoken(text)
     parts = text.split("```")
-    blocks = [rest for block in parts[1:-1:2] if (rest := _without_info(block)).strip()]
+    blocks = [block for block in parts[1:-1:2] if _without_info(block).strip()]
     if len(parts) % 2 == 0 and (rest := _without_info(parts[-1])).strip():
         says_language = rest != parts[-1]
-        blocks += [rest] if says_language or not blocks else []
-    code = blocks[-1] if blocks else text if len(parts) == 1 else ""
+        blocks += [parts[-1]] if says_language or not blocks else []
+    blocks = [block for block in blocks if _names_python(block)] or blocks
+    code = _dedented(_without_info(blocks[-1])) if blocks else text if len(parts) == 1 else ""
     return code if code.strip() and len(code) <= MAX_CODE_CHARACTERS else None
 
 
 def _without_info(block: str) -> str:
     info, _, rest = block.partition("\n")
     return rest if _INFO.fullmatch(info[:200]) else block
+
+
+def _names_python(block: str) -> bool:
+    return _without_info(block) != block and _PYTHON.match(block) is not None
+
+
+def _dedented(code: str) -> str:
+    """The code without the indentation of all its lines; as it is if its first line has none."""
+    return textwrap.dedent(code) if code.lstrip("\r\n")[0] in " \t" else code
 
 
 def same(found: Any, wanted: Any, tolerance: float) -> bool:
