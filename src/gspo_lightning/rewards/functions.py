@@ -15,7 +15,7 @@ MAX_CHARACTERS = 20_000
 """Of a longer completion only the end is read: an answer is near the end, and patterns must not search megabytes."""
 
 _INTEGER = re.compile(rf"(?<![\d.])-?{GROUPED}(?![\d.]*\d)|-?\d+")
-_NUMBER = re.compile(rf"-?(?:{GROUPED}|\d+)(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(rf"-?(?:(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\w))?")
 _WHOLE_NUMBER = re.compile(rf"([-+]?)({GROUPED}|\d+)(?:\.0*)?")
 _THOUGHT = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
 _ONE_NUMBER = re.compile(rf"[-+]?(?:{GROUPED}|\d{{1,400}})?(?:\.\d{{0,400}})?(?:[eE][-+]?\d{{1,3}})?")
