@@ -22,6 +22,9 @@ from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutErro
 MAX_ANSWER_CHARACTERS = 2_000
 """Of a longer text only the end is read."""
 _MAX_NESTING = 50
+_PERCENT = re.compile(r"(?<=[\d}])\s*\\?%(?=\s*\}|\$|\\[)\]])")
+"""The sign of percent at the end of a box or a formula, of which math-verify then reads nothing, or a part."""
+_STOP = re.compile(r"(?<=\d)\.(?=\s*\})")
 _DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
 
 # It warns at each call that its timeouts are off; here a process bounds it.
@@ -99,7 +102,7 @@ def math_equal(text: str, answer: str, is_answer: bool = False) -> bool | None:
         answer: the right answer.
         is_answer: whether the text is an answer and nothing else, as ``answer`` is.
     """
-    found = _readings(text) if is_answer else [_parse(text)]
+    found = _readings(text) if is_answer else _parsed(text)
     right = _readings(answer)
     return any(verify(gold, one, timeout_seconds=None) for gold in right for one in found) if right else None
 
@@ -111,17 +114,19 @@ def _readings(answer: str) -> list[list[Any]]:
     """
     answer = answer.strip("*_`\t\n ")  # of Markdown
     if _DELIMITED.search(answer):
-        readings = [_parse(answer)]
+        readings = _parsed(answer)
     else:
-        plain = [_parse(answer)] if is_one_number(answer) else []
-        readings = [*plain, _parse(rf"\boxed{{{answer}}}")]
+        plain = _parsed(answer) if is_one_number(answer) else []
+        readings = [*plain, *_parsed(rf"\boxed{{{answer}}}")]
     return [reading for reading in readings if reading]
 
 
-def _parse(text: str) -> list[Any]:
+def _parsed(text: str) -> list[list[Any]]:
+    """What math-verify finds in a text; of percent both the number and its hundredth, as it has them elsewhere."""
+    text = _STOP.sub("", plain_quantities(text))
+    texts = dict.fromkeys(_PERCENT.sub(divided, text) for divided in ("", "/100"))
     # Its own timeouts are signals, which cannot interrupt one long multiplication.
-    found: list[Any] = parse(plain_quantities(text), parsing_timeout=None)
-    return found
+    return [parse(reading, parsing_timeout=None) for reading in texts]
 
 
 def _nesting(text: str) -> int:
