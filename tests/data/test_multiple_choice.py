@@ -68,6 +68,9 @@ def test_choices_of_a_mapping_are_read_with_the_labels_of_the_dataset(choices, a
         ([Decimal("1.50"), Decimal("2")], Decimal("2"), "A. 1.50\nB. 2"),
         ([date(2020, 1, 2), date(2021, 1, 2)], date(2021, 1, 2), "A. 2020-01-02\nB. 2021-01-02"),
         ([np.int64(5), np.int64(6)], "6", "A. 5\nB. 6"),
+        ([5, 6], 6, "A. 5\nB. 6"),
+        ([0, 1], 1, "A. 0\nB. 1"),
+        (["1", "2"], 1, "A. 1\nB. 2"),
         ([np.float32(1.5), np.float64(2)], 1, "A. 1.5\nB. 2.0"),
         ({"A": True, "B": ["x"]}, "B", "A. True\nB. ['x']"),
     ],
@@ -102,6 +105,10 @@ def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
         ({"answer": "D"}, "the answer 'D' is not the number"),
         ({"answer": True}, "the answer True is not the number"),
         ({"answer": "A", "choices": ["B", "A"]}, "both a letter and the text of another choice"),
+        (
+            {"answer": 2, "choices": [1, 2, 3]},
+            r"row 0: the answer 2 is both the number \(from 0\) of a choice and another choice; give its letter",
+        ),
         ({"answer": 0, "choices": "red"}, "must be a list of 2 to 26 choices"),
         ({"answer": 0, "choices": ["red"]}, "must be a list of 2 to 26 choices"),
         (

@@ -91,16 +91,21 @@ def letter_of(answer: Any, choices: list[Any], where: str, labels: list[str] | N
     texts, letters = [str(choice) for choice in choices], string.ascii_uppercase[: len(choices)]
     names = list(letters) if labels is None else labels
     text = str(answer)
-    if text not in names and isinstance(answer, Integral) and not isinstance(answer, bool):
-        if 0 <= int(answer) < len(texts):
-            return letters[int(answer)]
-    elif texts.count(text) == 1:
+    is_number = text not in names and isinstance(answer, Integral) and not isinstance(answer, bool)
+    if is_number and 0 <= int(answer) < len(texts):
+        if answer in choices and choices.index(answer) != answer:
+            raise UserError(
+                f"{where}: the answer {answer!r} is both the number (from 0) of a choice and another choice; give its "
+                "letter"
+            )
+        return letters[int(answer)]
+    if texts.count(text) == 1:
         if text in names and names.index(text) != texts.index(text):
             raise UserError(
                 f"{where}: the answer {answer!r} is both a letter and the text of another choice; give its number"
             )
         return letters[texts.index(text)]
-    elif text in names:
+    if text in names:
         return letters[names.index(text)]
     raise UserError(
         f"{where}: the answer {answer!r} is not the number (from 0), letter or text of one of the {len(texts)} choices"
