@@ -92,9 +92,10 @@ def test_a_job_does_not_take_the_place_of_another_of_its_sweep(tmp_path):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, monkeypatch, capsys):
+def test_a_job_of_a_sweep_ends_it_with_the_code_of_a_single_run(error, code, monkeypatch, tmp_path, capsys):
     job = SimpleNamespace(num=1, override_dirname="seed=2")
-    monkeypatch.setattr(ending.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN, job=job))
+    hydra = SimpleNamespace(mode=RunMode.MULTIRUN, job=job, runtime=SimpleNamespace(output_dir=str(tmp_path)))
+    monkeypatch.setattr(ending.HydraConfig, "get", lambda: hydra)
     monkeypatch.setattr(ending, "_check_job", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(ending.first_error, "_rank", None)  # whatever an earlier test of this process was
