@@ -7,23 +7,41 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from gspo_lightning.distributed.ranks import gather_values, rank
 from gspo_lightning.errors import UserError
 from gspo_lightning.training.sampling_checks import check_rotation
-from gspo_lightning.types import PromptBatch
+from gspo_lightning.types import Prompt, PromptBatch
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
 
 
 def check_prompts(batch: Any, loader: str) -> None:
-    """Refuses a batch of a custom loader that is no `PromptBatch`."""
+    """Refuses a batch of a custom loader that is no `PromptBatch`, or whose prompts have no row of token ids."""
     if not isinstance(batch, PromptBatch):
         raise UserError(
             f"{loader}: a batch is a {type(batch).__name__}, not a PromptBatch; give "
             "PromptBatch(prompts) by DataLoader(..., batch_size=None)"
         )
+    for prompt in batch.prompts:
+        if not isinstance(prompt, Prompt):
+            raise UserError(
+                f"{loader}: a PromptBatch of a {type(prompt).__name__}, not of Prompts; make_prompt gives one of a row"
+            )
+        ids: Any = prompt.input_ids
+        if not are_token_ids(ids) or not len(ids):
+            found = f"{ids.dtype} tensor {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise UserError(
+                f"{loader}: row {prompt.uid}: input_ids are a {found}, not a tensor (P,) of whole numbers, at least "
+                "one; give the token ids of one prompt, without a batch dimension"
+            )
+
+
+def are_token_ids(ids: Any) -> bool:
+    """Whether it is a tensor ``(N,)`` of whole numbers."""
+    return isinstance(ids, Tensor) and ids.ndim == 1 and ids.dtype in (torch.int64, torch.int32)
 
 
 def check_batch(batch: Any, module: GSPOModule) -> None:

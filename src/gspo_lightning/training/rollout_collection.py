@@ -19,6 +19,7 @@ from gspo_lightning.rollout import RolloutEngine
 from gspo_lightning.rollout.engine import traits
 from gspo_lightning.rollout.seeds import rollout_seed
 from gspo_lightning.screen import counted
+from gspo_lightning.training.batch_checks import are_token_ids
 from gspo_lightning.training.dynamic_sampling import Drawn, draw_until_signal
 from gspo_lightning.training.out_of_memory import memory_for
 from gspo_lightning.training.prompt_source import needed_source
@@ -146,7 +147,7 @@ def sample(
 def _fault(completion: Completion, longest: int) -> str | None:
     """What is wrong with a completion, as a custom engine may return it; None if nothing is."""
     ids, logprobs = completion.token_ids, completion.sampler_logprobs
-    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+    if not are_token_ids(ids):
         return "token_ids that are no tensor of whole numbers (C,)"
     if not 1 <= len(ids) <= longest:
         return f"a completion of {counted(len(ids), 'token')}, but was asked for 1 to {longest}"
