@@ -13,13 +13,23 @@ from gspo_lightning.advantages import AdvantageEstimator
 from gspo_lightning.data import PromptDataModule
 from gspo_lightning.dialogue.turns import silent_rollout
 from gspo_lightning.errors import UserError
+from gspo_lightning.policy.adapter import LoraSettings
 from gspo_lightning.rewards import RewardSet, RewardSpec
 from gspo_lightning.training import dynamic_sampling
 from gspo_lightning.training.dynamic_sampling import draw_until_signal
 from gspo_lightning.training.rollout_collection import compare
 from gspo_lightning.training.rollout_log import rollout_metrics
 from gspo_lightning.types import Completion, Dialogue, Prompt, PromptBatch, RewardedRollout
-from tests.scripted import ScriptedSource, Settings, build_module, scripted_prompts, scripted_reward, trainer
+from tests.scripted import (
+    Batches,
+    ScriptedEngine,
+    ScriptedSource,
+    Settings,
+    build_module,
+    scripted_prompts,
+    scripted_reward,
+    trainer,
+)
 
 
 def rewarded(prompts: list[Prompt], rewards: list[list[float]]) -> RewardedRollout:
@@ -189,6 +199,31 @@ def test_a_rank_with_signal_runs_along_while_another_draws(monkeypatch):
     source = Numbers(set())
     draw_until_signal(source, source.collect, 3, lambda: along.append(len(source.collected)))
     assert along == [1] and source.collected == [[0, 1, 2]]
+
+
+def test_running_along_is_sampling_as_any_other(monkeypatch, micro_model_dir):
+    """Rank 0 of an engine that samples for all ranks may have no prompts of its own, and runs their environments."""
+    seen = []
+
+    class Calling(ScriptedEngine):
+        def generate(self, policy, prompts, *arguments):
+            seen.append((len(prompts), torch.get_default_dtype()))
+            return super().generate(policy, prompts, *arguments)
+
+    class Drawing(ScriptedSource):
+        def train_dataloader(self):
+            return Batches(scripted_prompts()).loader()
+
+        def draw(self, batch, counts):
+            return PromptBatch([], batch.cursor + sum(counts))
+
+    monkeypatch.setattr(dynamic_sampling, "silent_rollout", lambda *_: torch.zeros(4, dtype=torch.bool))
+    others = iter([1, 0])
+    monkeypatch.setattr(dynamic_sampling, "gather_values", lambda values: torch.tensor([int(values), next(others)]))
+    module = build_module(micro_model_dir, Settings(dtype="float32", lora=LoraSettings(r=2)))
+    module.engine, module.max_draws = Calling(), 2
+    trainer(precision="bf16-true").fit(module, Drawing())
+    assert seen == [(4, torch.float32), (0, torch.float32)]
 
 
 class Logging(Numbers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,19 +73,17 @@ class RolloutCollection:
 
     def _draw(self) -> RewardedRollout:
         source = needed_source(self.module.trainer, "dynamic_sampling.max_draws")
+        along = partial(self._sampled, [])
         rollout, self.batch, self.drawn = draw_until_signal(
-            source, self._collect, self.module.max_draws, self._run_along, self.module.advantages
+            source, self._collect, self.module.max_draws, along, self.module.advantages
         )
         return rollout
 
     def _collect(self, prompts: list[Prompt]) -> RewardedRollout:
         """Samples ``num_generations`` completions per prompt and gives each a reward."""
-        module, sampling = self.module, self.module.sampled_with
+        module = self.module
         assert module.policy is not None
-        # The precision is that of the model: rewards, advantages and environments are not computed in it.
-        precision, usual = module.trainer.precision_plugin.forward_context(), dtype_of_new_tensors(module.rewards.dtype)
-        with module.stopwatch("rollout"), precision, usual:
-            rollout = sample(module.policy, module.engine, prompts, sampling, self._seed)
+        rollout = self._sampled(prompts)
         _check_tokens(rollout, module.policy.config.get_text_config().vocab_size)
         _check_turns(rollout, module.advantages)
         with module.stopwatch("reward"):
@@ -99,12 +98,14 @@ class RolloutCollection:
             extra_columns=module.rewards.log.columns,
         )
 
-    def _run_along(self) -> None:
-        """Calls the engine without prompts, because other ranks call it with some."""
+    def _sampled(self, prompts: list[Prompt]) -> Rollout:
+        """The completions of these prompts; without any, the engine is called because other ranks call it with some."""
         module = self.module
         assert module.policy is not None
-        with module.trainer.precision_plugin.forward_context():
-            module.engine.generate(module.policy, [], module.sampled_with, self._seed)
+        # The precision is that of the model: rewards, advantages and environments are not computed in it.
+        precision, usual = module.trainer.precision_plugin.forward_context(), dtype_of_new_tensors(module.rewards.dtype)
+        with module.stopwatch("rollout"), precision, usual:
+            return sample(module.policy, module.engine, prompts, module.sampled_with, self._seed)
 
 
 def sample(
