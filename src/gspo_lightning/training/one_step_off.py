@@ -49,7 +49,7 @@ class OneStepOff:
         self.is_stale = False
         """Whether the rollout handed out last was generated ahead, by ``behaviour``."""
         self.seconds = 0.0
-        """How long the engine took for the rollout handed out last, if that was generated ahead; NaN if unknown."""
+        """How long the engine took for the rollout handed out last, if that was generated ahead."""
         self._pending: _Pending | None = None
         self._taken: _Pending | None = None
         """The rollout handed out last, as long as ``behaviour`` has the weights that sampled it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -23,7 +22,7 @@ class Stopwatch:
         """Forgets everything; the step starts now."""
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        """Phase -> seconds; NaN where they are unknown."""
+        """By phase."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -36,13 +35,13 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self, now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update; unknown ones are left out.
+        """``time/<phase>_s``, ``time/step_s`` and tokens per second of rollout and update.
 
         Args:
             now: counters ``count/rollout_tokens`` and ``count/train_tokens`` after this rollout.
             before: the same after the previous rollout; empty for the first.
         """
-        times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items() if not math.isnan(seconds)}
+        times = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
         times["time/step_s"] = time.perf_counter() - self._start
         rates = {}
         # The time of a rollout generated ahead is that of its generation, not that of waiting for it.
@@ -51,8 +50,6 @@ class Stopwatch:
             "train": self.seconds.get("update", 0.0),
         }
         for name, seconds in spent.items():
-            if math.isnan(seconds):
-                continue
             tokens = now[f"count/{name}_tokens"] - before.get(f"count/{name}_tokens", 0.0)
             rates[f"perf/{name}_tokens_per_s"] = tokens / max(seconds, 1e-9)
         return {**times, **rates}
