@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from gspo_lightning.packing import PackedBatch, SharedPrefixLayout, flex, pack
+from gspo_lightning.policy.adapter import LoraSettings, add_lora
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
-from gspo_lightning.policy.load import LoraSettings, add_lora
 from gspo_lightning.policy.model import Policy
 from gspo_lightning.policy.vision import packs_images
 from gspo_lightning.rollout.cache import DecodeCache

@@ -15,9 +15,10 @@ from gspo_lightning.data.templating import encode_prompt
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import attention, pack
 from gspo_lightning.policy import load
+from gspo_lightning.policy.adapter import LoraSettings, add_lora
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import PackingMismatchError, check_packing
-from gspo_lightning.policy.load import LoraSettings, PolicyLoader, add_lora
+from gspo_lightning.policy.load import PolicyLoader
 from gspo_lightning.policy.micro_gpt_oss import WINDOW
 from gspo_lightning.report import sections
 from gspo_lightning.rewards import RewardSet, RewardSpec

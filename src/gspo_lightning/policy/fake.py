@@ -14,10 +14,10 @@ from transformers.integrations import moe
 
 from gspo_lightning.errors import UserError
 from gspo_lightning.packing import PackedBatch
-from gspo_lightning.policy.adapter import check_adapter
+from gspo_lightning.policy.adapter import add_lora, check_adapter
 from gspo_lightning.policy.attention import attention_implementation, register
 from gspo_lightning.policy.lean import lighten
-from gspo_lightning.policy.load import DTYPES, PolicyLoader, add_lora
+from gspo_lightning.policy.load import DTYPES, PolicyLoader
 from gspo_lightning.policy.model import Policy, without_adapter
 from gspo_lightning.policy.packable import can_pack, may_pack
 from gspo_lightning.policy.reading import load_config

@@ -21,8 +21,7 @@ from gspo_lightning.errors import UserError
 from gspo_lightning.packing.compiling import allow_graphs
 from gspo_lightning.paths import from_home
 from gspo_lightning.policy.adapter import LoraSettings as LoraSettings
-from gspo_lightning.policy.adapter import add_lora as add_lora
-from gspo_lightning.policy.adapter import load_adapter
+from gspo_lightning.policy.adapter import add_lora, load_adapter
 from gspo_lightning.policy.attention import AttentionForm, attention_implementation, register
 from gspo_lightning.policy.bundled import resolve_model
 from gspo_lightning.policy.check import SLOW

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gspo_lightning.distributed.ranks import rank
 from gspo_lightning.errors import UserError
 from gspo_lightning.paths import from_home
+from gspo_lightning.rollout.weights import adapter_scale
 
 if TYPE_CHECKING:
     from gspo_lightning.module import GSPOModule
@@ -50,9 +51,7 @@ def _leaves_out(module: GSPOModule) -> bool:
 
 
 def _scale(module: GSPOModule) -> float | None:
-    """``alpha / r``, or ``alpha / sqrt(r)`` of rsLoRA; None without LoRA."""
+    """That of a LoRA adapter; None without one."""
     policy: Any = module.policy
-    config: Any = getattr(policy.model, "peft_config", {}).get("default")
-    if not hasattr(config, "lora_alpha"):
-        return None
-    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+    config = getattr(policy.model, "peft_config", {}).get("default")
+    return adapter_scale(policy) if hasattr(config, "lora_alpha") else None
