@@ -152,7 +152,6 @@ _REPLACED = {
         "unfreezes layers after an epoch, and a run is one epoch; leave it out: model.lora, train_vision and "
         "train_language say what is trained"
     ),
-    "ModelPruning": "prunes once per epoch, which is after the last validation of a run; prune the exported model",
 }
 """Callbacks of Lightning in place of which the commands have their own, or none."""
 
