@@ -69,6 +69,18 @@ def test_a_weight_that_is_not_finite_is_named_before_it_spreads(micro_model_dir)
         fit(micro_model_dir, plant)
 
 
+def test_a_run_that_it_ended_leaves_no_hooks(micro_model_dir):
+    """Lightning calls no teardown after an error; the same module may be trained on with another rate."""
+    module = build_module(micro_model_dir, Settings())
+    module.configure_model()
+    plain = module.policy.get_submodule(LAYER)
+    broken = plain.register_forward_hook(lambda module, inputs, output: output * torch.inf)
+    with pytest.raises(NonFiniteLayerError, match="^forward: "):
+        trainer(callbacks=[DetectAnomaly()]).fit(module, Batches(scripted_prompts()).loader())
+    broken.remove()
+    assert not any(m._forward_hooks or m._backward_hooks for m in module.policy.modules())
+
+
 def test_compiled_layers_are_refused_before_the_model_is_loaded(micro_model_dir):
     """They call no hook of what is in them, and a layer after them would be named."""
     module = build_module(micro_model_dir, Settings(compile=True))

@@ -52,6 +52,13 @@ class DetectAnomaly(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Removes the hooks."""
+        self._remove_hooks()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Removes the hooks: Lightning calls no `teardown` after an error."""
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
