@@ -99,7 +99,7 @@ def repeated_media(
 
 @torch.no_grad()
 def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
-    """Compares, once per model, what follows a prompt with images in padded rows and in the prompt alone.
+    """Compares, once per model that passes, what follows a prompt with images in padded rows and in the prompt alone.
 
     An architecture may have inputs that are not extended correctly, or a prompt that attends to what comes after it.
 
@@ -108,7 +108,6 @@ def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
     """
     if model in _checked:
         return
-    _checked.add(model)
     device = model.get_input_embeddings().weight.device
     ids = prompt.input_ids.to(device)
     text = ids[~torch.isin(ids, _placeholder_ids(model).to(device))]
@@ -131,6 +130,7 @@ def check_images(model: PreTrainedModel, prompt: Prompt) -> None:
             f"row {prompt.uid}: models of type {kind} cannot be trained on images: the logits at the end of the "
             f"prompt, with and without a completion, differ by {distance:.1e}"
         )
+    _checked.add(model)
 
 
 def padded_logits(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor], prompt: Prompt | None) -> Tensor:
