@@ -41,6 +41,24 @@ def test_the_policy_is_split_before_its_reference_is_loaded(micro_model_dir, mon
     assert events == ["load_model", "choose_forward", ("split", policy), "load_model", ("split", reference)]
 
 
+def test_a_check_of_the_forward_that_broke_off_is_made_again(micro_model_dir, monkeypatch):
+    """Without it a model that does not pack would be trained on packed rows."""
+    asked = []
+
+    def check(policy):
+        asked.append(policy)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(loading, "choose_forward", check)
+    module = build_module(micro_model_dir, Settings())
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer().fit(module, Batches(scripted_prompts()).loader())
+    for _ in range(2):
+        trainer().fit(module, Batches(scripted_prompts()).loader())
+    assert asked == [module.policy] * 2
+
+
 def test_a_model_whose_completions_nothing_ends_is_warned_of_once(micro_model_dir):
     def said(**sampling):
         module = build_module(micro_model_dir, Settings())

@@ -70,7 +70,6 @@ def choose_forwards(module: GSPOModule) -> None:
     assert module.policy is not None
     if module.forward_chosen:
         return
-    module.forward_chosen = True
     _say_if_endless(module)
     choose_forward(module.policy)
     if traits(module.engine).max_concurrent:
@@ -78,6 +77,7 @@ def choose_forwards(module: GSPOModule) -> None:
     for reference in module.references:
         if module.policy.is_padded and not reference.is_padded:
             reference.fall_back()
+    module.forward_chosen = True
 
 
 def _say_if_endless(module: GSPOModule) -> None:
