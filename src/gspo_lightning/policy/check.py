@@ -59,11 +59,11 @@ def check_packing(policy: Policy) -> float:
         PackingMismatchError: the distance exceeds the bound of the model's dtype, or the model was loaded by something
             else than `PolicyLoader`, with another attention than ours.
     """
-    own = policy.config.get_text_config()._attn_implementation
-    if not str(own).startswith(ATTENTION_NAME):
+    attention = policy.config.get_text_config()._attn_implementation
+    if not str(attention).startswith(ATTENTION_NAME):
         raise PackingMismatchError(
-            f"{type(policy.base_model).__name__}: its attention is {own}, which knows nothing of packed rows; load it "
-            "by PolicyLoader"
+            f"{type(policy.base_model).__name__}: its attention is {attention}, which knows nothing of packed rows; "
+            "load it by PolicyLoader"
         )
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(policy.output_weight.shape[0], 1000)
@@ -74,8 +74,8 @@ def check_packing(policy: Policy) -> float:
         prompt = vision.input_ids
     groups = [(prompt, completions)]
     if vision is None:
-        own = torch.randint(3, vocabulary, (3,), generator=generator)
-        groups.append((torch.cat([prompt[: -len(own)], own]), completions[:1]))
+        end = torch.randint(3, vocabulary, (3,), generator=generator)
+        groups.append((torch.cat([prompt[: -len(end)], end]), completions[:1]))
     row = pack(groups, policy.device, [] if vision is None else [vision], least_common=1)
     row.layout.may_compile = False
     packed, _ = policy(row)

@@ -59,7 +59,8 @@ class EngineTraits:
     """`gspo_lightning.dialogue.Environments` of an engine that samples dialogues. One that has the attribute, also as
     None, is given those of the config (``environment=``)."""
     max_concurrent: int = 0
-    """Completions decoded at a time in this process, for ``dry_run``; 0 if another process decodes."""
+    """Completions decoded at a time in this process, by our decoders: `gspo_lightning.rollout.check` tries them before
+    the first rollout. 0 if another process decodes."""
 
 
 def within(engine: Any) -> Iterator[Any]:

@@ -182,7 +182,7 @@ class RolloutUpdate:
         members = [(part.group, number) for plan in minibatch.plan for part in plan for number in part.completions]
         signal = bool(members)
         if keeps and all(self.scored.has_zero_advantage(group, number) for group, number in members):
-            signal &= not (replace(objective, entropy_target=None) if rests else objective).zero_advantage_is_free
+            signal &= not replace(objective, entropy_target=None).zero_advantage_is_free
         # No reason to return at once: of a loss that draws at random ranks may find different things, and all must ask.
         return bool(global_max(int(signal or attempt.has_term), module.device))
 
