@@ -122,6 +122,7 @@ class VLLMEngine:
         self._llm: Any = None
         self._lora: Any = None
         self._synced: int | None = None
+        self._adapter_proven = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VLLMEngine:
         """The same: callbacks that average weights copy the whole module, and vLLM is in this process once."""
@@ -248,7 +249,7 @@ class VLLMEngine:
         import vllm
 
         self.engine_dtype = engine_dtype(self.dtype, policy)
-        adapter = policy.has_adapter and self.lora_sync == "adapter"
+        adapter = self._sends_adapter(policy)
         settings = self._vision(policy) | (lora_settings(policy) if adapter else {})
         with refusals_in_one_line(self.max_model_len), self._at_work(), precision_of_products_kept():
             self._llm = vllm.LLM(
@@ -275,10 +276,6 @@ class VLLMEngine:
         self._fingerprint = Fingerprint(tolerance)
         self._folder = tempfile.TemporaryDirectory(prefix="gspo-adapter-")
         atexit.register(self.close)
-        for part in adapter_parts(policy) if adapter else []:
-            with shaken(part):
-                self._send(policy)
-                self._prove(policy, part)
 
     def _vision(self, policy: Policy) -> dict[str, Any]:
         """Settings for the same images as in training: the processor's own limits, or those of the data."""
@@ -300,6 +297,7 @@ class VLLMEngine:
         atexit.unregister(self.close)
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = self._lora = self._synced = None
+        self._adapter_proven = False
         self._folder.cleanup()
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -308,6 +306,8 @@ class VLLMEngine:
 
     def _synchronise(self, policy: Policy) -> None:
         """Sends the weights if they have changed, and proves that they arrived."""
+        if not self._adapter_proven:
+            self._prove_adapter(policy)
         now = checksum(trained_parameters(policy))
         if now == self._synced:
             return
@@ -316,9 +316,21 @@ class VLLMEngine:
         self._prove(policy)
         self._synced = now
 
+    def _prove_adapter(self, policy: Policy) -> None:
+        """Proves for each part of the model that the engine uses its adapter: one at its first value changes nothing,
+        and could be left out unseen."""
+        for part in adapter_parts(policy) if self._sends_adapter(policy) else []:
+            with shaken(part):
+                self._send(policy)
+                self._prove(policy, part)
+        self._adapter_proven = True
+
+    def _sends_adapter(self, policy: Policy) -> bool:
+        return policy.has_adapter and self.lora_sync == "adapter"
+
     def _send(self, policy: Policy) -> None:
         self.syncs += 1
-        if policy.has_adapter and self.lora_sync == "adapter":
+        if self._sends_adapter(policy):
             self._send_adapter(policy)
         else:
             weights = partial(named_weights, policy, self.engine_dtype)
