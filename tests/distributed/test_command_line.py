@@ -118,6 +118,56 @@ def test_a_signal_to_one_process_stops_all_behind_one_rollout_and_the_run_goes_o
     assert_equal_up_to_order(tmp_path / "one", straight)
 
 
+@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_reward_that_fails_on_one_rank_ends_both_and_costs_no_rollout(trainer, straight, tmp_path):
+    """Checkpoints are due every 10 rollouts; what fails is mended, and the run goes on bit-identically."""
+    ranks = [f"trainer={trainer}", *WIDE, "trainer.devices=2"]
+    if trainer != "ddp":
+        straight = tmp_path / "straight"
+        run(*SHORT, *ranks, f"hydra.run.dir={straight}")
+    (tmp_path / "fragile.py").write_text(
+        "from pathlib import Path\n"
+        "import torch.distributed as dist\n"
+        "from gspo_lightning.rewards import letter_share as share\n"
+        "def letter_share(trainer_state, **row):\n"
+        "    if trainer_state.global_step == 5 and dist.get_rank() == 1 and not Path('mended').exists():\n"
+        "        raise ZeroDivisionError('of this completion')\n"
+        "    return share(trainer_state=trainer_state, **row)\n"
+    )
+    folder, function = tmp_path / "run", "reward.functions.letter_share.function.path=fragile.letter_share"
+    settings = [*SHORT, *ranks, function, "checkpoint.every_n_rollouts=10", f"hydra.run.dir={folder}", "ckpt_path=auto"]
+    done = run(*settings, cwd=tmp_path, expect=2)
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "reward function letter_share raised ZeroDivisionError: of this completion" in told
+    assert told.endswith(f"; saved, resume with ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
+    (tmp_path / "mended").touch()
+    run(*settings, cwd=tmp_path)
+    assert_same_run(folder, straight)
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_the_only_rank_that_draws_again_ends_the_others_too(tmp_path):
+    (tmp_path / "fragile.py").write_text(
+        "import torch.distributed as dist\n"
+        "calls = 0\n"
+        "def fragile(completions, trainer_state, **row):\n"
+        "    global calls\n"
+        "    calls += trainer_state.global_step == 2\n"
+        "    if calls == 2:\n"
+        "        raise ZeroDivisionError('of this completion')\n"
+        "    silent = 8 if calls and dist.get_rank() == 1 else 0\n"
+        "    return [0.0 if at < silent else float(at) for at in range(len(completions))]\n"
+    )
+    folder = tmp_path / "run"
+    done = run(
+        *SHORT, *TWO_RANKS, "reward.functions.letter_share.function.path=fragile.fragile", "dynamic_sampling.max_draws=2",
+        "rollout.num_generations=8", "checkpoint.every_n_rollouts=10", f"hydra.run.dir={folder}", cwd=tmp_path, expect=2,
+    )  # fmt: skip
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "raised ZeroDivisionError: of this completion" in told
+    assert told.endswith(f"; saved, resume with ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
+
+
 @pytest.mark.slow  # test_fsdp.py has the same of its checkpoints
 def test_from_one_rank_to_two(straight, tmp_path):
     code, output = run_and_stop(tmp_path, 2, signal.SIGINT, *WIDE)

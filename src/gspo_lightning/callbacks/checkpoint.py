@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from gspo_lightning.callbacks.best import Best
 from gspo_lightning.callbacks.checkpoint_files import atomic_checkpoint, go_back, keep_numbered, numbered
 from gspo_lightning.callbacks.recorder import RunRecorder
+from gspo_lightning.distributed.failing import ErrorOfAllRanks
 from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError, whole_number
 from gspo_lightning.lightning_private import averages_weights
@@ -31,8 +32,10 @@ def _left_whole(trainer: L.Trainer, module: Any, error: BaseException) -> bool:
     """Whether an error came between two updates, on all ranks: a lost engine, or a mistake in a reward or a row."""
     if isinstance(error, RolloutError):
         return fails_on_all_ranks(module.engine)
-    if not isinstance(error, UserError) or isinstance(error, OutOfMemoryError) or world_size() > 1:
+    if not isinstance(error, UserError) or isinstance(error, OutOfMemoryError):
         return False
+    if world_size() > 1:
+        return isinstance(error, ErrorOfAllRanks)
     return trainer.validating or steps_in_hand(module) == 0
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 
 import torch.distributed as dist
 
+from gspo_lightning.distributed.failing import ErrorOfAllRanks
 from gspo_lightning.distributed.ranks import rank, world_size
 from gspo_lightning.errors import UserError
 from gspo_lightning.rollout.engine import RolloutError
@@ -39,7 +40,7 @@ def on_first_rank(
         with_rows: whether ``generate`` reads the dataset rows, as environments do; else only tokens travel.
 
     Raises:
-        RolloutError, UserError: on every rank, what rank 0 raised.
+        RolloutError, ErrorOfAllRanks: on every rank, what rank 0 raised.
     """
     if world_size() == 1:
         return generate(prompts)
@@ -58,6 +59,7 @@ def _answers(asked: list[list[Prompt]], generate: Callable[[list[Prompt]], Group
     try:
         groups = generate([prompt for of_rank in asked for prompt in of_rank])
     except (RolloutError, UserError) as error:
-        return [_Failure(type(error), str(error))] * len(asked)
+        kind = ErrorOfAllRanks if type(error) is UserError else type(error)
+        return [_Failure(kind, str(error))] * len(asked)
     edges = accumulate(map(len, asked), initial=0)
     return [groups[start:end] for start, end in pairwise(edges)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from gspo_lightning.advantages import AdvantageEstimator, checked_advantages
 from gspo_lightning.dialogue.turns import has_turn_rewards, turn_advantages
+from gspo_lightning.distributed.failing import failing_together
 from gspo_lightning.distributed.ranks import gather_values
 from gspo_lightning.errors import UserError
 from gspo_lightning.objective.refusals import refuse_turn_rewards
@@ -73,9 +73,8 @@ class RolloutCollection:
 
     def _draw(self) -> RewardedRollout:
         source = needed_source(self.module.trainer, "dynamic_sampling.max_draws")
-        along = partial(self._sampled, [])
         rollout, self.batch, self.drawn = draw_until_signal(
-            source, self._collect, self.module.max_draws, along, self.module.advantages
+            source, self._collect, self.module.max_draws, self._run_along, self.module.advantages
         )
         return rollout
 
@@ -84,10 +83,11 @@ class RolloutCollection:
         module = self.module
         assert module.policy is not None
         rollout = self._sampled(prompts)
-        _check_tokens(rollout, module.policy.config.get_text_config().vocab_size)
-        _check_turns(rollout, module.advantages)
-        with module.stopwatch("reward"):
-            by_function = module.rewards(rollout.prompts, rollout.completions)
+        with failing_together(module.device):
+            _check_tokens(rollout, module.policy.config.get_text_config().vocab_size)
+            _check_turns(rollout, module.advantages)
+            with module.stopwatch("reward"):
+                by_function = module.rewards(rollout.prompts, rollout.completions)
         return RewardedRollout(
             prompts=rollout.prompts,
             completions=rollout.completions,
@@ -98,8 +98,13 @@ class RolloutCollection:
             extra_columns=module.rewards.log.columns,
         )
 
+    def _run_along(self) -> None:
+        """Does without prompts what other ranks do with some, together with all: it samples, and fails if they do."""
+        self._sampled([])
+        with failing_together(self.module.device):
+            pass
+
     def _sampled(self, prompts: list[Prompt]) -> Rollout:
-        """The completions of these prompts; without any, the engine is called because other ranks call it with some."""
         module = self.module
         assert module.policy is not None
         # The precision is that of the model: rewards, advantages and environments are not computed in it.
