@@ -159,6 +159,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
         self.batch_in_hand: PromptBatch  # its prompts, and the position of the data after it
         self._drawn = Drawn()
         self.states_before: dict[str, Any] | None = None  # of the parts, from before the rollout in hand
+        self.update_begun = False  # whether the rollout in hand has changed weights, schedules or the one ahead
         self.stopwatch = Stopwatch()
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
@@ -263,7 +264,7 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             self.trainer.should_stop = True
             return -1
         put_back(self)
-        self.states_before = states_of(self)
+        self.states_before, self.update_begun = states_of(self), False
         check_batch(batch, self)
         check_ranks_agree(self.sampling)
         warn_of_equal_uids(batch)

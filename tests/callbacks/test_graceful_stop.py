@@ -16,6 +16,7 @@ import torch
 from gspo_lightning.callbacks import GracefulStop, RolloutCheckpoint
 from gspo_lightning.callbacks import checkpoint as checkpoint_module
 from gspo_lightning.callbacks import graceful_stop as graceful_stop_module
+from gspo_lightning.distributed.failing import ErrorOfAllRanks
 from gspo_lightning.errors import UserError
 from gspo_lightning.program import training_run
 from gspo_lightning.rollout import WeightSyncError
@@ -226,7 +227,6 @@ def test_a_lost_engine_saves_the_run_unless_one_rank_may_be_alone_with_it(engine
         (2, 2, "fit", WeightSyncError("lost"), False),
         (0, None, "fit", WeightSyncError("lost"), False),
         (2, None, "validate", WeightSyncError("lost"), False),
-        (2, None, "fit", ValueError("of a reward function"), False),
         (2, None, "fit", None, True),
         (2, 1, "fit", None, True),
         (2, 2, "fit", None, False),
@@ -248,19 +248,22 @@ def test_what_ends_a_run_saves_whole_rollouts_that_are_not_saved_yet(done, saved
     ("changes", "error", "saved"),
     [
         ({}, UserError("of a reward function"), True),
-        ({"steps": 1}, UserError("of a callback between two steps"), False),
+        ({"update_begun": True}, UserError("of a callback between two steps"), False),
         ({"states_before": None}, UserError("of a callback behind the rollout, whose row is not written"), False),
         ({"states_before": None, "validating": True}, UserError("of a reward function"), True),
         ({"ranks": 2}, UserError("on one rank"), False),
-        ({}, OutOfMemoryError("while sampling"), False),
+        ({"ranks": 2}, ErrorOfAllRanks("of a reward function"), True),
+        ({}, OutOfMemoryError("in a micro-batch"), True),
+        ({"update_begun": True}, OutOfMemoryError("in the optimizer step"), False),
+        ({}, ConnectionError("of an own engine"), True),
+        ({}, KeyboardInterrupt(), False),
     ],
 )
 def test_a_mistake_between_two_updates_saves_whole_rollouts(changes, error, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "world_size", lambda: changes.get("ranks", 1))
     module = SimpleNamespace(
         rollouts_done=2, max_rollouts=8, engine=IN_PROCESS,
-        states_before=changes.get("states_before", {}), last_metrics={"count/optimizer_steps": 8.0},
-        counts={"optimizer_steps": 8 + changes.get("steps", 0)},
+        states_before=changes.get("states_before", {}), update_begun=changes.get("update_begun", False),
     )  # fmt: skip
     trainer, checkpoint = Trainer(module), RolloutCheckpoint(tmp_path, every_n_rollouts=5)
     trainer.state, trainer.validating = SimpleNamespace(fn="fit"), changes.get("validating", False)

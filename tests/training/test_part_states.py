@@ -23,6 +23,7 @@ from gspo_lightning.module import GSPOModule
 from gspo_lightning.rewards import ForTasks, RewardSet, RewardSpec
 from gspo_lightning.rollout import TransformersEngine
 from gspo_lightning.rollout.engine import EngineUnavailableError
+from gspo_lightning.training.out_of_memory import OutOfMemoryError
 from gspo_lightning.training.part_states import _fingerprint, gathered_states, restore_states, states_of
 from gspo_lightning.types import Rollout
 from tests.command_line import run
@@ -246,6 +247,59 @@ def test_a_rollout_that_broke_off_leaves_no_trace_in_the_states(micro_model_dir,
         fit(cut, lessons(micro_model_dir), callbacks=[Raise(), saving])
     fit(resumed, lessons(micro_model_dir), ckpt=tmp_path / "last.ckpt", callbacks=[Raise()])
     assert torch.equal(weights(resumed), weights(whole))
+
+
+class Breaks(L.Callback):
+    """Fails in the third rollout, once: in the minibatch of that number, or as an engine of one's own does."""
+
+    def __init__(self, where):
+        self.where, self.begun = where, 0
+
+    def on_train_batch_start(self, trainer, module, *_):
+        self.begun = 0
+
+    def on_before_backward(self, trainer, module, loss):
+        if module.rollouts_done == 2 and self.begun == self.where:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.begun += 1
+
+
+class Offline(TransformersEngine):
+    calls = 0
+
+    def generate(self, policy, prompts, sampling, seed):
+        self.calls += 1
+        if self.calls == 3:
+            raise ConnectionError("no route to host")
+        return super().generate(policy, prompts, sampling, seed)
+
+
+@pytest.mark.parametrize(
+    ("where", "staleness", "error", "saved"),
+    [
+        ("engine", 0, ConnectionError, True),
+        (0, 0, OutOfMemoryError, True),
+        (1, 0, OutOfMemoryError, False),
+        (0, 1, OutOfMemoryError, False),  # the rollout in hand was of weights that are gone
+    ],
+    ids=["an own engine", "no memory for the first step", "none for the second", "none behind a rollout ahead"],
+)
+def test_whole_rollouts_are_saved_where_one_ends_before_its_first_step(
+    where, staleness, error, saved, micro_model_dir, tmp_path
+):
+    def make(engine=TransformersEngine):
+        return made(micro_model_dir, engine=Elsewhere() if staleness else engine())
+
+    whole, cut, resumed = make(), make(Offline if where == "engine" else TransformersEngine), make()
+    fit(whole)
+    with pytest.raises(error):
+        fit(cut, callbacks=[Breaks(where), RolloutCheckpoint(tmp_path, every_n_rollouts=100)])
+    assert (tmp_path / "last.ckpt").exists() is saved
+    if saved:
+        fit(resumed, ckpt=tmp_path / "last.ckpt")
+        assert torch.equal(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("draws", [0, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from gspo_lightning.distributed.ranks import world_size
 from gspo_lightning.errors import UserError, whole_number
 from gspo_lightning.lightning_private import averages_weights
 from gspo_lightning.rollout.engine import RolloutError, traits
-from gspo_lightning.training.out_of_memory import OutOfMemoryError
-from gspo_lightning.training.run_state import steps_in_hand
 
 
 def fails_on_all_ranks(engine: Any) -> bool:
@@ -29,14 +28,12 @@ def fails_on_all_ranks(engine: Any) -> bool:
 
 
 def _left_whole(trainer: L.Trainer, module: Any, error: BaseException) -> bool:
-    """Whether an error came between two updates, on all ranks: a lost engine, or a mistake in a reward or a row."""
+    """Whether an error came between two updates, on all ranks: in an engine, a reward, a row, or before a step."""
     if isinstance(error, RolloutError):
         return fails_on_all_ranks(module.engine)
-    if not isinstance(error, UserError) or isinstance(error, OutOfMemoryError):
+    if not isinstance(error, Exception if world_size() == 1 else ErrorOfAllRanks):
         return False
-    if world_size() > 1:
-        return isinstance(error, ErrorOfAllRanks)
-    return trainer.validating or steps_in_hand(module) == 0
+    return trainer.validating or (module.states_before is not None and not module.update_begun)
 
 
 def _run_of(checkpoint: str | Path) -> Path:
@@ -180,13 +177,15 @@ class RolloutCheckpoint(L.Callback):
         self._put_limit_back(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Saves a run that could not collect its next rollout: its weights are those of the last whole one.
+        """Saves a run that has not changed its weights since the last whole rollout.
 
-        Not where one rank may be alone with the error: all ranks write together, so it would wait for the others.
+        Not where one rank may be alone with the error: all ranks write together, so it would wait for the others. Where
+        it cannot be saved either (a full disk, a GPU in an error state), the first error is the one to show.
         """
         is_unsaved = pl_module.rollouts_done and self.saved_at != pl_module.rollouts_done
         if trainer.state.fn == "fit" and is_unsaved and _left_whole(trainer, pl_module, exception):
-            self._write(trainer, pl_module)
+            with suppress(Exception):
+                self._write(trainer, pl_module)
         self._put_limit_back(trainer)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -233,9 +233,6 @@ def sample_ahead(module: GSPOModule) -> None:
         return
     source = needed_source(module.trainer, "rollout.engine.staleness=1")
     assert module.policy is not None
-    module.ahead.launch(
-        module.policy,
-        source.batch_at(module.batch_in_hand.cursor).prompts,
-        module.sampling,
-        rollout_seed(module.seed, module.rollouts_done + 1),
-    )
+    prompts = source.batch_at(module.batch_in_hand.cursor).prompts
+    module.update_begun = True
+    module.ahead.launch(module.policy, prompts, module.sampling, rollout_seed(module.seed, module.rollouts_done + 1))

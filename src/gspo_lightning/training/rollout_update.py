@@ -145,6 +145,7 @@ class RolloutUpdate:
         add_metrics(self.metrics, attempt.metrics)
         self._control_entropy(attempt.metrics)
         self.forwarded_tokens += attempt.tokens
+        module.update_begun = True
         if rounds and self._has_gradient(minibatch, attempt):
             self._take_step()
         else:

@@ -81,16 +81,10 @@ def run_state(module: GSPOModule) -> dict[str, Any]:
     return state
 
 
-def steps_in_hand(module: GSPOModule) -> int | None:
-    """Optimizer steps taken on the rollout in hand; None between rollouts."""
-    if module.states_before is None:
-        return None
-    return module.counts["optimizer_steps"] - int(module.last_metrics.get("count/optimizer_steps", 0))
-
-
 def _say_if_cut(module: GSPOModule) -> None:
     """Warns of a checkpoint within a rollout, such as Lightning's on an exception, whose weights are between two."""
-    if (steps := steps_in_hand(module)) and rank() == 0:
+    steps = module.counts["optimizer_steps"] - int(module.last_metrics.get("count/optimizer_steps", 0))
+    if module.states_before is not None and steps and rank() == 0:
         warnings.warn(
             f"checkpoint: its weights have taken {counted(steps, 'optimizer step')} of rollout "
             f"{module.rollouts_done + 1}, which a run that resumes from it begins anew; "
