@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from math_verify import parse, verify
+from math_verify.grader import get_pct_val
 
 from gspo_lightning.errors import UserError, check_time_limit
 from gspo_lightning.rewards.functions import full_text, spoken
@@ -22,9 +23,10 @@ from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutErro
 MAX_ANSWER_CHARACTERS = 2_000
 """Of a longer text only the end is read."""
 _MAX_NESTING = 50
-_PERCENT = re.compile(r"(?<=[\d}])\s*\\?%(?=\s*\}|\$|\\[)\]])")
-"""The sign of percent at the end of a box or a formula, of which math-verify then reads nothing, or a part."""
-_STOP = re.compile(r"(?<=\d)\.(?=\s*\})")
+_OF_PERCENT = re.compile("[%％]|percent|pct", re.IGNORECASE)
+_PERCENT = re.compile(r"(?<=[\d}])(?:[\s~]|\\[,;:! ])*\\?%(?=\$|[\s.]*[},)\]\\])")
+"""The sign of percent in a box or at the end of a formula, of which math-verify reads nothing, or a part."""
+_STOP = re.compile(r"(?<=[\d}])\.(?=\$|\s*(?:\}|\\[)\]]))")
 _DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
 
 # It warns at each call that its timeouts are off; here a process bounds it.
@@ -102,31 +104,39 @@ def math_equal(text: str, answer: str, is_answer: bool = False) -> bool | None:
         answer: the right answer.
         is_answer: whether the text is an answer and nothing else, as ``answer`` is.
     """
-    found = _readings(text) if is_answer else _parsed(text)
-    right = _readings(answer)
-    return any(verify(gold, one, timeout_seconds=None) for gold in right for one in found) if right else None
+    # The sign of percent stands for nothing or for a hundredth, but on both sides for the same: 1% is not 100%.
+    for percent in ("", "/100") if _OF_PERCENT.search(text + answer) else ("",):
+        golds = _readings(answer, percent)
+        if not golds:
+            return None
+        found = _readings(text, percent) if is_answer else [_parsed(text, percent)]
+        if any(verify(gold, one, timeout_seconds=None) for gold in golds for one in found):
+            return True
+    return False
 
 
-def _readings(answer: str) -> list[list[Any]]:
+def _readings(answer: str, percent: str) -> list[list[Any]]:
     """The possible readings of a text that is an answer as a whole.
 
     Without delimiters math-verify looks for plain numbers first and takes a part for the whole: 3 of ``3\\sqrt{2}``.
     """
     answer = answer.strip("*_`\t\n ")  # of Markdown
     if _DELIMITED.search(answer):
-        readings = _parsed(answer)
+        readings = [_parsed(answer, percent)]
     else:
-        plain = _parsed(answer) if is_one_number(answer) else []
-        readings = [*plain, *_parsed(rf"\boxed{{{answer}}}")]
+        plain = [_parsed(answer, percent)] if is_one_number(answer) else []
+        readings = [*plain, _parsed(rf"\boxed{{{answer}}}", percent)]
     return [reading for reading in readings if reading]
 
 
-def _parsed(text: str) -> list[list[Any]]:
-    """What math-verify finds in a text; of percent both the number and its hundredth, as it has them elsewhere."""
-    text = _STOP.sub("", plain_quantities(text))
-    texts = dict.fromkeys(_PERCENT.sub(divided, text) for divided in ("", "/100"))
+def _parsed(text: str, percent: str) -> list[Any]:
+    """What math-verify finds in a text, with nothing or ``/100`` for the sign of percent."""
+    text = _STOP.sub("", _PERCENT.sub(percent, plain_quantities(text))).replace(r"\%", "%")
     # Its own timeouts are signals, which cannot interrupt one long multiplication.
-    return [parse(reading, parsing_timeout=None) for reading in texts]
+    found = parse(text, parsing_timeout=None)
+    if percent:
+        return [one.doit() if get_pct_val(one) is not None else one for one in found]
+    return [get_pct_val(one, one) for one in found]
 
 
 def _nesting(text: str) -> int:
