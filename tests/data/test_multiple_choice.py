@@ -71,6 +71,7 @@ def test_choices_of_a_mapping_are_read_with_the_labels_of_the_dataset(choices, a
         ([5, 6], 6, "A. 5\nB. 6"),
         ([0, 1], 1, "A. 0\nB. 1"),
         (["1", "2"], 1, "A. 1\nB. 2"),
+        ([True, False], 1, "A. True\nB. False"),
         ([np.float32(1.5), np.float64(2)], 1, "A. 1.5\nB. 2.0"),
         ({"A": True, "B": ["x"]}, "B", "A. True\nB. ['x']"),
     ],
@@ -103,6 +104,7 @@ def test_letters_and_lists_of_a_file_are_choices(kind, tmp_path, monkeypatch):
     [
         ({"answer": 3}, "the answer 3 is not the number \\(from 0\\), letter or text of one of the 3 choices"),
         ({"answer": "D"}, "the answer 'D' is not the number"),
+        ({"answer": 4, "choices": list("3456")}, r"the answer 4 is not the number \(from 0\)"),
         ({"answer": True}, "the answer True is not the number"),
         ({"answer": "A", "choices": ["B", "A"]}, "both a letter and the text of another choice"),
         (

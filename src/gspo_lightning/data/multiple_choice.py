@@ -91,21 +91,24 @@ def letter_of(answer: Any, choices: list[Any], where: str, labels: list[str] | N
     texts, letters = [str(choice) for choice in choices], string.ascii_uppercase[: len(choices)]
     names = list(letters) if labels is None else labels
     text = str(answer)
-    is_number = text not in names and isinstance(answer, Integral) and not isinstance(answer, bool)
-    if is_number and 0 <= int(answer) < len(texts):
-        if answer in choices and choices.index(answer) != answer:
+    if text not in names and isinstance(answer, Integral) and not isinstance(answer, bool):
+        # By value and not by text: numbers from 1 of choices that are strings would be taken for their texts.
+        equal = {n for n, choice in enumerate(choices) if choice == answer and not isinstance(choice, bool)}
+        found = equal | ({int(answer)} & set(range(len(choices))))
+        if len(found) > 1:
             raise UserError(
                 f"{where}: the answer {answer!r} is both the number (from 0) of a choice and another choice; give its "
                 "letter"
             )
-        return letters[int(answer)]
-    if texts.count(text) == 1:
+        if found:
+            return letters[found.pop()]
+    elif texts.count(text) == 1:
         if text in names and names.index(text) != texts.index(text):
             raise UserError(
                 f"{where}: the answer {answer!r} is both a letter and the text of another choice; give its number"
             )
         return letters[texts.index(text)]
-    if text in names:
+    elif text in names:
         return letters[names.index(text)]
     raise UserError(
         f"{where}: the answer {answer!r} is not the number (from 0), letter or text of one of the {len(texts)} choices"
