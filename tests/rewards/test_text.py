@@ -107,6 +107,12 @@ def test_tagged_number_needs_one_block_and_does_not_apply_to_words():
         (r"A. It is \boxed{7}", "A"),
         ("The answer is B, because answer choice A is wrong.", "B"),
         ("The answer is B. Answer option C ignores friction.", "B"),
+        ("The answer is:\n\n(B) Paris\n\nAnswer A is wrong.", "B"),
+        ("## Answer\r\n\r\nB\r\n\r\nAnswer A is wrong.", "B"),
+        ("The answer is **option B**.", "B"),
+        ("**Answer**\n\n**Option (B)**", "B"),
+        (r"\boxed{\text{Option B}}", "B"),
+        ("Answer B", "B"),
         ("B. Paris is the capital. The correct answer is Paris.", "B"),
         ("**B) Paris**\n\nThe answer is Paris because it is.", "B"),
         ("C. The answer is below.", "C"),
@@ -138,6 +144,7 @@ def test_multiple_choice(text, choice):
 
 def test_multiple_choice_in_a_tag():
     assert MultipleChoice(tag="SOLUTION")(["A. no <SOLUTION>B</SOLUTION>", "A"], ["B", "A"]) == [1.0, 1.0]
+    assert MultipleChoice(tag="SOLUTION")(["<SOLUTION>\nOption B</SOLUTION>"], ["B"]) == [1.0]
     with pytest.raises(UserError, match="the answer 'E' is not one of ABCD"):
         MultipleChoice()(["A"], ["E"])
 
@@ -368,7 +375,15 @@ HOSTILE = [
     "<SOLUTION>" * 100_000,
     "<SOLUTION>" + "9" * 10**6 + "</SOLUTION>",
 ]
-HOSTILE += ["answer" + " " * 10**6 + "is", "\\frac{" * 100_000, "`" * 10**6, "{" * 10**6, "1e" * 10**5, "٣" * 10**5]
+HOSTILE += [
+    "answer" + " " * 10**6 + "is",
+    "\\boxed{((((((((( option(((((((((" * 10**5,
+    "\\frac{" * 100_000,
+    "`" * 10**6,
+    "{" * 10**6,
+    "1e" * 10**5,
+    "٣" * 10**5,
+]
 READERS = [TagFormat(), TaggedNumber(), MultipleChoice(), MultipleChoice(tag="SOLUTION")]
 
 

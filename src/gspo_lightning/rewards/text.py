@@ -179,14 +179,17 @@ class MultipleChoice:
         alone = rf"(?:(?!\w)|(?<=[A-Za-z])(?![0-9_{_LATIN}]))(?!'\w|’[{_LATIN}]|{_ACCENT})"
         before = r"(?:[\s(\[*_`$\"'（［【〔「『“‘]|\\\(|\\(?:text|mathrm|mathbf|textbf)\{){0,9}"
         letter = f"{before}([{plain_letters(self.choices)}]){alone}"
+        named = rf"(?:{before}(?i:option|choice)\b)?{letter}"
         if self.tag is not None and (block := single_block(text, self.tag)) is not None:
-            found = re.match(rf"\s{{0,100}}{letter}", block)
+            found = re.match(rf"\s{{0,100}}{named}", block)
             return found[1] if found else None
         word = f"(?i:{'|'.join(map(re.escape, self.answer_words))})"
         colon = rf"{word}[*_]{{0,3}}\s{{0,9}}[:：]"
         about = r"(?:\s{1,9}(?i:to|for)\s[^.:\n]{1,80}?)?"
-        says = rf"(?:{colon}|{word}[*_]{{0,3}}{about}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}(?:\s{{1,9}}(?i:option|choice))?"
-        for pattern in (rf"\\boxed\{{{letter}", rf"(?:{says}|{word}){letter}"):
+        says = rf"(?:{colon}|{word}[*_]{{0,3}}{about}\s{{1,9}}(?i:is)\b)[*_:]{{0,4}}"
+        heading = rf"{word}[*_]{{0,3}}[^\S\n]{{0,9}}\n"
+        # Last, as it may be of another choice: "The answer is B. Answer A is wrong."
+        for pattern in (rf"\\boxed\{{{named}", rf"(?:{says}|{heading}){named}", f"{word}{letter}"):
             if all_found := re.findall(pattern, text):
                 return str(all_found[-1])
         if re.search(colon, text):
