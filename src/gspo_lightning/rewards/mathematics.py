@@ -16,6 +16,7 @@ from math_verify.grader import get_pct_val
 
 from gspo_lightning.errors import UserError, check_time_limit
 from gspo_lightning.rewards.functions import full_text, spoken
+from gspo_lightning.rewards.numerals import GROUPED
 from gspo_lightning.rewards.quantities import is_one_number, plain_quantities
 from gspo_lightning.rewards.text import check_tag, single_block
 from gspo_lightning.rewards.worker import Worker, WorkerError, WorkerTimeoutError
@@ -26,7 +27,10 @@ _MAX_NESTING = 50
 _OF_PERCENT = re.compile("[%％]|percent|pct", re.IGNORECASE)
 _PERCENT = re.compile(r"(?<=[\d}])(?:[\s~]|\\[,;:! ])*\\?%(?=\$|[\s.]*[},)\]\\])")
 """The sign of percent in a box or at the end of a formula, of which math-verify reads nothing, or a part."""
-_STOP = re.compile(r"(?<=[\d}])\.(?=\$|\s*(?:\}|\\[)\]]))")
+_STOP = re.compile(r"(?<=[\w)}\]])\.(?=\$|\s*(?:\}|\\[)\]]))")
+_OPERATOR = r"(?:[=≈<>+*/]|\\(?:approx|leq?|geq?|times|cdot|div)(?![a-z]))"
+_OPERAND = re.compile(rf"{_OPERATOR}\s*(?:\\?\$)?-?{GROUPED}|{GROUPED}(?=(?:\.\d+)?\s*(?:{_OPERATOR}|-|\\[,;:]))")
+"""A number that is no list: math-verify reads two in ``x = 1,234``."""
 _DELIMITED = re.compile(r"\$[^$]*\$|\\boxed|\\\(|\\\[")
 
 # It warns at each call that its timeouts are off; here a process bounds it.
@@ -131,7 +135,8 @@ def _readings(answer: str, percent: str) -> list[list[Any]]:
 
 def _parsed(text: str, percent: str) -> list[Any]:
     """What math-verify finds in a text, with nothing or ``/100`` for the sign of percent."""
-    text = _STOP.sub("", _PERCENT.sub(percent, plain_quantities(text))).replace(r"\%", "%")
+    text = _OPERAND.sub(lambda operand: operand[0].replace(",", ""), plain_quantities(text))
+    text = _STOP.sub("", _PERCENT.sub(percent, text)).replace(r"\%", "%")
     # Its own timeouts are signals, which cannot interrupt one long multiplication.
     found = parse(text, parsing_timeout=None)
     if percent:
