@@ -152,7 +152,7 @@ class MultipleChoice:
 
     choices: str = "ABCD"
     tag: str | None = None
-    answer_words: Sequence[str] = ("answer",)
+    answer_words: Sequence[str] = ("answer", "correct option", "correct choice")
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2 or not self.choices.isalpha() or len(set(self.choices)) < len(self.choices):
