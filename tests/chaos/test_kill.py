@@ -94,7 +94,7 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert not summary
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(kills, tmp_path):
     longest_s = finish(tmp_path / "whole")
     rng = random.Random(kills)

@@ -37,7 +37,8 @@ def test_a_run_samples_and_learns_the_same_on_one_rank_and_on_two(straight, tmp_
     assert recorded == (tmp_path / "completions.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("given", [None, pytest.param(str(available_cores()), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [None, str(available_cores())])
 def test_ranks_share_the_cores_unless_the_user_set_a_count(given, tmp_path):
     (tmp_path / "tells_threads.py").write_text(
         "import lightning, torch\n"

@@ -87,7 +87,7 @@ AHEAD = ["rollout.engine._target_=tests.training.test_one_step_off.Elsewhere", "
 
 @pytest.mark.parametrize(
     ("step", "engine"),
-    [(5, []), (6, []), (5, AHEAD)],
+    [(5, []), pytest.param(6, [], marks=pytest.mark.slow), pytest.param(5, AHEAD, marks=pytest.mark.slow)],
     ids=["in the sixth rollout", "in the validation behind it", "in the sixth, sampled ahead"],
 )
 def test_a_reward_that_fails_costs_no_rollout(step, engine, whole, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from tests.command_line import run
 
 JUDGE = """
@@ -20,6 +22,7 @@ class Judge:
 """
 
 
+@pytest.mark.slow
 def test_a_reward_is_made_once_and_draws_the_same_numbers_in_every_run(tmp_path):
     (tmp_path / "judge.py").write_text(JUDGE)
     spec = f"{{_target_: gspo_lightning.rewards.RewardSpec, function: {{_target_: judge.Judge, folder: {tmp_path}}}}}"

@@ -31,6 +31,7 @@ def fails(completions, **_):
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_on_one_rank_ends_and_the_next_one_trains_on_both(tmp_path):
     (tmp_path / "own_rewards.py").write_text(REWARDS)
     function = "reward.functions.letter_share.function.path=own_rewards.fails,own_rewards.fine"

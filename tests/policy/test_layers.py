@@ -31,7 +31,7 @@ def compilations():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_log_probabilities_and_gradients_are_those_of_plain_layers(checkpointing, micro_model_dir, compilations):
     policies = [loaded(micro_model_dir, compile=flag, gradient_checkpointing=checkpointing) for flag in (False, True)]
     graphs = []
@@ -50,7 +50,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_layers(checkpointing
     assert graphs[1] == graphs[2], "another row length compiled anew"
 
 
-@pytest.mark.parametrize("cache", ["of CPUs", "of GPUs"])
+@pytest.mark.parametrize("cache", ["of CPUs", pytest.param("of GPUs", marks=pytest.mark.slow)])
 def test_completions_are_those_of_plain_layers_and_every_layer_is_compiled(
     cache, micro_model_dir, compilations, tmp_path, monkeypatch
 ):

@@ -87,6 +87,7 @@ def test_the_recipes_stop_without_a_gpu_in_one_line_that_names_the_offline_varia
     assert "GPU" in line and "experiment=gspo_qwen_vl_tiny" in line
 
 
+@pytest.mark.slow
 def test_a_policy_split_over_two_ranks_samples_and_learns_what_a_whole_one_does(model_dir, rows, tmp_path):
     """One rank's prompts have two images where the other's have one, or none."""
     one, two = tmp_path / "one", tmp_path / "two"
