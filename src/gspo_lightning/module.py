@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gspo_lightning.advantages import AdvantageEstimator
+from gspo_lightning.distributed.failing import failing_together
 from gspo_lightning.distributed.ranks import add_metrics
 from gspo_lightning.errors import whole_number
 from gspo_lightning.lightning_private import (
@@ -265,7 +266,8 @@ class GSPOModule(WorkingHooks, L.LightningModule):
             return -1
         put_back(self)
         self.states_before, self.update_begun = states_of(self), False
-        check_batch(batch, self)
+        with failing_together(self.device):
+            check_batch(batch, self)
         check_ranks_agree(self.sampling)
         warn_of_equal_uids(batch)
         self.stopwatch.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,33 @@ def test_rows_passed_over_at_the_end_of_an_epoch_can_be_drawn_as_fresh_prompts(
     assert _uids([drawn for _, drawn in shares]) == _uids([fresh])
 
 
+def test_a_batch_is_made_when_it_is_read_and_then_no_more(tokenizer_dir: str) -> None:
+    class Broken(MicroLetters):
+        asked: list[int] = []
+
+        def train_row(self, index: int) -> dict[str, Any]:
+            self.asked.append(index)
+            if index == 5:
+                raise FileNotFoundError("5.png")
+            return super().train_row(index)
+
+    data = _data(Broken(), tokenizer_dir, prompts=2)
+    batches = list(islice(data.train_dataloader(), 3))
+    assert Broken.asked == []
+    assert batches[1].cursor == 4 and len(batches[1]) == 2 and Broken.asked == [0, 1, 2, 3]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"raised FileNotFoundError: 5\.png"):
+            len(batches[2])
+
+
 def test_ranks_together_see_what_one_rank_sees(tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1, 9, 1, 1, 9, 1, 1, 1, 9, 1, 1, 1]
     data = _data(_finite(lengths), tokenizer_dir, prompts=6, longest=5, overlong_prompts="drop")
-    alone = list(islice(data.train_dataloader(), 4))
-    shares = []
+    made = lambda: [copy(batch) for batch in islice(data.train_dataloader(), 4)]  # noqa: E731 - by the rank that asks
+    alone, shares = made(), []
     for rank in range(3):
         _as_rank(monkeypatch, rank, 3)
-        shares.append(list(islice(data.train_dataloader(), 4)))
+        shares.append(made())
     for number, whole in enumerate(alone):
         assert _uids([share[number] for share in shares]) == _uids([whole])
         assert {(share[number].cursor, share[number].dropped) for share in shares} == {(whole.cursor, whole.dropped)}

@@ -266,6 +266,15 @@ class Breaks(L.Callback):
         self.begun += 1
 
 
+class Missing(MicroDigit):
+    """Has no row for the third rollout of four prompts, at first."""
+
+    def train_row(self, index):
+        if index == 9:
+            raise FileNotFoundError("9.png")
+        return super().train_row(index)
+
+
 class Offline(TransformersEngine):
     calls = 0
 
@@ -279,12 +288,19 @@ class Offline(TransformersEngine):
 @pytest.mark.parametrize(
     ("where", "staleness", "error", "saved"),
     [
+        ("row", 0, UserError, True),
         ("engine", 0, ConnectionError, True),
         (0, 0, OutOfMemoryError, True),
         (1, 0, OutOfMemoryError, False),
         (0, 1, OutOfMemoryError, False),  # the rollout in hand was of weights that are gone
     ],
-    ids=["an own engine", "no memory for the first step", "none for the second", "none behind a rollout ahead"],
+    ids=[
+        "a row",
+        "an own engine",
+        "no memory for the first step",
+        "none for the second",
+        "none behind a rollout ahead",
+    ],
 )
 def test_whole_rollouts_are_saved_where_one_ends_before_its_first_step(
     where, staleness, error, saved, micro_model_dir, tmp_path
@@ -293,12 +309,17 @@ def test_whole_rollouts_are_saved_where_one_ends_before_its_first_step(
         return made(micro_model_dir, engine=Elsewhere() if staleness else engine())
 
     whole, cut, resumed = make(), make(Offline if where == "engine" else TransformersEngine), make()
-    fit(whole)
+    data = lambda task=MicroDigit: None if staleness else lessons(micro_model_dir, task)  # noqa: E731
+    fit(whole, data())
     with pytest.raises(error):
-        fit(cut, callbacks=[Breaks(where), RolloutCheckpoint(tmp_path, every_n_rollouts=100)])
+        fit(
+            cut,
+            data(Missing if where == "row" else MicroDigit),
+            callbacks=[Breaks(where), RolloutCheckpoint(tmp_path, every_n_rollouts=100)],
+        )
     assert (tmp_path / "last.ckpt").exists() is saved
     if saved:
-        fit(resumed, ckpt=tmp_path / "last.ckpt")
+        fit(resumed, data(), ckpt=tmp_path / "last.ckpt")
         assert torch.equal(weights(resumed), weights(whole))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -218,11 +219,13 @@ class PromptDataModule(L.LightningDataModule):
         """This rank's share of each rollout from ``cursor`` on."""
         while self.has_state:
             yield BatchWhenRead(self.first)
-        cursor = self.cursor
+        batch = BatchWhenRead(partial(self.batch_at, self.cursor))
         while True:
-            batch = self.batch_at(cursor)
-            cursor = batch.cursor
             yield batch
+            batch = BatchWhenRead(partial(self._behind, batch))
+
+    def _behind(self, batch: PromptBatch) -> PromptBatch:
+        return self.batch_at(batch.cursor)
 
     def val_dataloader(self) -> DataLoader[PromptBatch]:
         """A loader of every held-out prompt once, spread over ranks with equally many batches; a batch may be empty."""

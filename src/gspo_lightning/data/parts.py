@@ -1,4 +1,4 @@
-"""Tasks that may have a state, and the batch of one that has: made when it is needed and not when it is fetched."""
+"""Tasks that may have a state, and the batch that is made when it is needed and not when it is fetched."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def tasks_within(task: Task, key: str) -> dict[str, Any]:
 class BatchWhenRead(PromptBatch):
     """A batch that is made when it is first read.
 
-    Lightning fetches a batch before the rollout before it has ended: a task with a state would make its rows too early,
-    and a checkpoint would hold a state that has already moved on.
+    Lightning fetches a batch before the rollout before it has ended. A task with a state would make its rows too early,
+    and a checkpoint would hold a state that has already moved on; a row that cannot be made would cost that rollout.
 
     Args:
         make: makes the batch.
@@ -41,9 +41,15 @@ class BatchWhenRead(PromptBatch):
         """Whether somebody has read it."""
         return "_made" in vars(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is made: a worker of a `DataLoader` makes what it sends."""
+        return PromptBatch, (self.prompts, self.cursor, self.dropped)
+
     @cached_property
     def _made(self) -> PromptBatch:
-        return self._make()
+        made = self._make()
+        del self._make  # it may hold the batch before this one
+        return made
 
     @property
     def prompts(self) -> list[Prompt]:  # type: ignore[override]

@@ -139,10 +139,10 @@ class MultipleChoice:
     r"""1 if the chosen letter is the row's ``answer``, else 0.
 
     The choice is read from the first of these that exists: the one block of ``tag``; the last ``\boxed{X}``; the last
-    "answer is X", "answer to this question is X", "correct option is X" or "Answer: X", in Markdown and LaTeX too (``**Answer:** B``,
-    ``\boxed{\text{B}}``); the beginning of a text (``B``, ``(B)``, ``B. because``, or ``B`` alone in the first line)
-    that names no answer later. A letter somewhere in a sentence is no choice: "A" is also a word. Brackets and
-    punctuation may be those of Chinese and Japanese, and letters full-width.
+    "answer is X", "answer to this question is X", "correct option is X" or "Answer: X", in Markdown and LaTeX too
+    (``**Answer:** B``, ``\boxed{\text{B}}``); the beginning of a text (``B``, ``(B)``, ``B. because``, or ``B`` alone
+    in the first line) that names no answer later. A letter somewhere in a sentence is no choice: "A" is also a word.
+    Brackets and punctuation may be those of Chinese and Japanese, and letters full-width.
 
     Args:
         choices: the letters, such as ``ABCD``.
