@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -50,3 +51,17 @@ def test_a_layer_that_keeps_a_state_of_its_last_forward_is_merged(micro_model_di
         copy.deepcopy(policy.model)
     out = export_policy(policy, tmp_path / "out", merge_lora=True)
     assert (out / "model.safetensors").exists() and layer.recurrent_states.is_leaf
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)])
+def test_who_may_read_the_config_of_an_export_may_read_its_weights(micro_model_dir, tmp_path, umask, mode, lora):
+    policy = PolicyLoader(str(micro_model_dir), lora=lora).load()
+    before = os.umask(umask)
+    try:
+        export_policy(policy, tmp_path / "model", merge_lora=False)
+    finally:
+        os.umask(before)
+    weights = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    modes = {name: (tmp_path / "model" / name).stat().st_mode & 0o777 for name in (weights, "tokenizer_config.json")}
+    assert modes == {weights: mode, "tokenizer_config.json": mode}

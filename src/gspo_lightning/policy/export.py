@@ -47,7 +47,16 @@ def export_policy(policy: Policy, folder: Path, *, merge_lora: bool, image_size:
             processor = copy.deepcopy(processor)
             processor.image_processor.size = image_size
         processor.save_pretrained(folder)
+    _let_others_read(folder)
     return folder
+
+
+def _let_others_read(folder: Path) -> None:
+    """Gives weights the permissions of the other files: safetensors lets nobody but the owner read what it writes."""
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        if file.stat().st_mode != mode:  # file systems without permissions of files refuse to change them
+            file.chmod(mode)
 
 
 def _detach_states(model: torch.nn.Module) -> None:
