@@ -251,6 +251,7 @@ def test_what_ends_a_run_saves_whole_rollouts_that_are_not_saved_yet(done, saved
         ({"update_begun": True}, UserError("of a callback between two steps"), False),
         ({"states_before": None}, UserError("of a callback behind the rollout, whose row is not written"), False),
         ({"states_before": None, "validating": True}, UserError("of a reward function"), True),
+        ({"states_before": None, "validating": True}, BrokenPipeError("of a callback behind the validation"), False),
         ({"ranks": 2}, UserError("on one rank"), False),
         ({"ranks": 2}, ErrorOfAllRanks("of a reward function"), True),
         ({}, OutOfMemoryError("in a micro-batch"), True),

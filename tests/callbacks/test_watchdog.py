@@ -115,11 +115,11 @@ def test_a_reward_that_never_returns_ends_the_run_and_is_named_in_the_stacks(tmp
     (tmp_path / "my_rewards.py").write_text(HANGS)
     done = run(
         "experiment=micro", "print_config=false", "hydra.run.dir=run", "validation.num_generations=1",
-        "data.task.num_validation=0", "callbacks.watchdog.end_s=1",
+        "data.task.num_validation=0", "callbacks.watchdog.end_s=5",
         "reward.functions.letter_share.function.path=my_rewards.f", cwd=tmp_path, expect=1,
     )  # fmt: skip
     assert 'my_rewards.py", line 5 in f' in done.stderr
-    assert "no rollout or validation has finished for 1 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
+    assert "no rollout or validation has finished for 5 s (callbacks.watchdog.end_s)" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("is_saved", [False, True])

@@ -33,7 +33,9 @@ def _left_whole(trainer: L.Trainer, module: Any, error: BaseException) -> bool:
         return fails_on_all_ranks(module.engine)
     if not isinstance(error, Exception if world_size() == 1 else ErrorOfAllRanks):
         return False
-    return trainer.validating or (module.states_before is not None and not module.update_begun)
+    if trainer.validating:  # other errors may be of callbacks that have not written yet what they were to write
+        return isinstance(error, UserError)
+    return module.states_before is not None and not module.update_begun
 
 
 def _run_of(checkpoint: str | Path) -> Path:
